@@ -1,0 +1,47 @@
+"""The legend: one letter per axis, and the named array types built from them.
+
+    B  rows of a batch                      N  query heads
+    T  new tokens                           K  key/value heads
+    S  sequences, or cached positions       G  query heads per key/value head (N = K * G)
+    D  width of the model                   H  size of a head
+    F  width of the feed-forward            E  experts
+    X  experts chosen per token             V  vocabulary
+    L  layers                               P  pages of the cache
+    W  width of a page table                Y  tokens per page
+
+The same letters name the dimensions of an array's type (`Float[Array, "B T D"]`), the terms of an
+einsum, the tag of a parameter (`axes="EFD"`) and the sharding (`ShardingRules.spec("EFD")`).
+A letter of its own for K and V of one page, interleaved: `C` (C = 2 * K).
+"""
+
+from jax import Array
+from jaxtyping import Float, Int
+
+# Activations.
+Tokens = Int[Array, "B T"]
+Hidden = Float[Array, "*R D"]
+RowHidden = Float[Array, "B T D"]
+FlatHidden = Float[Array, "T D"]
+RowLogits = Float[Array, "B T V"]
+FlatLogits = Float[Array, "R V"]
+Queries = Float[Array, "*R N H"]
+Keys = Float[Array, "*R K H"]
+RowQueries = Float[Array, "B T N H"]
+RowKeys = Float[Array, "B T K H"]
+FlatQueries = Float[Array, "T N H"]
+FlatKeys = Float[Array, "T K H"]
+Positions = Int[Array, "*R"]
+
+# Routing: the experts of each token and the weight of each.
+Choice = Int[Array, "T X"]
+ChoiceWeights = Float[Array, "T X"]
+
+# The cache.
+Pages = Float[Array, "P Y C H"]
+PageTable = Int[Array, "S W"]
+FlatTokens = Int[Array, " T"]
+Lengths = Int[Array, " S"]
+QueryStarts = Int[Array, "S+1"]
+Rows = Int[Array, " R"]
+RowFloats = Float[Array, " R"]
+Scalar = Int[Array, ""]

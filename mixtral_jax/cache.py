@@ -1,0 +1,90 @@
+"""Where tokens go and what may be seen: the only file that knows pages.
+
+The cache is, per layer, one array of pages [P Y C H]: P pages of Y tokens, each token with its
+C = 2K heads, key and value of each head next to one another (k0 v0 k1 v1 ...). A sequence owns any
+pages in any order; its row of the page table lists them. This, and `RaggedBatch`, is the layout of
+JAX's TPU kernel `ragged_paged_attention`.
+
+Worked example: page size 4, three sequences. Two are in decode, with 5 and 9 tokens cached after
+this step, and one brings a prompt chunk of 3 tokens after 4 that are already cached:
+
+    tokens          [a b  c d e  . . .]       8 places, 5 in use
+    positions       [4 8  4 5 6  . . .]
+    lengths         [5 9 7]                   cached positions, the new ones included
+    query_starts    [0 1 2 5]                 sequence s has the tokens query_starts[s] .. [s+1]
+    page_table      [[7 2 .] [0 3 5] [1 4 .]]
+    num_decodes     2                         sequences of one token come first
+    num_sequences   3
+
+Token d (position 5) goes to page_table[2][5 // 4] = page 4, place 5 % 4 = 1.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mixtral_jax.axes import FlatKeys, FlatTokens, Lengths, Pages, PageTable, QueryStarts, Scalar
+from mixtral_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RaggedBatch:
+    """One flat row of T new tokens of up to S sequences; all i32. See the module's example."""
+
+    tokens: FlatTokens
+    positions: FlatTokens
+    lengths: Lengths
+    query_starts: QueryStarts
+    page_table: PageTable  # [S W]
+    num_decodes: Scalar
+    num_sequences: Scalar
+
+    def sequence_of_token(self) -> FlatTokens:
+        """Which sequence each of the T tokens belongs to; meaningless for unused places."""
+        place = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
+        ends = jnp.where(
+            jnp.arange(self.lengths.shape[0]) < self.num_sequences,
+            self.query_starts[1:],
+            self.tokens.shape[0],
+        )
+        found = jnp.searchsorted(ends, place, side="right")
+        return jnp.minimum(found, self.lengths.shape[0] - 1).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedCache:
+    """The pages of every layer. Donate it to the step that writes it."""
+
+    layers: tuple[Pages, ...]
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike
+    ) -> "PagedCache":
+        shape = (num_pages, page_size, 2 * config.num_kv_heads, config.head_size)
+        return cls(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)))
+
+    @property
+    def num_pages(self) -> int:
+        return self.layers[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.layers[0].shape[1]
+
+
+def write(pages: Pages, k: FlatKeys, v: FlatKeys, batch: RaggedBatch) -> Pages:
+    """Puts the keys and values of the batch's tokens where the page table says."""
+    num_pages, page_size = pages.shape[:2]
+    sequence = batch.sequence_of_token()
+    page = batch.page_table[sequence, batch.positions // page_size]
+    used = batch.query_starts[batch.num_sequences]
+    in_use = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < used
+    # A place out of range is dropped by the scatter.
+    page = jnp.where(in_use, page, num_pages)
+    both = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])
+    return pages.at[page, batch.positions % page_size].set(both.astype(pages.dtype), mode="drop")

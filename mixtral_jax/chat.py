@@ -1,0 +1,164 @@
+"""Chats as they come in, and the Jinja templates by which many models have them written out.
+
+`checked` is the gate for messages: what it lets through has known roles and proper text, so that
+whatever formats them afterwards need not ask. `ChatTemplate` is a template as published beside a
+tokenizer, with the surroundings that such templates expect (those that transformers documents:
+a sandboxed environment, `raise_exception`, `strftime_now`, `tojson`, loop controls).
+
+Imports nothing of ours.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NoReturn, TypedDict
+
+import jinja2
+import jinja2.sandbox
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str  # one of ROLES
+    content: str
+
+
+class ChatError(ValueError):
+    """A chat that the model's format cannot express; the message says what to change."""
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise ValueError, naming the text by `name`, for text that UTF-8 cannot carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half of a surrogate pair at character {error.start}: "
+            "send the whole character, or U+FFFD in its place"
+        ) from None
+
+
+def checked(messages: Sequence[Message]) -> list[Message]:
+    """The messages, role and content only. Raises ChatError naming the first that is wrong."""
+    if not messages:
+        raise ChatError("the chat is empty: send at least one user message")
+    chat: list[Message] = []
+    for place, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ChatError(f"messages[{place}] has role {role!r}: use one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ChatError(f"messages[{place}] has no text: its content must be a string")
+        try:
+            check_text(content, f"messages[{place}]")
+        except ValueError as error:
+            raise ChatError(str(error)) from None
+        chat.append({"role": role, "content": content})
+    return chat
+
+
+class ChatTemplate:
+    """A Jinja chat template and the special tokens that it may name, such as bos_token."""
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        """Compile `source`. Raises ValueError if it is no valid template.
+
+        Args:
+            source: the Jinja source.
+            tokens: text per variable name, e.g. {"eos_token": "</s>"}.
+        """
+        self.source = source
+        self.tokens = dict(tokens)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        environment.filters["tojson"] = _tojson
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template is no valid Jinja template: {error}") from error
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The chat as text, up to where the assistant's answer begins.
+
+        Raises ChatError if the template itself refuses the chat.
+        """
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self.tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise ChatError(f"the model's chat template refuses this chat: {error}") from error
+
+    def sample(self) -> str:
+        """What the template writes around messages: a few small chats, one after the other.
+
+        Each message says "a". Chats that the template refuses are left out.
+        """
+        texts = []
+        for roles in ("user", "system user", "user assistant user", "system user assistant user"):
+            chat: list[Message] = [{"role": role, "content": "a"} for role in roles.split()]
+            try:
+                texts.append(self.render(chat))
+            except ChatError:
+                continue
+        return "\n".join(texts)
+
+    def respelled(self, spelling: Mapping[str, str]) -> "ChatTemplate":
+        """The same template writing other text for some words, given as {word: new spelling}.
+
+        Raises ValueError if a word is still written after that, because the template puts it
+        together from parts.
+        """
+        if not spelling:
+            return self
+        # Longest first: of several words that match, a tokenizer takes the longest too.
+        longest_first = sorted(spelling, key=len, reverse=True)
+        words = re.compile("|".join(map(re.escape, longest_first)))
+
+        def respell(text: str) -> str:
+            return words.sub(lambda word: spelling[word[0]], text)
+
+        tokens = {name: respell(text) for name, text in self.tokens.items()}
+        template = ChatTemplate(respell(self.source), tokens)
+        if left := words.search(template.sample()):
+            raise ValueError(
+                f"the chat template puts the control token {left[0]} together from parts, so it "
+                "cannot be told from the same text in a message: write it out in the template"
+            )
+        return template
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML, which would change what the model reads.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,0 +1,250 @@
+"""Checkpoint folders: one Orbax checkpoint, with config and tokenizer beside it.
+
+    FOLDER/
+        config.json        {"format": "mixtral-jax/1", "name": ..., "provider": ..., "dtype": ...,
+                            "model": ModelConfig}
+        params/            Orbax; one array per parameter, nested by the dots of its name
+        tokenizer.*        whatever `mixtral_jax.tokenizer.load` reads
+
+A checkpoint is written under another name and renamed at the end, so a folder that has its name is
+whole. Arrays are stored unstacked, one per layer and matrix, in chunks, so that each device reads
+its own part only.
+
+`ParameterWriter` exists because Orbax saves arrays that are in memory, and the stacked experts of
+one Mixtral layer alone take a gigabyte per matrix. It lets Orbax write a checkpoint of the right
+tree with arrays of size one, then puts arrays of the real shape in their place, piece by piece.
+Orbax's format is public: a Zarr v3 array per leaf in one OCDBT key-value store
+(orbax.readthedocs.io, "Checkpoint Format Guide").
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from mixtral_jax.config import CONFIG_FILE, FORMAT, ConfigError, ModelConfig, is_checkpoint
+from mixtral_jax.model import Transformer, named_parameters
+from mixtral_jax.sharding import ShardingRules
+
+PARAMS = "params"
+DTYPES = ("float32", "bfloat16")
+# Bytes of one stored chunk: small enough to bound memory, large enough to stream.
+_CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What `config.json` of a checkpoint folder says."""
+
+    model: ModelConfig
+    dtype: str
+    name: str
+    provider: str
+
+    def write(self, folder: Path) -> None:
+        content = {
+            "format": FORMAT,
+            "name": self.name,
+            "provider": self.provider,
+            "dtype": self.dtype,
+            "model": self.model.to_json(),
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Card":
+        """Raises ConfigError if the folder is not a checkpoint of ours."""
+        if not is_checkpoint(folder):
+            hint = (
+                f"convert it first: mixtral-jax convert {folder} DST"
+                if (folder / CONFIG_FILE).exists()
+                else "give the folder that `mixtral-jax convert SRC DST` made"
+            )
+            raise ConfigError(f"{folder} is not a mixtral-jax checkpoint; {hint}")
+        content = json.loads((folder / CONFIG_FILE).read_text())
+        return cls(
+            model=ModelConfig.from_json(content["model"]),
+            dtype=content["dtype"],
+            name=content["name"],
+            provider=content["provider"],
+        )
+
+
+def abstract_model(
+    config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    rules: ShardingRules = ShardingRules(),
+) -> Transformer:
+    """A Transformer whose parameters are ShapeDtypeStructs: no memory, no random numbers."""
+    model: Transformer = nnx.eval_shape(
+        lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh, rules=rules)
+    )
+    return model
+
+
+def parameter_shapes(config: ModelConfig, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter by its dotted name."""
+    named = named_parameters(abstract_model(config, dtype))
+    return {name: variable.get_value() for name, variable in named.items()}
+
+
+@contextmanager
+def finished_at(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when the block ends without an error.
+
+    Whatever an earlier, killed attempt left behind is removed first. Raises FileExistsError if
+    `folder` exists and is not empty.
+    """
+    folder = folder.absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class ParameterWriter:
+    """Writes the `params` of a checkpoint piece by piece, so that no array needs to be in memory.
+
+        with finished_at(folder) as partial:
+            writer = ParameterWriter(partial, parameter_shapes(config, dtype))
+            writer.write("layers.0.feed_forward.gate.weight", 3, expert)   # index, then value
+
+    Every piece must be written exactly once; nothing checks that here.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        self.path = folder / PARAMS
+        self.shapes = shapes
+        tree: dict[str, Any] = {}
+        for name in shapes:
+            _put(tree, name, np.zeros((), np.float32))
+        context = ocp.Context()
+        # These files repeat shapes of the placeholders; they are optional, and would be wrong.
+        context.array.saving.array_metadata_store = None
+        context.array.saving.enable_write_sharding_file = False
+        with context:
+            ocp.save(self.path, tree)
+        # Chunks are written once and never read back: no cache.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._open: tuple[str, Any] | None = None
+
+    def write(self, name: str, index: Any, value: np.ndarray) -> None:
+        """Stores `value` at `index` (an int, slices, or `...`) of the named parameter.
+
+        Pieces of one parameter are best written in order, in whole rows of the leading axes.
+        """
+        if self._open is None or self._open[0] != name:
+            self._open = (name, self._create(name))
+        self._open[1][index].write(value, can_reference_source_data_indefinitely=True).result()
+
+    def _create(self, name: str) -> Any:
+        want = self.shapes[name]
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {
+                "driver": "ocdbt",
+                "base": f"file://{self.path}/state/",
+                "path": f"{name}/",
+            },
+            "metadata": {
+                "shape": list(want.shape),
+                "data_type": np.dtype(want.dtype).name,
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": list(chunk_shape(want))},
+                },
+                # Weights hardly compress; storing them as they are is several times faster.
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            },
+            "create": True,
+            "delete_existing": True,
+        }
+        return ts.open(spec, context=self._context).result()
+
+
+def chunk_shape(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Whole trailing axes; leading axes cut into equal parts until a chunk is small enough.
+
+    Equal, because Zarr stores the last chunk in full size even where the array ends inside it.
+    """
+    shape = list(array.shape)
+    for axis, size in enumerate(shape):
+        rest = math.prod(shape[axis + 1 :]) * np.dtype(array.dtype).itemsize
+        limit = max(1, _CHUNK_BYTES // rest)
+        parts = -(-size // limit)
+        shape[axis] = -(-size // parts)
+        if limit > 1:
+            break
+    return tuple(shape)
+
+
+def load(
+    folder: Path,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    rules: ShardingRules = ShardingRules(),
+) -> tuple[Transformer, Card]:
+    """Restores a checkpoint straight onto the devices of `mesh`, or onto the default device.
+
+    `dtype` overrides the stored one. Raises ConfigError if the folder is no checkpoint.
+    """
+    card = Card.read(folder)
+    model = abstract_model(card.model, dtype or card.dtype, mesh, rules)
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    one_device = SingleDeviceSharding(jax.devices()[0])
+    wanted: dict[str, Any] = {}
+    for path, variable in flat:
+        want = variable.get_value()
+        axes = variable.get_metadata("axes")
+        sharding = one_device if mesh is None else rules.sharding(axes, mesh)
+        want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=sharding)
+        _put(wanted, ".".join(map(str, path)), want)
+    restored = ocp.load((folder / PARAMS).absolute(), wanted)
+    filled = []
+    for path, variable in flat:
+        node = restored
+        for part in path:
+            node = node[str(part)]
+        filled.append((path, variable.replace(node)))
+    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    return model, card
+
+
+def save(folder: Path, model: Transformer, card: Card, tokenizer_files: Iterable[Path]) -> None:
+    """Writes a model that is in memory as a checkpoint folder; see `finished_at` for errors."""
+    with finished_at(folder) as partial:
+        tree: dict[str, Any] = {}
+        for name, variable in named_parameters(model).items():
+            _put(tree, name, variable.get_value())
+        ocp.save(partial / PARAMS, tree)
+        card.write(partial)
+        for file in tokenizer_files:
+            shutil.copy(file, partial)
+
+
+def _put(tree: dict[str, Any], name: str, leaf: Any) -> None:
+    """Sets `leaf` in a nested dict at the dotted name."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf

@@ -1,0 +1,129 @@
+"""The decoder: Block and Transformer, with the full-sequence and the paged form.
+
+No sampling, no requests, no globals. Parameters carry their axis letters (`axes="NHD"`), from
+which ShardingRules makes shardings.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from mixtral_jax.attention import Attention
+from mixtral_jax.axes import FlatHidden, Hidden, Pages, RowHidden, RowLogits, Tokens
+from mixtral_jax.cache import PagedCache, RaggedBatch
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.layers import Embedding, FeedForward, Linear, RMSNorm, Rotary
+from mixtral_jax.moe import MoE
+from mixtral_jax.sharding import ShardingRules
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        mesh: Mesh | None,
+        rules: ShardingRules,
+    ) -> None:
+        self.attention_norm = RMSNorm(config, dtype)
+        self.attention = Attention(config, dtype, rngs)
+        self.feed_forward_norm = RMSNorm(config, dtype)
+        self.feed_forward = (
+            MoE(config, dtype, rngs, mesh, rules)
+            if config.is_moe
+            else FeedForward(config, dtype, rngs)
+        )
+
+    def full(self, x: RowHidden, rotary: Rotary) -> RowHidden:
+        return self._mix(x + self.attention.full(self.attention_norm(x), rotary))
+
+    def paged(
+        self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch
+    ) -> tuple[FlatHidden, Pages]:
+        mixed, pages = self.attention.paged(self.attention_norm(x), rotary, pages, batch)
+        return self._mix(x + mixed), pages
+
+    def _mix(self, x: Hidden) -> Hidden:
+        out: jax.Array = x + self.feed_forward(self.feed_forward_norm(x))
+        return out
+
+
+class Transformer(nnx.Module):
+    """Mistral, Mixtral, or a Llama that computes the same.
+
+    Args:
+        config: shape and mathematics.
+        dtype: of weights and activations, bfloat16 or float32.
+        rngs: source of the random initial weights.
+        mesh: where experts are split; None for one device.
+        rules: how axis letters map to the mesh.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        mesh: Mesh | None = None,
+        rules: ShardingRules = ShardingRules(),
+    ) -> None:
+        if mesh is not None:
+            rules.check(config, mesh)
+        self.config = config
+        self.embed = Embedding(config, dtype, rngs)
+        self.layers = nnx.List(
+            [Block(config, dtype, rngs, mesh, rules) for _ in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config, dtype)
+        self.head = None if config.tied_embeddings else Linear("V", "D", config, dtype, rngs)
+
+    def __call__(self, tokens: Tokens) -> RowLogits:
+        """Full sequence: ids [B T] -> logits [B T V], each position seeing those before it.
+
+        Rows of different lengths are padded on the right; what stands there disturbs nothing.
+        """
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        rotary = Rotary.at(positions, self.config)
+        x = self.embed(tokens)
+        for block in self.layers:
+            x = block.full(x, rotary)
+        return self.logits(self.norm(x))
+
+    def paged(self, batch: RaggedBatch, cache: PagedCache) -> tuple[FlatHidden, PagedCache]:
+        """New tokens of many sequences against their pages: final hidden states [T D].
+
+        Logits cost a product with the whole vocabulary: ask `logits` for the rows that need them.
+        """
+        rotary = Rotary.at(batch.positions, self.config)
+        x = self.embed(batch.tokens)
+        layers = []
+        for block, pages in zip(self.layers, cache.layers, strict=True):
+            x, pages = block.paged(x, rotary, pages, batch)
+            layers.append(pages)
+        return self.norm(x), PagedCache(tuple(layers))
+
+    def logits(self, x: Hidden) -> jax.Array:
+        """Hidden states [*R D] -> logits [*R V] f32."""
+        scores = self.embed.score(x) if self.head is None else self.head(x)
+        return scores.astype(jnp.float32)
+
+
+def parameter_axes(model: Transformer) -> dict[str, str]:
+    """Axis letters of every parameter by its dotted name, e.g. `layers.0.attention.q.weight`."""
+    return {
+        name: variable.get_metadata("axes") for name, variable in named_parameters(model).items()
+    }
+
+
+def named_parameters(model: Transformer) -> dict[str, Any]:
+    """Every nnx.Param of the model by its dotted name."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(str(part) for part in path): variable for path, variable in flat}

@@ -1,0 +1,149 @@
+"""Every error that a caller can meet, with its gRPC status, HTTP status and Azure code.
+
+    ServingError
+    ├── InvalidRequest          INVALID_ARGUMENT     400  the request is malformed
+    │   ├── ContextTooLong      INVALID_ARGUMENT     400  prompt and answer exceed the context
+    │   ├── RequestTooLarge     INVALID_ARGUMENT     413  the body exceeds what the gateway reads
+    │   └── InvalidParameter    INVALID_ARGUMENT     422  a parameter's type, range or name is wrong
+    │       └── UnsupportedParameter INVALID_ARGUMENT 422 known, but not had here
+    ├── Unauthenticated         UNAUTHENTICATED      401  no key, or a wrong one
+    ├── NotFound                NOT_FOUND            404  no such route or model
+    ├── MethodNotAllowed        UNIMPLEMENTED        405  the route exists, the method does not
+    ├── DeadlineExceeded        DEADLINE_EXCEEDED    408  the caller's deadline passed
+    ├── Overloaded              RESOURCE_EXHAUSTED   429  the queue is full; a retry helps
+    ├── EngineFailure           INTERNAL             424  the model failed; a retry does not help
+    └── Unavailable             UNAVAILABLE          503  not ready, draining or gone; a retry helps
+
+The service puts the class name into the trailing metadata (`ERROR_METADATA`), because several
+leaves share one gRPC status; `from_grpc` turns it back into the same error on the gateway's side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+ERROR_METADATA = "mixtral-error"
+
+
+class ServingError(Exception):
+    """Root of the tree. The message is written for the caller: it names thing and remedy."""
+
+    grpc_status: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    azure_code: ClassVar[str] = "InternalServerError"
+    # Seconds to wait before a retry; None where a retry does not help.
+    retry_after: ClassVar[int | None] = None
+
+
+class InvalidRequest(ServingError):
+    grpc_status = "INVALID_ARGUMENT"
+    http_status = 400
+    azure_code = "BadRequest"
+
+
+class ContextTooLong(InvalidRequest):
+    azure_code = "context_length_exceeded"
+
+
+class RequestTooLarge(InvalidRequest):
+    http_status = 413
+    azure_code = "RequestEntityTooLarge"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one parameter."""
+
+    kind: str
+    path: tuple[str, ...]
+    message: str
+    value: object
+
+
+class InvalidParameter(InvalidRequest):
+    """Names every place that is wrong where that is known; `problems` does not cross gRPC."""
+
+    http_status = 422
+    azure_code = "Invalid input"
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class UnsupportedParameter(InvalidParameter):
+    azure_code = "parameter_not_supported"
+
+
+class Unauthenticated(ServingError):
+    grpc_status = "UNAUTHENTICATED"
+    http_status = 401
+    azure_code = "Unauthorized"
+
+
+class NotFound(ServingError):
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+    azure_code = "NotFound"
+
+
+class MethodNotAllowed(ServingError):
+    grpc_status = "UNIMPLEMENTED"
+    http_status = 405
+    azure_code = "MethodNotAllowed"
+
+
+class DeadlineExceeded(ServingError):
+    grpc_status = "DEADLINE_EXCEEDED"
+    http_status = 408
+    azure_code = "RequestTimeout"
+
+
+class Overloaded(ServingError):
+    grpc_status = "RESOURCE_EXHAUSTED"
+    http_status = 429
+    azure_code = "TooManyRequests"
+    retry_after = 1
+
+
+class EngineFailure(ServingError):
+    grpc_status = "INTERNAL"
+    http_status = 424
+    azure_code = "ModelError"
+
+
+class Unavailable(ServingError):
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+    azure_code = "ServiceUnavailable"
+    retry_after = 2
+
+
+LEAVES: dict[str, type[ServingError]] = {
+    leaf.__name__: leaf
+    for leaf in (
+        InvalidRequest,
+        ContextTooLong,
+        RequestTooLarge,
+        InvalidParameter,
+        UnsupportedParameter,
+        Unauthenticated,
+        NotFound,
+        MethodNotAllowed,
+        DeadlineExceeded,
+        Overloaded,
+        EngineFailure,
+        Unavailable,
+    )
+}
+
+# Which leaf stands for a status that arrives without a name, as from a proxy or a dead server.
+_BY_STATUS: dict[str, type[ServingError]] = {
+    leaf.grpc_status: leaf for leaf in reversed(LEAVES.values())
+}
+
+
+def from_grpc(status: str, name: str | None, message: str) -> ServingError:
+    """Rebuilds the error of a failed call from its status name, its metadata and its details."""
+    leaf = LEAVES.get(name or "") or _BY_STATUS.get(status, EngineFailure)
+    return leaf(message)

@@ -1,0 +1,276 @@
+"""What clients read: completions, the events of a stream, errors; all built from the proto here.
+
+    completion    GenerateChunks, all -> ChatCompletion
+    opening       (nothing yet)       -> the first ChatCompletionChunk
+    chunks_of     GenerateChunk, one  -> ChatCompletionChunks
+    heartbeat     (silence)           -> a ChatCompletionChunk that says nothing
+    failure       ServingError        -> the ChatCompletionChunk that ends a broken stream
+    error_body    ServingError        -> ErrorBody
+
+The shapes are the ones that every client we know reads without harm. A stream is made of `data:`
+lines and nothing else: Azure's clients refuse comments and named events, so that a heartbeat has to
+be a chunk without choices. A key that is absent and a key that is null differ to some of them.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from serving.errors import InvalidParameter, Problem, ServingError
+from serving.proto import inference_pb2
+
+# The end of a stream; .NET's client waits for it for ever.
+DONE = b"data: [DONE]\n\n"
+# A value of a request is shown back in an error if its JSON has no more characters than this.
+ECHO_LIMIT = 200
+
+
+def _is_none(value: object) -> bool:
+    """Of the keys that must be absent, not null, where they have no value."""
+    return value is None
+
+
+class Usage(BaseModel):
+    """Tokens spent. Integers only: some clients add all the values up."""
+
+    prompt_tokens: int
+    """Tokens of the rendered conversation."""
+    completion_tokens: int
+    """Tokens generated."""
+    total_tokens: int
+    """The sum of both."""
+
+
+class AssistantMessage(BaseModel):
+    """The answer of a completion."""
+
+    role: Literal["assistant"] = "assistant"
+    """Always `assistant`."""
+    content: str
+    """The text, never null."""
+    tool_calls: None = None
+    """No tools for now."""
+
+
+class Choice(BaseModel):
+    """One answer."""
+
+    index: int
+    """Its place among the choices."""
+    message: AssistantMessage
+    """The answer."""
+    finish_reason: str
+    """`stop` or `length`."""
+    logprobs: None = None
+    """Not for now."""
+
+
+class ChatCompletion(BaseModel):
+    """The whole answer at once."""
+
+    id: str
+    """32 hexadecimal digits."""
+    object: Literal["chat.completion"] = "chat.completion"
+    """Always `chat.completion`."""
+    created: int
+    """Seconds since 1970."""
+    model: str
+    """The name of the served model, whatever name was asked for."""
+    choices: list[Choice]
+    """One choice."""
+    usage: Usage
+    """Tokens spent."""
+
+
+class Delta(BaseModel):
+    """What a chunk adds."""
+
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
+    """In the first chunk only."""
+    content: str
+    """The new text; empty in the first and the last chunk, never null."""
+
+
+class ChunkChoice(BaseModel):
+    """The news of one answer."""
+
+    index: int
+    """Its place among the choices."""
+    delta: Delta
+    """What is new."""
+    finish_reason: str | None = None
+    """`stop` or `length` in the last chunk, null before."""
+    logprobs: None = None
+    """Not for now."""
+
+
+class ErrorDetail(BaseModel):
+    """An error as Azure's and OpenAI's clients look for it."""
+
+    code: str
+    """A name for programs."""
+    message: str
+    """What is wrong and what to do; JSON itself where the status is 422."""
+    status: int
+    """The HTTP status."""
+
+
+class ChatCompletionChunk(BaseModel):
+    """One event of a stream."""
+
+    id: str
+    """32 hexadecimal digits, the same in all chunks."""
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    """Always `chat.completion.chunk`."""
+    created: int
+    """Seconds since 1970, the same in all chunks."""
+    model: str
+    """The name of the served model."""
+    choices: list[ChunkChoice]
+    """One choice; none in a heartbeat, a chunk of usage, a failure."""
+    usage: Usage | None = Field(default=None, exclude_if=_is_none)
+    """Tokens spent, in one chunk at the end."""
+    error: ErrorDetail | None = Field(default=None, exclude_if=_is_none)
+    """Why the stream breaks off after this chunk."""
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not 2xx; one shape for clients that look in other places."""
+
+    error: ErrorDetail
+    """Where most clients look."""
+    status: int
+    """The HTTP status."""
+    code: str
+    """The code again, for clients that look at the root."""
+    message: str
+    """The message again."""
+    detail: str | list[dict[str, object]]
+    """The message, or for 422 what is wrong with each parameter: `type`, `loc`, `msg`, `input`."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What all parts of one answer share."""
+
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def new(cls, model: str) -> "Identity":
+        """The identity of an answer that begins now."""
+        return cls(uuid.uuid4().hex, int(time.time()), model)
+
+
+def completion(identity: Identity, chunks: Iterable[inference_pb2.GenerateChunk]) -> ChatCompletion:
+    """The answer that the chunks, of which the last one ends it, make up."""
+    *_, last = chunks = list(chunks)
+    message = AssistantMessage(content="".join(chunk.text for chunk in chunks))
+    choice = Choice(index=0, message=message, finish_reason=_finish_reason(last))
+    return ChatCompletion(
+        id=identity.id,
+        created=identity.created,
+        model=identity.model,
+        choices=[choice],
+        usage=_usage(last),
+    )
+
+
+def opening(identity: Identity) -> ChatCompletionChunk:
+    """The first chunk of a stream: the role, and no text yet."""
+    return _chunk(identity, Delta(role="assistant", content=""))
+
+
+def chunks_of(
+    identity: Identity, chunk: inference_pb2.GenerateChunk, include_usage: bool
+) -> Iterator[ChatCompletionChunk]:
+    """What one chunk of the service becomes: none to three chunks.
+
+    The usage comes with the reason to finish. A client of OpenAI's that asks for it has it in a
+    chunk of its own and only there, because some add up whatever usage they meet.
+    """
+    if chunk.text:
+        yield _chunk(identity, Delta(content=chunk.text))
+    if chunk.finish_reason == inference_pb2.FINISH_REASON_UNSPECIFIED:
+        return
+    last = _chunk(identity, Delta(content=""), _finish_reason(chunk))
+    if include_usage:
+        yield last
+        last = heartbeat(identity)
+    last.usage = _usage(chunk)
+    yield last
+
+
+def heartbeat(identity: Identity) -> ChatCompletionChunk:
+    """A chunk that only shows that the connection lives."""
+    return ChatCompletionChunk(
+        id=identity.id, created=identity.created, model=identity.model, choices=[]
+    )
+
+
+def failure(identity: Identity, error: ServingError) -> ChatCompletionChunk:
+    """The chunk that tells why the stream breaks off."""
+    chunk = heartbeat(identity)
+    chunk.error = error_body(error).error
+    return chunk
+
+
+def event(chunk: ChatCompletionChunk) -> bytes:
+    """A chunk as a server-sent event.
+
+    All of it is ASCII: clients that split lines where Unicode does, or decode the network's pieces
+    one by one, would break the text otherwise.
+    """
+    return b"data: " + chunk.model_dump_json(ensure_ascii=True).encode() + b"\n\n"
+
+
+def error_body(error: ServingError) -> ErrorBody:
+    """What a client reads when its request failed."""
+    message = str(error)
+    detail: str | list[dict[str, object]] = message
+    if isinstance(error, InvalidParameter):
+        problems = error.problems or (Problem(error.azure_code, ("body",), message, None),)
+        detail = [
+            {
+                "type": problem.kind,
+                "loc": list(problem.path),
+                "msg": problem.message,
+                "input": _echo(problem.value),
+            }
+            for problem in problems
+        ]
+        # LiteLLM reads the names of the parameters that it may drop out of the message.
+        message = json.dumps({"detail": detail})
+    inner = ErrorDetail(code=error.azure_code, message=message, status=error.http_status)
+    return ErrorBody(error=inner, **inner.model_dump(), detail=detail)
+
+
+def _chunk(
+    identity: Identity, delta: Delta, finish_reason: str | None = None
+) -> ChatCompletionChunk:
+    chunk = heartbeat(identity)
+    chunk.choices = [ChunkChoice(index=0, delta=delta, finish_reason=finish_reason)]
+    return chunk
+
+
+def _finish_reason(chunk: inference_pb2.GenerateChunk) -> str:
+    name = inference_pb2.FinishReason.Name(chunk.finish_reason)
+    return name.removeprefix("FINISH_REASON_").lower()
+
+
+def _usage(chunk: inference_pb2.GenerateChunk) -> Usage:
+    prompt, generated = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+    return Usage(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
+
+
+def _echo(value: object) -> object:
+    try:
+        return value if len(json.dumps(value, allow_nan=False)) <= ECHO_LIMIT else None
+    except ValueError:  # infinity, or an integer too long to be written
+        return None
