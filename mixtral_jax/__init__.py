@@ -14,11 +14,10 @@ from pathlib import Path
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mixtral_jax import checkpoint as _checkpoint
-from mixtral_jax import tokenizer as _tokenizer
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.generate import generate, generate_tokens
 from mixtral_jax.model import Transformer
+from mixtral_jax.pretrained import load_pretrained
 from mixtral_jax.sharding import ShardingRules, make_mesh
 from mixtral_jax.tokenizer import Tokenizer
 
@@ -39,8 +38,8 @@ def load(
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a checkpoint folder: the model, straight onto the devices of `mesh`, and its tokenizer.
 
-    `dtype` is float32 or bfloat16; None keeps the stored one. Raises ConfigError (a ValueError)
-    where `path` is not a checkpoint.
+    `path` may also be "tiny-random", a toy that needs no files. `dtype` is float32 or bfloat16;
+    None keeps the stored one. Raises ConfigError (a ValueError) where `path` is not a checkpoint.
     """
-    model, _ = _checkpoint.load(Path(path), mesh, dtype)
-    return model, _tokenizer.load(Path(path))
+    model, tokenizer, _ = load_pretrained(path, mesh, dtype)
+    return model, tokenizer

@@ -114,8 +114,10 @@ def _respell(spec: dict[str, Any], spelling: Mapping[str, str]) -> None:
         # Some converters list merges that build a control token out of plain text: those must go.
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [p for p in pairs if spelling.keys().isdisjoint([*p, "".join(p)])]
-    if model.get("unk_token") is not None:
-        model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
+    if model["type"] == "BPE":
+        # What has no token is left out. Published software puts the unknown token there, which
+        # in many vocabularies is the end of the text as well: outside text must not reach it.
+        model["unk_token"] = None
     # A maximum length or a padding saved with the file is no part of what text means.
     spec["truncation"] = spec["padding"] = None
 

@@ -11,9 +11,9 @@ A client that drops cancels its call to the service, at every moment of its requ
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from fastapi import Depends, FastAPI, Request
@@ -121,14 +121,13 @@ class Gateway:
         answer = self.service.generate(to_proto(chat))
         try:
             first = await _unless_dropped(request, answer.read())
-            if not chat.stream:
-                chunks = await _unless_dropped(request, _rest(answer, first))
-                answer.cancel()
-                return JSONResponse(reply.completion(identity, chunks).model_dump())
+            if chat.stream:
+                return EventStream(answer, self._events(chat, identity, answer, first))
+            chunks = await _unless_dropped(request, _collect(answer, first))
         except BaseException:
             answer.cancel()
             raise
-        return EventStream(answer, self._events(chat, identity, answer, first))
+        return JSONResponse(reply.completion(identity, chunks).model_dump())
 
     async def _events(
         self,
@@ -137,18 +136,15 @@ class Gateway:
         answer: Answer,
         chunk: inference_pb2.GenerateChunk | None,
     ) -> AsyncIterator[bytes]:
-        wants_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+        include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
         yield reply.event(reply.opening(identity))
         try:
             while chunk is not None:
-                for piece in reply.chunks_of(identity, chunk, wants_usage):
+                for piece in reply.chunks_of(identity, chunk, include_usage):
                     yield reply.event(piece)
-                while True:
-                    try:
-                        chunk = await answer.read(patience=self._heartbeat_seconds)
-                        break
-                    except TimeoutError:
-                        yield reply.event(reply.heartbeat(identity))
+                while not await answer.has_news(self._heartbeat_seconds):
+                    yield reply.event(reply.heartbeat(identity))
+                chunk = await answer.read()
         except ServingError as error:
             logger.error("answer %s broke off: %s: %s", identity.id, type(error).__name__, error)
             yield reply.event(reply.failure(identity, error))
@@ -168,3 +164,120 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answer.cancel()
+
+
+async def azure_chat(request: Request) -> Response:
+    """The bare route: Azure's API, which is strict about parameters that it does not list."""
+    headers = request.headers
+    # The shorter name is the one in Microsoft's own sample for JavaScript.
+    policy = headers.get("extra-parameters") or headers.get("extra-params")
+    return await _gateway(request).chat(request, Extras.from_header(policy))
+
+
+async def openai_chat(request: Request) -> Response:
+    """The route of OpenAI's and Mistral's clients, which send what they like."""
+    return await _gateway(request).chat(request, Extras.LENIENT)
+
+
+async def info(request: Request) -> Response:
+    """Which model is served."""
+    model = await _gateway(request).service.model()
+    return JSONResponse(reply.model_info(model).model_dump())
+
+
+async def live() -> Response:
+    """200 for as long as the process lives."""
+    return JSONResponse({"status": "live"})
+
+
+async def ready(request: Request) -> Response:
+    """200 if the model service serves, 503 until then."""
+    await _gateway(request).service.check_ready()
+    return JSONResponse({"status": "ready"})
+
+
+async def on_serving_error(request: Request, error: Exception) -> Response:
+    """Every answer that is not 2xx comes from here."""
+    assert isinstance(error, ServingError)
+    headers = {"x-ms-error-code": error.azure_code}
+    if error.retry_after is not None:
+        # Clients of Azure's repeat whatever carries this header, so nothing else may.
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, RequestTooLarge):
+        # What the client has not sent yet shall not be waited for.
+        headers["connection"] = "close"
+    if isinstance(error, EngineFailure):
+        headers["ms-azureml-model-error-reason"] = "model_error"
+        headers["ms-azureml-model-error-statuscode"] = "500"
+    body = reply.error_body(error).model_dump()
+    return JSONResponse(body, status_code=error.http_status, headers=headers)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """The router's own errors, in our shape."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    ours: ServingError = InvalidRequest(str(error.detail))
+    if error.status_code == MethodNotAllowed.http_status:
+        ours = MethodNotAllowed(f"{what}: method not allowed here")
+    if error.status_code == NotFound.http_status:
+        ours = NotFound(f"{what}: not found; chats go to POST /chat/completions")
+    response = await on_serving_error(request, ours)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """Nobody is there to read it."""
+    return Response(status_code=499)
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """An exception that is nobody's but ours; the server logs its traceback."""
+    return await on_serving_error(request, ServingError("the gateway failed; its log says why"))
+
+
+def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    too_large = RequestTooLarge(f"the body is larger than {limit} bytes")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+async def _collect(
+    answer: Answer, chunk: inference_pb2.GenerateChunk | None
+) -> list[inference_pb2.GenerateChunk]:
+    chunks = []
+    while chunk is not None:
+        chunks.append(chunk)
+        chunk = await answer.read()
+    return chunks
+
+
+async def _unless_dropped(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; raises ClientDisconnect, and gives it up, if the client goes first.
+
+    The body of the request must have been read: the next that can come is the end of the client.
+    """
+    working = asyncio.create_task(work)
+    watching = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()

@@ -1,5 +1,6 @@
 """What clients read: completions, the events of a stream, errors; all built from the proto here.
 
+    model_info    ModelInfo (proto)   -> ModelInfo
     completion    GenerateChunks, all -> ChatCompletion
     opening       (nothing yet)       -> the first ChatCompletionChunk
     chunks_of     GenerateChunk, one  -> ChatCompletionChunks
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import InvalidParameter, Problem, ServingError
 from serving.proto import inference_pb2
@@ -33,6 +34,19 @@ ECHO_LIMIT = 200
 def _is_none(value: object) -> bool:
     """Of the keys that must be absent, not null, where they have no value."""
     return value is None
+
+
+class ModelInfo(BaseModel):
+    """The answer of /info."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_name: str
+    """The served name."""
+    model_type: str
+    """What it is good for: `chat-completions`."""
+    model_provider_name: str
+    """Who made it."""
 
 
 class Usage(BaseModel):
@@ -166,6 +180,13 @@ class Identity:
     def new(cls, model: str) -> "Identity":
         """The identity of an answer that begins now."""
         return cls(uuid.uuid4().hex, int(time.time()), model)
+
+
+def model_info(model: inference_pb2.ModelInfo) -> ModelInfo:
+    """What is told about the model."""
+    return ModelInfo(
+        model_name=model.name, model_type=model.type, model_provider_name=model.provider
+    )
 
 
 def completion(identity: Identity, chunks: Iterable[inference_pb2.GenerateChunk]) -> ChatCompletion:

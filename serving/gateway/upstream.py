@@ -88,17 +88,17 @@ class Answer:
         self._reading: asyncio.Task[Any] | None = None
         self._is_whole = False
 
-    async def read(self, patience: float | None = None) -> inference_pb2.GenerateChunk | None:
-        """The next chunk, None after the last one.
-
-        Raises TimeoutError after `patience` seconds of silence, which does no harm: read again.
-        Raises the ServingError that ended the call.
-        """
+    async def has_news(self, patience: float | None = None) -> bool:
+        """Waits until `read` will return at once: True, or False after `patience` seconds."""
         if self._reading is None:
             self._reading = asyncio.ensure_future(self._call.read())
         await asyncio.wait({self._reading}, timeout=patience)
-        if not self._reading.done():
-            raise TimeoutError
+        return self._reading.done()
+
+    async def read(self) -> inference_pb2.GenerateChunk | None:
+        """The next chunk, None after the last one; raises the ServingError that ended the call."""
+        await self.has_news()
+        assert self._reading is not None
         reading, self._reading = self._reading, None
         try:
             chunk = reading.result()
@@ -120,13 +120,14 @@ class Answer:
 
 def _error_of(failure: grpc.aio.AioRpcError) -> ServingError:
     code = failure.code()
-    name = dict(failure.trailing_metadata() or ()).get(ERROR_METADATA)
+    trailing: Any = failure.trailing_metadata() or ()  # pairs, which the stubs do not know
+    name = next((str(value) for key, value in trailing if key == ERROR_METADATA), None)
     if code == grpc.StatusCode.UNAUTHENTICATED:
         # The client's key was right, or it would not have come so far: this is the operator's.
         logger.error("the model service refuses the gateway's key: give both the same one")
         return Unavailable("the model service is not available to this gateway")
     if name is not None:
-        return from_grpc(code.name, str(name), failure.details() or "")
+        return from_grpc(code.name, name, failure.details() or "")
     logger.warning("call of the model service failed: %s: %s", code.name, failure.details())
     if code in _NOT_THERE:
         return Unavailable("the model service cannot be reached; try again shortly")

@@ -1,0 +1,20 @@
+"""ConversionError: everything that is wrong with a source, said at once."""
+
+from collections.abc import Sequence
+
+_SHOWN = 10
+
+
+class ConversionError(ValueError):
+    """A source that cannot be converted, or a checkpoint that cannot be exported.
+
+    `problems` holds one sentence per fault, each naming the file, tensor or field and, where there
+    is one, the remedy. The message shows the first ten.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        shown = list(self.problems[:_SHOWN])
+        if len(self.problems) > _SHOWN:
+            shown.append(f"and {len(self.problems) - _SHOWN} more")
+        super().__init__("\n".join(shown))

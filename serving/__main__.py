@@ -1,0 +1,135 @@
+"""`python -m serving`: one engine behind gRPC, until SIGTERM or SIGINT.
+
+Prints one line for each stage of the start, and `ready` when it answers. The key comes from the
+environment variable MIXTRAL_JAX_API_KEY.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.pretrained import load_pretrained
+from serving.engine import Engine
+from serving.parent import outlived
+from serving.proto import inference_pb2 as pb
+from serving.scheduler import Limits
+from serving.service import InferenceService, create_server, set_serving
+from serving.worker import EngineWorker
+
+_PAGE_SIZE = 16
+_DRAIN_SECONDS = 30.0
+
+
+def main() -> None:
+    options = _options()
+    key = os.environ.get("MIXTRAL_JAX_API_KEY")
+    if not key:
+        sys.exit("mixtral-jax: set MIXTRAL_JAX_API_KEY to the key that clients will send")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        worker, service = _build(options)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"mixtral-jax: {error}")
+    worker.start()
+    try:
+        asyncio.run(_serve(f"{options.host}:{options.port}", worker, service, key))
+    except OSError as error:
+        sys.exit(f"mixtral-jax: {error}")
+    finally:
+        worker.stop()
+    if worker.has_failed:
+        sys.exit("mixtral-jax: the engine failed")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint folder, or tiny-random")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: as stored")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=50051)
+    parser.add_argument("--max-sequences", type=int, default=8, help="requests per step")
+    parser.add_argument("--max-step-tokens", type=int, default=256, help="tokens per step")
+    parser.add_argument("--max-waiting", type=int, default=256, help="requests in the queue")
+    parser.add_argument("--kv-memory", type=int, default=512, help="MiB of keys and values")
+    return parser.parse_args()
+
+
+def _say(text: str) -> None:
+    print(f"engine: {text}", file=sys.stderr, flush=True)
+
+
+def _build(options: argparse.Namespace) -> tuple[EngineWorker, InferenceService]:
+    _cache_compilations()
+    _say(f"loading {options.model}")
+    model, tokenizer, card = load_pretrained(options.model, dtype=options.dtype)
+    limits = _limits(model.config, np.dtype(options.dtype or card.dtype).itemsize, options)
+    engine = Engine(model, limits, progress=_say)
+    info = pb.ModelInfo(
+        name=card.name,
+        type="chat-completions",
+        provider=card.provider,
+        max_context=limits.max_context,
+        vocab_size=model.config.vocab_size,
+    )
+    worker = EngineWorker(engine)
+    return worker, InferenceService(worker, tokenizer, info)
+
+
+def _limits(config: ModelConfig, itemsize: int, options: argparse.Namespace) -> Limits:
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_size * itemsize
+    longest = options.max_sequences * config.max_context
+    num_tokens = min(longest, (options.kv_memory << 20) // token_bytes)
+    num_pages = max(1, num_tokens // _PAGE_SIZE)
+    return Limits(
+        num_pages=num_pages,
+        page_size=_PAGE_SIZE,
+        max_sequences=options.max_sequences,
+        max_step_tokens=max(options.max_step_tokens, options.max_sequences),
+        max_context=min(config.max_context, num_pages * _PAGE_SIZE),
+        max_waiting=options.max_waiting,
+    )
+
+
+def _cache_compilations() -> None:
+    """Compiled steps are kept between starts, where JAX_COMPILATION_CACHE_DIR says or here."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "mixtral-jax" / "xla"))
+
+
+async def _serve(address: str, worker: EngineWorker, service: InferenceService, key: str) -> None:
+    """Serves until a signal, the engine's end or the parent's; then lets streams finish."""
+    server, port, checks = await create_server(address, service, key)
+    _say(f"ready on {address.rpartition(':')[0]}:{port}")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    reasons = [
+        asyncio.create_task(stop.wait()),
+        asyncio.create_task(outlived(os.getppid())),
+        asyncio.create_task(_ended(worker)),
+    ]
+    await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+    for task in reasons:
+        task.cancel()
+    await set_serving(checks, False)
+    worker.drain()
+    await server.stop(_DRAIN_SECONDS)
+
+
+async def _ended(worker: EngineWorker) -> None:
+    while not worker.ended.is_set():
+        await asyncio.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()

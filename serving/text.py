@@ -1,0 +1,45 @@
+"""Stop texts in a stream: what is certain goes out, what may become a stop text is held back."""
+
+from collections.abc import Sequence
+
+
+class StopTexts:
+    """Cuts a text, which comes in pieces, before the first stop text.
+
+    Worked example, stop "END": the pieces "a E", "N", "X EN", "D b" give "a ", "", "ENX ", "" and
+    then the stream is stopped; " b" is never seen.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise ValueError("a stop text is empty; leave it out")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Takes the next piece and returns what is certain now. Sets `stopped` at a stop text."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            certain, self._held = self._held[: min(found)], ""
+            return certain
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        certain, self._held = self._held[:cut], self._held[cut:]
+        return certain
+
+    def finish(self) -> str:
+        """What was held back, when nothing more comes."""
+        certain, self._held = self._held, ""
+        return certain
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that is a beginning of `stop`."""
+        for size in range(min(len(stop) - 1, len(self._held)), 0, -1):
+            if self._held.endswith(stop[:size]):
+                return size
+        return 0
