@@ -25,7 +25,7 @@ from mixtral_jax.config import ModelConfig
 
 
 class Line(NamedTuple):
-    """One line of the table. `{i}` runs over layers and `{e}` over experts."""
+    """One line of the table. `{e}` runs over experts; layers are the dialect's prefix."""
 
     ours: str
     theirs: str
@@ -38,145 +38,116 @@ class Line(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """All names of one kind of source. The first of the `experts` variants is the usual one."""
+    """All names of one kind of source."""
 
-    shared: tuple[Line, ...]
+    top: tuple[Line, ...]
+    prefix: str  # of what follows; ours is "layers.{i}."
+    layer: tuple[Line, ...]
     dense: tuple[Line, ...]
-    experts: tuple[tuple[Line, ...], ...]
-    # Derived constants that old files carry, to be passed over.
-    ignored: tuple[str, ...] = ()
+    experts: tuple[tuple[Line, ...], ...]  # ways of storing experts, the usual one first
+    ignored: tuple[str, ...] = ()  # constants, derived, that old files carry in each layer
 
 
-_ATTENTION = "layers.{i}.attention."
-_FEED_FORWARD = "layers.{i}.feed_forward."
-
-_HF_LAYER = "model.layers.{i}."
 _HF = Dialect(
-    shared=(
+    top=(
         Line("embed.weight", "model.embed_tokens.weight", "V D"),
-        Line("layers.{i}.attention_norm.weight", _HF_LAYER + "input_layernorm.weight", "D"),
-        Line(_ATTENTION + "q.weight", _HF_LAYER + "self_attn.q_proj.weight", "N*H D"),
-        Line(_ATTENTION + "k.weight", _HF_LAYER + "self_attn.k_proj.weight", "K*H D"),
-        Line(_ATTENTION + "v.weight", _HF_LAYER + "self_attn.v_proj.weight", "K*H D"),
-        Line(_ATTENTION + "o.weight", _HF_LAYER + "self_attn.o_proj.weight", "D N*H"),
-        Line(
-            "layers.{i}.feed_forward_norm.weight",
-            _HF_LAYER + "post_attention_layernorm.weight",
-            "D",
-        ),
         Line("norm.weight", "model.norm.weight", "D"),
         Line("head.weight", "lm_head.weight", "V D"),
     ),
+    prefix="model.layers.{i}.",
+    layer=(
+        Line("attention_norm.weight", "input_layernorm.weight", "D"),
+        Line("attention.q.weight", "self_attn.q_proj.weight", "N*H D"),
+        Line("attention.k.weight", "self_attn.k_proj.weight", "K*H D"),
+        Line("attention.v.weight", "self_attn.v_proj.weight", "K*H D"),
+        Line("attention.o.weight", "self_attn.o_proj.weight", "D N*H"),
+        Line("feed_forward_norm.weight", "post_attention_layernorm.weight", "D"),
+    ),
     dense=(
-        Line(_FEED_FORWARD + "gate.weight", _HF_LAYER + "mlp.gate_proj.weight", "F D"),
-        Line(_FEED_FORWARD + "up.weight", _HF_LAYER + "mlp.up_proj.weight", "F D"),
-        Line(_FEED_FORWARD + "down.weight", _HF_LAYER + "mlp.down_proj.weight", "D F"),
+        Line("feed_forward.gate.weight", "mlp.gate_proj.weight", "F D"),
+        Line("feed_forward.up.weight", "mlp.up_proj.weight", "F D"),
+        Line("feed_forward.down.weight", "mlp.down_proj.weight", "D F"),
     ),
     experts=(
         (
-            Line(
-                _FEED_FORWARD + "router.weight", _HF_LAYER + "block_sparse_moe.gate.weight", "E D"
-            ),
-            Line(
-                _FEED_FORWARD + "gate.weight",
-                _HF_LAYER + "block_sparse_moe.experts.{e}.w1.weight",
-                "F D",
-            ),
-            Line(
-                _FEED_FORWARD + "up.weight",
-                _HF_LAYER + "block_sparse_moe.experts.{e}.w3.weight",
-                "F D",
-            ),
-            Line(
-                _FEED_FORWARD + "down.weight",
-                _HF_LAYER + "block_sparse_moe.experts.{e}.w2.weight",
-                "D F",
-            ),
+            Line("feed_forward.router.weight", "block_sparse_moe.gate.weight", "E D"),
+            Line("feed_forward.gate.weight", "block_sparse_moe.experts.{e}.w1.weight", "F D"),
+            Line("feed_forward.up.weight", "block_sparse_moe.experts.{e}.w3.weight", "F D"),
+            Line("feed_forward.down.weight", "block_sparse_moe.experts.{e}.w2.weight", "D F"),
         ),
         (
-            Line(_FEED_FORWARD + "router.weight", _HF_LAYER + "mlp.gate.weight", "E D"),
-            Line(
-                _FEED_FORWARD + "gate.weight",
-                _HF_LAYER + "mlp.experts.gate_up_proj",
-                "E 2*F D",
-                half=0,
-            ),
-            Line(
-                _FEED_FORWARD + "up.weight",
-                _HF_LAYER + "mlp.experts.gate_up_proj",
-                "E 2*F D",
-                half=1,
-            ),
-            Line(_FEED_FORWARD + "down.weight", _HF_LAYER + "mlp.experts.down_proj", "E D F"),
+            Line("feed_forward.router.weight", "mlp.gate.weight", "E D"),
+            Line("feed_forward.gate.weight", "mlp.experts.gate_up_proj", "E 2*F D", half=0),
+            Line("feed_forward.up.weight", "mlp.experts.gate_up_proj", "E 2*F D", half=1),
+            Line("feed_forward.down.weight", "mlp.experts.down_proj", "E D F"),
         ),
     ),
-    ignored=(_HF_LAYER + "self_attn.rotary_emb.inv_freq",),
+    ignored=("self_attn.rotary_emb.inv_freq",),
 )
 
-_MISTRAL_FF = "layers.{i}.feed_forward."
 _MISTRAL = Dialect(
-    shared=(
+    top=(
         Line("embed.weight", "tok_embeddings.weight", "V D"),
-        Line("layers.{i}.attention_norm.weight", "layers.{i}.attention_norm.weight", "D"),
-        Line(
-            _ATTENTION + "q.weight", "layers.{i}.attention.wq.weight", "N*H D", interleaved=True
-        ),
-        Line(
-            _ATTENTION + "k.weight", "layers.{i}.attention.wk.weight", "K*H D", interleaved=True
-        ),
-        Line(_ATTENTION + "v.weight", "layers.{i}.attention.wv.weight", "K*H D"),
-        Line(_ATTENTION + "o.weight", "layers.{i}.attention.wo.weight", "D N*H"),
-        Line("layers.{i}.feed_forward_norm.weight", "layers.{i}.ffn_norm.weight", "D"),
         Line("norm.weight", "norm.weight", "D"),
         Line("head.weight", "output.weight", "V D"),
     ),
+    prefix="layers.{i}.",
+    layer=(
+        Line("attention_norm.weight", "attention_norm.weight", "D"),
+        Line("attention.q.weight", "attention.wq.weight", "N*H D", interleaved=True),
+        Line("attention.k.weight", "attention.wk.weight", "K*H D", interleaved=True),
+        Line("attention.v.weight", "attention.wv.weight", "K*H D"),
+        Line("attention.o.weight", "attention.wo.weight", "D N*H"),
+        Line("feed_forward_norm.weight", "ffn_norm.weight", "D"),
+    ),
     dense=(
-        Line(_FEED_FORWARD + "gate.weight", _MISTRAL_FF + "w1.weight", "F D"),
-        Line(_FEED_FORWARD + "up.weight", _MISTRAL_FF + "w3.weight", "F D"),
-        Line(_FEED_FORWARD + "down.weight", _MISTRAL_FF + "w2.weight", "D F"),
+        Line("feed_forward.gate.weight", "feed_forward.w1.weight", "F D"),
+        Line("feed_forward.up.weight", "feed_forward.w3.weight", "F D"),
+        Line("feed_forward.down.weight", "feed_forward.w2.weight", "D F"),
     ),
     experts=(
         (
-            Line(_FEED_FORWARD + "router.weight", _MISTRAL_FF + "gate.weight", "E D"),
-            Line(_FEED_FORWARD + "gate.weight", _MISTRAL_FF + "experts.{e}.w1.weight", "F D"),
-            Line(_FEED_FORWARD + "up.weight", _MISTRAL_FF + "experts.{e}.w3.weight", "F D"),
-            Line(_FEED_FORWARD + "down.weight", _MISTRAL_FF + "experts.{e}.w2.weight", "D F"),
+            Line("feed_forward.router.weight", "feed_forward.gate.weight", "E D"),
+            Line("feed_forward.gate.weight", "feed_forward.experts.{e}.w1.weight", "F D"),
+            Line("feed_forward.up.weight", "feed_forward.experts.{e}.w3.weight", "F D"),
+            Line("feed_forward.down.weight", "feed_forward.experts.{e}.w2.weight", "D F"),
         ),
     ),
 )
 
-_GGUF_LAYER = "blk.{i}."
-_GGUF_ROUTER = Line(_FEED_FORWARD + "router.weight", _GGUF_LAYER + "ffn_gate_inp.weight", "E D")
 _GGUF = Dialect(
-    shared=(
+    top=(
         Line("embed.weight", "token_embd.weight", "V D"),
-        Line("layers.{i}.attention_norm.weight", _GGUF_LAYER + "attn_norm.weight", "D"),
-        Line(_ATTENTION + "q.weight", _GGUF_LAYER + "attn_q.weight", "N*H D", interleaved=True),
-        Line(_ATTENTION + "k.weight", _GGUF_LAYER + "attn_k.weight", "K*H D", interleaved=True),
-        Line(_ATTENTION + "v.weight", _GGUF_LAYER + "attn_v.weight", "K*H D"),
-        Line(_ATTENTION + "o.weight", _GGUF_LAYER + "attn_output.weight", "D N*H"),
-        Line("layers.{i}.feed_forward_norm.weight", _GGUF_LAYER + "ffn_norm.weight", "D"),
         Line("norm.weight", "output_norm.weight", "D"),
         Line("head.weight", "output.weight", "V D"),
     ),
+    prefix="blk.{i}.",
+    layer=(
+        Line("attention_norm.weight", "attn_norm.weight", "D"),
+        Line("attention.q.weight", "attn_q.weight", "N*H D", interleaved=True),
+        Line("attention.k.weight", "attn_k.weight", "K*H D", interleaved=True),
+        Line("attention.v.weight", "attn_v.weight", "K*H D"),
+        Line("attention.o.weight", "attn_output.weight", "D N*H"),
+        Line("feed_forward_norm.weight", "ffn_norm.weight", "D"),
+    ),
     dense=(
-        Line(_FEED_FORWARD + "gate.weight", _GGUF_LAYER + "ffn_gate.weight", "F D"),
-        Line(_FEED_FORWARD + "up.weight", _GGUF_LAYER + "ffn_up.weight", "F D"),
-        Line(_FEED_FORWARD + "down.weight", _GGUF_LAYER + "ffn_down.weight", "D F"),
+        Line("feed_forward.gate.weight", "ffn_gate.weight", "F D"),
+        Line("feed_forward.up.weight", "ffn_up.weight", "F D"),
+        Line("feed_forward.down.weight", "ffn_down.weight", "D F"),
     ),
     experts=(
         (
-            _GGUF_ROUTER,
-            Line(_FEED_FORWARD + "gate.weight", _GGUF_LAYER + "ffn_gate_exps.weight", "E F D"),
-            Line(_FEED_FORWARD + "up.weight", _GGUF_LAYER + "ffn_up_exps.weight", "E F D"),
-            Line(_FEED_FORWARD + "down.weight", _GGUF_LAYER + "ffn_down_exps.weight", "E D F"),
+            Line("feed_forward.router.weight", "ffn_gate_inp.weight", "E D"),
+            Line("feed_forward.gate.weight", "ffn_gate_exps.weight", "E F D"),
+            Line("feed_forward.up.weight", "ffn_up_exps.weight", "E F D"),
+            Line("feed_forward.down.weight", "ffn_down_exps.weight", "E D F"),
         ),
         # Files made before April 2024.
         (
-            _GGUF_ROUTER,
-            Line(_FEED_FORWARD + "gate.weight", _GGUF_LAYER + "ffn_gate.{e}.weight", "F D"),
-            Line(_FEED_FORWARD + "up.weight", _GGUF_LAYER + "ffn_up.{e}.weight", "F D"),
-            Line(_FEED_FORWARD + "down.weight", _GGUF_LAYER + "ffn_down.{e}.weight", "D F"),
+            Line("feed_forward.router.weight", "ffn_gate_inp.weight", "E D"),
+            Line("feed_forward.gate.weight", "ffn_gate.{e}.weight", "F D"),
+            Line("feed_forward.up.weight", "ffn_up.{e}.weight", "F D"),
+            Line("feed_forward.down.weight", "ffn_down.{e}.weight", "D F"),
         ),
     ),
 )
@@ -194,8 +165,8 @@ REFUSED = {
 class Row:
     """One piece of one parameter, and the run of elements that it is copied from.
 
-    Counted in elements of the flattened tensors, source elements `start` to `start + size` become
-    elements `index * size` onwards of the parameter.
+    Counted in elements of the flattened tensors, `size` elements of the source from `start` on
+    become those of the parameter from `index * size` on.
     """
 
     parameter: str
@@ -208,44 +179,40 @@ class Row:
 
 
 def rows(config: ModelConfig, dialect: str, names: Collection[str] = ()) -> list[Row]:
-    """The whole table for one model, in the order of our parameters' layers.
+    """The whole table for one model.
 
-    `names` are the source's tensors; where a dialect writes experts in two ways, they tell which
-    one it is. Whether they are complete is for the caller to check.
+    `names` are the source's tensors: where a dialect has several ways of storing experts, they
+    tell which one it is. Whether they are complete is for the caller to check.
     """
     table = DIALECTS[dialect]
-    lines = list(table.shared)
-    if config.is_moe:
-        lines += _variant(table.experts, names)
-    else:
-        lines += table.dense
-    if config.tied_embeddings:
-        lines = [line for line in lines if line.ours != "head.weight"]
-    layers = [line for line in lines if "{i}" in line.ours]
-    first = [line for line in lines if line.ours == "embed.weight"]
-    last = [line for line in lines if line not in layers and line not in first]
-    found = [row for line in first for row in _expand(line, config, 0)]
+    found: list[Row] = []
+    for line in table.top:
+        if line.ours != "head.weight" or not config.tied_embeddings:
+            found += _expand(line, config, "", "")
+    lines = table.layer + (_variant(table, names) if config.is_moe else table.dense)
     for i in range(config.num_layers):
-        found += [row for line in layers for row in _expand(line, config, i)]
-    return found + [row for line in last for row in _expand(line, config, 0)]
+        for line in lines:
+            found += _expand(line, config, f"layers.{i}.", table.prefix.format(i=i))
+    return found
 
 
 def ignored(config: ModelConfig, dialect: str) -> set[str]:
     """Names that a source may have and that no parameter needs."""
-    patterns = DIALECTS[dialect].ignored
-    return {pattern.format(i=i) for pattern in patterns for i in range(config.num_layers)}
+    table = DIALECTS[dialect]
+    layers = range(config.num_layers)
+    return {table.prefix.format(i=i) + name for name in table.ignored for i in layers}
 
 
 def tied_pair(dialect: str) -> tuple[str, str]:
     """Source names of the embedding and of the head, which may be stored though it is tied."""
-    names = {line.ours: line.theirs for line in DIALECTS[dialect].shared}
+    names = {line.ours: line.theirs for line in DIALECTS[dialect].top}
     return names["embed.weight"], names["head.weight"]
 
 
 def upcycled(table: list[Row], experts: int) -> list[Row]:
     """Rows that put a dense model's feed-forward matrices into each of E experts.
 
-    Routers get no row: there is nothing to copy (arXiv:2212.05055, "Sparse Upcycling").
+    Routers get no row: there is nothing to copy. (arXiv:2212.05055, sparse upcycling)
     """
     return [
         replace(row, index=e)
@@ -254,17 +221,16 @@ def upcycled(table: list[Row], experts: int) -> list[Row]:
     ]
 
 
-def _variant(variants: tuple[tuple[Line, ...], ...], names: Collection[str]) -> tuple[Line, ...]:
-    for lines in variants:
-        if any(line.theirs.format(i=0, e=0) in names for line in lines if line.ours[-13:] != _R):
-            return lines
-    return variants[0]
+def _variant(table: Dialect, names: Collection[str]) -> tuple[Line, ...]:
+    """The way of storing experts of which the first layer has most names."""
+    prefix = table.prefix.format(i=0)
+    return max(
+        table.experts,
+        key=lambda lines: sum(prefix + line.theirs.format(e=0) in names for line in lines),
+    )
 
 
-_R = "router.weight"
-
-
-def _expand(line: Line, config: ModelConfig, layer: int) -> Iterator[Row]:
+def _expand(line: Line, config: ModelConfig, our_prefix: str, their_prefix: str) -> Iterator[Row]:
     shape = tuple(_size(dimension, config) for dimension in line.shape.split())
     pieces, size, stride, start = 1, math.prod(shape), 0, 0
     if "{e}" in line.theirs:
@@ -275,9 +241,9 @@ def _expand(line: Line, config: ModelConfig, layer: int) -> Iterator[Row]:
         start = line.half * size
     for index in range(pieces):
         yield Row(
-            parameter=line.ours.format(i=layer),
+            parameter=our_prefix + line.ours,
             index=index,
-            source=line.theirs.format(i=layer, e=index),
+            source=their_prefix + line.theirs.format(e=index),
             shape=shape,
             start=start + index * stride,
             size=size,
@@ -286,6 +252,6 @@ def _expand(line: Line, config: ModelConfig, layer: int) -> Iterator[Row]:
 
 
 def _size(dimension: str, config: ModelConfig) -> int:
-    """ "N*H" -> number of heads times head size; "2*F" -> twice the feed-forward size."""
+    """The size of "N*H" is heads times head size; of "2*F", twice the feed-forward size."""
     factors = dimension.split("*")
     return math.prod(int(f) if f.isdigit() else config.axis_sizes[f] for f in factors)

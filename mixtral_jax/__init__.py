@@ -9,17 +9,16 @@
 A checkpoint folder is made by `mixtral-jax convert SRC DST`.
 """
 
-from pathlib import Path
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
-
-from mixtral_jax.config import ModelConfig
-from mixtral_jax.generate import generate, generate_tokens
-from mixtral_jax.model import Transformer
-from mixtral_jax.pretrained import load_pretrained
-from mixtral_jax.sharding import ShardingRules, make_mesh
-from mixtral_jax.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from mixtral_jax.config import ModelConfig
+    from mixtral_jax.generation import generate, generate_tokens
+    from mixtral_jax.model import Transformer
+    from mixtral_jax.pretrained import load
+    from mixtral_jax.sharding import ShardingRules, make_mesh
+    from mixtral_jax.tokenizer import Tokenizer
 
 __all__ = [
     "ModelConfig",
@@ -32,14 +31,23 @@ __all__ = [
     "make_mesh",
 ]
 
+_HOMES = {
+    "ModelConfig": "config",
+    "ShardingRules": "sharding",
+    "Tokenizer": "tokenizer",
+    "Transformer": "model",
+    "generate": "generation",
+    "generate_tokens": "generation",
+    "load": "pretrained",
+    "make_mesh": "sharding",
+}
 
-def load(
-    path: str | Path, mesh: Mesh | None = None, dtype: DTypeLike | None = None
-) -> tuple[Transformer, Tokenizer]:
-    """Loads a checkpoint folder: the model, straight onto the devices of `mesh`, and its tokenizer.
 
-    `path` may also be "tiny-random", a toy that needs no files. `dtype` is float32 or bfloat16;
-    None keeps the stored one. Raises ConfigError (a ValueError) where `path` is not a checkpoint.
-    """
-    model, tokenizer, _ = load_pretrained(path, mesh, dtype)
-    return model, tokenizer
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: jax takes seconds, `--help` should not."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+    globals()[name] = value
+    return value

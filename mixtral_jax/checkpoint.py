@@ -23,7 +23,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,18 @@ def abstract_model(
 
 
 def parameter_shapes(config: ModelConfig, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter by its dotted name."""
-    named = named_parameters(abstract_model(config, dtype))
-    return {name: variable.get_value() for name, variable in named.items()}
+    """Shape and dtype of every parameter by its dotted name.
+
+    Layers are alike, so one is traced: a model of many takes seconds.
+    """
+    named = named_parameters(abstract_model(replace(config, num_layers=1), dtype))
+    one = {name: variable.get_value() for name, variable in named.items()}
+    return {
+        name.replace("layers.0.", f"layers.{i}."): array
+        for i in range(config.num_layers)
+        for name, array in one.items()
+        if i == 0 or name.startswith("layers.")
+    }
 
 
 @contextmanager
@@ -109,7 +118,7 @@ def finished_at(folder: Path) -> Iterator[Path]:
     `folder` exists and is not empty.
     """
     folder = folder.absolute()
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -160,11 +169,7 @@ class ParameterWriter:
         want = self.shapes[name]
         spec = {
             "driver": "zarr3",
-            "kvstore": {
-                "driver": "ocdbt",
-                "base": f"file://{self.path}/state/",
-                "path": f"{name}/",
-            },
+            "kvstore": _kvstore(self.path, name),
             "metadata": {
                 "shape": list(want.shape),
                 "data_type": np.dtype(want.dtype).name,
@@ -179,6 +184,38 @@ class ParameterWriter:
             "delete_existing": True,
         }
         return ts.open(spec, context=self._context).result()
+
+
+class ParameterReader:
+    """Reads parameters of a checkpoint piece by piece: what ParameterWriter wrote, or `save`.
+
+    A piece that is not a stored chunk costs the reading of all chunks that it touches.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder.absolute() / PARAMS
+        # Pieces are read once: no cache.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._open: tuple[str, Any] | None = None
+
+    def read(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """Fills `out`, of the stored dtype, with the named parameter's values at `index`.
+
+        Raises ValueError if there is no such parameter, or its dtype or shape does not fit.
+        """
+        if self._open is None or self._open[0] != name:
+            spec = {"driver": "zarr3", "kvstore": _kvstore(self.path, name)}
+            self._open = (name, ts.open(spec, context=self._context).result())
+        stored = self._open[1][index]
+        if stored.dtype.numpy_dtype != out.dtype or stored.shape != out.shape:
+            raise ValueError(f"{self.path}: {name} is {stored.dtype} {stored.shape}, unexpectedly")
+        target = ts.array(out, copy=False)
+        target.write(stored.translate_to[(0,) * out.ndim]).result()
+
+
+def _kvstore(params: Path, name: str) -> dict[str, str]:
+    """Where Orbax keeps one array."""
+    return {"driver": "ocdbt", "base": f"file://{params}/state/", "path": f"{name}/"}
 
 
 def chunk_shape(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ Weights keep the `[out, in]` order that Hugging Face stores, so a converter copi
 matrix products contract the weight's last axes, which is the fast order on CPU.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -73,11 +74,16 @@ class Linear(nnx.Module):
         self, outputs: str, inputs: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.weight = parameter(outputs + inputs, config, dtype, rngs)
-        self.equation = f"...{inputs},{outputs}{inputs}->...{outputs}"
+        self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [*R inputs] -> [*R outputs]."""
-        return jnp.einsum(self.equation, x, self.weight[...])
+        weight = self.weight[...]
+        outputs = weight.shape[: -self.num_inputs]
+        rows = x.shape[: x.ndim - self.num_inputs]
+        # One axis in and one out: on CPU two contracted axes take a path that is twice as slow.
+        flat = weight.reshape(math.prod(outputs), -1)
+        return jnp.einsum("...i,oi->...o", x.reshape(*rows, -1), flat).reshape(*rows, *outputs)
 
 
 class Embedding(nnx.Module):

@@ -102,13 +102,16 @@ class Transformer(nnx.Module):
 
         Logits cost a product with the whole vocabulary: ask `logits` for the rows that need them.
         """
-        rotary = Rotary.at(batch.positions, self.config)
-        x = self.embed(batch.tokens)
+        x, rotary = self.begin(batch)
         layers = []
         for block, pages in zip(self.layers, cache.layers, strict=True):
             x, pages = block.paged(x, rotary, pages, batch)
             layers.append(pages)
         return self.norm(x), PagedCache(tuple(layers))
+
+    def begin(self, batch: RaggedBatch) -> tuple[FlatHidden, Rotary]:
+        """What the first block takes. For callers that run the blocks one by one."""
+        return self.embed(batch.tokens), Rotary.at(batch.positions, self.config)
 
     def logits(self, x: Hidden) -> jax.Array:
         """Hidden states [*R D] -> logits [*R V] f32."""

@@ -40,3 +40,15 @@ def load_pretrained(
     card = Card.read(folder)
     words = tokenizer.load(folder)
     return Pretrained(checkpoint.load(folder, mesh, dtype)[0], words, card)
+
+
+def load(
+    path: str | Path, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """Loads a checkpoint folder: the model, straight onto the devices of `mesh`, and its tokenizer.
+
+    `path` may also be "tiny-random", a toy that needs no files. `dtype` is float32 or bfloat16;
+    None keeps the stored one. Raises ConfigError (a ValueError) where `path` is not a checkpoint.
+    """
+    model, words, _ = load_pretrained(path, mesh, dtype)
+    return model, words

@@ -16,7 +16,7 @@ tokens only. The ids that end a turn or open another role come from the format a
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mixtral_jax.chat import ROLES, ChatError, Message, check_text, checked
 from mixtral_jax.detokenizer import Detokenizer, Vocabulary, spm_bytes
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable  # the tests' type checker asks isinstance
 class Tokenizer(Protocol):
     """What serving and generation ask of a tokenizer. Ids are ints in [0, vocab_size)."""
 

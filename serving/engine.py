@@ -1,12 +1,16 @@
-"""Parameters, cache, and one compiled step per token bucket. Token ids only.
+"""Parameters, cache, and compiled steps, one for each token bucket. Token ids only.
 
 XLA compiles for fixed shapes, so a step is padded to the smallest bucket that holds it. All buckets
 are compiled before the first request; after that the compiled programs are called directly, and a
 shape that was not foreseen raises instead of compiling.
+
+A step is a few programs: embed, block (called once for each layer), pick and draw. All layers have
+the same shapes, so one compilation serves them all and the start does not grow with the depth.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mixtral_jax.axes import FlatHidden, Pages, Rows
 from mixtral_jax.cache import PagedCache, RaggedBatch
-from mixtral_jax.model import Transformer
+from mixtral_jax.layers import Rotary
+from mixtral_jax.model import Block, Transformer
 from mixtral_jax.sampling import SamplingArrays, sample
 from serving.request import Event, Request
 from serving.scheduler import Limits, Plan, Scheduler
@@ -23,8 +29,8 @@ from serving.scheduler import Limits, Plan, Scheduler
 Progress = Callable[[str], None]
 
 
-def default_buckets(limits: Limits) -> tuple[int, ...]:
-    """One token, one for every row, and from there in steps of four up to the budget."""
+def buckets(limits: Limits) -> tuple[int, ...]:
+    """Token counts that a step is padded to: 1, one a row, and from there in steps of four."""
     sizes = {1, limits.max_sequences, limits.max_step_tokens}
     size = limits.max_sequences * 8
     while size < limits.max_step_tokens:
@@ -46,16 +52,11 @@ class Engine:
         self.scheduler = Scheduler(limits)
         self._limits = limits
         self._table_width = -(-limits.max_context // limits.page_size)
-        graph, self._state = nnx.split(model)
+        self._parts = _Parts.of(model)
         dtype = model.embed.weight.get_value().dtype
-        self._cache = PagedCache.empty(model.config, limits.num_pages, limits.page_size, dtype)
-        step = jax.jit(partial(_step, graph), donate_argnums=1)
-        self._programs: dict[int, Any] = {}
-        buckets = default_buckets(limits)
-        for number, size in enumerate(buckets, start=1):
-            progress(f"compiling step {number} of {len(buckets)}: {size} tokens")
-            lowered = step.lower(self._state, self._cache, *self._arrays(Plan(chunks=()), size))
-            self._programs[size] = lowered.compile()
+        cache = PagedCache.empty(model.config, limits.num_pages, limits.page_size, dtype)
+        self._layers = list(cache.layers)
+        self._programs = self._compile(progress)
 
     def add(self, request: Request) -> None:
         """Queues a request; errors as `Scheduler.add`."""
@@ -77,13 +78,31 @@ class Engine:
 
     def _compute(self, plan: Plan) -> Sequence[int]:
         size = min(bucket for bucket in self._programs if bucket >= plan.num_tokens)
-        arrays = self._arrays(plan, size)
-        tokens, self._cache = self._programs[size](self._state, self._cache, *arrays)
+        programs, arrays = self._programs[size], self._arrays(plan, size)
+        x, rotary = programs.embed(self._parts.rest, arrays.batch)
+        for i, block in enumerate(self._parts.blocks):
+            x, self._layers[i] = programs.block(block, x, rotary, self._layers[i], arrays.batch)
+        tokens = programs.draw(self._parts.rest, programs.pick(x, arrays.last), arrays.knobs)
         drawn: list[int] = np.asarray(tokens)[: len(plan.chunks)].tolist()
         return drawn
 
-    def _arrays(self, plan: Plan, size: int) -> tuple[RaggedBatch, Any, SamplingArrays]:
-        """The plan as padded arrays: the batch, the place of each row's last token, the knobs."""
+    def _compile(self, progress: Progress) -> dict[int, "_Programs"]:
+        """Programs of every bucket; those that draw are shared by buckets of as many rows."""
+        empty = {size: self._arrays(Plan(chunks=()), size) for size in buckets(self._limits)}
+        progress(f"compiling steps of {', '.join(map(str, empty))} tokens")
+        parts, pages = self._parts, self._layers[0]
+        # The compiler runs on one core; a second program keeps another busy.
+        with ThreadPoolExecutor(2) as pool:
+            one_of = {arrays.last.shape: arrays for arrays in empty.values()}
+            draw = {rows: pool.submit(parts.compile_draw, a) for rows, a in one_of.items()}
+            walk = {size: pool.submit(parts.compile_walk, pages, a) for size, a in empty.items()}
+            return {
+                size: _Programs(*walk[size].result(), draw[arrays.last.shape].result())
+                for size, arrays in empty.items()
+            }
+
+    def _arrays(self, plan: Plan, size: int) -> "_Arrays":
+        """The plan, padded to a bucket."""
         rows = min(size, self._limits.max_sequences)
         tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
         starts, lengths = np.zeros(rows + 1, np.int32), np.zeros(rows, np.int32)
@@ -114,17 +133,86 @@ class Engine:
         knobs = SamplingArrays(
             jnp.asarray(temperature), jnp.asarray(top_p), jnp.asarray(seed), jnp.asarray(lengths)
         )
-        return batch, jnp.asarray(last), knobs
+        return _Arrays(batch, jnp.asarray(last), knobs)
 
 
-def _step(
-    graph: nnx.GraphDef[Transformer],
-    state: nnx.State,
-    cache: PagedCache,
-    batch: RaggedBatch,
-    last: jax.Array,
-    knobs: SamplingArrays,
-) -> tuple[jax.Array, PagedCache]:
-    model = nnx.merge(graph, state)
-    hidden, cache = model.paged(batch, cache)
-    return sample(model.logits(hidden[last]), knobs), cache
+@dataclass(frozen=True)
+class _Arrays:
+    batch: RaggedBatch
+    last: Rows  # place of each sequence's last token in the flat row
+    knobs: SamplingArrays
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """Compiled for one bucket."""
+
+    embed: Any  # (rest, batch) -> x, rotary
+    block: Any  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
+    pick: Any  # (x, last) -> x of the rows that draw
+    draw: Any  # (rest, x, knobs) -> tokens
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A Transformer taken apart: each block's arrays, and the arrays of the rest."""
+
+    blocks: tuple[list[jax.Array], ...]
+    rest: list[jax.Array]
+    _block: Callable[[list[jax.Array]], Block]
+    _rest: Callable[[list[jax.Array]], Transformer]
+
+    @classmethod
+    def of(cls, model: Transformer) -> "_Parts":
+        # Lists of arrays: flattening an nnx.State on every call costs more than the call.
+        blocks = [_apart(block) for block in model.layers]
+        layers, model.layers = model.layers, nnx.List([])
+        rest, put_together = _apart(model)
+        model.layers = layers
+        return cls(tuple(arrays for arrays, _ in blocks), rest, blocks[0][1], put_together)
+
+    def compile_walk(self, pages: Pages, arrays: _Arrays) -> tuple[Any, Any, Any]:
+        """The programs `embed`, `block` and `pick` for the shapes of these arrays."""
+
+        def embed(rest: list[jax.Array], batch: RaggedBatch) -> tuple[FlatHidden, Rotary]:
+            return self._rest(rest).begin(batch)
+
+        def block(
+            arrays: list[jax.Array],
+            x: FlatHidden,
+            rotary: Rotary,
+            pages: Pages,
+            batch: RaggedBatch,
+        ) -> tuple[FlatHidden, Pages]:
+            return self._block(arrays).paged(x, rotary, pages, batch)
+
+        def pick(x: FlatHidden, last: Rows) -> FlatHidden:
+            return x[last]
+
+        x, rotary = jax.eval_shape(embed, self.rest, arrays.batch)
+        step = jax.jit(block, donate_argnums=3)
+        return (
+            jax.jit(embed).lower(self.rest, arrays.batch).compile(),
+            step.lower(self.blocks[0], x, rotary, pages, arrays.batch).compile(),
+            jax.jit(pick).lower(x, arrays.last).compile(),
+        )
+
+    def compile_draw(self, arrays: _Arrays) -> Any:
+        """The program `draw` for as many rows as these arrays have."""
+
+        def draw(rest: list[jax.Array], x: FlatHidden, knobs: SamplingArrays) -> Rows:
+            model = self._rest(rest)
+            return sample(model.logits(model.norm(x)), knobs)
+
+        x, _ = jax.eval_shape(
+            lambda rest, batch: self._rest(rest).begin(batch), self.rest, arrays.batch
+        )
+        x = jax.ShapeDtypeStruct((*arrays.last.shape, *x.shape[1:]), x.dtype)
+        return jax.jit(draw).lower(self.rest, x, arrays.knobs).compile()
+
+
+def _apart(module: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+    """A module's arrays, and the function that makes the module of them again."""
+    graph, state = nnx.split(module)
+    arrays, structure = jax.tree.flatten(state)
+    return arrays, lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))

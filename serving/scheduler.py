@@ -153,9 +153,7 @@ class Scheduler:
                 continue
             sequence.token_ids.append(token)
             reason = self._finish_reason(sequence)
-            events.append(
-                Event(request_id=chunk.request_id, token_id=token, finish_reason=reason)
-            )
+            events.append(Event(request_id=chunk.request_id, token_id=token, finish_reason=reason))
             if reason is not None:
                 self._release(chunk.request_id)
         return events

@@ -181,9 +181,7 @@ async def create_server(
     Raises OSError if the address is taken.
     """
     # Without this, two servers could share a port and each would get half of the requests.
-    server = grpc.aio.server(
-        interceptors=[KeyInterceptor(key)], options=[("grpc.so_reuseport", 0)]
-    )
+    server = grpc.aio.server(interceptors=[KeyInterceptor(key)], options=[("grpc.so_reuseport", 0)])
     rpc.add_InferenceServicer_to_server(service, server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

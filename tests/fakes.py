@@ -50,7 +50,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.cancelled.clear()
         self._loop.call_soon_threadsafe(self._released.clear)
 
-    async def GetModelInfo(  # noqa: N802 the name of the contract
+    async def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.ModelInfo:
         await _check_key(context)
@@ -58,7 +58,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             name="scripted-7B", type="chat-completions", provider="Nobody", max_context=64
         )
 
-    async def Generate(  # noqa: N802 the name of the contract
+    async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
         await _check_key(context)

@@ -20,9 +20,7 @@ def asked(extras: Extras = Extras.REFUSE, **parameters: Any) -> inference_pb2.Ge
 def test_what_is_left_out_stays_absent() -> None:
     request = asked()
     assert request == inference_pb2.GenerateRequest(
-        chat=inference_pb2.Chat(
-            messages=[inference_pb2.ChatMessage(role="user", content="hello")]
-        ),
+        chat=inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hello")]),
         sampling=inference_pb2.SamplingParams(),
     )
     assert not request.HasField("max_tokens")

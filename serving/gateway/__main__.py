@@ -1,8 +1,8 @@
 """Runs the gateway: `python -m serving.gateway --target HOST:PORT`.
 
 The key stands in the environment as MIXTRAL_JAX_API_KEY, where no list of processes shows it. What
-is wrong before the start is told in one line and ends with status 1. SIGTERM and SIGINT end it with
-status 0, after the answers that are under way, or GRACE_SECONDS.
+is wrong before the start is told in one line and ends with status 1, a wrong flag with status 2.
+SIGTERM and SIGINT end it with status 0, after the answers that are under way, or GRACE_SECONDS.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serving.gateway", description=__doc__)
     parser.add_argument("--target", default="127.0.0.1:50051", help="the model service")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes any free port")
+    parser.add_argument("--port", type=_port, default=8000, help="0 takes any free port")
     parser.add_argument(
         "--heartbeat-seconds",
         type=float,
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{KEY_VARIABLE} cannot be used: {error}")
     try:
         listener = listen(options.host, options.port)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         return _refuse(_why_not_listening(options.host, options.port, error))
 
     set_up_logging()
@@ -95,8 +95,15 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not isinstance(error, (StreamAborted, asyncio.CancelledError))
 
 
-def _why_not_listening(host: str, port: int, error: OSError | OverflowError) -> str:
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < 2**16:
+        raise ValueError
+    return port
+
+
+def _why_not_listening(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
         return f"port {port} of {host} is in use; stop what uses it, or choose another with --port"
     return f"cannot listen on port {port} of {host}: {error}; see --host and --port"
 

@@ -1,0 +1,148 @@
+"""Memory and speed of a conversion: python -m benchmarks.convert_memory [--size-gb 12]
+
+Makes a folder of safetensors as Mixtral-8x7B's (its widths, fewer layers, random bits), converts
+it in a process of its own, and prints
+
+    the peak of that process's resident memory, against 1.5 GiB + twice the largest tensor
+    bytes per second, against `cp` of the same files in the same run, in turns
+
+It removes what it made. Times end when a command returns, as a user sees them; `+ sync` is how
+long the disk went on. Machines with shared disks differ by 2x from minute to minute: trust ratios,
+and medians.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from convert.export import INDEX_FILE, cut
+from convert.mapping import rows
+from mixtral_jax.config import CONFIG_FILE, ModelConfig
+
+GIB = 1 << 30
+_SHARD_BYTES = 4_000_000_000
+_CONVERT = "import sys; from pathlib import Path; from convert.convert import convert; "
+_CONVERT += "convert(Path(sys.argv[1]), Path(sys.argv[2]))"
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    synced: float  # until the disk has it
+    peak: int  # bytes of resident memory
+
+
+def mixtral(size: int) -> ModelConfig:
+    """As many of Mixtral-8x7B's layers as take about `size` bytes in bf16, at least one."""
+    config = replace(ModelConfig.mixtral_8x7b_v01(), num_layers=1)
+
+    def nbytes(layers: int) -> int:
+        return 2 * sum(row.size for row in rows(replace(config, num_layers=layers), "hf"))
+
+    one = nbytes(2) - nbytes(1)
+    return replace(config, num_layers=max(1, round((size - nbytes(1)) / one) + 1))
+
+
+def generate(folder: Path, config: ModelConfig) -> tuple[int, int]:
+    """Writes a Hugging Face folder of random bits. Returns bytes in all, and of the largest tensor.
+
+    Bits come from one random block, at an offset of each tensor's own: there is no compression
+    that could profit from it, and drawing each bit anew would take longer than all the rest.
+    """
+    shapes = {row.source: row.shape for row in rows(config, "hf")}
+    sizes = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items()}
+    shards = cut(shapes, 2, _SHARD_BYTES)
+    generator = np.random.default_rng(0)
+    block = generator.bytes(64 << 20)
+    for shard in shards:
+        with (folder / shard.file).open("wb", buffering=0) as file:
+            file.write(shard.header("bfloat16"))
+            for name in shard.offsets:
+                left = sizes[name]
+                while left:
+                    start = int(generator.integers(len(block) // 2))
+                    left -= file.write(block[start : start + min(left, len(block) // 2)])
+    index = {"weight_map": {name: shard.file for shard in shards for name in shard.offsets}}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_hf("bfloat16")))
+    return sum(sizes.values()), max(sizes.values())
+
+
+def measure(command: list[str], result: Path) -> Run:
+    """Runs a command that makes the folder `result`, and removes that."""
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _peak(process.pid))
+        time.sleep(0.05)
+    seconds = time.perf_counter() - start
+    os.sync()
+    synced = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit(f"{command[0]} failed with {process.returncode}")
+    shutil.rmtree(result)
+    return Run(seconds, synced, peak)
+
+
+def _peak(pid: int) -> int:
+    """Most resident memory a process ever had, in bytes; 0 when it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    lines = [line.split() for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0][1]) * 1024 if lines else 0
+
+
+def report(copies: list[Run], conversions: list[Run], total: int, largest: int) -> None:
+    bound = 3 * GIB // 2 + 2 * largest
+    peak = max(run.peak for run in conversions)
+    print(f"\nsource {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB")
+    print(f"peak memory {peak / GIB:.2f} GiB, bound {bound / GIB:.2f} GiB")
+    print(f"{'':10}{'seconds':>10}{'MB/s':>8}{'+ sync':>10}{'MB/s':>8}")
+    for name, runs in (("cp", copies), ("convert", conversions)):
+        seconds = statistics.median(run.seconds for run in runs)
+        synced = statistics.median(run.synced for run in runs)
+        rates = total / seconds / 1e6, total / synced / 1e6
+        print(f"{name:10}{seconds:10.1f}{rates[0]:8.0f}{synced:10.1f}{rates[1]:8.0f}")
+    ratios = [
+        statistics.median(a.seconds / b.seconds for a, b in zip(copies, conversions, strict=True)),
+        statistics.median(a.synced / b.synced for a, b in zip(copies, conversions, strict=True)),
+    ]
+    print(f"convert / cp: {ratios[0]:.2f}, with sync {ratios[1]:.2f} (medians of pairs)")
+
+
+def main(
+    size_gb: Annotated[float, typer.Option(help="about how large a source to make")] = 12,
+    repeats: Annotated[int, typer.Option(help="how often to time each")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="where to work; needs twice the size")] = None,
+) -> None:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="convert-memory-") as name:
+        source, copy, result = (Path(name) / part for part in ("source", "copy", "result"))
+        source.mkdir()
+        total, largest = generate(source, mixtral(int(size_gb * 1e9)))
+        copies, conversions = [], []
+        for turn in range(repeats):
+            copies.append(measure(["cp", "-r", str(source), str(copy)], copy))
+            command = [sys.executable, "-c", _CONVERT, str(source), str(result)]
+            conversions.append(measure(command, result))
+            load = os.getloadavg()[0]
+            print(f"{turn}: {copies[-1]} {conversions[-1]} load {load:.1f}", flush=True)
+        report(copies, conversions, total, largest)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,50 @@
+"""Three forms of one sum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.moe import MoE, route
+from mixtral_jax.sharding import ShardingRules, make_mesh
+
+
+def test_route_takes_the_two_likeliest_and_weighs_them_by_softmax() -> None:
+    choice, weights = route(jnp.log(jnp.asarray([[1.0, 6.0, 0.5, 2.0]])), 2)
+    assert choice.tolist() == [[1, 3]]
+    np.testing.assert_allclose(weights, [[0.75, 0.25]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+def test_dense_equals_ragged(tokens: int) -> None:
+    config = ModelConfig.tiny(vocab_size=8)
+    layer = MoE(config, jnp.float32, nnx.Rngs(3), None, ShardingRules())
+    layer.router.weight.set_value(layer.router.weight.get_value() * 50)  # uneven choices
+    x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
+    dense = layer(x, form="dense")
+    assert jnp.abs(dense).max() > 1e-4
+    np.testing.assert_allclose(layer(x, form="ragged"), dense, rtol=0, atol=1e-5)
+
+
+def test_one_expert_of_one_is_its_feed_forward() -> None:
+    """X = E = 1: the weight is 1 and the sum is the expert itself."""
+    config = ModelConfig._with(ModelConfig.tiny(vocab_size=8), num_experts=1, experts_per_token=1)
+    layer = MoE(config, jnp.float32, nnx.Rngs(0), None, ShardingRules())
+    x = jax.random.normal(jax.random.key(0), (5, config.hidden_size))
+    gate, up, down = (part.weight[...][0] for part in (layer.gate, layer.up, layer.down))
+    want = (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    np.testing.assert_allclose(layer(x), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 32])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 4, 2), (2, 2, 2), (8, 1, 1)])
+def test_sharded_equals_dense(tokens: int, shape: tuple[int, int, int]) -> None:
+    """Token counts that the data axis divides and that it does not."""
+    config = ModelConfig.tiny(vocab_size=8)
+    one = MoE(config, jnp.float32, nnx.Rngs(3), None, ShardingRules())
+    many = MoE(config, jnp.float32, nnx.Rngs(3), make_mesh(*shape), ShardingRules())
+    x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
+    sharded = jax.jit(lambda layer, x: layer(x))(many, x)
+    np.testing.assert_allclose(sharded, one(x, form="dense"), rtol=0, atol=1e-5)
