@@ -19,9 +19,8 @@ this step, and one brings a prompt chunk of 3 tokens after 4 that are already ca
 Token d (position 5) goes to page_table[2][5 // 4] = page 4, place 5 % 4 = 1.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -29,9 +28,7 @@ from mixtral_jax.axes import FlatKeys, FlatTokens, Lengths, Pages, PageTable, Qu
 from mixtral_jax.config import ModelConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RaggedBatch:
+class RaggedBatch(NamedTuple):
     """One flat row of T new tokens of up to S sequences; all i32. See the module's example."""
 
     tokens: FlatTokens
@@ -54,9 +51,7 @@ class RaggedBatch:
         return jnp.minimum(found, self.lengths.shape[0] - 1).astype(jnp.int32)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PagedCache:
+class PagedCache(NamedTuple):
     """The pages of every layer. Donate it to the step that writes it."""
 
     layers: tuple[Pages, ...]

@@ -153,7 +153,7 @@ class ParameterWriter:
         with context:
             ocp.save(self.path, tree)
         # Chunks are written once and never read back: no cache.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
         self._open: tuple[str, Any] | None = None
 
     def write(self, name: str, index: Any, value: np.ndarray) -> None:
@@ -195,7 +195,7 @@ class ParameterReader:
     def __init__(self, folder: Path) -> None:
         self.path = folder.absolute() / PARAMS
         # Pieces are read once: no cache.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
         self._open: tuple[str, Any] | None = None
 
     def read(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:

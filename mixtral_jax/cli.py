@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,9 +55,10 @@ def convert(
     name: Annotated[str | None, typer.Option(help="Name under which the model is served.")] = None,
 ) -> None:
     """Convert safetensors, GGUF or Mistral's own files to an Orbax checkpoint."""
-    from convert.convert import convert
     from convert.progress import bar
     from convert.pull import pull
+
+    from convert.convert import convert
 
     path = Path(source)
     if not path.exists():
@@ -80,8 +82,9 @@ def export(
     destination: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
     """Write a checkpoint as Hugging Face safetensors."""
-    from convert.export import export
     from convert.progress import bar
+
+    from convert.export import export
 
     with bar(f"exporting {checkpoint.name}") as progress:
         export(checkpoint, destination, progress=progress)
@@ -224,14 +227,14 @@ def main() -> None:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether the message was written for the one who typed the command."""
-    from convert.errors import ConversionError
-    from mixtral_jax.config import ConfigError
-    from mixtral_jax.tokenizer import ChatError, TokenizerError
-    from serving.supervisor import SupervisorError
+    """Whether the message was written for the one who typed the command.
 
-    ours = (ConfigError, ChatError, ConversionError, SupervisorError, TokenizerError)
-    return isinstance(error, (*ours, FileExistsError, FileNotFoundError))
+    So is that of every ValueError that our own code raises, and the system's about its files.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    ours = package in ("mixtral_jax", "convert", "serving")
+    return isinstance(error, OSError) or (ours and isinstance(error, (ValueError, RuntimeError)))
 
 
 if __name__ == "__main__":

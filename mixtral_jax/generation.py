@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def generate_tokens(
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(
     graph: nnx.GraphDef[Transformer],
-    state: nnx.State,
+    state: Any,  # nnx.State
     cache: PagedCache,
     tokens: jax.Array,
     done: jax.Array,

@@ -29,6 +29,7 @@ def load_pretrained(
 
     Raises ConfigError (a ValueError) where `path` is neither.
     """
+    words: Tokenizer
     if str(path) == TINY_RANDOM:
         words = ByteTokenizer()
         config = ModelConfig.tiny(vocab_size=words.vocab_size)

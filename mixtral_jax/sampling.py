@@ -4,7 +4,7 @@ The random number of a row depends on the row's seed and position alone, never o
 so a request draws the same numbers whatever it is batched with.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from mixtral_jax.axes import FlatLogits, RowFloats, Rows
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SamplingArrays:
+class SamplingArrays(NamedTuple):
     """Parameters of R rows."""
 
     temperature: RowFloats  # f32; 0 takes the likeliest token

@@ -82,8 +82,11 @@ class MistralTokenizer(Vocabulary):
     def __init__(self, path: Path) -> None:
         """Read `path`, a `tokenizer.model`, `tokenizer.model.v1`, `.v2` or `.v3`.
 
-        Raises ValueError if the file is none of those, or not what its name says.
+        Raises FileNotFoundError without it, ValueError if the file is none of those, or not what
+        its name says.
         """
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}")
         # Importing the library takes half a second, which only users of these files should pay.
         from mistral_common.protocol.instruct import normalize, validator
         from mistral_common.tokens.tokenizers import instruct, mistral

@@ -100,7 +100,7 @@ def _limits(config: ModelConfig, itemsize: int, options: argparse.Namespace) -> 
 
 def _cache_compilations() -> None:
     """Compiled steps are kept between starts, where JAX_COMPILATION_CACHE_DIR says or here."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "mixtral-jax" / "xla"))
 

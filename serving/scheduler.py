@@ -95,6 +95,10 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
     def num_free_pages(self) -> int:
         return len(self._free)
 
@@ -130,7 +134,7 @@ class Scheduler:
         decodes = [s for s in self._running.values() if s.remaining == 1]
         chunks = [self._chunk(s, 1) for s in decodes]
         budget -= len(chunks)
-        singles, longer = chunks, []
+        singles, longer = chunks, list[Chunk]()
         for sequence in self._running.values():
             if sequence.remaining > 1 and budget > 0:
                 chunk = self._chunk(sequence, min(sequence.remaining, budget))

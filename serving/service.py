@@ -12,8 +12,9 @@ from contextlib import aclosing
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 
-from mixtral_jax.tokenizer import ChatError, Tokenizer
+from mixtral_jax.tokenizer import ChatError, Message, Tokenizer
 from serving.errors import ERROR_METADATA, InvalidRequest, ServingError, Unauthenticated
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
@@ -111,7 +112,9 @@ class InferenceService(rpc.InferenceServicer):
     def _prompt_ids(self, message: pb.GenerateRequest) -> Sequence[int]:
         match message.WhichOneof("prompt"):
             case "chat":
-                chat = [{"role": m.role, "content": m.content} for m in message.chat.messages]
+                chat: list[Message] = [
+                    {"role": m.role, "content": m.content} for m in message.chat.messages
+                ]
                 try:
                     return self._tokenizer.chat(chat)
                 except ChatError as error:
@@ -175,7 +178,7 @@ def _refusal(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
 
 async def create_server(
     address: str, service: InferenceService, key: str
-) -> tuple[grpc.aio.Server, int, health.aio.HealthServicer]:
+) -> tuple[grpc.aio.Server, int, HealthServicer]:
     """A started server on `address` (port 0 chooses one): (server, port, health), SERVING.
 
     Raises OSError if the address is taken.
@@ -183,7 +186,7 @@ async def create_server(
     # Without this, two servers could share a port and each would get half of the requests.
     server = grpc.aio.server(interceptors=[KeyInterceptor(key)], options=[("grpc.so_reuseport", 0)])
     rpc.add_InferenceServicer_to_server(service, server)
-    checks = health.aio.HealthServicer()
+    checks = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     try:
         port = server.add_insecure_port(address)
@@ -194,7 +197,7 @@ async def create_server(
     return server, port, checks
 
 
-async def set_serving(checks: health.aio.HealthServicer, serving: bool) -> None:
+async def set_serving(checks: HealthServicer, serving: bool) -> None:
     """What grpc.health.v1 answers for the server as a whole and for Inference."""
     status = (
         health_pb2.HealthCheckResponse.SERVING

@@ -22,7 +22,7 @@ KEY_VARIABLE = "MIXTRAL_JAX_API_KEY"
 _STOP_SECONDS = 40.0  # a little more than the processes give their own streams
 
 
-class SupervisorError(Exception):
+class SupervisorError(RuntimeError):
     """A server that did not start, or died; the message names it and the remedy."""
 
 

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from serving.engine import Engine
@@ -82,7 +82,7 @@ class EngineWorker:
         self._inbox.put(_Stop())
         self._thread.join()
 
-    async def submit(self, request: Request) -> AsyncIterator[Event]:
+    async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the request's events, the last of which has a finish reason.
 
         Raises Unavailable while draining, EngineFailure if the engine broke, and whatever

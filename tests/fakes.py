@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import uvicorn
@@ -51,7 +52,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self._loop.call_soon_threadsafe(self._released.clear)
 
     async def GetModelInfo(
-        self, request: inference_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
+        self, request: inference_pb2.GetModelInfoRequest, context: Any
     ) -> inference_pb2.ModelInfo:
         await _check_key(context)
         return inference_pb2.ModelInfo(
@@ -59,7 +60,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         )
 
     async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
         await _check_key(context)
         self.requests.append(request)
@@ -88,7 +89,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             self.cancelled.set()
             raise
 
-    async def _do(self, word: str, context: grpc.aio.ServicerContext) -> None:
+    async def _do(self, word: str, context: Any) -> None:
         order, _, argument = word[1:].partition(":")
         match order:
             case "wait":
@@ -106,7 +107,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 raise ValueError(word)
 
 
-async def _check_key(context: grpc.aio.ServicerContext) -> None:
+async def _check_key(context: Any) -> None:
     if ("authorization", f"Bearer {KEY}") not in list(context.invocation_metadata() or ()):
         await context.abort(
             grpc.StatusCode.UNAUTHENTICATED,
@@ -122,7 +123,7 @@ class Stack:
     url: str
     target: str
     service: ScriptedInference
-    health: health.aio.HealthServicer
+    health: Any
     loop: asyncio.AbstractEventLoop
 
     def set_serving(self, is_serving: bool) -> None:
@@ -147,7 +148,8 @@ def running_stack(
     stop = asyncio.Event()
 
     async def run() -> None:
-        service, health_servicer = ScriptedInference(), health.aio.HealthServicer()
+        service = ScriptedInference()
+        health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
         server = grpc.aio.server()
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

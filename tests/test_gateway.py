@@ -374,13 +374,15 @@ def test_azures_client(stack: Stack) -> None:
 
         updates = list(client.complete(messages=messages, stream=True))
         assert [update.choices[0].delta.content for update in updates] == ["", "one", " two", ""]
+        assert [update.usage for update in updates[:-1]] == [None, None, None]
+        assert updates[-1].usage is not None
         assert updates[-1].usage.completion_tokens == 2
 
         with pytest.raises(HttpResponseError, match="Extra inputs are not permitted") as caught:
             client.complete(messages=messages, model_extras={"wine": "red"})
         assert caught.value.status_code == 422
 
-        broken = client.complete(messages=[UserMessage("one !fail:EngineFailure")], stream=True)
+        broken = client.complete(stream=True, **body("one !fail:EngineFailure"))
         with pytest.raises(HttpResponseError):
             list(broken)
     with (

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from convert.gguf_tokenizer import write
-from mixtral_jax.tokenizer import Tokenizer, load
+from mixtral_jax.tokenizer import Message, Tokenizer, load
 
 # Ids 0 to 2 are control tokens, 3 is text that is never cut, 4 to 259 single bytes, then merges.
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -150,7 +150,7 @@ def test_the_real_file_gives_the_ids_of_transformers(smollm2_gguf: Path, tmp_pat
         expected = reference(text)["input_ids"]
         assert tokenizer.encode(text) == expected
         assert tokenizer.decode(expected) == reference.decode(expected) == text
-        chat = [{"role": "user", "content": text}]
+        chat: list[Message] = [{"role": "user", "content": text}]
         assert tokenizer.chat(chat) == reference.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=False
         )

@@ -65,7 +65,7 @@ def test_null_means_absent_everywhere() -> None:
     names = "model temperature top_p max_tokens max_completion_tokens stop seed random_seed stream"
     names += " stream_options presence_penalty frequency_penalty response_format tools tool_choice"
     names += " modalities"
-    assert asked(**dict.fromkeys(names.split())) == asked()
+    assert asked(Extras.REFUSE, **dict.fromkeys(names.split())) == asked()
     extras = "n logprobs top_logprobs logit_bias safe_prompt"
     assert asked(Extras.PASS, **dict.fromkeys(extras.split())) == asked()
 
