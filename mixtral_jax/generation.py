@@ -37,8 +37,9 @@ def generate(
     `prompt` is text to go on with, or chat messages
     (`[{"role": "user", "content": "Hello"}]`), which the model's own template renders.
     """
+    continues = isinstance(prompt, str)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
-    detokenizer = tokenizer.detokenizer()
+    detokenizer = tokenizer.detokenizer(continues=continues)
     tokens = generate_tokens(
         model,
         ids,

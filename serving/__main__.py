@@ -18,7 +18,7 @@ import numpy as np
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.pretrained import load_pretrained
 from serving.engine import Engine
-from serving.parent import outlived
+from serving.parent import end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.scheduler import Limits
 from serving.service import InferenceService, create_server, set_serving
@@ -33,6 +33,7 @@ def main() -> None:
     key = os.environ.get("MIXTRAL_JAX_API_KEY")
     if not key:
         sys.exit("mixtral-jax: set MIXTRAL_JAX_API_KEY to the key that clients will send")
+    end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         worker, service = _build(options)
@@ -106,7 +107,7 @@ def _cache_compilations() -> None:
 
 
 async def _serve(address: str, worker: EngineWorker, service: InferenceService, key: str) -> None:
-    """Serves until a signal, the engine's end or the parent's; then lets streams finish."""
+    """Serves until a signal or the engine's end; then lets streams finish."""
     server, port, checks = await create_server(address, service, key)
     _say(f"ready on {address.rpartition(':')[0]}:{port}")
     stop = asyncio.Event()
@@ -115,7 +116,6 @@ async def _serve(address: str, worker: EngineWorker, service: InferenceService, 
         loop.add_signal_handler(number, stop.set)
     reasons = [
         asyncio.create_task(stop.wait()),
-        asyncio.create_task(outlived(os.getppid())),
         asyncio.create_task(_ended(worker)),
     ]
     await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)

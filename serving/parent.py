@@ -1,13 +1,21 @@
-"""A child process that must not outlive the one that started it."""
+"""A process that must not outlive the one that started it."""
 
-import asyncio
 import os
+import signal
+import threading
+import time
 
 
-async def outlived(parent: int) -> None:
-    """Returns when the process `parent`, the caller's parent at the start, is gone.
+def end_with_parent() -> None:
+    """From now on, this process gets SIGTERM when its parent is gone.
 
     A killed parent sends no signal; its children are handed to another process, which shows.
     """
-    while os.getppid() == parent:
-        await asyncio.sleep(1.0)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -61,7 +61,7 @@ class InferenceService(rpc.InferenceServicer):
         # A template or a long prompt takes milliseconds that other streams should not wait for.
         request = await asyncio.to_thread(self._request, message)
         stops = StopTexts(message.stop)
-        detokenizer = self._tokenizer.detokenizer()
+        detokenizer = self._tokenizer.detokenizer(continues=message.HasField("token_ids"))
         usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
         unsent: list[int] = []
         async with aclosing(self._worker.submit(request)) as events:

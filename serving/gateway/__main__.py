@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from serving.gateway.app import HEARTBEAT_SECONDS, StreamAborted, create_app
+from serving.parent import end_with_parent
 
 KEY_VARIABLE = "MIXTRAL_JAX_API_KEY"
 GRACE_SECONDS = 20
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _refuse(_why_not_listening(options.host, options.port, error))
 
+    end_with_parent()
     set_up_logging()
     # Both signals raise KeyboardInterrupt before and after uvicorn waits for them itself.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

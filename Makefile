@@ -1,0 +1,75 @@
+# Every target makes and reuses a virtual environment of its own; nothing else needs installing.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2-135m-instruct
+PORT ?= 8000
+GRPC_PORT ?= 50051
+ARGS ?=
+
+BIN := $(VENV)/bin
+CHECKPOINT := checkpoints/$(MODEL)
+SOURCES := mixtral_jax convert serving tests benchmarks
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve chat test check format proto bench notebooks clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Variables: PYTHON VENV MODEL PORT GRPC_PORT ARGS   (make serve MODEL=... PORT=8080)"
+
+install: $(VENV)/.installed ## Install into .venv (PYTHON= chooses the interpreter)
+
+serve: install $(CHECKPOINT)/config.json ## Fetch, convert and serve MODEL over HTTP and gRPC
+	@$(BIN)/mixtral-jax serve --model $(CHECKPOINT) --port $(PORT) --grpc-port $(GRPC_PORT) $(ARGS)
+
+chat: install $(CHECKPOINT)/config.json ## Talk to MODEL in the terminal
+	@$(BIN)/mixtral-jax chat --model $(CHECKPOINT) $(ARGS)
+
+test: $(VENV)/.tested ## Run all tests, the slow ones too (ARGS='-m "not slow"' leaves them out)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+check: $(VENV)/.tested ## Formatting, lint, types, generated stubs, notebooks without outputs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@rm -rf build/proto && mkdir -p build/proto
+	$(PROTOC) --python_out=build/proto --pyi_out=build/proto --grpc_python_out=build/proto
+	@for stub in build/proto/serving/proto/*; do \
+		diff -q $$stub serving/proto/ || { echo "stale stubs: run make proto"; exit 1; }; done
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+format: $(VENV)/.tested ## Format the code and strip the notebooks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/nbstripout notebooks/*.ipynb
+
+proto: $(VENV)/.tested ## Generate the gRPC stubs from serving/proto/inference.proto
+	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
+
+bench: $(VENV)/.tested ## Measure: benchmarks/*.py print what they measure (ARGS are passed on)
+	$(BIN)/python benchmarks/convert_memory.py $(ARGS)
+
+notebooks: $(VENV)/.tested ## Execute the notebooks on this machine
+	$(BIN)/python -m pytest tests/test_notebooks.py $(ARGS)
+
+clean: ## Remove what was built here; checkpoints and caches stay
+	rm -rf build dist *.egg-info $(VENV)
+
+$(CHECKPOINT)/config.json: | install
+	$(BIN)/mixtral-jax convert $(MODEL) $(CHECKPOINT)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV), a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.tested: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) with what the tests need, a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.installed

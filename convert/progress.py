@@ -1,0 +1,51 @@
+"""A progress bar for what moves bytes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from convert.pieces import Progress as Report
+
+
+@contextmanager
+def bar(description: str, console: Console | None = None) -> Iterator[Report]:
+    """What to pass as `progress`: a bar on standard error, and a last line that stays.
+
+    Without a terminal there is the last line only; without any bytes, or after an error, nothing.
+    """
+    console = console or Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    start, done = time.perf_counter(), 0
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with shown:
+        task = shown.add_task(description, total=None)
+
+        def report(now: int, total: int) -> None:
+            nonlocal done
+            done = now
+            shown.update(task, completed=now, total=total)
+
+        yield report
+    if done:
+        seconds = time.perf_counter() - start
+        rate = done / max(seconds, 1e-9) / 1e6
+        console.print(
+            f"{description}: {done / 1e6:,.0f} MB in {seconds:.0f} s ({rate:,.0f} MB/s)",
+            highlight=False,
+        )

@@ -1,0 +1,148 @@
+"""The import law, and other things that hold for the tree as a whole."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("mixtral_jax", "convert", "serving")
+
+_BELOW_MODEL = {"axes", "config", "sharding", "layers", "cache", "attention", "moe"}
+_TOKENIZER = {"chat", "detokenizer", "template_tokenizer", "tokenizer"}
+_MODEL = {*_BELOW_MODEL, "model"}
+_PLAIN = {"serving.errors", "serving.request", "serving.scheduler", "serving.text"}
+_STUBS = {"serving.proto.inference_pb2", "serving.proto.inference_pb2_grpc"}
+
+
+def _ours(*names: str) -> set[str]:
+    return {f"mixtral_jax.{name}" for name in names}
+
+
+# Module -> what of ours it may import.
+LAW: dict[str, set[str]] = {
+    "mixtral_jax.axes": set(),
+    "mixtral_jax.config": set(),
+    "mixtral_jax.sharding": _ours("axes", "config"),
+    "mixtral_jax.layers": _ours("axes", "config", "sharding"),
+    "mixtral_jax.cache": _ours("axes", "config", "sharding"),
+    "mixtral_jax.attention": _ours("axes", "config", "sharding", "layers", "cache"),
+    "mixtral_jax.moe": _ours("axes", "config", "sharding", "layers"),
+    "mixtral_jax.model": _ours(*_BELOW_MODEL),
+    "mixtral_jax.sampling": _ours("axes"),
+    "mixtral_jax.checkpoint": _ours(*_MODEL),
+    "mixtral_jax.generation": _ours(*_MODEL, "sampling", *_TOKENIZER),
+    "mixtral_jax.pretrained": _ours(*_MODEL, "checkpoint", *_TOKENIZER),
+    **{f"mixtral_jax.{name}": _ours(*_TOKENIZER) for name in _TOKENIZER},
+    "mixtral_jax": _ours(*_MODEL, "generation", "pretrained", *_TOKENIZER),
+    **{name: _PLAIN for name in _PLAIN},
+    "serving.parent": set(),
+    "serving.supervisor": set(),
+    "serving.engine": _ours(*_MODEL, "sampling") | _PLAIN,
+    "serving.worker": {"serving.engine"} | _PLAIN,
+    "serving.service": {"serving.worker"} | _PLAIN | _STUBS | _ours("tokenizer"),
+    "serving.__main__": {
+        "serving.engine",
+        "serving.parent",
+        "serving.service",
+        "serving.worker",
+        *_PLAIN,
+        *_STUBS,
+        *_ours("config", "pretrained"),
+    },
+}
+_GATEWAY = _STUBS | {"serving.errors", "serving.parent"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if "_pb2" not in path.name:
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found[".".join(p for p in parts if p != "__init__")] = path
+    return found
+
+
+def imports(path: Path, known: set[str]) -> set[str]:
+    """Modules of ours that a file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} has a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in known | _STUBS else node.module)
+    return {name for name in found if name.partition(".")[0] in PACKAGES}
+
+
+def allowed(module: str, known: set[str]) -> set[str]:
+    if module == "mixtral_jax.cli":
+        return known
+    if module.partition(".")[0] == "convert":
+        return {name for name in known if name.startswith(("mixtral_jax", "convert"))}
+    if module.startswith("serving.gateway"):
+        return _GATEWAY | {name for name in known if name.startswith("serving.gateway")}
+    return LAW[module]
+
+
+def test_the_import_law() -> None:
+    found = modules()
+    assert len(found) > 20  # the walk itself works
+    broken = {}
+    for module, path in found.items():
+        if path.read_text().strip() and (
+            over := imports(path, set(found)) - allowed(module, set(found)) - {module}
+        ):
+            broken[module] = over
+    assert not broken
+
+
+def test_nobody_imports_the_command_line() -> None:
+    found = modules()
+    for path in found.values():
+        assert "mixtral_jax.cli" not in imports(path, set(found))
+
+
+@pytest.mark.parametrize("module", ["serving.gateway.app", "serving.supervisor", "mixtral_jax.cli"])
+def test_these_start_without_jax(module: str) -> None:
+    """Also through others: what they import must not import it either."""
+    code = f"import {module}, sys; print('jax' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_every_config_field_is_read_by_the_model() -> None:
+    """A value in the config that nobody reads is a model that is silently wrong."""
+    import dataclasses
+
+    from mixtral_jax.config import ModelConfig
+
+    source = "".join(
+        (ROOT / "mixtral_jax" / f"{name}.py").read_text()
+        for name in ("config", "layers", "attention", "moe", "model", "cache", "generation")
+    )
+    # max_context does not change the mathematics: the loop and the server read it.
+    for field in dataclasses.fields(ModelConfig):
+        assert f"config.{field.name}" in source or f"self.{field.name}," in source, field.name
+
+
+def test_every_make_target_explains_itself() -> None:
+    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in "install serve chat test check proto bench notebooks".split():
+        assert f"make {target} " in out.stdout
+
+
+def test_the_public_face() -> None:
+    import mixtral_jax
+
+    assert mixtral_jax.__all__ == sorted(mixtral_jax.__all__)
+    assert set(mixtral_jax._HOMES) == set(mixtral_jax.__all__)
+    for name in mixtral_jax.__all__:
+        assert getattr(mixtral_jax, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mixtral_jax.nothing
