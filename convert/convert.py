@@ -26,13 +26,13 @@ from convert.mapping import REFUSED, Row, ignored, rows, tied_pair, upcycled
 from convert.names import served_as
 from convert.pieces import (
     Piece,
-    Progress,
     check_space,
     filled,
     overlaps,
     pieces,
     total_bytes,
 )
+from convert.progress import Progress
 from convert.reader import Reader, Tensor, is_readable, is_same
 from convert.source import Source, open_source
 from mixtral_jax import tokenizer

@@ -21,13 +21,13 @@ import numpy as np
 from convert.mapping import Row, rows
 from convert.pieces import (
     Piece,
-    Progress,
     check_space,
     filled,
     overlaps,
     pieces,
     total_bytes,
 )
+from convert.progress import Progress
 from mixtral_jax import tokenizer
 from mixtral_jax.checkpoint import Card, ParameterReader, finished_at, parameter_shapes
 from mixtral_jax.config import CONFIG_FILE

@@ -21,9 +21,6 @@ from convert.errors import ConversionError
 from convert.mapping import Row
 from mixtral_jax.checkpoint import chunk_shape
 
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all, often."""
-
 
 @dataclass(frozen=True)
 class Piece:

@@ -1,24 +1,25 @@
 """A progress bar for what moves bytes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import rich.progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-from convert.pieces import Progress as Report
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all, often."""
 
 
 @contextmanager
-def bar(description: str, console: Console | None = None) -> Iterator[Report]:
+def bar(description: str, console: Console | None = None) -> Iterator[Progress]:
     """What to pass as `progress`: a bar on standard error, and a last line that stays.
 
     Without a terminal there is the last line only; without any bytes, or after an error, nothing.
@@ -32,7 +33,9 @@ def bar(description: str, console: Console | None = None) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     start, done = time.perf_counter(), 0
-    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    shown = rich.progress.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    )
     with shown:
         task = shown.add_task(description, total=None)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from convert.pieces import Progress
+from convert.progress import Progress
 
 
 class PullError(RuntimeError):

@@ -209,7 +209,7 @@ def _banner(url: str, target: str, key: str) -> str:
         "stream": True,
     }
     curl = (
-        f"curl -N {url}/chat/completions "
+        f"curl -sN {url}/chat/completions "
         f"-H {shlex.quote(f'Authorization: Bearer {key}')} "
         f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     )

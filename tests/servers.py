@@ -1,0 +1,83 @@
+"""Starting the real processes as a user does, and ending them by their id."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COMMAND = str(Path(sys.executable).with_name("mixtral-jax"))
+
+
+@dataclass
+class Server:
+    """A running `mixtral-jax serve`, or `make serve`, that has announced itself."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    target: str
+    key: str
+    curl: str
+    seconds: float  # from the start to the announcement
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """What a user's shell has, without a key."""
+    inherited = {k: v for k, v in os.environ.items() if k != "MIXTRAL_JAX_API_KEY"}
+    return {**inherited, "JAX_PLATFORMS": "cpu", **changes}
+
+
+@contextmanager
+def running(command: list[str], timeout: float = 240) -> Iterator[Server]:
+    """Runs a serve command until the block ends; its output is kept for errors."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    seen = ""
+    try:
+        while "curl -sN" not in seen:
+            line = process.stdout.readline()
+            seen += line
+            assert line, f"ended with status {process.wait()}: {seen}"
+            assert time.monotonic() - started < timeout, seen
+        fields = dict(re.findall(r"^(HTTP|gRPC|key) +(\S+)$", seen, re.MULTILINE))
+        yield Server(
+            process,
+            fields["HTTP"],
+            fields["gRPC"],
+            fields["key"],
+            seen[seen.index("curl -sN") :].strip(),
+            time.monotonic() - started,
+        )
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        process.stdout.close()

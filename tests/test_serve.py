@@ -1,0 +1,143 @@
+"""`mixtral-jax serve` with the toy model: processes, signals, the pasted curl line, the client."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from azure.ai.inference import ChatCompletionsClient
+from azure.ai.inference.models import SystemMessage, UserMessage
+from azure.core.credentials import AzureKeyCredential
+from azure.core.exceptions import ClientAuthenticationError
+from servers import COMMAND, Server, environment, free_ports, running
+
+pytestmark = pytest.mark.xdist_group("serve")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(command()) as server:
+        yield server
+
+
+def command() -> list[str]:
+    http, grpc = free_ports(2)
+    ports = ["--port", str(http), "--grpc-port", str(grpc)]
+    # Two buckets: compiling is most of the start.
+    return [COMMAND, "serve", "--model=tiny-random", *ports, "--max-sequences=1"]
+
+
+def client(server: Server, key: str) -> ChatCompletionsClient:
+    return ChatCompletionsClient(endpoint=server.url, credential=AzureKeyCredential(key))
+
+
+def test_the_key_is_made_up_and_32_characters_long(server: Server) -> None:
+    assert len(server.key) == 32
+
+
+def test_the_printed_curl_line_streams(server: Server) -> None:
+    out = subprocess.run(server.curl, shell=True, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0
+    events = out.stdout.split("\n\n")
+    assert all(event.startswith("data: ") for event in events[:-1])
+    assert events[-2:] == ["data: [DONE]", ""]
+    first = json.loads(events[0].removeprefix("data: "))
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+def test_the_azure_client(server: Server) -> None:
+    azure = client(server, server.key)
+    info = azure.get_model_info()
+    assert (info.model_name, info.model_type) == ("tiny-random", "chat-completions")
+    messages = [SystemMessage("Be brief."), UserMessage("How many languages are there?")]
+    response = azure.complete(messages=messages, max_tokens=9, seed=5)
+    usage = response.usage
+    assert usage.prompt_tokens + usage.completion_tokens == usage.total_tokens
+    assert 1 <= usage.completion_tokens <= 9
+    updates = list(azure.complete(messages=messages, max_tokens=9, seed=5, stream=True))
+    text = "".join(update.choices[0].delta.content or "" for update in updates)
+    assert text == response.choices[0].message.content
+    with pytest.raises(ClientAuthenticationError) as caught:
+        client(server, "wrong").complete(messages=messages)
+    assert caught.value.status_code == 401
+    assert caught.value.error is not None and caught.value.error.code
+
+
+def test_a_taken_port_is_one_clear_line(server: Server) -> None:
+    port = server.url.rpartition(":")[2]
+    out = subprocess.run(
+        [COMMAND, "serve", "--model=tiny-random", "--port", port, "--grpc-port=0"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert out.returncode == 1
+    assert out.stderr.strip().splitlines() == [
+        f"mixtral-jax: cannot listen on 127.0.0.1:{port} (Address already in use); "
+        "stop what runs there or choose another with --port"
+    ]
+
+
+def test_a_model_that_is_not_there_is_one_clear_line() -> None:
+    arguments = command()
+    arguments[2] = "--model=nowhere"
+    out = subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert out.returncode == 1
+    assert "mixtral-jax: nowhere is not a mixtral-jax checkpoint" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def children(server: Server) -> dict[str, psutil.Process]:
+    names = {"serving": "service", "serving.gateway": "gateway"}
+    return {names[p.cmdline()[2]]: p for p in psutil.Process(server.process.pid).children()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_with_status_0(number: signal.Signals) -> None:
+    with running(command()) as server:
+        both = children(server)
+        assert set(both) == {"service", "gateway"}
+        assert server.stop(number) == 0
+        assert not any(process.is_running() for process in both.values())
+
+
+@pytest.mark.parametrize("victim", ["service", "gateway"])
+def test_if_one_process_dies_the_other_is_stopped(victim: str) -> None:
+    with running(command()) as server:
+        both = children(server)
+        both[victim].kill()
+        assert server.process.wait(60) == 1
+        assert not any(process.is_running() for process in both.values())
+
+
+def test_a_killed_supervisor_leaves_nothing_behind() -> None:
+    with running(command()) as server:
+        both = children(server)
+        os.kill(server.process.pid, signal.SIGKILL)
+        psutil.wait_procs(list(both.values()), timeout=30)
+        assert not any(process.is_running() for process in both.values())
+
+
+def test_a_dropped_client_frees_the_only_row(server: Server) -> None:
+    """With one row, the second request would wait for 400 tokens of the first one."""
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    body = json.dumps(
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        assert b"200 OK" in connection.recv(4096)
+    started = time.monotonic()
+    client(server, server.key).complete(messages=[UserMessage("y")], max_tokens=1)
+    assert time.monotonic() - started < 30
