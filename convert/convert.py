@@ -238,13 +238,21 @@ def _write_tokenizer(source: Source, folder: Path, vocab_size: int) -> None:
             shutil.copy(file, folder)
     try:
         words = tokenizer.load(folder)
-    except (FileNotFoundError, ValueError) as error:
-        logger.warning("%s has no tokenizer to serve it with: %s%s", source.path, refusal, error)
+    except FileNotFoundError:
+        refusal += f"found no tokenizer.model and no tokenizer.json in {source.folder}"
+    except ValueError as error:
+        refusal += str(error)
+    else:
+        _check_vocabulary(source, words.vocab_size, vocab_size)
         return
-    if words.vocab_size > vocab_size:
+    logger.warning("without a tokenizer, the checkpoint cannot be served: %s", refusal)
+
+
+def _check_vocabulary(source: Source, num_ids: int, vocab_size: int) -> None:
+    if num_ids > vocab_size:
         raise ConversionError(
             [
-                f"the tokenizer in {source.folder} has {words.vocab_size} ids where the model has "
-                f"{vocab_size}; it belongs to another model"
+                f"the tokenizer in {source.folder} has {num_ids} ids where the model has {vocab_size}; "
+                "it belongs to another model"
             ]
         )

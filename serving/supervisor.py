@@ -48,7 +48,7 @@ class Addresses:
                     pass
             except OSError as error:
                 raise SupervisorError(
-                    f"cannot listen on {self.host}:{port} ({error.strerror}); "
+                    f"cannot listen on {self.host}:{port} ({os.strerror(error.errno or 0)}); "
                     f"stop what runs there or choose another with {variable}"
                 ) from None
 

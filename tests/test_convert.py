@@ -183,7 +183,7 @@ def test_a_missing_tokenizer_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     path, _ = source(tmp_path / "src", "folder", sources.DENSE, np.float32)
     with caplog.at_level(logging.WARNING):
         convert(path, tmp_path / "dst")
-    assert "no tokenizer to serve it with" in caplog.text
+    assert "without a tokenizer, the checkpoint cannot be served: found no" in caplog.text
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -429,10 +429,10 @@ def test_an_unknown_dtype(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_all_or_nothing(tmp_path: Path) -> None:
-    config = sources.MOE | dict(num_hidden_layers=60)
+    config = sources.MOE | dict(num_hidden_layers=12)
     one = sources.tensors(sources.MOE)
     hf = {name: value for name, value in one.items() if "layers" not in name}
-    for i in range(60):
+    for i in range(12):
         for name, value in one.items():
             if "layers.0." in name:
                 hf[name.replace("layers.0.", f"layers.{i}.")] = value

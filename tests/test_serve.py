@@ -87,9 +87,7 @@ def test_a_taken_port_is_one_clear_line(server: Server) -> None:
 def test_a_model_that_is_not_there_is_one_clear_line() -> None:
     arguments = command()
     arguments[2] = "--model=nowhere"
-    out = subprocess.run(
-        arguments, env=environment(), capture_output=True, text=True, timeout=60
-    )
+    out = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=60)
     assert out.returncode == 1
     assert "mixtral-jax: nowhere is not a mixtral-jax checkpoint" in out.stderr
     assert "Traceback" not in out.stderr

@@ -106,9 +106,7 @@ def test_upcycled_tokens_equal_dense(
 def test_what_it_says_makes_sense(smollm2: Path) -> None:
     model, tokenizer = mixtral_jax.load(smollm2)
     question = [{"role": "user", "content": PROMPTS[0]}]
-    text = "".join(
-        mixtral_jax.generate(model, tokenizer, question, max_tokens=16, temperature=0.0)
-    )
+    text = "".join(mixtral_jax.generate(model, tokenizer, question, max_tokens=16, temperature=0.0))
     assert "Paris" in text
 
 

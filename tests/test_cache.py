@@ -1,0 +1,34 @@
+"""The worked example of cache.py, step by step."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax import cache
+from mixtral_jax.cache import RaggedBatch
+
+BATCH = RaggedBatch(
+    tokens=jnp.arange(8),
+    positions=jnp.asarray([4, 8, 4, 5, 6, 0, 0, 0]),
+    lengths=jnp.asarray([5, 9, 7, 0]),
+    query_starts=jnp.asarray([0, 1, 2, 5, 0]),
+    page_table=jnp.asarray([[7, 2, 0], [0, 3, 5], [1, 4, 0], [0, 0, 0]]),
+    num_decodes=jnp.int32(2),
+    num_sequences=jnp.int32(3),
+)
+
+
+def test_sequences_of_tokens() -> None:
+    assert BATCH.sequence_of_token()[:5].tolist() == [0, 1, 2, 2, 2]
+
+
+def test_write_puts_tokens_where_the_table_says() -> None:
+    """Token t has key t + 1 and value -(t + 1); three tokens of the row are unused."""
+    pages = jnp.full((8, 4, 2, 1), 99.0)
+    k = jnp.arange(1.0, 9.0).reshape(8, 1, 1)
+    written = np.asarray(cache.write(pages, k, -k, BATCH))
+    places = {(2, 0): 1.0, (5, 0): 2.0, (4, 0): 3.0, (4, 1): 4.0, (4, 2): 5.0}
+    for page in range(8):
+        for place in range(4):
+            token = places.get((page, place))
+            want = [99.0, 99.0] if token is None else [token, -token]
+            assert written[page, place].ravel().tolist() == want
