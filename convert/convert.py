@@ -252,7 +252,7 @@ def _check_vocabulary(source: Source, num_ids: int, vocab_size: int) -> None:
     if num_ids > vocab_size:
         raise ConversionError(
             [
-                f"the tokenizer in {source.folder} has {num_ids} ids where the model has {vocab_size}; "
-                "it belongs to another model"
+                f"the tokenizer in {source.folder} has {num_ids} ids where the model has "
+                f"{vocab_size}; it belongs to another model"
             ]
         )

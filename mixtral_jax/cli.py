@@ -55,10 +55,9 @@ def convert(
     name: Annotated[str | None, typer.Option(help="Name under which the model is served.")] = None,
 ) -> None:
     """Convert safetensors, GGUF or Mistral's own files to an Orbax checkpoint."""
+    from convert.convert import convert
     from convert.progress import bar
     from convert.pull import pull
-
-    from convert.convert import convert
 
     path = Path(source)
     if not path.exists():
@@ -82,9 +81,8 @@ def export(
     destination: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
     """Write a checkpoint as Hugging Face safetensors."""
-    from convert.progress import bar
-
     from convert.export import export
+    from convert.progress import bar
 
     with bar(f"exporting {checkpoint.name}") as progress:
         export(checkpoint, destination, progress=progress)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parity
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P

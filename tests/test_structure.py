@@ -133,7 +133,7 @@ def test_every_config_field_is_read_by_the_model() -> None:
 
 def test_every_make_target_explains_itself() -> None:
     out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in "install serve chat test check proto bench notebooks".split():
+    for target in ["install", "serve", "chat", "test", "check", "proto", "bench", "notebooks"]:
         assert f"make {target} " in out.stdout
 
 
