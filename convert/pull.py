@@ -225,5 +225,5 @@ def _snapshot(name: str, ignored: tuple[str, ...]) -> str:
             f"Hugging Face could not be reached for {name}, and it is not in the cache. Check the "
             "network, HF_ENDPOINT and HF_HUB_OFFLINE, or fetch it elsewhere and give its folder"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # also what its HTTP client raises, which is not always the same
         raise PullError(f"{name} could not be fetched from Hugging Face: {error}") from error

@@ -132,11 +132,10 @@ def chat(
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
-    from mixtral_jax import generate
-    from mixtral_jax.pretrained import load_pretrained
+    from mixtral_jax import generate, load
     from mixtral_jax.tokenizer import Message
 
-    loaded = load_pretrained(model, dtype=dtype)
+    transformer, tokenizer = load(model, dtype=dtype)
     messages: list[Message] = []
     if system is not None:
         messages.append({"role": "system", "content": system})
@@ -150,8 +149,8 @@ def chat(
             continue
         answer = ""
         pieces = generate(
-            loaded.model,
-            loaded.tokenizer,
+            transformer,
+            tokenizer,
             [*messages, {"role": "user", "content": text}],
             max_tokens=max_tokens,
             temperature=temperature,

@@ -1,7 +1,7 @@
 """From a checkpoint folder, or the name of the toy, to a model with its tokenizer."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,31 +16,34 @@ from mixtral_jax.tokenizer import ByteTokenizer, Tokenizer
 TINY_RANDOM = "tiny-random"
 
 
-class Pretrained(NamedTuple):
-    model: Transformer
-    tokenizer: Tokenizer
+@dataclass(frozen=True)
+class Pretrained:
+    """What is known of a checkpoint before its weights are read."""
+
     card: Card
+    tokenizer: Tokenizer
+    folder: Path | None  # None for the toy
+
+    def load(self, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Transformer:
+        """The weights, straight onto the devices of `mesh`, or onto the default device."""
+        if self.folder is not None:
+            return checkpoint.load(self.folder, mesh, dtype)[0]
+        dtype = dtype or self.card.dtype
+        return Transformer(self.card.model, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh)
 
 
-def load_pretrained(
-    path: str | Path, mesh: Mesh | None = None, dtype: DTypeLike | None = None
-) -> Pretrained:
-    """Loads a checkpoint folder, or makes the toy Mixtral that is called "tiny-random".
+def open_pretrained(path: str | Path) -> Pretrained:
+    """Reads the config and the tokenizer of a checkpoint folder, or of the toy "tiny-random".
 
     Raises ConfigError (a ValueError) where `path` is neither.
     """
-    words: Tokenizer
     if str(path) == TINY_RANDOM:
         words = ByteTokenizer()
         config = ModelConfig.tiny(vocab_size=words.vocab_size)
-        model = Transformer(config, dtype=dtype or "float32", rngs=nnx.Rngs(0), mesh=mesh)
         card = Card(model=config, dtype="float32", name=TINY_RANDOM, provider="mixtral-jax")
-        return Pretrained(model, words, card)
+        return Pretrained(card, words, None)
     folder = Path(path)
-    # The tokenizer first: it fails faster.
-    card = Card.read(folder)
-    words = tokenizer.load(folder)
-    return Pretrained(checkpoint.load(folder, mesh, dtype)[0], words, card)
+    return Pretrained(Card.read(folder), tokenizer.load(folder), folder)
 
 
 def load(
@@ -51,5 +54,5 @@ def load(
     `path` may also be "tiny-random", a toy that needs no files. `dtype` is float32 or bfloat16;
     None keeps the stored one. Raises ConfigError (a ValueError) where `path` is not a checkpoint.
     """
-    model, words, _ = load_pretrained(path, mesh, dtype)
-    return model, words
+    pretrained = open_pretrained(path)
+    return pretrained.load(mesh, dtype), pretrained.tokenizer

@@ -52,10 +52,22 @@ def _everything(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _nucleus(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Keeps the likeliest tokens that together reach top_p (arXiv:1904.09751), at least one."""
-    ordered = jnp.sort(scaled, axis=-1, descending=True)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    count = jnp.sum(before < top_p[:, None], axis=-1, keepdims=True)
-    least = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0), axis=-1)
-    return jnp.where(scaled >= least, scaled, -jnp.inf)
+    """Keeps the likeliest tokens that together reach top_p (arXiv:1904.09751), at least one.
+
+    Finds the largest probability at which the tokens from there up reach top_p, by bisection over
+    the bits of a float, which order as the floats do: exact, and no vocabulary is sorted.
+    """
+    probability = jax.nn.softmax(scaled, axis=-1)
+    bits = jax.lax.bitcast_convert_type(probability, jnp.int32)
+
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low + 1) // 2
+        kept = jnp.where(bits >= middle[:, None], probability, 0.0)
+        enough = jnp.sum(kept, axis=-1) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    start = (jnp.zeros_like(bits[:, 0]), jnp.max(bits, axis=-1))
+    threshold, _ = jax.lax.fori_loop(0, 31, halve, start)
+    threshold = jnp.where(top_p < 1, threshold, 0)
+    return jnp.where(bits >= threshold[:, None], scaled, -jnp.inf)

@@ -10,14 +10,16 @@ import logging
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
+from mixtral_jax.checkpoint import abstract_model
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.pretrained import load_pretrained
-from serving.engine import Engine
+from mixtral_jax.pretrained import open_pretrained
+from serving.engine import Engine, buckets, compile_steps
 from serving.parent import end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.scheduler import Limits
@@ -69,19 +71,26 @@ def _say(text: str) -> None:
 
 def _build(options: argparse.Namespace) -> tuple[EngineWorker, InferenceService]:
     _cache_compilations()
-    _say(f"loading {options.model}")
-    model, tokenizer, card = load_pretrained(options.model, dtype=options.dtype)
-    limits = _limits(model.config, np.dtype(options.dtype or card.dtype).itemsize, options)
-    engine = Engine(model, limits, progress=_say)
+    pretrained = open_pretrained(options.model)
+    card = pretrained.card
+    dtype = options.dtype or card.dtype
+    limits = _limits(card.model, jnp.dtype(dtype).itemsize, options)
+    # Reading the weights and compiling for their shapes do not wait for one another.
+    with ThreadPoolExecutor(1) as pool:
+        _say(f"loading {options.model}")
+        model = pool.submit(pretrained.load, dtype=dtype)
+        _say(f"compiling steps of {', '.join(map(str, buckets(limits)))} tokens")
+        steps = compile_steps(abstract_model(card.model, dtype), limits)
+        engine = Engine(model.result(), limits, steps)
     info = pb.ModelInfo(
         name=card.name,
         type="chat-completions",
         provider=card.provider,
         max_context=limits.max_context,
-        vocab_size=model.config.vocab_size,
+        vocab_size=card.model.vocab_size,
     )
     worker = EngineWorker(engine)
-    return worker, InferenceService(worker, tokenizer, info)
+    return worker, InferenceService(worker, pretrained.tokenizer, info)
 
 
 def _limits(config: ModelConfig, itemsize: int, options: argparse.Namespace) -> Limits:

@@ -26,8 +26,6 @@ from mixtral_jax.sampling import SamplingArrays, sample
 from serving.request import Event, Request
 from serving.scheduler import Limits, Plan, Scheduler
 
-Progress = Callable[[str], None]
-
 
 def buckets(limits: Limits) -> tuple[int, ...]:
     """Token counts that a step is padded to: 1, one a row, and from there in steps of four."""
@@ -45,18 +43,17 @@ class Engine:
     Args:
         model: the parameters; must not be changed afterwards.
         limits: sizes of the cache and of a step.
-        progress: called with a line of text before each compilation.
+        steps: what `compile_steps` made for the same shapes and limits.
     """
 
-    def __init__(self, model: Transformer, limits: Limits, progress: Progress) -> None:
+    def __init__(self, model: Transformer, limits: Limits, steps: "Steps") -> None:
         self.scheduler = Scheduler(limits)
         self._limits = limits
-        self._table_width = -(-limits.max_context // limits.page_size)
+        self._steps = steps
         self._parts = _Parts.of(model)
         dtype = model.embed.weight.get_value().dtype
         cache = PagedCache.empty(model.config, limits.num_pages, limits.page_size, dtype)
         self._layers = list(cache.layers)
-        self._programs = self._compile(progress)
 
     def add(self, request: Request) -> None:
         """Queues a request; errors as `Scheduler.add`."""
@@ -77,8 +74,8 @@ class Engine:
         return self.scheduler.commit(plan, self._compute(plan))
 
     def _compute(self, plan: Plan) -> Sequence[int]:
-        size = min(bucket for bucket in self._programs if bucket >= plan.num_tokens)
-        programs, arrays = self._programs[size], self._arrays(plan, size)
+        size = min(bucket for bucket in self._steps if bucket >= plan.num_tokens)
+        programs, arrays = self._steps[size], _arrays(plan, size, self._limits)
         x, rotary = programs.embed(self._parts.rest, arrays.batch)
         for i, block in enumerate(self._parts.blocks):
             x, self._layers[i] = programs.block(block, x, rotary, self._layers[i], arrays.batch)
@@ -86,54 +83,63 @@ class Engine:
         drawn: list[int] = np.asarray(tokens)[: len(plan.chunks)].tolist()
         return drawn
 
-    def _compile(self, progress: Progress) -> dict[int, "_Programs"]:
-        """Programs of every bucket; those that draw are shared by buckets of as many rows."""
-        empty = {size: self._arrays(Plan(chunks=()), size) for size in buckets(self._limits)}
-        progress(f"compiling steps of {', '.join(map(str, empty))} tokens")
-        parts, pages = self._parts, self._layers[0]
-        # The compiler runs on one core; a second program keeps another busy.
-        with ThreadPoolExecutor(2) as pool:
-            one_of = {arrays.last.shape: arrays for arrays in empty.values()}
-            draw = {rows: pool.submit(parts.compile_draw, a) for rows, a in one_of.items()}
-            walk = {size: pool.submit(parts.compile_walk, pages, a) for size, a in empty.items()}
-            return {
-                size: _Programs(*walk[size].result(), draw[arrays.last.shape].result())
-                for size, arrays in empty.items()
-            }
 
-    def _arrays(self, plan: Plan, size: int) -> "_Arrays":
-        """The plan, padded to a bucket."""
-        rows = min(size, self._limits.max_sequences)
-        tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        starts, lengths = np.zeros(rows + 1, np.int32), np.zeros(rows, np.int32)
-        table = np.zeros((rows, self._table_width), np.int32)
-        last, seed = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-        place = 0
-        for row, chunk in enumerate(plan.chunks):
-            end = place + len(chunk.token_ids)
-            tokens[place:end] = chunk.token_ids
-            positions[place:end] = range(chunk.start, chunk.end)
-            starts[row + 1], lengths[row], last[row] = end, chunk.end, end - 1
-            table[row, : len(chunk.pages)] = chunk.pages
-            if chunk.samples:
-                temperature[row] = chunk.sampling.temperature
-                top_p[row], seed[row] = chunk.sampling.top_p, chunk.sampling.seed
-            place = end
-        decodes = sum(len(chunk.token_ids) == 1 for chunk in plan.chunks)
-        batch = RaggedBatch(
-            tokens=jnp.asarray(tokens),
-            positions=jnp.asarray(positions),
-            lengths=jnp.asarray(lengths),
-            query_starts=jnp.asarray(starts),
-            page_table=jnp.asarray(table),
-            num_decodes=jnp.asarray(np.int32(decodes)),
-            num_sequences=jnp.asarray(np.int32(len(plan.chunks))),
-        )
-        knobs = SamplingArrays(
-            jnp.asarray(temperature), jnp.asarray(top_p), jnp.asarray(seed), jnp.asarray(lengths)
-        )
-        return _Arrays(batch, jnp.asarray(last), knobs)
+def compile_steps(model: Transformer, limits: Limits) -> "Steps":
+    """Compiles the step of every bucket. The model may be abstract: only shapes matter."""
+    empty = {size: _arrays(Plan(chunks=()), size, limits) for size in buckets(limits)}
+    parts = _Parts.of(model)
+    dtype = model.embed.weight.get_value().dtype
+    cache = jax.eval_shape(
+        lambda: PagedCache.empty(model.config, limits.num_pages, limits.page_size, dtype)
+    )
+    # The compiler runs on one core; a second program keeps another busy.
+    with ThreadPoolExecutor(2) as pool:
+        # Programs that draw are shared by buckets of as many rows.
+        one_of = {arrays.last.shape: arrays for arrays in empty.values()}
+        draw = {rows: pool.submit(parts.compile_draw, a) for rows, a in one_of.items()}
+        walk = {
+            size: pool.submit(parts.compile_walk, cache.layers[0], arrays)
+            for size, arrays in empty.items()
+        }
+        return {
+            size: _Programs(*walk[size].result(), draw[arrays.last.shape].result())
+            for size, arrays in empty.items()
+        }
+
+
+def _arrays(plan: Plan, size: int, limits: Limits) -> "_Arrays":
+    """The plan, padded to a bucket."""
+    rows = min(size, limits.max_sequences)
+    tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    starts, lengths = np.zeros(rows + 1, np.int32), np.zeros(rows, np.int32)
+    table = np.zeros((rows, -(-limits.max_context // limits.page_size)), np.int32)
+    last, seed = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+    place = 0
+    for row, chunk in enumerate(plan.chunks):
+        end = place + len(chunk.token_ids)
+        tokens[place:end] = chunk.token_ids
+        positions[place:end] = range(chunk.start, chunk.end)
+        starts[row + 1], lengths[row], last[row] = end, chunk.end, end - 1
+        table[row, : len(chunk.pages)] = chunk.pages
+        if chunk.samples:
+            temperature[row] = chunk.sampling.temperature
+            top_p[row], seed[row] = chunk.sampling.top_p, chunk.sampling.seed
+        place = end
+    decodes = sum(len(chunk.token_ids) == 1 for chunk in plan.chunks)
+    batch = RaggedBatch(
+        tokens=jnp.asarray(tokens),
+        positions=jnp.asarray(positions),
+        lengths=jnp.asarray(lengths),
+        query_starts=jnp.asarray(starts),
+        page_table=jnp.asarray(table),
+        num_decodes=jnp.asarray(np.int32(decodes)),
+        num_sequences=jnp.asarray(np.int32(len(plan.chunks))),
+    )
+    knobs = SamplingArrays(
+        jnp.asarray(temperature), jnp.asarray(top_p), jnp.asarray(seed), jnp.asarray(lengths)
+    )
+    return _Arrays(batch, jnp.asarray(last), knobs)
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,9 @@ class _Programs:
     block: Any  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
     pick: Any  # (x, last) -> x of the rows that draw
     draw: Any  # (rest, x, knobs) -> tokens
+
+
+Steps = dict[int, _Programs]
 
 
 @dataclass(frozen=True)

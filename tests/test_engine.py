@@ -10,7 +10,7 @@ from flax import nnx
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.generation import generate_tokens
 from mixtral_jax.model import Transformer
-from serving.engine import Engine, buckets
+from serving.engine import Engine, buckets, compile_steps
 from serving.request import Request, SamplingParams
 from serving.scheduler import Limits
 
@@ -33,7 +33,7 @@ def model() -> Transformer:
 
 @pytest.fixture(scope="module")
 def engine(model: Transformer) -> Engine:
-    return Engine(model, LIMITS, progress=lambda text: None)
+    return Engine(model, LIMITS, compile_steps(model, LIMITS))
 
 
 def random_requests(count: int) -> list[Request]:

@@ -1,10 +1,11 @@
 """Distributions with probabilities that can be written down."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.sampling import SamplingArrays, sample
+from mixtral_jax.sampling import SamplingArrays, _nucleus, sample
 
 # Probabilities 0.5, 0.3, 0.15, 0.05 at temperature 1.
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
@@ -29,7 +30,7 @@ def frequencies(temperature: float, top_p: float) -> np.ndarray:
         (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]),
         # 0.5 < 0.6, so the second token still belongs; 0.8 >= 0.6, so the third does not.
         (1.0, 0.6, [0.625, 0.375, 0, 0]),
-        (1.0, 0.5, [1, 0, 0, 0]),
+        (1.0, 0.49, [1, 0, 0, 0]),
         (1.0, 0.0, [1, 0, 0, 0]),
         # temperature 0.5 squares the probabilities: 0.25 : 0.09 : 0.0225 : 0.0025
         (0.5, 1.0, [0.685, 0.247, 0.062, 0.007]),
@@ -54,3 +55,16 @@ def test_a_row_draws_the_same_whatever_it_stands_beside() -> None:
 
     assert draw([0, 1, 2]) == draw([0]) + draw([1]) + draw([2])
     assert draw([2, 1, 0]) == draw([0, 1, 2])[::-1]
+
+
+def test_nucleus_equals_sorting() -> None:
+    """The textbook form, with a sort, on random rows; ties included."""
+    dice = np.random.default_rng(1)
+    scaled = np.round(dice.normal(size=(200, 64)) * 3, 1).astype(np.float32)
+    top_p = dice.uniform(0, 1, 200).astype(np.float32)
+    probability = np.asarray(jax.nn.softmax(jnp.asarray(scaled)))
+    kept = np.isfinite(_nucleus(jnp.asarray(scaled), jnp.asarray(top_p)))
+    for row in range(200):
+        ordered = np.sort(probability[row])[::-1]
+        count = int(np.searchsorted(np.cumsum(ordered), top_p[row])) + 1
+        assert (kept[row] == (probability[row] >= ordered[count - 1])).all()

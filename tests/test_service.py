@@ -8,9 +8,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mixtral_jax.pretrained import load_pretrained
+import mixtral_jax
 from mixtral_jax.tokenizer import Tokenizer
-from serving.engine import Engine
+from serving.engine import Engine, compile_steps
 from serving.errors import ERROR_METADATA
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
@@ -26,8 +26,8 @@ LIMITS = Limits(
 
 @pytest.fixture(scope="module")
 def parts() -> Iterator[tuple[EngineWorker, Tokenizer]]:
-    model, tokenizer, _ = load_pretrained("tiny-random")
-    worker = EngineWorker(Engine(model, LIMITS, progress=lambda text: None))
+    model, tokenizer = mixtral_jax.load("tiny-random")
+    worker = EngineWorker(Engine(model, LIMITS, compile_steps(model, LIMITS)))
     worker.start()
     yield worker, tokenizer
     worker.stop()

@@ -12,7 +12,7 @@ import mixtral_jax
 from convert.convert import convert
 from mixtral_jax import checkpoint
 from mixtral_jax.model import Transformer
-from serving.engine import Engine
+from serving.engine import Engine, compile_steps
 from serving.request import Request, SamplingParams
 from serving.scheduler import Limits
 
@@ -43,7 +43,7 @@ def answers(smollm2: Path) -> list[tuple[list[int], list[int]]]:
         max_context=1024,
         max_waiting=8,
     )
-    engine = Engine(model, limits, progress=print)
+    engine = Engine(model, limits, compile_steps(model, limits))
     prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in PROMPTS]
     for i, ids in enumerate(prompts):
         engine.add(

@@ -50,7 +50,7 @@ LAW: dict[str, set[str]] = {
         "serving.worker",
         *_PLAIN,
         *_STUBS,
-        *_ours("config", "pretrained"),
+        *_ours("checkpoint", "config", "pretrained"),
     },
 }
 _GATEWAY = _STUBS | {"serving.errors", "serving.parent"}
