@@ -133,12 +133,14 @@ def _plan(path: Path, destination: Path, dtype: str | None, upcycle_experts: int
 def _account(source: Source, config: ModelConfig, table: list[Row]) -> list[str]:
     """What is wrong with the tensors: missing, misshapen, unreadable, left over."""
     wanted = {row.source: row.shape for row in table}
+    embedding, head = tied_pair(source.dialect)
     problems = []
     for name, shape in wanted.items():
         tensor = source.tensors.get(name)
         if tensor is None:
             if source.whole:
-                problems.append(f"tensor {name} is missing")
+                hint = "; if embeddings are tied, the config must say so" if name == head else ""
+                problems.append(f"tensor {name} is missing{hint}")
         elif tensor.shape != shape:
             problems.append(
                 f"tensor {name} has shape {list(tensor.shape)} where the config asks for "
@@ -149,7 +151,6 @@ def _account(source: Source, config: ModelConfig, table: list[Row]) -> list[str]
                 f"tensor {name} is stored as {tensor.encoding}, which is not supported; fetch the "
                 f"weights as bf16, f16 or f32 ({tensor.file.name})"
             )
-    embedding, head = tied_pair(source.dialect)
     expected = wanted.keys() | ignored(config, source.dialect)
     for name, tensor in source.tensors.items():
         if name in expected:

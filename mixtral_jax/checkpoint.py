@@ -165,11 +165,12 @@ class ParameterWriter:
     def write(self, name: str, index: Any, value: np.ndarray) -> None:
         """Stores `value` at `index` (an int, slices, or `...`) of the named parameter.
 
-        Pieces of one parameter are best written in order, in whole rows of the leading axes.
+        Pieces of one parameter are best written in order, each a stored chunk (`chunk_shape`).
+        `value` may be changed afterwards.
         """
         if self._open is None or self._open[0] != name:
             self._open = (name, self._create(name))
-        self._open[1][index].write(value, can_reference_source_data_indefinitely=True).result()
+        self._open[1][index].write(value).result()
 
     def _create(self, name: str) -> Any:
         want = self.shapes[name]

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 import transformers
 from flax import nnx
 
@@ -12,7 +13,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.model import Transformer, named_parameters
 
 # Every value differs from the default of the class that reads it.
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=131,
     hidden_size=48,
     intermediate_size=80,
@@ -26,7 +27,7 @@ SHAPE = dict(
     initializer_range=0.2,
     attn_implementation="eager",
 )
-MIXTRAL = dict(num_local_experts=3, num_experts_per_tok=2)
+MIXTRAL: dict[str, Any] = dict(num_local_experts=3, num_experts_per_tok=2)
 MODELS = {
     "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=5),
     "mixtral": lambda: transformers.MixtralConfig(**SHAPE, **MIXTRAL, sliding_window=7),
@@ -34,8 +35,17 @@ MODELS = {
 }
 
 
+def random_model(kind: str) -> Transformer:
+    """Ours alone, with weights large enough for logits that differ."""
+    config = ModelConfig.from_hf(MODELS[kind]().to_dict())
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, state))
+
+
 def huggingface(kind: str) -> Any:
     """A transformers model in f32 whose norms, too, are random."""
+    torch = pytest.importorskip("torch", reason="no torch for this Python: see the test extra")
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         MODELS[kind](), dtype=torch.float32, attn_implementation="eager"

@@ -24,7 +24,7 @@ from convert import convert as module
 from convert.convert import convert
 from convert.errors import ConversionError
 from mixtral_jax import checkpoint, tokenizer
-from mixtral_jax.checkpoint import Card
+from mixtral_jax.checkpoint import Card, ParameterReader, ParameterWriter
 from mixtral_jax.config import ModelConfig, is_checkpoint
 from mixtral_jax.tokenizer import ByteTokenizer
 
@@ -162,6 +162,24 @@ def test_progress_and_names(tmp_path: Path) -> None:
     assert calls == sorted(calls)
     card = convert(path, tmp_path / "other", name="mine", provider="me")
     assert (card.name, card.provider) == ("mine", "me")
+
+
+def test_a_piece_may_change_once_it_is_written(tmp_path: Path) -> None:
+    """Buffers are used again. The smallest arrays are kept elsewhere by the store: try both."""
+    shapes = {
+        name: jax.ShapeDtypeStruct((size,), jnp.float32)
+        for name, size in dict(a=8, b=8, c=100_000, d=100_000).items()
+    }
+    writer = ParameterWriter(tmp_path, shapes)
+    for number, (name, shape) in enumerate(shapes.items()):
+        buffer = np.full(shape.shape, number, np.float32)
+        writer.write(name, (slice(None),), buffer)
+        buffer[...] = -1
+    reader = ParameterReader(tmp_path)
+    for number, (name, shape) in enumerate(shapes.items()):
+        out = np.empty(shape.shape, np.float32)
+        reader.read(name, (slice(None),), out)
+        np.testing.assert_array_equal(out, number)
 
 
 # --- the tokenizer beside the weights ---
@@ -309,6 +327,11 @@ def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def no_head(folder: Path) -> None:
+    change(folder, holding(folder, "lm_head.weight"), lambda c: c.pop("lm_head.weight"))
+    edit_json(folder, INDEX, lambda c: c["weight_map"].pop("lm_head.weight"))
+
+
 def not_tied(folder: Path) -> None:
     edit_json(folder, "config.json", lambda c: c.update(tie_word_embeddings=True))
 
@@ -352,6 +375,7 @@ def rope_freqs(folder: Path) -> None:
         (strange_field, r"config\.json: config field attention_sink=4 is not known"),
         (scaled, r"config\.json: config field rope_scaling=.* is not supported"),
         (no_config, r"has safetensors but no config\.json; fetch it"),
+        (no_head, r"lm_head\.weight is missing; if embeddings are tied, the config must say so"),
         (not_tied, r"lm_head\.weight differs from .*correct tie_word_embeddings"),
         (pickles, r"pytorch_model-00001-of-00002\.bin is a pickle, .* as safetensors"),
         (nothing, r"does not exist"),

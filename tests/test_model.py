@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-import torch
 from flax import nnx
 
 from mixtral_jax.cache import PagedCache, RaggedBatch
@@ -20,22 +19,25 @@ def full(model: Transformer, ids: jax.Array) -> jax.Array:
 
 
 @pytest.fixture(scope="module", params=list(parity.MODELS))
-def pair(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, Transformer]:
-    theirs = parity.huggingface(request.param)
-    return theirs, parity.twin(theirs)
+def ours(request: pytest.FixtureRequest) -> Transformer:
+    return parity.random_model(request.param)
 
 
 def tokens(rows: int, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(7).integers(0, vocab_size, (rows, LENGTH), np.int32)
 
 
-def test_full_form_equals_transformers(pair: tuple[torch.nn.Module, Transformer]) -> None:
-    theirs, ours = pair
-    ids = tokens(2, ours.config.vocab_size)
+@pytest.mark.parametrize("kind", list(parity.MODELS))
+def test_full_form_equals_transformers(kind: str) -> None:
+    theirs = parity.huggingface(kind)
+    import torch
+
+    ids = tokens(2, parity.SHAPE["vocab_size"])
     with torch.no_grad():
         want = theirs(torch.from_numpy(ids).long()).logits.numpy()
     assert np.abs(want).max() > 1  # a model that answers zero would pass everything below
-    np.testing.assert_allclose(full(ours, jnp.asarray(ids)), want, rtol=0, atol=1e-4)
+    got = full(parity.twin(theirs), jnp.asarray(ids))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
 def paged_logits(
@@ -92,12 +94,12 @@ def paged_logits(
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7])
-def test_paged_form_equals_full_form(pair: tuple[torch.nn.Module, Transformer], chunk: int) -> None:
+def test_paged_form_equals_full_form(ours: Transformer, chunk: int) -> None:
     """64 positions, far past the windows of 5 and 7; three sequences of different lengths."""
-    _, ours = pair
     ids = tokens(3, ours.config.vocab_size)
     sequences = [ids[0].tolist(), ids[1, :50].tolist(), ids[2, :9].tolist()]
     whole = full(ours, jnp.asarray(ids))
+    assert jnp.abs(whole).max() > 1
     for i, logits in enumerate(paged_logits(ours, sequences, chunk, page_size=4)):
         np.testing.assert_allclose(logits, whole[i, : len(sequences[i])], rtol=0, atol=1e-4)
 
@@ -105,22 +107,21 @@ def test_paged_form_equals_full_form(pair: tuple[torch.nn.Module, Transformer], 
 def test_long_prompt_in_one_chunk_spans_query_and_key_blocks() -> None:
     """300 tokens at once: several blocks of 64 queries and of 128 keys, windowed and not."""
     for kind in ("mistral", "llama"):
-        ours = parity.twin(parity.huggingface(kind))
+        ours = parity.random_model(kind)
         ids = np.random.default_rng(1).integers(0, 131, (1, 300), np.int32)
         (logits,) = paged_logits(ours, [ids[0].tolist()], chunk=300, page_size=16)
         np.testing.assert_allclose(logits, full(ours, jnp.asarray(ids))[0], rtol=0, atol=1e-4)
 
 
 def test_padding_on_the_right_changes_nothing() -> None:
-    ours = parity.twin(parity.huggingface("mixtral"))
+    ours = parity.random_model("mixtral")
     ids = jnp.asarray(tokens(1, 131))
     padded = jnp.pad(ids, ((0, 0), (0, 9)))
     np.testing.assert_allclose(full(ours, padded)[:, :LENGTH], full(ours, ids), rtol=0, atol=1e-5)
 
 
 def test_bfloat16_is_near_float32() -> None:
-    theirs = parity.huggingface("mistral")
-    wide = parity.twin(theirs)
+    wide = parity.random_model("mistral")
     graph, state = nnx.split(wide)
     narrow = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
     ids = jnp.asarray(tokens(1, 131))
@@ -130,7 +131,7 @@ def test_bfloat16_is_near_float32() -> None:
 
 
 def test_every_parameter_carries_its_letters() -> None:
-    ours = parity.twin(parity.huggingface("mixtral"))
+    ours = parity.random_model("mixtral")
     axes = parameter_axes(ours)
     assert axes["embed.weight"] == "VD"
     assert axes["layers.2.attention.o.weight"] == "DNH"
