@@ -27,7 +27,7 @@ _QUERY_BLOCK = 64
 class Attention(nnx.Module):
     """Projections and both forms of attention of one layer."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         self.q = Linear("NH", "D", config, dtype, rngs)
         self.k = Linear("KH", "D", config, dtype, rngs)
         self.v = Linear("KH", "D", config, dtype, rngs)

@@ -23,7 +23,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,32 +82,10 @@ class Card:
         )
 
 
-def abstract_model(
-    config: ModelConfig,
-    dtype: Any,
-    mesh: Mesh | None = None,
-    rules: ShardingRules = ShardingRules(),
-) -> Transformer:
-    """A Transformer whose parameters are ShapeDtypeStructs: no memory, no random numbers."""
-    model: Transformer = nnx.eval_shape(
-        lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh, rules=rules)
-    )
-    return model
-
-
 def parameter_shapes(config: ModelConfig, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter by its dotted name.
-
-    Layers are alike, so one is traced: a model of many takes seconds.
-    """
-    named = named_parameters(abstract_model(replace(config, num_layers=1), dtype))
-    one = {name: variable.get_value() for name, variable in named.items()}
-    return {
-        name.replace("layers.0.", f"layers.{i}."): array
-        for i in range(config.num_layers)
-        for name, array in one.items()
-        if i == 0 or name.startswith("layers.")
-    }
+    """Shape and dtype of every parameter by its dotted name."""
+    named = named_parameters(Transformer(config, dtype=dtype, rngs=None))
+    return {name: variable.get_value() for name, variable in named.items()}
 
 
 @contextmanager
@@ -252,7 +230,7 @@ def load(
     `dtype` overrides the stored one. Raises ConfigError if the folder is no checkpoint.
     """
     card = Card.read(folder)
-    model = abstract_model(card.model, dtype or card.dtype, mesh, rules)
+    model = Transformer(card.model, dtype=dtype or card.dtype, rngs=None, mesh=mesh, rules=rules)
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     one_device = SingleDeviceSharding(jax.devices()[0])

@@ -176,7 +176,7 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="gRPC.")] = 50051,
     dtype: Dtype = None,
     max_sequences: Annotated[int, typer.Option(help="Requests computed together.")] = 8,
-    max_step_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 256,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 128,
     max_waiting: Annotated[int, typer.Option(help="Longest queue; then 429.")] = 256,
     kv_memory: Annotated[int, typer.Option(help="MiB for keys and values.")] = 512,
 ) -> None:

@@ -16,20 +16,25 @@ from mixtral_jax.axes import Hidden, Positions
 from mixtral_jax.config import ModelConfig
 
 
-def parameter(axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+def parameter(axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> nnx.Param:
     """Random weight whose dimensions are the letters of `axes`; the tag decides its sharding.
 
-    Normal with standard deviation 0.02, as Hugging Face's `initializer_range`.
+    Normal with standard deviation 0.02, as Hugging Face's `initializer_range`. Without `rngs`, a
+    ShapeDtypeStruct: tracing the initialisation of a whole model would take seconds.
     """
     shape = tuple(config.axis_sizes[letter] for letter in axes)
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
     return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight, normalised in f32 (arXiv:1910.07467)."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
-        self.weight = nnx.Param(jnp.ones(config.hidden_size, dtype), axes="D")
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
+        self.weight = parameter("D", config, dtype, rngs)
+        if rngs is not None:
+            self.weight.set_value(jnp.ones(config.hidden_size, dtype))
         self.eps = config.norm_eps
 
     def __call__(self, x: Hidden) -> Hidden:
@@ -71,7 +76,12 @@ class Linear(nnx.Module):
     """y = x @ weight^T for a weight whose letters are `outputs` + `inputs`; no bias."""
 
     def __init__(
-        self, outputs: str, inputs: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        outputs: str,
+        inputs: str,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
     ) -> None:
         self.weight = parameter(outputs + inputs, config, dtype, rngs)
         self.num_inputs = len(inputs)
@@ -89,7 +99,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Rows of a table for tokens, and, where embeddings are tied, the head that scores them."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         self.weight = parameter("VD", config, dtype, rngs)
 
     def __call__(self, tokens: jax.Array) -> Hidden:
@@ -103,7 +113,7 @@ class Embedding(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         self.gate = Linear("F", "D", config, dtype, rngs)
         self.up = Linear("F", "D", config, dtype, rngs)
         self.down = Linear("D", "F", config, dtype, rngs)

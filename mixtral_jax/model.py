@@ -28,13 +28,13 @@ class Block(nnx.Module):
         self,
         config: ModelConfig,
         dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         mesh: Mesh | None,
         rules: ShardingRules,
     ) -> None:
-        self.attention_norm = RMSNorm(config, dtype)
+        self.attention_norm = RMSNorm(config, dtype, rngs)
         self.attention = Attention(config, dtype, rngs)
-        self.feed_forward_norm = RMSNorm(config, dtype)
+        self.feed_forward_norm = RMSNorm(config, dtype, rngs)
         self.feed_forward = (
             MoE(config, dtype, rngs, mesh, rules)
             if config.is_moe
@@ -61,7 +61,8 @@ class Transformer(nnx.Module):
     Args:
         config: shape and mathematics.
         dtype: of weights and activations, bfloat16 or float32.
-        rngs: source of the random initial weights.
+        rngs: source of the random initial weights; None for an abstract model, whose parameters
+            are ShapeDtypeStructs.
         mesh: where experts are split; None for one device.
         rules: how axis letters map to the mesh.
     """
@@ -71,7 +72,7 @@ class Transformer(nnx.Module):
         config: ModelConfig,
         *,
         dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         mesh: Mesh | None = None,
         rules: ShardingRules = ShardingRules(),
     ) -> None:
@@ -82,7 +83,7 @@ class Transformer(nnx.Module):
         self.layers = nnx.List(
             [Block(config, dtype, rngs, mesh, rules) for _ in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config, dtype)
+        self.norm = RMSNorm(config, dtype, rngs)
         self.head = None if config.tied_embeddings else Linear("V", "D", config, dtype, rngs)
 
     def __call__(self, tokens: Tokens) -> RowLogits:

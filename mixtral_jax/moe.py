@@ -47,7 +47,7 @@ class MoE(nnx.Module):
         self,
         config: ModelConfig,
         dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         mesh: Mesh | None,
         rules: ShardingRules,
     ) -> None:
@@ -76,7 +76,9 @@ class MoE(nnx.Module):
 class Experts(nnx.Module):
     """One matrix of every expert."""
 
-    def __init__(self, axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None
+    ) -> None:
         self.weight = parameter(axes, config, dtype, rngs)
 
 

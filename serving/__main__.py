@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.checkpoint import abstract_model
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model import Transformer
 from mixtral_jax.pretrained import open_pretrained
 from serving.engine import Engine, buckets, compile_steps
 from serving.parent import end_with_parent
@@ -59,7 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=50051)
     parser.add_argument("--max-sequences", type=int, default=8, help="requests per step")
-    parser.add_argument("--max-step-tokens", type=int, default=256, help="tokens per step")
+    parser.add_argument("--max-step-tokens", type=int, default=128, help="tokens per step")
     parser.add_argument("--max-waiting", type=int, default=256, help="requests in the queue")
     parser.add_argument("--kv-memory", type=int, default=512, help="MiB of keys and values")
     return parser.parse_args()
@@ -80,7 +80,7 @@ def _build(options: argparse.Namespace) -> tuple[EngineWorker, InferenceService]
         _say(f"loading {options.model}")
         model = pool.submit(pretrained.load, dtype=dtype)
         _say(f"compiling steps of {', '.join(map(str, buckets(limits)))} tokens")
-        steps = compile_steps(abstract_model(card.model, dtype), limits)
+        steps = compile_steps(Transformer(card.model, dtype=dtype, rngs=None), limits)
         engine = Engine(model.result(), limits, steps)
     info = pb.ModelInfo(
         name=card.name,

@@ -28,9 +28,12 @@ from serving.scheduler import Limits, Plan, Scheduler
 
 
 def buckets(limits: Limits) -> tuple[int, ...]:
-    """Token counts that a step is padded to: 1, one a row, and from there in steps of four."""
+    """Token counts that a step is padded to: 1, one a row, and from there in large steps.
+
+    Each costs a second or two of compiling at the start; padding costs a prompt a part of its time.
+    """
     sizes = {1, limits.max_sequences, limits.max_step_tokens}
-    size = limits.max_sequences * 8
+    size = limits.max_sequences * 16
     while size < limits.max_step_tokens:
         sizes.add(size)
         size *= 4

@@ -104,7 +104,7 @@ def test_buckets_hold_every_step() -> None:
     wide = Limits(
         num_pages=1, page_size=1, max_sequences=8, max_step_tokens=512, max_context=1, max_waiting=1
     )
-    assert buckets(wide) == (1, 8, 64, 256, 512)
+    assert buckets(wide) == (1, 8, 128, 512)
 
 
 def test_the_plain_loop_equals_the_full_form(model: Transformer) -> None:

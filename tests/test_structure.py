@@ -50,7 +50,7 @@ LAW: dict[str, set[str]] = {
         "serving.worker",
         *_PLAIN,
         *_STUBS,
-        *_ours("checkpoint", "config", "pretrained"),
+        *_ours("config", "model", "pretrained"),
     },
 }
 _GATEWAY = _STUBS | {"serving.errors", "serving.parent"}
