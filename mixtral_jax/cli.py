@@ -1,9 +1,11 @@
 """`mixtral-jax`: pull, convert, export, info, chat and serve."""
 
+import importlib
 import json
 import os
 import shlex
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +49,8 @@ def convert(
     ],
     destination: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; default: the source's.")
+        str | None,
+        typer.Option(help="float32 or bfloat16; default: bfloat16 if the source is, else float32."),
     ] = None,
     upcycle_experts: Annotated[
         int, typer.Option(help="Copy a dense feed-forward into this many experts.")
@@ -55,14 +58,17 @@ def convert(
     name: Annotated[str | None, typer.Option(help="Name under which the model is served.")] = None,
 ) -> None:
     """Convert safetensors, GGUF or Mistral's own files to an Orbax checkpoint."""
-    from convert.convert import convert
     from convert.progress import bar
     from convert.pull import pull
 
     path = Path(source)
     if not path.exists():
+        # jax loads while the network is busy.
+        threading.Thread(target=importlib.import_module, args=("convert.convert",)).start()
         with bar(f"pulling {source}") as progress:
             path = pull(source, progress=progress)
+    from convert.convert import convert
+
     with bar(f"converting {path.name}") as progress:
         convert(
             path,
