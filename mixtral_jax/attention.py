@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mixtral_jax import cache
-from mixtral_jax.axes import FlatHidden, FlatQueries, Pages, RowHidden
+from mixtral_jax.axes import FlatHidden, FlatQueries, Hidden, Keys, Pages, Queries, RowHidden
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import Linear, Rotary
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
         pages = cache.write(pages, k, v, batch)
         return self.o(paged_attention(q, pages, batch, self.window)), pages
 
-    def _project(self, x: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: Hidden, rotary: Rotary) -> tuple[Queries, Keys, Keys]:
         return rotary.rotate(self.q(x)), rotary.rotate(self.k(x)), self.v(x)
 
 

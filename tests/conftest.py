@@ -10,6 +10,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 if "MIXTRAL_JAX_TEST_PLATFORM" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
+# What is compiled once is not compiled again, neither by another worker nor by a server under test.
+_programs = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_programs))
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # Nothing may depend on silent casts or silently added axes.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
