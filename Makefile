@@ -52,7 +52,7 @@ bench: $(VENV)/.tested ## Measure: benchmarks/*.py print what they measure (ARGS
 	$(BIN)/python benchmarks/convert_memory.py $(ARGS)
 
 notebooks: $(VENV)/.tested ## Execute the notebooks on this machine
-	$(BIN)/python -m pytest tests/test_notebooks.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_smollm2.py -k notebook $(ARGS)
 
 clean: ## Remove what was built here; checkpoints and caches stay
 	rm -rf build dist *.egg-info $(VENV)
@@ -62,7 +62,7 @@ $(CHECKPOINT)/config.json: | install
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@# Older ones neither resume a download nor say how far it is.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' -c constraints.txt
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from flax import nnx
@@ -40,6 +41,19 @@ from mixtral_jax.sharding import ShardingRules
 
 PARAMS = "params"
 DTYPES = ("float32", "bfloat16")
+
+
+def checked_dtype(dtype: Any) -> str:
+    """The name of a dtype that models are computed in; raises ConfigError for any other."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}")
+    return name
+
+
 # Bytes of one stored chunk: small enough to bound memory, large enough to stream.
 _CHUNK_BYTES = 32 << 20
 
@@ -74,12 +88,17 @@ class Card:
             )
             raise ConfigError(f"{folder} is not a mixtral-jax checkpoint; {hint}")
         content = json.loads((folder / CONFIG_FILE).read_text())
-        return cls(
-            model=ModelConfig.from_json(content["model"]),
-            dtype=content["dtype"],
-            name=content["name"],
-            provider=content["provider"],
-        )
+        try:
+            return cls(
+                model=ModelConfig.from_json(content["model"]),
+                dtype=content["dtype"],
+                name=content["name"],
+                provider=content["provider"],
+            )
+        except KeyError as missing:
+            raise ConfigError(
+                f"{folder / CONFIG_FILE} lacks {missing}; convert the model anew"
+            ) from None
 
 
 def parameter_shapes(config: ModelConfig, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -103,7 +122,7 @@ def finished_at(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        # All data before the name, also for a machine that loses its power now.
+        # All data before the name.
         for file in partial.rglob("*"):
             if file.is_file():
                 with file.open("rb") as written:
@@ -230,7 +249,8 @@ def load(
     `dtype` overrides the stored one. Raises ConfigError if the folder is no checkpoint.
     """
     card = Card.read(folder)
-    model = Transformer(card.model, dtype=dtype or card.dtype, rngs=None, mesh=mesh, rules=rules)
+    dtype = checked_dtype(dtype or card.dtype)
+    model = Transformer(card.model, dtype=dtype, rngs=None, mesh=mesh, rules=rules)
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     one_device = SingleDeviceSharding(jax.devices()[0])

@@ -106,8 +106,10 @@ def info(
     import numpy as np
 
     from mixtral_jax.checkpoint import Card, parameter_shapes
+    from mixtral_jax.pretrained import TINY_RANDOM, open_pretrained
 
-    card = Card.read(checkpoint)
+    toy = str(checkpoint) == TINY_RANDOM
+    card = open_pretrained(TINY_RANDOM).card if toy else Card.read(checkpoint)
     shapes = parameter_shapes(card.model, card.dtype).values()
     parameters = sum(math.prod(shape.shape) for shape in shapes)
     facts: dict[str, Any] = {
@@ -131,7 +133,7 @@ def info(
 def chat(
     model: ModelOption,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.")] = None,
@@ -139,12 +141,15 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
     from mixtral_jax import generate, load
+    from mixtral_jax.compilation import keep_programs
     from mixtral_jax.tokenizer import Message
 
+    keep_programs()
     transformer, tokenizer = load(model, dtype=dtype)
-    messages: list[Message] = []
+    first: list[Message] = []
     if system is not None:
-        messages.append({"role": "system", "content": system})
+        first.append({"role": "system", "content": system})
+    said: list[Message] = []  # user and assistant in turn
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -153,38 +158,43 @@ def chat(
             break
         if not text.strip():
             continue
+        said.append({"role": "user", "content": text})
         answer = ""
-        pieces = generate(
-            transformer,
-            tokenizer,
-            [*messages, {"role": "user", "content": text}],
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
         try:
-            for piece in pieces:
+            for piece in generate(
+                transformer,
+                tokenizer,
+                [*first, *said],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            ):
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
+        except ValueError as error:
+            # Most likely the context is full; what was said last may still fit without the rest.
+            print(f"[{error}. The conversation starts anew]", end="")
+            said = []
+            print()
+            continue
         print()
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": answer})
+        said.append({"role": "assistant", "content": answer})
 
 
 @app.command()
 def serve(
     model: ModelOption,
     host: Annotated[str, typer.Option(help="Address of both servers.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="HTTP.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="gRPC.")] = 50051,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC.")] = 50051,
     dtype: Dtype = None,
-    max_sequences: Annotated[int, typer.Option(help="Requests computed together.")] = 8,
-    max_step_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 128,
-    max_waiting: Annotated[int, typer.Option(help="Longest queue; then 429.")] = 256,
-    kv_memory: Annotated[int, typer.Option(help="MiB for keys and values.")] = 512,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Requests computed together.")] = 8,
+    max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 128,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Longest queue; then 429.")] = 256,
+    kv_memory: Annotated[int, typer.Option(min=1, help="MiB for keys and values.")] = 512,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 

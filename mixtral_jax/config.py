@@ -39,6 +39,15 @@ class ModelConfig:
     tied_embeddings: bool  # tie_word_embeddings
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("num_experts", "experts_per_token") else 1
+            if field.type is int and (type(value) is not int or value < least):
+                raise ConfigError(f"{field.name}={value!r} must be an integer of at least {least}")
+            if field.type is float and (type(value) not in (int, float) or not value > 0):
+                raise ConfigError(f"{field.name}={value!r} must be a positive number")
+        if self.sliding_window is not None and type(self.sliding_window) is not int:
+            raise ConfigError(f"sliding_window={self.sliding_window!r} must be an integer or null")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mixtral_jax.axes import Pages
 from mixtral_jax.cache import PagedCache, RaggedBatch
+from mixtral_jax.layers import Rotary
 from mixtral_jax.model import Transformer
 from mixtral_jax.sampling import SamplingArrays, sample
 from mixtral_jax.tokenizer import Message, Tokenizer
@@ -68,7 +70,8 @@ def generate_tokens(
 ) -> Iterator[int]:
     """Yields up to `max_tokens` ids after the prompt; stops after one of `eos_ids`.
 
-    Raises ValueError for an empty prompt and for one that leaves no room in the context.
+    Raises ValueError for an empty prompt, for one that leaves no room in the context, and for
+    parameters out of range.
     """
     room = model.config.max_context - len(prompt_ids)
     if not prompt_ids:
@@ -78,57 +81,70 @@ def generate_tokens(
             f"the prompt has {len(prompt_ids)} tokens, the context of this model holds "
             f"{model.config.max_context}; shorten the prompt"
         )
-    graph, state = nnx.split(model)
+    if not 0 <= temperature <= 2 or not 0 <= top_p <= 1:
+        raise ValueError(
+            f"temperature={temperature:g} must be within 0 and 2, top_p={top_p:g} within 0 and 1"
+        )
+    blocks, around = model.apart()
+    parts = [nnx.split(block) for block in blocks]
+    graph, rest = nnx.split(around)
     # A power of two, so that prompts of similar length share one compilation.
     length = len(prompt_ids) + min(max_tokens, room)
     num_pages = 2 ** math.ceil(math.log2(max(length / _PAGE_SIZE, 1)))
     dtype = model.embed.weight.get_value().dtype
-    cache = PagedCache.empty(model.config, num_pages, _PAGE_SIZE, dtype)
+    layers = list(PagedCache.empty(model.config, num_pages, _PAGE_SIZE, dtype).layers)
     seed = secrets.randbits(31) if seed is None else seed & 0x7FFFFFFF
-    knobs = (
-        jnp.full(1, temperature, jnp.float32),
-        jnp.full(1, top_p, jnp.float32),
-        jnp.full(1, seed, jnp.int32),
+    knobs = SamplingArrays(
+        temperature=jnp.full(1, temperature, jnp.float32),
+        top_p=jnp.full(1, top_p, jnp.float32),
+        seed=jnp.full(1, seed, jnp.int32),
+        position=jnp.zeros(1, jnp.int32),
     )
     ids, done = list(prompt_ids), 0
     for _ in range(min(max_tokens, room)):
         while done < len(ids):
-            new = ids[done : done + _CHUNK]
-            size = 1 if len(new) == 1 else _CHUNK
-            flat = jnp.asarray(new + [0] * (size - len(new)), jnp.int32)
-            token, cache = _step(
-                graph, state, cache, flat, jnp.int32(done), jnp.int32(len(new)), knobs
-            )
-            done += len(new)
+            batch = _batch(ids[done : done + _CHUNK], done, num_pages)
+            x, rotary = _embed(graph, rest, batch)
+            for i, (block, state) in enumerate(parts):
+                x, layers[i] = _block(block, state, x, rotary, layers[i], batch)
+            done = min(done + _CHUNK, len(ids))
+        token = _draw(graph, rest, x, batch, knobs._replace(position=batch.lengths))
         ids.append(int(token[0]))
         yield ids[-1]
         if ids[-1] in eos_ids:
             return
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(
-    graph: nnx.GraphDef[Transformer],
-    state: Any,  # nnx.State
-    cache: PagedCache,
-    tokens: jax.Array,
-    done: jax.Array,
-    count: jax.Array,
-    knobs: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[jax.Array, PagedCache]:
-    """Takes in `count` tokens after the `done` that are cached and draws the one that follows."""
-    model = nnx.merge(graph, state)
-    batch = RaggedBatch(
-        tokens=tokens,
-        positions=done + jnp.arange(tokens.shape[0], dtype=jnp.int32),
-        lengths=(done + count)[None],
-        query_starts=jnp.stack([jnp.zeros_like(count), count]),
-        page_table=jnp.arange(cache.num_pages, dtype=jnp.int32)[None],
-        num_decodes=(count == 1).astype(jnp.int32),
+def _batch(new: Sequence[int], done: int, num_pages: int) -> RaggedBatch:
+    """One sequence whose pages lie in order: `new` tokens after the `done` that are cached."""
+    size = 1 if len(new) == 1 else _CHUNK
+    return RaggedBatch(
+        tokens=jnp.asarray([*new, *[0] * (size - len(new))], jnp.int32),
+        positions=done + jnp.arange(size, dtype=jnp.int32),
+        lengths=jnp.asarray([done + len(new)], jnp.int32),
+        query_starts=jnp.asarray([0, len(new)], jnp.int32),
+        page_table=jnp.arange(num_pages, dtype=jnp.int32)[None],
+        num_decodes=jnp.int32(len(new) == 1),
         num_sequences=jnp.int32(1),
     )
-    hidden, cache = model.paged(batch, cache)
-    logits = model.logits(hidden[count - 1][None])
-    temperature, top_p, seed = knobs
-    params = SamplingArrays(temperature, top_p, seed, (done + count)[None])
-    return sample(logits, params), cache
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(graph: Any, rest: Any, batch: RaggedBatch) -> tuple[jax.Array, Rotary]:
+    return nnx.merge(graph, rest).begin(batch)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _block(
+    graph: Any, state: Any, x: jax.Array, rotary: Rotary, pages: Pages, batch: RaggedBatch
+) -> tuple[jax.Array, Pages]:
+    return nnx.merge(graph, state).paged(x, rotary, pages, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _draw(
+    graph: Any, rest: Any, x: jax.Array, batch: RaggedBatch, knobs: SamplingArrays
+) -> jax.Array:
+    model = nnx.merge(graph, rest)
+    last = x[batch.query_starts[1] - 1]
+    return sample(model.logits(model.norm(last[None])), knobs)

@@ -114,6 +114,15 @@ class Transformer(nnx.Module):
         """What the first block takes. For callers that run the blocks one by one."""
         return self.embed(batch.tokens), Rotary.at(batch.positions, self.config)
 
+    def apart(self) -> tuple[list["Block"], "Transformer"]:
+        """The blocks, and a Transformer without any that shares the other parameters.
+
+        All blocks have the same shapes, so a caller that runs them one by one compiles one of them.
+        """
+        rest: Transformer = nnx.merge(*nnx.split(self))
+        rest.layers = nnx.List([])
+        return list(self.layers), rest
+
     def logits(self, x: Hidden) -> jax.Array:
         """Hidden states [*R D] -> logits [*R V] f32."""
         scores = self.embed.score(x) if self.head is None else self.head(x)

@@ -28,7 +28,7 @@ class Pretrained:
         """The weights, straight onto the devices of `mesh`, or onto the default device."""
         if self.folder is not None:
             return checkpoint.load(self.folder, mesh, dtype)[0]
-        dtype = dtype or self.card.dtype
+        dtype = checkpoint.checked_dtype(dtype or self.card.dtype)
         return Transformer(self.card.model, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh)
 
 

@@ -11,11 +11,11 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
+from mixtral_jax.checkpoint import checked_dtype
+from mixtral_jax.compilation import keep_programs
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model import Transformer
 from mixtral_jax.pretrained import open_pretrained
@@ -58,11 +58,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", help="float32 or bfloat16; default: as stored")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=50051)
-    parser.add_argument("--max-sequences", type=int, default=8, help="requests per step")
-    parser.add_argument("--max-step-tokens", type=int, default=128, help="tokens per step")
-    parser.add_argument("--max-waiting", type=int, default=256, help="requests in the queue")
-    parser.add_argument("--kv-memory", type=int, default=512, help="MiB of keys and values")
+    parser.add_argument("--max-sequences", type=_positive, default=8, help="requests per step")
+    parser.add_argument("--max-step-tokens", type=_positive, default=128, help="tokens per step")
+    parser.add_argument("--max-waiting", type=_positive, default=256, help="requests in the queue")
+    parser.add_argument("--kv-memory", type=_positive, default=512, help="MiB of keys and values")
     return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _say(text: str) -> None:
@@ -70,15 +77,16 @@ def _say(text: str) -> None:
 
 
 def _build(options: argparse.Namespace) -> tuple[EngineWorker, InferenceService]:
-    _cache_compilations()
+    keep_programs()
     pretrained = open_pretrained(options.model)
     card = pretrained.card
-    dtype = options.dtype or card.dtype
+    dtype = checked_dtype(options.dtype or card.dtype)
     limits = _limits(card.model, jnp.dtype(dtype).itemsize, options)
     # Reading the weights and compiling for their shapes do not wait for one another.
     with ThreadPoolExecutor(1) as pool:
         _say(f"loading {options.model}")
         model = pool.submit(pretrained.load, dtype=dtype)
+        _say(f"room for {limits.num_pages * limits.page_size:,} tokens of all requests together")
         _say(f"compiling steps of {', '.join(map(str, buckets(limits)))} tokens")
         steps = compile_steps(Transformer(card.model, dtype=dtype, rngs=None), limits)
         engine = Engine(model.result(), limits, steps)
@@ -106,13 +114,6 @@ def _limits(config: ModelConfig, itemsize: int, options: argparse.Namespace) -> 
         max_context=min(config.max_context, num_pages * _PAGE_SIZE),
         max_waiting=options.max_waiting,
     )
-
-
-def _cache_compilations() -> None:
-    """Compiled steps are kept between starts, where JAX_COMPILATION_CACHE_DIR says or here."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "mixtral-jax" / "xla"))
 
 
 async def _serve(address: str, worker: EngineWorker, service: InferenceService, key: str) -> None:

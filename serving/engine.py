@@ -176,11 +176,10 @@ class _Parts:
 
     @classmethod
     def of(cls, model: Transformer) -> "_Parts":
+        layers, around = model.apart()
         # Lists of arrays: flattening an nnx.State on every call costs more than the call.
-        blocks = [_apart(block) for block in model.layers]
-        layers, model.layers = model.layers, nnx.List([])
-        rest, put_together = _apart(model)
-        model.layers = layers
+        blocks = [_apart(block) for block in layers]
+        rest, put_together = _apart(around)
         return cls(tuple(arrays for arrays, _ in blocks), rest, blocks[0][1], put_together)
 
     def compile_walk(self, pages: Pages, arrays: _Arrays) -> tuple[Any, Any, Any]:

@@ -1,13 +1,13 @@
 """The gRPC service: proto on one side, the engine's worker on the other.
 
 A request is checked and rendered to token ids here, its tokens become text here, and stop texts
-end it here. `python -m serving.service` is one process with one engine.
+end it here. `python -m serving` is one process with one engine.
 """
 
 import asyncio
 import hmac
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 import grpc
@@ -15,7 +15,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from mixtral_jax.tokenizer import ChatError, Message, Tokenizer
-from serving.errors import ERROR_METADATA, InvalidRequest, ServingError, Unauthenticated
+from serving.errors import (
+    ERROR_METADATA,
+    ContextTooLong,
+    InvalidParameter,
+    InvalidRequest,
+    ServingError,
+    Unauthenticated,
+)
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from serving.request import FinishReason, Request, SamplingParams
@@ -38,6 +45,10 @@ class InferenceService(rpc.InferenceServicer):
         self._worker = worker
         self._tokenizer = tokenizer
         self._info = info
+        pieces = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
+        # No text of more bytes fits the context. Encoding it to find out would take seconds, in
+        # which nothing else in this process runs.
+        self._most_bytes = info.max_context * max(map(len, pieces))
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
@@ -48,8 +59,9 @@ class InferenceService(rpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateChunk]:
         try:
-            async for chunk in self._generate(request):
-                yield chunk
+            async with aclosing(self._generate(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except ServingError as error:
             await context.abort(
                 grpc.StatusCode[error.grpc_status],
@@ -57,7 +69,9 @@ class InferenceService(rpc.InferenceServicer):
                 ((ERROR_METADATA, type(error).__name__),),
             )
 
-    async def _generate(self, message: pb.GenerateRequest) -> AsyncIterator[pb.GenerateChunk]:
+    async def _generate(
+        self, message: pb.GenerateRequest
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
         # A template or a long prompt takes milliseconds that other streams should not wait for.
         request = await asyncio.to_thread(self._request, message)
         stops = StopTexts(message.stop)
@@ -94,13 +108,13 @@ class InferenceService(rpc.InferenceServicer):
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(31)
         max_tokens = message.max_tokens if message.HasField("max_tokens") else 2**31
         if not 0 <= temperature <= 2:
-            raise InvalidRequest(f"temperature is {temperature:g}; it must be within 0 and 2")
+            raise InvalidParameter(f"temperature is {temperature:g}; it must be within 0 and 2")
         if not 0 <= top_p <= 1:
-            raise InvalidRequest(f"top_p is {top_p:g}; it must be within 0 and 1")
+            raise InvalidParameter(f"top_p is {top_p:g}; it must be within 0 and 1")
         if max_tokens < 1:
-            raise InvalidRequest("max_tokens is 0; ask for at least 1 token")
+            raise InvalidParameter("max_tokens is 0; ask for at least 1 token")
         if "" in message.stop:
-            raise InvalidRequest("stop holds an empty text; leave it out")
+            raise InvalidParameter("stop holds an empty text; leave it out")
         return Request(
             id=secrets.token_hex(16),
             prompt_ids=tuple(prompt),
@@ -115,6 +129,12 @@ class InferenceService(rpc.InferenceServicer):
                 chat: list[Message] = [
                     {"role": m.role, "content": m.content} for m in message.chat.messages
                 ]
+                size = sum(len(m["content"].encode()) for m in chat)
+                if size > self._most_bytes:
+                    raise ContextTooLong(
+                        f"the messages have {size:,} bytes; the {self._info.max_context:,} tokens "
+                        "of this server's context cannot hold so many: shorten them"
+                    )
                 try:
                     return self._tokenizer.chat(chat)
                 except ChatError as error:

@@ -5,6 +5,8 @@ gateway first and the service after it: answers under way can finish. If one of 
 is stopped too and `run` fails.
 """
 
+import errno
+import http.client
 import os
 import secrets
 import signal
@@ -12,11 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
+
+from serving.parent import PARENT_VARIABLE
 
 KEY_VARIABLE = "MIXTRAL_JAX_API_KEY"
 _STOP_SECONDS = 40.0  # a little more than the processes give their own streams
@@ -42,13 +45,18 @@ class Addresses:
 
     def check(self) -> None:
         """Raises SupervisorError if a port is taken: better now than after a minute of loading."""
+        if self.port == self.grpc_port:
+            raise SupervisorError(f"--port and --grpc-port are both {self.port}; give two ports")
         for port, variable in ((self.port, "--port"), (self.grpc_port, "--grpc-port")):
             try:
                 with socket.create_server((self.host, port)):
                     pass
             except OSError as error:
+                # Python repeats the address in this one.
+                taken = error.errno == errno.EADDRINUSE
+                reason = os.strerror(errno.EADDRINUSE) if taken else str(error)
                 raise SupervisorError(
-                    f"cannot listen on {self.host}:{port} ({os.strerror(error.errno or 0)}); "
+                    f"cannot listen on {self.host}:{port} ({reason}); "
                     f"stop what runs there or choose another with {variable}"
                 ) from None
 
@@ -66,7 +74,7 @@ def run(
     Raises SupervisorError if a process fails.
     """
     addresses.check()
-    environment = {**os.environ, KEY_VARIABLE: key}
+    environment = {**os.environ, KEY_VARIABLE: key, PARENT_VARIABLE: str(os.getpid())}
     place = ["--host", addresses.host, "--port"]
     commands = {
         "service": ["serving", *place, str(addresses.grpc_port), *service_options],
@@ -74,14 +82,13 @@ def run(
             "serving.gateway", *place, str(addresses.port), "--target", addresses.target
         ],
     }  # fmt: skip
+    processes: dict[str, subprocess.Popen[bytes]] = {}
     with _Signals() as signals:
-        processes = {
-            name: subprocess.Popen(
-                [sys.executable, "-m", *command], env=environment, start_new_session=True
-            )
-            for name, command in commands.items()
-        }
         try:
+            for name, command in commands.items():
+                processes[name] = subprocess.Popen(
+                    [sys.executable, "-m", *command], env=environment, start_new_session=True
+                )
             announced = False
             while not signals.received:
                 for name, process in processes.items():
@@ -94,8 +101,8 @@ def run(
                     ready()
                 time.sleep(0.2)
         finally:
-            for name in ("gateway", "service"):
-                _stop(processes[name])
+            for process in reversed(processes.values()):
+                _stop(process)
 
 
 class _Signals:
@@ -118,19 +125,19 @@ class _Signals:
 
 
 def _is_ready(url: str) -> bool:
+    # Proxies are for other hosts; urllib would ask them for this one too.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{url}/health/ready", timeout=2) as answer:
+        with direct.open(f"{url}/health/ready", timeout=2) as answer:
             return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
+    except (OSError, http.client.HTTPException):
         return False
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     """SIGTERM, and SIGKILL if that takes too long or the user insists."""
-    if process.poll() is not None:
-        return
-    process.terminate()
     try:
+        process.terminate()
         process.wait(_STOP_SECONDS)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         process.kill()

@@ -15,6 +15,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from serving.engine import Engine
@@ -32,8 +33,8 @@ class _Mailbox:
     events: asyncio.Queue[Event | ServingError]
 
     def put(self, item: Event | ServingError) -> None:
-        # The loop is gone when the process ends in the middle of an answer.
-        if not self.loop.is_closed():
+        # RuntimeError: the loop is gone when the process ends in the middle of an answer.
+        with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, item)
 
 

@@ -71,7 +71,7 @@ def test_the_azure_client(server: Server) -> None:
 def test_a_taken_port_is_one_clear_line(server: Server) -> None:
     port = server.url.rpartition(":")[2]
     out = subprocess.run(
-        [COMMAND, "serve", "--model=tiny-random", "--port", port, "--grpc-port=0"],
+        [COMMAND, "serve", "--model=tiny-random", "--port", port],
         env=environment(),
         capture_output=True,
         text=True,

@@ -91,14 +91,21 @@ def test_a_stop_text_ends_the_stream_before_it(parts: tuple[EngineWorker, Tokeni
     ("request_", "leaf", "text"),
     [
         (pb.GenerateRequest(), "InvalidRequest", "prompt is missing"),
-        (chat(max_tokens=0), "InvalidRequest", "max_tokens is 0"),
-        (chat(stop=[""]), "InvalidRequest", "empty text"),
-        (chat(sampling=pb.SamplingParams(temperature=3)), "InvalidRequest", "temperature is 3"),
-        (chat(sampling=pb.SamplingParams(top_p=-1)), "InvalidRequest", "top_p is -1"),
+        (chat(max_tokens=0), "InvalidParameter", "max_tokens is 0"),
+        (chat(stop=[""]), "InvalidParameter", "empty text"),
+        (chat(sampling=pb.SamplingParams(temperature=3)), "InvalidParameter", "temperature is 3"),
+        (chat(sampling=pb.SamplingParams(top_p=-1)), "InvalidParameter", "top_p is -1"),
         (
             pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="king", content="x")])),
             "InvalidRequest",
             "role 'king'",
+        ),
+        (
+            pb.GenerateRequest(
+                chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="x" * 10_000)])
+            ),
+            "ContextTooLong",
+            "10,000 bytes; the 512 tokens",
         ),
         (
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[261])),

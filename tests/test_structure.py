@@ -32,6 +32,7 @@ LAW: dict[str, set[str]] = {
     "mixtral_jax.moe": _ours("axes", "config", "sharding", "layers"),
     "mixtral_jax.model": _ours(*_BELOW_MODEL),
     "mixtral_jax.sampling": _ours("axes"),
+    "mixtral_jax.compilation": set(),
     "mixtral_jax.checkpoint": _ours(*_MODEL),
     "mixtral_jax.generation": _ours(*_MODEL, "sampling", *_TOKENIZER),
     "mixtral_jax.pretrained": _ours(*_MODEL, "checkpoint", *_TOKENIZER),
@@ -39,7 +40,7 @@ LAW: dict[str, set[str]] = {
     "mixtral_jax": _ours(*_MODEL, "generation", "pretrained", *_TOKENIZER),
     **{name: _PLAIN for name in _PLAIN},
     "serving.parent": set(),
-    "serving.supervisor": set(),
+    "serving.supervisor": {"serving.parent"},
     "serving.engine": _ours(*_MODEL, "sampling") | _PLAIN,
     "serving.worker": {"serving.engine"} | _PLAIN,
     "serving.service": {"serving.worker"} | _PLAIN | _STUBS | _ours("tokenizer"),
@@ -50,7 +51,7 @@ LAW: dict[str, set[str]] = {
         "serving.worker",
         *_PLAIN,
         *_STUBS,
-        *_ours("config", "model", "pretrained"),
+        *_ours("checkpoint", "compilation", "config", "model", "pretrained"),
     },
 }
 _GATEWAY = _STUBS | {"serving.errors", "serving.parent"}
