@@ -16,8 +16,6 @@ from azure.core.credentials import AzureKeyCredential
 from azure.core.exceptions import ClientAuthenticationError
 from servers import COMMAND, Server, environment, free_ports, running
 
-pytestmark = pytest.mark.xdist_group("serve")
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

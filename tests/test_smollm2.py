@@ -16,7 +16,7 @@ from serving.engine import Engine, compile_steps
 from serving.request import Request, SamplingParams
 from serving.scheduler import Limits
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.slow
 
 PROMPTS = [
     "What is the capital of France?",
