@@ -129,14 +129,10 @@ class Transformer(nnx.Module):
         return scores.astype(jnp.float32)
 
 
-def parameter_axes(model: Transformer) -> dict[str, str]:
-    """Axis letters of every parameter by its dotted name, e.g. `layers.0.attention.q.weight`."""
-    return {
-        name: variable.get_metadata("axes") for name, variable in named_parameters(model).items()
-    }
-
-
 def named_parameters(model: Transformer) -> dict[str, Any]:
-    """Every nnx.Param of the model by its dotted name."""
+    """Every nnx.Param of the model by its dotted name, e.g. `layers.0.attention.q.weight`.
+
+    Its axis letters are `get_metadata("axes")`, its array `get_value()`.
+    """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(str(part) for part in path): variable for path, variable in flat}

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from mixtral_jax.cache import PagedCache, RaggedBatch
-from mixtral_jax.model import Transformer, parameter_axes
+from mixtral_jax.model import Transformer, named_parameters
 
 LENGTH = 64
 
@@ -131,8 +131,8 @@ def test_bfloat16_is_near_float32() -> None:
 
 
 def test_every_parameter_carries_its_letters() -> None:
-    ours = parity.random_model("mixtral")
-    axes = parameter_axes(ours)
+    named = named_parameters(parity.random_model("mixtral"))
+    axes = {name: variable.get_metadata("axes") for name, variable in named.items()}
     assert axes["embed.weight"] == "VD"
     assert axes["layers.2.attention.o.weight"] == "DNH"
     assert axes["layers.0.feed_forward.down.weight"] == "EDF"
