@@ -155,7 +155,9 @@ class _Walk(NamedTuple):
             )
             position = i * self.block + jnp.arange(self.block, dtype=jnp.int32)[None, :]
             seen = (position < lengths[:, None]) & (position >= first_seen[:, None])
-            return softmax.add(scores, seen, "RKGS,RSKH->RKGH", kv[:, :, :, 1])
+            # What stands in an unseen place may be anything, and 0 x NaN is NaN.
+            v = jnp.where(seen[:, :, None, None], kv[:, :, :, 1], 0)
+            return softmax.add(scores, seen, "RKGS,RSKH->RKGH", v)
 
         start = jnp.maximum(oldest, 0) // self.block
         stop = -(-jnp.max(lengths) // self.block)
@@ -202,10 +204,11 @@ class _Walk(NamedTuple):
                 "RKGH,SKH->RKGS", q, kv[:, :, 0], preferred_element_type=jnp.float32
             )
             position = i * self.block + jnp.arange(self.block, dtype=jnp.int32)[None, :]
-            seen = position <= at
+            seen = (position <= at) & (position < length)
             if self.window is not None:
                 seen &= position > at - self.window
-            return softmax.add(scores, seen, "RKGS,SKH->RKGH", kv[:, :, 1])
+            v = jnp.where(jnp.any(seen, axis=0)[:, None, None], kv[:, :, 1], 0)
+            return softmax.add(scores, seen, "RKGS,SKH->RKGH", v)
 
         oldest = zero if self.window is None else jnp.maximum(first - self.window + 1, 0)
         newest = jnp.minimum(first + query_block, length)

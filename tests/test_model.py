@@ -52,6 +52,8 @@ def paged_logits(
     scrambled = np.random.default_rng(0).permutation(len(sequences) * width).astype(np.int32)
     table = scrambled.reshape(len(sequences), width)
     cache = PagedCache.empty(model.config, table.size, page_size, jnp.float32)
+    # Places that nobody has written may hold anything, and must not be felt.
+    cache = jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), cache)
     graph, state = nnx.split(model)
 
     @jax.jit
