@@ -95,10 +95,6 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def num_free_pages(self) -> int:
         return len(self._free)
 

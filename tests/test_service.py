@@ -156,25 +156,24 @@ def test_keys(parts: tuple[EngineWorker, Tokenizer]) -> None:
 
 
 def test_a_full_queue_is_refused_and_leaving_frees(parts: tuple[EngineWorker, Tokenizer]) -> None:
-    """Two run, two wait, the fifth is refused; when all have left, nothing is held."""
+    """Two run and two wait; of twelve that come at once, some are refused. No page stays held."""
 
     async def run() -> None:
         async with serving(parts) as channel:
             stub = rpc.InferenceStub(channel)
-            calls = []
-            for _ in range(4):
-                calls.append(stub.Generate(chat(max_tokens=400), metadata=KEY))
-                if len(calls) <= 2:
-                    await calls[-1].read()
-            while parts[0]._engine.scheduler.num_waiting < 2:
-                await asyncio.sleep(0.01)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await collect(channel, chat())
-            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            request = chat(max_tokens=400, sampling=pb.SamplingParams(temperature=0))
+            calls = [stub.Generate(request, metadata=KEY) for _ in range(12)]
+            first = await asyncio.gather(*(call.read() for call in calls), return_exceptions=True)
+            refused = [item for item in first if isinstance(item, grpc.aio.AioRpcError)]
+            assert refused
+            assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+            assert "are waiting already" in str(refused[0].details())
+            assert len(refused) < len(first)
             for call in calls:
                 call.cancel()
-            while parts[0]._engine.has_work:
+            scheduler = parts[0]._engine.scheduler
+            while scheduler.has_work:
                 await asyncio.sleep(0.01)
-            assert parts[0]._engine.scheduler.num_free_pages == LIMITS.num_pages
+            assert scheduler.num_free_pages == LIMITS.num_pages
 
     asyncio.run(asyncio.wait_for(run(), 60))
