@@ -9,7 +9,6 @@ the same shapes, so one compilation serves them all and the start does not grow 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,19 +94,13 @@ def compile_steps(model: Transformer, limits: Limits) -> "Steps":
     cache = jax.eval_shape(
         lambda: PagedCache.empty(model.config, limits.num_pages, limits.page_size, dtype)
     )
-    # The compiler runs on one core; a second program keeps another busy.
-    with ThreadPoolExecutor(2) as pool:
-        # Programs that draw are shared by buckets of as many rows.
-        one_of = {arrays.last.shape: arrays for arrays in empty.values()}
-        draw = {rows: pool.submit(parts.compile_draw, a) for rows, a in one_of.items()}
-        walk = {
-            size: pool.submit(parts.compile_walk, cache.layers[0], arrays)
-            for size, arrays in empty.items()
-        }
-        return {
-            size: _Programs(*walk[size].result(), draw[arrays.last.shape].result())
-            for size, arrays in empty.items()
-        }
+    # One after the other: the compiler itself uses all cores.
+    one_of = {arrays.last.shape: arrays for arrays in empty.values()}
+    draw = {rows: parts.compile_draw(arrays) for rows, arrays in one_of.items()}
+    return {
+        size: _Programs(*parts.compile_walk(cache.layers[0], arrays), draw[arrays.last.shape])
+        for size, arrays in empty.items()
+    }
 
 
 def _arrays(plan: Plan, size: int, limits: Limits) -> "_Arrays":
