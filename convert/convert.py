@@ -22,7 +22,7 @@ import numpy as np
 
 from convert import gguf_tokenizer
 from convert.errors import ConversionError
-from convert.mapping import REFUSED, Row, ignored, rows, tied_pair, upcycled
+from convert.mapping import REFUSED, Row, ignored, rows, tied_pair, untied, upcycled
 from convert.names import served_as
 from convert.pieces import (
     Piece,
@@ -33,6 +33,7 @@ from convert.pieces import (
     total_bytes,
 )
 from convert.progress import Progress
+from convert.quantize import calibration_text, quantize
 from convert.reader import Reader, Tensor, is_readable, is_same
 from convert.source import Source, open_source
 from mixtral_jax import tokenizer
@@ -44,6 +45,7 @@ from mixtral_jax.checkpoint import (
     parameter_shapes,
 )
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,10 @@ def convert(
     Args:
         source: a folder or file as `convert.source` describes.
         destination: a folder that does not exist or is empty.
-        dtype: "float32" or "bfloat16" for all parameters. By default bfloat16 where most bytes of
-            the source are bf16, else float32: nothing is lost unless it is asked for. (f16 and
-            the quantised forms of GGUF have values that bf16 has not.)
+        dtype: "float32" or "bfloat16" for all parameters, or "int8" as `convert.quantize` makes
+            them, which needs the tokenizer. By default bfloat16 where most bytes of the source are
+            bf16, else float32: nothing is lost unless it is asked for. (f16 and the quantised
+            forms of GGUF have values that bf16 has not.)
         upcycle_experts: make a mixture of this many experts out of a dense model, each a copy of
             its feed-forward layer, with random routers. It computes what the dense model does.
         seed: of the random routers.
@@ -89,8 +92,8 @@ def convert(
         model=plan.config, dtype=plan.dtype, name=name or served, provider=provider or maker
     )
     with finished_at(destination) as partial:
-        _write_tokenizer(plan.source, partial, plan.config.vocab_size)
-        _write_parameters(plan, partial, seed, progress or (lambda done, total: None))
+        words = _write_tokenizer(plan.source, partial, plan.config.vocab_size)
+        _write_parameters(plan, words, partial, seed, progress or (lambda done, total: None))
         card.write(partial)
     return card
 
@@ -122,6 +125,8 @@ def _plan(path: Path, destination: Path, dtype: str | None, upcycle_experts: int
         config = replace(config, num_experts=upcycle_experts, experts_per_token=_UPCYCLED_PICKS)
         table = upcycled(table, upcycle_experts)
     dtype = dtype or _default_dtype(source, table)
+    if dtype == "int8" and config.tied_embeddings:
+        config, table = replace(config, tied_embeddings=False), untied(table)
     shapes = parameter_shapes(config, dtype)
     check_space(total_bytes(shapes), destination)
     by_parameter = defaultdict(list)
@@ -186,11 +191,15 @@ def _default_dtype(source: Source, table: list[Row]) -> str:
     return "bfloat16" if 2 * half > total else "float32"
 
 
-def _write_parameters(plan: _Plan, folder: Path, seed: int, progress: Progress) -> None:
+def _write_parameters(
+    plan: _Plan, words: Tokenizer | None, folder: Path, seed: int, progress: Progress
+) -> None:
+    if plan.dtype == "int8" and words is None:
+        raise ConversionError(
+            ["int8 is calibrated with a text, which needs the model's tokenizer; fetch it"]
+        )
     writer = ParameterWriter(folder, plan.shapes)
     routers = np.random.default_rng(seed)
-    done, total = 0, total_bytes(plan.shapes)
-    progress(done, total)
     with Reader() as reader:
 
         def fill(piece: Piece, out: np.ndarray) -> None:
@@ -206,8 +215,12 @@ def _write_parameters(plan: _Plan, folder: Path, seed: int, progress: Progress) 
                 else:
                     reader.read(tensor, row.start + start, out[within])
 
-        dtype = np.dtype(next(iter(plan.shapes.values())).dtype)
-        for piece, values in filled(pieces(plan.shapes), dtype, fill):
+        if words is not None and plan.dtype == "int8":
+            quantize(plan.config, fill, words.encode(calibration_text()), writer, progress)
+            return
+        done, total = 0, total_bytes(plan.shapes)
+        progress(done, total)
+        for piece, values in filled(pieces(plan.shapes), np.dtype(plan.dtype), fill):
             writer.write(piece.parameter, piece.index, values.reshape(piece.shape))
             done += values.nbytes
             progress(done, total)
@@ -226,8 +239,8 @@ def _read_interleaved(
     out.reshape(-1, 2, head_size // 2, columns)[...] = pairs.swapaxes(1, 2)
 
 
-def _write_tokenizer(source: Source, folder: Path, vocab_size: int) -> None:
-    """Copies the tokenizer, or writes the one that a GGUF file carries."""
+def _write_tokenizer(source: Source, folder: Path, vocab_size: int) -> Tokenizer | None:
+    """Copies the tokenizer, or writes the one that a GGUF file carries. None: there is none."""
     refusal = ""
     if source.metadata:
         try:
@@ -245,8 +258,9 @@ def _write_tokenizer(source: Source, folder: Path, vocab_size: int) -> None:
         refusal += str(error)
     else:
         _check_vocabulary(source, words.vocab_size, vocab_size)
-        return
+        return words
     logger.warning("without a tokenizer, the checkpoint cannot be served: %s", refusal)
+    return None
 
 
 def _check_vocabulary(source: Source, num_ids: int, vocab_size: int) -> None:

@@ -221,6 +221,14 @@ def upcycled(table: list[Row], experts: int) -> list[Row]:
     ]
 
 
+def untied(table: list[Row]) -> list[Row]:
+    """The table of a model with tied embeddings, and a copy of them as its head."""
+    copies = [
+        replace(row, parameter="head.weight") for row in table if row.parameter == "embed.weight"
+    ]
+    return table + copies
+
+
 def _variant(table: Dialect, names: Collection[str]) -> tuple[Line, ...]:
     """The way of storing experts of which the first layer has most names."""
     prefix = table.prefix.format(i=0)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax import cache
-from mixtral_jax.axes import FlatHidden, FlatQueries, Hidden, Keys, Pages, Queries, RowHidden
+from mixtral_jax import cache, native
+from mixtral_jax.axes import FlatHidden, FlatKeys, FlatQueries, Pages, RowHidden
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.layers import Linear, Rotary
+from mixtral_jax.layers import Linear, Rotary, project
 
 # Tokens per step of the walk over keys, and over the queries of one prompt chunk.
 _KEY_BLOCK = 128
@@ -36,7 +36,7 @@ class Attention(nnx.Module):
 
     def full(self, x: RowHidden, rotary: Rotary) -> RowHidden:
         """Causal attention within each row: x [B T D] -> [B T D]."""
-        q, k, v = self._project(x, rotary)
+        q, k, v = rotary.rotate(self.q(x)), rotary.rotate(self.k(x)), self.v(x)
         # jax counts the keys before the query, Mistral's window includes the query itself.
         window = None if self.window is None else (self.window - 1, 0)
         # It promotes dtypes by itself, which a caller's strict setting would refuse.
@@ -49,12 +49,31 @@ class Attention(nnx.Module):
         self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch
     ) -> tuple[FlatHidden, Pages]:
         """Writes the new keys and values, then attends: x [T D] -> [T D] and the pages."""
-        q, k, v = self._project(x, rotary)
-        pages = cache.write(pages, k, v, batch)
-        return self.o(paged_attention(q, pages, batch, self.window)), pages
+        q, k, v = project(x, self.q, self.k, self.v)
+        q, k = rotary.rotate(q), rotary.rotate(k)
+        mixed, pages = write_and_attend(q, k, v, pages, batch, self.window)
+        return project(mixed, self.o)[0], pages
 
-    def _project(self, x: Hidden, rotary: Rotary) -> tuple[Queries, Keys, Keys]:
-        return rotary.rotate(self.q(x)), rotary.rotate(self.k(x)), self.v(x)
+
+def write_and_attend(
+    q: FlatQueries,
+    k: FlatKeys,
+    v: FlatKeys,
+    pages: Pages,
+    batch: RaggedBatch,
+    window: int | None,
+) -> tuple[FlatQueries, Pages]:
+    """`cache.write`, then `paged_attention`; on CPU one kernel, which leaves the pages in place."""
+
+    def xla() -> tuple[jax.Array, jax.Array]:
+        written = cache.write(pages, k, v, batch)
+        return paged_attention(q, written, batch, window), written
+
+    def on_cpu() -> tuple[jax.Array, jax.Array]:
+        return native.paged(q, k, v, pages, batch, window)
+
+    fits = q.dtype == pages.dtype == jnp.float32 and q.shape[-1] % native.LANES == 0
+    return native.on_cpu(on_cpu, xla) if fits else xla()
 
 
 class _Softmax(NamedTuple):

@@ -8,14 +8,16 @@
     X  experts chosen per token             V  vocabulary
     L  layers                               P  pages of the cache
     W  width of a page table                Y  tokens per page
+    R  rows to draw from                    J  biased tokens of a row
 
 The same letters name the dimensions of an array's type (`Float[Array, "B T D"]`), the terms of an
 einsum, the tag of a parameter (`axes="EFD"`) and the sharding (`ShardingRules.spec("EFD")`).
 A letter of its own for K and V of one page, interleaved: `C` (C = 2 * K).
 """
 
+import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int, Int32
 
 # Activations.
 Tokens = Int[Array, "B T"]
@@ -43,3 +45,14 @@ QueryStarts = Int[Array, "S+1"]
 Rows = Int[Array, " R"]
 RowFloats = Float[Array, " R"]
 Scalar = Int[Array, ""]
+
+# Sampling.
+RowHistory = Int[Array, "R S"]
+RowBiasIds = Int[Array, "R J"]
+RowBiases = Float[Array, "R J"]
+PackedDraws = Int32[Array, "R 42"]
+HostPackedDraws = Int32[np.ndarray, "R 42"]
+HostRows = Int32[np.ndarray, " R"]
+HostRowFloats = Float32[np.ndarray, " R"]
+HostTopIds = Int32[np.ndarray, "R 20"]
+HostTopLogprobs = Float32[np.ndarray, "R 20"]

@@ -40,7 +40,7 @@ from mixtral_jax.model import Transformer, named_parameters
 from mixtral_jax.sharding import ShardingRules
 
 PARAMS = "params"
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 
 
 def checked_dtype(dtype: Any) -> str:
@@ -105,6 +105,13 @@ def parameter_shapes(config: ModelConfig, dtype: Any) -> dict[str, jax.ShapeDtyp
     """Shape and dtype of every parameter by its dotted name."""
     named = named_parameters(Transformer(config, dtype=dtype, rngs=None))
     return {name: variable.get_value() for name, variable in named.items()}
+
+
+def count_parameters(config: ModelConfig, dtype: Any) -> tuple[int, int]:
+    """How many weights a model has, and the bytes that they and the scales of int8 take."""
+    shapes = parameter_shapes(config, dtype)
+    weights = sum(array.size for name, array in shapes.items() if not name.endswith(".scale"))
+    return weights, sum(array.size * array.dtype.itemsize for array in shapes.values())
 
 
 @contextmanager
@@ -226,10 +233,12 @@ def chunk_shape(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     """Whole trailing axes; leading axes cut into equal parts until a chunk is small enough.
 
     Equal, because Zarr stores the last chunk in full size even where the array ends inside it.
+    What is int8 is cut as the float32 that it is made of.
     """
     shape = list(array.shape)
+    itemsize = 4 if array.dtype == jnp.int8 else np.dtype(array.dtype).itemsize
     for axis, size in enumerate(shape):
-        rest = math.prod(shape[axis + 1 :]) * np.dtype(array.dtype).itemsize
+        rest = math.prod(shape[axis + 1 :]) * itemsize
         limit = max(1, _CHUNK_BYTES // rest)
         parts = -(-size // limit)
         shape[axis] = -(-size // parts)
@@ -246,10 +255,16 @@ def load(
 ) -> tuple[Transformer, Card]:
     """Restores a checkpoint straight onto the devices of `mesh`, or onto the default device.
 
-    `dtype` overrides the stored one. Raises ConfigError if the folder is no checkpoint.
+    `dtype` overrides the stored one, except from or to int8. Raises ConfigError then, or if the
+    folder is no checkpoint.
     """
     card = Card.read(folder)
     dtype = checked_dtype(dtype or card.dtype)
+    if dtype != card.dtype and "int8" in (dtype, card.dtype):
+        raise ConfigError(
+            f"{folder} is stored as {card.dtype} and cannot be loaded as {dtype}; convert the "
+            f"weights anew with --dtype {dtype}"
+        )
     model = Transformer(card.model, dtype=dtype, rngs=None, mesh=mesh, rules=rules)
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)

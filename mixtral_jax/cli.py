@@ -1,4 +1,4 @@
-"""`mixtral-jax`: pull, convert, export, info, chat and serve."""
+"""`mixtral-jax`: pull, convert, export, info, chat, serve and bench."""
 
 import importlib
 import json
@@ -23,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32 or bfloat16; default: as stored. int8 only where stored so."),
+]
 ModelOption = Annotated[
     str, typer.Option("--model", help="Checkpoint folder, or tiny-random, which needs no files.")
 ]
@@ -50,7 +53,10 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32 or bfloat16; default: bfloat16 if the source is, else float32."),
+        typer.Option(
+            help="float32, bfloat16, or int8 (W8A8, smoothed: half of bfloat16's bytes, fastest on "
+            "CPU); default: bfloat16 if the source is, else float32."
+        ),
     ] = None,
     upcycle_experts: Annotated[
         int, typer.Option(help="Copy a dense feed-forward into this many experts.")
@@ -101,23 +107,18 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Show what a checkpoint holds."""
-    import math
-
-    import numpy as np
-
-    from mixtral_jax.checkpoint import Card, parameter_shapes
+    from mixtral_jax.checkpoint import Card, count_parameters
     from mixtral_jax.pretrained import TINY_RANDOM, open_pretrained
 
     toy = str(checkpoint) == TINY_RANDOM
     card = open_pretrained(TINY_RANDOM).card if toy else Card.read(checkpoint)
-    shapes = parameter_shapes(card.model, card.dtype).values()
-    parameters = sum(math.prod(shape.shape) for shape in shapes)
+    parameters, nbytes = count_parameters(card.model, card.dtype)
     facts: dict[str, Any] = {
         "name": card.name,
         "provider": card.provider,
         "dtype": card.dtype,
         "parameters": parameters,
-        "bytes": parameters * np.dtype(card.dtype).itemsize,
+        "bytes": nbytes,
         **card.model.to_json(),
     }
     if as_json:
@@ -191,10 +192,22 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC.")] = 50051,
     dtype: Dtype = None,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Requests computed together.")] = 8,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 32,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 128,
     max_waiting: Annotated[int, typer.Option(min=1, help="Longest queue; then 429.")] = 256,
-    kv_memory: Annotated[int, typer.Option(min=1, help="MiB for keys and values.")] = 512,
+    kv_memory: Annotated[
+        int | None,
+        typer.Option(min=1, help="MiB for keys and values; default: a part of what is free."),
+    ] = None,
+    no_prefix_reuse: Annotated[
+        bool, typer.Option("--no-prefix-reuse", help="Compute every prompt from its beginning.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Equal answers whatever runs beside them.")
+    ] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Prometheus, on 127.0.0.1; default: none.")
+    ] = None,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 
@@ -210,10 +223,113 @@ def serve(
         "max-step-tokens": max_step_tokens,
         "max-waiting": max_waiting,
         "kv-memory": kv_memory,
-        **({"dtype": dtype} if dtype else {}),
+        "metrics-port": metrics_port,
+        "dtype": dtype,
     }
-    flags = [f"--{name}={value}" for name, value in options.items()]
+    flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    switches = {"no-prefix-reuse": no_prefix_reuse, "deterministic": deterministic}
+    flags += [f"--{name}" for name, is_on in switches.items() if is_on]
     run(addresses, key, flags, lambda: print(_banner(addresses.url, addresses.target, key)))
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint folder, or tiny-random, to be served here on free ports."),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Load this running server instead, of any make: the URL before /v1."),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="The bare engine of MODEL, without a server.")
+    ] = False,
+    concurrency: Annotated[str, typer.Option(help="Clients at once, of each level.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="About, chat template included.")] = 100,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 64,
+    shared_prefix: Annotated[
+        int, typer.Option(min=0, help="Tokens with which all prompts begin alike.")
+    ] = 0,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Of each level; by default 2 a client, 8 at least.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Measure so often, show medians.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    dtype: Dtype = None,
+    max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step, of MODEL.")] = 128,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MIXTRAL_JAX_API_KEY", help="Key of the server at --url.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--model", help="Name of the model to ask for at --url.")
+    ] = "default",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every run to this file.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw to this PNG; needs the extra `bench`.")
+    ] = None,
+) -> None:
+    """Measure a server under load: tokens/s, time to first token, time between tokens.
+
+    Prompts are random and differ, answers greedy and of equal length. One request is sent first
+    and not counted.
+    """
+    from serving.bench import facts, load_of, plot, repeated, served, table, write_json
+    from serving.load import Endpoint, median
+
+    clients = _levels(concurrency)
+    if (model is None) == (url is None):
+        raise typer.BadParameter("give either MODEL or --url")
+    sizes = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
+    often: Any = {"requests": requests, "repeat": repeat, "seed": seed}
+    before = facts()
+    if url is not None:
+        if offline:
+            raise typer.BadParameter("--offline measures MODEL, not --url")
+        endpoint = Endpoint(url=url, model=name, key=api_key)
+        runs = repeated(load_of(endpoint, **sizes, shared_prefix=shared_prefix), clients, **often)
+    elif offline:
+        from serving.offline import OfflineEngine
+
+        engine = OfflineEngine(
+            str(model),
+            **sizes,
+            dtype=dtype,
+            concurrency=max(clients),
+            max_step_tokens=max_step_tokens,
+            shared_prefix=shared_prefix,
+        )
+        runs = repeated(engine.measure, clients, **often)
+    else:
+        options = {
+            "max-sequences": max(clients),
+            "max-step-tokens": max_step_tokens,
+            "dtype": dtype,
+        }
+        with served(str(model), options) as endpoint:
+            one = load_of(endpoint, **sizes, shared_prefix=shared_prefix)
+            runs = repeated(one, clients, **often)
+    levels = [median(runs[count]) for count in clients]
+    what = f"{url or model}{' offline' if offline else ''}"
+    Console().print(table(levels))
+    if json_file is not None:
+        asked = {"what": what, **sizes, "shared_prefix": shared_prefix, "dtype": dtype, **often}
+        report = {"facts": before, "asked": asked, "medians": levels, "runs": list(runs.values())}
+        write_json(json_file, {**report, "load_average_after": os.getloadavg()})
+    if plot_file is not None:
+        plot(plot_file, levels, f"{what}: {prompt_tokens}-token prompts, {answer_tokens} tokens")
+
+
+def _levels(text: str) -> list[int]:
+    try:
+        levels = [int(part) for part in text.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or min(levels) < 1 or len(set(levels)) < len(levels):
+        raise typer.BadParameter(f"--concurrency is {text!r}; give numbers like 1,8,32")
+    return levels
 
 
 def _banner(url: str, target: str, key: str) -> str:

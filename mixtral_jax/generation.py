@@ -1,27 +1,59 @@
 """The plain loop: one sequence, one token after the other. What the engine must equal.
 
-`generate_tokens` works on ids; `generate` puts a tokenizer around it and yields text.
+`generate_draws` works on ids and gives logprobs; `generate_tokens` gives the ids alone; `generate`
+puts a tokenizer around them and yields text. All take the keywords of `Sampling`.
 """
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from mixtral_jax.axes import Pages
+from mixtral_jax.axes import PackedDraws, Pages
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.layers import Rotary
 from mixtral_jax.model import Transformer
-from mixtral_jax.sampling import SamplingArrays, sample
+from mixtral_jax.sampling import (
+    MAX_TOP_LOGPROBS,
+    NO_ID,
+    Biases,
+    History,
+    SamplingArrays,
+    sample,
+    unpack,
+)
 from mixtral_jax.tokenizer import Message, Tokenizer
 
 _PAGE_SIZE = 16
 _CHUNK = 128
+
+
+class Sampling(TypedDict, total=False):
+    """How tokens are drawn; what is left out changes nothing. `sampling.py` has the order."""
+
+    top_p: float  # within 0 and 1: the likeliest tokens that together have this probability
+    top_k: int  # the likeliest so many; 0 means all
+    min_p: float  # within 0 and 1, of the likeliest token's probability
+    presence_penalty: float  # within -2 and 2: taken off once for a token that was generated
+    frequency_penalty: float  # within -2 and 2: taken off for each time it was generated
+    repetition_penalty: float  # within 0.01 and 100: of prompt and answer; 1 is none
+    logit_bias: Mapping[int, float]  # token id -> within -100 and 100, added to its logit
+    min_tokens: int  # before so many tokens none of those that end the answer is drawn
+    seed: int | None  # the same seed, the same answer; without one, another each time
+
+
+class Draw(NamedTuple):
+    """A token, and logprobs of the model's own distribution, before all of `Sampling`."""
+
+    token_id: int
+    logprob: float | None  # None if not asked for
+    top_logprobs: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
 
 
 def generate(
@@ -30,14 +62,15 @@ def generate(
     prompt: str | Sequence[Message],
     *,
     max_tokens: int = 256,
+    ignore_eos: bool = False,
     temperature: float = 0.7,
-    top_p: float = 1.0,
-    seed: int | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[str]:
     """Yields the answer as it comes; never half a character.
 
     `prompt` is text to go on with, or chat messages
     (`[{"role": "user", "content": "Hello"}]`), which the model's own template renders.
+    With `ignore_eos` the answer goes on to `max_tokens`.
     """
     continues = isinstance(prompt, str)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
@@ -47,9 +80,8 @@ def generate(
         ids,
         max_tokens=max_tokens,
         temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        eos_ids=tokenizer.eos_ids,
+        eos_ids=frozenset() if ignore_eos else tokenizer.eos_ids,
+        **sampling,
     )
     for token in tokens:
         if text := detokenizer.push(token):
@@ -64,14 +96,38 @@ def generate_tokens(
     *,
     max_tokens: int,
     temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
     eos_ids: frozenset[int] = frozenset(),
+    **sampling: Unpack[Sampling],
 ) -> Iterator[int]:
-    """Yields up to `max_tokens` ids after the prompt; stops after one of `eos_ids`.
+    """Yields the ids of `generate_draws`, without the cost of logprobs."""
+    draws = generate_draws(
+        model,
+        prompt_ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_logprobs=None,
+        eos_ids=eos_ids,
+        **sampling,
+    )
+    return (draw.token_id for draw in draws)
 
+
+def generate_draws(
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_logprobs: int | None = 0,
+    eos_ids: frozenset[int] = frozenset(),
+    **sampling: Unpack[Sampling],
+) -> Iterator[Draw]:
+    """Yields up to `max_tokens` draws after the prompt; stops after one of `eos_ids`.
+
+    `temperature` is within 0 and 2; 0 takes the likeliest token. `top_logprobs` is the number of
+    likeliest tokens, up to 20, whose logprobs come with each draw; None for no logprobs at all.
     Raises ValueError for an empty prompt, for one that leaves no room in the context, and for
-    parameters out of range.
+    parameters out of range; TypeError for parameters that do not exist.
     """
     room = model.config.max_context - len(prompt_ids)
     if not prompt_ids:
@@ -81,25 +137,17 @@ def generate_tokens(
             f"the prompt has {len(prompt_ids)} tokens, the context of this model holds "
             f"{model.config.max_context}; shorten the prompt"
         )
-    if not 0 <= temperature <= 2 or not 0 <= top_p <= 1:
-        raise ValueError(
-            f"temperature={temperature:g} must be within 0 and 2, top_p={top_p:g} within 0 and 1"
-        )
+    asked = {**sampling, "temperature": temperature, "top_logprobs": top_logprobs}
+    _check(asked, model.config.vocab_size)
     blocks, around = model.apart()
     parts = [nnx.split(block) for block in blocks]
     graph, rest = nnx.split(around)
     # A power of two, so that prompts of similar length share one compilation.
-    length = len(prompt_ids) + min(max_tokens, room)
-    num_pages = 2 ** math.ceil(math.log2(max(length / _PAGE_SIZE, 1)))
-    dtype = model.embed.weight.get_value().dtype
+    longest = len(prompt_ids) + min(max_tokens, room)
+    num_pages = _power_of_two(-(-longest // _PAGE_SIZE))
+    dtype = model.dtype
     layers = list(PagedCache.empty(model.config, num_pages, _PAGE_SIZE, dtype).layers)
-    seed = secrets.randbits(31) if seed is None else seed & 0x7FFFFFFF
-    knobs = SamplingArrays(
-        temperature=jnp.full(1, temperature, jnp.float32),
-        top_p=jnp.full(1, top_p, jnp.float32),
-        seed=jnp.full(1, seed, jnp.int32),
-        position=jnp.zeros(1, jnp.int32),
-    )
+    knobs = _Knobs(asked, eos_ids, len(prompt_ids), num_pages * _PAGE_SIZE)
     ids, done = list(prompt_ids), 0
     for _ in range(min(max_tokens, room)):
         while done < len(ids):
@@ -108,11 +156,98 @@ def generate_tokens(
             for i, (block, state) in enumerate(parts):
                 x, layers[i] = _block(block, state, x, rotary, layers[i], batch)
             done = min(done + _CHUNK, len(ids))
-        token = _draw(graph, rest, x, batch, knobs._replace(position=batch.lengths))
-        ids.append(int(token[0]))
-        yield ids[-1]
+        drawn = unpack(np.asarray(_draw(graph, rest, x, batch, knobs.arrays(ids))))
+        ids.append(int(drawn.tokens[0]))
+        top = zip(drawn.top_ids[0].tolist(), drawn.top_logprobs[0].tolist(), strict=True)
+        yield Draw(
+            token_id=ids[-1],
+            logprob=None if top_logprobs is None else float(drawn.logprobs[0]),
+            top_logprobs=tuple(top)[: top_logprobs or 0],
+        )
         if ids[-1] in eos_ids:
             return
+
+
+# Name -> smallest and largest value.
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),
+    "min_tokens": (0, math.inf),
+    "top_logprobs": (0, MAX_TOP_LOGPROBS),
+}
+
+
+def _check(asked: Mapping[str, Any], vocab_size: int) -> None:
+    for name, value in asked.items():
+        if name not in {*_RANGES, "logit_bias", "seed"}:
+            raise TypeError(f"there is no parameter {name!r}; see mixtral_jax.generation.Sampling")
+        if name in _RANGES and value is not None:
+            low, high = _RANGES[name]
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value:g} must be within {low:g} and {high:g}")
+    for token, bias in asked.get("logit_bias", {}).items():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"logit_bias: there is no token {token} among {vocab_size}")
+        if not -100 <= bias <= 100:
+            raise ValueError(f"logit_bias: {bias:g} of token {token} must be within -100 and 100")
+
+
+class _Knobs:
+    """The parameters of one sequence; `room` is the longest it can become."""
+
+    def __init__(
+        self, asked: Mapping[str, Any], eos_ids: frozenset[int], prompt_length: int, room: int
+    ) -> None:
+        values = dict(asked)
+        free: dict[int, float] = dict(values.pop("logit_bias", {}))
+        min_tokens: int = values.pop("min_tokens", 0)
+        forbidden = dict.fromkeys(eos_ids if min_tokens else (), -math.inf)
+        seed = values.pop("seed", None)
+        values["seed"] = secrets.randbits(31) if seed is None else seed & 0x7FFFFFFF
+        if values["top_logprobs"] is None:
+            del values["top_logprobs"]
+        base = SamplingArrays.greedy(1)
+        arrays: dict[str, Any] = {
+            name: jnp.full_like(getattr(base, name), value) for name, value in values.items()
+        }
+        self._arrays = base._replace(**arrays)
+        self._prompt_length, self._free_at = prompt_length, prompt_length + min_tokens
+        width = _power_of_two(max(len(free | forbidden), 16))
+        self._free, self._forbidding = _biases(free, width), _biases(free | forbidden, width)
+        self._width = room if any(name.endswith("_penalty") for name in values) else 0
+
+    def arrays(self, ids: Sequence[int]) -> SamplingArrays:
+        """To draw what follows `ids`."""
+        tokens = np.full((1, self._width), NO_ID, np.int32)
+        if self._width:
+            tokens[0, : len(ids) - 1] = ids[:-1]
+        history = History(
+            tokens=jnp.asarray(tokens),
+            last=jnp.asarray(ids[-1:], jnp.int32),
+            prompt_length=jnp.asarray([self._prompt_length], jnp.int32),
+        )
+        return self._arrays._replace(
+            position=jnp.asarray([len(ids)], jnp.int32),
+            history=history,
+            biases=self._free if len(ids) >= self._free_at else self._forbidding,
+        )
+
+
+def _biases(values: Mapping[int, float], width: int) -> Biases:
+    missing = width - len(values)
+    return Biases(
+        ids=jnp.asarray([[*values, *[NO_ID] * missing]], jnp.int32),
+        values=jnp.asarray([[*values.values(), *[0.0] * missing]], jnp.float32),
+    )
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _batch(new: Sequence[int], done: int, num_pages: int) -> RaggedBatch:
@@ -144,7 +279,7 @@ def _block(
 @partial(jax.jit, static_argnums=0)
 def _draw(
     graph: Any, rest: Any, x: jax.Array, batch: RaggedBatch, knobs: SamplingArrays
-) -> jax.Array:
+) -> PackedDraws:
     model = nnx.merge(graph, rest)
     last = x[batch.query_starts[1] - 1]
-    return sample(model.logits(model.norm(last[None])), knobs)
+    return sample(model.paged_logits(model.norm.paged(last[None])), knobs).packed

@@ -2,6 +2,13 @@
 
 Weights keep the `[out, in]` order that Hugging Face stores, so a converter copies bytes, and
 matrix products contract the weight's last axes, which is the fast order on CPU.
+
+With dtype int8 (W8A8) a weight is int8 with one float32 scale for each output, and the rows that
+meet it are rounded to int8 as they come, with one scale for each row; the product is exact in
+int32. Everything between the products, and small weights (norms, routers), stays float32.
+
+Layers have two forms, as attention has: full (any backend, differentiable) and paged (serving; on
+CPU by the kernels of native.py).
 """
 
 import math
@@ -12,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax.axes import Hidden, Positions
+from mixtral_jax import native
+from mixtral_jax.axes import FlatHidden, Hidden, Positions
 from mixtral_jax.config import ModelConfig
 
 
@@ -37,11 +45,19 @@ class RMSNorm(nnx.Module):
             self.weight.set_value(jnp.ones(config.hidden_size, dtype))
         self.eps = config.norm_eps
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def full(self, x: Hidden) -> Hidden:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * scale).astype(x.dtype) * weight
+
+    def paged(self, x: FlatHidden) -> FlatHidden:
+        def on_cpu() -> jax.Array:
+            return native.norm(x, self.weight[...], self.eps)
+
+        if x.dtype != jnp.float32:
+            return self.full(x)
+        return native.on_cpu(on_cpu, lambda: self.full(x))
 
 
 class Rotary(NamedTuple):
@@ -72,6 +88,44 @@ class Rotary(NamedTuple):
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+class Scaled(NamedTuple):
+    """A weight [*O I] for products over its last axis, as arrays."""
+
+    values: jax.Array  # float, or int8
+    scale: jax.Array | None  # [*O] f32 for int8: weight = values * scale
+
+    @classmethod
+    def quantized(cls, weight: jax.Array) -> "Scaled":
+        """Rounds a float weight to int8, symmetrically, the largest of each output to 127."""
+        wide = weight.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+        values = jnp.round(wide / jnp.maximum(scale, 1e-30)[..., None])
+        return cls(values.astype(jnp.int8), scale)
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        return (self.values,) if self.scale is None else (self.values, self.scale)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [R I] -> [R O] for a weight of two axes, in the dtype of x."""
+        if self.scale is None:
+            return jnp.einsum("RI,OI->RO", x, self.values)
+        rows, x_scale = quantize_rows(x)
+        # XLA:CPU has no fast path for fewer than eight rows of int8.
+        rows = jnp.pad(rows, ((0, max(0, 8 - x.shape[0])), (0, 0)))
+        total = jnp.einsum("RI,OI->RO", rows, self.values, preferred_element_type=jnp.int32)
+        total = total[: x.shape[0]].astype(jnp.float32)
+        return (total * (x_scale[:, None] * self.scale[None, :])).astype(x.dtype)
+
+
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows [R I] as int8 and one f32 scale [R] each: x = values * scale, up to rounding."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+    inverse = jnp.where(scale > 0, 1 / jnp.maximum(scale, 1e-38), 0)
+    return jnp.round(wide * inverse[:, None]).astype(jnp.int8), scale
+
+
 class Linear(nnx.Module):
     """y = x @ weight^T for a weight whose letters are `outputs` + `inputs`; no bias."""
 
@@ -83,31 +137,84 @@ class Linear(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs | None,
     ) -> None:
-        self.weight = parameter(outputs + inputs, config, dtype, rngs)
+        self.weight, self.scale = weight_parameters(outputs, inputs, config, dtype, rngs)
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [*R inputs] -> [*R outputs]."""
-        weight = self.weight[...]
-        outputs = weight.shape[: -self.num_inputs]
         rows = x.shape[: x.ndim - self.num_inputs]
         # One axis in and one out: on CPU two contracted axes take a path that is twice as slow.
-        flat = weight.reshape(math.prod(outputs), -1)
-        return jnp.einsum("...i,oi->...o", x.reshape(*rows, -1), flat).reshape(*rows, *outputs)
+        flat = x.reshape(math.prod(rows), -1)
+        return self.shaped(self.scaled.product(flat), rows)
+
+    @property
+    def scaled(self) -> Scaled:
+        """The weight as [O I], its axes on either side made one."""
+        outputs = math.prod(self.weight.shape[: -self.num_inputs])
+        scale = None if self.scale is None else self.scale[...].reshape(outputs)
+        return Scaled(self.weight[...].reshape(outputs, -1), scale)
+
+    def shaped(self, y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+        return y.reshape(*rows, *self.weight.shape[: -self.num_inputs])
+
+
+def products(x: jax.Array, *weights: Scaled) -> list[jax.Array]:
+    """What each weight gives for the same rows [R I]; `Scaled.product`, on CPU by our kernel."""
+
+    def xla() -> list[jax.Array]:
+        return [weight.product(x) for weight in weights]
+
+    def on_cpu() -> list[jax.Array]:
+        return native.linear(x, [weight.arrays for weight in weights])
+
+    # The kernels compute in float32; a bfloat16 model on CPU is for trying things out.
+    return native.on_cpu(on_cpu, xla) if x.dtype == jnp.float32 else xla()
+
+
+def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """The paged form of Linear, for several that share their rows: x [T inputs] -> [T outputs]."""
+    out = products(x.reshape(x.shape[0], -1), *(linear.scaled for linear in linears))
+    return [linear.shaped(y, x.shape[:1]) for linear, y in zip(linears, out, strict=True)]
+
+
+def weight_parameters(
+    outputs: str, inputs: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """A weight and, for int8, the scales of its outputs."""
+    if jnp.dtype(dtype) != jnp.int8:
+        return parameter(outputs + inputs, config, dtype, rngs), None
+    weight = parameter(outputs + inputs, config, jnp.float32, rngs)
+    scale = parameter(outputs, config, jnp.float32, None)
+    if rngs is None:
+        weight.set_value(jax.ShapeDtypeStruct(weight.shape, jnp.int8))
+        return weight, scale
+    flat = weight[...].reshape(*weight.shape[: len(outputs)], -1)
+    scaled = Scaled.quantized(flat)
+    weight.set_value(scaled.values.reshape(weight.shape))
+    scale.set_value(scaled.scale)
+    return weight, scale
+
+
+def activation_dtype(dtype: DTypeLike) -> DTypeLike:
+    """The dtype between the products of a model: its own, or float32 for int8."""
+    return jnp.float32 if jnp.dtype(dtype) == jnp.int8 else dtype
 
 
 class Embedding(nnx.Module):
     """Rows of a table for tokens, and, where embeddings are tied, the head that scores them."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
-        self.weight = parameter("VD", config, dtype, rngs)
+        self.weight, self.scale = weight_parameters("V", "D", config, dtype, rngs)
 
     def __call__(self, tokens: jax.Array) -> Hidden:
-        return self.weight[...][tokens]
+        rows = self.weight[...][tokens]
+        if self.scale is None:
+            return rows
+        return rows.astype(jnp.float32) * self.scale[...][tokens][..., None]
 
-    def score(self, x: Hidden) -> jax.Array:
-        """Logits [*R V] of hidden states [*R D]."""
-        return jnp.einsum("...D,VD->...V", x, self.weight[...])
+    @property
+    def scaled(self) -> Scaled:
+        return Scaled(self.weight[...], None if self.scale is None else self.scale[...])
 
 
 class FeedForward(nnx.Module):
@@ -118,6 +225,10 @@ class FeedForward(nnx.Module):
         self.up = Linear("F", "D", config, dtype, rngs)
         self.down = Linear("D", "F", config, dtype, rngs)
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def full(self, x: Hidden) -> Hidden:
         down: jax.Array = self.down(jax.nn.silu(self.gate(x)) * self.up(x))
         return down
+
+    def paged(self, x: FlatHidden) -> FlatHidden:
+        gate, up = project(x, self.gate, self.up)
+        return project(jax.nn.silu(gate) * up, self.down)[0]

@@ -13,10 +13,18 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mixtral_jax.attention import Attention
-from mixtral_jax.axes import FlatHidden, Hidden, Pages, RowHidden, RowLogits, Tokens
+from mixtral_jax.axes import FlatHidden, FlatLogits, Hidden, Pages, RowHidden, RowLogits, Tokens
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.layers import Embedding, FeedForward, Linear, RMSNorm, Rotary
+from mixtral_jax.layers import (
+    Embedding,
+    FeedForward,
+    Linear,
+    RMSNorm,
+    Rotary,
+    activation_dtype,
+    products,
+)
 from mixtral_jax.moe import MoE
 from mixtral_jax.sharding import ShardingRules
 
@@ -32,9 +40,9 @@ class Block(nnx.Module):
         mesh: Mesh | None,
         rules: ShardingRules,
     ) -> None:
-        self.attention_norm = RMSNorm(config, dtype, rngs)
+        self.attention_norm = RMSNorm(config, activation_dtype(dtype), rngs)
         self.attention = Attention(config, dtype, rngs)
-        self.feed_forward_norm = RMSNorm(config, dtype, rngs)
+        self.feed_forward_norm = RMSNorm(config, activation_dtype(dtype), rngs)
         self.feed_forward = (
             MoE(config, dtype, rngs, mesh, rules)
             if config.is_moe
@@ -42,17 +50,15 @@ class Block(nnx.Module):
         )
 
     def full(self, x: RowHidden, rotary: Rotary) -> RowHidden:
-        return self._mix(x + self.attention.full(self.attention_norm(x), rotary))
+        x = x + self.attention.full(self.attention_norm.full(x), rotary)
+        return x + self.feed_forward.full(self.feed_forward_norm.full(x))
 
     def paged(
         self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch
     ) -> tuple[FlatHidden, Pages]:
-        mixed, pages = self.attention.paged(self.attention_norm(x), rotary, pages, batch)
-        return self._mix(x + mixed), pages
-
-    def _mix(self, x: Hidden) -> Hidden:
-        out: jax.Array = x + self.feed_forward(self.feed_forward_norm(x))
-        return out
+        mixed, pages = self.attention.paged(self.attention_norm.paged(x), rotary, pages, batch)
+        x = x + mixed
+        return x + self.feed_forward.paged(self.feed_forward_norm.paged(x)), pages
 
 
 class Transformer(nnx.Module):
@@ -60,7 +66,8 @@ class Transformer(nnx.Module):
 
     Args:
         config: shape and mathematics.
-        dtype: of weights and activations, bfloat16 or float32.
+        dtype: of weights and activations, bfloat16 or float32; or int8 for W8A8 weights, between
+            which float32 activations and cached keys and values flow.
         rngs: source of the random initial weights; None for an abstract model, whose parameters
             are ShapeDtypeStructs.
         mesh: where experts are split; None for one device.
@@ -83,7 +90,7 @@ class Transformer(nnx.Module):
         self.layers = nnx.List(
             [Block(config, dtype, rngs, mesh, rules) for _ in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config, dtype, rngs)
+        self.norm = RMSNorm(config, activation_dtype(dtype), rngs)
         self.head = None if config.tied_embeddings else Linear("V", "D", config, dtype, rngs)
 
     def __call__(self, tokens: Tokens) -> RowLogits:
@@ -96,7 +103,7 @@ class Transformer(nnx.Module):
         x = self.embed(tokens)
         for block in self.layers:
             x = block.full(x, rotary)
-        return self.logits(self.norm(x))
+        return self.logits(self.norm.full(x))
 
     def paged(self, batch: RaggedBatch, cache: PagedCache) -> tuple[FlatHidden, PagedCache]:
         """New tokens of many sequences against their pages: final hidden states [T D].
@@ -108,7 +115,7 @@ class Transformer(nnx.Module):
         for block, pages in zip(self.layers, cache.layers, strict=True):
             x, pages = block.paged(x, rotary, pages, batch)
             layers.append(pages)
-        return self.norm(x), PagedCache(tuple(layers))
+        return self.norm.paged(x), PagedCache(tuple(layers))
 
     def begin(self, batch: RaggedBatch) -> tuple[FlatHidden, Rotary]:
         """What the first block takes. For callers that run the blocks one by one."""
@@ -125,8 +132,22 @@ class Transformer(nnx.Module):
 
     def logits(self, x: Hidden) -> jax.Array:
         """Hidden states [*R D] -> logits [*R V] f32."""
-        scores = self.embed.score(x) if self.head is None else self.head(x)
-        return scores.astype(jnp.float32)
+        flat = x.reshape(-1, x.shape[-1])
+        scores = self._head.scaled.product(flat).astype(jnp.float32)
+        return scores.reshape(*x.shape[:-1], -1)
+
+    def paged_logits(self, x: FlatHidden) -> FlatLogits:
+        """The same for rows [T D] of the paged form."""
+        return products(x, self._head.scaled)[0].astype(jnp.float32)
+
+    @property
+    def dtype(self) -> Any:
+        """Of activations and of cached keys and values."""
+        return self.norm.weight.get_value().dtype
+
+    @property
+    def _head(self) -> Embedding | Linear:
+        return self.embed if self.head is None else self.head
 
 
 def named_parameters(model: Transformer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ One sum, three equal forms:
              holds, for the tokens that it sees, and a psum adds up
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -15,9 +16,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from mixtral_jax import native
 from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, Hidden
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.layers import Linear, parameter
+from mixtral_jax.layers import (
+    Linear,
+    Scaled,
+    activation_dtype,
+    project,
+    quantize_rows,
+    weight_parameters,
+)
 from mixtral_jax.sharding import ShardingRules
 
 Form = Literal["dense", "ragged"]
@@ -51,55 +60,105 @@ class MoE(nnx.Module):
         mesh: Mesh | None,
         rules: ShardingRules,
     ) -> None:
-        self.router = Linear("E", "D", config, dtype, rngs)
-        self.gate = Experts("EFD", config, dtype, rngs)
-        self.up = Experts("EFD", config, dtype, rngs)
-        self.down = Experts("EDF", config, dtype, rngs)
+        self.router = Linear("E", "D", config, activation_dtype(dtype), rngs)
+        self.gate = Experts("EF", "D", config, dtype, rngs)
+        self.up = Experts("EF", "D", config, dtype, rngs)
+        self.down = Experts("ED", "F", config, dtype, rngs)
         self.experts_per_token = config.experts_per_token
         self.mesh = mesh
         self.rules = rules
 
-    def __call__(self, x: Hidden, form: Form = "ragged") -> Hidden:
+    def full(self, x: Hidden, form: Form = "ragged") -> Hidden:
         """x [*R D] -> [*R D]. `form` chooses between dense and ragged; a mesh means sharded."""
         flat = x.reshape(-1, x.shape[-1])
         choice, weights = route(self.router(flat), self.experts_per_token)
-        experts = (self.gate.weight[...], self.up.weight[...], self.down.weight[...])
         if self.mesh is not None:
-            flat = moe_sharded(flat, choice, weights, experts, self.mesh, self.rules)
+            flat = moe_sharded(flat, choice, weights, self._experts, self.mesh, self.rules)
         elif form == "dense":
-            flat = moe_dense(flat, choice, weights, experts)
+            flat = moe_dense(flat, choice, weights, self._experts)
         else:
-            flat = moe_ragged(flat, choice, weights, experts)
+            flat = moe_ragged(flat, choice, weights, self._experts)
         return flat.reshape(x.shape)
+
+    def paged(self, x: FlatHidden) -> FlatHidden:
+        choice, weights = route(project(x, self.router)[0], self.experts_per_token)
+        if self.mesh is not None:
+            return moe_sharded(x, choice, weights, self._experts, self.mesh, self.rules)
+        return moe_ragged(x, choice, weights, self._experts, grouped)
+
+    @property
+    def _experts(self) -> "Weights":
+        return self.gate.scaled, self.up.scaled, self.down.scaled
 
 
 class Experts(nnx.Module):
     """One matrix of every expert."""
 
     def __init__(
-        self, axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None
+        self,
+        outputs: str,
+        inputs: str,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
     ) -> None:
-        self.weight = parameter(axes, config, dtype, rngs)
+        self.weight, self.scale = weight_parameters(outputs, inputs, config, dtype, rngs)
+
+    @property
+    def scaled(self) -> Scaled:
+        return Scaled(self.weight[...], None if self.scale is None else self.scale[...])
 
 
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate "EFD", up "EFD", down "EDF"
+Weights = tuple[Scaled, Scaled, Scaled]  # gate "EFD", up "EFD", down "EDF"
 
 
 def moe_dense(
     x: FlatHidden, choice: Choice, weights: ChoiceWeights, experts: Weights
 ) -> FlatHidden:
     """Every expert on every token: E/X times the work, and nothing to get wrong."""
-    gate, up, down = experts
-    hidden = jax.nn.silu(jnp.einsum("TD,EFD->TEF", x, gate)) * jnp.einsum("TD,EFD->TEF", x, up)
-    each = jnp.einsum("TEF,EDF->TED", hidden, down)
-    combine = jnp.sum(
-        jax.nn.one_hot(choice, gate.shape[0], dtype=jnp.float32) * weights[..., None], axis=1
+
+    def expert(gate: Scaled, up: Scaled, down: Scaled) -> jax.Array:
+        return down.product(jax.nn.silu(gate.product(x)) * up.product(x))
+
+    each = jax.vmap(expert)(*experts)
+    shares = jax.nn.one_hot(choice, each.shape[0], dtype=jnp.float32) * weights[..., None]
+    return jnp.einsum("ETD,TE->TD", each, jnp.sum(shares, axis=1).astype(x.dtype))
+
+
+def grouped_xla(x: jax.Array, sizes: jax.Array, weight: Scaled) -> jax.Array:
+    """Rows in E groups, each against its own expert: x [M I], sizes [E], weight [E O I] -> [M O].
+
+    Unspecified for rows behind the last group.
+    """
+    if weight.scale is None:
+        return jax.lax.ragged_dot_general(x, weight.values, sizes, _GROUPED)
+    rows, x_scale = quantize_rows(x)
+    total = jax.lax.ragged_dot_general(
+        rows, weight.values, sizes, _GROUPED, preferred_element_type=jnp.int32
     )
-    return jnp.einsum("TED,TE->TD", each, combine.astype(x.dtype))
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    scale = weight.scale[jnp.minimum(expert, sizes.shape[0] - 1)]
+    return (total.astype(jnp.float32) * (x_scale[:, None] * scale)).astype(x.dtype)
+
+
+def grouped(x: jax.Array, sizes: jax.Array, weight: Scaled) -> jax.Array:
+    """`grouped_xla`, on CPU by our kernel: there XLA's computes every expert for every row."""
+
+    def xla() -> jax.Array:
+        return grouped_xla(x, sizes, weight)
+
+    def on_cpu() -> jax.Array:
+        return native.grouped(x, sizes.astype(jnp.int32), weight.arrays)
+
+    return native.on_cpu(on_cpu, xla) if x.dtype == jnp.float32 else xla()
 
 
 def moe_ragged(
-    x: FlatHidden, choice: Choice, weights: ChoiceWeights, experts: Weights
+    x: FlatHidden,
+    choice: Choice,
+    weights: ChoiceWeights,
+    experts: Weights,
+    product: Callable[[jax.Array, jax.Array, Scaled], jax.Array] = grouped_xla,
 ) -> FlatHidden:
     """Each token's experts only. A choice >= the number of experts held here adds nothing.
 
@@ -107,16 +166,13 @@ def moe_ragged(
     by expert are (0,0) (1,0) (1,1) (0,2), so rows 0 1 1 0 of x, in groups of 2, 1 and 1.
     """
     gate, up, down = experts
-    num_experts, picks = gate.shape[0], choice.shape[1]
+    num_experts, picks = gate.values.shape[0], choice.shape[1]
     pair_expert = choice.reshape(-1)
     order = jnp.argsort(pair_expert, stable=True)
     rows = x[order // picks]
     sizes = jnp.bincount(pair_expert, length=num_experts)
-
-    def grouped(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot_general(lhs, rhs, sizes, _GROUPED)
-
-    out = grouped(jax.nn.silu(grouped(rows, gate)) * grouped(rows, up), down)
+    hidden = jax.nn.silu(product(rows, sizes, gate)) * product(rows, sizes, up)
+    out = product(hidden, sizes, down)
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     # Rows of experts held elsewhere are behind the last group, where the product is unspecified.
     out = jnp.where((pair_expert < num_experts)[:, None], out, jnp.zeros((), out.dtype))
@@ -133,25 +189,23 @@ def moe_sharded(
     rules: ShardingRules,
 ) -> FlatHidden:
     """Experts over the mesh: every device serves the tokens of its data shard with its experts."""
-    held = experts[0].shape[0] // mesh.shape[rules.E]
+    held = experts[0].values.shape[0] // mesh.shape[rules.E]
     # Tokens are split as rows of a batch are; a count that does not divide is computed everywhere.
     rows = rules.spec("BD")
     if x.shape[0] % mesh.shape[rules.B]:
         rows = jax.sharding.PartitionSpec()
 
-    def local(
-        x: jax.Array, choice: jax.Array, weights: jax.Array, *experts: jax.Array
-    ) -> jax.Array:
+    def local(x: jax.Array, choice: jax.Array, weights: jax.Array, *experts: Scaled) -> jax.Array:
         mine = choice - held * jax.lax.axis_index(rules.E)
         mine = jnp.where((mine >= 0) & (mine < held), mine, held)
         partial = moe_ragged(x, mine, weights, (experts[0], experts[1], experts[2]))
         return jax.lax.psum(partial, (rules.E, rules.F))
 
-    sharded = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(rows, rows, rows, rules.spec("EFD"), rules.spec("EFD"), rules.spec("EDF")),
-        out_specs=rows,
-    )
+    def spec(weight: Scaled, letters: str) -> Scaled:
+        scale = None if weight.scale is None else rules.spec(letters[:2])
+        return Scaled(rules.spec(letters), scale)  # type: ignore[arg-type]
+
+    specs = (spec(experts[0], "EFD"), spec(experts[1], "EFD"), spec(experts[2], "EDF"))
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, *specs), out_specs=rows)
     out: jax.Array = sharded(x, choice, weights, *experts)
     return out

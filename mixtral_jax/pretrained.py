@@ -52,7 +52,8 @@ def load(
     """Loads a checkpoint folder: the model, straight onto the devices of `mesh`, and its tokenizer.
 
     `path` may also be "tiny-random", a toy that needs no files. `dtype` is float32 or bfloat16;
-    None keeps the stored one. Raises ConfigError (a ValueError) where `path` is not a checkpoint.
+    None keeps the stored one, and int8 is for what is stored so, or the toy. Raises ConfigError (a
+    ValueError) where `path` is not a checkpoint, or not of a dtype that can become `dtype`.
     """
     pretrained = open_pretrained(path)
     return pretrained.load(mesh, dtype), pretrained.tokenizer

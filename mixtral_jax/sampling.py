@@ -1,73 +1,318 @@
 """Logits to tokens, one row per sequence, all parameters as arrays.
 
-The random number of a row depends on the row's seed and position alone, never on its neighbours,
-so a request draws the same numbers whatever it is batched with.
+The order is that of Hugging Face's `generate`:
+
+    repetition penalty -> presence and frequency penalty -> biases (forbidden ids are -inf)
+    -> the likeliest token where temperature is 0, else
+    temperature -> top_k -> top_p -> min_p -> a draw
+
+Logprobs are of the logits as they came, before all of this.
+
+What a row gets depends on the row alone, never on its neighbours, bit for bit: the random numbers
+come from its seed and position, and work that only a neighbour asked for leaves it as it was. Work
+that no row asked for is skipped: ordering a vocabulary costs more than a small model.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mixtral_jax.axes import FlatLogits, RowFloats, Rows
+from mixtral_jax.axes import (
+    FlatLogits,
+    HostPackedDraws,
+    HostRowFloats,
+    HostRows,
+    HostTopIds,
+    HostTopLogprobs,
+    PackedDraws,
+    RowBiases,
+    RowBiasIds,
+    RowFloats,
+    RowHistory,
+    Rows,
+)
+
+MAX_TOP_LOGPROBS = 20
+NO_ID = 2**31 - 1  # pads ids: no vocabulary has it
+_BLOCK = 256  # divides the vocabularies of all presets
+
+
+class History(NamedTuple):
+    """What penalties look back at; read only if some row has a penalty. All i32.
+
+    The last input token stands apart: a pipelined engine has it on the device alone.
+    """
+
+    tokens: RowHistory  # S tokens of each row in order, without the last; padded with NO_ID
+    last: Rows  # the last input token, at `position - 1`
+    prompt_length: Rows  # tokens from this position on were generated
+
+
+class Biases(NamedTuple):
+    """Added to the logits of J tokens of each row; padded with NO_ID."""
+
+    ids: RowBiasIds  # i32
+    values: RowBiases  # f32; -inf forbids the token
 
 
 class SamplingArrays(NamedTuple):
-    """Parameters of R rows."""
+    """Parameters of R rows; f32, or i32 where said."""
 
-    temperature: RowFloats  # f32; 0 takes the likeliest token
-    top_p: RowFloats  # f32 in (0, 1]
+    temperature: RowFloats  # 0 takes the likeliest token
+    top_k: Rows  # i32; 0 keeps all
+    top_p: RowFloats  # in [0, 1]; 1 keeps all
+    min_p: RowFloats  # in [0, 1], of the likeliest token's probability; 0 keeps all
+    presence_penalty: RowFloats  # 0 is none
+    frequency_penalty: RowFloats  # 0 is none
+    repetition_penalty: RowFloats  # > 0; 1 is none
     seed: Rows  # i32
     position: Rows  # i32, of the token to be drawn, in its sequence
+    top_logprobs: (
+        Rows  # i32; -1: no logprobs, 0: of the drawn token, up to 20: and of the likeliest
+    )
+    history: History
+    biases: Biases
+
+    @classmethod
+    def greedy(cls, rows: int, *, history: int = 0, biases: int = 0) -> "SamplingArrays":
+        """Rows that take the likeliest token and ask for nothing else: padding, and a start.
+
+        `history` and `biases` are the widths S and J.
+        """
+
+        def full(value: float) -> RowFloats:
+            return jnp.full(rows, value, jnp.float32)
+
+        zeros = jnp.zeros(rows, jnp.int32)
+        return cls(
+            temperature=full(0.0),
+            top_k=zeros,
+            top_p=full(1.0),
+            min_p=full(0.0),
+            presence_penalty=full(0.0),
+            frequency_penalty=full(0.0),
+            repetition_penalty=full(1.0),
+            seed=zeros,
+            position=zeros,
+            top_logprobs=zeros - 1,
+            history=History(
+                tokens=jnp.full((rows, history), NO_ID, jnp.int32),
+                last=jnp.full(rows, NO_ID, jnp.int32),
+                prompt_length=zeros,
+            ),
+            biases=Biases(
+                ids=jnp.full((rows, biases), NO_ID, jnp.int32),
+                values=jnp.zeros((rows, biases), jnp.float32),
+            ),
+        )
 
 
-def sample(logits: FlatLogits, params: SamplingArrays) -> Rows:
-    """Draws a token for each row: logits [R V] f32 -> ids [R] i32.
+class Sampled(NamedTuple):
+    """Tokens for the next step, and all that the host wants in one array."""
 
-    The work that no row asked for is skipped: ordering a vocabulary costs more than a small model.
+    tokens: Rows  # i32
+    packed: PackedDraws  # see `unpack`
+
+
+class Draws(NamedTuple):
+    """What `Sampled.packed` holds, on the host. Logprobs that were not asked for are 0."""
+
+    tokens: HostRows
+    logprobs: HostRowFloats
+    top_ids: HostTopIds  # likeliest first; where the vocabulary is smaller, logprobs of -inf
+    top_logprobs: HostTopLogprobs
+
+
+def unpack(packed: HostPackedDraws) -> Draws:
+    """Takes `Sampled.packed` apart: token, logprob, top 20 ids, top 20 logprobs; floats as bits."""
+    ids, values = np.split(packed[:, 2:], 2, axis=1)
+    return Draws(packed[:, 0], packed[:, 1].view(np.float32), ids, values.view(np.float32))
+
+
+def sample(logits: FlatLogits, params: SamplingArrays) -> Sampled:
+    """Draws a token for each row of logits [R V] f32."""
+    p = params
+    penalised = (p.repetition_penalty != 1) | (p.presence_penalty != 0) | (p.frequency_penalty != 0)
+    # One after the other, each skipped if no row asks.
+    scores = jax.lax.cond(jnp.any(penalised), _penalise, _as_is, logits, p)
+    scores = jax.lax.cond(jnp.any(p.biases.ids < logits.shape[-1]), _bias, _as_is, scores, p)
+    tokens = jax.lax.cond(jnp.any(p.temperature > 0), _draw, _likeliest, scores, p)
+    packed = jax.lax.cond(jnp.any(p.top_logprobs >= 0), _logprobs, _no_logprobs, logits, tokens, p)
+    return Sampled(tokens, packed)
+
+
+def _as_is(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:
+    return logits
+
+
+def _penalise(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:
+    """Repetition as Hugging Face (arXiv:1909.05858), presence and frequency as OpenAI."""
+    tokens = jnp.concatenate([params.history.tokens, params.history.last[:, None]], axis=1)
+    known = jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32)
+    position = jnp.concatenate(
+        [jnp.broadcast_to(known, params.history.tokens.shape), params.position[:, None] - 1], axis=1
+    )
+    row = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+    # A token that occurs twice is written twice, with the same value.
+    score = jnp.take_along_axis(logits, tokens, axis=1, mode="clip")
+    penalty = params.repetition_penalty[:, None]
+    score = jnp.where(score < 0, score * penalty, score / penalty)
+    logits = logits.at[row, tokens].set(score, mode="drop")
+
+    generated = (position >= params.history.prompt_length[:, None]).astype(jnp.float32)
+    count = jnp.zeros_like(logits).at[row, tokens].add(generated, mode="drop")
+    presence = jnp.where(count > 0, params.presence_penalty[:, None], 0.0)
+    return logits - params.frequency_penalty[:, None] * count - presence
+
+
+def _bias(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:
+    row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return logits.at[row, params.biases.ids].add(params.biases.values, mode="drop")
+
+
+def _likeliest(logits: FlatLogits, params: SamplingArrays) -> Rows:
+    """The first of the largest: by blocks, as maxima are found faster than their places."""
+    blocks = _blocks(logits, -jnp.inf)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1).astype(jnp.int32)
+    inside = jnp.argmax(_block(blocks, block), axis=-1).astype(jnp.int32)
+    return block * _BLOCK + inside
+
+
+def _draw(logits: FlatLogits, params: SamplingArrays) -> Rows:
+    """The likeliest token where temperature is 0, elsewhere one drawn from what is kept.
+
+    Tokens are told apart by their mass, which is their probability over that of the likeliest.
     """
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def draw(logits: jax.Array) -> jax.Array:
-        scaled = logits / jnp.maximum(params.temperature, 1e-6)[:, None]
-        kept = jax.lax.cond(jnp.any(params.top_p < 1), _nucleus, _everything, scaled, params.top_p)
-        drawn = jnp.argmax(kept + _noise(params, logits.shape[-1]), axis=-1)
-        return jnp.where(params.temperature > 0, drawn.astype(jnp.int32), likeliest)
-
-    return jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda _: likeliest, logits)
+    hot = params.temperature > 0
+    temperature = jnp.where(hot, params.temperature, 1.0)[:, None]
+    mass = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature)
+    mass = jax.lax.cond(jnp.any(params.top_k > 0), _keep_top_k, _as_is, mass, params)
+    mass = jax.lax.cond(jnp.any(params.top_p < 1), _keep_top_p, _as_is, mass, params)
+    mass = jax.lax.cond(jnp.any(params.min_p > 0), _keep_min_p, _as_is, mass, params)
+    return jnp.where(hot, _race(mass, params), _likeliest(logits, params))
 
 
-def _noise(params: SamplingArrays, vocab_size: int) -> jax.Array:
-    """Gumbel noise [R V]: the argmax of logits + noise is a draw from their softmax."""
-
-    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), position)
-        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
-
-    return jax.vmap(row)(params.seed, params.position)
+def _keep_top_k(mass: FlatLogits, params: SamplingArrays) -> FlatLogits:
+    """Keeps the likeliest k and those that equal the last of them (arXiv:1805.04833)."""
+    threshold = _threshold(mass, jnp.ones_like(mass), params.top_k.astype(jnp.float32))
+    threshold = jnp.where(params.top_k > 0, threshold, 0.0)
+    return jnp.where(mass >= threshold[:, None], mass, 0.0)
 
 
-def _everything(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
-    return scaled
+def _keep_top_p(mass: FlatLogits, params: SamplingArrays) -> FlatLogits:
+    """Keeps the likeliest that together reach top_p of the whole (arXiv:1904.09751)."""
+    threshold = _threshold(mass, mass, params.top_p * jnp.sum(mass, axis=-1))
+    threshold = jnp.where(params.top_p < 1, threshold, 0.0)
+    return jnp.where(mass >= threshold[:, None], mass, 0.0)
 
 
-def _nucleus(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Keeps the likeliest tokens that together reach top_p (arXiv:1904.09751), at least one.
+def _keep_min_p(mass: FlatLogits, params: SamplingArrays) -> FlatLogits:
+    """Keeps those of at least min_p times the likeliest's probability (arXiv:2407.01082)."""
+    threshold = params.min_p * jnp.max(mass, axis=-1)
+    return jnp.where(mass >= threshold[:, None], mass, 0.0)
 
-    Finds the largest probability at which the tokens from there up reach top_p, by bisection over
-    the bits of a float, which order as the floats do: exact, and no vocabulary is sorted.
+
+def _threshold(mass: FlatLogits, weight: FlatLogits, target: RowFloats) -> RowFloats:
+    """The largest mass from which upward the weights add up to the target; 0 if they never do.
+
+    By bisection over the bits of a float, which order as the floats do where none is negative:
+    exact, and no vocabulary is sorted.
     """
-    probability = jax.nn.softmax(scaled, axis=-1)
-    bits = jax.lax.bitcast_convert_type(probability, jnp.int32)
 
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low + 1) // 2
-        kept = jnp.where(bits >= middle[:, None], probability, 0.0)
-        enough = jnp.sum(kept, axis=-1) >= top_p
+        # Compared as floats: one array to read, and reading is what a pass costs.
+        kept = mass >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+        enough = jnp.sum(jnp.where(kept, weight, 0.0), axis=-1) >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-    start = (jnp.zeros_like(bits[:, 0]), jnp.max(bits, axis=-1))
-    threshold, _ = jax.lax.fori_loop(0, 31, halve, start)
-    threshold = jnp.where(top_p < 1, threshold, 0)
-    return jnp.where(bits >= threshold[:, None], scaled, -jnp.inf)
+    most = jax.lax.bitcast_convert_type(jnp.max(mass, axis=-1), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(most), most))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _race(mass: FlatLogits, params: SamplingArrays) -> Rows:
+    """Draws ids in proportion to their masses: first a block of ids, then one within the block.
+
+    The argmax of log mass + Gumbel noise is such a draw, and never of an empty mass. Noise for
+    each block and for each id of one block: for the whole vocabulary it costs fifty times as much.
+    """
+    blocks = _blocks(mass, 0.0)
+    count = blocks.shape[1]
+
+    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, (count + _BLOCK,), jnp.float32)
+
+    noise = jax.vmap(row)(params.seed, params.position)
+    sums = jnp.sum(blocks, axis=-1)
+    block = jnp.argmax(jnp.log(sums) + noise[:, :count], axis=-1).astype(jnp.int32)
+    inside = jnp.argmax(jnp.log(_block(blocks, block)) + noise[:, count:], axis=-1)
+    return block * _BLOCK + inside.astype(jnp.int32)
+
+
+def _blocks(x: FlatLogits, fill: float) -> jax.Array:
+    """[R V] -> [R blocks _BLOCK]; what fills the last block is never drawn."""
+    missing = -x.shape[1] % _BLOCK
+    x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=fill)
+    return x.reshape(x.shape[0], -1, _BLOCK)
+
+
+def _block(blocks: jax.Array, block: Rows) -> jax.Array:
+    """Each row's own block: [R _BLOCK]."""
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _pick(mass: jax.Array, luck: RowFloats) -> Rows:
+    """The first place whose cumulative mass exceeds that part of the whole; never an empty one."""
+    reached = jnp.where(mass > 0, jnp.cumsum(mass, axis=-1), 0.0)
+    goal = luck * jnp.max(reached, axis=-1)
+    return jnp.argmax(reached > goal[:, None], axis=-1).astype(jnp.int32)
+
+
+def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> PackedDraws:
+    """Of the model's own distribution: log_softmax of the logits that came in."""
+    asked = params.top_logprobs[:, None]
+    whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    own = jnp.take_along_axis(logits, tokens[:, None], axis=1) - whole
+
+    def no_top(logits: FlatLogits) -> tuple[jax.Array, jax.Array]:
+        shape = (logits.shape[0], MAX_TOP_LOGPROBS)
+        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+
+    values, ids = jax.lax.cond(jnp.any(asked > 0), _top, no_top, logits)
+    wanted = jnp.arange(MAX_TOP_LOGPROBS, dtype=jnp.int32)[None] < asked
+    return _pack(
+        tokens,
+        jnp.where(asked >= 0, own, 0.0),
+        jnp.where(wanted, ids, 0),
+        jnp.where(wanted, values - whole, 0.0),
+    )
+
+
+def _top(logits: FlatLogits) -> tuple[jax.Array, jax.Array]:
+    """The largest logits and their ids, [R 20] each; equal ones in order of id.
+
+    They can only be in the 20 blocks whose maxima are largest.
+    """
+    blocks = _blocks(logits, -jnp.inf)
+    few = min(MAX_TOP_LOGPROBS, blocks.shape[1])
+    block = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=-1), few)[1], axis=-1)
+    near = jnp.take_along_axis(blocks, block[:, :, None], axis=1).reshape(logits.shape[0], -1)
+    values, place = jax.lax.top_k(near, MAX_TOP_LOGPROBS)
+    ids = jnp.take_along_axis(block, place // _BLOCK, axis=1) * _BLOCK + place % _BLOCK
+    return values, ids
+
+
+def _no_logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> PackedDraws:
+    rows = tokens.shape[0]
+    top = jnp.zeros((rows, MAX_TOP_LOGPROBS), jnp.int32)
+    return _pack(tokens, jnp.zeros((rows, 1)), top, top.astype(jnp.float32))
+
+
+def _pack(tokens: Rows, own: jax.Array, ids: jax.Array, values: jax.Array) -> PackedDraws:
+    bits = [jax.lax.bitcast_convert_type(floats, jnp.int32) for floats in (own, values)]
+    return jnp.concatenate([tokens[:, None], bits[0], ids, bits[1]], axis=1)

@@ -6,20 +6,27 @@ environment variable MIXTRAL_JAX_API_KEY.
 
 import argparse
 import asyncio
+import dataclasses
 import logging
+import math
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import jax.numpy as jnp
 
-from mixtral_jax.checkpoint import checked_dtype
-from mixtral_jax.compilation import keep_programs
+from mixtral_jax import native
+from mixtral_jax.checkpoint import checked_dtype, parameter_shapes
+from mixtral_jax.compilation import CompilationCount, keep_programs
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.layers import activation_dtype
 from mixtral_jax.model import Transformer
 from mixtral_jax.pretrained import open_pretrained
-from serving.engine import Engine, buckets, compile_steps
+from serving.engine import Engine, compile_steps
+from serving.memory import cache_bytes
+from serving.metrics import Metrics
 from serving.parent import end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.scheduler import Limits
@@ -37,8 +44,18 @@ def main() -> None:
         sys.exit("mixtral-jax: set MIXTRAL_JAX_API_KEY to the key that clients will send")
     end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    metrics = Metrics()
+    if options.metrics_port is not None:
+        try:
+            port = metrics.serve(options.metrics_port)
+        except OSError as error:
+            sys.exit(
+                f"mixtral-jax: cannot listen on 127.0.0.1:{options.metrics_port} "
+                f"({error.strerror}); stop what runs there or choose another with --metrics-port"
+            )
+        _say(f"metrics on http://127.0.0.1:{port}/metrics")
     try:
-        worker, service = _build(options)
+        worker, service = _build(options, metrics)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"mixtral-jax: {error}")
     worker.start()
@@ -55,13 +72,25 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder, or tiny-random")
-    parser.add_argument("--dtype", help="float32 or bfloat16; default: as stored")
+    parser.add_argument("--dtype", help="float32, bfloat16 or int8; default: as stored")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=50051)
-    parser.add_argument("--max-sequences", type=_positive, default=8, help="requests per step")
+    parser.add_argument("--max-sequences", type=_positive, default=32, help="sequences per step")
     parser.add_argument("--max-step-tokens", type=_positive, default=128, help="tokens per step")
     parser.add_argument("--max-waiting", type=_positive, default=256, help="requests in the queue")
-    parser.add_argument("--kv-memory", type=_positive, default=512, help="MiB of keys and values")
+    parser.add_argument(
+        "--kv-memory",
+        type=_positive,
+        help="MiB of keys and values; default: most of what the weights leave of an accelerator, "
+        "half of what they leave of a CPU's memory and at most 2048",
+    )
+    parser.add_argument(
+        "--no-prefix-reuse", action="store_true", help="compute every prompt from its beginning"
+    )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="equal answers whatever runs beside them"
+    )
+    parser.add_argument("--metrics-port", type=int, help="for Prometheus, on 127.0.0.1; 0: any")
     return parser.parse_args()
 
 
@@ -76,19 +105,21 @@ def _say(text: str) -> None:
     print(f"engine: {text}", file=sys.stderr, flush=True)
 
 
-def _build(options: argparse.Namespace) -> tuple[EngineWorker, InferenceService]:
+def _build(options: argparse.Namespace, metrics: Metrics) -> tuple[EngineWorker, InferenceService]:
     keep_programs()
     pretrained = open_pretrained(options.model)
     card = pretrained.card
     dtype = checked_dtype(options.dtype or card.dtype)
-    limits = _limits(card.model, jnp.dtype(dtype).itemsize, options)
+    if options.deterministic:
+        _check_deterministic(dtype)
+    limits = _limits(card.model, jnp.dtype(dtype), options)
     # Reading the weights and compiling for their shapes do not wait for one another.
     with ThreadPoolExecutor(1) as pool:
         _say(f"loading {options.model}")
         model = pool.submit(pretrained.load, dtype=dtype)
         _say(f"room for {limits.num_pages * limits.page_size:,} tokens of all requests together")
-        _say(f"compiling steps of {', '.join(map(str, buckets(limits)))} tokens")
-        steps = compile_steps(Transformer(card.model, dtype=dtype, rngs=None), limits)
+        abstract = Transformer(card.model, dtype=dtype, rngs=None)
+        steps = compile_steps(abstract, limits, progress=_say)
         engine = Engine(model.result(), limits, steps)
     info = pb.ModelInfo(
         name=card.name,
@@ -97,23 +128,48 @@ def _build(options: argparse.Namespace) -> tuple[EngineWorker, InferenceService]
         max_context=limits.max_context,
         vocab_size=card.model.vocab_size,
     )
-    worker = EngineWorker(engine)
-    return worker, InferenceService(worker, pretrained.tokenizer, info)
+    worker = EngineWorker(engine, metrics)
+    service = InferenceService(worker, pretrained.tokenizer, info)
+    compilations = CompilationCount()
+    metrics.watch(engine.scheduler, lambda: compilations.value)
+    return worker, service
 
 
-def _limits(config: ModelConfig, itemsize: int, options: argparse.Namespace) -> Limits:
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_size * itemsize
+def _check_deterministic(dtype: str) -> None:
+    """Raises ValueError where equal bits are not promised."""
+    if jax.default_backend() != "cpu" or dtype not in ("float32", "int8"):
+        raise ValueError(
+            f"--deterministic is promised on CPU for float32 and int8; this is {dtype} on "
+            f"{jax.default_backend()}: leave the flag out, or give --dtype float32"
+        )
+    if not native.available():
+        raise ValueError(
+            "--deterministic needs the CPU kernels, which were not built; install a C++ compiler"
+        )
+
+
+def _limits(config: ModelConfig, dtype: jnp.dtype, options: argparse.Namespace) -> Limits:
+    cached = jnp.dtype(activation_dtype(dtype)).itemsize
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_size * cached
     longest = options.max_sequences * config.max_context
-    num_tokens = min(longest, (options.kv_memory << 20) // token_bytes)
-    num_pages = max(1, num_tokens // _PAGE_SIZE)
-    return Limits(
+    if options.kv_memory is not None:
+        memory = options.kv_memory << 20
+    else:
+        shapes = parameter_shapes(config, dtype).values()
+        memory = cache_bytes(sum(math.prod(one.shape) * one.dtype.itemsize for one in shapes))
+    num_pages = max(1, min(longest, memory // token_bytes) // _PAGE_SIZE)
+    limits = Limits(
         num_pages=num_pages,
         page_size=_PAGE_SIZE,
         max_sequences=options.max_sequences,
         max_step_tokens=max(options.max_step_tokens, options.max_sequences),
-        max_context=min(config.max_context, num_pages * _PAGE_SIZE),
+        max_context=config.max_context,
         max_waiting=options.max_waiting,
+        window=config.sliding_window,
+        prefix_reuse=not options.no_prefix_reuse,
+        deterministic=options.deterministic,
     )
+    return dataclasses.replace(limits, max_context=limits.room)
 
 
 async def _serve(address: str, worker: EngineWorker, service: InferenceService, key: str) -> None:

@@ -8,34 +8,61 @@ from enum import Enum
 
 
 class FinishReason(Enum):
-    STOP = "stop"  # the model ended its answer, or a stop text appeared
+    STOP = "stop"  # the model ended its answer, or a stop id or stop text appeared
     LENGTH = "length"  # max_tokens or the end of the context
+    DEADLINE = "deadline"  # the request's time was up
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn; ranges are checked where requests come in."""
+    """How tokens are drawn; ranges are checked where requests come in.
+
+    The order is that of Hugging Face: penalties and bias change the logits, temperature divides
+    them, then top_k, top_p and min_p take away.
+    """
 
     temperature: float = 0.7  # 0 takes the likeliest token
     top_p: float = 1.0  # in (0, 1]
-    seed: int = 0
+    top_k: int = 0  # the likeliest so many; 0 means all
+    min_p: float = 0.0  # in [0, 1], of the likeliest token's probability
+    presence_penalty: float = 0.0  # taken off once for a token that was generated (OpenAI)
+    frequency_penalty: float = 0.0  # taken off for each time it was generated (OpenAI)
+    repetition_penalty: float = 1.0  # > 0; of prompt and answer (arXiv:1909.05858)
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    seed: int = 0  # in [0, 2^31); choice i of a request draws with seed + i
+    # None: no logprobs. 0: the drawn token's. Up to 20: also those of so many likeliest tokens.
+    # They are of the model's own distribution, before everything above.
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt to be continued."""
+    """One prompt to be continued, `n` times."""
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
-    max_tokens: int
-    eos_ids: frozenset[int]  # generation ends after one of these
+    max_tokens: int  # of each choice
+    eos_ids: frozenset[int]  # a choice ends after one of these; empty to ignore the model's end
+    min_tokens: int = 0  # before so many tokens no id of eos_ids is drawn
+    n: int = 1
+    deadline: float | None = None  # time.monotonic() after which nothing more is computed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A token that the engine drew, and its logprobs where they were asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One token of one request."""
+    """What happened to one choice of one request: a token was drawn, or its time was up."""
 
     request_id: str
-    token_id: int
-    finish_reason: FinishReason | None  # set on the last event of a request
+    choice: int
+    drawn: Drawn | None  # None with FinishReason.DEADLINE alone
+    finish_reason: FinishReason | None  # set on the last event of a choice

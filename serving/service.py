@@ -1,41 +1,27 @@
 """The gRPC service: proto on one side, the engine's worker on the other.
 
-A request is checked and rendered to token ids here, its tokens become text here, and stop texts
-end it here. `python -m serving` is one process with one engine.
+A request is checked and rendered to token ids (translation), and the tokens of each of its choices
+become text, which stop texts may end (choices). `python -m serving` is one process with one engine.
 """
 
 import asyncio
 import hmac
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from mixtral_jax.tokenizer import ChatError, Message, Tokenizer
-from serving.errors import (
-    ERROR_METADATA,
-    ContextTooLong,
-    InvalidParameter,
-    InvalidRequest,
-    ServingError,
-    Unauthenticated,
-)
+from mixtral_jax.tokenizer import Tokenizer
+from serving.choices import Choice
+from serving.errors import ERROR_METADATA, ServingError, Unauthenticated
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
-from serving.request import FinishReason, Request, SamplingParams
-from serving.text import StopTexts
+from serving.translation import Translator
 from serving.worker import EngineWorker
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-DEFAULT_TEMPERATURE = 0.7  # azure-ai-inference's documented default
-
-_FINISH = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
 
 
 class InferenceService(rpc.InferenceServicer):
@@ -45,10 +31,7 @@ class InferenceService(rpc.InferenceServicer):
         self._worker = worker
         self._tokenizer = tokenizer
         self._info = info
-        pieces = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
-        # No text of more bytes fits the context. Encoding it to find out would take seconds, in
-        # which nothing else in this process runs.
-        self._most_bytes = info.max_context * max(map(len, pieces))
+        self._translator = Translator(tokenizer, info)
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
@@ -59,7 +42,7 @@ class InferenceService(rpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateChunk]:
         try:
-            async with aclosing(self._generate(request)) as chunks:
+            async with aclosing(self._generate(request, context.time_remaining())) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except ServingError as error:
@@ -70,86 +53,30 @@ class InferenceService(rpc.InferenceServicer):
             )
 
     async def _generate(
-        self, message: pb.GenerateRequest
+        self, message: pb.GenerateRequest, seconds: float | None
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         # A template or a long prompt takes milliseconds that other streams should not wait for.
-        request = await asyncio.to_thread(self._request, message)
-        stops = StopTexts(message.stop)
-        detokenizer = self._tokenizer.detokenizer(continues=message.HasField("token_ids"))
+        request = await asyncio.to_thread(self._translator.request, message, seconds)
+        continues = message.HasField("token_ids")
+        choices = [
+            Choice(index, self._tokenizer, message.stop, continues=continues)
+            for index in range(request.n)
+        ]
         usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
-        unsent: list[int] = []
         async with aclosing(self._worker.submit(request)) as events:
             async for event in events:
-                unsent.append(event.token_id)
+                choice = choices[event.choice]
+                if choice.has_ended:  # by a stop text, of which the engine knows nothing
+                    continue
                 usage.completion_tokens += 1
-                reason = event.finish_reason
-                text = stops.push(detokenizer.push(event.token_id))
-                if reason is not None:
-                    text += stops.push(detokenizer.finish()) + stops.finish()
-                if stops.stopped:
-                    reason = FinishReason.STOP
-                if reason is not None:
-                    yield pb.GenerateChunk(
-                        text=text, token_ids=unsent, finish_reason=_FINISH[reason], usage=usage
-                    )
-                    return
-                if text:
-                    yield pb.GenerateChunk(text=text, token_ids=unsent)
-                    unsent = []
-
-    def _request(self, message: pb.GenerateRequest) -> Request:
-        """Checks and renders a request; raises InvalidRequest naming the field."""
-        prompt = self._prompt_ids(message)
-        sampling = message.sampling
-        temperature = (
-            sampling.temperature if sampling.HasField("temperature") else DEFAULT_TEMPERATURE
-        )
-        top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
-        seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(31)
-        max_tokens = message.max_tokens if message.HasField("max_tokens") else 2**31
-        if not 0 <= temperature <= 2:
-            raise InvalidParameter(f"temperature is {temperature:g}; it must be within 0 and 2")
-        if not 0 <= top_p <= 1:
-            raise InvalidParameter(f"top_p is {top_p:g}; it must be within 0 and 1")
-        if max_tokens < 1:
-            raise InvalidParameter("max_tokens is 0; ask for at least 1 token")
-        if "" in message.stop:
-            raise InvalidParameter("stop holds an empty text; leave it out")
-        return Request(
-            id=secrets.token_hex(16),
-            prompt_ids=tuple(prompt),
-            sampling=SamplingParams(temperature=temperature, top_p=top_p, seed=seed & 0x7FFFFFFF),
-            max_tokens=max_tokens,
-            eos_ids=self._tokenizer.eos_ids,
-        )
-
-    def _prompt_ids(self, message: pb.GenerateRequest) -> Sequence[int]:
-        match message.WhichOneof("prompt"):
-            case "chat":
-                chat: list[Message] = [
-                    {"role": m.role, "content": m.content} for m in message.chat.messages
-                ]
-                size = sum(len(m["content"].encode()) for m in chat)
-                if size > self._most_bytes:
-                    raise ContextTooLong(
-                        f"the messages have {size:,} bytes; the {self._info.max_context:,} tokens "
-                        "of this server's context cannot hold so many: shorten them"
-                    )
-                try:
-                    return self._tokenizer.chat(chat)
-                except ChatError as error:
-                    raise InvalidRequest(str(error)) from None
-            case "token_ids":
-                ids = message.token_ids.ids
-                if not ids:
-                    raise InvalidRequest("token_ids is empty; give at least one id")
-                if max(ids) >= self._info.vocab_size:
-                    raise InvalidRequest(
-                        f"token_ids holds {max(ids)}; ids are below {self._info.vocab_size}"
-                    )
-                return ids
-            case _:
-                raise InvalidRequest("prompt is missing; set chat or token_ids")
+                chunk = choice.push(event)
+                is_last = all(choice.has_ended for choice in choices)
+                if chunk is not None:
+                    if is_last:
+                        chunk.usage.CopyFrom(usage)
+                    yield chunk
+                if is_last:
+                    return  # which cancels what the engine still does
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

@@ -7,6 +7,9 @@ request. Nothing else crosses: the engine is touched by the thread alone.
     submit ──> inbox ──> engine.add ─> engine.step ─> events ──> mailbox ──> async for
     leave  ──> inbox ──> engine.cancel
 
+Steps overlap in the engine, so a step's events come with the next one; the engine has work until it
+has given them all. A cancelled request gives its pages back before the next step is planned.
+
 If a step raises, every request under way ends with EngineFailure, and so does every later one.
 """
 
@@ -14,23 +17,28 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serving.engine import Engine
-from serving.errors import EngineFailure, ServingError, Unavailable
-from serving.request import Event, Request
+from serving.errors import DeadlineExceeded, EngineFailure, ServingError, Unavailable
+from serving.metrics import Metrics
+from serving.request import Event, FinishReason, Request
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Mailbox:
     """Where a request's events are put, from the engine's thread into the caller's loop."""
 
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event | ServingError]
+    choices: int  # that have not ended
+    sent: float  # time.monotonic(), as is the next
+    latest: dict[int, float] = field(default_factory=dict)  # event of each choice
 
     def put(self, item: Event | ServingError) -> None:
         # RuntimeError: the loop is gone when the process ends in the middle of an answer.
@@ -55,10 +63,11 @@ class _Stop:
 
 
 class EngineWorker:
-    """Runs an engine in a thread of its own from `start` until `stop`."""
+    """Runs an engine in a thread of its own from `start` until `stop`, and times its tokens."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self._engine = engine
+        self._metrics = metrics
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._mailboxes: dict[str, _Mailbox] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -84,35 +93,38 @@ class EngineWorker:
         self._thread.join()
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Yields the request's events, the last of which has a finish reason.
+        """Yields the request's events until each of its choices had one with a finish reason.
 
-        Raises Unavailable while draining, EngineFailure if the engine broke, and whatever
-        `Scheduler.add` refuses. Close the iterator (contextlib.aclosing) to cancel.
+        Raises Unavailable while draining, EngineFailure if the engine broke, DeadlineExceeded, and
+        whatever `Scheduler.add` refuses. Close the iterator (contextlib.aclosing) to cancel.
         """
         if self._draining:
             raise Unavailable("the server is shutting down; send the request to another one")
-        mailbox = _Mailbox(asyncio.get_running_loop(), asyncio.Queue())
+        loop = asyncio.get_running_loop()
+        mailbox = _Mailbox(loop, asyncio.Queue(), request.n, time.monotonic())
         self._inbox.put(_Submit(request, mailbox))
         # The thread empties the inbox once more after it has set `ended`: what was put before that
         # is answered, and what was put later is refused here.
         if self.ended.is_set():
             raise self._parting
+        left = request.n
         try:
-            while True:
+            while left:
                 item = await mailbox.events.get()
                 if isinstance(item, ServingError):
                     raise item
+                left -= item.finish_reason is not None
                 yield item
-                if item.finish_reason is not None:
-                    return
         finally:
             self._inbox.put(_Cancel(request.id))
 
     def _run(self) -> None:
         try:
             while self._take_in():
-                for event in self._engine.step():
-                    self._deliver(event)
+                events = self._engine.step(time.monotonic())
+                now = time.monotonic()
+                for event in events:
+                    self._deliver(event, now)
         except BaseException:
             _log.exception("the engine failed")
             self._parting = EngineFailure("the engine failed; see the server's log")
@@ -141,8 +153,22 @@ class EngineWorker:
                     return False
         return True
 
-    def _deliver(self, event: Event) -> None:
-        mailbox = self._mailboxes[event.request_id]
-        mailbox.put(event)
-        if event.finish_reason is not None:
+    def _deliver(self, event: Event, now: float) -> None:
+        mailbox = self._mailboxes.get(event.request_id)
+        if mailbox is None:
+            return  # another of its choices met the deadline
+        if event.finish_reason is FinishReason.DEADLINE:
             del self._mailboxes[event.request_id]
+            self._engine.cancel(event.request_id)
+            mailbox.put(DeadlineExceeded("the deadline passed before the answer was complete"))
+            return
+        before = mailbox.latest.get(event.choice)
+        if before is not None:
+            self._metrics.next_token(now - before)
+        else:
+            self._metrics.first_token(now - mailbox.sent)
+        mailbox.latest[event.choice] = now
+        mailbox.choices -= event.finish_reason is not None
+        if not mailbox.choices:
+            del self._mailboxes[event.request_id]
+        mailbox.put(event)

@@ -25,7 +25,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
     """Says the words of the last message, a chunk each, and counts them.
 
     "one two" is answered with "one", " two" and a chunk that ends it: 2 tokens, and as many prompt
-    tokens as there are messages. Words that begin with "!" are not said but done:
+    tokens as there are messages. Several choices say the same in turn. The token at place i has the
+    logprob -i. Words that begin with "!" are not said but done:
 
         !wait          waits until `release` is called
         !fail:LEAF     fails with that error of serving/errors.py
@@ -66,6 +67,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.requests.append(request)
         self.begun.set()
         said = 0
+        choices = range(request.n if request.HasField("n") else 1)
         reason = inference_pb2.FINISH_REASON_STOP
         try:
             for word in request.chat.messages[-1].content.split():
@@ -77,14 +79,19 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 if request.HasField("max_tokens") and said == request.max_tokens:
                     reason = inference_pb2.FINISH_REASON_LENGTH
                     break
-                yield inference_pb2.GenerateChunk(text=" " * (said > 0) + word, token_ids=[said])
+                for choice in choices:
+                    text = " " * (said > 0) + word
+                    chunk = inference_pb2.GenerateChunk(text=text, token_ids=[said], choice=choice)
+                    if request.HasField("top_logprobs"):
+                        chunk.logprobs.append(_logprobs(text, said, request.top_logprobs))
+                    yield chunk
                 said += 1
-            yield inference_pb2.GenerateChunk(
-                finish_reason=reason,
-                usage=inference_pb2.Usage(
-                    prompt_tokens=len(request.chat.messages), completion_tokens=said
-                ),
-            )
+            for choice in choices:
+                last = inference_pb2.GenerateChunk(finish_reason=reason, choice=choice)
+                if choice == choices[-1]:
+                    last.usage.prompt_tokens = len(request.chat.messages)
+                    last.usage.completion_tokens = said * len(choices)
+                yield last
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -105,6 +112,15 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 await context.abort(grpc.StatusCode[argument], "at ipv4:10.0.0.1:50051")
             case _:
                 raise ValueError(word)
+
+
+def _logprobs(text: str, place: int, count: int) -> inference_pb2.TokenLogprob:
+    def of(top: list[inference_pb2.TokenLogprob]) -> inference_pb2.TokenLogprob:
+        return inference_pb2.TokenLogprob(
+            token_id=place, token=text.encode(), logprob=-place, top=top
+        )
+
+    return of([of([])] * count)
 
 
 async def _check_key(context: Any) -> None:

@@ -235,13 +235,24 @@ def test_a_client_that_drops_cancels_its_call(stack: Stack, script: str, is_stre
         (
             "/chat/completions",
             {"extra-params": "pass-through"},
-            {"logprobs": True},
+            {"logprobs": True, "ignore_eos": True},
+            200,
+            "",
+        ),
+        (
+            "/chat/completions",
+            {"extra-params": "pass-through"},
+            {"safe_prompt": True},
             422,
             "parameter_not_supported",
         ),
+        ("/chat/completions", {}, {"ignore_eos": True}, 400, "BadRequest"),
         ("/v1/chat/completions", {}, {"wine": 1}, 200, ""),
         ("/v1/chat/completions", {"extra-parameters": "perhaps"}, {}, 200, ""),
-        ("/v1/chat/completions", {}, {"n": 2}, 422, "parameter_not_supported"),
+        ("/v1/chat/completions", {}, {"n": 2}, 200, ""),
+        ("/v1/chat/completions", {}, {"n": 0}, 422, "Invalid input"),
+        ("/v1/chat/completions", {}, {"top_logprobs": 2}, 422, "Invalid input"),
+        ("/v1/chat/completions", {}, {"safe_prompt": True}, 422, "parameter_not_supported"),
         ("/chat/completions", {}, {"tools": [{}]}, 422, "parameter_not_supported"),
         (
             "/chat/completions",
@@ -267,6 +278,58 @@ def test_bodies(
         assert response.status_code == 200, response.text
     else:
         check_error(response, status, code)
+
+
+def test_several_choices(client: httpx.Client) -> None:
+    asked = body("one two", n=2, logprobs=True, top_logprobs=1)
+    answer = client.post("/v1/chat/completions", json=asked).json()
+    top = {"token": " two", "token_id": 1, "logprob": -1.0, "bytes": list(b" two")}
+    for index, choice in enumerate(answer["choices"]):
+        assert (choice["index"], choice["message"]["content"]) == (index, "one two")
+        assert choice["finish_reason"] == "stop"
+        assert choice["logprobs"]["content"][1] == top | {"top_logprobs": [top]}
+    assert len(answer["choices"]) == 2
+    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5}
+
+    with client.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as response:
+        chunks = list(events(response.iter_lines()))
+    assert [chunk["choices"][0]["index"] for chunk in chunks] == [0, 1] * 4
+    for index in range(2):
+        first, one, two, last = chunks[index::2]
+        assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert one["choices"][0]["delta"] == {"content": "one"}
+        assert two["choices"][0]["logprobs"] == {"content": [top | {"top_logprobs": [top]}]}
+        assert last["choices"][0]["finish_reason"] == "stop"
+    assert [("usage" in chunk) for chunk in chunks] == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("penalty", [0.1, "0.1"])
+def test_the_samples_that_explore_parameters(stack: Stack, penalty: object) -> None:
+    """Of Microsoft's page, whose JavaScript sends strings."""
+    with ChatCompletionsClient(stack.url, AzureKeyCredential(KEY)) as azure:
+        answer = azure.complete(
+            body(
+                "one",
+                presence_penalty=penalty,
+                frequency_penalty=0.8,
+                max_tokens=2048,
+                stop=["<|endoftext|>"],
+                temperature=0,
+                top_p=1,
+                response_format={"type": {"type": "text"}},
+            )
+        )
+        assert answer.choices[0].message.content == "one"
+        passed = azure.complete(
+            messages=[UserMessage("one")],
+            model_extras={"logprobs": True, "min_tokens": 1, "top_k": 5, "ignore_eos": True},
+        )
+        assert passed.choices[0]["logprobs"]["content"][0]["token"] == "one"
+    first, second = stack.service.requests
+    sampling = first.sampling
+    assert sampling.presence_penalty == pytest.approx(0.1)
+    assert sampling.frequency_penalty == pytest.approx(0.8)
+    assert (second.min_tokens, second.sampling.top_k, second.ignore_eos) == (1, 5, True)
 
 
 def test_the_sentence_that_litellm_reads(client: httpx.Client) -> None:

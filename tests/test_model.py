@@ -7,6 +7,7 @@ import parity
 import pytest
 from flax import nnx
 
+from mixtral_jax import native
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.model import Transformer, named_parameters
 
@@ -95,8 +96,18 @@ def paged_logits(
     return [np.concatenate(rows) for rows in out]
 
 
+@pytest.fixture(params=["native", "xla"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels of native.py, or the XLA forms in their place."""
+    if request.param == "xla":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip("no C++ compiler: the kernels are not used on this machine")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7])
-def test_paged_form_equals_full_form(ours: Transformer, chunk: int) -> None:
+def test_paged_form_equals_full_form(ours: Transformer, chunk: int, kernels: str) -> None:
     """64 positions, far past the windows of 5 and 7; three sequences of different lengths."""
     ids = tokens(3, ours.config.vocab_size)
     sequences = [ids[0].tolist(), ids[1, :50].tolist(), ids[2, :9].tolist()]
@@ -106,12 +117,13 @@ def test_paged_form_equals_full_form(ours: Transformer, chunk: int) -> None:
         np.testing.assert_allclose(logits, whole[i, : len(sequences[i])], rtol=0, atol=1e-4)
 
 
-def test_long_prompt_in_one_chunk_spans_query_and_key_blocks() -> None:
-    """300 tokens at once: several blocks of 64 queries and of 128 keys, windowed and not."""
+@pytest.mark.parametrize("chunk", [300, 700])
+def test_long_prompt_spans_query_and_key_blocks(chunk: int, kernels: str) -> None:
+    """Several blocks of queries and of keys, windowed and not."""
     for kind in ("mistral", "llama"):
         ours = parity.random_model(kind)
-        ids = np.random.default_rng(1).integers(0, 131, (1, 300), np.int32)
-        (logits,) = paged_logits(ours, [ids[0].tolist()], chunk=300, page_size=16)
+        ids = np.random.default_rng(1).integers(0, 131, (1, 700), np.int32)
+        (logits,) = paged_logits(ours, [ids[0].tolist()], chunk, page_size=16)
         np.testing.assert_allclose(logits, full(ours, jnp.asarray(ids))[0], rtol=0, atol=1e-4)
 
 

@@ -17,15 +17,17 @@ def test_route_takes_the_two_likeliest_and_weighs_them_by_softmax() -> None:
     np.testing.assert_allclose(weights, [[0.75, 0.25]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-def test_dense_equals_ragged(tokens: int) -> None:
+def test_dense_equals_ragged_equals_paged(tokens: int, dtype: str) -> None:
     config = ModelConfig.tiny(vocab_size=8)
-    layer = MoE(config, jnp.float32, nnx.Rngs(3), None, ShardingRules())
+    layer = MoE(config, dtype, nnx.Rngs(3), None, ShardingRules())
     layer.router.weight.set_value(layer.router.weight.get_value() * 50)  # uneven choices
     x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
-    dense = layer(x, form="dense")
+    dense = layer.full(x, form="dense")
     assert jnp.abs(dense).max() > 1e-4
-    np.testing.assert_allclose(layer(x, form="ragged"), dense, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(layer.full(x, form="ragged"), dense, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(MoE.paged)(layer, x), dense, rtol=0, atol=1e-5)
 
 
 def test_one_expert_of_one_is_its_feed_forward() -> None:
@@ -35,16 +37,26 @@ def test_one_expert_of_one_is_its_feed_forward() -> None:
     x = jax.random.normal(jax.random.key(0), (5, config.hidden_size))
     gate, up, down = (part.weight[...][0] for part in (layer.gate, layer.up, layer.down))
     want = (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
-    np.testing.assert_allclose(layer(x), want, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(layer.full(x), want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 32])
-@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 4, 2), (2, 2, 2), (8, 1, 1)])
-def test_sharded_equals_dense(tokens: int, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 4, 1), "float32"),
+        ((1, 4, 2), "float32"),
+        ((2, 2, 2), "float32"),
+        ((8, 1, 1), "float32"),
+        # Not with experts cut in two: each part of a row is then rounded with its own scale.
+        ((1, 4, 1), "int8"),
+    ],
+)
+def test_sharded_equals_dense(tokens: int, shape: tuple[int, int, int], dtype: str) -> None:
     """Token counts that the data axis divides and that it does not."""
     config = ModelConfig.tiny(vocab_size=8)
-    one = MoE(config, jnp.float32, nnx.Rngs(3), None, ShardingRules())
-    many = MoE(config, jnp.float32, nnx.Rngs(3), make_mesh(*shape), ShardingRules())
+    one = MoE(config, dtype, nnx.Rngs(3), None, ShardingRules())
+    many = MoE(config, dtype, nnx.Rngs(3), make_mesh(*shape), ShardingRules())
     x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
-    sharded = jax.jit(lambda layer, x: layer(x))(many, x)
-    np.testing.assert_allclose(sharded, one(x, form="dense"), rtol=0, atol=1e-5)
+    sharded = jax.jit(lambda layer, x: layer.full(x))(many, x)
+    np.testing.assert_allclose(sharded, one.full(x, form="dense"), rtol=0, atol=1e-5)

@@ -54,13 +54,36 @@ def test_text_in_the_last_chunk_comes_before_the_end() -> None:
     assert end.usage is not None
 
 
+def test_a_choice_that_ends_before_others_has_no_usage() -> None:
+    chunk = inference_pb2.GenerateChunk(finish_reason=LAST.finish_reason, choice=2)
+    for include_usage in (False, True):
+        (end,) = reply.chunks_of(IDENTITY, chunk, include_usage)
+        assert end.choices[0].index == 2
+        assert end.choices[0].finish_reason == "stop"
+        assert end.usage is None
+
+
+def test_logprobs_of_tokens_without_text_come_with_the_end() -> None:
+    one = inference_pb2.TokenLogprob(token_id=9, token=b"\xc3", logprob=-0.5)
+    chunk = inference_pb2.GenerateChunk(
+        finish_reason=LAST.finish_reason, usage=LAST.usage, logprobs=[one]
+    )
+    (end,) = reply.chunks_of(IDENTITY, chunk, include_usage=False)
+    assert end.choices[0].logprobs is not None
+    assert end.choices[0].logprobs.model_dump() == {
+        "content": [
+            {"token": "\ufffd", "token_id": 9, "logprob": -0.5, "bytes": [195], "top_logprobs": []}
+        ]
+    }
+
+
 def test_a_chunk_without_news_becomes_nothing() -> None:
     chunk = inference_pb2.GenerateChunk(token_ids=[5])
     assert list(reply.chunks_of(IDENTITY, chunk, include_usage=True)) == []
 
 
 def test_an_event_is_ascii_in_one_line() -> None:
-    chunk = reply.opening(IDENTITY)
+    chunk = reply.opening(IDENTITY, 0)
     chunk.choices[0].delta.content = "\u2028\x85\r\n\U0001f600é"
     line = reply.event(chunk)
     assert line.isascii()

@@ -35,6 +35,46 @@ def test_every_parameter_arrives() -> None:
     assert request.stop == ["a", "b"]
 
 
+def test_every_extra_arrives() -> None:
+    asked_for = {
+        "n": 3,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "logit_bias": {"5": -100, "7": 0.5},
+        "top_k": 40,
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "stop_token_ids": [5, 7],
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+    }
+    expected = inference_pb2.GenerateRequest(
+        chat=asked().chat,
+        sampling=inference_pb2.SamplingParams(
+            top_k=40,
+            min_p=0.25,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            repetition_penalty=1.5,
+            logit_bias={5: -100, 7: 0.5},
+        ),
+        n=3,
+        min_tokens=2,
+        ignore_eos=True,
+        stop_token_ids=[5, 7],
+        top_logprobs=2,
+    )
+    for extras in (Extras.PASS, Extras.LENIENT):
+        assert asked(extras, **asked_for) == expected
+    with pytest.raises(InvalidRequest, match="Extra parameters"):
+        asked(**asked_for)
+    assert asked(Extras.LENIENT, logprobs=1).top_logprobs == 0
+    assert asked(Extras.LENIENT, logprobs=1).HasField("top_logprobs")
+    assert asked(Extras.LENIENT, top_k=-1) == asked()  # vLLM's way to say all
+
+
 def test_the_names_of_other_dialects() -> None:
     request = asked(max_completion_tokens=7, random_seed=5)
     assert (request.max_tokens, request.sampling.seed) == (7, 5)
@@ -66,21 +106,20 @@ def test_null_means_absent_everywhere() -> None:
     names += " stream_options presence_penalty frequency_penalty response_format tools tool_choice"
     names += " modalities"
     assert asked(Extras.REFUSE, **dict.fromkeys(names.split())) == asked()
-    extras = "n logprobs top_logprobs logit_bias safe_prompt"
+    extras = "n logprobs top_logprobs logit_bias safe_prompt top_k min_p repetition_penalty"
+    extras += " min_tokens ignore_eos stop_token_ids"
     assert asked(Extras.PASS, **dict.fromkeys(extras.split())) == asked()
 
 
 def test_features_that_are_not_asked_for() -> None:
     assert asked(
-        presence_penalty=0,
-        frequency_penalty=0.0,
         tools=[],
         tool_choice="auto",
         modalities=["text"],
         response_format={"type": "text"},
         stream_options={"include_usage": False},
     ) == asked(response_format={"type": {"type": "text"}})
-    harmless = {"n": 1, "logprobs": 0, "top_logprobs": 0, "logit_bias": {}, "safe_prompt": False}
+    harmless = {"logprobs": 0, "top_logprobs": 0, "logit_bias": {}, "safe_prompt": False}
     assert asked(Extras.PASS, **harmless) == asked()
 
 
@@ -138,11 +177,25 @@ def test_roles_and_contents() -> None:
         ({"stream": "perhaps"}, "body.stream"),
         ({"presence_penalty": 4.567}, "body.presence_penalty"),
         ({"response_format": {}}, "body.response_format"),
+        ({"frequency_penalty": "heavy"}, "body.frequency_penalty"),
+        ({"n": 0}, "body.n"),
+        ({"logprobs": 7}, "body.logprobs"),
+        ({"top_logprobs": 5}, "body.top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "body.top_logprobs"),
+        ({"logit_bias": {"5": -101}}, "body.logit_bias.5"),
+        ({"logit_bias": {"-1": 0}}, "body.logit_bias.-1.[key]"),
+        ({"logit_bias": {str(i): 0 for i in range(301)}}, "body.logit_bias"),
+        ({"top_k": -2}, "body.top_k"),
+        ({"min_p": 1.1}, "body.min_p"),
+        ({"repetition_penalty": 0}, "body.repetition_penalty"),
+        ({"min_tokens": -1}, "body.min_tokens"),
+        ({"ignore_eos": "perhaps"}, "body.ignore_eos"),
+        ({"stop_token_ids": [-1]}, "body.stop_token_ids.0"),
     ],
 )
 def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidParameter) as caught:
-        asked(**parameters)
+        asked(Extras.PASS, **parameters)
     assert type(caught.value) is InvalidParameter
     assert [".".join(problem.path) for problem in caught.value.problems] == [path]
 
@@ -150,8 +203,6 @@ def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:
 @pytest.mark.parametrize(
     ("parameters", "path"),
     [
-        ({"presence_penalty": 0.1}, "body.presence_penalty"),
-        ({"frequency_penalty": "0.8"}, "body.frequency_penalty"),
         ({"response_format": {"type": "json_object"}}, "body.response_format"),
         ({"response_format": {"type": {"type": "json_object"}}}, "body.response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "body.response_format"),
@@ -166,10 +217,6 @@ def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:
             {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
             "body.messages.0.tool_calls",
         ),
-        ({"n": 2}, "body.n"),
-        ({"logprobs": True}, "body.logprobs"),
-        ({"top_logprobs": 5.0}, "body.top_logprobs"),
-        ({"logit_bias": {"5": -100}}, "body.logit_bias"),
         ({"safe_prompt": True}, "body.safe_prompt"),
     ],
 )

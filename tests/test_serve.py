@@ -7,7 +7,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 from azure.ai.inference import ChatCompletionsClient
@@ -27,7 +29,8 @@ def command() -> list[str]:
     http, grpc = free_ports(2)
     ports = ["--port", str(http), "--grpc-port", str(grpc)]
     # Two buckets: compiling is most of the start.
-    return [COMMAND, "serve", "--model=tiny-random", *ports, "--max-sequences=1"]
+    sizes = ["--max-sequences=1", "--max-step-tokens=8"]
+    return [COMMAND, "serve", "--model=tiny-random", *ports, *sizes]
 
 
 def client(server: Server, key: str) -> ChatCompletionsClient:
@@ -89,6 +92,58 @@ def test_a_model_that_is_not_there_is_one_clear_line() -> None:
     assert out.returncode == 1
     assert "mixtral-jax: nowhere is not a mixtral-jax checkpoint" in out.stderr
     assert "Traceback" not in out.stderr
+
+
+def test_a_taken_port_for_metrics_is_one_clear_line(server: Server) -> None:
+    port = server.url.rpartition(":")[2]
+    out = subprocess.run(
+        [*command(), "--metrics-port", port],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert out.returncode == 1
+    assert (
+        f"mixtral-jax: cannot listen on 127.0.0.1:{port} (Address already in use); "
+        "stop what runs there or choose another with --metrics-port"
+    ) in out.stderr.splitlines()
+    assert "Traceback" not in out.stderr
+
+
+def test_metrics_and_every_parameter_and_nothing_compiles() -> None:
+    (port,) = free_ports(1)
+    flags = ["--metrics-port", str(port), "--max-sequences=2", "--no-prefix-reuse"]
+    with running([*command(), *flags, "--deterministic"]) as server:
+        azure = client(server, server.key)
+        asked: dict[str, Any] = {"messages": [UserMessage("x" * 60)], "temperature": 1}
+        for extras in (
+            {},
+            {"n": 3, "logprobs": True, "top_logprobs": 5},
+            {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "logit_bias": {"70": 5}},
+            {"stop_token_ids": [70], "min_tokens": 2},
+        ):
+            extras = {"ignore_eos": True, **extras}
+            answer = azure.complete(
+                **asked,
+                max_tokens=9,
+                seed=2,
+                presence_penalty=0.1,
+                frequency_penalty=0.8,
+                model_extras=extras,
+            )
+            assert len(answer.choices) == extras.get("n", 1)
+            if "stop_token_ids" not in extras:
+                assert answer.usage.completion_tokens == 9 * len(answer.choices)
+            if extras.get("logprobs"):
+                for choice in answer.choices:
+                    (*_, last) = choice["logprobs"]["content"]
+                    assert len(last["top_logprobs"]) == 5
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        figures = dict(line.split() for line in text.splitlines() if line[0] != "#")
+    assert float(figures["mixtral_compilations_total"]) == 0
+    assert float(figures["mixtral_generated_tokens_total"]) > 9 * 5
+    assert float(figures["mixtral_prefix_hit_tokens_total"]) == 0
 
 
 def children(server: Server) -> dict[str, psutil.Process]:

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("mixtral_jax", "convert", "serving")
 
-_BELOW_MODEL = {"axes", "config", "sharding", "layers", "cache", "attention", "moe"}
+_BELOW_MODEL = {"axes", "config", "sharding", "cache", "native", "layers", "attention", "moe"}
 _TOKENIZER = {"chat", "detokenizer", "template_tokenizer", "tokenizer"}
 _MODEL = {*_BELOW_MODEL, "model"}
-_PLAIN = {"serving.errors", "serving.request", "serving.scheduler", "serving.text"}
+_PLAIN = {"serving.errors", "serving.pages", "serving.request", "serving.scheduler", "serving.text"}
 _STUBS = {"serving.proto.inference_pb2", "serving.proto.inference_pb2_grpc"}
 
 
@@ -26,10 +26,11 @@ LAW: dict[str, set[str]] = {
     "mixtral_jax.axes": set(),
     "mixtral_jax.config": set(),
     "mixtral_jax.sharding": _ours("axes", "config"),
-    "mixtral_jax.layers": _ours("axes", "config", "sharding"),
     "mixtral_jax.cache": _ours("axes", "config", "sharding"),
-    "mixtral_jax.attention": _ours("axes", "config", "sharding", "layers", "cache"),
-    "mixtral_jax.moe": _ours("axes", "config", "sharding", "layers"),
+    "mixtral_jax.native": _ours("cache"),
+    "mixtral_jax.layers": _ours("axes", "config", "sharding", "native"),
+    "mixtral_jax.attention": _ours("axes", "config", "sharding", "native", "layers", "cache"),
+    "mixtral_jax.moe": _ours("axes", "config", "sharding", "native", "layers"),
     "mixtral_jax.model": _ours(*_BELOW_MODEL),
     "mixtral_jax.sampling": _ours("axes"),
     "mixtral_jax.compilation": set(),
@@ -41,17 +42,34 @@ LAW: dict[str, set[str]] = {
     **{name: _PLAIN for name in _PLAIN},
     "serving.parent": set(),
     "serving.supervisor": {"serving.parent"},
+    "serving.load": set(),
+    "serving.bench": {"serving.load"},
+    "serving.offline": {
+        "serving.engine",
+        "serving.load",
+        *_PLAIN,
+        *_ours("checkpoint", "compilation", "model", "pretrained"),
+    },
     "serving.engine": _ours(*_MODEL, "sampling") | _PLAIN,
-    "serving.worker": {"serving.engine"} | _PLAIN,
-    "serving.service": {"serving.worker"} | _PLAIN | _STUBS | _ours("tokenizer"),
+    "serving.memory": set(),
+    "serving.metrics": _PLAIN,
+    "serving.worker": {"serving.engine", "serving.metrics"} | _PLAIN,
+    "serving.choices": _PLAIN | _STUBS | _ours("tokenizer"),
+    "serving.translation": {"serving.engine"} | _PLAIN | _STUBS | _ours("tokenizer"),
+    "serving.service": {"serving.choices", "serving.translation", "serving.worker"}
+    | _PLAIN
+    | _STUBS
+    | _ours("tokenizer"),
     "serving.__main__": {
         "serving.engine",
+        "serving.memory",
+        "serving.metrics",
         "serving.parent",
         "serving.service",
         "serving.worker",
         *_PLAIN,
         *_STUBS,
-        *_ours("checkpoint", "compilation", "config", "model", "pretrained"),
+        *_ours("checkpoint", "compilation", "config", "layers", "model", "native", "pretrained"),
     },
 }
 _GATEWAY = _STUBS | {"serving.errors", "serving.parent"}

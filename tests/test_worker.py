@@ -1,24 +1,31 @@
-"""Crash, drain and stop, with an engine that can be worked out by hand."""
+"""Crash, drain, stop and deadlines, with an engine that can be worked out by hand."""
 
 import asyncio
+import time
 from contextlib import aclosing
 
 import pytest
 
-from serving.errors import ContextTooLong, EngineFailure, ServingError, Unavailable
-from serving.request import Event, FinishReason, Request, SamplingParams
+from serving.errors import ContextTooLong, DeadlineExceeded, EngineFailure, Unavailable
+from serving.metrics import Metrics
+from serving.request import Drawn, Event, FinishReason, Request, SamplingParams
 from serving.worker import EngineWorker
 
 
 class CountingEngine:
-    """Answers every request with 0, 1, 2, ...; breaks at token 13, refuses an empty prompt."""
+    """Answers every request with 0, 1, 2, ...; breaks at token 13, refuses an empty prompt.
+
+    Choice i gives i tokens more than max_tokens. Events come a step late, as from a real engine.
+    """
 
     def __init__(self) -> None:
         self.running: dict[str, tuple[Request, int]] = {}
+        self.late: list[Event] = []
+        self.cancelled: list[str] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running)
+        return bool(self.running or self.late)
 
     def add(self, request: Request) -> None:
         if not request.prompt_ids:
@@ -27,39 +34,73 @@ class CountingEngine:
 
     def cancel(self, request_id: str) -> None:
         self.running.pop(request_id, None)
+        self.late = [event for event in self.late if event.request_id != request_id]
+        self.cancelled.append(request_id)
 
-    def step(self) -> list[Event]:
-        events = []
+    def step(self, now: float) -> list[Event]:
+        events, self.late = self.late, []
         for request, count in list(self.running.values()):
             if count == 13:
                 raise RuntimeError("thirteen")
-            last = count + 1 == request.max_tokens
-            reason = FinishReason.LENGTH if last else None
-            events.append(Event(request_id=request.id, token_id=count, finish_reason=reason))
+            lengths = [request.max_tokens + choice for choice in range(request.n)]
             self.running[request.id] = (request, count + 1)
-            if last:
+            if request.deadline is not None and request.deadline < now:
+                events += [
+                    Event(
+                        request_id=request.id,
+                        choice=choice,
+                        drawn=None,
+                        finish_reason=FinishReason.DEADLINE,
+                    )
+                    for choice in range(request.n)
+                ]
+                self.cancel(request.id)
+                continue
+            self.late += [
+                Event(
+                    request_id=request.id,
+                    choice=choice,
+                    drawn=Drawn(token_id=count),
+                    finish_reason=FinishReason.LENGTH if count + 1 == length else None,
+                )
+                for choice, length in enumerate(lengths)
+                if count < length
+            ]
+            if count + 1 == max(lengths):
                 del self.running[request.id]
         return events
 
 
-def request(name: str, max_tokens: int, prompt: tuple[int, ...] = (1,)) -> Request:
+def request(
+    name: str,
+    max_tokens: int,
+    prompt: tuple[int, ...] = (1,),
+    n: int = 1,
+    deadline: float | None = None,
+) -> Request:
     return Request(
         id=name,
         prompt_ids=prompt,
         sampling=SamplingParams(),
         max_tokens=max_tokens,
         eos_ids=frozenset(),
+        n=n,
+        deadline=deadline,
     )
 
 
-async def tokens(worker: EngineWorker, asked: Request) -> list[int]:
+async def happened(worker: EngineWorker, asked: Request) -> list[Event]:
     async with aclosing(worker.submit(asked)) as events:
-        return [event.token_id async for event in events]
+        return [event async for event in events]
+
+
+async def tokens(worker: EngineWorker, asked: Request) -> list[int]:
+    return [event.drawn.token_id for event in await happened(worker, asked) if event.drawn]
 
 
 def started() -> tuple[EngineWorker, CountingEngine]:
     engine = CountingEngine()
-    worker = EngineWorker(engine)  # type: ignore[arg-type]
+    worker = EngineWorker(engine, Metrics())  # type: ignore[arg-type]
     worker.start()
     return worker, engine
 
@@ -73,6 +114,45 @@ def test_requests_side_by_side() -> None:
 
     asyncio.run(run())
     worker.stop()
+
+
+def test_a_request_lasts_until_its_last_choice_has_ended() -> None:
+    worker, engine = started()
+
+    async def run() -> None:
+        events = await happened(worker, request("a", 2, n=3))
+        assert [(e.choice, e.drawn.token_id, e.finish_reason is not None) for e in events] == [
+            (0, 0, False),
+            (1, 0, False),
+            (2, 0, False),
+            (0, 1, True),
+            (1, 1, False),
+            (2, 1, False),
+            (1, 2, True),
+            (2, 2, False),
+            (2, 3, True),
+        ]
+
+    asyncio.run(run())
+    worker.stop()
+    assert not worker._mailboxes and not engine.cancelled
+
+
+def test_the_deadline_of_one_choice_ends_the_request_and_no_other() -> None:
+    worker, _ = started()
+
+    async def run() -> None:
+        late = request("late", 12, n=3, deadline=time.monotonic() - 1)
+        other = asyncio.create_task(tokens(worker, request("b", 9)))
+        with pytest.raises(DeadlineExceeded, match="deadline passed"):
+            await tokens(worker, late)
+        assert await other == list(range(9))
+        timely = request("timely", 3, n=1, deadline=time.monotonic() + 60)
+        assert await tokens(worker, timely) == [0, 1, 2]
+
+    asyncio.run(run())
+    worker.stop()
+    assert not worker._mailboxes
 
 
 def test_what_the_engine_refuses_reaches_the_caller_alone() -> None:
@@ -117,15 +197,31 @@ def test_leaving_cancels() -> None:
     worker.stop()
 
 
-def test_draining_refuses_new_requests_and_stopping_ends_the_others() -> None:
-    worker, _ = started()
+class SlowEngine(CountingEngine):
+    """Never ends, and takes its time."""
 
-    async def run() -> list[ServingError | list[int]]:
-        worker.drain()
-        with pytest.raises(Unavailable, match="shutting down"):
-            await tokens(worker, request("late", 1))
-        return []
+    def step(self, now: float) -> list[Event]:
+        time.sleep(0.02)
+        self.running = {name: (asked, 0) for name, (asked, _) in self.running.items()}
+        return super().step(now)
+
+
+def test_draining_refuses_new_requests_and_stopping_ends_the_others() -> None:
+    worker = EngineWorker(SlowEngine(), Metrics())  # type: ignore[arg-type]
+    worker.start()
+
+    async def run() -> None:
+        seen = []
+        async with aclosing(worker.submit(request("a", 5))) as events:
+            with pytest.raises(Unavailable, match="was stopped"):
+                async for event in events:
+                    seen.append(event)
+                    if len(seen) == 3:
+                        worker.drain()
+                        with pytest.raises(Unavailable, match="shutting down"):
+                            await tokens(worker, request("late", 1))
+                    if len(seen) == 5:  # those under way go on until the end
+                        await asyncio.to_thread(worker.stop)
 
     asyncio.run(run())
-    worker.stop()
-    assert not worker.has_failed
+    assert worker.ended.is_set() and not worker.has_failed

@@ -137,7 +137,8 @@ class Gateway:
         chunk: inference_pb2.GenerateChunk | None,
     ) -> AsyncIterator[bytes]:
         include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-        yield reply.event(reply.opening(identity))
+        for index in range(chat.n or 1):
+            yield reply.event(reply.opening(identity, index))
         try:
             while chunk is not None:
                 for piece in reply.chunks_of(identity, chunk, include_usage):

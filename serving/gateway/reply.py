@@ -2,7 +2,7 @@
 
     model_info    ModelInfo (proto)   -> ModelInfo
     completion    GenerateChunks, all -> ChatCompletion
-    opening       (nothing yet)       -> the first ChatCompletionChunk
+    opening       (nothing yet)       -> the first ChatCompletionChunk of a choice
     chunks_of     GenerateChunk, one  -> ChatCompletionChunks
     heartbeat     (silence)           -> a ChatCompletionChunk that says nothing
     failure       ServingError        -> the ChatCompletionChunk that ends a broken stream
@@ -16,9 +16,9 @@ be a chunk without choices. A key that is absent and a key that is null differ t
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -60,6 +60,33 @@ class Usage(BaseModel):
     """The sum of both."""
 
 
+class TopLogprob(BaseModel):
+    """A token, and how likely it was."""
+
+    token: str
+    """Its text; U+FFFD where that is a part of a character."""
+    token_id: int
+    """Its id, which Mistral's client needs."""
+    logprob: float
+    """The natural logarithm of its probability."""
+    bytes: list[int]
+    """Its bytes."""
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer."""
+
+    top_logprobs: list[TopLogprob]
+    """The likeliest in its place, likeliest first."""
+
+
+class Logprobs(BaseModel):
+    """What was asked for with `logprobs`."""
+
+    content: list[TokenLogprob]
+    """The tokens in order."""
+
+
 class AssistantMessage(BaseModel):
     """The answer of a completion."""
 
@@ -80,8 +107,8 @@ class Choice(BaseModel):
     """The answer."""
     finish_reason: str
     """`stop` or `length`."""
-    logprobs: None = None
-    """Not for now."""
+    logprobs: Logprobs | None = None
+    """Where they were asked for, of the same tokens."""
 
 
 class ChatCompletion(BaseModel):
@@ -96,7 +123,7 @@ class ChatCompletion(BaseModel):
     model: str
     """The name of the served model, whatever name was asked for."""
     choices: list[Choice]
-    """One choice."""
+    """As many as were asked for, in order."""
     usage: Usage
     """Tokens spent."""
 
@@ -119,8 +146,8 @@ class ChunkChoice(BaseModel):
     """What is new."""
     finish_reason: str | None = None
     """`stop` or `length` in the last chunk, null before."""
-    logprobs: None = None
-    """Not for now."""
+    logprobs: Logprobs | None = None
+    """Where they were asked for, of the same tokens."""
 
 
 class ErrorDetail(BaseModel):
@@ -192,20 +219,21 @@ def model_info(model: inference_pb2.ModelInfo) -> ModelInfo:
 def completion(identity: Identity, chunks: Iterable[inference_pb2.GenerateChunk]) -> ChatCompletion:
     """The answer that the chunks, of which the last one ends it, make up."""
     *_, last = chunks = list(chunks)
-    message = AssistantMessage(content="".join(chunk.text for chunk in chunks))
-    choice = Choice(index=0, message=message, finish_reason=_finish_reason(last))
+    of_choices: dict[int, list[inference_pb2.GenerateChunk]] = {}
+    for chunk in chunks:
+        of_choices.setdefault(chunk.choice, []).append(chunk)
     return ChatCompletion(
         id=identity.id,
         created=identity.created,
         model=identity.model,
-        choices=[choice],
+        choices=[_choice(index, own) for index, own in sorted(of_choices.items())],
         usage=_usage(last),
     )
 
 
-def opening(identity: Identity) -> ChatCompletionChunk:
-    """The first chunk of a stream: the role, and no text yet."""
-    return _chunk(identity, Delta(role="assistant", content=""))
+def opening(identity: Identity, index: int) -> ChatCompletionChunk:
+    """The first chunk of a choice in a stream: the role, and no text yet."""
+    return _chunk(identity, index, Delta(role="assistant", content=""))
 
 
 def chunks_of(
@@ -213,14 +241,20 @@ def chunks_of(
 ) -> Iterator[ChatCompletionChunk]:
     """What one chunk of the service becomes: none to three chunks.
 
-    The usage comes with the reason to finish. A client of OpenAI's that asks for it has it in a
-    chunk of its own and only there, because some add up whatever usage they meet.
+    The usage comes with the last choice's reason to finish. A client of OpenAI's that asks for it
+    has it in a chunk of its own and only there, because some add up whatever usage they meet.
     """
+    logprobs = _logprobs([chunk])
     if chunk.text:
-        yield _chunk(identity, Delta(content=chunk.text))
+        yield _chunk(identity, chunk.choice, Delta(content=chunk.text), logprobs=logprobs)
+        logprobs = None
     if chunk.finish_reason == inference_pb2.FINISH_REASON_UNSPECIFIED:
         return
-    last = _chunk(identity, Delta(content=""), _finish_reason(chunk))
+    reason = _finish_reason(chunk)
+    last = _chunk(identity, chunk.choice, Delta(content=""), reason, logprobs)
+    if not chunk.HasField("usage"):
+        yield last
+        return
     if include_usage:
         yield last
         last = heartbeat(identity)
@@ -272,12 +306,44 @@ def error_body(error: ServingError) -> ErrorBody:
     return ErrorBody(error=inner, **inner.model_dump(), detail=detail)
 
 
+def _choice(index: int, chunks: Sequence[inference_pb2.GenerateChunk]) -> Choice:
+    return Choice(
+        index=index,
+        message=AssistantMessage(content="".join(chunk.text for chunk in chunks)),
+        finish_reason=_finish_reason(chunks[-1]),
+        logprobs=_logprobs(chunks),
+    )
+
+
 def _chunk(
-    identity: Identity, delta: Delta, finish_reason: str | None = None
+    identity: Identity,
+    index: int,
+    delta: Delta,
+    finish_reason: str | None = None,
+    logprobs: Logprobs | None = None,
 ) -> ChatCompletionChunk:
     chunk = heartbeat(identity)
-    chunk.choices = [ChunkChoice(index=0, delta=delta, finish_reason=finish_reason)]
+    news = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason, logprobs=logprobs)
+    chunk.choices = [news]
     return chunk
+
+
+def _logprobs(chunks: Iterable[inference_pb2.GenerateChunk]) -> Logprobs | None:
+    content = [
+        TokenLogprob(**_logprob(one), top_logprobs=[TopLogprob(**_logprob(top)) for top in one.top])
+        for chunk in chunks
+        for one in chunk.logprobs
+    ]
+    return Logprobs(content=content) if content else None
+
+
+def _logprob(one: inference_pb2.TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": one.token.decode("utf-8", "replace"),
+        "token_id": one.token_id,
+        "logprob": one.logprob,
+        "bytes": list(one.token),
+    }
 
 
 def _finish_reason(chunk: inference_pb2.GenerateChunk) -> str:

@@ -95,6 +95,12 @@ def _spoken(content: str | None, info: ValidationInfo) -> str | None:
     return content
 
 
+def _with_logprobs(count: int | None, info: ValidationInfo) -> int | None:
+    if count and not info.data.get("logprobs"):
+        raise PydanticCustomError("missing", "top_logprobs needs logprobs to be true")
+    return count
+
+
 def _format_name(value: object) -> object:
     # Early clients nest it once more: {"type": {"type": "text"}}.
     while isinstance(value, dict) and "type" in value:
@@ -111,7 +117,8 @@ def _stop_texts(value: object) -> object:
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenCount = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Penalty = Annotated[float | None, Field(ge=-2, le=2), only(0)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Message(BaseModel):
@@ -160,10 +167,10 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     """OpenAI's wishes for a stream."""
 
-    presence_penalty: Penalty = None
-    """In [-2, 2]; only 0 for now."""
-    frequency_penalty: Penalty = None
-    """In [-2, 2]; only 0 for now."""
+    presence_penalty: Penalty | None = None
+    """Taken off the logit of a token that the answer holds already."""
+    frequency_penalty: Penalty | None = None
+    """Taken off for each time that the answer holds it."""
     response_format: Annotated[str | None, BeforeValidator(_format_name), only("text")] = None
     """Sent as an object with a `type`; only `text` for now."""
     tools: Annotated[list[Any] | None, only([])] = None
@@ -172,21 +179,42 @@ class ChatRequest(BaseModel):
     """Means nothing without tools."""
     modalities: Annotated[list[str] | None, only([], ["text"])] = None
     """What the answer is made of."""
-    n: Annotated[int | None, only(1)] = None
-    """Choices to generate; one for now."""
-    logprobs: Annotated[bool | None, only(False)] = None
-    """Whether to return log probabilities; not for now."""
-    top_logprobs: Annotated[int | None, only(0)] = None
-    """How many likeliest tokens to return with `logprobs`; none for now."""
-    logit_bias: Annotated[dict[str, float] | None, only({})] = None
-    """Token id to a number added to its logit; none for now."""
     safe_prompt: Annotated[bool | None, only(False)] = None
     """Mistral's safety prompt; not for now."""
+
+    n: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Choices to generate; one where absent. The service says how many are too many."""
+    logprobs: bool | None = None
+    """Whether to return the log probability of each token."""
+    top_logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=20)] | None, AfterValidator(_with_logprobs)
+    ] = None
+    """How many of the likeliest tokens to return beside it."""
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)]
+        | None
+    ) = None
+    """Token id to a number added to its logit."""
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    """vLLM's: keeps so many of the likeliest tokens; -1 or 0 keeps all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """vLLM's: keeps tokens of at least this part of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    """vLLM's: divides the positive logits of tokens in prompt and answer."""
+    min_tokens: TokenCount | None = None
+    """vLLM's: the model does not end its answer before so many tokens."""
+    ignore_eos: bool | None = None
+    """vLLM's: goes on where the model would end its answer."""
+    stop_token_ids: list[TokenId] | None = None
+    """vLLM's: ids of tokens after which the answer ends."""
 
 
 # Parameters that clients must ask to have passed on, though we know them: they are not in Azure's
 # API. All other fields of ChatRequest are, or are other names of what is, and need no header.
-_EXTRAS = {"n", "logprobs", "top_logprobs", "logit_bias", "safe_prompt"}
+_EXTRAS = {
+    *("n", "logprobs", "top_logprobs", "logit_bias", "safe_prompt"),
+    *("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids"),
+}
 
 
 def read_chat(body: bytes, extras: Extras) -> ChatRequest:
@@ -247,8 +275,21 @@ def to_proto(chat: ChatRequest) -> inference_pb2.GenerateRequest:
             ]
         ),
         sampling=inference_pb2.SamplingParams(
-            temperature=chat.temperature, top_p=chat.top_p, seed=seed
+            temperature=chat.temperature,
+            top_p=chat.top_p,
+            seed=seed,
+            top_k=max(0, chat.top_k or 0),
+            min_p=chat.min_p,
+            presence_penalty=chat.presence_penalty,
+            frequency_penalty=chat.frequency_penalty,
+            repetition_penalty=chat.repetition_penalty,
+            logit_bias=chat.logit_bias or {},
         ),
         max_tokens=limit,
         stop=chat.stop or [],
+        n=chat.n,
+        min_tokens=chat.min_tokens,
+        ignore_eos=chat.ignore_eos,
+        stop_token_ids=chat.stop_token_ids or [],
+        top_logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
     )

@@ -105,7 +105,7 @@ class Answer:
         except grpc.aio.AioRpcError as failure:
             raise _error_of(failure) from failure
         if isinstance(chunk, inference_pb2.GenerateChunk):
-            self._is_whole = chunk.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
+            self._is_whole = chunk.HasField("usage")  # so the last chunk of all choices is known
             return chunk
         if not self._is_whole:
             raise EngineFailure("the model service ended its answer without a reason to finish")

@@ -24,33 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dserving/proto/inference.proto\x12\nmixtral.v1\"\xcc\x01\n\x0fGenerateRequest\x12 \n\x04\x63hat\x18\x01 \x01(\x0b\x32\x10.mixtral.v1.ChatH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.mixtral.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.mixtral.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\tB\x08\n\x06promptB\r\n\x0b_max_tokens\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.mixtral.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"t\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x02\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\x83\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.mixtral.v1.FinishReason\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.mixtral.v1.Usage\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x15\n\x13GetModelInfoRequest\"b\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x99\x01\n\tInference\x12\x44\n\x08Generate\x12\x1b.mixtral.v1.GenerateRequest\x1a\x19.mixtral.v1.GenerateChunk0\x01\x12\x46\n\x0cGetModelInfo\x12\x1f.mixtral.v1.GetModelInfoRequest\x1a\x15.mixtral.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dserving/proto/inference.proto\x12\nmixtral.v1\"\xce\x02\n\x0fGenerateRequest\x12 \n\x04\x63hat\x18\x01 \x01(\x0b\x32\x10.mixtral.v1.ChatH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.mixtral.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.mixtral.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x0e\n\x01n\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x19\n\x0ctop_logprobs\x18\n \x01(\rH\x03\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x04\n\x02_nB\x0f\n\r_top_logprobs\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.mixtral.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf0\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).mixtral.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"\xbf\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.mixtral.v1.FinishReason\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.mixtral.v1.Usage\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.mixtral.v1.TokenLogprob\"g\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.mixtral.v1.TokenLogprob\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x15\n\x13GetModelInfoRequest\"b\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x99\x01\n\tInference\x12\x44\n\x08Generate\x12\x1b.mixtral.v1.GenerateRequest\x1a\x19.mixtral.v1.GenerateChunk0\x01\x12\x46\n\x0cGetModelInfo\x12\x1f.mixtral.v1.GetModelInfoRequest\x1a\x15.mixtral.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serving.proto.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=808
-  _globals['_FINISHREASON']._serialized_end=903
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=1356
+  _globals['_FINISHREASON']._serialized_end=1451
   _globals['_GENERATEREQUEST']._serialized_start=46
-  _globals['_GENERATEREQUEST']._serialized_end=250
-  _globals['_CHAT']._serialized_start=252
-  _globals['_CHAT']._serialized_end=301
-  _globals['_CHATMESSAGE']._serialized_start=303
-  _globals['_CHATMESSAGE']._serialized_end=347
-  _globals['_TOKENIDS']._serialized_start=349
-  _globals['_TOKENIDS']._serialized_end=372
-  _globals['_SAMPLINGPARAMS']._serialized_start=374
-  _globals['_SAMPLINGPARAMS']._serialized_end=490
-  _globals['_GENERATECHUNK']._serialized_start=493
-  _globals['_GENERATECHUNK']._serialized_end=624
-  _globals['_USAGE']._serialized_start=626
-  _globals['_USAGE']._serialized_end=683
-  _globals['_GETMODELINFOREQUEST']._serialized_start=685
-  _globals['_GETMODELINFOREQUEST']._serialized_end=706
-  _globals['_MODELINFO']._serialized_start=708
-  _globals['_MODELINFO']._serialized_end=806
-  _globals['_INFERENCE']._serialized_start=906
-  _globals['_INFERENCE']._serialized_end=1059
+  _globals['_GENERATEREQUEST']._serialized_end=380
+  _globals['_CHAT']._serialized_start=382
+  _globals['_CHAT']._serialized_end=431
+  _globals['_CHATMESSAGE']._serialized_start=433
+  _globals['_CHATMESSAGE']._serialized_end=477
+  _globals['_TOKENIDS']._serialized_start=479
+  _globals['_TOKENIDS']._serialized_end=502
+  _globals['_SAMPLINGPARAMS']._serialized_start=505
+  _globals['_SAMPLINGPARAMS']._serialized_end=873
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=767
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=815
+  _globals['_GENERATECHUNK']._serialized_start=876
+  _globals['_GENERATECHUNK']._serialized_end=1067
+  _globals['_TOKENLOGPROB']._serialized_start=1069
+  _globals['_TOKENLOGPROB']._serialized_end=1172
+  _globals['_USAGE']._serialized_start=1174
+  _globals['_USAGE']._serialized_end=1231
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1233
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1254
+  _globals['_MODELINFO']._serialized_start=1256
+  _globals['_MODELINFO']._serialized_end=1354
+  _globals['_INFERENCE']._serialized_start=1454
+  _globals['_INFERENCE']._serialized_end=1607
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,624 @@
+// Kernels for CPU: products with weights as they are stored, and attention over pages in place.
+//
+// What XLA:CPU lacks. It has no fast product of one row with int8 weights (30 times slower than
+// reading them), no grouped product, and it copies the pages of a cache before it looks at them.
+//
+// Every number is computed in an order that depends on its own row alone: never on how many rows
+// stand beside it, which thread takes it, or where its pages lie. Equal rows give equal bits.
+//
+// The XLA forms in layers.py, moe.py and attention.py compute the same; tests hold them together.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// ---- Threads ------------------------------------------------------------------------------------
+
+// Calls work(i) once for each i in [0, n), on the threads of the pool and on this one.
+//
+// Never waits for a task to start, only for work that has been taken up: the pool may be busy.
+template <typename Work>
+void ParallelFor(ffi::ThreadPool& pool, int64_t n, const Work& work) {
+  if (n <= 0) return;
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  auto run = [state, n, &work] {
+    // A task that starts late finds nothing left, and does not touch `work`, which is gone by then.
+    for (int64_t i; (i = state->next.fetch_add(1)) < n;) {
+      work(i);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));
+  run();
+  for (int spins = 0; state->done.load(std::memory_order_acquire) < n; ++spins) {
+    if (spins > 4096) std::this_thread::yield();
+  }
+}
+
+// ---- Vectors of eight floats --------------------------------------------------------------------
+
+constexpr int kLanes = 8;
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
+
+inline Floats Load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline void Store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+inline Floats Spread(float v) { return v - Floats{}; }
+
+// a * b + c with one rounding where the machine can. Said outright, and contraction is turned off:
+// left to itself the compiler does it in one loop and not in the next.
+inline Floats MulAdd(Floats a, Floats b, Floats c) {
+#if defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+inline float Sum(Floats v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// exp(x) for x <= 0, within 2 units in the last place; 0 where it would be denormal.
+inline Floats Exp(Floats x) {
+  // 2^n * 2^f with f in [-1/2, 1/2]; the series of 2^f in t = f ln 2 to the seventh power.
+  Floats scaled = x * 1.4426950408889634f;
+  const Floats shift = Spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Floats whole = (scaled + shift) - shift;
+  Floats t = (x - whole * 0.693145751953125f) - whole * 1.428606820309417e-6f;
+  Floats p = Spread(1.0f / 5040);
+  p = MulAdd(p, t, Spread(1.0f / 720));
+  p = MulAdd(p, t, Spread(1.0f / 120));
+  p = MulAdd(p, t, Spread(1.0f / 24));
+  p = MulAdd(p, t, Spread(1.0f / 6));
+  p = MulAdd(p, t, Spread(0.5f));
+  p = MulAdd(p, t, Spread(1.0f));
+  p = MulAdd(p, t, Spread(1.0f));
+  Ints n = __builtin_convertvector(whole, Ints);
+  Ints bits = (n + 127) << 23;
+  Floats power;
+  std::memcpy(&power, &bits, sizeof power);
+  Ints small = x < -87.0f;
+  Floats value = p * power;
+  Ints kept;
+  std::memcpy(&kept, &value, sizeof kept);
+  kept &= ~small;
+  std::memcpy(&value, &kept, sizeof value);
+  return value;
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+// Bytes that are called from memory before they are needed; the processor's own guessing stops at
+// the end of a page. Worth a third at eight rows.
+constexpr int64_t kAhead = 4608;
+
+// Dot products of kRows rows of x with kOuts rows of w. Rows lie `stride` apart, all of n values.
+// Each accumulator walks over n on its own, so kRows and kOuts do not change a result.
+template <int kRows, int kOuts>
+inline void Dots(const float* x, const float* w, int64_t stride, int64_t n,
+                 float (&out)[kRows][kOuts]) {
+  Floats sums[kRows][kOuts] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) {
+    Floats weights[kOuts];
+    for (int o = 0; o < kOuts; ++o) {
+      weights[o] = Load(w + o * stride + k);
+      __builtin_prefetch(w + o * stride + k + kAhead);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      Floats value = Load(x + r * stride + k);
+      for (int o = 0; o < kOuts; ++o) sums[r][o] = MulAdd(value, weights[o], sums[r][o]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int o = 0; o < kOuts; ++o) {
+      out[r][o] = Sum(sums[r][o]);
+      for (int64_t i = k; i < n; ++i) out[r][o] += x[r * stride + i] * w[o * stride + i];
+    }
+  }
+}
+
+template <int kRows, int kOuts>
+inline void Dots(const int16_t* x, const int8_t* w, int64_t stride, int64_t n,
+                 int32_t (&out)[kRows][kOuts]) {
+  int64_t k = 0;
+#if defined(__AVX2__)
+  __m256i sums[kRows][kOuts];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm256_setzero_si256();
+  for (; k + 16 <= n; k += 16) {
+    __m256i weights[kOuts];
+    for (int o = 0; o < kOuts; ++o) {
+      const auto* at = reinterpret_cast<const __m128i*>(w + o * stride + k);
+      weights[o] = _mm256_cvtepi8_epi16(_mm_loadu_si128(at));
+      __builtin_prefetch(w + o * stride + k + kAhead);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const auto* at = reinterpret_cast<const __m256i*>(x + r * stride + k);
+      __m256i value = _mm256_loadu_si256(at);
+      for (int o = 0; o < kOuts; ++o) {
+        sums[r][o] = _mm256_add_epi32(sums[r][o], _mm256_madd_epi16(value, weights[o]));
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int o = 0; o < kOuts; ++o) {
+      __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums[r][o]),
+                                   _mm256_extracti128_si256(sums[r][o], 1));
+      half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+      half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+      out[r][o] = _mm_cvtsi128_si32(half);
+    }
+  }
+#else
+  for (auto& row : out)
+    for (auto& sum : row) sum = 0;
+#endif
+  for (int r = 0; r < kRows; ++r)
+    for (int o = 0; o < kOuts; ++o)
+      for (int64_t i = k; i < n; ++i)
+        out[r][o] += int32_t{x[r * stride + i]} * int32_t{w[o * stride + i]};
+}
+
+// Rows of activations as the products take them.
+struct FloatRows {
+  using Value = float;
+  using Weight = float;
+  using Total = float;
+  const float* values;
+  const float* Row(int64_t r, int64_t n) const { return values + r * n; }
+  static float Finish(float total, int64_t, const float*, int64_t) { return total; }
+};
+
+// Quantised: x = values * scale, one scale a row, values in -127 .. 127 (widened for the products).
+struct Int8Rows {
+  using Value = int16_t;
+  using Weight = int8_t;
+  using Total = int32_t;
+  std::vector<int16_t> values;
+  std::vector<float> scales;
+
+  Int8Rows(ffi::ThreadPool& pool, const float* x, int64_t rows, int64_t n)
+      : values(rows * n), scales(rows) {
+    constexpr int64_t kBlock = 8;
+    ParallelFor(pool, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
+      for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
+        const float* row = x + r * n;
+        float peak = 0;
+        for (int64_t i = 0; i < n; ++i) peak = std::max(peak, std::fabs(row[i]));
+        float scale = peak / 127.0f;
+        float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        for (int64_t i = 0; i < n; ++i) {
+          values[r * n + i] = static_cast<int16_t>(__builtin_rintf(row[i] * inverse));
+        }
+        scales[r] = scale;
+      }
+    });
+  }
+  const int16_t* Row(int64_t r, int64_t n) const { return values.data() + r * n; }
+  float Finish(int32_t total, int64_t r, const float* scale, int64_t o) const {
+    return static_cast<float>(total) * (scales[r] * scale[o]);
+  }
+};
+
+// y[r, o] for kRows rows from r and the outputs [first, last).
+template <int kRows, typename Rows>
+void Strip(const Rows& x, int64_t r, int64_t n, const typename Rows::Weight* w, const float* scale,
+           int64_t first, int64_t last, float* y, int64_t outs) {
+  // As many products at a time as fit the registers.
+  constexpr int kOuts = kRows == 1 ? 4 : kRows == 2 ? 4 : 2;
+  int64_t o = first;
+  for (; o + kOuts <= last; o += kOuts) {
+    typename Rows::Total totals[kRows][kOuts];
+    Dots<kRows, kOuts>(x.Row(r, n), w + o * n, n, n, totals);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kOuts; ++j)
+        y[(r + i) * outs + o + j] = x.Finish(totals[i][j], r + i, scale, o + j);
+  }
+  for (; o < last; ++o) {
+    typename Rows::Total totals[kRows][1];
+    Dots<kRows, 1>(x.Row(r, n), w + o * n, n, n, totals);
+    for (int i = 0; i < kRows; ++i)
+      y[(r + i) * outs + o] = x.Finish(totals[i][0], r + i, scale, o);
+  }
+}
+
+// y[r, o] = sum over i of x[r, i] w[o, i], for the rows [from, to) and outputs [first, last).
+template <typename Rows>
+void Product(const Rows& x, int64_t from, int64_t to, int64_t n, const typename Rows::Weight* w,
+             const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
+  // Weights that stay in the first cache while all rows pass by.
+  const int64_t block = std::max<int64_t>(
+      4, 16384 / (n * static_cast<int64_t>(sizeof(typename Rows::Weight))) & ~int64_t{3});
+  for (int64_t o = first; o < last; o += block) {
+    const int64_t end = std::min(last, o + block);
+    int64_t r = from;
+    for (; r + 4 <= to; r += 4) Strip<4>(x, r, n, w, scale, o, end, y, outs);
+    if (r + 2 <= to) Strip<2>(x, r, n, w, scale, o, end, y, outs), r += 2;
+    if (r < to) Strip<1>(x, r, n, w, scale, o, end, y, outs);
+  }
+}
+
+// Outputs of one task: enough work to be worth a task, and several tasks for each thread.
+int64_t OutsPerTask(ffi::ThreadPool& pool, int64_t outs, int64_t rows, int64_t n) {
+  int64_t worth = 200'000 / std::max<int64_t>(1, rows * n) + 1;
+  int64_t fair = outs / (8 * std::max<int64_t>(1, pool.num_threads())) + 1;
+  return (std::max(worth, fair) + 7) & ~int64_t{7};
+}
+
+struct Weights {
+  const void* values;
+  const float* scale;  // null for floats
+  float* y;
+  int64_t outs;
+};
+
+// The products of the same rows with several weights.
+template <typename Rows>
+void Products(ffi::ThreadPool& pool, const Rows& x, int64_t rows, int64_t n,
+              const std::vector<Weights>& all) {
+  struct Task {
+    const Weights* weights;
+    int64_t first, last;
+  };
+  std::vector<Task> tasks;
+  for (const Weights& each : all) {
+    int64_t step = OutsPerTask(pool, each.outs, rows, n);
+    for (int64_t o = 0; o < each.outs; o += step)
+      tasks.push_back({&each, o, std::min(each.outs, o + step)});
+  }
+  ParallelFor(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    const Task& task = tasks[i];
+    Product(x, 0, rows, n, static_cast<const typename Rows::Weight*>(task.weights->values),
+            task.weights->scale, task.first, task.last, task.weights->y, task.weights->outs);
+  });
+}
+
+// linear(x [R I] f32, weight [O I], weight [O' I], ...) -> y [R O], y' [R O'], ... f32.
+// int8 weights are each followed by their scales [O].
+ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs args,
+                  ffi::RemainingRets rets) {
+  const int64_t rows = x.dimensions()[0], n = x.dimensions()[1];
+  const bool quantised = args.size() == 2 * rets.size();
+  std::vector<Weights> all;
+  for (size_t i = 0; i < rets.size(); ++i) {
+    auto weight = args.get<ffi::AnyBuffer>(quantised ? 2 * i : i);
+    auto y = rets.get<ffi::AnyBuffer>(i);
+    if (!weight.has_value() || !y.has_value()) return ffi::Error::InvalidArgument("linear: args");
+    const float* scale = nullptr;
+    if (quantised) {
+      auto buffer = args.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
+      if (!buffer.has_value()) return ffi::Error::InvalidArgument("linear: scales must be f32");
+      scale = buffer->typed_data();
+    }
+    auto dtype = weight->element_type();
+    if (dtype != (quantised ? ffi::S8 : ffi::F32))
+      return ffi::Error::InvalidArgument("linear: weights must be f32, or s8 with scales");
+    all.push_back({weight->untyped_data(), scale, static_cast<float*>((*y)->untyped_data()),
+                   weight->dimensions()[0]});
+  }
+  if (quantised) {
+    Products(pool, Int8Rows(pool, x.typed_data(), rows, n), rows, n, all);
+  } else {
+    Products(pool, FloatRows{x.typed_data()}, rows, n, all);
+  }
+  return ffi::Error::Success();
+}
+
+template <typename Rows>
+void Grouped(ffi::ThreadPool& pool, const Rows& x, int64_t n, const typename Rows::Weight* w,
+             const float* scale, const int32_t* sizes, int64_t experts, float* y, int64_t outs) {
+  struct Task {
+    int64_t expert, from, to, first, last;
+  };
+  std::vector<Task> tasks;
+  int64_t from = 0;
+  for (int64_t e = 0; e < experts; from += sizes[e++]) {
+    if (sizes[e] == 0) continue;
+    int64_t step = OutsPerTask(pool, outs, sizes[e], n);
+    for (int64_t o = 0; o < outs; o += step)
+      tasks.push_back({e, from, from + sizes[e], o, std::min(outs, o + step)});
+  }
+  ParallelFor(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    const Task& t = tasks[i];
+    Product(x, t.from, t.to, n, w + t.expert * outs * n,
+            scale == nullptr ? nullptr : scale + t.expert * outs, t.first, t.last, y, outs);
+  });
+}
+
+// grouped(x [M I] f32, sizes [E] s32, weight [E O I], (scales [E O])) -> y [M O] f32: the rows of x
+// stand in E groups, each of which meets its own weights. Rows behind the last group are zero.
+ffi::Error GroupedLinear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> sizes,
+                         ffi::AnyBuffer weight, ffi::RemainingArgs args,
+                         ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t rows = x.dimensions()[0], n = x.dimensions()[1];
+  const int64_t experts = weight.dimensions()[0], outs = weight.dimensions()[1];
+  const int32_t* size = sizes.typed_data();
+  int64_t used = 0;
+  for (int64_t e = 0; e < experts; ++e) used += size[e];
+  if (used > rows) return ffi::Error::InvalidArgument("grouped: more rows in groups than rows");
+  float* out = y->typed_data();
+  std::fill(out + used * outs, out + rows * outs, 0.0f);
+  if (args.size() == 1) {
+    auto scale = args.get<ffi::Buffer<ffi::F32>>(0);
+    if (!scale.has_value() || weight.element_type() != ffi::S8)
+      return ffi::Error::InvalidArgument("grouped: s8 weights take f32 scales");
+    Grouped(pool, Int8Rows(pool, x.typed_data(), used, n), n,
+            static_cast<const int8_t*>(weight.untyped_data()), scale->typed_data(), size, experts,
+            out, outs);
+  } else {
+    if (weight.element_type() != ffi::F32)
+      return ffi::Error::InvalidArgument("grouped: weights must be f32, or s8 with scales");
+    Grouped(pool, FloatRows{x.typed_data()}, n, static_cast<const float*>(weight.untyped_data()),
+            nullptr, size, experts, out, outs);
+  }
+  return ffi::Error::Success();
+}
+
+// ---- Norm ---------------------------------------------------------------------------------------
+
+// norm(x [R D] f32, weight [D] f32, eps) -> x / sqrt(mean(x^2) + eps) * weight
+ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
+                ffi::ResultBuffer<ffi::F32> y, float eps) {
+  const int64_t rows = x.dimensions()[0], n = x.dimensions()[1];
+  constexpr int64_t kBlock = 16;  // fewer are not worth a task
+  ParallelFor(pool, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
+    for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
+      const float* row = x.typed_data() + r * n;
+      float squares[1][1];
+      Dots<1, 1>(row, row, n, n, squares);
+      const float scale = 1.0f / std::sqrt(squares[0][0] / static_cast<float>(n) + eps);
+      for (int64_t i = 0; i < n; ++i)
+        y->typed_data()[r * n + i] = row[i] * scale * weight.typed_data()[i];
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// ---- Attention over pages -----------------------------------------------------------------------
+
+constexpr int64_t kKeyBlock = 64;     // keys that are scored before their values are weighed
+constexpr int64_t kSpan = 512;        // keys of one task of a long context; at absolute positions
+constexpr int64_t kQueryBlock = 8;    // queries of one task
+
+struct Cache {
+  float* pages;  // [P Y 2K H]
+  int64_t page_size, kv_heads, head_size;
+  int64_t TokenStride() const { return 2 * kv_heads * head_size; }
+  float* Token(const int32_t* table, int64_t position) const {
+    return pages + (table[position / page_size] * page_size + position % page_size) * TokenStride();
+  }
+};
+
+// A softmax-weighted sum under way (arXiv:2205.14135) for one query head.
+struct Partial {
+  float peak, total;
+  float* mixed;  // [H], sum of exp(score - peak) * value
+};
+
+// Takes up to kKeyBlock keys into the sum of one query head; the key of row i stands at rows[i],
+// its value behind it.
+void AttendBlock(const float* const* rows, int64_t count, int64_t size, const float* query,
+                 Partial& sum) {
+  alignas(32) float scores[kKeyBlock];
+  float peak = sum.peak;
+  for (int64_t i = 0; i < count; ++i) {
+    Floats dot = {};
+    for (int64_t h = 0; h < size; h += kLanes) dot = MulAdd(Load(query + h), Load(rows[i] + h), dot);
+    scores[i] = Sum(dot);
+    peak = std::max(peak, scores[i]);
+  }
+  for (int64_t i = count; i % kLanes; ++i) scores[i] = -1e30f;
+  const float shrink = Exp(Spread(sum.peak - peak))[0];
+  Floats total = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats weight = Exp(Load(scores + i) - peak);
+    Store(scores + i, weight);
+    total += weight;
+  }
+  sum.total = sum.total * shrink + Sum(total);
+  sum.peak = peak;
+  int64_t h = 0;
+  for (; h + 4 * kLanes <= size; h += 4 * kLanes) {
+    Floats mixed[4];
+    for (int j = 0; j < 4; ++j) mixed[j] = Load(sum.mixed + h + j * kLanes) * shrink;
+    for (int64_t i = 0; i < count; ++i) {
+      const float* value = rows[i] + size + h;
+      for (int j = 0; j < 4; ++j)
+        mixed[j] = MulAdd(Spread(scores[i]), Load(value + j * kLanes), mixed[j]);
+    }
+    for (int j = 0; j < 4; ++j) Store(sum.mixed + h + j * kLanes, mixed[j]);
+  }
+  for (; h < size; h += kLanes) {
+    Floats mixed = Load(sum.mixed + h) * shrink;
+    for (int64_t i = 0; i < count; ++i)
+      mixed = MulAdd(Spread(scores[i]), Load(rows[i] + size + h), mixed);
+    Store(sum.mixed + h, mixed);
+  }
+}
+
+// Takes keys [first, last) of a sequence into the sums of all query heads, `group` of them to each
+// kv head. Blocks begin at `first`, which depends on the query's position alone.
+void Attend(const Cache& cache, const int32_t* table, const float* q, int64_t group, int64_t first,
+            int64_t last, Partial* sums) {
+  const int64_t size = cache.head_size;
+  const float* rows[kKeyBlock];
+  for (int64_t start = first; start < last; start += kKeyBlock) {
+    const int64_t count = std::min(kKeyBlock, last - start);
+    for (int64_t i = 0; i < count; ++i) rows[i] = cache.Token(table, start + i);
+    for (int64_t k = 0; k < cache.kv_heads; ++k) {
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t head = k * group + g;
+        AttendBlock(rows, count, size, q + head * size, sums[head]);
+      }
+      for (int64_t i = 0; i < count; ++i) rows[i] += 2 * size;
+    }
+  }
+}
+
+// paged(q [T N H], k [T K H], v [T K H], pages [P Y 2K H], lengths [S], query_starts [S+1],
+//       page_table [S W], num_sequences []) -> mixed [T N H], pages
+//
+// Writes the new keys and values into the pages, which are the same buffer before and after, then
+// attends: query t at position p of its sequence sees positions max(0, p - window + 1) .. p.
+// `window` 0 means all. Places of unused tokens are zero.
+ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+                 ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::F32> pages,
+                 ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> query_starts,
+                 ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> num_sequences,
+                 ffi::ResultBuffer<ffi::F32> mixed, ffi::ResultBuffer<ffi::F32> pages_out,
+                 int64_t window) {
+  const int64_t tokens = q.dimensions()[0], heads = q.dimensions()[1], size = q.dimensions()[2];
+  const int64_t kv_heads = k.dimensions()[1], group = heads / kv_heads;
+  if (size % kLanes) return ffi::Error::InvalidArgument("paged: the head size must be a multiple of 8");
+  if (pages_out->typed_data() != pages.typed_data()) {
+    std::memcpy(pages_out->typed_data(), pages.typed_data(), pages.size_bytes());
+  }
+  const Cache cache{pages_out->typed_data(), pages.dimensions()[1], kv_heads, size};
+  const int32_t* starts = query_starts.typed_data();
+  const int64_t sequences = num_sequences.typed_data()[0], width = page_table.dimensions()[1];
+  float* out = mixed->typed_data();
+  std::fill(out + starts[sequences] * heads * size, out + tokens * heads * size, 0.0f);
+
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int32_t* table = page_table.typed_data() + s * width;
+    for (int64_t t = starts[s]; t < starts[s + 1]; ++t) {
+      float* place = cache.Token(table, lengths.typed_data()[s] - (starts[s + 1] - t));
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        const int64_t from = (t * kv_heads + head) * size;
+        std::memcpy(place + 2 * head * size, k.typed_data() + from, size * sizeof(float));
+        std::memcpy(place + (2 * head + 1) * size, v.typed_data() + from, size * sizeof(float));
+      }
+    }
+  }
+
+  // One task: some queries of a sequence against one span of its keys. Spans begin at multiples of
+  // kSpan and are added up in order, so a query's result does not depend on how it was batched.
+  struct Task {
+    const int32_t* table;
+    int64_t token, count, position, span, spans;  // first token, its position; span and how many
+    float* partial;                               // [count, heads, 2 + H] of this span, or null
+  };
+  std::vector<Task> tasks;
+  const int64_t record = heads * (2 + size);
+  int64_t scratch_size = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int32_t* table = page_table.typed_data() + s * width;
+    for (int64_t t = starts[s]; t < starts[s + 1]; t += kQueryBlock) {
+      const int64_t count = std::min<int64_t>(kQueryBlock, starts[s + 1] - t);
+      const int64_t position = lengths.typed_data()[s] - (starts[s + 1] - t);
+      const int64_t oldest = window == 0 ? 0 : std::max<int64_t>(0, position - window + 1);
+      const int64_t first = oldest / kSpan, last = (position + count - 1) / kSpan;
+      for (int64_t span = first; span <= last; ++span) {
+        tasks.push_back({table, t, count, position, span, last - first + 1, nullptr});
+        scratch_size += count * record;
+      }
+    }
+  }
+  std::vector<float> scratch(scratch_size);
+  int64_t used = 0;
+  for (Task& task : tasks) {
+    task.partial = scratch.data() + used;
+    used += task.count * record;
+  }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+  ParallelFor(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    const Task& task = tasks[i];
+    std::vector<float> scaled(heads * size);
+    std::vector<Partial> sums(heads);
+    for (int64_t j = 0; j < task.count; ++j) {
+      const int64_t position = task.position + j;
+      const int64_t oldest = window == 0 ? 0 : std::max<int64_t>(0, position - window + 1);
+      const int64_t first = std::max(oldest, task.span * kSpan);
+      const int64_t last = std::min(position + 1, (task.span + 1) * kSpan);
+      const float* query = q.typed_data() + (task.token + j) * heads * size;
+      for (int64_t h = 0; h < heads * size; ++h) scaled[h] = query[h] * scale;
+      float* partial = task.partial + j * record;
+      for (int64_t head = 0; head < heads; ++head)
+        sums[head] = {-1e30f, 0.0f, partial + head * (2 + size) + 2};
+      Attend(cache, task.table, scaled.data(), group, first, last, sums.data());
+      for (int64_t head = 0; head < heads; ++head) {
+        partial[head * (2 + size)] = sums[head].peak;
+        partial[head * (2 + size) + 1] = sums[head].total;
+      }
+    }
+  });
+  for (size_t i = 0; i < tasks.size(); i += tasks[i].spans) {
+    for (int64_t row = 0; row < tasks[i].count * heads; ++row) {
+      float* y = out + (tasks[i].token * heads + row) * size;
+      float peak = -1e30f, total = 0;
+      for (int64_t span = 0; span < tasks[i].spans; ++span)
+        peak = std::max(peak, tasks[i + span].partial[row * (2 + size)]);
+      std::fill(y, y + size, 0.0f);
+      for (int64_t span = 0; span < tasks[i].spans; ++span) {
+        const float* partial = tasks[i + span].partial + row * (2 + size);
+        const float shrink = Exp(Spread(partial[0] - peak))[0];
+        total += partial[1] * shrink;
+        for (int64_t h = 0; h < size; ++h) y[h] += partial[2 + h] * shrink;
+      }
+      for (int64_t h = 0; h < size; ++h) y[h] /= total;
+    }
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    mixtral_jax_linear, Linear,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().RemainingArgs().RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_grouped, GroupedLinear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_norm, Norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_paged, Paged,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("window"));

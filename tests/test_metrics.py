@@ -1,0 +1,134 @@
+"""The figures of a real engine under real requests, as Prometheus reads them."""
+
+import asyncio
+import random
+import re
+import urllib.request
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import mixtral_jax
+from mixtral_jax.compilation import CompilationCount
+from serving.engine import Engine, compile_steps
+from serving.metrics import Metrics
+from serving.request import Request, SamplingParams
+from serving.scheduler import Limits
+from serving.worker import EngineWorker
+
+ROOT = Path(__file__).parent.parent
+LIMITS = Limits(
+    num_pages=24, page_size=4, max_sequences=4, max_step_tokens=32, max_context=64, max_waiting=99
+)
+
+
+class Running:
+    """A started engine whose metrics are served."""
+
+    def __init__(self) -> None:
+        model, _ = mixtral_jax.load("tiny-random")
+        self.engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
+        self.compilations = CompilationCount()
+        metrics = Metrics()
+        metrics.watch(self.engine.scheduler, lambda: self.compilations.value)
+        self.url = f"http://127.0.0.1:{metrics.serve(0)}/metrics"
+        self.worker = EngineWorker(self.engine, metrics)
+        self.worker.start()
+
+    def figures(self) -> dict[str, float]:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(self.url, timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            return {
+                sample.name: sample.value
+                for family in families
+                for sample in family.samples
+                if not sample.labels
+            }
+
+    async def answer(self, request: Request) -> int:
+        async with aclosing(self.worker.submit(request)) as events:
+            return sum([1 async for _ in events])
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    running = Running()
+    yield running
+    running.worker.stop()
+
+
+def requests_of_many_shapes() -> list[Request]:
+    """Prompts of all lengths, and everything that can be asked of sampling."""
+    dice = random.Random(6)
+    shared = tuple(dice.randrange(261) for _ in range(20))
+    return [
+        Request(
+            id=str(number),
+            prompt_ids=shared[: dice.choice([0, 20])]
+            + tuple(dice.randrange(261) for _ in range(dice.randint(1, 30))),
+            sampling=SamplingParams(
+                temperature=dice.choice([0.0, 1.0]),
+                top_p=dice.choice([1.0, 0.5]),
+                top_k=dice.choice([0, 3]),
+                min_p=dice.choice([0.0, 0.1]),
+                presence_penalty=dice.choice([0.0, 1.0]),
+                frequency_penalty=dice.choice([0.0, 1.0]),
+                repetition_penalty=dice.choice([1.0, 1.2]),
+                logit_bias=tuple((i, 1.0) for i in range(dice.choice([0, 5]))),
+                top_logprobs=dice.choice([None, 0, 5]),
+                seed=number,
+            ),
+            max_tokens=dice.randint(1, 12),
+            eos_ids=frozenset({1}),
+            min_tokens=dice.choice([0, 1]),
+            n=dice.choice([1, 1, 3]),
+        )
+        for number in range(40)
+    ]
+
+
+def test_nothing_compiles_once_the_engine_is_ready(running: Running) -> None:
+    async def run() -> int:
+        requests = requests_of_many_shapes()
+        return sum(await asyncio.gather(*map(running.answer, requests)))
+
+    tokens = asyncio.run(run())
+    figures = running.figures()
+    assert figures["mixtral_compilations_total"] == 0
+    scheduler = running.engine.scheduler
+    assert figures["mixtral_generated_tokens_total"] == tokens
+    assert figures["mixtral_prompt_tokens_total"] == scheduler.prompt_tokens > 0
+    assert figures["mixtral_prefix_hit_tokens_total"] == scheduler.prefix_hit_tokens > 0
+    assert figures["mixtral_preemptions_total"] == scheduler.preemptions
+    assert figures["mixtral_pages"] == figures["mixtral_free_pages"] == LIMITS.num_pages
+    assert figures["mixtral_cached_pages"] > 0
+    assert figures["mixtral_running_sequences"] == figures["mixtral_waiting_sequences"] == 0
+    choices = sum(request.n for request in requests_of_many_shapes())
+    assert figures["mixtral_time_to_first_token_seconds_count"] == choices
+    assert figures["mixtral_inter_token_seconds_count"] == tokens - choices
+
+
+def test_a_compilation_would_be_counted(running: Running) -> None:
+    """One that the persistent cache spares too: the shape is the same in every run."""
+    before = running.compilations.value
+    jax.jit(lambda x: x * 3 + 1)(jnp.ones(61)).block_until_ready()
+    after = running.compilations.value
+    assert after > before
+    assert running.figures()["mixtral_compilations_total"] == after
+
+
+def test_every_metric_is_in_the_readme(running: Running) -> None:
+    readme = (ROOT / "README.md").read_text()
+    families = {
+        re.sub("_(count|sum|created)$", "", name)
+        for name in running.figures()
+        if not name.endswith("_created")
+    }
+    assert len(families) == 12
+    assert not {name for name in families if f"`{name}`" not in readme}

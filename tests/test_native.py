@@ -1,0 +1,144 @@
+"""The kernels equal their XLA forms, and a row's bits do not depend on the rows beside it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixtral_jax import native
+from mixtral_jax.attention import paged_attention
+from mixtral_jax.cache import RaggedBatch, write
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.layers import RMSNorm, Scaled
+from mixtral_jax.moe import grouped_xla
+
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="no C++ compiler: the kernels are not used on this machine"
+)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def weight(seed: int, dtype: str, *shape: int) -> Scaled:
+    values = normal(seed, *shape)
+    return Scaled.quantized(values) if dtype == "int8" else Scaled(values, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 33])
+@pytest.mark.parametrize(("outs", "n"), [(1, 1), (5, 16), (70, 131), (33, 576)])
+def test_linear_equals_xla(rows: int, outs: int, n: int, dtype: str) -> None:
+    """Sizes that fill the registers and that leave something over on every side."""
+    x, first, second = normal(0, rows, n), weight(1, dtype, outs, n), weight(2, dtype, 2 * outs, n)
+    got = jax.jit(lambda: native.linear(x, [first.arrays, second.arrays]))()
+    for y, w in zip(got, (first, second), strict=True):
+        # sums of n products of about 1, in another order
+        np.testing.assert_allclose(y, w.product(x), rtol=1e-5, atol=1e-6 * n**0.5 * 3)
+
+
+def test_linear_by_hand() -> None:
+    """One row (1, -2) with scale 2/127: it becomes 64 and -127 (63.5 rounds to even)."""
+    scaled = Scaled(jnp.asarray([[10, 1]], jnp.int8), jnp.asarray([0.5]))
+    (y,) = native.linear(jnp.asarray([[1.0, -2.0]]), [scaled.arrays])
+    np.testing.assert_allclose(y, [[(10 * 64 - 127) * (2 / 127) * 0.5]], rtol=1e-6)
+
+
+def test_a_row_of_zeros_gives_zeros() -> None:
+    (y,) = native.linear(jnp.zeros((3, 16)), [weight(0, "int8", 4, 16).arrays])
+    assert y.tolist() == [[0.0] * 4] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_linear_rows_do_not_feel_each_other(dtype: str) -> None:
+    x, w = normal(0, 130, 576), weight(1, dtype, 50, 576)
+    (together,) = native.linear(x, [w.arrays])
+    for rows in (slice(0, 1), slice(5, 8), slice(64, 129)):
+        (alone,) = native.linear(x[rows], [w.arrays])
+        assert jnp.array_equal(alone, together[rows])
+
+
+def test_norm_equals_xla() -> None:
+    norm = RMSNorm(ModelConfig.smollm2_135m(), jnp.float32, nnx.Rngs(0))
+    norm.weight.set_value(normal(1, 576))
+    x = normal(0, 40, 576) * 3
+    together = norm.paged(x)
+    np.testing.assert_allclose(together, norm.full(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(norm.paged(x[7:8]), together[7:8])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1]])
+def test_grouped_equals_xla(sizes: list[int], dtype: str) -> None:
+    """Experts without rows, and rows behind the last group, which give zeros."""
+    x, w = normal(0, 9, 48), weight(1, dtype, 4, 20, 48)
+    groups, used = jnp.asarray(sizes, jnp.int32), sum(sizes)
+    got = native.grouped(x, groups, w.arrays)
+    np.testing.assert_allclose(got[:used], grouped_xla(x, groups, w)[:used], rtol=1e-5, atol=1e-5)
+    assert not jnp.any(got[used:])
+
+
+def batch_of(lengths: list[int], news: list[int], page_size: int) -> RaggedBatch:
+    """Sequences with so many cached positions, the last so many of them new; pages scrambled."""
+    width = -(-max(lengths) // page_size)
+    table = np.random.default_rng(3).permutation(len(lengths) * width).reshape(len(lengths), -1)
+    positions = [
+        p for length, new in zip(lengths, news, strict=True) for p in range(length - new, length)
+    ]
+    return RaggedBatch(
+        tokens=jnp.zeros(len(positions), jnp.int32),
+        positions=jnp.asarray(positions, jnp.int32),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        query_starts=jnp.asarray(np.cumsum([0, *news]), jnp.int32),
+        page_table=jnp.asarray(table, jnp.int32),
+        num_decodes=jnp.int32(sum(new == 1 for new in news)),
+        num_sequences=jnp.int32(len(lengths)),
+    )
+
+
+@pytest.mark.parametrize("window", [None, 3, 600])
+def test_paged_equals_xla(window: int | None) -> None:
+    """Decodes and chunks; contexts within a span of 512 keys and across several."""
+    batch = batch_of([1, 700, 1300, 9, 1100], [1, 1, 1, 9, 90], page_size=16)
+    tokens, pages = batch.tokens.shape[0], normal(0, batch.page_table.size, 16, 4, 24)
+    q, k, v = normal(1, tokens, 6, 24), normal(2, tokens, 2, 24), normal(3, tokens, 2, 24)
+    mixed, written = jax.jit(lambda: native.paged(q, k, v, pages, batch, window))()
+    want_pages = write(pages, k, v, batch)
+    np.testing.assert_array_equal(written, want_pages)
+    want = paged_attention(q, want_pages, batch, window)
+    np.testing.assert_allclose(mixed, want, rtol=0, atol=1e-5)
+
+
+def test_paged_rows_do_not_feel_each_other() -> None:
+    """The last query of a chunk of 90, of a chunk of 3, and alone: the same bits."""
+    pages, last = normal(0, 84, 16, 4, 24), []
+    for new in (90, 3, 1):
+        batch = batch_of([1300], [new], page_size=16)
+        written = batch.page_table  # all 1300 positions are in the pages already
+        assert written.shape == (1, 82)
+        place = batch.positions
+        page, slot = batch.page_table[0][place // 16], place % 16
+        k, v = pages[page, slot, 0::2], pages[page, slot, 1::2]
+        q = jnp.tile(normal(1, 1, 6, 24), (new, 1, 1))
+        mixed, _ = native.paged(q, k, v, pages, batch, None)
+        last.append(np.asarray(mixed[-1]))
+    np.testing.assert_array_equal(last[0], last[1])
+    np.testing.assert_array_equal(last[0], last[2])
+
+
+def test_the_pages_stay_where_they_are() -> None:
+    """Donated pages are written in place; a copy would cost more than the attention."""
+    batch = batch_of([40], [1], page_size=16)
+    pages = normal(0, 64, 16, 4, 24)
+    before = pages.unsafe_buffer_pointer()
+    q, k = normal(1, 1, 6, 24), normal(2, 1, 2, 24)
+    step = jax.jit(lambda pages: native.paged(q, k, k, pages, batch, None), donate_argnums=0)
+    _, after = step(pages)
+    assert after.unsafe_buffer_pointer() == before
+
+
+def test_without_the_kernels_the_xla_form_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert native.on_cpu(lambda: "kernel", lambda: "xla") == "xla"
