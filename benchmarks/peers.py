@@ -170,9 +170,12 @@ def points(
 def main(
     install: Annotated[bool, typer.Option("--install", help="Make what is missing first.")] = False,
     peers: Annotated[str, typer.Option(help="Which, in this order.")] = ",".join(PEERS),
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint of ours.")] = Path(
+    checkpoint: Annotated[Path, typer.Option(help="Float checkpoint: the weights.")] = Path(
         "checkpoints/smollm2-135m-instruct"
     ),
+    our: Annotated[
+        Path | None, typer.Option(help="What we serve, such as the same in int8.")
+    ] = None,
     gguf: Annotated[Path | None, typer.Option(help="For llama.cpp; default: SmolLM2's.")] = None,
     hf: Annotated[
         Path | None, typer.Option(help="For the others; default: exported from the checkpoint.")
@@ -204,7 +207,7 @@ def main(
             export(checkpoint, hf)
     clients = [int(part) for part in concurrency.split(",")]
     setting = Setting(
-        checkpoint=checkpoint,
+        checkpoint=our or checkpoint,
         hf=hf,
         gguf=gguf or pull("smollm2-135m-instruct"),
         dtypes=dtypes.split(","),

@@ -10,10 +10,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -29,29 +31,97 @@ namespace {
 
 // ---- Threads ------------------------------------------------------------------------------------
 
-// Calls work(i) once for each i in [0, n), on the threads of the pool and on this one.
-//
-// Never waits for a task to start, only for work that has been taken up: the pool may be busy.
+// Threads that wait for the next kernel awake for a while: a layer calls five of them, each takes
+// some hundred microseconds, and to wake a sleeping thread takes as long.
+class Crew {
+ public:
+  // Calls work(i) once for each i in [0, n), on `threads` threads with this one.
+  template <typename Work>
+  static void Run(int64_t threads, int64_t n, const Work& work) {
+    static Crew* crew = new Crew;  // never ended: its threads may outlive everything else
+    std::unique_lock<std::mutex> turn(crew->turn_, std::try_to_lock);
+    if (threads < 2 || n < 2 || !turn.owns_lock()) {
+      for (int64_t i = 0; i < n; ++i) work(i);
+      return;
+    }
+    while (crew->hired_ < threads - 1) {
+      ++crew->hired_;
+      std::thread([] { crew->Serve(); }).detach();
+    }
+    crew->call_ = [](const void* work, int64_t i) { (*static_cast<const Work*>(work))(i); };
+    crew->work_ = &work;
+    crew->count_ = n;
+    crew->done_.store(0, std::memory_order_relaxed);
+    const uint64_t job = (crew->ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+    crew->ticket_.store(job << 32);
+    if (crew->asleep_.load() > 0) {
+      std::lock_guard<std::mutex> lock(crew->bed_);
+      crew->alarm_.notify_all();
+    }
+    crew->Take(job);
+    for (int spins = 0; crew->done_.load(std::memory_order_acquire) < n; ++spins) {
+      // Long enough for whoever holds the last part to be elsewhere: the machine may be shared.
+      spins < 1000 ? Pause() : std::this_thread::yield();
+    }
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kAwake{300};
+
+  // Takes parts of this job until none is left. A ticket is the job's number and the next part; as
+  // long as a part is under way its job cannot end, so that what is read of it is its own.
+  void Take(uint64_t job) {
+    for (;;) {
+      uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      const int64_t i = static_cast<int64_t>(ticket & 0xffffffff);
+      if (ticket >> 32 != job || i >= count_) return;
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
+      call_(work_, i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  void Serve() {
+    uint64_t seen = 0;
+    for (;;) {
+      const auto bedtime = std::chrono::steady_clock::now() + kAwake;
+      while (ticket_.load(std::memory_order_acquire) >> 32 == seen) {
+        if (std::chrono::steady_clock::now() < bedtime) {
+          for (int i = 0; i < 32; ++i) Pause();
+          continue;
+        }
+        std::unique_lock<std::mutex> lock(bed_);
+        asleep_.fetch_add(1);
+        alarm_.wait(lock, [&] { return ticket_.load() >> 32 != seen; });
+        asleep_.fetch_sub(1);
+      }
+      seen = ticket_.load(std::memory_order_acquire) >> 32;
+      Take(seen);
+    }
+  }
+
+  static void Pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  std::mutex turn_;  // one job at a time; who finds it taken works alone
+  int64_t hired_ = 0;
+  void (*call_)(const void*, int64_t) = nullptr;
+  const void* work_ = nullptr;
+  std::atomic<int64_t> count_{0}, done_{0};
+  std::atomic<uint64_t> ticket_{0};
+  std::mutex bed_;
+  std::condition_variable alarm_;
+  std::atomic<int> asleep_{0};
+};
+
 template <typename Work>
 void ParallelFor(ffi::ThreadPool& pool, int64_t n, const Work& work) {
-  if (n <= 0) return;
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  auto run = [state, n, &work] {
-    // A task that starts late finds nothing left, and does not touch `work`, which is gone by then.
-    for (int64_t i; (i = state->next.fetch_add(1)) < n;) {
-      work(i);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));
-  run();
-  for (int spins = 0; state->done.load(std::memory_order_acquire) < n; ++spins) {
-    if (spins > 4096) std::this_thread::yield();
-  }
+  Crew::Run(pool.num_threads(), n, work);
 }
 
 // ---- Vectors of eight floats --------------------------------------------------------------------
@@ -419,19 +489,58 @@ struct Partial {
   float* mixed;  // [H], sum of exp(score - peak) * value
 };
 
-// Takes up to kKeyBlock keys into the sum of one query head; the key of row i stands at rows[i],
-// its value behind it.
-void AttendBlock(const float* const* rows, int64_t count, int64_t size, const float* query,
-                 Partial& sum) {
-  alignas(32) float scores[kKeyBlock];
-  float peak = sum.peak;
+// Calls n floats from memory. Keys of one head lie too far apart for the processor to guess.
+inline void Prefetch(const float* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+}
+
+// The sums of four vectors.
+inline void Sum4(const Floats (&v)[4], float* out) {
+#if defined(__AVX2__)
+  const __m256 first = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]);
+  const __m256 second = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
+  const __m256 both = _mm256_hadd_ps(first, second);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = Sum(v[i]);
+#endif
+}
+
+// Adds scores[i] * values[i][0 .. 8 kVectors) to mixed * shrink.
+template <int kVectors>
+inline void Weigh(const float* const* values, int64_t offset, const float* scores, int64_t count,
+                  float shrink, float* mixed) {
+  Floats sums[kVectors];
+  for (int j = 0; j < kVectors; ++j) sums[j] = Load(mixed + j * kLanes) * shrink;
   for (int64_t i = 0; i < count; ++i) {
-    Floats dot = {};
-    for (int64_t h = 0; h < size; h += kLanes) dot = MulAdd(Load(query + h), Load(rows[i] + h), dot);
-    scores[i] = Sum(dot);
-    peak = std::max(peak, scores[i]);
+    const float* value = values[i] + offset;
+    const Floats score = Spread(scores[i]);
+    for (int j = 0; j < kVectors; ++j) sums[j] = MulAdd(score, Load(value + j * kLanes), sums[j]);
+  }
+  for (int j = 0; j < kVectors; ++j) Store(mixed + j * kLanes, sums[j]);
+}
+
+// Takes up to kKeyBlock keys into the sum of one query head; the key of row i stands at rows[i],
+// its value behind it. Meanwhile the keys and values at `ahead`, if any, are called from memory.
+void AttendBlock(const float* const* rows, const float* const* ahead, int64_t count, int64_t size,
+                 const float* query, Partial& sum) {
+  alignas(32) float scores[kKeyBlock];
+  for (int64_t i = 0; i < count; i += 4) {
+    const float* keys[4];
+    for (int j = 0; j < 4; ++j) {
+      keys[j] = rows[std::min(i + j, count - 1)];
+      if (ahead != nullptr) Prefetch(ahead[std::min(i + j, count - 1)], 2 * size);
+    }
+    Floats dots[4] = {};
+    for (int64_t h = 0; h < size; h += kLanes) {
+      const Floats part = Load(query + h);
+      for (int j = 0; j < 4; ++j) dots[j] = MulAdd(part, Load(keys[j] + h), dots[j]);
+    }
+    Sum4(dots, scores + i);
   }
   for (int64_t i = count; i % kLanes; ++i) scores[i] = -1e30f;
+  float peak = sum.peak;
+  for (int64_t i = 0; i < count; ++i) peak = std::max(peak, scores[i]);
   const float shrink = Exp(Spread(sum.peak - peak))[0];
   Floats total = {};
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -442,22 +551,9 @@ void AttendBlock(const float* const* rows, int64_t count, int64_t size, const fl
   sum.total = sum.total * shrink + Sum(total);
   sum.peak = peak;
   int64_t h = 0;
-  for (; h + 4 * kLanes <= size; h += 4 * kLanes) {
-    Floats mixed[4];
-    for (int j = 0; j < 4; ++j) mixed[j] = Load(sum.mixed + h + j * kLanes) * shrink;
-    for (int64_t i = 0; i < count; ++i) {
-      const float* value = rows[i] + size + h;
-      for (int j = 0; j < 4; ++j)
-        mixed[j] = MulAdd(Spread(scores[i]), Load(value + j * kLanes), mixed[j]);
-    }
-    for (int j = 0; j < 4; ++j) Store(sum.mixed + h + j * kLanes, mixed[j]);
-  }
-  for (; h < size; h += kLanes) {
-    Floats mixed = Load(sum.mixed + h) * shrink;
-    for (int64_t i = 0; i < count; ++i)
-      mixed = MulAdd(Spread(scores[i]), Load(rows[i] + size + h), mixed);
-    Store(sum.mixed + h, mixed);
-  }
+  for (; h + 8 * kLanes <= size; h += 8 * kLanes)
+    Weigh<8>(rows, size + h, scores, count, shrink, sum.mixed + h);
+  for (; h < size; h += kLanes) Weigh<1>(rows, size + h, scores, count, shrink, sum.mixed + h);
 }
 
 // Takes keys [first, last) of a sequence into the sums of all query heads, `group` of them to each
@@ -465,16 +561,24 @@ void AttendBlock(const float* const* rows, int64_t count, int64_t size, const fl
 void Attend(const Cache& cache, const int32_t* table, const float* q, int64_t group, int64_t first,
             int64_t last, Partial* sums) {
   const int64_t size = cache.head_size;
-  const float* rows[kKeyBlock];
+  const float *rows[kKeyBlock], *ahead[kKeyBlock];
   for (int64_t start = first; start < last; start += kKeyBlock) {
     const int64_t count = std::min(kKeyBlock, last - start);
-    for (int64_t i = 0; i < count; ++i) rows[i] = cache.Token(table, start + i);
+    const bool more = start + kKeyBlock < last;
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = cache.Token(table, start + i);
+      if (more) ahead[i] = cache.Token(table, std::min(start + kKeyBlock + i, last - 1));
+    }
     for (int64_t k = 0; k < cache.kv_heads; ++k) {
       for (int64_t g = 0; g < group; ++g) {
         const int64_t head = k * group + g;
-        AttendBlock(rows, count, size, q + head * size, sums[head]);
+        AttendBlock(rows, more && g == 0 ? ahead : nullptr, count, size, q + head * size,
+                    sums[head]);
       }
-      for (int64_t i = 0; i < count; ++i) rows[i] += 2 * size;
+      for (int64_t i = 0; i < count; ++i) {
+        rows[i] += 2 * size;
+        if (more) ahead[i] += 2 * size;
+      }
     }
   }
 }

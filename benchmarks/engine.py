@@ -1,0 +1,223 @@
+"""What the engine's parts cost against what the hardware asks for; weights of SmolLM2's shape.
+
+    python -m benchmarks.engine [--dtype int8] [--json FILE]
+
+    context   a decode step of 8 sequences at context 128 and at 2,048: the extra time against
+              reading the extra keys and values at the memory bandwidth measured in the same run
+    prefix    time to the first token of a prompt whose first 1,500 tokens were seen before,
+              against the time of the first such prompt
+    experts   a decode step of 8 sequences through 8 experts, 2 a token, against the dense model,
+              and the ratio of the weight bytes that both touch
+
+Weights are random: time does not depend on them, but for the experts that tokens choose, which are
+counted. Each figure is the median of --repeats.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from mixtral_jax.compilation import keep_programs
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.layers import Rotary
+from mixtral_jax.model import Transformer
+from mixtral_jax.moe import MoE, route
+from serving.bench import facts
+from serving.engine import Engine, compile_steps
+from serving.request import Request, SamplingParams
+from serving.scheduler import Limits
+
+ROWS = 8
+SHORT, LONG = 128, 2048
+STEPS = 10  # of one sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--dtype", default="int8", choices=["int8", "float32"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    keep_programs()
+    console = Console(stderr=True)
+    found: dict[str, Any] = {"machine": facts(), "dtype": options.dtype}
+    for name, measure in (("context", context), ("prefix", prefix), ("experts", experts)):
+        with console.status(f"measuring {name}"):
+            found[name] = measure(options.dtype, options.repeats)
+        print(name, json.dumps(found[name]))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+def context(dtype: str, repeats: int) -> dict[str, float]:
+    """The cost of long contexts. Milliseconds and GB/s."""
+    config = ModelConfig.smollm2_135m()
+    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+    token_bytes = 2 * config.num_kv_heads * config.head_size * jnp.dtype(model.dtype).itemsize
+    engine = _engine(model, LONG + 512)
+    short, long, bandwidth, ratios = [], [], [], []
+    for _ in range(repeats):
+        bandwidth.append(memory_bandwidth())
+        short.append(_decode_step(engine, SHORT))
+        long.append(_decode_step(engine, LONG))
+        tokens = ROWS * (long[-1][1] - short[-1][1])
+        reading = tokens * config.num_layers * token_bytes / bandwidth[-1]
+        ratios.append((long[-1][0] - short[-1][0]) / reading)
+    return {
+        "step_at_128_ms": round(1e3 * statistics.median(s for s, _ in short), 2),
+        "step_at_2048_ms": round(1e3 * statistics.median(s for s, _ in long), 2),
+        "bandwidth_gb_s": round(statistics.median(bandwidth) / 1e9, 2),
+        "extra_over_reading": round(statistics.median(ratios), 3),
+    }
+
+
+def prefix(dtype: str, repeats: int) -> dict[str, float]:
+    """The gain of a prefix that was seen before. Milliseconds."""
+    model = Transformer(ModelConfig.smollm2_135m(), dtype=dtype, rngs=nnx.Rngs(0))
+    engine = _engine(model, 2048)
+    first, second = [], []
+    for number in range(repeats + 1):
+        dice = random.Random(number)
+        shared = [dice.randrange(1000, 40000) for _ in range(1500)]
+        times = []
+        for _ in range(2):
+            engine.add(_request([*shared, *(dice.randrange(1000, 40000) for _ in range(20))], 1))
+            times.append(_timed(lambda: _drain(engine)))
+        if number:  # the first warms up
+            first.append(times[0])
+            second.append(times[1])
+    ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
+    return {
+        "first_ms": round(1e3 * statistics.median(first), 1),
+        "second_ms": round(1e3 * statistics.median(second), 1),
+        "second_over_first": round(ratio, 3),
+    }
+
+
+def experts(dtype: str, repeats: int) -> dict[str, float]:
+    """The cost of eight experts against one feed-forward. Milliseconds and bytes."""
+    config = ModelConfig.smollm2_135m()
+    mixed = ModelConfig._with(config, num_experts=8, experts_per_token=2)
+    sparse = Transformer(mixed, dtype=dtype, rngs=nnx.Rngs(0))
+    touched = _touched(sparse)
+    dense = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+    matrix = config.hidden_size * config.feed_forward_size * 3
+    around = (
+        sum(x.size for x in jax.tree.leaves(nnx.state(dense, nnx.Param)) if x.ndim > 1)
+        - config.num_layers * matrix
+    )
+    asked = (around + touched * matrix) / (around + config.num_layers * matrix)
+    engines = [_engine(model, 512) for model in (dense, sparse)]
+    samples = [[_decode_step(engine, SHORT)[0] for engine in engines] for _ in range(repeats)]
+    ratio = statistics.median(b / a for a, b in samples)
+    return {
+        "dense_ms": round(1e3 * statistics.median(a for a, _ in samples), 2),
+        "experts_ms": round(1e3 * statistics.median(b for _, b in samples), 2),
+        "experts_touched_a_layer": round(touched / config.num_layers, 2),
+        "weight_bytes_ratio": round(asked, 3),
+        "time_ratio": round(ratio, 3),
+        "time_over_bytes": round(ratio / asked, 3),
+    }
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second of summing large arrays, one for each core."""
+    cores = os.cpu_count() or 1
+    arrays = [np.ones(50_000_000, np.float64) for _ in range(cores)]
+
+    def read() -> None:
+        threads = [threading.Thread(target=array.sum) for array in arrays]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return sum(array.nbytes for array in arrays) / min(_timed(read) for _ in range(5))
+
+
+def _touched(model: Transformer) -> int:
+    """Experts that ROWS tokens choose, summed over the layers: what a decode step reads."""
+    x = model.embed(jax.random.randint(jax.random.key(1), (1, ROWS), 1000, 40000))
+    rotary = Rotary.at(jnp.arange(ROWS, dtype=jnp.int32)[None], model.config)
+    count = 0
+    for block in model.layers:
+        x = x + block.attention.full(block.attention_norm.full(x), rotary)
+        normed = block.feed_forward_norm.full(x)
+        assert isinstance(block.feed_forward, MoE)
+        choice, _ = route(block.feed_forward.router(normed[0]), 2)
+        count += len(np.unique(choice))
+        x = x + block.feed_forward.full(normed)
+    return count
+
+
+def _engine(model: Transformer, context: int) -> Engine:
+    limits = Limits(
+        num_pages=ROWS * context // 16,
+        page_size=16,
+        max_sequences=ROWS,
+        max_step_tokens=128,
+        max_context=context,
+        max_waiting=ROWS,
+    )
+    return Engine(model, limits, compile_steps(model, limits))
+
+
+def _request(prompt: list[int], max_tokens: int) -> Request:
+    return Request(
+        id=str(time.perf_counter_ns()),
+        prompt_ids=tuple(prompt),
+        sampling=SamplingParams(temperature=0.0),
+        max_tokens=max_tokens,
+        eos_ids=frozenset(),
+    )
+
+
+def _decode_step(engine: Engine, context: int) -> tuple[float, float]:
+    """Seconds of one step of ROWS sequences past prompts of `context`, and their mean context."""
+    dice = random.Random(context)
+    requests = [
+        _request([dice.randrange(1000, 40000) for _ in range(context)], 2**20) for _ in range(ROWS)
+    ]
+    for request in requests:
+        engine.add(request)
+    drawn: dict[str, int] = {}
+    while len(drawn) < ROWS:
+        for event in engine.step():
+            drawn[event.request_id] = drawn.get(event.request_id, 0) + 1
+    for _ in range(3):
+        engine.step()
+    seconds = _timed(lambda: [engine.step() for _ in range(STEPS)]) / STEPS
+    for request in requests:
+        engine.cancel(request.id)
+    _drain(engine)
+    return seconds, context + sum(drawn.values()) / ROWS + 3 + STEPS / 2
+
+
+def _drain(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
