@@ -48,8 +48,11 @@ format: $(VENV)/.tested ## Format the code and strip the notebooks
 proto: $(VENV)/.tested ## Generate the gRPC stubs from serving/proto/inference.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
 
-bench: $(VENV)/.tested ## Measure: benchmarks/*.py print what they measure (ARGS are passed on)
-	$(BIN)/python benchmarks/convert_memory.py $(ARGS)
+bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Measure the engine and write README's table of speeds; peers must be installed
+	$(BIN)/python -m benchmarks.readme $(ARGS)
+
+checkpoints/smollm2-135m-instruct-int8/config.json: | install
+	$(BIN)/mixtral-jax convert smollm2-135m-instruct checkpoints/smollm2-135m-instruct-int8 --dtype int8
 
 notebooks: $(VENV)/.tested ## Execute the notebooks on this machine
 	$(BIN)/python -m pytest tests/test_smollm2.py -k notebook $(ARGS)

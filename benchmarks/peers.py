@@ -151,7 +151,7 @@ def points(
         Point(
             name=f"{count} client{'s' if count > 1 else ''}",
             clients=count,
-            requests=max(4, 2 * count),
+            requests=max(4, count),
             words=words[prompt_tokens],
             answer_tokens=answer_tokens,
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.errors import ConversionError
 from convert.mapping import Row, rows
 from convert.pieces import (
     Piece,
@@ -51,10 +52,17 @@ def export(
         shard_bytes: a file is closed before it would hold more; a larger tensor is alone in one.
         progress: called with bytes written and bytes in all.
 
-    Raises ConfigError if `checkpoint` is none, ConversionError if there is no room for it, and
-    FileExistsError if `destination` is not empty. Nothing is left at `destination` then.
+    Raises ConfigError if `checkpoint` is none, ConversionError if it is int8 or there is no room
+    for it, and FileExistsError if `destination` is not empty. Nothing is left there then.
     """
     card = Card.read(checkpoint)
+    if card.dtype not in _ENCODINGS:
+        raise ConversionError(
+            [
+                f"{checkpoint} is stored as {card.dtype}, which Hugging Face's format has no place "
+                "for; convert the weights with --dtype bfloat16 and export that"
+            ]
+        )
     table = rows(card.model, "hf")
     total = total_bytes(parameter_shapes(card.model, card.dtype))
     check_space(total, destination)

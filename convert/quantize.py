@@ -3,11 +3,13 @@
 A few channels of a model's activations are far larger than the others, and one scale for a whole
 row of them leaves the others few steps. SmoothQuant (arXiv:2211.10438) divides channel j by
 
-    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
+    s_j = |x_j|^alpha / |w_j|^(1 - alpha)
 
-and multiplies column j of the weights that it meets by the same, which changes no product. The
-maxima of x come from a short text of ours. Dividing costs nothing when the model runs, for it is
-done to the weights of whatever makes the activations:
+and multiplies column j of the weights that it meets by the same, which changes no product. |.| is
+the root mean square, where the paper takes the largest: its scales are for whole tensors, ours for
+rows and outputs, and a third less is lost (Kullback-Leibler divergence 0.010 instead of 0.015 from
+SmolLM2-135M's answers in float32). Those of x come from a short text of ours. Dividing costs
+nothing when the model runs, for it is done to the weights of whatever makes the activations:
 
     q, k, v              the norm before them
     o                    the rows of v; query heads that share a head of v share its s
@@ -17,7 +19,7 @@ done to the weights of whatever makes the activations:
     head                 the last norm; so a head tied to the embedding becomes one of its own
 
 The text goes through one layer after the other in f32, each computed before it is rounded. Weights
-come in blocks of 32 MiB, a layer's twice: to compute it and find their maxima, then to be written.
+come in blocks of 32 MiB, a layer's twice: to compute it and see their columns, then to be written.
 So memory grows with a model's width alone, by the activations of at most 2,048 tokens.
 """
 
@@ -76,11 +78,21 @@ class _Seen(NamedTuple):
     """What the product of calibration tokens with a weight showed."""
 
     out: np.ndarray  # [R O]
-    inputs: np.ndarray  # [I], the largest |x| of each channel
-    columns: np.ndarray  # [I], the largest |w| of each
+    inputs: np.ndarray  # [I], how large each channel of x is
+    columns: np.ndarray  # [I], and each column of the weight
 
     def smoothing(self, alpha: float | None) -> np.ndarray:
         return smoothing(self.inputs, self.columns, alpha)
+
+
+def channels(x: np.ndarray) -> np.ndarray:
+    """The root mean square of each channel of x [R I]: [I]; of no rows, 0."""
+    return np.sqrt(_squares(x) / max(1, x.shape[0]))
+
+
+def _squares(x: np.ndarray) -> np.ndarray:
+    """x [R I] -> [I], summed, without an array of the size of x."""
+    return np.einsum("RI,RI->I", x, x)
 
 
 def smoothing(inputs: np.ndarray, columns: np.ndarray, alpha: float | None) -> np.ndarray:
@@ -123,9 +135,9 @@ class _Walk:
             x += self._attention(f"layers.{i}.", x)
             x += self._feed_forward(f"layers.{i}.", x)
         norm = self._small("norm.weight")
-        # Of the head's outputs nobody asks: one row that has the largest of each channel will do.
-        peaks = np.max(np.abs(self._normed(norm, x)), axis=0, keepdims=True)
-        s = self._product("head", peaks).smoothing(self.alpha)
+        # Of the head's outputs nobody asks: one row, as large in each channel as all, will do.
+        row = channels(self._normed(norm, x))[None, :]
+        s = self._product("head", row).smoothing(self.alpha)
         self._put("norm.weight", norm / s)
         self._write("head", s)
 
@@ -168,7 +180,7 @@ class _Walk:
             s_down.append(down.smoothing(self.alpha))
             out[rows] += shares[rows, expert, None] * down.out
 
-        s = smoothing(np.max(np.abs(h), axis=0), columns, self.alpha)
+        s = smoothing(channels(h), columns, self.alpha)
         self._put(layer + "feed_forward_norm.weight", norm / s)
         if router is not None:
             self._put(own + "router.weight", router * s)
@@ -196,11 +208,11 @@ class _Walk:
     def _product(self, name: str, x: np.ndarray, expert: int = 0) -> _Seen:
         """x [R I] with the weight of that name."""
         out = np.empty((x.shape[0], self._sizes(name)[1]), np.float32)
-        columns = np.zeros(x.shape[1], np.float32)
+        squares = np.zeros(x.shape[1], np.float32)
         for block in self._blocks(name, expert):
             out[:, block.rows] = x @ block.values.T
-            columns = np.maximum(columns, np.max(np.abs(block.values), axis=0))
-        return _Seen(out, np.max(np.abs(x), axis=0, initial=0), columns)
+            squares += _squares(block.values)
+        return _Seen(out, channels(x), np.sqrt(squares / out.shape[1]))
 
     # --- reading and writing ---
 
