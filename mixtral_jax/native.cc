@@ -50,10 +50,9 @@ class Crew {
     }
     crew->call_ = [](const void* work, int64_t i) { (*static_cast<const Work*>(work))(i); };
     crew->work_ = &work;
-    crew->count_ = n;
     crew->done_.store(0, std::memory_order_relaxed);
     const uint64_t job = (crew->ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-    crew->ticket_.store(job << 32);
+    crew->ticket_.store(job << 32 | static_cast<uint64_t>(n));
     if (crew->asleep_.load() > 0) {
       std::lock_guard<std::mutex> lock(crew->bed_);
       crew->alarm_.notify_all();
@@ -68,15 +67,16 @@ class Crew {
  private:
   static constexpr std::chrono::microseconds kAwake{300};
 
-  // Takes parts of this job until none is left. A ticket is the job's number and the next part; as
-  // long as a part is under way its job cannot end, so that what is read of it is its own.
+  // Takes parts of this job, the last first, until none is left. A ticket is the job's number and
+  // how many parts are left: what a job is may be read only after a part of it was taken, for then
+  // it cannot end and the next one cannot be written over it.
   void Take(uint64_t job) {
     for (;;) {
       uint64_t ticket = ticket_.load(std::memory_order_acquire);
-      const int64_t i = static_cast<int64_t>(ticket & 0xffffffff);
-      if (ticket >> 32 != job || i >= count_) return;
-      if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
-      call_(work_, i);
+      const int64_t left = static_cast<int64_t>(ticket & 0xffffffff);
+      if (ticket >> 32 != job || left == 0) return;
+      if (!ticket_.compare_exchange_weak(ticket, ticket - 1)) continue;
+      call_(work_, left - 1);
       done_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -112,7 +112,7 @@ class Crew {
   int64_t hired_ = 0;
   void (*call_)(const void*, int64_t) = nullptr;
   const void* work_ = nullptr;
-  std::atomic<int64_t> count_{0}, done_{0};
+  std::atomic<int64_t> done_{0};
   std::atomic<uint64_t> ticket_{0};
   std::mutex bed_;
   std::condition_variable alarm_;
@@ -253,6 +253,20 @@ inline void Dots(const int16_t* x, const int8_t* w, int64_t stride, int64_t n,
         out[r][o] += int32_t{x[r * stride + i]} * int32_t{w[o * stride + i]};
 }
 
+// The largest magnitude of n floats.
+inline float Peak(const float* row, int64_t n) {
+  Floats most = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats value = Load(row + i), size = value < 0.0f ? -value : value;
+    most = size > most ? size : most;
+  }
+  float peak = 0;
+  for (int lane = 0; lane < kLanes; ++lane) peak = std::max(peak, most[lane]);
+  for (; i < n; ++i) peak = std::max(peak, std::fabs(row[i]));
+  return peak;
+}
+
 // Rows of activations as the products take them.
 struct FloatRows {
   using Value = float;
@@ -277,8 +291,7 @@ struct Int8Rows {
     ParallelFor(pool, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
       for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
         const float* row = x + r * n;
-        float peak = 0;
-        for (int64_t i = 0; i < n; ++i) peak = std::max(peak, std::fabs(row[i]));
+        const float peak = Peak(row, n);
         float scale = peak / 127.0f;
         float inverse = scale > 0 ? 1.0f / scale : 0.0f;
         for (int64_t i = 0; i < n; ++i) {
@@ -626,6 +639,9 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
     int64_t token, count, position, span, spans;  // first token, its position; span and how many
     float* partial;                               // [count, heads, 2 + H] of this span, or null
   };
+  const auto visible = [window](int64_t position) {
+    return window == 0 ? 0 : std::max<int64_t>(0, position - window + 1);
+  };
   std::vector<Task> tasks;
   const int64_t record = heads * (2 + size);
   int64_t scratch_size = 0;
@@ -634,8 +650,7 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
     for (int64_t t = starts[s]; t < starts[s + 1]; t += kQueryBlock) {
       const int64_t count = std::min<int64_t>(kQueryBlock, starts[s + 1] - t);
       const int64_t position = lengths.typed_data()[s] - (starts[s + 1] - t);
-      const int64_t oldest = window == 0 ? 0 : std::max<int64_t>(0, position - window + 1);
-      const int64_t first = oldest / kSpan, last = (position + count - 1) / kSpan;
+      const int64_t first = visible(position) / kSpan, last = (position + count - 1) / kSpan;
       for (int64_t span = first; span <= last; ++span) {
         tasks.push_back({table, t, count, position, span, last - first + 1, nullptr});
         scratch_size += count * record;
@@ -653,10 +668,13 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
     const Task& task = tasks[i];
     std::vector<float> scaled(heads * size);
     std::vector<Partial> sums(heads);
+    const int64_t begin = std::max(visible(task.position), task.span * kSpan);
+    const int64_t end = std::min({begin + kKeyBlock, task.position + 1, (task.span + 1) * kSpan});
+    for (int64_t key = begin; key < end; ++key)
+      Prefetch(cache.Token(task.table, key), cache.TokenStride());
     for (int64_t j = 0; j < task.count; ++j) {
       const int64_t position = task.position + j;
-      const int64_t oldest = window == 0 ? 0 : std::max<int64_t>(0, position - window + 1);
-      const int64_t first = std::max(oldest, task.span * kSpan);
+      const int64_t first = std::max(visible(position), task.span * kSpan);
       const int64_t last = std::min(position + 1, (task.span + 1) * kSpan);
       const float* query = q.typed_data() + (task.token + j) * heads * size;
       for (int64_t h = 0; h < heads * size; ++h) scaled[h] = query[h] * scale;

@@ -29,7 +29,16 @@ from mixtral_jax.cache import RaggedBatch
 
 LANES = 8  # floats that the kernels take at a time
 _SOURCE = Path(__file__).with_name("native.cc")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-w")
+_FLAGS = (
+    "-O3",
+    "-funroll-loops",
+    "-march=native",
+    "-ffp-contract=off",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-w",
+)
 _log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
