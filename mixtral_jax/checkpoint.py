@@ -247,6 +247,20 @@ def chunk_shape(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def loadable_dtype(folder: Path, card: Card, dtype: Any) -> str:
+    """What the checkpoint is loaded as when `dtype` is asked for; None asks for the stored one.
+
+    Raises ConfigError for what is no dtype of models, and from or to int8.
+    """
+    name = checked_dtype(dtype or card.dtype)
+    if name != card.dtype and "int8" in (name, card.dtype):
+        raise ConfigError(
+            f"{folder} is stored as {card.dtype} and cannot be loaded as {name}; convert the "
+            f"weights anew with --dtype {name}"
+        )
+    return name
+
+
 def load(
     folder: Path,
     mesh: Mesh | None = None,
@@ -259,12 +273,7 @@ def load(
     folder is no checkpoint.
     """
     card = Card.read(folder)
-    dtype = checked_dtype(dtype or card.dtype)
-    if dtype != card.dtype and "int8" in (dtype, card.dtype):
-        raise ConfigError(
-            f"{folder} is stored as {card.dtype} and cannot be loaded as {dtype}; convert the "
-            f"weights anew with --dtype {dtype}"
-        )
+    dtype = loadable_dtype(folder, card, dtype)
     model = Transformer(card.model, dtype=dtype, rngs=None, mesh=mesh, rules=rules)
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)

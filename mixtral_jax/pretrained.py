@@ -28,8 +28,14 @@ class Pretrained:
         """The weights, straight onto the devices of `mesh`, or onto the default device."""
         if self.folder is not None:
             return checkpoint.load(self.folder, mesh, dtype)[0]
-        dtype = checkpoint.checked_dtype(dtype or self.card.dtype)
-        return Transformer(self.card.model, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh)
+        name = self.loadable_dtype(dtype)
+        return Transformer(self.card.model, dtype=name, rngs=nnx.Rngs(0), mesh=mesh)
+
+    def loadable_dtype(self, dtype: DTypeLike | None) -> str:
+        """What `load(dtype=dtype)` gives; raises ConfigError as that does, at once."""
+        if self.folder is None:
+            return checkpoint.checked_dtype(dtype or self.card.dtype)
+        return checkpoint.loadable_dtype(self.folder, self.card, dtype)
 
 
 def open_pretrained(path: str | Path) -> Pretrained:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax import native
-from mixtral_jax.checkpoint import checked_dtype, parameter_shapes
+from mixtral_jax.checkpoint import parameter_shapes
 from mixtral_jax.compilation import CompilationCount, keep_programs
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import activation_dtype
@@ -109,7 +109,7 @@ def _build(options: argparse.Namespace, metrics: Metrics) -> tuple[EngineWorker,
     keep_programs()
     pretrained = open_pretrained(options.model)
     card = pretrained.card
-    dtype = checked_dtype(options.dtype or card.dtype)
+    dtype = pretrained.loadable_dtype(options.dtype)
     if options.deterministic:
         _check_deterministic(dtype)
     limits = _limits(card.model, jnp.dtype(dtype), options)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
-from mixtral_jax.checkpoint import checked_dtype
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model import Transformer
 from mixtral_jax.pretrained import open_pretrained
@@ -50,7 +49,7 @@ class OfflineEngine:
         keep_programs()
         pretrained = open_pretrained(model)
         card = pretrained.card
-        kind = jnp.dtype(checked_dtype(dtype or card.dtype))
+        kind = jnp.dtype(pretrained.loadable_dtype(dtype))
         longest = prompt_tokens + answer_tokens
         if longest > card.model.max_context:
             raise ValueError(
@@ -64,6 +63,7 @@ class OfflineEngine:
             max_step_tokens=max(max_step_tokens, concurrency),
             max_context=longest,
             max_waiting=concurrency,
+            window=card.model.sliding_window,
         )
         steps = compile_steps(Transformer(card.model, dtype=kind, rngs=None), limits)
         self._engine = Engine(pretrained.load(dtype=kind), limits, steps)
