@@ -10,13 +10,16 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def keep_programs() -> None:
-    """Turns on JAX's persistent compilation cache, where JAX_COMPILATION_CACHE_DIR says or in
-    $MIXTRAL_JAX_CACHE/xla, else xla under mixtral-jax in the user's cache folder."""
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
+    """Turns on JAX's persistent compilation cache, where JAX_COMPILATION_CACHE_DIR says, else in
+    `compiled_folder("xla")`."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder("xla")))
+
+
+def compiled_folder(kind: str) -> Path:
+    """Where what was compiled is kept: under $MIXTRAL_JAX_CACHE, else the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    own = Path(os.environ.get("MIXTRAL_JAX_CACHE") or home / "mixtral-jax")
-    jax.config.update("jax_compilation_cache_dir", str(own / "xla"))
+    return Path(os.environ.get("MIXTRAL_JAX_CACHE") or home / "mixtral-jax") / kind
 
 
 class CompilationCount:

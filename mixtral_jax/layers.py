@@ -102,6 +102,11 @@ class Scaled(NamedTuple):
         values = jnp.round(wide / jnp.maximum(scale, 1e-30)[..., None])
         return cls(values.astype(jnp.int8), scale)
 
+    @classmethod
+    def of(cls, weight: nnx.Param, scale: nnx.Param | None) -> "Scaled":
+        """What `weight_parameters` made."""
+        return cls(weight[...], None if scale is None else scale[...])
+
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
         return (self.values,) if self.scale is None else (self.values, self.scale)
@@ -214,7 +219,7 @@ class Embedding(nnx.Module):
 
     @property
     def scaled(self) -> Scaled:
-        return Scaled(self.weight[...], None if self.scale is None else self.scale[...])
+        return Scaled.of(self.weight, self.scale)
 
 
 class FeedForward(nnx.Module):

@@ -106,7 +106,7 @@ class Experts(nnx.Module):
 
     @property
     def scaled(self) -> Scaled:
-        return Scaled(self.weight[...], None if self.scale is None else self.scale[...])
+        return Scaled.of(self.weight, self.scale)
 
 
 Weights = tuple[Scaled, Scaled, Scaled]  # gate "EFD", up "EFD", down "EDF"

@@ -181,7 +181,7 @@ inline Floats Exp(Floats x) {
 
 // ---- Products -----------------------------------------------------------------------------------
 
-// Bytes that are called from memory before they are needed; the processor's own guessing stops at
+// How many values ahead weights are called from memory; the processor's own guessing stops at
 // the end of a page. Worth a third at eight rows.
 constexpr int64_t kAhead = 4608;
 
@@ -269,7 +269,6 @@ inline float Peak(const float* row, int64_t n) {
 
 // Rows of activations as the products take them.
 struct FloatRows {
-  using Value = float;
   using Weight = float;
   using Total = float;
   const float* values;
@@ -279,7 +278,6 @@ struct FloatRows {
 
 // Quantised: x = values * scale, one scale a row, values in -127 .. 127 (widened for the products).
 struct Int8Rows {
-  using Value = int16_t;
   using Weight = int8_t;
   using Total = int32_t;
   std::vector<int16_t> values;
@@ -637,7 +635,7 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
   struct Task {
     const int32_t* table;
     int64_t token, count, position, span, spans;  // first token, its position; span and how many
-    float* partial;                               // [count, heads, 2 + H] of this span, or null
+    float* partial;                               // [count, heads, 2 + H] of this span
   };
   const auto visible = [window](int64_t position) {
     return window == 0 ? 0 : std::max<int64_t>(0, position - window + 1);

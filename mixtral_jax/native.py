@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.compilation import compiled_folder
 
 LANES = 8  # floats that the kernels take at a time
 _SOURCE = Path(__file__).with_name("native.cc")
@@ -130,8 +131,7 @@ def _compiled(compiler: str) -> Path:
     key = hashlib.sha256(_SOURCE.read_bytes())
     for part in (compiler, *_FLAGS, include, jax.__version__, platform.machine(), _processor()):
         key.update(part.encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtral-jax"
-    library = cache / "native" / f"{key.hexdigest()[:32]}.so"
+    library = compiled_folder("native") / f"{key.hexdigest()[:32]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as place:

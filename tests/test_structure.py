@@ -27,7 +27,7 @@ LAW: dict[str, set[str]] = {
     "mixtral_jax.config": set(),
     "mixtral_jax.sharding": _ours("axes", "config"),
     "mixtral_jax.cache": _ours("axes", "config", "sharding"),
-    "mixtral_jax.native": _ours("cache"),
+    "mixtral_jax.native": _ours("cache", "compilation"),
     "mixtral_jax.layers": _ours("axes", "config", "sharding", "native"),
     "mixtral_jax.attention": _ours("axes", "config", "sharding", "native", "layers", "cache"),
     "mixtral_jax.moe": _ours("axes", "config", "sharding", "native", "layers"),
