@@ -14,9 +14,14 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -38,7 +43,7 @@ class Crew {
   // Calls work(i) once for each i in [0, n), on `threads` threads with this one.
   template <typename Work>
   static void Run(int64_t threads, int64_t n, const Work& work) {
-    static Crew* crew = new Crew;  // never ended: its threads may outlive everything else
+    Crew* const crew = One();
     std::unique_lock<std::mutex> turn(crew->turn_, std::try_to_lock);
     if (threads < 2 || n < 2 || !turn.owns_lock()) {
       for (int64_t i = 0; i < n; ++i) work(i);
@@ -46,7 +51,7 @@ class Crew {
     }
     while (crew->hired_ < threads - 1) {
       ++crew->hired_;
-      std::thread([] { crew->Serve(); }).detach();
+      std::thread([crew] { crew->Serve(); }).detach();
     }
     crew->call_ = [](const void* work, int64_t i) { (*static_cast<const Work*>(work))(i); };
     crew->work_ = &work;
@@ -66,6 +71,12 @@ class Crew {
 
  private:
   static constexpr std::chrono::microseconds kAwake{300};
+
+  // Not in Run: there would be one crew for each kind of work, awake beside the others.
+  static Crew* One() {
+    static Crew* const crew = new Crew;  // never ended: its threads may outlive everything else
+    return crew;
+  }
 
   // Takes parts of this job, the last first, until none is left. A ticket is the job's number and
   // how many parts are left: what a job is may be read only after a part of it was taken, for then
@@ -122,6 +133,21 @@ class Crew {
 template <typename Work>
 void ParallelFor(ffi::ThreadPool& pool, int64_t n, const Work& work) {
   Crew::Run(pool.num_threads(), n, work);
+}
+
+// Room for n values, kept for the thread's next call: fresh memory costs a page fault every 4 KiB.
+// One user at a time for each type. It begins at a cache line; what is in it is left over.
+template <typename T>
+T* Room(int64_t n) {
+  constexpr size_t kLine = 64;
+  thread_local std::unique_ptr<void, decltype(&std::free)> kept(nullptr, &std::free);
+  thread_local int64_t size = 0;
+  if (size < n) {
+    const size_t bytes = (2 * n * sizeof(T) + kLine - 1) / kLine * kLine;
+    kept.reset(std::aligned_alloc(kLine, bytes));
+    size = kept ? static_cast<int64_t>(bytes / sizeof(T)) : throw std::bad_alloc();
+  }
+  return static_cast<T*>(kept.get());
 }
 
 // ---- Vectors of eight floats --------------------------------------------------------------------
@@ -185,64 +211,92 @@ inline Floats Exp(Floats x) {
 // the end of a page. Worth a third at eight rows.
 constexpr int64_t kAhead = 4608;
 
-// Dot products of kRows rows of x with kOuts rows of w. Rows lie `stride` apart, all of n values.
+// Calls f with 0 .. N - 1 as constants. Arrays that are indexed so stay in registers; those of a
+// plain loop, which the compiler unrolls too late, go through memory.
+template <typename F, int... I>
+[[gnu::always_inline]] inline void Each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename F>
+[[gnu::always_inline]] inline void Each(F f) {
+  Each(f, std::make_integer_sequence<int, N>{});
+}
+#define EACH(i) [&](auto i) __attribute__((always_inline))
+
+// Dot products of kRows rows of x, `stride` apart, with kOuts rows of w; all of n values.
 // Each accumulator walks over n on its own, so kRows and kOuts do not change a result.
 template <int kRows, int kOuts>
-inline void Dots(const float* x, const float* w, int64_t stride, int64_t n,
+inline void Dots(const float* x, int64_t stride, const float* w, int64_t n,
                  float (&out)[kRows][kOuts]) {
-  Floats sums[kRows][kOuts] = {};
+  Floats sums[kRows][kOuts];
+  Each<kRows>(EACH(r) { Each<kOuts>(EACH(o) { sums[r][o] = Floats{}; }); });
   int64_t k = 0;
   for (; k + kLanes <= n; k += kLanes) {
     Floats weights[kOuts];
-    for (int o = 0; o < kOuts; ++o) {
-      weights[o] = Load(w + o * stride + k);
-      __builtin_prefetch(w + o * stride + k + kAhead);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      Floats value = Load(x + r * stride + k);
-      for (int o = 0; o < kOuts; ++o) sums[r][o] = MulAdd(value, weights[o], sums[r][o]);
-    }
+    Each<kOuts>(EACH(o) {
+      weights[o] = Load(w + o * n + k);
+      __builtin_prefetch(w + o * n + k + kAhead);
+    });
+    Each<kRows>(EACH(r) {
+      const Floats value = Load(x + r * stride + k);
+      Each<kOuts>(EACH(o) { sums[r][o] = MulAdd(value, weights[o], sums[r][o]); });
+    });
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int o = 0; o < kOuts; ++o) {
+  Each<kRows>(EACH(r) {
+    Each<kOuts>(EACH(o) {
       out[r][o] = Sum(sums[r][o]);
-      for (int64_t i = k; i < n; ++i) out[r][o] += x[r * stride + i] * w[o * stride + i];
-    }
-  }
+      for (int64_t i = k; i < n; ++i) out[r][o] += x[r * stride + i] * w[o * n + i];
+    });
+  });
 }
 
+#if defined(__AVX2__)
+// sum + the products of two vectors of int16, added in pairs. Opaque, because the compiler would
+// add sums of later steps first and run out of registers.
+[[gnu::always_inline]] inline void MulAdd(__m256i a, __m256i b, __m256i& sum) {
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  asm("" : "+x"(sum));
+}
+
+inline __m256i Widen(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline __m256i LoadInts(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline void StoreInts(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+#endif
+
 template <int kRows, int kOuts>
-inline void Dots(const int16_t* x, const int8_t* w, int64_t stride, int64_t n,
+inline void Dots(const int16_t* x, int64_t stride, const int8_t* w, int64_t n,
                  int32_t (&out)[kRows][kOuts]) {
   int64_t k = 0;
 #if defined(__AVX2__)
   __m256i sums[kRows][kOuts];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm256_setzero_si256();
-  for (; k + 16 <= n; k += 16) {
+  Each<kRows>(EACH(r) { Each<kOuts>(EACH(o) { sums[r][o] = _mm256_setzero_si256(); }); });
+  const auto take = [&](int64_t k) __attribute__((always_inline)) {
     __m256i weights[kOuts];
-    for (int o = 0; o < kOuts; ++o) {
-      const auto* at = reinterpret_cast<const __m128i*>(w + o * stride + k);
-      weights[o] = _mm256_cvtepi8_epi16(_mm_loadu_si128(at));
-      __builtin_prefetch(w + o * stride + k + kAhead);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const auto* at = reinterpret_cast<const __m256i*>(x + r * stride + k);
-      __m256i value = _mm256_loadu_si256(at);
-      for (int o = 0; o < kOuts; ++o) {
-        sums[r][o] = _mm256_add_epi32(sums[r][o], _mm256_madd_epi16(value, weights[o]));
-      }
-    }
+    Each<kOuts>(EACH(o) { weights[o] = Widen(w + o * n + k); });
+    Each<kRows>(EACH(r) {
+      const __m256i value = LoadInts(x + r * stride + k);
+      Each<kOuts>(EACH(o) { MulAdd(value, weights[o], sums[r][o]); });
+    });
+  };
+  for (; k + 64 <= n; k += 64) {
+    for (int o = 0; o < kOuts; ++o) __builtin_prefetch(w + o * n + k + kAhead);
+    take(k), take(k + 16), take(k + 32), take(k + 48);
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int o = 0; o < kOuts; ++o) {
+  for (; k + 16 <= n; k += 16) take(k);
+  Each<kRows>(EACH(r) {
+    Each<kOuts>(EACH(o) {
       __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums[r][o]),
                                    _mm256_extracti128_si256(sums[r][o], 1));
       half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
       half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1));
       out[r][o] = _mm_cvtsi128_si32(half);
-    }
-  }
+    });
+  });
 #else
   for (auto& row : out)
     for (auto& sum : row) sum = 0;
@@ -250,7 +304,7 @@ inline void Dots(const int16_t* x, const int8_t* w, int64_t stride, int64_t n,
   for (int r = 0; r < kRows; ++r)
     for (int o = 0; o < kOuts; ++o)
       for (int64_t i = k; i < n; ++i)
-        out[r][o] += int32_t{x[r * stride + i]} * int32_t{w[o * stride + i]};
+        out[r][o] += int32_t{x[r * stride + i]} * int32_t{w[o * n + i]};
 }
 
 // The largest magnitude of n floats.
@@ -272,7 +326,8 @@ struct FloatRows {
   using Weight = float;
   using Total = float;
   const float* values;
-  const float* Row(int64_t r, int64_t n) const { return values + r * n; }
+  int64_t stride;
+  const float* Row(int64_t r) const { return values + r * stride; }
   static float Finish(float total, int64_t, const float*, int64_t) { return total; }
 };
 
@@ -280,26 +335,25 @@ struct FloatRows {
 struct Int8Rows {
   using Weight = int8_t;
   using Total = int32_t;
-  std::vector<int16_t> values;
+  int64_t stride;  // rows begin at cache lines, or every second load would touch two
+  int16_t* values;
   std::vector<float> scales;
 
   Int8Rows(ffi::ThreadPool& pool, const float* x, int64_t rows, int64_t n)
-      : values(rows * n), scales(rows) {
+      : stride((n + 31) / 32 * 32), values(Room<int16_t>(rows * stride)), scales(rows) {
     constexpr int64_t kBlock = 8;
     ParallelFor(pool, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
       for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
         const float* row = x + r * n;
-        const float peak = Peak(row, n);
-        float scale = peak / 127.0f;
-        float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        for (int64_t i = 0; i < n; ++i) {
-          values[r * n + i] = static_cast<int16_t>(__builtin_rintf(row[i] * inverse));
-        }
+        int16_t* to = values + r * stride;
+        const float scale = Peak(row, n) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int16_t>(__builtin_rintf(row[i] * inverse));
+        std::fill(to + n, to + stride, int16_t{0});
         scales[r] = scale;
       }
     });
   }
-  const int16_t* Row(int64_t r, int64_t n) const { return values.data() + r * n; }
+  const int16_t* Row(int64_t r) const { return values + r * stride; }
   float Finish(int32_t total, int64_t r, const float* scale, int64_t o) const {
     return static_cast<float>(total) * (scales[r] * scale[o]);
   }
@@ -314,23 +368,123 @@ void Strip(const Rows& x, int64_t r, int64_t n, const typename Rows::Weight* w, 
   int64_t o = first;
   for (; o + kOuts <= last; o += kOuts) {
     typename Rows::Total totals[kRows][kOuts];
-    Dots<kRows, kOuts>(x.Row(r, n), w + o * n, n, n, totals);
+    Dots<kRows, kOuts>(x.Row(r), x.stride, w + o * n, n, totals);
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kOuts; ++j)
         y[(r + i) * outs + o + j] = x.Finish(totals[i][j], r + i, scale, o + j);
   }
   for (; o < last; ++o) {
     typename Rows::Total totals[kRows][1];
-    Dots<kRows, 1>(x.Row(r, n), w + o * n, n, n, totals);
+    Dots<kRows, 1>(x.Row(r), x.stride, w + o * n, n, totals);
     for (int i = 0; i < kRows; ++i)
       y[(r + i) * outs + o] = x.Finish(totals[i][0], r + i, scale, o);
   }
 }
 
+#if defined(__AVX2__)
+// ---- Products of many rows ----
+//
+// From so many rows on it pays to turn the weights around first: then a vector of sums belongs to
+// eight outputs, and there is nothing to add up at the end. Sums of integers: the same bits.
+constexpr int64_t kMany = 24;
+constexpr int64_t kPanel = 16;    // outputs that are turned around together
+constexpr int64_t kDeep = 2048;   // values of them at a time: what stays in the second cache
+
+// panel[k / 2][o][k % 2] = w[o, k] for 16 outputs, n apart, and `deep` values.
+// Outputs from `outs` on, and values from `deep` to the next multiple of 16, are zero.
+void Turn(const int8_t* w, int64_t n, int64_t outs, int64_t deep, int16_t* panel) {
+  alignas(32) int8_t rest[16];
+  for (int64_t k = 0; k < deep; k += 16) {
+    for (int half = 0; half < 2; ++half) {
+      __m256i rows[8], pairs[8], quads[8];
+      Each<8>(EACH(i) {
+        const int64_t o = half * 8 + i;
+        const int8_t* from = w + o * n + k;
+        if (o >= outs || k + 16 > deep) {
+          std::memset(rest, 0, sizeof rest);
+          if (o < outs) std::memcpy(rest, from, deep - k);
+          from = rest;
+        }
+        rows[i] = Widen(from);
+      });
+      Each<4>(EACH(i) {
+        pairs[2 * i] = _mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+      });
+      Each<2>(EACH(i) {
+        Each<2>(EACH(j) {
+          quads[4 * i + 2 * j] = _mm256_unpacklo_epi64(pairs[4 * i + j], pairs[4 * i + j + 2]);
+          quads[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[4 * i + j], pairs[4 * i + j + 2]);
+        });
+      });
+      int16_t* to = panel + k * kPanel + half * 16;
+      Each<4>(EACH(i) {
+        StoreInts(to + i * 2 * kPanel, _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x20));
+        StoreInts(to + (i + 4) * 2 * kPanel, _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x31));
+      });
+    }
+  }
+}
+
+// Adds the products of kRows rows with a panel to totals [kRows][16].
+template <int kRows>
+void Tile(const int16_t* x, int64_t stride, const int16_t* panel, int64_t deep, int32_t* totals) {
+  __m256i sums[kRows][2];
+  const auto total = [&](int r, int j) { return totals + r * kPanel + j * kLanes; };
+  Each<kRows>(EACH(r) {
+    Each<2>(EACH(j) { sums[r][j] = LoadInts(total(r, j)); });
+  });
+  for (int64_t k = 0; k < deep; k += 2) {
+    const __m256i first = LoadInts(panel + k * kPanel);
+    const __m256i second = LoadInts(panel + k * kPanel + 16);
+    Each<kRows>(EACH(r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * stride + k, sizeof pair);
+      const __m256i value = _mm256_set1_epi32(pair);
+      MulAdd(value, first, sums[r][0]);
+      MulAdd(value, second, sums[r][1]);
+    });
+  }
+  Each<kRows>(EACH(r) { Each<2>(EACH(j) { StoreInts(total(r, j), sums[r][j]); }); });
+}
+
+// As Product below, for many rows.
+void ManyRows(const Int8Rows& x, int64_t from, int64_t to, int64_t n, const int8_t* w,
+              const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
+  alignas(64) thread_local int16_t panel[kPanel * kDeep];
+  int32_t* totals = Room<int32_t>((to - from) * kPanel);
+  for (int64_t o = first; o < last; o += kPanel) {
+    const int64_t count = std::min(kPanel, last - o);
+    std::fill(totals, totals + (to - from) * kPanel, 0);
+    for (int64_t k = 0; k < n; k += kDeep) {
+      const int64_t deep = std::min(kDeep, n - k);
+      Turn(w + o * n + k, n, count, deep, panel);
+      int64_t r = from;
+      const auto tile = [&](auto rows) {
+        for (; r + rows <= to; r += rows)
+          Tile<rows>(x.Row(r) + k, x.stride, panel, deep, totals + (r - from) * kPanel);
+      };
+      tile(std::integral_constant<int, 6>{});  // what the registers hold
+      tile(std::integral_constant<int, 4>{});
+      tile(std::integral_constant<int, 2>{});
+      tile(std::integral_constant<int, 1>{});
+    }
+    for (int64_t r = from; r < to; ++r)
+      for (int64_t i = 0; i < count; ++i)
+        y[r * outs + o + i] = x.Finish(totals[(r - from) * kPanel + i], r, scale, o + i);
+  }
+}
+#endif
+
 // y[r, o] = sum over i of x[r, i] w[o, i], for the rows [from, to) and outputs [first, last).
 template <typename Rows>
 void Product(const Rows& x, int64_t from, int64_t to, int64_t n, const typename Rows::Weight* w,
              const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<Rows, Int8Rows>) {
+    if (to - from >= kMany) return ManyRows(x, from, to, n, w, scale, first, last, y, outs);
+  }
+#endif
   // Weights that stay in the first cache while all rows pass by.
   const int64_t block = std::max<int64_t>(
       4, 16384 / (n * static_cast<int64_t>(sizeof(typename Rows::Weight))) & ~int64_t{3});
@@ -347,7 +501,7 @@ void Product(const Rows& x, int64_t from, int64_t to, int64_t n, const typename 
 int64_t OutsPerTask(ffi::ThreadPool& pool, int64_t outs, int64_t rows, int64_t n) {
   int64_t worth = 200'000 / std::max<int64_t>(1, rows * n) + 1;
   int64_t fair = outs / (8 * std::max<int64_t>(1, pool.num_threads())) + 1;
-  return (std::max(worth, fair) + 7) & ~int64_t{7};
+  return (std::max(worth, fair) + 15) & ~int64_t{15};
 }
 
 struct Weights {
@@ -404,7 +558,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
   if (quantised) {
     Products(pool, Int8Rows(pool, x.typed_data(), rows, n), rows, n, all);
   } else {
-    Products(pool, FloatRows{x.typed_data()}, rows, n, all);
+    Products(pool, FloatRows{x.typed_data(), n}, rows, n, all);
   }
   return ffi::Error::Success();
 }
@@ -453,7 +607,7 @@ ffi::Error GroupedLinear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
   } else {
     if (weight.element_type() != ffi::F32)
       return ffi::Error::InvalidArgument("grouped: weights must be f32, or s8 with scales");
-    Grouped(pool, FloatRows{x.typed_data()}, n, static_cast<const float*>(weight.untyped_data()),
+    Grouped(pool, FloatRows{x.typed_data(), n}, n, static_cast<const float*>(weight.untyped_data()),
             nullptr, size, experts, out, outs);
   }
   return ffi::Error::Success();
@@ -470,7 +624,7 @@ ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
     for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
       const float* row = x.typed_data() + r * n;
       float squares[1][1];
-      Dots<1, 1>(row, row, n, n, squares);
+      Dots<1, 1>(row, n, row, n, squares);
       const float scale = 1.0f / std::sqrt(squares[0][0] / static_cast<float>(n) + eps);
       for (int64_t i = 0; i < n; ++i)
         y->typed_data()[r * n + i] = row[i] * scale * weight.typed_data()[i];
@@ -655,10 +809,10 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
       }
     }
   }
-  std::vector<float> scratch(scratch_size);
+  float* scratch = Room<float>(scratch_size);
   int64_t used = 0;
   for (Task& task : tasks) {
-    task.partial = scratch.data() + used;
+    task.partial = scratch + used;
     used += task.count * record;
   }
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
@@ -677,6 +831,7 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
       const float* query = q.typed_data() + (task.token + j) * heads * size;
       for (int64_t h = 0; h < heads * size; ++h) scaled[h] = query[h] * scale;
       float* partial = task.partial + j * record;
+      std::fill(partial, partial + record, 0.0f);
       for (int64_t head = 0; head < heads; ++head)
         sums[head] = {-1e30f, 0.0f, partial + head * (2 + size) + 2};
       Attend(cache, task.table, scaled.data(), group, first, last, sums.data());
