@@ -638,6 +638,7 @@ ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
 constexpr int64_t kKeyBlock = 64;     // keys that are scored before their values are weighed
 constexpr int64_t kSpan = 512;        // keys of one task of a long context; at absolute positions
 constexpr int64_t kQueryBlock = 8;    // queries of one task
+constexpr float kUnseen = -1e30f;     // the score of a key that a query does not see
 
 struct Cache {
   float* pages;  // [P Y 2K H]
@@ -671,77 +672,126 @@ inline void Sum4(const Floats (&v)[4], float* out) {
 #endif
 }
 
-// Adds scores[i] * values[i][0 .. 8 kVectors) to mixed * shrink.
-template <int kVectors>
-inline void Weigh(const float* const* values, int64_t offset, const float* scores, int64_t count,
-                  float shrink, float* mixed) {
-  Floats sums[kVectors];
-  for (int j = 0; j < kVectors; ++j) sums[j] = Load(mixed + j * kLanes) * shrink;
+// One query head over a block of keys: which of them it sees, and what it has summed up so far.
+struct Row {
+  const float* query;  // [H], scaled
+  int64_t first, last;  // of the block's keys, those it sees
+  Partial* sum;
+};
+
+// mixed = mixed * shrink + the sum over i of scores[i] * values[i], for kRows rows and kVectors
+// vectors of the values at `offset`.
+template <int kRows, int kVectors>
+inline void Weigh(const float* const* values, int64_t offset, int64_t count,
+                  const float (*scores)[kKeyBlock], const float* shrink, const Row* rows,
+                  int64_t h) {
+  Floats sums[kRows][kVectors];
+  Each<kRows>(EACH(r) {
+    Each<kVectors>(EACH(j) {
+      sums[r][j] = Load(rows[r].sum->mixed + h + j * kLanes) * shrink[r];
+    });
+  });
   for (int64_t i = 0; i < count; ++i) {
-    const float* value = values[i] + offset;
-    const Floats score = Spread(scores[i]);
-    for (int j = 0; j < kVectors; ++j) sums[j] = MulAdd(score, Load(value + j * kLanes), sums[j]);
+    const float* value = values[i] + offset + h;
+    Each<kVectors>(EACH(j) {
+      const Floats part = Load(value + j * kLanes);
+      Each<kRows>(EACH(r) { sums[r][j] = MulAdd(Spread(scores[r][i]), part, sums[r][j]); });
+    });
   }
-  for (int j = 0; j < kVectors; ++j) Store(mixed + j * kLanes, sums[j]);
+  Each<kRows>(EACH(r) {
+    Each<kVectors>(EACH(j) { Store(rows[r].sum->mixed + h + j * kLanes, sums[r][j]); });
+  });
 }
 
-// Takes up to kKeyBlock keys into the sum of one query head; the key of row i stands at rows[i],
-// its value behind it. Meanwhile the keys and values at `ahead`, if any, are called from memory.
-void AttendBlock(const float* const* rows, const float* const* ahead, int64_t count, int64_t size,
-                 const float* query, Partial& sum) {
-  alignas(32) float scores[kKeyBlock];
+// Takes a block of up to kKeyBlock keys into the sums of kRows rows that share a kv head; the key
+// of token i stands at keys[i], its value behind it. Keys that a row does not see weigh nothing.
+// Meanwhile the keys and values at `ahead`, if any, are called from memory.
+template <int kRows>
+void AttendBlock(const float* const* keys, const float* const* ahead, int64_t count, int64_t size,
+                 const Row* rows) {
+  alignas(32) float scores[kRows][kKeyBlock];
+  float shrink[kRows];
   for (int64_t i = 0; i < count; i += 4) {
-    const float* keys[4];
+    const float* four[4];
     for (int j = 0; j < 4; ++j) {
-      keys[j] = rows[std::min(i + j, count - 1)];
+      four[j] = keys[std::min(i + j, count - 1)];
       if (ahead != nullptr) Prefetch(ahead[std::min(i + j, count - 1)], 2 * size);
     }
-    Floats dots[4] = {};
+    Floats dots[kRows][4];
+    Each<kRows>(EACH(r) { Each<4>(EACH(j) { dots[r][j] = Floats{}; }); });
     for (int64_t h = 0; h < size; h += kLanes) {
-      const Floats part = Load(query + h);
-      for (int j = 0; j < 4; ++j) dots[j] = MulAdd(part, Load(keys[j] + h), dots[j]);
+      Floats parts[kRows];
+      Each<kRows>(EACH(r) { parts[r] = Load(rows[r].query + h); });
+      Each<4>(EACH(j) {
+        const Floats key = Load(four[j] + h);
+        Each<kRows>(EACH(r) { dots[r][j] = MulAdd(parts[r], key, dots[r][j]); });
+      });
     }
-    Sum4(dots, scores + i);
+    Each<kRows>(EACH(r) { Sum4(dots[r], scores[r] + i); });
   }
-  for (int64_t i = count; i % kLanes; ++i) scores[i] = -1e30f;
-  float peak = sum.peak;
-  for (int64_t i = 0; i < count; ++i) peak = std::max(peak, scores[i]);
-  const float shrink = Exp(Spread(sum.peak - peak))[0];
-  Floats total = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Floats weight = Exp(Load(scores + i) - peak);
-    Store(scores + i, weight);
-    total += weight;
+  for (int r = 0; r < kRows; ++r) {
+    Partial& sum = *rows[r].sum;
+    float* score = scores[r];
+    std::fill(score, score + rows[r].first, kUnseen);
+    std::fill(score + rows[r].last, score + (count + kLanes - 1) / kLanes * kLanes, kUnseen);
+    Floats most = Spread(sum.peak);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Floats part = Load(score + i);
+      most = part > most ? part : most;
+    }
+    float peak = most[0];
+    for (int lane = 1; lane < kLanes; ++lane) peak = std::max(peak, most[lane]);
+    shrink[r] = Exp(Spread(sum.peak - peak))[0];
+    Floats total = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Floats weight = Exp(Load(score + i) - peak);
+      Store(score + i, weight);
+      total += weight;
+    }
+    sum.total = sum.total * shrink[r] + Sum(total);
+    sum.peak = peak;
   }
-  sum.total = sum.total * shrink + Sum(total);
-  sum.peak = peak;
   int64_t h = 0;
-  for (; h + 8 * kLanes <= size; h += 8 * kLanes)
-    Weigh<8>(rows, size + h, scores, count, shrink, sum.mixed + h);
-  for (; h < size; h += kLanes) Weigh<1>(rows, size + h, scores, count, shrink, sum.mixed + h);
+  for (; h + 4 * kLanes <= size; h += 4 * kLanes)
+    Weigh<kRows, 4>(keys, size, count, scores, shrink, rows, h);
+  for (; h < size; h += kLanes) Weigh<kRows, 1>(keys, size, count, scores, shrink, rows, h);
 }
 
-// Takes keys [first, last) of a sequence into the sums of all query heads, `group` of them to each
-// kv head. Blocks begin at `first`, which depends on the query's position alone.
-void Attend(const Cache& cache, const int32_t* table, const float* q, int64_t group, int64_t first,
-            int64_t last, Partial* sums) {
-  const int64_t size = cache.head_size;
-  const float *rows[kKeyBlock], *ahead[kKeyBlock];
-  for (int64_t start = first; start < last; start += kKeyBlock) {
-    const int64_t count = std::min(kKeyBlock, last - start);
-    const bool more = start + kKeyBlock < last;
-    for (int64_t i = 0; i < count; ++i) {
-      rows[i] = cache.Token(table, start + i);
-      if (more) ahead[i] = cache.Token(table, std::min(start + kKeyBlock + i, last - 1));
+// Takes keys of a sequence into the sums [count, heads] of some queries, `group` heads of which
+// share a kv head: of query j the keys [first(j), last(j)). Blocks lie at multiples of kKeyBlock,
+// so a query's sums do not depend on the queries beside it.
+template <typename First, typename Last>
+void Attend(const Cache& cache, const int32_t* table, const float* queries, int64_t count,
+            int64_t group, const First& first, const Last& last, Partial* sums) {
+  const int64_t size = cache.head_size, heads = cache.kv_heads * group, end = last(count - 1);
+  const float *keys[kKeyBlock], *ahead[kKeyBlock];
+  std::vector<Row> rows;
+  for (int64_t start = first(0) / kKeyBlock * kKeyBlock; start < end; start += kKeyBlock) {
+    const int64_t from = std::max(start, first(0)), to = std::min(start + kKeyBlock, end);
+    const bool more = to < end;
+    // Tokens before the first that is seen may have left the pages: their places stand for no one.
+    for (int64_t i = 0; i < to - start; ++i) {
+      keys[i] = cache.Token(table, std::max(start + i, from));
+      if (more) ahead[i] = cache.Token(table, std::min(to + i, end - 1));
     }
     for (int64_t k = 0; k < cache.kv_heads; ++k) {
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t head = k * group + g;
-        AttendBlock(rows, more && g == 0 ? ahead : nullptr, count, size, q + head * size,
-                    sums[head]);
+      rows.clear();
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t seen = std::max(first(j), start), unseen = std::min(last(j), to);
+        for (int64_t head = k * group; seen < unseen && head < (k + 1) * group; ++head) {
+          const int64_t row = j * heads + head;
+          rows.push_back({queries + row * size, seen - start, unseen - start, sums + row});
+        }
       }
-      for (int64_t i = 0; i < count; ++i) {
-        rows[i] += 2 * size;
+      const int64_t n = static_cast<int64_t>(rows.size());
+      const float* const* next = more ? ahead : nullptr;
+      int64_t r = 0;
+      for (; r + 3 <= n; r += 3, next = nullptr)
+        AttendBlock<3>(keys, next, to - start, size, rows.data() + r);
+      if (r + 2 <= n) AttendBlock<2>(keys, next, to - start, size, rows.data() + r), r += 2, next = nullptr;
+      if (r < n) AttendBlock<1>(keys, next, to - start, size, rows.data() + r);
+      for (int64_t i = 0; i < to - start; ++i) {
+        keys[i] += 2 * size;
         if (more) ahead[i] += 2 * size;
       }
     }
@@ -818,33 +868,33 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
   ParallelFor(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[i];
-    std::vector<float> scaled(heads * size);
-    std::vector<Partial> sums(heads);
-    const int64_t begin = std::max(visible(task.position), task.span * kSpan);
-    const int64_t end = std::min({begin + kKeyBlock, task.position + 1, (task.span + 1) * kSpan});
+    const auto first = [&](int64_t j) {
+      return std::max(visible(task.position + j), task.span * kSpan);
+    };
+    const auto last = [&](int64_t j) {
+      return std::min(task.position + j + 1, (task.span + 1) * kSpan);
+    };
+    const int64_t begin = first(0), end = std::min(begin + kKeyBlock, last(task.count - 1));
     for (int64_t key = begin; key < end; ++key)
       Prefetch(cache.Token(task.table, key), cache.TokenStride());
-    for (int64_t j = 0; j < task.count; ++j) {
-      const int64_t position = task.position + j;
-      const int64_t first = std::max(visible(position), task.span * kSpan);
-      const int64_t last = std::min(position + 1, (task.span + 1) * kSpan);
-      const float* query = q.typed_data() + (task.token + j) * heads * size;
-      for (int64_t h = 0; h < heads * size; ++h) scaled[h] = query[h] * scale;
-      float* partial = task.partial + j * record;
-      std::fill(partial, partial + record, 0.0f);
-      for (int64_t head = 0; head < heads; ++head)
-        sums[head] = {-1e30f, 0.0f, partial + head * (2 + size) + 2};
-      Attend(cache, task.table, scaled.data(), group, first, last, sums.data());
-      for (int64_t head = 0; head < heads; ++head) {
-        partial[head * (2 + size)] = sums[head].peak;
-        partial[head * (2 + size) + 1] = sums[head].total;
-      }
+    const int64_t rows = task.count * heads;
+    std::vector<float> scaled(rows * size);
+    std::vector<Partial> sums(rows);
+    const float* queries = q.typed_data() + task.token * heads * size;
+    for (int64_t h = 0; h < rows * size; ++h) scaled[h] = queries[h] * scale;
+    std::fill(task.partial, task.partial + task.count * record, 0.0f);
+    for (int64_t row = 0; row < rows; ++row)
+      sums[row] = {kUnseen, 0.0f, task.partial + row * (2 + size) + 2};
+    Attend(cache, task.table, scaled.data(), task.count, group, first, last, sums.data());
+    for (int64_t row = 0; row < rows; ++row) {
+      task.partial[row * (2 + size)] = sums[row].peak;
+      task.partial[row * (2 + size) + 1] = sums[row].total;
     }
   });
   for (size_t i = 0; i < tasks.size(); i += tasks[i].spans) {
     for (int64_t row = 0; row < tasks[i].count * heads; ++row) {
       float* y = out + (tasks[i].token * heads + row) * size;
-      float peak = -1e30f, total = 0;
+      float peak = kUnseen, total = 0;
       for (int64_t span = 0; span < tasks[i].spans; ++span)
         peak = std::max(peak, tasks[i + span].partial[row * (2 + size)]);
       std::fill(y, y + size, 0.0f);
