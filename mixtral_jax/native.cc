@@ -655,9 +655,10 @@ struct Partial {
   float* mixed;  // [H], sum of exp(score - peak) * value
 };
 
-// Calls n floats from memory. Keys of one head lie too far apart for the processor to guess.
+// Calls n floats into the second cache; a block would push itself out of the first. Keys of one
+// head lie too far apart for the processor to guess.
 inline void Prefetch(const float* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 0, 2);
 }
 
 // The sums of four vectors.
@@ -772,7 +773,6 @@ void Attend(const Cache& cache, const int32_t* table, const float* queries, int6
     // Tokens before the first that is seen may have left the pages: their places stand for no one.
     for (int64_t i = 0; i < to - start; ++i) {
       keys[i] = cache.Token(table, std::max(start + i, from));
-      if (more) ahead[i] = cache.Token(table, std::min(to + i, end - 1));
     }
     for (int64_t k = 0; k < cache.kv_heads; ++k) {
       rows.clear();
@@ -783,6 +783,11 @@ void Attend(const Cache& cache, const int32_t* table, const float* queries, int6
           rows.push_back({queries + row * size, seen - start, unseen - start, sums + row});
         }
       }
+      // The next block in the order of memory, a part with each head of this one.
+      for (int64_t i = 0; more && i < kKeyBlock; ++i) {
+        const int64_t part = k * kKeyBlock + i, token = std::min(to + part / cache.kv_heads, end - 1);
+        ahead[i] = cache.Token(table, token) + part % cache.kv_heads * 2 * size;
+      }
       const int64_t n = static_cast<int64_t>(rows.size());
       const float* const* next = more ? ahead : nullptr;
       int64_t r = 0;
@@ -790,10 +795,7 @@ void Attend(const Cache& cache, const int32_t* table, const float* queries, int6
         AttendBlock<3>(keys, next, to - start, size, rows.data() + r);
       if (r + 2 <= n) AttendBlock<2>(keys, next, to - start, size, rows.data() + r), r += 2, next = nullptr;
       if (r < n) AttendBlock<1>(keys, next, to - start, size, rows.data() + r);
-      for (int64_t i = 0; i < to - start; ++i) {
-        keys[i] += 2 * size;
-        if (more) ahead[i] += 2 * size;
-      }
+      for (int64_t i = 0; i < to - start; ++i) keys[i] += 2 * size;
     }
   }
 }
