@@ -37,8 +37,8 @@ from mixtral_jax.model import Transformer
 from mixtral_jax.moe import MoE, route
 from serving.bench import facts
 from serving.engine import Engine, compile_steps
+from serving.plan import Limits
 from serving.request import Request, SamplingParams
-from serving.scheduler import Limits
 
 ROWS = 8
 SHORT, LONG = 128, 2048

@@ -72,9 +72,13 @@ def http(repeats: int) -> dict[str, float]:
     }
 
 
-def table(engine: dict[str, Any], over: dict[str, float], peers: dict[str, Any]) -> str:
+def table(
+    machine: dict[str, Any],
+    engine: dict[str, Any],
+    over: dict[str, float],
+    results: list[dict[str, Any]],
+) -> str:
     """The markdown between the marks."""
-    machine = peers["facts"]
     lines = [
         BEGIN,
         f"{machine['cores']} cores of {machine['cpu']}, jax {machine['jax']}; SmolLM2-135M-Instruct"
@@ -85,7 +89,7 @@ def table(engine: dict[str, Any], over: dict[str, float], peers: dict[str, Any])
         "|---|---|---|---|---|---|",
     ]
     for name, target in TARGETS.items():
-        rows = [r for r in peers["results"] if _key(r) == name]
+        rows = [r for r in results if _key(r) == name]
         if rows:
             best = max(rows, key=lambda row: statistics.median(_speeds(row, "theirs")))
             mine, other = (statistics.median(_speeds(best, who)) for who in ("ours", "theirs"))
@@ -133,7 +137,9 @@ def _verdict(value: float, *, at_least: float = 0.0, at_most: float = float("inf
 
 
 def main(
-    peers_json: Annotated[Path | None, typer.Option(help="Of benchmarks.peers.")] = None,
+    peers_json: Annotated[
+        list[Path] | None, typer.Option(help="Of benchmarks.peers; may be given for each peer.")
+    ] = None,
     engine_json: Annotated[Path | None, typer.Option(help="Of benchmarks.engine.")] = None,
     http_json: Annotated[Path | None, typer.Option(help="Of an earlier run of this.")] = None,
     repeats: Annotated[int, typer.Option(help="How often each is measured.")] = 5,
@@ -151,13 +157,17 @@ def main(
     if http_json is None:
         http_json = folder / "http.json"
         write_json(http_json, {"facts": facts(), **http(repeats)})
-    if peers_json is None:
-        peers_json = folder / "peers.json"
-        _run("benchmarks.peers", f"--our={INT8}", f"--json={peers_json}", f"--repeats={repeats}")
-    content = [json.loads(path.read_text()) for path in (engine_json, http_json, peers_json)]
+    if not peers_json:
+        peers_json = [folder / "peers.json"]
+        _run("benchmarks.peers", f"--our={INT8}", f"--json={peers_json[0]}", f"--repeats={repeats}")
+    engine, over, *peers = (
+        json.loads(path.read_text()) for path in (engine_json, http_json, *peers_json)
+    )
+    results = [row for one in peers for row in one["results"]]
     text = README.read_text()
     before, rest = text.split(BEGIN)
-    README.write_text(before + table(*content) + rest.split(END)[1])
+    written = table(peers[0]["facts"], engine, over, results)
+    README.write_text(before + written + rest.split(END)[1])
 
 
 def _run(module: str, *arguments: str) -> None:

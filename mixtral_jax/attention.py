@@ -72,7 +72,8 @@ def write_and_attend(
     def on_cpu() -> tuple[jax.Array, jax.Array]:
         return native.paged(q, k, v, pages, batch, window)
 
-    fits = q.dtype == pages.dtype == jnp.float32 and q.shape[-1] % native.LANES == 0
+    fits = q.dtype == jnp.float32 and q.shape[-1] % native.LANES == 0
+    fits &= pages.dtype in (jnp.float32, jnp.int8)
     return native.on_cpu(on_cpu, xla) if fits else xla()
 
 
@@ -168,7 +169,8 @@ class _Walk(NamedTuple):
             index = jax.lax.dynamic_slice(
                 self.table, (jnp.zeros_like(i), i * self.per_block), (rows, self.per_block)
             )
-            kv = self.pages[index].reshape(rows, self.block, kv_heads, 2, size)
+            kv = cache.read(self.pages[index], q.dtype)
+            kv = kv.reshape(rows, self.block, kv_heads, 2, size)
             scores = jnp.einsum(
                 "RKGH,RSKH->RKGS", q, kv[:, :, :, 0], preferred_element_type=jnp.float32
             )
@@ -218,7 +220,7 @@ class _Walk(NamedTuple):
 
         def step(i: jax.Array, softmax: _Softmax) -> _Softmax:
             index = jax.lax.dynamic_slice(self.table, (s, i * self.per_block), (1, self.per_block))
-            kv = self.pages[index[0]].reshape(self.block, kv_heads, 2, size)
+            kv = cache.read(self.pages[index[0]], q.dtype).reshape(self.block, kv_heads, 2, size)
             scores = jnp.einsum(
                 "RKGH,SKH->RKGS", q, kv[:, :, 0], preferred_element_type=jnp.float32
             )

@@ -17,7 +17,7 @@ A letter of its own for K and V of one page, interleaved: `C` (C = 2 * K).
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Float32, Int, Int8, Int32
 
 # Activations.
 Tokens = Int[Array, "B T"]
@@ -37,7 +37,7 @@ Choice = Int[Array, "T X"]
 ChoiceWeights = Float[Array, "T X"]
 
 # The cache.
-Pages = Float[Array, "P Y C H"]
+Pages = Float[Array, "P Y C H"] | Int8[Array, "P Y C _"]  # int8: see cache.py
 PageTable = Int[Array, "S W"]
 FlatTokens = Int[Array, " T"]
 Lengths = Int[Array, " S"]

@@ -5,6 +5,9 @@ C = 2K heads, key and value of each head next to one another (k0 v0 k1 v1 ...). 
 pages in any order; its row of the page table lists them. This, and `RaggedBatch`, is the layout of
 JAX's TPU kernel `ragged_paged_attention`.
 
+Pages of int8 take about a quarter of float32's memory: each head's H values are rounded to
+int8 with a scale of their own, whose four bytes (float32) stand behind them: [P Y C H+4].
+
 Worked example: page size 4, three sequences. Two are in decode, with 5 and 9 tokens cached after
 this step, and one brings a prompt chunk of 3 tokens after 4 that are already cached:
 
@@ -21,11 +24,14 @@ Token d (position 5) goes to page_table[2][5 // 4] = page 4, place 5 % 4 = 1.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mixtral_jax.axes import FlatKeys, FlatTokens, Lengths, Pages, PageTable, QueryStarts, Scalar
 from mixtral_jax.config import ModelConfig
+
+_SCALE_BYTES = 4
 
 
 class RaggedBatch(NamedTuple):
@@ -60,7 +66,7 @@ class PagedCache(NamedTuple):
     def empty(
         cls, config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike
     ) -> "PagedCache":
-        shape = (num_pages, page_size, 2 * config.num_kv_heads, config.head_size)
+        shape = (num_pages, page_size, 2 * config.num_kv_heads, _places(config, dtype))
         return cls(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)))
 
     @property
@@ -70,6 +76,17 @@ class PagedCache(NamedTuple):
     @property
     def page_size(self) -> int:
         return self.layers[0].shape[1]
+
+
+def token_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
+    """What one token takes in all layers together."""
+    each = _places(config, dtype) * jnp.dtype(dtype).itemsize
+    return config.num_layers * 2 * config.num_kv_heads * each
+
+
+def _places(config: ModelConfig, dtype: DTypeLike) -> int:
+    """Elements that a head takes of a page."""
+    return config.head_size + (_SCALE_BYTES if jnp.dtype(dtype) == jnp.int8 else 0)
 
 
 def write(pages: Pages, k: FlatKeys, v: FlatKeys, batch: RaggedBatch) -> Pages:
@@ -82,4 +99,23 @@ def write(pages: Pages, k: FlatKeys, v: FlatKeys, batch: RaggedBatch) -> Pages:
     # A place out of range is dropped by the scatter.
     page = jnp.where(in_use, page, num_pages)
     both = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])
-    return pages.at[page, batch.positions % page_size].set(both.astype(pages.dtype), mode="drop")
+    both = rounded(both) if pages.dtype == jnp.int8 else both.astype(pages.dtype)
+    return pages.at[page, batch.positions % page_size].set(both, mode="drop")
+
+
+def rounded(heads: jax.Array) -> jax.Array:
+    """Heads [T C H] as pages of int8 hold them, [T C H+4]."""
+    wide = heads.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
+    inverse = jnp.where(scale > 0, 1 / jnp.maximum(scale, 1e-38), 0)
+    values = jnp.round(wide * inverse).astype(jnp.int8)
+    scale_bytes = jax.lax.bitcast_convert_type(scale[..., 0], jnp.int8)
+    return jnp.concatenate([values, scale_bytes], axis=-1)
+
+
+def read(pages: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Some pages' heads as values: [... C H], or int8 [... C H+4], -> [... C H] of `dtype`."""
+    if pages.dtype != jnp.int8:
+        return pages.astype(dtype)
+    scale = jax.lax.bitcast_convert_type(pages[..., -_SCALE_BYTES:], jnp.float32)
+    return (pages[..., :-_SCALE_BYTES].astype(jnp.float32) * scale[..., None]).astype(dtype)

@@ -199,6 +199,10 @@ def serve(
         int | None,
         typer.Option(min=1, help="MiB for keys and values; default: a part of what is free."),
     ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="int8: keys and values take a quarter of float32's memory."),
+    ] = None,
     no_prefix_reuse: Annotated[
         bool, typer.Option("--no-prefix-reuse", help="Compute every prompt from its beginning.")
     ] = False,
@@ -223,6 +227,7 @@ def serve(
         "max-step-tokens": max_step_tokens,
         "max-waiting": max_waiting,
         "kv-memory": kv_memory,
+        "kv-dtype": kv_dtype,
         "metrics-port": metrics_port,
         "dtype": dtype,
     }

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mixtral_jax.axes import PackedDraws, Pages
 from mixtral_jax.cache import PagedCache, RaggedBatch
@@ -120,12 +121,14 @@ def generate_draws(
     temperature: float = 0.0,
     top_logprobs: int | None = 0,
     eos_ids: frozenset[int] = frozenset(),
+    cache_dtype: DTypeLike | None = None,
     **sampling: Unpack[Sampling],
 ) -> Iterator[Draw]:
     """Yields up to `max_tokens` draws after the prompt; stops after one of `eos_ids`.
 
     `temperature` is within 0 and 2; 0 takes the likeliest token. `top_logprobs` is the number of
     likeliest tokens, up to 20, whose logprobs come with each draw; None for no logprobs at all.
+    `cache_dtype` is that of keys and values, such as int8; None for the model's own.
     Raises ValueError for an empty prompt, for one that leaves no room in the context, and for
     parameters out of range; TypeError for parameters that do not exist.
     """
@@ -145,8 +148,8 @@ def generate_draws(
     # A power of two, so that prompts of similar length share one compilation.
     longest = len(prompt_ids) + min(max_tokens, room)
     num_pages = _power_of_two(-(-longest // _PAGE_SIZE))
-    dtype = model.dtype
-    layers = list(PagedCache.empty(model.config, num_pages, _PAGE_SIZE, dtype).layers)
+    kind = model.dtype if cache_dtype is None else cache_dtype
+    layers = list(PagedCache.empty(model.config, num_pages, _PAGE_SIZE, kind).layers)
     knobs = _Knobs(asked, eos_ids, len(prompt_ids), num_pages * _PAGE_SIZE)
     ids, done = list(prompt_ids), 0
     for _ in range(min(max_tokens, room)):

@@ -236,4 +236,13 @@ class FeedForward(nnx.Module):
 
     def paged(self, x: FlatHidden) -> FlatHidden:
         gate, up = project(x, self.gate, self.up)
-        return project(jax.nn.silu(gate) * up, self.down)[0]
+
+        def on_cpu() -> jax.Array:
+            return native.swiglu(gate, up)
+
+        def xla() -> jax.Array:
+            return jax.nn.silu(gate) * up
+
+        # XLA:CPU gives it one thread, and takes a twelfth of a prompt's time for it.
+        hidden = native.on_cpu(on_cpu, xla) if x.dtype == jnp.float32 else xla()
+        return project(hidden, self.down)[0]

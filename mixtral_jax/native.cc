@@ -154,6 +154,7 @@ T* Room(int64_t n) {
 
 constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
 
 inline Floats Load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
@@ -321,6 +322,14 @@ inline float Peak(const float* row, int64_t n) {
   return peak;
 }
 
+// Rounds n floats to -127 .. 127; returns their scale: row = values * scale.
+template <typename Value>
+inline float Round(const float* row, int64_t n, Value* values) {
+  const float scale = Peak(row, n) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  for (int64_t i = 0; i < n; ++i) values[i] = static_cast<Value>(__builtin_rintf(row[i] * inverse));
+  return scale;
+}
+
 // Rows of activations as the products take them.
 struct FloatRows {
   using Weight = float;
@@ -344,12 +353,9 @@ struct Int8Rows {
     constexpr int64_t kBlock = 8;
     ParallelFor(pool, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
       for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
-        const float* row = x + r * n;
         int16_t* to = values + r * stride;
-        const float scale = Peak(row, n) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int16_t>(__builtin_rintf(row[i] * inverse));
+        scales[r] = Round(x + r * n, n, to);
         std::fill(to + n, to + stride, int16_t{0});
-        scales[r] = scale;
       }
     });
   }
@@ -633,6 +639,28 @@ ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
   return ffi::Error::Success();
 }
 
+// ---- SwiGLU -------------------------------------------------------------------------------------
+
+// swiglu(gate [R F] f32, up [R F] f32) -> gate / (1 + exp(-gate)) * up
+ffi::Error Swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate, ffi::Buffer<ffi::F32> up,
+                  ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t n = static_cast<int64_t>(gate.element_count());
+  const auto product = [](Floats g, Floats u) {
+    const Floats power = Exp(g < 0.0f ? g : -g);  // exp(-|g|)
+    return g * ((g < 0.0f ? power : Spread(1.0f)) / (1.0f + power)) * u;
+  };
+  constexpr int64_t kBlock = 8192;
+  ParallelFor(pool, (n + kBlock - 1) / kBlock, [&](int64_t block) {
+    const float *g = gate.typed_data(), *u = up.typed_data();
+    float* out = y->typed_data();
+    int64_t i = block * kBlock;
+    const int64_t end = std::min(n, i + kBlock);
+    for (; i + kLanes <= end; i += kLanes) Store(out + i, product(Load(g + i), Load(u + i)));
+    for (; i < end; ++i) out[i] = product(Spread(g[i]), Spread(u[i]))[0];
+  });
+  return ffi::Error::Success();
+}
+
 // ---- Attention over pages -----------------------------------------------------------------------
 
 constexpr int64_t kKeyBlock = 64;     // keys that are scored before their values are weighed
@@ -641,11 +669,39 @@ constexpr int64_t kQueryBlock = 8;    // queries of one task
 constexpr float kUnseen = -1e30f;     // the score of a key that a query does not see
 
 struct Cache {
-  float* pages;  // [P Y 2K H]
+  char* pages;  // [P Y 2K H] float, or [P Y 2K H+4] int8: a head's values and their scale
   int64_t page_size, kv_heads, head_size;
-  int64_t TokenStride() const { return 2 * kv_heads * head_size; }
-  float* Token(const int32_t* table, int64_t position) const {
-    return pages + (table[position / page_size] * page_size + position % page_size) * TokenStride();
+  bool rounded;
+
+  int64_t HeadBytes() const { return head_size * (rounded ? 1 : 4) + (rounded ? 4 : 0); }
+  int64_t PairBytes() const { return 2 * HeadBytes(); }  // a key and its value
+  int64_t TokenBytes() const { return kv_heads * PairBytes(); }
+  char* Token(const int32_t* table, int64_t position) const {
+    return pages + (table[position / page_size] * page_size + position % page_size) * TokenBytes();
+  }
+  void Put(char* head, const float* row) const {
+    if (!rounded) {
+      std::memcpy(head, row, head_size * sizeof(float));
+      return;
+    }
+    const float scale = Round(row, head_size, reinterpret_cast<int8_t*>(head));
+    std::memcpy(head + head_size, &scale, sizeof scale);
+  }
+  // The 2 H floats of a key and its value; `room` is for those that are not floats yet.
+  const float* Pair(const char* pair, float* room) const {
+    if (!rounded) return reinterpret_cast<const float*>(pair);
+    for (int64_t part = 0; part < 2; ++part) {
+      const char* head = pair + part * HeadBytes();
+      float scale;
+      std::memcpy(&scale, head + head_size, sizeof scale);
+      for (int64_t h = 0; h < head_size; h += kLanes) {
+        Bytes values;
+        std::memcpy(&values, head + h, sizeof values);
+        Store(room + part * head_size + h,
+              __builtin_convertvector(__builtin_convertvector(values, Ints), Floats) * scale);
+      }
+    }
+    return room;
   }
 };
 
@@ -655,10 +711,10 @@ struct Partial {
   float* mixed;  // [H], sum of exp(score - peak) * value
 };
 
-// Calls n floats into the second cache; a block would push itself out of the first. Keys of one
+// Calls n bytes into the second cache; a block would push itself out of the first. Keys of one
 // head lie too far apart for the processor to guess.
-inline void Prefetch(const float* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 0, 2);
+inline void Prefetch(const char* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 // The sums of four vectors.
@@ -706,17 +762,17 @@ inline void Weigh(const float* const* values, int64_t offset, int64_t count,
 
 // Takes a block of up to kKeyBlock keys into the sums of kRows rows that share a kv head; the key
 // of token i stands at keys[i], its value behind it. Keys that a row does not see weigh nothing.
-// Meanwhile the keys and values at `ahead`, if any, are called from memory.
+// Meanwhile the keys and values at `ahead`, if any, of so many bytes, are called from memory.
 template <int kRows>
-void AttendBlock(const float* const* keys, const float* const* ahead, int64_t count, int64_t size,
-                 const Row* rows) {
+void AttendBlock(const float* const* keys, const char* const* ahead, int64_t bytes, int64_t count,
+                 int64_t size, const Row* rows) {
   alignas(32) float scores[kRows][kKeyBlock];
   float shrink[kRows];
   for (int64_t i = 0; i < count; i += 4) {
     const float* four[4];
     for (int j = 0; j < 4; ++j) {
       four[j] = keys[std::min(i + j, count - 1)];
-      if (ahead != nullptr) Prefetch(ahead[std::min(i + j, count - 1)], 2 * size);
+      if (ahead != nullptr) Prefetch(ahead[std::min(i + j, count - 1)], bytes);
     }
     Floats dots[kRows][4];
     Each<kRows>(EACH(r) { Each<4>(EACH(j) { dots[r][j] = Floats{}; }); });
@@ -765,14 +821,17 @@ template <typename First, typename Last>
 void Attend(const Cache& cache, const int32_t* table, const float* queries, int64_t count,
             int64_t group, const First& first, const Last& last, Partial* sums) {
   const int64_t size = cache.head_size, heads = cache.kv_heads * group, end = last(count - 1);
-  const float *keys[kKeyBlock], *ahead[kKeyBlock];
+  const int64_t bytes = cache.PairBytes();
+  const float* keys[kKeyBlock];
+  const char *tokens[kKeyBlock], *ahead[kKeyBlock];
+  std::vector<float> wide(cache.rounded ? kKeyBlock * 2 * size : 0);
   std::vector<Row> rows;
   for (int64_t start = first(0) / kKeyBlock * kKeyBlock; start < end; start += kKeyBlock) {
     const int64_t from = std::max(start, first(0)), to = std::min(start + kKeyBlock, end);
     const bool more = to < end;
     // Tokens before the first that is seen may have left the pages: their places stand for no one.
     for (int64_t i = 0; i < to - start; ++i) {
-      keys[i] = cache.Token(table, std::max(start + i, from));
+      tokens[i] = cache.Token(table, std::max(start + i, from));
     }
     for (int64_t k = 0; k < cache.kv_heads; ++k) {
       rows.clear();
@@ -786,39 +845,46 @@ void Attend(const Cache& cache, const int32_t* table, const float* queries, int6
       // The next block in the order of memory, a part with each head of this one.
       for (int64_t i = 0; more && i < kKeyBlock; ++i) {
         const int64_t part = k * kKeyBlock + i, token = std::min(to + part / cache.kv_heads, end - 1);
-        ahead[i] = cache.Token(table, token) + part % cache.kv_heads * 2 * size;
+        ahead[i] = cache.Token(table, token) + part % cache.kv_heads * bytes;
       }
+      for (int64_t i = 0; i < to - start; ++i)
+        keys[i] = cache.Pair(tokens[i] + k * bytes, wide.data() + i * 2 * size);
       const int64_t n = static_cast<int64_t>(rows.size());
-      const float* const* next = more ? ahead : nullptr;
+      const char* const* next = more ? ahead : nullptr;
       int64_t r = 0;
       for (; r + 3 <= n; r += 3, next = nullptr)
-        AttendBlock<3>(keys, next, to - start, size, rows.data() + r);
-      if (r + 2 <= n) AttendBlock<2>(keys, next, to - start, size, rows.data() + r), r += 2, next = nullptr;
-      if (r < n) AttendBlock<1>(keys, next, to - start, size, rows.data() + r);
-      for (int64_t i = 0; i < to - start; ++i) keys[i] += 2 * size;
+        AttendBlock<3>(keys, next, bytes, to - start, size, rows.data() + r);
+      if (r + 2 <= n) {
+        AttendBlock<2>(keys, next, bytes, to - start, size, rows.data() + r);
+        r += 2, next = nullptr;
+      }
+      if (r < n) AttendBlock<1>(keys, next, bytes, to - start, size, rows.data() + r);
     }
   }
 }
 
-// paged(q [T N H], k [T K H], v [T K H], pages [P Y 2K H], lengths [S], query_starts [S+1],
+// paged(q [T N H], k [T K H], v [T K H], pages [P Y 2K H] or s8 [P Y 2K H+4], lengths [S], query_starts [S+1],
 //       page_table [S W], num_sequences []) -> mixed [T N H], pages
 //
 // Writes the new keys and values into the pages, which are the same buffer before and after, then
 // attends: query t at position p of its sequence sees positions max(0, p - window + 1) .. p.
 // `window` 0 means all. Places of unused tokens are zero.
 ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
-                 ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::F32> pages,
+                 ffi::Buffer<ffi::F32> v, ffi::AnyBuffer pages,
                  ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> query_starts,
                  ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> num_sequences,
-                 ffi::ResultBuffer<ffi::F32> mixed, ffi::ResultBuffer<ffi::F32> pages_out,
+                 ffi::ResultBuffer<ffi::F32> mixed, ffi::Result<ffi::AnyBuffer> pages_out,
                  int64_t window) {
   const int64_t tokens = q.dimensions()[0], heads = q.dimensions()[1], size = q.dimensions()[2];
   const int64_t kv_heads = k.dimensions()[1], group = heads / kv_heads;
   if (size % kLanes) return ffi::Error::InvalidArgument("paged: the head size must be a multiple of 8");
-  if (pages_out->typed_data() != pages.typed_data()) {
-    std::memcpy(pages_out->typed_data(), pages.typed_data(), pages.size_bytes());
-  }
-  const Cache cache{pages_out->typed_data(), pages.dimensions()[1], kv_heads, size};
+  const bool rounded = pages.element_type() == ffi::S8;
+  if (!rounded && pages.element_type() != ffi::F32)
+    return ffi::Error::InvalidArgument("paged: pages must be f32 or s8");
+  if (pages_out->untyped_data() != pages.untyped_data())
+    std::memcpy(pages_out->untyped_data(), pages.untyped_data(), pages.size_bytes());
+  const Cache cache{static_cast<char*>(pages_out->untyped_data()), pages.dimensions()[1], kv_heads,
+                    size, rounded};
   const int32_t* starts = query_starts.typed_data();
   const int64_t sequences = num_sequences.typed_data()[0], width = page_table.dimensions()[1];
   float* out = mixed->typed_data();
@@ -827,11 +893,11 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
   for (int64_t s = 0; s < sequences; ++s) {
     const int32_t* table = page_table.typed_data() + s * width;
     for (int64_t t = starts[s]; t < starts[s + 1]; ++t) {
-      float* place = cache.Token(table, lengths.typed_data()[s] - (starts[s + 1] - t));
+      char* place = cache.Token(table, lengths.typed_data()[s] - (starts[s + 1] - t));
       for (int64_t head = 0; head < kv_heads; ++head) {
         const int64_t from = (t * kv_heads + head) * size;
-        std::memcpy(place + 2 * head * size, k.typed_data() + from, size * sizeof(float));
-        std::memcpy(place + (2 * head + 1) * size, v.typed_data() + from, size * sizeof(float));
+        cache.Put(place + head * cache.PairBytes(), k.typed_data() + from);
+        cache.Put(place + head * cache.PairBytes() + cache.HeadBytes(), v.typed_data() + from);
       }
     }
   }
@@ -878,7 +944,7 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
     };
     const int64_t begin = first(0), end = std::min(begin + kKeyBlock, last(task.count - 1));
     for (int64_t key = begin; key < end; ++key)
-      Prefetch(cache.Token(task.table, key), cache.TokenStride());
+      Prefetch(cache.Token(task.table, key), cache.TokenBytes());
     const int64_t rows = task.count * heads;
     std::vector<float> scaled(rows * size);
     std::vector<Partial> sums(rows);
@@ -935,17 +1001,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_norm, Norm,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("eps"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_swiglu, Swiglu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_paged, Paged,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("window"));

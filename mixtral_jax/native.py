@@ -5,7 +5,8 @@ cache) and registers them with JAX's foreign function interface. Without a compi
 MIXTRAL_JAX_NATIVE=0 in the environment, the answer is False and callers take their XLA forms, which
 compute the same more slowly. Accelerators never come here: callers ask by `on_cpu`.
 
-All kernels take and give float32; weights are float32, or int8 with a float32 scale per output.
+All kernels take and give float32; weights are float32, or int8 with a float32 scale per output;
+pages are float32, or int8 as cache.py says.
 """
 
 import ctypes
@@ -68,7 +69,7 @@ def available() -> bool:
         detail = getattr(error, "stderr", None) or error
         _log.warning("the CPU kernels cannot be built, steps are slower: %s", str(detail)[:500])
         return False
-    for name in ("linear", "grouped", "norm", "paged"):
+    for name in ("linear", "grouped", "norm", "swiglu", "paged"):
         handler = getattr(library, f"mixtral_jax_{name}")
         jax.ffi.register_ffi_target(f"mixtral_jax_{name}", jax.ffi.pycapsule(handler), "cpu")
     return True
@@ -100,6 +101,13 @@ def norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * weight for each row of x [R D]."""
     call = jax.ffi.ffi_call("mixtral_jax_norm", jax.ShapeDtypeStruct(x.shape, x.dtype))
     out: jax.Array = call(x, weight, eps=np.float32(eps))
+    return out
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up for [R F] each."""
+    call = jax.ffi.ffi_call("mixtral_jax_swiglu", jax.ShapeDtypeStruct(up.shape, up.dtype))
+    out: jax.Array = call(gate, up)
     return out
 
 

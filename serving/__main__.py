@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax import native
+from mixtral_jax.cache import token_bytes
 from mixtral_jax.checkpoint import parameter_shapes
 from mixtral_jax.compilation import CompilationCount, keep_programs
 from mixtral_jax.config import ModelConfig
@@ -28,8 +29,8 @@ from serving.engine import Engine, compile_steps
 from serving.memory import cache_bytes
 from serving.metrics import Metrics
 from serving.parent import end_with_parent
+from serving.plan import Limits
 from serving.proto import inference_pb2 as pb
-from serving.scheduler import Limits
 from serving.service import InferenceService, create_server, set_serving
 from serving.worker import EngineWorker
 
@@ -85,6 +86,12 @@ def _options() -> argparse.Namespace:
         "half of what they leave of a CPU's memory and at most 2048",
     )
     parser.add_argument(
+        "--kv-dtype",
+        choices=["int8"],
+        help="int8: keys and values take a quarter of float32's memory, half of bfloat16's; "
+        "default: as they are computed",
+    )
+    parser.add_argument(
         "--no-prefix-reuse", action="store_true", help="compute every prompt from its beginning"
     )
     parser.add_argument(
@@ -119,7 +126,7 @@ def _build(options: argparse.Namespace, metrics: Metrics) -> tuple[EngineWorker,
         model = pool.submit(pretrained.load, dtype=dtype)
         _say(f"room for {limits.num_pages * limits.page_size:,} tokens of all requests together")
         abstract = Transformer(card.model, dtype=dtype, rngs=None)
-        steps = compile_steps(abstract, limits, progress=_say)
+        steps = compile_steps(abstract, limits, _say, options.kv_dtype)
         engine = Engine(model.result(), limits, steps)
     info = pb.ModelInfo(
         name=card.name,
@@ -149,15 +156,14 @@ def _check_deterministic(dtype: str) -> None:
 
 
 def _limits(config: ModelConfig, dtype: jnp.dtype, options: argparse.Namespace) -> Limits:
-    cached = jnp.dtype(activation_dtype(dtype)).itemsize
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_size * cached
+    per_token = token_bytes(config, options.kv_dtype or activation_dtype(dtype))
     longest = options.max_sequences * config.max_context
     if options.kv_memory is not None:
         memory = options.kv_memory << 20
     else:
         shapes = parameter_shapes(config, dtype).values()
         memory = cache_bytes(sum(math.prod(one.shape) * one.dtype.itemsize for one in shapes))
-    num_pages = max(1, min(longest, memory // token_bytes) // _PAGE_SIZE)
+    num_pages = max(1, min(longest, memory // per_token) // _PAGE_SIZE)
     limits = Limits(
         num_pages=num_pages,
         page_size=_PAGE_SIZE,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mixtral_jax.axes import FlatHidden, FlatTokens, Pages, Rows
 from mixtral_jax.cache import PagedCache, RaggedBatch
@@ -34,8 +35,9 @@ from mixtral_jax.sampling import (
     sample,
     unpack,
 )
+from serving.plan import Chunk, Limits, Plan
 from serving.request import Drawn, Event, Request
-from serving.scheduler import Chunk, Limits, Plan, Scheduler
+from serving.scheduler import Scheduler
 
 MAX_BIASES = 320  # of one request: logit_bias and ids that may not be drawn yet
 _FEW_ROWS = 8
@@ -68,7 +70,8 @@ class Engine:
         self._limits = limits
         self._steps = steps
         self._parts = _Parts.of(model)
-        self._layers = list(_empty_cache(model, limits).layers)
+        pages = steps.pages
+        self._layers = [jnp.zeros(pages.shape, pages.dtype) for _ in self._parts.blocks]
         self._tokens: Rows = jnp.zeros(limits.max_sequences, jnp.int32)
         self._launched: _Launched | None = None
 
@@ -146,14 +149,21 @@ class _Launched:
 
 
 def compile_steps(
-    model: Transformer, limits: Limits, progress: Callable[[str], None] = lambda line: None
+    model: Transformer,
+    limits: Limits,
+    progress: Callable[[str], None] = lambda line: None,
+    cache_dtype: DTypeLike | None = None,
 ) -> "Steps":
     """Compiles the step of every bucket. The model may be abstract: only shapes matter.
 
-    `progress` is told in a line what is being compiled.
+    `cache_dtype` is that of keys and values, such as int8; None for the model's own. `progress` is
+    told in a line what is being compiled.
     """
     parts = _Parts.of(model)
-    pages = jax.eval_shape(lambda: _empty_cache(model, limits)).layers[0]
+    kind = model.dtype if cache_dtype is None else cache_dtype
+    pages = jax.eval_shape(
+        lambda: PagedCache.empty(model.config, limits.num_pages, limits.page_size, kind)
+    ).layers[0]
     sizes = buckets(limits)
     # One after the other: the compiler itself uses all cores.
     draw: dict[int, Any] = {}
@@ -166,16 +176,12 @@ def compile_steps(
             draw[rows] = parts.compile_draw(arrays, limits)
         programs[size] = _Programs(*parts.compile_walk(pages, arrays, limits), draw[rows])
     pairs = np.zeros((limits.max_sequences, 2), np.int32)
-    return Steps(programs, jax.jit(_copy, donate_argnums=0).lower(pages, pairs).compile())
+    return Steps(pages, programs, jax.jit(_copy, donate_argnums=0).lower(pages, pairs).compile())
 
 
 def _copy(pages: Pages, pairs: jax.Array) -> Pages:
     """Copies whole pages: pairs [S 2] of source and destination."""
     return pages.at[pairs[:, 1]].set(pages[pairs[:, 0]], mode="drop")
-
-
-def _empty_cache(model: Transformer, limits: Limits) -> PagedCache:
-    return PagedCache.empty(model.config, limits.num_pages, limits.page_size, model.dtype)
 
 
 def _arrays(plan: Plan, size: int, limits: Limits) -> "_Arrays":
@@ -285,6 +291,7 @@ class _Programs:
 class Steps:
     """All that an engine ever runs."""
 
+    pages: jax.ShapeDtypeStruct  # of each layer
     buckets: dict[int, _Programs]
     copy: Any  # (pages, pairs) -> pages; pages are donated
 

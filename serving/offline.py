@@ -15,8 +15,8 @@ from mixtral_jax.model import Transformer
 from mixtral_jax.pretrained import open_pretrained
 from serving.engine import Engine, compile_steps
 from serving.load import Answer, Level, Progress, summary
+from serving.plan import Limits
 from serving.request import Request, SamplingParams
-from serving.scheduler import Limits
 
 _PAGE_SIZE = 16
 

@@ -14,8 +14,8 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.generation import generate_draws, generate_tokens
 from mixtral_jax.model import Transformer
 from serving.engine import Engine, buckets, compile_steps
+from serving.plan import Limits
 from serving.request import Drawn, Request, SamplingParams
-from serving.scheduler import Limits
 
 VOCAB = 61
 SMALL = Limits(
@@ -51,8 +51,8 @@ def model(request: pytest.FixtureRequest) -> Transformer:
     return toy(None, request.param)
 
 
-def engine_of(model: Transformer, limits: Limits) -> Engine:
-    return Engine(model, limits, compile_steps(model, limits))
+def engine_of(model: Transformer, limits: Limits, cache_dtype: str | None = None) -> Engine:
+    return Engine(model, limits, compile_steps(model, limits, cache_dtype=cache_dtype))
 
 
 def random_requests(count: int, seed: int = 4) -> list[Request]:
@@ -88,7 +88,9 @@ def random_requests(count: int, seed: int = 4) -> list[Request]:
     ]
 
 
-def alone(model: Transformer, request: Request, choice: int) -> list[Drawn]:
+def alone(
+    model: Transformer, request: Request, choice: int, cache_dtype: str | None = None
+) -> list[Drawn]:
     """What the plain loop gives."""
     sampling = request.sampling
     draws = generate_draws(
@@ -107,6 +109,7 @@ def alone(model: Transformer, request: Request, choice: int) -> list[Drawn]:
         repetition_penalty=sampling.repetition_penalty,
         logit_bias=dict(sampling.logit_bias),
         seed=sampling.seed + choice,
+        cache_dtype=cache_dtype,
     )
     return [
         Drawn(token_id=d.token_id, logprob=d.logprob, top_logprobs=d.top_logprobs) for d in draws
@@ -165,6 +168,18 @@ def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) 
                 want = want[: len(got)]
             assert_near(got, want)
     assert engine.scheduler.num_free_pages == SMALL.num_pages
+
+
+def test_int8_pages_equal_the_plain_loop_with_int8_pages() -> None:
+    """Preempted, forked and found again: what was rounded once is the same rounded later."""
+    model = toy(None, "float32")
+    engine = engine_of(model, SMALL, cache_dtype="int8")
+    requests = random_requests(30)
+    out, _ = serve(engine, requests, seed=5)
+    assert engine.scheduler.preemptions > 10
+    for request in requests:
+        for choice in range(request.n):
+            assert_near(out[request.id, choice], alone(model, request, choice, "int8"))
 
 
 def test_a_window_needs_no_more_pages_than_two_windows() -> None:

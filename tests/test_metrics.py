@@ -17,8 +17,8 @@ import mixtral_jax
 from mixtral_jax.compilation import CompilationCount
 from serving.engine import Engine, compile_steps
 from serving.metrics import Metrics
+from serving.plan import Limits
 from serving.request import Request, SamplingParams
-from serving.scheduler import Limits
 from serving.worker import EngineWorker
 
 ROOT = Path(__file__).parent.parent

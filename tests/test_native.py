@@ -8,7 +8,7 @@ from flax import nnx
 
 from mixtral_jax import native
 from mixtral_jax.attention import paged_attention
-from mixtral_jax.cache import RaggedBatch, write
+from mixtral_jax.cache import RaggedBatch, read, rounded, write
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import RMSNorm, Scaled
 from mixtral_jax.moe import grouped_xla
@@ -69,6 +69,14 @@ def test_norm_equals_xla() -> None:
     np.testing.assert_array_equal(norm.paged(x[7:8]), together[7:8])
 
 
+def test_swiglu_equals_xla() -> None:
+    """Both signs, far out, and a size that leaves something over."""
+    gate, up = jnp.linspace(-120, 120, 3 * 5003).reshape(3, 5003), normal(0, 3, 5003)
+    got = native.swiglu(gate, up)
+    np.testing.assert_allclose(got, jax.nn.silu(gate) * up, rtol=1e-5, atol=1e-30)
+    np.testing.assert_array_equal(native.swiglu(gate[1:2], up[1:2]), got[1:2])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1]])
 def test_grouped_equals_xla(sizes: list[int], dtype: str) -> None:
@@ -98,31 +106,42 @@ def batch_of(lengths: list[int], news: list[int], page_size: int) -> RaggedBatch
     )
 
 
+def pages_of(batch: RaggedBatch, dtype: str) -> jax.Array:
+    """Pages [P 16 4 24] full of what was there before."""
+    old = normal(0, batch.page_table.size, 16, 4, 24)
+    return old if dtype == "float32" else rounded(old)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("window", [None, 3, 600])
-def test_paged_equals_xla(window: int | None) -> None:
+def test_paged_equals_xla(window: int | None, dtype: str) -> None:
     """Decodes and chunks; contexts within a span of 512 keys and across several."""
     batch = batch_of([1, 700, 1300, 9, 1100], [1, 1, 1, 9, 90], page_size=16)
-    tokens, pages = batch.tokens.shape[0], normal(0, batch.page_table.size, 16, 4, 24)
+    tokens, pages = batch.tokens.shape[0], pages_of(batch, dtype)
     q, k, v = normal(1, tokens, 6, 24), normal(2, tokens, 2, 24), normal(3, tokens, 2, 24)
     mixed, written = jax.jit(lambda: native.paged(q, k, v, pages, batch, window))()
     want_pages = write(pages, k, v, batch)
-    np.testing.assert_array_equal(written, want_pages)
-    want = paged_attention(q, want_pages, batch, window)
+    differ = written != want_pages
+    if dtype == "float32":
+        assert not jnp.any(differ)
+    else:  # half a step may be rounded up or down, by the last bit of 1 / scale
+        assert jnp.mean(differ) < 1e-3
+        step = jnp.max(jnp.abs(read(want_pages, jnp.float32))) / 127
+        gap = read(written, jnp.float32) - read(want_pages, jnp.float32)
+        assert jnp.max(jnp.abs(gap)) <= 1.001 * step
+    want = paged_attention(q, written, batch, window)
     np.testing.assert_allclose(mixed, want, rtol=0, atol=1e-5)
 
 
-def test_paged_rows_do_not_feel_each_other() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_paged_rows_do_not_feel_each_other(dtype: str) -> None:
     """The last query of a chunk of 90, of a chunk of 3, and alone: the same bits."""
-    pages, last = normal(0, 84, 16, 4, 24), []
-    for new in (90, 3, 1):
+    k, v = normal(2, 90, 2, 24), normal(3, 90, 2, 24)
+    pages, last = pages_of(batch_of([1300], [90], page_size=16), dtype), []
+    for new in (90, 3, 1):  # the first puts into the pages what the others find there
         batch = batch_of([1300], [new], page_size=16)
-        written = batch.page_table  # all 1300 positions are in the pages already
-        assert written.shape == (1, 82)
-        place = batch.positions
-        page, slot = batch.page_table[0][place // 16], place % 16
-        k, v = pages[page, slot, 0::2], pages[page, slot, 1::2]
         q = jnp.tile(normal(1, 1, 6, 24), (new, 1, 1))
-        mixed, _ = native.paged(q, k, v, pages, batch, None)
+        mixed, pages = native.paged(q, k[-new:], v[-new:], pages, batch, None)
         last.append(np.asarray(mixed[-1]))
     np.testing.assert_array_equal(last[0], last[1])
     np.testing.assert_array_equal(last[0], last[2])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from convert.export import export
 from convert.pieces import Piece
 from convert.quantize import ALPHA, quantize, smoothing
 from mixtral_jax import checkpoint
+from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.checkpoint import Card, ParameterWriter, count_parameters, parameter_shapes
 from mixtral_jax.config import ConfigError, ModelConfig
 from mixtral_jax.layers import Rotary
@@ -244,7 +246,29 @@ def test_weights_and_bytes_are_counted() -> None:
 # --- real weights, real text ---
 
 
-def perplexity(folder: Path, text: str) -> tuple[float, int]:
+def full(model: Transformer, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
+
+
+def through_int8_pages(model: Transformer, tokens: jax.Array) -> jax.Array:
+    """Logits [1 T V] of one sequence [1 T] whose keys and values are rounded."""
+    length = tokens.shape[1]
+    batch = RaggedBatch(
+        tokens=tokens[0],
+        positions=jnp.arange(length),
+        lengths=jnp.asarray([length]),
+        query_starts=jnp.asarray([0, length]),
+        page_table=jnp.arange(length // 16)[None],
+        num_decodes=jnp.int32(0),
+        num_sequences=jnp.int32(1),
+    )
+    cache = PagedCache.empty(model.config, length // 16, 16, jnp.int8)
+    return model.paged_logits(model.paged(batch, cache)[0])[None]
+
+
+def perplexity(
+    folder: Path, text: str, logits: Callable[[Transformer, jax.Array], jax.Array] = full
+) -> tuple[float, int]:
     """Over windows of 512 tokens, and how many tokens there were."""
     model, tokenizer = mixtral_jax.load(folder)
     ids = tokenizer.encode(text)
@@ -252,7 +276,7 @@ def perplexity(folder: Path, text: str) -> tuple[float, int]:
 
     @jax.jit
     def surprise(model: Transformer, tokens: jax.Array) -> jax.Array:
-        logprobs = jax.nn.log_softmax(model(tokens)[:, :-1], axis=-1)
+        logprobs = jax.nn.log_softmax(logits(model, tokens)[:, :-1], axis=-1)
         return -jnp.mean(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1))
 
     return math.exp(np.mean([surprise(model, jnp.asarray(row)) for row in windows])), windows.size
@@ -269,3 +293,12 @@ def test_perplexity_of_the_real_smollm2(smollm2_gguf: Path, smollm2: Path, tmp_p
     assert count >= 4000
     assert 20 < want < 35
     assert found < 1.02 * want
+
+
+@pytest.mark.slow
+def test_perplexity_with_int8_pages(smollm2: Path) -> None:
+    text = ALICE.read_text()
+    want, _ = perplexity(smollm2, text)
+    found, _ = perplexity(smollm2, text, through_int8_pages)
+    print(json.dumps({"float32": want, "int8 pages": found, "rise": found / want - 1}))
+    assert found < 1.005 * want

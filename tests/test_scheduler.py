@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import ContextTooLong, Overloaded
+from serving.plan import Chunk, Limits, Plan
 from serving.request import Drawn, Event, FinishReason, Request, SamplingParams
-from serving.scheduler import Chunk, Limits, Plan, Scheduler
+from serving.scheduler import Scheduler
 
 EOS = 99
 

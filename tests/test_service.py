@@ -13,9 +13,9 @@ from mixtral_jax.tokenizer import Tokenizer
 from serving.engine import Engine, compile_steps
 from serving.errors import ERROR_METADATA, DeadlineExceeded
 from serving.metrics import Metrics
+from serving.plan import Limits
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
-from serving.scheduler import Limits
 from serving.service import InferenceService, create_server
 from serving.worker import EngineWorker
 

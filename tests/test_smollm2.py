@@ -13,8 +13,8 @@ from convert.convert import convert
 from mixtral_jax import checkpoint
 from mixtral_jax.model import Transformer
 from serving.engine import Engine, compile_steps
+from serving.plan import Limits
 from serving.request import Request, SamplingParams
-from serving.scheduler import Limits
 
 pytestmark = pytest.mark.slow
 

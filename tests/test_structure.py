@@ -13,7 +13,14 @@ PACKAGES = ("mixtral_jax", "convert", "serving")
 _BELOW_MODEL = {"axes", "config", "sharding", "cache", "native", "layers", "attention", "moe"}
 _TOKENIZER = {"chat", "detokenizer", "template_tokenizer", "tokenizer"}
 _MODEL = {*_BELOW_MODEL, "model"}
-_PLAIN = {"serving.errors", "serving.pages", "serving.request", "serving.scheduler", "serving.text"}
+_PLAIN = {
+    "serving.errors",
+    "serving.pages",
+    "serving.plan",
+    "serving.request",
+    "serving.scheduler",
+    "serving.text",
+}
 _STUBS = {"serving.proto.inference_pb2", "serving.proto.inference_pb2_grpc"}
 
 
@@ -69,7 +76,16 @@ LAW: dict[str, set[str]] = {
         "serving.worker",
         *_PLAIN,
         *_STUBS,
-        *_ours("checkpoint", "compilation", "config", "layers", "model", "native", "pretrained"),
+        *_ours(
+            "cache",
+            "checkpoint",
+            "compilation",
+            "config",
+            "layers",
+            "model",
+            "native",
+            "pretrained",
+        ),
     },
 }
 _GATEWAY = _STUBS | {"serving.errors", "serving.parent"}
