@@ -8,16 +8,18 @@ about an hour; a file that is given is read instead of measured. What the target
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 
-from serving.bench import facts, load_of, served, write_json
-from serving.load import Level
+from serving.bench import facts, free_ports, load_of, served, write_json
+from serving.load import Endpoint, Level, ask, prompts, words_for
 from serving.offline import OfflineEngine
 
 README = Path(__file__).parent.parent / "README.md"
@@ -41,35 +43,49 @@ TARGETS = {
 
 def http(repeats: int) -> dict[str, float]:
     """The bare engine against HTTP, gateway, gRPC and service, in turn; tokens/s and ms."""
-    prompt, answer = 100, 64
-    bare: dict[int, list[Level]] = {1: [], 32: []}
-    whole: dict[int, list[Level]] = {1: [], 32: []}
-    engine = OfflineEngine(
-        str(INT8),
-        dtype=None,
-        concurrency=32,
-        prompt_tokens=prompt,
-        answer_tokens=answer,
-        max_step_tokens=128,
-        shared_prefix=0,
-    )
-    with served(str(INT8), {"max-sequences": 32}) as endpoint:
-        one = load_of(endpoint, prompt_tokens=prompt, answer_tokens=answer, shared_prefix=0)
+    sizes = {"prompt_tokens": 100, "answer_tokens": 64, "shared_prefix": 0}
+    bare, whole = list[Level](), list[Level]()
+    engine = OfflineEngine(str(INT8), dtype=None, concurrency=32, max_step_tokens=128, **sizes)
+    (port,) = free_ports(1)
+    with served(str(INT8), {"max-sequences": 32, "metrics-port": port}) as endpoint:
+        one = load_of(endpoint, **sizes)
+        added = _first_token_added(endpoint, port, 4 * repeats)
         for turn in range(repeats):
-            for clients in (1, 32):
-                requests = 8 if clients == 1 else 64
-                bare[clients].append(engine.measure(requests, clients, seed=turn))
-                whole[clients].append(one(requests, clients, turn, lambda done, total: None))
-    ratios = [
-        w.tokens_per_second / b.tokens_per_second for b, w in zip(bare[32], whole[32], strict=True)
-    ]
-    added = [1e3 * (w.ttft["p50"] - b.ttft["p50"]) for b, w in zip(bare[1], whole[1], strict=True)]
+            bare.append(engine.measure(64, 32, seed=turn))
+            whole.append(one(64, 32, turn, _unseen))
+    speeds = [[level.tokens_per_second for level in levels] for levels in (bare, whole)]
     return {
-        "bare_tokens_per_second": statistics.median(b.tokens_per_second for b in bare[32]),
-        "http_tokens_per_second": statistics.median(w.tokens_per_second for w in whole[32]),
-        "http_over_bare": statistics.median(ratios),
-        "ttft_added_ms": statistics.median(added),
+        "bare_tokens_per_second": statistics.median(speeds[0]),
+        "http_tokens_per_second": statistics.median(speeds[1]),
+        "http_over_bare": statistics.median(w / b for b, w in zip(*speeds, strict=True)),
+        "ttft_added_ms": 1e3 * statistics.median(added),
     }
+
+
+def _first_token_added(endpoint: Endpoint, metrics_port: int, requests: int) -> list[float]:
+    """Seconds of each request's first token that the engine's thread knows nothing of.
+
+    One client on one connection; the request that opens it is not counted.
+    """
+
+    def inside() -> float:
+        text = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text
+        found = re.search(r"^mixtral_time_to_first_token_seconds_sum (.+)$", text, re.MULTILINE)
+        assert found is not None
+        return float(found[1])
+
+    sums: list[float] = []
+    texts = prompts(requests + 1, words_for(endpoint, 100), seed=1000, shared=0)
+    # Read between two requests, while none is under way.
+    answers = ask(endpoint, texts, 1, 64, progress=lambda done, total: sums.append(inside()))
+    return [
+        answer.arrivals[0] - answer.sent - (after - before)
+        for answer, before, after in zip(answers[1:], sums, sums[1:], strict=False)
+    ]
+
+
+def _unseen(done: int, total: int) -> None:
+    """No progress bar."""
 
 
 def table(
