@@ -764,7 +764,7 @@ inline void Weigh(const float* const* values, int64_t offset, int64_t count,
 // of token i stands at keys[i], its value behind it. Keys that a row does not see weigh nothing.
 // Meanwhile the keys and values at `ahead`, if any, of so many bytes, are called from memory.
 template <int kRows>
-void AttendBlock(const float* const* keys, const char* const* ahead, int64_t bytes, int64_t count,
+[[gnu::noinline]] void AttendBlock(const float* const* keys, const char* const* ahead, int64_t bytes, int64_t count,
                  int64_t size, const Row* rows) {
   alignas(32) float scores[kRows][kKeyBlock];
   float shrink[kRows];
