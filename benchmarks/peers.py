@@ -45,13 +45,13 @@ class Point:
     words: int
     answer_tokens: int
 
-    def load(self, seed: int) -> Load:
-        texts = prompts(self.requests, self.words, seed=seed)
+    def load(self, whose: str, turn: int) -> Load:
+        """Prompts that no other point, peer or turn has: ours would find them cached."""
+        texts = prompts(self.requests, self.words, seed=f"{whose}, {self.name}, {turn}")
         return Load(texts=texts, clients=self.clients, answer_tokens=self.answer_tokens)
 
-    @property
-    def warm_up(self) -> Load:
-        texts = prompts(self.clients, self.words, seed=-1)
+    def warm_up(self, whose: str) -> Load:
+        texts = prompts(self.clients, self.words, seed=f"{whose}, {self.name}, first")
         return Load(texts=texts, clients=self.clients, answer_tokens=min(4, self.answer_tokens))
 
     def speed(self, level: Level) -> float:
@@ -94,10 +94,11 @@ def in_turn(
 ) -> Iterator[Result]:
     """Measures everybody `repeats` times; prints each turn."""
     results = [Result(point, other.name) for other in others]
+    whose = others[0].name
     for one in (mine, *others):
-        one.measure(point.warm_up)
+        one.measure(point.warm_up(whose))
     for turn in range(repeats):
-        load = point.load(turn)
+        load = point.load(whose, turn)
         average = os.getloadavg()[0]
         level = mine.measure(load)
         line = f"  {point.name:>12} {turn + 1}/{repeats} ours {point.speed(level):7.1f}"

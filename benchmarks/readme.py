@@ -43,12 +43,15 @@ TARGETS = {
 
 def http(repeats: int) -> dict[str, float]:
     """The bare engine against HTTP, gateway, gRPC and service, in turn; tokens/s and ms."""
-    sizes = {"prompt_tokens": 100, "answer_tokens": 64, "shared_prefix": 0}
+    sizes = {"prompt_tokens": 100, "answer_tokens": 64}
     bare, whole = list[Level](), list[Level]()
-    engine = OfflineEngine(str(INT8), dtype=None, concurrency=32, max_step_tokens=128, **sizes)
+    # Over HTTP all prompts begin with the template's system text, one page of which is reused.
+    engine = OfflineEngine(
+        str(INT8), dtype=None, concurrency=32, max_step_tokens=128, shared_prefix=16, **sizes
+    )
     (port,) = free_ports(1)
     with served(str(INT8), {"max-sequences": 32, "metrics-port": port}) as endpoint:
-        one = load_of(endpoint, **sizes)
+        one = load_of(endpoint, **sizes, shared_prefix=0)
         added = _first_token_added(endpoint, port, 4 * repeats)
         for turn in range(repeats):
             bare.append(engine.measure(64, 32, seed=turn))
@@ -69,7 +72,7 @@ def _first_token_added(endpoint: Endpoint, metrics_port: int, requests: int) -> 
     """
 
     def inside() -> float:
-        text = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text
+        text = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", trust_env=False).text
         found = re.search(r"^mixtral_time_to_first_token_seconds_sum (.+)$", text, re.MULTILINE)
         assert found is not None
         return float(found[1])
@@ -98,15 +101,17 @@ def table(
     lines = [
         BEGIN,
         f"{machine['cores']} cores of {machine['cpu']}, jax {machine['jax']}; SmolLM2-135M-Instruct"
-        " over HTTP, prompts of about 100 tokens, answers of 64, ours in int8 and the peer in its"
-        " best dtype in turn, median of the ratios. `make bench` writes this table.",
+        " over HTTP, prompts of about 100 tokens, answers of 64, ours in int8 and the peer in"
+        " turn, median of the ratios. `make bench` writes this table.",
         "",
         "| load | against | ours, tokens/s | theirs | ratio | target |",
         "|---|---|---|---|---|---|",
     ]
     for name, target in TARGETS.items():
         rows = [r for r in results if _key(r) == name]
-        if rows:
+        if not rows:
+            lines.append(f"| {name[1]} | {name[0]} | | | not measured | ≥ {target:g} |")
+        else:
             best = max(rows, key=lambda row: statistics.median(_speeds(row, "theirs")))
             mine, other = (statistics.median(_speeds(best, who)) for who in ("ours", "theirs"))
             lines.append(
@@ -122,7 +127,7 @@ def table(
         "|---|---|---|",
         f"| 32 clients over HTTP and gRPC, against the bare engine "
         f"| {_verdict(share, at_least=0.9)} | ≥ 0.9 |",
-        f"| what gateway and service add to the first token "
+        f"| first token at the client, less the time from arrival to it at the engine's thread "
         f"| {_verdict(added, at_most=5)} ms | ≤ 5 ms |",
         f"| 8 sequences from context 128 to 2,048 ({context['step_at_128_ms']} to "
         f"{context['step_at_2048_ms']} ms a step), against reading the extra keys and values at "

@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -200,8 +200,10 @@ def serve(
         typer.Option(min=1, help="MiB for keys and values; default: a part of what is free."),
     ] = None,
     kv_dtype: Annotated[
-        str | None,
-        typer.Option(help="int8: keys and values take a quarter of float32's memory."),
+        Literal["int8"] | None,
+        typer.Option(
+            help="int8: keys and values take a quarter of float32's memory.",
+        ),
     ] = None,
     no_prefix_reuse: Annotated[
         bool, typer.Option("--no-prefix-reuse", help="Compute every prompt from its beginning.")

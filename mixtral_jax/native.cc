@@ -19,6 +19,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -49,9 +50,11 @@ class Crew {
       for (int64_t i = 0; i < n; ++i) work(i);
       return;
     }
-    while (crew->hired_ < threads - 1) {
-      ++crew->hired_;
-      std::thread([crew] { crew->Serve(); }).detach();
+    try {
+      for (; crew->hired_ < threads - 1; ++crew->hired_) {
+        std::thread([crew] { crew->Serve(); }).detach();
+      }
+    } catch (const std::system_error&) {  // no more threads to be had: with those there are
     }
     crew->call_ = [](const void* work, int64_t i) { (*static_cast<const Work*>(work))(i); };
     crew->work_ = &work;
@@ -143,7 +146,8 @@ T* Room(int64_t n) {
   thread_local std::unique_ptr<void, decltype(&std::free)> kept(nullptr, &std::free);
   thread_local int64_t size = 0;
   if (size < n) {
-    const size_t bytes = (2 * n * sizeof(T) + kLine - 1) / kLine * kLine;
+    const size_t bytes = (n * sizeof(T) + kLine - 1) / kLine * kLine;
+    size = 0;
     kept.reset(std::aligned_alloc(kLine, bytes));
     size = kept ? static_cast<int64_t>(bytes / sizeof(T)) : throw std::bad_alloc();
   }

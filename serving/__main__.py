@@ -118,7 +118,9 @@ def _build(options: argparse.Namespace, metrics: Metrics) -> tuple[EngineWorker,
     card = pretrained.card
     dtype = pretrained.loadable_dtype(options.dtype)
     if options.deterministic:
-        _check_deterministic(dtype)
+        _check_deterministic(dtype, card.model)
+    if options.kv_dtype and jax.default_backend() == "tpu":
+        raise ValueError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
     limits = _limits(card.model, jnp.dtype(dtype), options)
     # Reading the weights and compiling for their shapes do not wait for one another.
     with ThreadPoolExecutor(1) as pool:
@@ -142,12 +144,17 @@ def _build(options: argparse.Namespace, metrics: Metrics) -> tuple[EngineWorker,
     return worker, service
 
 
-def _check_deterministic(dtype: str) -> None:
+def _check_deterministic(dtype: str, config: ModelConfig) -> None:
     """Raises ValueError where equal bits are not promised."""
     if jax.default_backend() != "cpu" or dtype not in ("float32", "int8"):
         raise ValueError(
             f"--deterministic is promised on CPU for float32 and int8; this is {dtype} on "
             f"{jax.default_backend()}: leave the flag out, or give --dtype float32"
+        )
+    if config.head_size % native.LANES:
+        raise ValueError(
+            f"--deterministic needs heads of a multiple of {native.LANES} values; this model's "
+            f"have {config.head_size}: leave the flag out"
         )
     if not native.available():
         raise ValueError(

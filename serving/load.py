@@ -145,7 +145,7 @@ def median(levels: Sequence[Level]) -> Level:
     return Level(**merged)
 
 
-def prompts(count: int, words: int, *, seed: int = 0, shared: int = 0) -> list[str]:
+def prompts(count: int, words: int, *, seed: int | str = 0, shared: int = 0) -> list[str]:
     """Texts of random words, about a token each, of which the first `shared` are the same for all.
 
     Without these, two texts are alike in their first word or two at most, so that nothing but the

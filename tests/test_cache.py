@@ -5,6 +5,7 @@ import numpy as np
 
 from mixtral_jax import cache
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.config import ModelConfig
 
 BATCH = RaggedBatch(
     tokens=jnp.arange(8),
@@ -42,3 +43,10 @@ def test_int8_pages_hold_each_head_with_its_scale() -> None:
     assert pages[0, :, :4].tolist() == [[64, -127, 32, 0], [127, 1, -50, 2], [0, 0, 0, 0]]
     step = np.asarray([[[2 / 127], [2.0], [0.0]]])
     assert np.all(np.abs(cache.read(pages, jnp.float32) - heads) <= step / 2 + 1e-6)
+
+
+def test_token_bytes_by_hand() -> None:
+    """SmolLM2: 30 layers of 3 heads of 64, a key and a value each."""
+    config = ModelConfig.smollm2_135m()
+    assert cache.token_bytes(config, jnp.float32) == 30 * 2 * 3 * 64 * 4
+    assert cache.token_bytes(config, jnp.int8) == 30 * 2 * 3 * (64 + 4)
