@@ -73,7 +73,7 @@ def _first_token_added(endpoint: Endpoint, metrics_port: int, requests: int) -> 
 
     def inside() -> float:
         text = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", trust_env=False).text
-        found = re.search(r"^mixtral_time_to_first_token_seconds_sum (.+)$", text, re.MULTILINE)
+        found = re.search(r"^vllm:time_to_first_token_seconds_sum\S* (.+)$", text, re.MULTILINE)
         assert found is not None
         return float(found[1])
 

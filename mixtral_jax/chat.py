@@ -18,6 +18,9 @@ import jinja2
 import jinja2.sandbox
 
 ROLES = ("system", "user", "assistant")
+# Put behind a message to find its end in what a template wrote: a noncharacter, which Unicode
+# keeps out of exchanged text. Should text hold it all the same, the last one counts.
+_END_MARK = "\U0010fffe"
 
 
 class Message(TypedDict):
@@ -42,8 +45,11 @@ def check_text(text: str, name: str) -> None:
         ) from None
 
 
-def checked(messages: Sequence[Message]) -> list[Message]:
-    """The messages, role and content only. Raises ChatError naming the first that is wrong."""
+def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list[Message]:
+    """The messages, role and content only. Raises ChatError naming the first that is wrong.
+
+    With `continue_last` the last one must be an assistant's that says something.
+    """
     if not messages:
         raise ChatError("the chat is empty: send at least one user message")
     chat: list[Message] = []
@@ -58,6 +64,10 @@ def checked(messages: Sequence[Message]) -> list[Message]:
         except ValueError as error:
             raise ChatError(str(error)) from None
         chat.append({"role": role, "content": content})
+    if continue_last and not (chat[-1]["role"] == "assistant" and chat[-1]["content"].strip()):
+        raise ChatError(
+            "the last message cannot be continued: it must be an assistant's, with some text"
+        )
     return chat
 
 
@@ -84,21 +94,28 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is no valid Jinja template: {error}") from error
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The chat as text, up to where the assistant's answer begins.
+    def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> str:
+        """The chat as text, up to where the assistant's answer begins or, with `continue_last`,
+        to the end of what the assistant has said of it.
 
-        Raises ChatError if the template itself refuses the chat.
+        Raises ChatError if the template itself refuses the chat, or does not write the last
+        message as it is.
         """
+        chat = [dict(message) for message in messages]
+        said = messages[-1]["content"]
+        if continue_last:
+            chat[-1]["content"] = f"{said}{_END_MARK} "
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
+            text = self._template.render(
+                messages=chat,
                 tools=None,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=not continue_last,
                 **self.tokens,
             )
         except jinja2.TemplateError as error:
             raise ChatError(f"the model's chat template refuses this chat: {error}") from error
+        return _cut_at_mark(text, said) if continue_last else text
 
     def sample(self) -> str:
         """What the template writes around messages: a few small chats, one after the other.
@@ -137,6 +154,19 @@ class ChatTemplate:
                 "cannot be told from the same text in a message: write it out in the template"
             )
         return template
+
+
+def _cut_at_mark(text: str, said: str) -> str:
+    """The text up to the last mark, with the end of the message as the template would write it."""
+    before, mark, after = text.rpartition(_END_MARK)
+    if not after.startswith(" "):  # a template that strips messages has taken the space
+        before = before.rstrip()
+    if not mark or not before.rstrip().endswith(said.strip()):
+        raise ChatError(
+            "the last message cannot be continued: the model's chat template does not write it as "
+            "it is"
+        )
+    return before
 
 
 def _raise_exception(message: str) -> NoReturn:

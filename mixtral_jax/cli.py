@@ -1,4 +1,4 @@
-"""`mixtral-jax`: pull, convert, export, info, chat, serve and bench."""
+"""`mixtral-jax`: pull, convert, export, info, chat, serve, keys and bench."""
 
 import importlib
 import json
@@ -7,12 +7,15 @@ import shlex
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from mixtral_jax import key_commands
 
 # Heavy imports stand inside the commands: `--help` should not wait for a compiler to load.
 
@@ -22,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(key_commands.app, name="keys")
 
 Dtype = Annotated[
     str | None,
@@ -214,15 +218,90 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Prometheus, on 127.0.0.1; default: none.")
     ] = None,
+    gateway_metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The same of the gateway.")
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where traces go; default: nowhere.")
+    ] = None,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Of lines on stderr.")
+    ] = "text",
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Log what is asked and answered, all of it.")
+    ] = False,
+    usage_db: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Usage of each caller; default: in ~/.local/state."),
+    ] = None,
+    max_requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Of each caller; then 429. Default: no limit.")
+    ] = None,
+    max_tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="The same, of prompts and answers together.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Whose pages in browsers may ask; repeatable, or *."),
+    ] = None,
+    model_type: Annotated[
+        str | None, typer.Option(help="What /info says in place of chat-completions.")
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="At the end, answers under way may take so long.")
+    ] = 30.0,
+    keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="More keys, of `mixtral-jax keys`.")
+    ] = None,
+    entra_tenant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GUID", help="Let its Entra tokens in; repeatable."),
+    ] = None,
+    entra_allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID", help="Object or client id that may ask, * for all; without it none may."
+        ),
+    ] = None,
+    entra_audience: Annotated[
+        list[str] | None, typer.Option(metavar="URI", help="What tokens must be for.")
+    ] = None,
+    entra_authority: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where tenants publish their keys.")
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let everybody in; on a loopback --host only.")
+    ] = False,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="HTTPS; gRPC is then on 127.0.0.1 only.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The certificate's private key.")
+    ] = None,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 
-    The key that clients must send is taken from MIXTRAL_JAX_API_KEY, or made up and printed.
+    Unless --keys or --no-auth say otherwise, a key that clients must send is taken from
+    MIXTRAL_JAX_API_KEY, or made up and printed.
     """
-    from serving.supervisor import Addresses, key_from, run
+    from serving.access_flags import KEY_VARIABLE, check_flags
+    from serving.gateway.usage import usual_place
+    from serving.supervisor import Addresses, environment_from, run
 
-    addresses = Addresses(host=host, port=port, grpc_port=grpc_port)
-    key = key_from(dict(os.environ))
+    addresses = Addresses(host=host, port=port, grpc_port=grpc_port, tls=tls_cert is not None)
+    environment = environment_from(os.environ, makes_key=not (keys or no_auth))
+    access = _flags(
+        {
+            "keys": keys,
+            "entra-tenant": entra_tenant,
+            "entra-allow": entra_allow,
+            "entra-audience": entra_audience,
+            "entra-authority": entra_authority,
+            "no-auth": no_auth,
+        }
+    )
+    certificate = _flags({"tls-cert": tls_cert, "tls-key": tls_key})
+    check_flags([f"--host={host}", *access, *certificate], environment)
     options = {
         "model": model,
         "max-sequences": max_sequences,
@@ -232,11 +311,30 @@ def serve(
         "kv-dtype": kv_dtype,
         "metrics-port": metrics_port,
         "dtype": dtype,
+        "no-prefix-reuse": no_prefix_reuse,
+        "deterministic": deterministic,
     }
-    flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    switches = {"no-prefix-reuse": no_prefix_reuse, "deterministic": deterministic}
-    flags += [f"--{name}" for name, is_on in switches.items() if is_on]
-    run(addresses, key, flags, lambda: print(_banner(addresses.url, addresses.target, key)))
+    watching = _flags({"otlp-endpoint": otlp_endpoint, "log-format": log_format})
+    books = _flags(
+        {
+            "metrics-port": gateway_metrics_port,
+            "log-prompts": log_prompts,
+            "usage-db": usage_db or usual_place(),
+            "max-requests-per-minute": max_requests_per_minute,
+            "max-tokens-per-minute": max_tokens_per_minute,
+            "cors-origin": cors_origin,
+            "model-type": model_type,
+        }
+    )
+    key = environment.get(KEY_VARIABLE)
+    run(
+        addresses,
+        environment,
+        [*_flags(options), *access, *watching],
+        [*access, *certificate, *watching, *books],
+        lambda: print(_banner(addresses.url, addresses.target, key, asks_key=not no_auth)),
+        drain_seconds=drain_seconds,
+    )
 
 
 @app.command()
@@ -339,17 +437,30 @@ def _levels(text: str) -> list[int]:
     return levels
 
 
-def _banner(url: str, target: str, key: str) -> str:
+def _flags(options: Mapping[str, object]) -> list[str]:
+    """As a command takes them: lists are repeated, switches have no value."""
+    flags = []
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one is not False:
+                flags.append(f"--{name}" if one is True else f"--{name}={one}")
+    return flags
+
+
+def _banner(url: str, target: str, key: str | None, *, asks_key: bool) -> str:
     body = {
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "stream": True,
     }
+    # A key of the file is known to its owner only.
+    header = shlex.quote(f"Authorization: Bearer {key}") if key else '"Authorization: Bearer $KEY"'
+    authorization = f"-H {header} " if asks_key else ""
     curl = (
         f"curl -sN {url}/chat/completions "
-        f"-H {shlex.quote(f'Authorization: Bearer {key}')} "
-        f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+        f"{authorization}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     )
-    return f"\nHTTP  {url}\ngRPC  {target}\nkey   {key}\n\nTry it:\n{curl}\n"
+    shown = f"key   {key}\n" if key else ""
+    return f"\nHTTP  {url}\ngRPC  {target}\n{shown}\nTry it:\n{curl}\n"
 
 
 def main() -> None:

@@ -74,8 +74,9 @@ class TemplateTokenizer(Vocabulary):
         check_text(text, "the text")
         return self._tokenizer.encode(text.replace(_RESERVED, "\ufffd")).ids
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """The chat as the template writes it, with its generation prompt.
+    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+        """The chat as the template writes it, with its generation prompt or, with
+        `continue_last`, up to the end of the last message's text.
 
         Raises ChatError if the template refuses the chat, or if there is no template.
         """
@@ -84,10 +85,11 @@ class TemplateTokenizer(Vocabulary):
                 "this model has no chat template: send a plain prompt, or put a "
                 "chat_template.jinja beside its tokenizer.json"
             )
-        chat = checked(messages)
+        chat = checked(messages, continue_last=continue_last)
         for message in chat:
             message["content"] = message["content"].replace(_RESERVED, "\ufffd")
-        return self._tokenizer.encode(self._template.render(chat), add_special_tokens=False).ids
+        text = self._template.render(chat, continue_last=continue_last)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def template_source(folder: Path) -> str | None:

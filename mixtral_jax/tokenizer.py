@@ -50,8 +50,12 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Plain text to be continued, opened by bos where the model has one."""
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """A chat, up to where the assistant's answer begins. Raises ChatError."""
+    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+        """A chat, up to where the assistant's answer begins. Raises ChatError.
+
+        With `continue_last` the last message is the beginning of that answer, which goes on from
+        there: its turn is not closed.
+        """
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text; b"" for control tokens."""
@@ -125,8 +129,10 @@ class MistralTokenizer(Vocabulary):
         check_text(text, "the text")
         return self._model.encode(text, bos=True, eos=False)
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """<s>[INST] ... [/INST] and so on, to the last [/INST]. Raises ChatError."""
+    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+        """<s>[INST] ... [/INST] and so on, to the last [/INST] or, with `continue_last`, to the
+        end of the assistant's text, where v2 and v3 leave spaces out. Raises ChatError.
+        """
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct import messages as turns
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -137,8 +143,11 @@ class MistralTokenizer(Vocabulary):
             "assistant": turns.AssistantMessage,
         }
         chat = [
-            classes[message["role"]](content=message["content"]) for message in checked(messages)
+            classes[message["role"]](content=message["content"])
+            for message in checked(messages, continue_last=continue_last)
         ]
+        if continue_last:
+            chat[-1] = turns.AssistantMessage(content=messages[-1]["content"], prefix=True)
         try:
             ids: list[int] = self._chats.encode_chat_completion(
                 ChatCompletionRequest(messages=chat)
@@ -195,12 +204,12 @@ class ByteTokenizer(Vocabulary):
         check_text(text, "the text")
         return [self._BOS, *text.encode()]
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
         """The chat in ids, e.g. [256, 259, 104, 105, 257, 260] for the user's "hi"."""
         ids = [self._BOS]
-        for message in checked(messages):
+        for message in checked(messages, continue_last=continue_last):
             ids += [self._ROLE_IDS[message["role"]], *message["content"].encode(), self._EOS]
-        return [*ids, self._ROLE_IDS["assistant"]]
+        return ids[:-1] if continue_last else [*ids, self._ROLE_IDS["assistant"]]
 
     def save(self, folder: Path) -> None:
         """Write the file by which `load` knows that the folder's model speaks bytes."""

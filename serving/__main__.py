@@ -1,13 +1,12 @@
 """`python -m serving`: one engine behind gRPC, until SIGTERM or SIGINT.
 
-Prints one line for each stage of the start, and `ready` when it answers. The key comes from the
-environment variable MIXTRAL_JAX_API_KEY.
+Prints one line for each stage of the start, and `ready` when it answers. Keys come from the
+environment: MIXTRAL_JAX_API_KEY is one that clients present, MIXTRAL_JAX_SERVICE_KEY the gateway's.
 """
 
 import argparse
 import asyncio
 import dataclasses
-import logging
 import math
 import os
 import signal
@@ -24,28 +23,41 @@ from mixtral_jax.compilation import CompilationCount, keep_programs
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import activation_dtype
 from mixtral_jax.model import Transformer
-from mixtral_jax.pretrained import open_pretrained
+from mixtral_jax.pretrained import Pretrained, open_pretrained
+from serving.access import Access
+from serving.access_flags import access_of, add_access_flags
+from serving.calls import Calls
 from serving.engine import Engine, compile_steps
+from serving.keyring import DEFAULT, GATEWAY
+from serving.logs import FORMATS, set_up
 from serving.memory import cache_bytes
 from serving.metrics import Metrics
 from serving.parent import end_with_parent
 from serving.plan import Limits
 from serving.proto import inference_pb2 as pb
 from serving.service import InferenceService, create_server, set_serving
+from serving.tls import ServerTls, add_certificate_flags
+from serving.tracing import Traces
 from serving.worker import EngineWorker
 
 _PAGE_SIZE = 16
-_DRAIN_SECONDS = 30.0
 
 
 def main() -> None:
     options = _options()
-    key = os.environ.get("MIXTRAL_JAX_API_KEY")
-    if not key:
-        sys.exit("mixtral-jax: set MIXTRAL_JAX_API_KEY to the key that clients will send")
+    try:
+        access = access_of(options, os.environ, (DEFAULT, GATEWAY))
+        tls = ServerTls.of_flags(options.tls_cert, options.tls_key, options.tls_client_ca)
+    except ValueError as error:
+        sys.exit(f"mixtral-jax: {error}")
     end_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    metrics = Metrics()
+    set_up("serving", options.log_format)
+    try:
+        pretrained = open_pretrained(options.model)
+        traces = Traces.exported(options.otlp_endpoint, "service")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"mixtral-jax: {error}")
+    metrics = Metrics(pretrained.card.name)
     if options.metrics_port is not None:
         try:
             port = metrics.serve(options.metrics_port)
@@ -56,16 +68,18 @@ def main() -> None:
             )
         _say(f"metrics on http://127.0.0.1:{port}/metrics")
     try:
-        worker, service = _build(options, metrics)
+        worker, service = _build(options, pretrained, metrics, traces)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"mixtral-jax: {error}")
     worker.start()
     try:
-        asyncio.run(_serve(f"{options.host}:{options.port}", worker, service, key))
+        address = f"{options.host}:{options.port}"
+        asyncio.run(_serve(address, worker, service, access, tls, options.drain_seconds))
     except OSError as error:
         sys.exit(f"mixtral-jax: {error}")
     finally:
         worker.stop()
+        traces.close()
     if worker.has_failed:
         sys.exit("mixtral-jax: the engine failed")
 
@@ -98,6 +112,19 @@ def _options() -> argparse.Namespace:
         "--deterministic", action="store_true", help="equal answers whatever runs beside them"
     )
     parser.add_argument("--metrics-port", type=int, help="for Prometheus, on 127.0.0.1; 0: any")
+    parser.add_argument("--otlp-endpoint", metavar="URL", help="where traces go; default: nowhere")
+    parser.add_argument("--log-format", choices=FORMATS, default="text", help="of lines on stderr")
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        help="at the end, answers under way may take so long",
+    )
+    add_access_flags(parser)
+    add_certificate_flags(parser)
+    parser.add_argument(
+        "--tls-client-ca", metavar="FILE", help="who must vouch for the certificates of clients"
+    )
     return parser.parse_args()
 
 
@@ -112,9 +139,10 @@ def _say(text: str) -> None:
     print(f"engine: {text}", file=sys.stderr, flush=True)
 
 
-def _build(options: argparse.Namespace, metrics: Metrics) -> tuple[EngineWorker, InferenceService]:
+def _build(
+    options: argparse.Namespace, pretrained: Pretrained, metrics: Metrics, traces: Traces
+) -> tuple[EngineWorker, InferenceService]:
     keep_programs()
-    pretrained = open_pretrained(options.model)
     card = pretrained.card
     dtype = pretrained.loadable_dtype(options.dtype)
     if options.deterministic:
@@ -138,7 +166,7 @@ def _build(options: argparse.Namespace, metrics: Metrics) -> tuple[EngineWorker,
         vocab_size=card.model.vocab_size,
     )
     worker = EngineWorker(engine, metrics)
-    service = InferenceService(worker, pretrained.tokenizer, info)
+    service = InferenceService(worker, pretrained.tokenizer, info, Calls(metrics, traces))
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value)
     return worker, service
@@ -185,9 +213,16 @@ def _limits(config: ModelConfig, dtype: jnp.dtype, options: argparse.Namespace) 
     return dataclasses.replace(limits, max_context=limits.room)
 
 
-async def _serve(address: str, worker: EngineWorker, service: InferenceService, key: str) -> None:
-    """Serves until a signal or the engine's end; then lets streams finish."""
-    server, port, checks = await create_server(address, service, key)
+async def _serve(
+    address: str,
+    worker: EngineWorker,
+    service: InferenceService,
+    access: Access,
+    tls: ServerTls | None,
+    drain_seconds: float,
+) -> None:
+    """Serves until a signal, Drain or the engine's end; then lets streams finish."""
+    server, port, checks = await create_server(address, service, access, tls)
     _say(f"ready on {address.rpartition(':')[0]}:{port}")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -195,14 +230,19 @@ async def _serve(address: str, worker: EngineWorker, service: InferenceService, 
         loop.add_signal_handler(number, stop.set)
     reasons = [
         asyncio.create_task(stop.wait()),
+        asyncio.create_task(service.was_told_to_end.wait()),
         asyncio.create_task(_ended(worker)),
     ]
     await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
     for task in reasons:
         task.cancel()
+    # First health, so that others get the new requests; those that come all the same are refused.
     await set_serving(checks, False)
     worker.drain()
-    await server.stop(_DRAIN_SECONDS)
+    deadline = loop.time() + drain_seconds
+    while worker.num_under_way and loop.time() < deadline:
+        await asyncio.sleep(0.05)
+    await server.stop(1.0)  # calls that watch its health would go on for ever
 
 
 async def _ended(worker: EngineWorker) -> None:

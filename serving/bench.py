@@ -85,7 +85,13 @@ def served(model: str, options: Mapping[str, object]) -> Iterator[Endpoint]:
     port, grpc_port = free_ports(2)
     key = secrets.token_hex(16)
     endpoint = Endpoint(url=f"http://127.0.0.1:{port}", key=key)
-    flags = {"model": model, "port": port, "grpc-port": grpc_port, **options}
+    flags = {
+        "model": model,
+        "port": port,
+        "grpc-port": grpc_port,
+        "usage-db": ":memory:",
+        **options,
+    }
     command = [sys.executable, "-m", "mixtral_jax.cli", "serve"]
     command += [f"--{name}={value}" for name, value in flags.items() if value is not None]
     with started(command, f"{endpoint.url}/health/ready", environment={"MIXTRAL_JAX_API_KEY": key}):

@@ -79,8 +79,9 @@ class Engine:
         """Queues a request; errors as `Scheduler.add`."""
         self.scheduler.add(request)
 
-    def cancel(self, request_id: str) -> None:
-        self.scheduler.cancel(request_id)
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """As `Scheduler.cancel`."""
+        self.scheduler.cancel(request_id, choice)
 
     @property
     def has_work(self) -> bool:

@@ -4,13 +4,15 @@
     ├── InvalidRequest          INVALID_ARGUMENT     400  the request is malformed
     │   ├── ContextTooLong      INVALID_ARGUMENT     400  prompt and answer exceed the context
     │   ├── RequestTooLarge     INVALID_ARGUMENT     413  the body exceeds what the gateway reads
+    │   ├── UnsupportedMedia    INVALID_ARGUMENT     415  the body is not JSON, or compressed
     │   └── InvalidParameter    INVALID_ARGUMENT     422  a parameter's type, range or name is wrong
     │       └── UnsupportedParameter INVALID_ARGUMENT 422 known, but not had here
     ├── Unauthenticated         UNAUTHENTICATED      401  no key, or a wrong one
+    ├── Forbidden               PERMISSION_DENIED    403  known, but not allowed here
     ├── NotFound                NOT_FOUND            404  no such route or model
     ├── MethodNotAllowed        UNIMPLEMENTED        405  the route exists, the method does not
     ├── DeadlineExceeded        DEADLINE_EXCEEDED    408  the caller's deadline passed
-    ├── Overloaded              RESOURCE_EXHAUSTED   429  the queue is full; a retry helps
+    ├── Overloaded              RESOURCE_EXHAUSTED   429  the queue or the caller's minute is full
     ├── EngineFailure           INTERNAL             424  the model failed; a retry does not help
     └── Unavailable             UNAVAILABLE          503  not ready, draining or gone; a retry helps
 
@@ -32,7 +34,7 @@ class ServingError(Exception):
     http_status: ClassVar[int] = 500
     azure_code: ClassVar[str] = "InternalServerError"
     # Seconds to wait before a retry; None where a retry does not help.
-    retry_after: ClassVar[int | None] = None
+    retry_after: int | None = None
 
 
 class InvalidRequest(ServingError):
@@ -48,6 +50,11 @@ class ContextTooLong(InvalidRequest):
 class RequestTooLarge(InvalidRequest):
     http_status = 413
     azure_code = "RequestEntityTooLarge"
+
+
+class UnsupportedMedia(InvalidRequest):
+    http_status = 415
+    azure_code = "UnsupportedMediaType"
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,12 @@ class Unauthenticated(ServingError):
     azure_code = "Unauthorized"
 
 
+class Forbidden(ServingError):
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
+    azure_code = "Forbidden"
+
+
 class NotFound(ServingError):
     grpc_status = "NOT_FOUND"
     http_status = 404
@@ -105,6 +118,11 @@ class Overloaded(ServingError):
     azure_code = "TooManyRequests"
     retry_after = 1
 
+    def __init__(self, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        if retry_after is not None:  # where the wait is known; it does not cross gRPC
+            self.retry_after = retry_after
+
 
 class EngineFailure(ServingError):
     grpc_status = "INTERNAL"
@@ -125,9 +143,11 @@ LEAVES: dict[str, type[ServingError]] = {
         InvalidRequest,
         ContextTooLong,
         RequestTooLarge,
+        UnsupportedMedia,
         InvalidParameter,
         UnsupportedParameter,
         Unauthenticated,
+        Forbidden,
         NotFound,
         MethodNotAllowed,
         DeadlineExceeded,

@@ -3,7 +3,7 @@
 Token ids only. Text, templates and stop strings live on the caller's side.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -66,3 +66,7 @@ class Event:
     choice: int
     drawn: Drawn | None  # None with FinishReason.DEADLINE alone
     finish_reason: FinishReason | None  # set on the last event of a choice
+    # How it came to that, for metrics and traces: time.monotonic() of the first step that computed
+    # for the request, and steps so far that computed for this choice.
+    seated: float = field(default=0.0, compare=False)
+    steps: int = field(default=0, compare=False)

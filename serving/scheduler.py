@@ -58,6 +58,8 @@ class _Sequence:
     table: PageTable
     running: bool = False
     counted: bool = False  # its prompt is in the scheduler's figures
+    seated: float = 0.0  # when it first got pages, or the choice that it was forked from
+    steps: int = 0  # committed, that computed for it
     planned: int = 0  # tokens that are computed, or will be by the open plans; while running
     undrawn: int = 0  # tokens that the open plans will draw
     row: int = 0  # chunk of the last plan that drew for it
@@ -133,6 +135,7 @@ class Scheduler:
         self._running: list[_Sequence] = []
         self._open = deque[tuple[Plan, list[_Sequence]]]()  # plans that are not committed
         self._arrivals = 0
+        self._now = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -175,13 +178,22 @@ class Scheduler:
         self._arrivals += 1
         self._waiting.append(self._sequence(request, 0, self._arrivals))
 
-    def cancel(self, request_id: str) -> None:
-        """Forgets a request and frees its pages; does nothing if it has ended already."""
-        everyone = chain(self._running, self._waiting)
-        self._drop([s for s in everyone if s.request.id == request_id])
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """Forgets a request, or one choice of it that has had a token, and frees its pages.
+
+        Does nothing if that has ended already.
+        """
+        self._drop(
+            [
+                sequence
+                for sequence in chain(self._running, self._waiting)
+                if sequence.request.id == request_id and choice in (None, sequence.choice)
+            ]
+        )
 
     def expire(self, now: float) -> list[Event]:
         """Ends what is past its deadline. To be called before `plan`, by time.monotonic()."""
+        self._now = now
         late = [
             sequence
             for sequence in chain(self._running, self._waiting)
@@ -235,6 +247,7 @@ class Scheduler:
         for chunk, sequence, token in zip(plan.chunks, sequences, drawn, strict=True):
             if not sequence.running:
                 continue
+            sequence.steps += 1
             sequence.table.register(sequence.tokens, chunk.end)
             if chunk.samples:
                 assert token is not None
@@ -278,6 +291,7 @@ class Scheduler:
         sequence.planned = found
         if not sequence.counted:
             sequence.counted = True
+            sequence.seated = self._now
             self.prompt_tokens += len(sequence.tokens)
             self.prefix_hit_tokens += found
         return True
@@ -339,12 +353,14 @@ class Scheduler:
             choice=sequence.choice,
             drawn=drawn,
             finish_reason=reason,
+            seated=sequence.seated,
+            steps=sequence.steps,
         )
 
     def _fork(self, first: _Sequence, choice: int) -> None:
         """Starts another choice beside the first one, or queues it where its age puts it."""
         fork = self._sequence(first.request, choice, first.arrival)
-        fork.counted = True
+        fork.counted, fork.seated = True, first.seated
         overtakes = bool(self._waiting) and self._waiting[0].age < fork.age
         free_row = len(self._running) < self.limits.max_sequences
         if not overtakes and free_row and self._spares(1):

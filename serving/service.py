@@ -5,33 +5,66 @@ become text, which stop texts may end (choices). `python -m serving` is one proc
 """
 
 import asyncio
-import hmac
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
 
 from mixtral_jax.tokenizer import Tokenizer
+from serving.access import Access
+from serving.calls import Call, Calls
 from serving.choices import Choice
-from serving.errors import ERROR_METADATA, ServingError, Unauthenticated
+from serving.errors import ERROR_METADATA, ServingError
+from serving.interceptor import AccessInterceptor
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
+from serving.request import FinishReason
+from serving.tls import ServerTls
 from serving.translation import Translator
 from serving.worker import EngineWorker
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_OPTIONS = (
+    # Without this, two servers could share a port and each would get half of the requests.
+    ("grpc.so_reuseport", 0),
+    # Tokens of those who are in many groups are longer than what is taken by default.
+    ("grpc.max_metadata_size", 32 * 2**10),
+    # Twice what the gateway reads of a body.
+    ("grpc.max_receive_message_length", 8 * 2**20),
+    # A client whose machine is gone closes nothing: pings find out.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Clients may do the same, also while they wait for nothing (serving/channel.py).
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # gRPC would count pings all the same and close an idle gateway's connection as abuse, so that
+    # the next request failed.
+    ("grpc.http2.max_ping_strikes", 0),
+)
+_Question = TypeVar("_Question")
+_Answer = TypeVar("_Answer")
 
 
 class InferenceService(rpc.InferenceServicer):
     """Answers `mixtral.v1.Inference`."""
 
-    def __init__(self, worker: EngineWorker, tokenizer: Tokenizer, info: pb.ModelInfo) -> None:
+    def __init__(
+        self,
+        worker: EngineWorker,
+        tokenizer: Tokenizer,
+        info: pb.ModelInfo,
+        calls: Calls | None = None,
+    ) -> None:
+        self._calls = calls or Calls()
         self._worker = worker
         self._tokenizer = tokenizer
         self._info = info
         self._translator = Translator(tokenizer, info)
+        self.was_told_to_end = asyncio.Event()  # by Drain
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
@@ -41,102 +74,109 @@ class InferenceService(rpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateChunk]:
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        call = self._calls.begin(SERVICE_NAME, "Generate", metadata)
         try:
-            async with aclosing(self._generate(request, context.time_remaining())) as chunks:
+            async with aclosing(self._generate(request, context.time_remaining(), call)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except ServingError as error:
-            await context.abort(
-                grpc.StatusCode[error.grpc_status],
-                str(error),
-                ((ERROR_METADATA, type(error).__name__),),
-            )
+            call.fail(error)
+            await _abort(context, error)
+        finally:
+            call.close()
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Tokens:
+        return await _answer(self._translator.tokens, request, context)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Text:
+        return await _answer(self._translator.text, request, context)
+
+    async def Drain(
+        self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DrainReply:
+        running = self._worker.num_under_way
+        self._worker.drain()
+        self.was_told_to_end.set()
+        return pb.DrainReply(running=running)
 
     async def _generate(
-        self, message: pb.GenerateRequest, seconds: float | None
+        self, message: pb.GenerateRequest, seconds: float | None, call: Call
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         # A template or a long prompt takes milliseconds that other streams should not wait for.
         request = await asyncio.to_thread(self._translator.request, message, seconds)
-        continues = message.HasField("token_ids")
+        continues = message.WhichOneof("prompt") != "chat" or message.chat.continue_last
         choices = [
             Choice(index, self._tokenizer, message.stop, continues=continues)
             for index in range(request.n)
         ]
         usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
+        is_first = True
+        call.submitted(request)
         async with aclosing(self._worker.submit(request)) as events:
             async for event in events:
                 choice = choices[event.choice]
-                if choice.has_ended:  # by a stop text, of which the engine knows nothing
+                if choice.has_ended:  # by a stop text, which the engine learns of a little later
                     continue
                 usage.completion_tokens += 1
+                call.note(event)
                 chunk = choice.push(event)
+                if choice.has_ended:
+                    call.ended(event.choice, event.finish_reason or FinishReason.STOP)
                 is_last = all(choice.has_ended for choice in choices)
                 if chunk is not None:
+                    if is_first:
+                        chunk.prompt_tokens, is_first = usage.prompt_tokens, False
                     if is_last:
                         chunk.usage.CopyFrom(usage)
                     yield chunk
                 if is_last:
                     return  # which cancels what the engine still does
+                if choice.has_ended and event.finish_reason is None:
+                    self._worker.end(request.id, event.choice)
 
 
-class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without the key; health checks need none."""
-
-    def __init__(self, key: str) -> None:
-        self._key = key.encode()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        handler = await continuation(details)
-        if handler is None or details.method.startswith(f"/{health.SERVICE_NAME}/"):
-            return handler
-        metadata = dict(details.invocation_metadata or ())
-        given = metadata.get("api-key") or metadata.get("authorization", "")
-        given = str(given).removeprefix("Bearer ").encode()
-        if hmac.compare_digest(given, self._key):
-            return handler
-        return _refusal(handler)
+async def _answer(
+    work: Callable[[_Question], _Answer], request: _Question, context: grpc.aio.ServicerContext
+) -> _Answer:
+    """What `work`, which may take its time, says to the request."""
+    try:
+        return await asyncio.to_thread(work, request)
+    except ServingError as error:
+        await _abort(context, error)
+        raise  # never: abort raises
 
 
-def _refusal(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    """A handler of the same kind that ends every call with UNAUTHENTICATED."""
-    text = "no key or a wrong one; send metadata `authorization: Bearer KEY`"
-
-    async def unary(request: object, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(
-            grpc.StatusCode.UNAUTHENTICATED, text, ((ERROR_METADATA, Unauthenticated.__name__),)
-        )
-
-    async def stream(request: object, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        await unary(request, context)
-        yield
-
-    codec = {
-        "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
-    }
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(stream, **codec)
-    return grpc.unary_unary_rpc_method_handler(unary, **codec)
+async def _abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
+    await context.abort(
+        grpc.StatusCode[error.grpc_status], str(error), ((ERROR_METADATA, type(error).__name__),)
+    )
 
 
 async def create_server(
-    address: str, service: InferenceService, key: str
+    address: str, service: InferenceService, access: Access, tls: ServerTls | None = None
 ) -> tuple[grpc.aio.Server, int, HealthServicer]:
     """A started server on `address` (port 0 chooses one): (server, port, health), SERVING.
 
     Raises OSError if the address is taken.
     """
-    # Without this, two servers could share a port and each would get half of the requests.
-    server = grpc.aio.server(interceptors=[KeyInterceptor(key)], options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(
+        interceptors=[AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"})], options=_OPTIONS
+    )
     rpc.add_InferenceServicer_to_server(service, server)
     checks = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
     try:
-        port = server.add_insecure_port(address)
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, tls.credentials())
     except RuntimeError:
         raise OSError(f"cannot listen on {address}; is another server running there?") from None
     await server.start()

@@ -1,8 +1,12 @@
 """Starts and watches the two processes of `mixtral-jax serve`: the service and the gateway.
 
-They run in sessions of their own, so that Ctrl-C reaches the supervisor alone, which then stops the
-gateway first and the service after it: answers under way can finish. If one of them dies, the other
-is stopped too and `run` fails.
+They run in sessions of their own, so that Ctrl-C reaches the supervisor alone, which passes it on:
+answers under way finish, and new ones are refused meanwhile.
+
+A process that dies after it has served is started again at once; the other one goes on, and the
+gateway says 503 until the service is back. A process that does not live to serve is tried again a
+few times, later each time, unless it is the first start, whose reason will not go away by itself.
+A process that ends with status 0 was told to (Drain, or a signal of its own): then all ends.
 """
 
 import errno
@@ -11,18 +15,22 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 from serving.parent import PARENT_VARIABLE
 
-KEY_VARIABLE = "MIXTRAL_JAX_API_KEY"
-_STOP_SECONDS = 40.0  # a little more than the processes give their own streams
+KEY_VARIABLE = "MIXTRAL_JAX_API_KEY"  # a client's
+SERVICE_KEY_VARIABLE = "MIXTRAL_JAX_SERVICE_KEY"  # the gateway's, for the service
+DRAIN_SECONDS = 30.0
+_STOP_SECONDS = 10.0  # that a process may take after its drain
+_MOST_FAILURES = 4  # starts in a row that nobody was served by
 
 
 class SupervisorError(RuntimeError):
@@ -34,75 +42,152 @@ class Addresses:
     host: str
     port: int
     grpc_port: int
+    tls: bool = False  # of HTTP
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
+
+    @property
+    def grpc_host(self) -> str:
+        # Who wants HTTP secured does not want the same keys to travel openly beside it.
+        return "127.0.0.1" if self.tls else self.host
 
     @property
     def target(self) -> str:
-        return f"{self.host}:{self.grpc_port}"
+        return f"{self.grpc_host}:{self.grpc_port}"
 
     def check(self) -> None:
         """Raises SupervisorError if a port is taken: better now than after a minute of loading."""
         if self.port == self.grpc_port:
             raise SupervisorError(f"--port and --grpc-port are both {self.port}; give two ports")
-        for port, variable in ((self.port, "--port"), (self.grpc_port, "--grpc-port")):
+        places = (
+            (self.host, self.port, "--port"),
+            (self.grpc_host, self.grpc_port, "--grpc-port"),
+        )
+        for host, port, variable in places:
             try:
-                with socket.create_server((self.host, port)):
+                with socket.create_server((host, port)):
                     pass
             except OSError as error:
                 # Python repeats the address in this one.
                 taken = error.errno == errno.EADDRINUSE
                 reason = os.strerror(errno.EADDRINUSE) if taken else str(error)
                 raise SupervisorError(
-                    f"cannot listen on {self.host}:{port} ({reason}); "
+                    f"cannot listen on {host}:{port} ({reason}); "
                     f"stop what runs there or choose another with {variable}"
                 ) from None
 
 
-def key_from(environment: dict[str, str]) -> str:
-    """The key that clients must send: the environment's, or a new one of 32 characters."""
-    return environment.get(KEY_VARIABLE) or secrets.token_hex(16)
+def environment_from(environment: Mapping[str, str], *, makes_key: bool) -> dict[str, str]:
+    """With keys of 32 characters where there are none yet: the gateway's own, and one for clients.
+
+    The latter only with `makes_key`.
+    """
+    made = {SERVICE_KEY_VARIABLE: secrets.token_hex(16)}
+    if makes_key:
+        made[KEY_VARIABLE] = secrets.token_hex(16)
+    return {**environment, **{name: environment.get(name) or key for name, key in made.items()}}
 
 
 def run(
-    addresses: Addresses, key: str, service_options: Sequence[str], ready: Callable[[], None]
+    addresses: Addresses,
+    environment: Mapping[str, str],
+    service_options: Sequence[str],
+    gateway_options: Sequence[str],
+    ready: Callable[[], None],
+    *,
+    drain_seconds: float = DRAIN_SECONDS,
 ) -> None:
     """Serves until SIGINT or SIGTERM; calls `ready` when the first request can come.
 
-    Raises SupervisorError if a process fails.
+    Raises SupervisorError if a process fails for good.
     """
     addresses.check()
-    environment = {**os.environ, KEY_VARIABLE: key, PARENT_VARIABLE: str(os.getpid())}
-    place = ["--host", addresses.host, "--port"]
-    commands = {
-        "service": ["serving", *place, str(addresses.grpc_port), *service_options],
-        "gateway": [
-            "serving.gateway", *place, str(addresses.port), "--target", addresses.target
-        ],
-    }  # fmt: skip
-    processes: dict[str, subprocess.Popen[bytes]] = {}
+    environment = {**environment, PARENT_VARIABLE: str(os.getpid())}
+    drain = f"--drain-seconds={drain_seconds}"
+    service = _Child(
+        "service",
+        ["serving", "--host", addresses.grpc_host, "--port", str(addresses.grpc_port)]
+        + [drain, *service_options],
+        environment,
+    )
+    gateway = _Child(
+        "gateway",
+        ["serving.gateway", "--host", addresses.host, "--port", str(addresses.port)]
+        + ["--target", addresses.target, drain, *gateway_options],
+        environment,
+    )
+    children = (service, gateway)
     with _Signals() as signals:
         try:
-            for name, command in commands.items():
-                processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", *command], env=environment, start_new_session=True
-                )
             announced = False
-            while not signals.received:
-                for name, process in processes.items():
-                    if process.poll() is not None:
-                        raise SupervisorError(
-                            f"the {name} ended with status {process.returncode}; see above"
-                        )
-                if not announced and _is_ready(addresses.url):
+            while not signals.received and not any(child.was_told_to_end for child in children):
+                for child in children:
+                    child.keep_running()
+                if not (service.has_served and gateway.has_served):
+                    gateway.has_served = gateway.has_served or _answers(addresses, "live")
+                    service.has_served = service.has_served or _answers(addresses, "ready")
+                elif not announced:
                     announced = True
                     ready()
                 time.sleep(0.2)
         finally:
-            for process in reversed(processes.values()):
-                _stop(process)
+            running = [child.process for child in children if child.process]
+            _stop(running, drain_seconds + _STOP_SECONDS)
+
+
+class _Child:
+    """A process that is started, and started again."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.has_served = False  # since its last start; the supervisor finds out
+        self._name = name
+        self._command = [sys.executable, "-m", *command]
+        self._environment = environment
+        self._start_at = 0.0  # time.monotonic()
+        self._failures = 0
+        self._has_ever_served = False
+
+    @property
+    def was_told_to_end(self) -> bool:
+        return self.process is not None and self.process.poll() == 0
+
+    def keep_running(self) -> None:
+        """Starts it if it does not run and it is time to. Raises SupervisorError to give up."""
+        if self.process is not None:
+            status = self.process.poll()
+            if status is None:
+                return
+            if status != 0:
+                self.process = None
+                self._note_death(status)
+        elif time.monotonic() >= self._start_at:
+            self.has_served = False
+            self.process = subprocess.Popen(
+                self._command, env=self._environment, start_new_session=True
+            )
+
+    def _note_death(self, status: int) -> None:
+        how = f"status {status}" if status > 0 else signal.Signals(-status).name
+        self._has_ever_served |= self.has_served
+        self._failures = 0 if self.has_served else self._failures + 1
+        if not self._has_ever_served:
+            raise SupervisorError(f"the {self._name} ended with {how}; see above")
+        if self._failures == _MOST_FAILURES:
+            raise SupervisorError(
+                f"the {self._name} ended {_MOST_FAILURES} times before it could serve, the last "
+                f"time with {how}; see above"
+            )
+        delay = 2**self._failures - 1
+        self._start_at = time.monotonic() + delay
+        when = f"in {delay} s" if delay else "now"
+        print(
+            f"mixtral-jax: the {self._name} ended with {how}; it is started again {when}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class _Signals:
@@ -124,21 +209,33 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _is_ready(url: str) -> bool:
+def _answers(addresses: Addresses, what: str) -> bool:
+    """Whether the gateway says 200 at /health/live or /health/ready."""
     # Proxies are for other hosts; urllib would ask them for this one too.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if addresses.tls:
+        # Whether clients can trust the certificate is not asked here, nor told by this address.
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    direct = urllib.request.build_opener(*handlers)
     try:
-        with direct.open(f"{url}/health/ready", timeout=2) as answer:
+        with direct.open(f"{addresses.url}/health/{what}", timeout=2) as answer:
             return bool(answer.status == 200)
     except (OSError, http.client.HTTPException):
         return False
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """SIGTERM, and SIGKILL if that takes too long or the user insists."""
-    try:
+def _stop(processes: Sequence["subprocess.Popen[bytes]"], seconds: float) -> None:
+    """SIGTERM to all, and SIGKILL where that takes too long or the user insists."""
+    for process in processes:
         process.terminate()
-        process.wait(_STOP_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.kill()
-        process.wait()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            deadline = 0.0  # for the others too
+            process.kill()
+            process.wait()

@@ -1,4 +1,7 @@
-"""A GenerateRequest of the wire becomes a Request of the engine: checked, and rendered to ids."""
+"""A GenerateRequest of the wire becomes a Request of the engine: checked, and rendered to ids.
+
+Tokenize and Detokenize are answered here too: they are that rendering, and its way back.
+"""
 
 import secrets
 import time
@@ -69,6 +72,22 @@ class Translator:
             deadline=deadline,
         )
 
+    def tokens(self, message: pb.TokenizeRequest) -> pb.Tokens:
+        """The ids of a chat or a text, and what each is worth. Raises InvalidRequest."""
+        match message.WhichOneof("input"):
+            case "chat":
+                ids = self._chat_ids(message.chat)
+            case "text":
+                ids = self._text_ids(message.text)
+            case _:
+                raise InvalidRequest("input is missing; set chat or text")
+        return pb.Tokens(ids=ids, pieces=[self._tokenizer.token_bytes(i) for i in ids])
+
+    def text(self, message: pb.DetokenizeRequest) -> pb.Text:
+        """The text of ids. Raises InvalidParameter."""
+        self._check_ids("ids", message.ids)
+        return pb.Text(text=self._tokenizer.decode(message.ids))
+
     def _sampling(self, message: pb.GenerateRequest) -> SamplingParams:
         given = message.sampling
         temperature = given.temperature if given.HasField("temperature") else DEFAULT_TEMPERATURE
@@ -112,19 +131,12 @@ class Translator:
     def _prompt_ids(self, message: pb.GenerateRequest) -> Sequence[int]:
         match message.WhichOneof("prompt"):
             case "chat":
-                chat: list[Message] = [
-                    {"role": m.role, "content": m.content} for m in message.chat.messages
-                ]
-                size = sum(len(m["content"].encode()) for m in chat)
-                if size > self._most_bytes:
-                    raise ContextTooLong(
-                        f"the messages have {size:,} bytes; the {self._info.max_context:,} tokens "
-                        "of this server's context cannot hold so many: shorten them"
-                    )
-                try:
-                    return self._tokenizer.chat(chat)
-                except ChatError as error:
-                    raise InvalidRequest(str(error)) from None
+                return self._chat_ids(message.chat)
+            case "text":
+                ids: Sequence[int] = self._text_ids(message.text)
+                if not ids:
+                    raise InvalidRequest("text is empty; give at least one character")
+                return ids
             case "token_ids":
                 ids = message.token_ids.ids
                 if not ids:
@@ -135,7 +147,26 @@ class Translator:
                     )
                 return ids
             case _:
-                raise InvalidRequest("prompt is missing; set chat or token_ids")
+                raise InvalidRequest("prompt is missing; set chat, text or token_ids")
+
+    def _chat_ids(self, chat: pb.Chat) -> list[int]:
+        messages: list[Message] = [{"role": m.role, "content": m.content} for m in chat.messages]
+        self._check_size("the messages have", sum(len(m["content"].encode()) for m in messages))
+        try:
+            return self._tokenizer.chat(messages, continue_last=chat.continue_last)
+        except ChatError as error:
+            raise InvalidRequest(str(error)) from None
+
+    def _text_ids(self, text: str) -> list[int]:
+        self._check_size("the text has", len(text.encode()))
+        return self._tokenizer.encode(text)
+
+    def _check_size(self, what: str, size: int) -> None:
+        if size > self._most_bytes:
+            raise ContextTooLong(
+                f"{what} {size:,} bytes; the {self._info.max_context:,} tokens of this server's "
+                "context cannot hold so many: shorten what you send"
+            )
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

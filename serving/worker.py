@@ -5,7 +5,7 @@ async iterator of what happens to it; leaving that iterator, for whatever reason
 request. Nothing else crosses: the engine is touched by the thread alone.
 
     submit ──> inbox ──> engine.add ─> engine.step ─> events ──> mailbox ──> async for
-    leave  ──> inbox ──> engine.cancel
+    leave  ──> inbox ──> engine.cancel        (`end`: of one choice)
 
 Steps overlap in the engine, so a step's events come with the next one; the engine has work until it
 has given them all. A cancelled request gives its pages back before the next step is planned.
@@ -36,7 +36,7 @@ class _Mailbox:
 
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event | ServingError]
-    choices: int  # that have not ended
+    choices: set[int]  # that have not ended
     sent: float  # time.monotonic(), as is the next
     latest: dict[int, float] = field(default_factory=dict)  # event of each choice
 
@@ -55,6 +55,7 @@ class _Submit:
 @dataclass(frozen=True)
 class _Cancel:
     request_id: str
+    choice: int | None = None  # None: all of them
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,18 @@ class EngineWorker:
         self._mailboxes: dict[str, _Mailbox] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = False
+        self._under_way: dict[str, set[int]] = {}  # of the callers' loop: choices that go on
         self._parting: ServingError = Unavailable("the server was stopped")
         self.ended = threading.Event()
 
     @property
     def has_failed(self) -> bool:
         return isinstance(self._parting, EngineFailure)
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests whose iterators have not been left."""
+        return len(self._under_way)
 
     def start(self) -> None:
         self._thread.start()
@@ -93,7 +100,7 @@ class EngineWorker:
         self._thread.join()
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Yields the request's events until each of its choices had one with a finish reason.
+        """Yields the request's events until each choice had one with a finish reason, or `end`.
 
         Raises Unavailable while draining, EngineFailure if the engine broke, DeadlineExceeded, and
         whatever `Scheduler.add` refuses. Close the iterator (contextlib.aclosing) to cancel.
@@ -101,22 +108,32 @@ class EngineWorker:
         if self._draining:
             raise Unavailable("the server is shutting down; send the request to another one")
         loop = asyncio.get_running_loop()
-        mailbox = _Mailbox(loop, asyncio.Queue(), request.n, time.monotonic())
+        mailbox = _Mailbox(loop, asyncio.Queue(), set(range(request.n)), time.monotonic())
         self._inbox.put(_Submit(request, mailbox))
         # The thread empties the inbox once more after it has set `ended`: what was put before that
         # is answered, and what was put later is refused here.
         if self.ended.is_set():
             raise self._parting
-        left = request.n
+        left = self._under_way[request.id] = set(range(request.n))
         try:
             while left:
                 item = await mailbox.events.get()
                 if isinstance(item, ServingError):
                     raise item
-                left -= item.finish_reason is not None
+                if item.finish_reason is not None:
+                    left.discard(item.choice)
                 yield item
         finally:
+            del self._under_way[request.id]
             self._inbox.put(_Cancel(request.id))
+
+    def end(self, request_id: str, choice: int) -> None:
+        """Computes no more of a choice that has had a token, as its text has ended.
+
+        Events of it that are on their way still come. To be called by who iterates.
+        """
+        self._under_way[request_id].discard(choice)
+        self._inbox.put(_Cancel(request_id, choice))
 
     def _run(self) -> None:
         try:
@@ -146,12 +163,20 @@ class EngineWorker:
                         self._mailboxes[request.id] = mailbox
                     except ServingError as error:
                         mailbox.put(error)
-                case _Cancel(request_id):
-                    if self._mailboxes.pop(request_id, None):
-                        self._engine.cancel(request_id)
+                case _Cancel(request_id, choice):
+                    self._cancel(request_id, choice)
                 case _Stop():
                     return False
         return True
+
+    def _cancel(self, request_id: str, choice: int | None) -> None:
+        mailbox = self._mailboxes.get(request_id)
+        if mailbox is None:
+            return  # it has ended
+        self._engine.cancel(request_id, choice)
+        mailbox.choices = set() if choice is None else mailbox.choices - {choice}
+        if not mailbox.choices:
+            del self._mailboxes[request_id]
 
     def _deliver(self, event: Event, now: float) -> None:
         mailbox = self._mailboxes.get(event.request_id)
@@ -168,7 +193,8 @@ class EngineWorker:
         else:
             self._metrics.first_token(now - mailbox.sent)
         mailbox.latest[event.choice] = now
-        mailbox.choices -= event.finish_reason is not None
+        if event.finish_reason is not None:
+            mailbox.choices.discard(event.choice)
         if not mailbox.choices:
             del self._mailboxes[event.request_id]
         mailbox.put(event)

@@ -13,7 +13,13 @@ import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from serving import errors
+from serving.access import Access
+from serving.channel import INFERENCE
 from serving.gateway.app import create_app
+from serving.gateway.books import Books
+from serving.gateway.chat import Limits
+from serving.gateway.protocol import Protocol
+from serving.keyring import Keyring
 from serving.proto import inference_pb2, inference_pb2_grpc
 
 KEY = "not-a-secret"
@@ -22,11 +28,12 @@ PATIENCE = 10.0
 
 
 class ScriptedInference(inference_pb2_grpc.InferenceServicer):
-    """Says the words of the last message, a chunk each, and counts them.
+    """Says the words of the last message or of the prompt, a chunk each, and counts them.
 
     "one two" is answered with "one", " two" and a chunk that ends it: 2 tokens, and as many prompt
-    tokens as there are messages. Several choices say the same in turn. The token at place i has the
-    logprob -i. Words that begin with "!" are not said but done:
+    tokens as there are messages; a text or ids count as one message, and ids are said as numbers.
+    Several choices say the same in turn. The token at place i has the logprob -i. Words that begin
+    with "!" are not said but done:
 
         !wait          waits until `release` is called
         !fail:LEAF     fails with that error of serving/errors.py
@@ -36,6 +43,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self) -> None:
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.metadata: list[dict[str, str]] = []  # of the same calls
         self.begun = threading.Event()
         self.cancelled = threading.Event()
         self._released = asyncio.Event()
@@ -48,6 +56,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
     def reset(self) -> None:
         """Forgets what was asked and released so far."""
         self.requests.clear()
+        self.metadata.clear()
         self.begun.clear()
         self.cancelled.clear()
         self._loop.call_soon_threadsafe(self._released.clear)
@@ -65,12 +74,13 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
         await _check_key(context)
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata() or ()))
         self.begun.set()
         said = 0
         choices = range(request.n if request.HasField("n") else 1)
         reason = inference_pb2.FINISH_REASON_STOP
         try:
-            for word in request.chat.messages[-1].content.split():
+            for word in _prompt(request).split():
                 if word == "!vanish":
                     return
                 if word.startswith("!"):
@@ -82,6 +92,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 for choice in choices:
                     text = " " * (said > 0) + word
                     chunk = inference_pb2.GenerateChunk(text=text, token_ids=[said], choice=choice)
+                    if said == choice == 0:
+                        chunk.prompt_tokens = len(request.chat.messages) or 1
                     if request.HasField("top_logprobs"):
                         chunk.logprobs.append(_logprobs(text, said, request.top_logprobs))
                     yield chunk
@@ -89,7 +101,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             for choice in choices:
                 last = inference_pb2.GenerateChunk(finish_reason=reason, choice=choice)
                 if choice == choices[-1]:
-                    last.usage.prompt_tokens = len(request.chat.messages)
+                    last.usage.prompt_tokens = len(request.chat.messages) or 1
                     last.usage.completion_tokens = said * len(choices)
                 yield last
         except asyncio.CancelledError:
@@ -112,6 +124,16 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 await context.abort(grpc.StatusCode[argument], "at ipv4:10.0.0.1:50051")
             case _:
                 raise ValueError(word)
+
+
+def _prompt(request: inference_pb2.GenerateRequest) -> str:
+    match request.WhichOneof("prompt"):
+        case "chat":
+            return request.chat.messages[-1].content
+        case "text":
+            return request.text
+        case _:
+            return " ".join(map(str, request.token_ids.ids))
 
 
 def _logprobs(text: str, place: int, count: int) -> inference_pb2.TokenLogprob:
@@ -146,14 +168,24 @@ class Stack:
         """What the service says of its health."""
         states = health_pb2.HealthCheckResponse
         state = states.SERVING if is_serving else states.NOT_SERVING
-        asyncio.run_coroutine_threadsafe(self.health.set("", state), self.loop).result(PATIENCE)
+        for name in ("", INFERENCE):
+            change = self.health.set(name, state)
+            asyncio.run_coroutine_threadsafe(change, self.loop).result(PATIENCE)
 
 
 @contextlib.contextmanager
 def running_stack(
-    key: str = KEY, target: str | None = None, heartbeat_seconds: float = 60.0
+    key: str = KEY,
+    target: str | None = None,
+    heartbeat_seconds: float = 60.0,
+    access: Access | None = None,
+    books: Books | None = None,
+    limits: Limits | None = None,
+    **settings: Any,
 ) -> Iterator[Stack]:
     """Runs a gateway before the scripted service, or before `target`, in a thread of its own.
+
+    `settings` are those of `create_app`.
 
     Both live in one event loop: gRPC's poller serves several loops of one process badly.
     """
@@ -169,10 +201,20 @@ def running_stack(
         server = grpc.aio.server()
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        await health_servicer.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
         own = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
-        app = create_app(target or own, [key], heartbeat_seconds=heartbeat_seconds)
-        web = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", ws="none"))
+        app = create_app(
+            target or own,
+            access or Access(Keyring({"default": key})),
+            service_key=key,
+            books=books,
+            limits=limits or Limits(heartbeat_seconds=heartbeat_seconds),
+            **settings,
+        )
+        web = uvicorn.Server(
+            uvicorn.Config(app, http=Protocol, log_config=None, log_level="warning", ws="none")
+        )
         serving = asyncio.create_task(web.serve(sockets=[listener]))
         while not web.started:
             await asyncio.sleep(0.01)

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ class Server:
     key: str
     curl: str
     seconds: float  # from the start to the announcement
+    said: list[str]  # lines after that; whole when the process has ended
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         self.process.send_signal(number)
@@ -43,7 +46,9 @@ def free_ports(count: int) -> list[int]:
 def environment(**changes: str) -> dict[str, str]:
     """What a user's shell has, without a key."""
     inherited = {k: v for k, v in os.environ.items() if k != "MIXTRAL_JAX_API_KEY"}
-    return {**inherited, "JAX_PLATFORMS": "cpu", **changes}
+    # What a server writes shall not be added to what the user's own server has written.
+    state = str(Path(tempfile.gettempdir()) / "mixtral-jax-tests")
+    return {**inherited, "JAX_PLATFORMS": "cpu", "XDG_STATE_HOME": state, **changes}
 
 
 @contextmanager
@@ -61,12 +66,17 @@ def running(command: list[str], timeout: float = 240) -> Iterator[Server]:
     )
     assert process.stdout is not None
     seen = ""
+    reader: threading.Thread | None = None
     try:
         while "curl -sN" not in seen:
             line = process.stdout.readline()
             seen += line
             assert line, f"ended with status {process.wait()}: {seen}"
             assert time.monotonic() - started < timeout, seen
+        # A server whose lines nobody reads stands still when the pipe is full.
+        said: list[str] = []
+        reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
+        reader.start()
         fields = dict(re.findall(r"^(HTTP|gRPC|key) +(\S+)$", seen, re.MULTILINE))
         yield Server(
             process,
@@ -75,9 +85,12 @@ def running(command: list[str], timeout: float = 240) -> Iterator[Server]:
             fields["key"],
             seen[seen.index("curl -sN") :].strip(),
             time.monotonic() - started,
+            said,
         )
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             process.wait(60)
+        if reader is not None:
+            reader.join(5)
         process.stdout.close()

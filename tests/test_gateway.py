@@ -22,8 +22,12 @@ from azure.core.credentials import AzureKeyCredential
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 from fakes import KEY, PATIENCE, Stack, running_stack
 
+from serving.access_flags import KEY_VARIABLE
 from serving.errors import LEAVES
-from serving.gateway.__main__ import KEY_VARIABLE, main
+from serving.gateway import protocol
+from serving.gateway.__main__ import main
+from serving.gateway.chat import Limits
+from serving.gateway.routes import PREFIXES
 
 GOLDEN = Path(__file__).parent / "golden"
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -72,8 +76,9 @@ def check_error(response: httpx.Response, status: int, code: str) -> str:
     return str(inner["message"])
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
-def test_a_completion(client: httpx.Client, stack: Stack, path: str) -> None:
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_completion(client: httpx.Client, stack: Stack, prefix: str) -> None:
+    path = f"{prefix}/chat/completions".format(name="any")
     response = client.post(path, json=body("one two three", max_tokens=2, temperature=0))
     assert response.status_code == 200
     answer = response.json()
@@ -192,7 +197,8 @@ def test_a_failure_in_mid_stream_breaks_the_connection(
     assert spoken["choices"][0]["delta"] == {"content": "one"}
     assert last["choices"] == []
     assert last["error"]["code"] == "ModelError"
-    assert [record for record in caplog.records if "broke off" in record.message]
+    journal = [record for record in caplog.records if record.name == "serving.gateway.journal"]
+    assert [record.levelname for record in journal] == ["WARNING"]
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -242,17 +248,38 @@ def test_a_client_that_drops_cancels_its_call(stack: Stack, script: str, is_stre
         (
             "/chat/completions",
             {"extra-params": "pass-through"},
-            {"safe_prompt": True},
+            {"guided_json": {}},
             422,
             "parameter_not_supported",
         ),
+        ("/models/chat/completions", {}, {"safe_prompt": True, "random_seed": 1}, 200, ""),
+        ("/models/chat/completions", {}, {"n": 2}, 400, "BadRequest"),
+        ("/openai/v1/chat/completions", {}, {"n": 2}, 200, ""),
+        ("/openai/deployments/any/chat/completions", {}, {"n": 2, "user": "u"}, 200, ""),
+        ("/chat/completions", {"content-type": "application/json; charset=utf-8"}, {}, 200, ""),
+        ("/chat/completions", {"content-type": "text/plain"}, {}, 415, "UnsupportedMediaType"),
+        (
+            "/chat/completions",
+            {"content-type": "application/x-www-form-urlencoded"},
+            {},
+            415,
+            "UnsupportedMediaType",
+        ),
+        ("/v1/completions", {"content-encoding": "gzip"}, {}, 415, "UnsupportedMediaType"),
+        ("/chat/completions?api-version=2024-05-01-preview", {}, {}, 200, ""),
+        ("/chat/completions?api-version=2024-06-01", {}, {}, 200, ""),
+        ("/chat/completions?api-version=soon", {}, {}, 400, "BadRequest"),
+        ("/chat/completions?api-version=", {}, {}, 400, "BadRequest"),
+        ("/usage?all=perhaps", {}, b"", 405, "MethodNotAllowed"),
         ("/chat/completions", {}, {"ignore_eos": True}, 400, "BadRequest"),
         ("/v1/chat/completions", {}, {"wine": 1}, 200, ""),
         ("/v1/chat/completions", {"extra-parameters": "perhaps"}, {}, 200, ""),
         ("/v1/chat/completions", {}, {"n": 2}, 200, ""),
         ("/v1/chat/completions", {}, {"n": 0}, 422, "Invalid input"),
         ("/v1/chat/completions", {}, {"top_logprobs": 2}, 422, "Invalid input"),
-        ("/v1/chat/completions", {}, {"safe_prompt": True}, 422, "parameter_not_supported"),
+        ("/v1/chat/completions", {}, {"safe_prompt": True}, 200, ""),
+        ("/v1/completions", {}, {"echo": True}, 422, "Invalid input"),
+        ("/v1/completions", {}, b"[]", 400, "BadRequest"),
         ("/chat/completions", {}, {"tools": [{}]}, 422, "parameter_not_supported"),
         (
             "/chat/completions",
@@ -358,10 +385,14 @@ def test_a_body_that_is_too_large_is_not_read(stack: Stack) -> None:
     ("method", "path", "status", "code", "words"),
     [
         ("POST", "/embeddings", 404, "NotFound", "not found"),
+        ("POST", "/images/embeddings", 404, "NotFound", "Modality not supported"),
+        ("POST", "/models/embeddings", 404, "NotFound", "Modality not supported"),
+        ("POST", "/v1/embeddings", 404, "NotFound", "Modality not supported"),
+        ("GET", "/v1/models/another", 404, "NotFound", "not found"),
+        ("GET", "/v1/models/org/another", 404, "NotFound", "this endpoint serves 'scripted-7B'"),
+        ("GET", "/usage?all=perhaps", 422, "Invalid input", "boolean"),
         ("GET", "/", 404, "NotFound", "not found"),
         ("GET", "/info/", 404, "NotFound", "not found"),
-        ("GET", "/docs", 404, "NotFound", "not found"),
-        ("GET", "/openapi.json", 404, "NotFound", "not found"),
         ("GET", "/chat/completions", 405, "MethodNotAllowed", "not allowed"),
         ("POST", "/info", 405, "MethodNotAllowed", "not allowed"),
     ],
@@ -376,7 +407,13 @@ def test_routes_that_are_not_there(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/chat/completions"), ("POST", "/v1/chat/completions"), ("GET", "/info")],
+    [
+        ("POST", "/chat/completions"),
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/info"),
+        ("GET", "/v1/models"),
+        ("GET", "/usage"),
+    ],
 )
 def test_a_key_is_needed(stack: Stack, method: str, path: str) -> None:
     with httpx.Client(base_url=stack.url, timeout=PATIENCE) as stranger:
@@ -388,6 +425,215 @@ def test_a_key_is_needed(stack: Stack, method: str, path: str) -> None:
             response = stranger.request(method, path, headers=headers, json=body("hello"))
             assert response.status_code == 200
     assert len(stack.service.requests) == (2 if method == "POST" else 0)
+
+
+def test_a_text_completion(client: httpx.Client, stack: Stack) -> None:
+    answer = client.post("/v1/completions", json={"prompt": "one two three", "max_tokens": 2})
+    whole = answer.json()
+    assert re.fullmatch("[0-9a-f]{32}", whole.pop("id"))
+    assert abs(whole.pop("created") - time.time()) < PATIENCE
+    assert whole == {
+        "object": "text_completion",
+        "model": "scripted-7B",
+        "choices": [{"text": "one two", "index": 0, "logprobs": None, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+    }
+    assert stack.service.requests[0].text == "one two three"
+
+
+@pytest.mark.parametrize("path", ["/completions", "/v1/completions", "/openai/v1/completions"])
+def test_several_prompts_are_answered_together(client: httpx.Client, path: str) -> None:
+    asked = {"prompt": ["one two", [5], "six"], "n": 2, "logprobs": 0, "model": "any"}
+    answer = client.post(path, json=asked).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["one two"] * 2 + ["5"] * 2 + [
+        "six"
+    ] * 2
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert answer["choices"][1]["logprobs"] == {
+        "tokens": ["one", " two"],
+        "token_logprobs": [0.0, -1.0],
+        "top_logprobs": [{}, {}],
+        "text_offset": [0, 3],
+    }
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+
+    with client.stream("POST", path, json=asked | {"stream": True}) as response:
+        assert response.headers["content-type"] == "text/event-stream"
+        lines = list(response.iter_lines())
+    assert lines[-2:] == ["data: [DONE]", ""]
+    texts = dict.fromkeys(range(6), "")
+    chunks = list(events(iter(lines)))
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+    assert texts == {0: "one two", 1: "one two", 2: "5", 3: "5", 4: "six", 5: "six"}
+    assert [chunk.get("usage") for chunk in chunks][-1] == answer["usage"]
+    assert not any("usage" in chunk for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_one_prompt_that_fails_fails_all(client: httpx.Client, is_stream: bool) -> None:
+    asked = {"prompt": ["!fail:Overloaded", "!wait"], "stream": is_stream}
+    check_error(client.post("/v1/completions", json=asked), 429, "TooManyRequests")
+
+
+def test_a_client_that_drops_cancels_all_prompts(stack: Stack) -> None:
+    sent = json.dumps({"prompt": ["one !wait", "two !wait"], "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+    with socket.create_connection(address(stack), timeout=PATIENCE) as connection:
+        connection.sendall(f"{head}content-length: {len(sent)}\r\n\r\n".encode() + sent)
+        assert connection.recv(1)
+    assert stack.service.cancelled.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/openai/v1/models", "/openai/models", "/models"])
+def test_the_list_of_models(client: httpx.Client, path: str) -> None:
+    (card,) = client.get(path).json()["data"]
+    assert card["id"] == "scripted-7B"
+    assert (card["object"], card["owned_by"], card["type"]) == ("model", "Nobody", "base")
+    assert card["max_model_len"] == 64
+    assert card["capabilities"]["completion_chat"] is True
+    assert client.get(f"{path}/scripted-7B").json() == card
+
+
+@pytest.mark.parametrize("path", ["/info", "/models/info"])
+def test_info(client: httpx.Client, path: str) -> None:
+    told = {
+        "model_name": "scripted-7B",
+        "model_type": "chat-completions",
+        "model_provider_name": "Nobody",
+    }
+    assert client.get(path).json() == told
+    head = client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+
+
+def test_the_type_that_info_tells_can_be_chosen() -> None:
+    with running_stack(model_type="chat_completion") as stack:
+        told = httpx.get(f"{stack.url}/info", headers=BEARER).json()
+    assert told["model_type"] == "chat_completion"
+
+
+def test_every_answer_names_its_request(client: httpx.Client) -> None:
+    theirs = {"x-ms-client-request-id": "theirs"}
+    seen = set()
+    for response in (
+        client.post("/chat/completions", json=body("one"), headers=theirs),
+        client.post("/chat/completions", json=body("one", stream=True), headers=theirs),
+        client.post("/chat/completions", content=b"{", headers=theirs),
+        client.get("/nothing", headers=theirs),
+    ):
+        assert response.headers["x-ms-client-request-id"] == "theirs"
+        seen.add(response.headers["x-request-id"])
+        assert "x-request-id" in response.headers
+    assert len(seen) == 4
+    response = client.post("/chat/completions", json=body("one"))
+    assert response.json()["id"] == response.headers["x-request-id"]
+    assert "x-ms-client-request-id" not in response.headers
+
+
+def test_pages_of_other_origins_may_ask_if_they_are_allowed(client: httpx.Client) -> None:
+    asks = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    asks["access-control-request-headers"] = "authorization,content-type"
+    check_error(client.options("/chat/completions", headers=asks), 405, "MethodNotAllowed")
+    with running_stack(cors_origins=["https://a.example"]) as stack:
+        url = f"{stack.url}/chat/completions"
+        allowed = httpx.options(url, headers=asks)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+        assert "authorization" in allowed.headers["access-control-allow-headers"]
+        assert httpx.options(url, headers=asks | {"origin": "https://b.example"}).status_code == 400
+        answer = httpx.post(url, json=body("one"), headers=BEARER | {"origin": asks["origin"]})
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert "x-request-id" in answer.headers["access-control-expose-headers"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    head = f"POST /chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+    with (
+        running_stack(limits=Limits(body_seconds=0.05)) as stack,
+        socket.create_connection(address(stack), timeout=PATIENCE) as connection,
+    ):
+        connection.sendall(f"{head}content-length: 10\r\n\r\n{{".encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nconnection: close\r\n" in answer
+    assert b'"code":"RequestTimeout"' in answer
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.05)
+    with running_stack() as stack:
+        for sent, status in ((b"GET /info HTTP/1.1\r\nx: ", b"HTTP/1.1 408 "), (b"", b"")):
+            with socket.create_connection(address(stack), timeout=PATIENCE) as connection:
+                connection.sendall(sent)
+                answer = connection.makefile("rb").read()
+            assert answer[:13] == status
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"a" * 70_000, b"GET /\xff HTTP/1.1\r\n\r\n"],
+)
+def test_what_is_no_http_is_told_so(stack: Stack, sent: bytes) -> None:
+    with socket.create_connection(address(stack), timeout=PATIENCE) as connection:
+        connection.sendall(sent)
+        head, _, told = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert json.loads(told)["error"]["code"] == "BadRequest"
+
+
+def test_dotnets_client(stack: Stack) -> None:
+    """Azure.AI.Inference cannot run here: what it sends, by the rules of what reads the answer."""
+    sent = {
+        "accept": "application/json",
+        "content-type": "application/json",
+        "authorization": f"Bearer {KEY}",
+        "api-key": KEY,
+        "user-agent": "azsdk-net-AI.Inference/1.0.0-beta.5 (.NET 8.0.11; Ubuntu 24.04)",
+        "x-ms-client-request-id": "0b5b0b1d-5c4e-4f0a-8f4c-9c0b6a0e5d11",
+        "x-ms-return-client-request-id": "true",
+        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00",
+    }
+    path = "/chat/completions?api-version=2024-05-01-preview"
+    messages = [
+        {"content": "be brief", "role": "system"},
+        {"content": "one two", "role": "user"},
+        {"role": "assistant"},  # .NET leaves an empty content out
+        {"content": "one two", "role": "user"},
+    ]
+    asked: dict[str, Any] = {"messages": messages, "temperature": 1, "max_tokens": 5}
+    with httpx.Client(base_url=stack.url, timeout=PATIENCE) as client:
+        answer = client.post(path, headers=sent, json=asked)
+        assert answer.headers["x-ms-client-request-id"] == sent["x-ms-client-request-id"]
+        told = answer.json()
+        assert isinstance(told["created"], int)  # GetInt64
+        assert told["choices"][0]["message"]["content"] == "one two"
+        assert {type(each) for each in told["usage"].values()} == {int}
+
+        extras = sent | {"extra-parameters": "pass-through"}
+        refused = client.post(path, headers=extras, json=asked | {"wine": "red"})
+        assert "Extra inputs are not permitted" in check_error(refused, 422, "Invalid input")
+
+        with client.stream("POST", path, headers=sent, json=asked | {"stream": True}) as stream:
+            raw = stream.read()
+    # Every line is a field `data` or empty, no two fields stand together, nothing follows [DONE].
+    lines = raw.split(b"\n")
+    assert b"\r" not in raw
+    assert all(line.startswith(b"data: ") for line in lines[:-2:2])
+    assert set(lines[1::2]) | {lines[-1]} == {b""}
+    assert lines[-3] == b"data: [DONE]"
+    chunks = list(events(iter(raw.decode().split("\n"))))
+    roles = [chunk["choices"][0]["delta"].get("role") for chunk in chunks]
+    assert roles == ["assistant", None, None, None]
+    assert (
+        len({chunk["id"] for chunk in chunks}) == len({chunk["created"] for chunk in chunks}) == 1
+    )
+    for chunk in chunks:
+        delta = chunk["choices"][0]["delta"]
+        assert None not in delta.values()  # its first versions fail at null
+        assert "tool_calls" not in delta
+        assert chunk["choices"][0]["finish_reason"] in (None, "stop")
 
 
 def test_health_follows_the_service_and_needs_no_key(stack: Stack) -> None:
@@ -478,7 +724,8 @@ def test_the_command_serves_logs_a_line_and_ends_in_peace(stack: Stack) -> None:
             process.kill()
     lines = log.splitlines()
     assert len(lines) == 2, log
-    assert all("broke off: EngineFailure: EngineFailure was asked for" in line for line in lines)
+    told = 'outcome=broken error=ModelError reason="EngineFailure was asked for"'
+    assert all(told in line for line in lines)
 
 
 def test_the_gateway_needs_nothing_of_the_model() -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import mixtral_jax
 from mixtral_jax.compilation import CompilationCount
 from serving.engine import Engine, compile_steps
-from serving.metrics import Metrics
+from serving.metrics import FINISHED, Finished, Metrics
 from serving.plan import Limits
 from serving.request import Request, SamplingParams
 from serving.worker import EngineWorker
@@ -34,7 +35,7 @@ class Running:
         model, _ = mixtral_jax.load("tiny-random")
         self.engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
         self.compilations = CompilationCount()
-        metrics = Metrics()
+        metrics = Metrics("tiny-random")
         metrics.watch(self.engine.scheduler, lambda: self.compilations.value)
         self.url = f"http://127.0.0.1:{metrics.serve(0)}/metrics"
         self.worker = EngineWorker(self.engine, metrics)
@@ -48,7 +49,7 @@ class Running:
                 sample.name: sample.value
                 for family in families
                 for sample in family.samples
-                if not sample.labels
+                if sample.labels in ({}, {"model_name": "tiny-random"})
             }
 
     async def answer(self, request: Request) -> int:
@@ -102,16 +103,18 @@ def test_nothing_compiles_once_the_engine_is_ready(running: Running) -> None:
     figures = running.figures()
     assert figures["mixtral_compilations_total"] == 0
     scheduler = running.engine.scheduler
-    assert figures["mixtral_generated_tokens_total"] == tokens
-    assert figures["mixtral_prompt_tokens_total"] == scheduler.prompt_tokens > 0
-    assert figures["mixtral_prefix_hit_tokens_total"] == scheduler.prefix_hit_tokens > 0
-    assert figures["mixtral_preemptions_total"] == scheduler.preemptions
+    assert figures["vllm:generation_tokens_total"] == tokens
+    assert figures["vllm:prompt_tokens_total"] == scheduler.prompt_tokens > 0
+    assert figures["vllm:prefix_cache_hits_total"] == scheduler.prefix_hit_tokens > 0
+    assert figures["vllm:num_preemptions_total"] == scheduler.preemptions
     assert figures["mixtral_pages"] == figures["mixtral_free_pages"] == LIMITS.num_pages
+    assert figures["vllm:prefix_cache_queries_total"] == scheduler.prompt_tokens
+    assert figures["vllm:kv_cache_usage_perc"] == 0
     assert figures["mixtral_cached_pages"] > 0
-    assert figures["mixtral_running_sequences"] == figures["mixtral_waiting_sequences"] == 0
+    assert figures["vllm:num_requests_running"] == figures["vllm:num_requests_waiting"] == 0
     choices = sum(request.n for request in requests_of_many_shapes())
-    assert figures["mixtral_time_to_first_token_seconds_count"] == choices
-    assert figures["mixtral_inter_token_seconds_count"] == tokens - choices
+    assert figures["vllm:time_to_first_token_seconds_count"] == choices
+    assert figures["vllm:inter_token_latency_seconds_count"] == tokens - choices
 
 
 def test_a_compilation_would_be_counted(running: Running) -> None:
@@ -123,12 +126,42 @@ def test_a_compilation_would_be_counted(running: Running) -> None:
     assert running.figures()["mixtral_compilations_total"] == after
 
 
+def test_a_choice_that_ended_in_figures() -> None:
+    metrics = Metrics("m")
+    ended = Finished(sent=10, seated=10.5, first=12, last=18, prompt_tokens=7, tokens=4)
+    metrics.finished("stop", ended)
+    metrics.given_up("abort", 2)
+    text = generate_latest(metrics.registry).decode()
+    figures = {
+        (sample.name, sample.labels.get("finished_reason")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.labels["model_name"] == "m" and "le" not in sample.labels
+    }
+    expected = {
+        "e2e_request_latency_seconds": 8,
+        "request_queue_time_seconds": 0.5,
+        "request_prefill_time_seconds": 1.5,
+        "request_decode_time_seconds": 6,
+        "request_time_per_output_token_seconds": 2,  # three times 2 seconds
+        "request_prompt_tokens": 7,
+        "request_generation_tokens": 4,
+    }
+    assert {name: figures[f"vllm:{name}_sum", None] for name in expected} == expected
+    assert {name: figures[f"vllm:{name}_count", None] for name in expected} == dict.fromkeys(
+        expected, 1
+    )
+    reasons = {reason: figures["vllm:request_success_total", reason] for reason in FINISHED}
+    assert reasons == {"stop": 1, "length": 0, "abort": 2, "error": 0}
+
+
 def test_every_metric_is_in_the_readme(running: Running) -> None:
     readme = (ROOT / "README.md").read_text()
     families = {
-        re.sub("_(count|sum|created)$", "", name)
+        re.sub("_(count|sum)$", "", name)
         for name in running.figures()
         if not name.endswith("_created")
     }
-    assert len(families) == 12
+    families |= {"vllm:request_success_total"}
+    assert len(families) == 22
     assert not {name for name in families if f"`{name}`" not in readme}

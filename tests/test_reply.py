@@ -23,10 +23,11 @@ def test_an_identity_is_32_hexadecimal_digits_and_whole_seconds() -> None:
     assert set(identity.id) <= set("0123456789abcdef")
     assert isinstance(identity.created, int)
     assert identity.id != reply.Identity.new("m").id
+    assert reply.Identity.new("m", "a request's").id == "a request's"
 
 
 def test_a_completion_joins_its_chunks() -> None:
-    answer = reply.completion(IDENTITY, [inference_pb2.GenerateChunk(text="hi"), LAST])
+    answer = reply.chat_completion(IDENTITY, [inference_pb2.GenerateChunk(text="hi"), LAST])
     assert answer.model_dump() == {
         "id": "0" * 32,
         "object": "chat.completion",
@@ -44,53 +45,35 @@ def test_a_completion_joins_its_chunks() -> None:
     }
 
 
-def test_text_in_the_last_chunk_comes_before_the_end() -> None:
-    text, end = reply.chunks_of(IDENTITY, LAST, include_usage=False)
-    assert text.choices[0].delta.content == "!"
-    assert text.choices[0].finish_reason is None
-    assert text.usage is None
-    assert end.choices[0].delta.content == ""
-    assert end.choices[0].finish_reason == "stop"
-    assert end.usage is not None
+def test_a_text_completion_counts_the_characters_before_its_tokens() -> None:
+    def chunk(text: str, logprob: float) -> inference_pb2.GenerateChunk:
+        top = inference_pb2.TokenLogprob(token=b"x", logprob=-9)
+        one = inference_pb2.TokenLogprob(token=text.encode(), logprob=logprob, top=[top])
+        return inference_pb2.GenerateChunk(text=text, logprobs=[one])
 
-
-def test_a_choice_that_ends_before_others_has_no_usage() -> None:
-    chunk = inference_pb2.GenerateChunk(finish_reason=LAST.finish_reason, choice=2)
-    for include_usage in (False, True):
-        (end,) = reply.chunks_of(IDENTITY, chunk, include_usage)
-        assert end.choices[0].index == 2
-        assert end.choices[0].finish_reason == "stop"
-        assert end.usage is None
-
-
-def test_logprobs_of_tokens_without_text_come_with_the_end() -> None:
-    one = inference_pb2.TokenLogprob(token_id=9, token=b"\xc3", logprob=-0.5)
-    chunk = inference_pb2.GenerateChunk(
-        finish_reason=LAST.finish_reason, usage=LAST.usage, logprobs=[one]
+    answer = reply.text_completion(
+        IDENTITY, [chunk("na\u00efve", -1), chunk(" a", -math.inf), LAST]
     )
-    (end,) = reply.chunks_of(IDENTITY, chunk, include_usage=False)
-    assert end.choices[0].logprobs is not None
-    assert end.choices[0].logprobs.model_dump() == {
-        "content": [
-            {"token": "\ufffd", "token_id": 9, "logprob": -0.5, "bytes": [195], "top_logprobs": []}
-        ]
+    assert answer.model_dump() == {
+        "id": "0" * 32,
+        "object": "text_completion",
+        "created": 7,
+        "model": "m",
+        "choices": [
+            {
+                "text": "na\u00efve a!",
+                "index": 0,
+                "logprobs": {
+                    "tokens": ["na\u00efve", " a"],
+                    "token_logprobs": [-1, -9999],
+                    "top_logprobs": [{"x": -9}, {"x": -9}],
+                    "text_offset": [0, 5],
+                },
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
     }
-
-
-def test_a_chunk_without_news_becomes_nothing() -> None:
-    chunk = inference_pb2.GenerateChunk(token_ids=[5])
-    assert list(reply.chunks_of(IDENTITY, chunk, include_usage=True)) == []
-
-
-def test_an_event_is_ascii_in_one_line() -> None:
-    chunk = reply.opening(IDENTITY, 0)
-    chunk.choices[0].delta.content = "\u2028\x85\r\n\U0001f600é"
-    line = reply.event(chunk)
-    assert line.isascii()
-    assert line.splitlines() == [line[:-2], b""]
-    assert json.loads(line.removeprefix(b"data: "))["choices"][0]["delta"]["content"] == (
-        "\u2028\x85\r\n\U0001f600é"
-    )
 
 
 @pytest.mark.parametrize("leaf", [ServingError, *LEAVES.values()])

@@ -170,6 +170,20 @@ def test_cancel_frees_in_the_same_step() -> None:
     assert not scheduler.has_work
 
 
+def test_one_choice_ends_and_the_others_go_on() -> None:
+    scheduler = scheduler_of(request("A", 2, 9, n=3), max_sequences=3)
+    step(scheduler)
+    step(scheduler)  # the forks draw their first tokens, in pages of their own
+    assert (scheduler.num_running, scheduler.num_free_pages) == (3, 5)
+    scheduler.cancel("A", 0)
+    assert (scheduler.num_running, scheduler.num_free_pages) == (2, 6)
+    assert [chunk.choice for chunk in step(scheduler).chunks] == [1, 2]
+    scheduler.cancel("A", 2)
+    assert [chunk.choice for chunk in step(scheduler).chunks] == [1]
+    scheduler.cancel("A")
+    assert not scheduler.has_work and scheduler.num_free_pages == 8
+
+
 def test_past_the_deadline_nothing_more_is_computed() -> None:
     a = request("A", 2, 5, deadline=10.0)
     scheduler = scheduler_of(a, replace(a, id="B", n=2), request("C", 2, 5), max_sequences=1)
@@ -633,3 +647,31 @@ def test_plain_python(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('jax', 'grpc') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_events_tell_when_a_request_was_seated_and_in_how_many_steps() -> None:
+    """The worked example of the module: A draws in its first step, B in its second."""
+    scheduler = scheduler_of(request("A", 3, 2), request("B", 10, 1))
+    told = []
+    for now in (5.0, 6.0):
+        scheduler.expire(now)
+        told += commit(scheduler, scheduler.plan())
+    assert [(event.request_id, event.seated, event.steps) for event in told] == [
+        ("A", 5.0, 1),
+        ("A", 5.0, 2),
+        ("B", 5.0, 2),
+    ]
+
+
+def test_a_fork_is_seated_with_its_request_and_counts_its_own_steps() -> None:
+    scheduler = scheduler_of(request("A", 10, 2, n=2))
+    told = []
+    for now in (5.0, 6.0, 7.0, 8.0):
+        scheduler.expire(now)
+        told += commit(scheduler, scheduler.plan())
+    assert [(event.choice, event.seated, event.steps) for event in told] == [
+        (0, 5.0, 2),  # 8 tokens of the prompt, then 2
+        (0, 5.0, 3),
+        (1, 5.0, 1),
+        (1, 5.0, 2),
+    ]

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from serving.gateway.messages import SAFETY_PROMPT
+from serving.gateway.parsing import MAX_PROBLEMS
 from serving.gateway.schema import Extras, read_chat, to_proto
 from serving.proto import inference_pb2
 
@@ -121,6 +123,57 @@ def test_features_that_are_not_asked_for() -> None:
     ) == asked(response_format={"type": {"type": "text"}})
     harmless = {"logprobs": 0, "top_logprobs": 0, "logit_bias": {}, "safe_prompt": False}
     assert asked(Extras.PASS, **harmless) == asked()
+    calls: dict[str, Any] = {"functions": [], "function_call": "none", "audio": None}
+    assert asked(Extras.LENIENT, **calls) == asked()
+
+
+def test_what_the_linked_notebooks_send_unasked_needs_no_header() -> None:
+    request = asked(safe_prompt=False, random_seed=3, max_completion_tokens=5, stream_options={})
+    assert (request.sampling.seed, request.max_tokens) == (3, 5)
+
+
+def test_a_safe_prompt_begins_with_mistrals_own() -> None:
+    def said(**parameters: Any) -> list[tuple[str, str]]:
+        chat = asked(safe_prompt=True, **parameters).chat
+        return [(message.role, message.content) for message in chat.messages]
+
+    assert SAFETY_PROMPT.startswith("Always assist with care, respect, and truth.")
+    assert said() == [("system", SAFETY_PROMPT), ("user", "hello")]
+    with_system = [{"role": "system", "content": "be brief"}, *HELLO]
+    assert said(messages=with_system) == [
+        ("system", f"{SAFETY_PROMPT}\n\nbe brief"),
+        ("user", "hello"),
+    ]
+
+
+def test_a_prefix_is_the_beginning_of_the_answer() -> None:
+    begun = {"role": "assistant", "content": "Once", "prefix": True}
+    chat = asked(messages=[*HELLO, begun]).chat
+    assert chat.continue_last
+    assert chat.messages[-1].content == "Once"
+    assert not asked(messages=[*HELLO, begun | {"prefix": False}]).chat.continue_last
+
+
+def test_messages_may_carry_what_clients_keep_in_them() -> None:
+    """A delta that was stored as it came, and what LangChain and .NET add."""
+    stored = {"role": "assistant", "content": None, "tool_calls": [], "index": 0, "name": None}
+    request = asked(messages=[*HELLO, stored, {"role": "user", "content": "b", "wine": "red"}])
+    assert [message.content for message in request.chat.messages] == ["hello", "", "b"]
+
+
+def test_what_a_refusal_shows_of_the_request_is_bounded() -> None:
+    long = "x" * 10_000
+    with pytest.raises(InvalidRequest) as refused:
+        asked(**{f"{long}{i}": 1 for i in range(100)})
+    assert len(str(refused.value)) < 5_000
+    for parameters in (
+        {"messages": [{"role": "wizard", "content": "a"}] * 1_000},
+        {"logit_bias": {f"{long}{i}": 0 for i in range(100)}},
+    ):
+        with pytest.raises(InvalidParameter) as caught:
+            asked(Extras.LENIENT, **parameters)
+        assert len(caught.value.problems) == MAX_PROBLEMS
+        assert sum(len(step) for each in caught.value.problems for step in each.path) < 2_000
 
 
 @pytest.mark.parametrize(
@@ -156,7 +209,14 @@ def test_roles_and_contents() -> None:
         ({"messages": "hello"}, "body.messages"),
         ({"messages": ["hello"]}, "body.messages.0"),
         ({"messages": [{"content": "a"}]}, "body.messages.0.role"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "body.messages.0.role"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "body.messages.0.role"),
+        ({"messages": HELLO * 2049}, "body.messages"),
+        ({"messages": [{"role": "user", "content": "a", "prefix": True}]}, "body.messages"),
+        (
+            {"messages": [{"role": "assistant", "prefix": True}, *HELLO]},
+            "body.messages",
+        ),
+        ({"safe_prompt": "perhaps"}, "body.safe_prompt"),
         ({"messages": [{"role": "user"}]}, "body.messages.0.content"),
         ({"messages": [{"role": "system", "content": None}]}, "body.messages.0.content"),
         ({"messages": [{"role": "user", "content": 5}]}, "body.messages.0.content"),
@@ -179,6 +239,7 @@ def test_roles_and_contents() -> None:
         ({"response_format": {}}, "body.response_format"),
         ({"frequency_penalty": "heavy"}, "body.frequency_penalty"),
         ({"n": 0}, "body.n"),
+        ({"n": 129}, "body.n"),
         ({"logprobs": 7}, "body.logprobs"),
         ({"top_logprobs": 5}, "body.top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "body.top_logprobs"),
@@ -217,7 +278,11 @@ def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:
             {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
             "body.messages.0.tool_calls",
         ),
-        ({"safe_prompt": True}, "body.safe_prompt"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "body.messages.0.role"),
+        ({"functions": [{"name": "f"}]}, "body.functions"),
+        ({"function_call": {"name": "f"}}, "body.function_call"),
+        ({"audio": {"voice": "a"}}, "body.audio"),
+        ({"guided_json": {}}, "body.guided_json"),
     ],
 )
 def test_features_we_do_not_have_are_named(parameters: dict[str, Any], path: str) -> None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -17,6 +18,9 @@ from azure.ai.inference.models import SystemMessage, UserMessage
 from azure.core.credentials import AzureKeyCredential
 from azure.core.exceptions import ClientAuthenticationError
 from servers import COMMAND, Server, environment, free_ports, running
+
+from serving.client import Client
+from serving.conversation import Message, completion_of
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +144,11 @@ def test_metrics_and_every_parameter_and_nothing_compiles() -> None:
                     (*_, last) = choice["logprobs"]["content"]
                     assert len(last["top_logprobs"]) == 5
         text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
-        figures = dict(line.split() for line in text.splitlines() if line[0] != "#")
+        lines = [line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#"]
+        figures = {name.partition("{")[0]: value for name, value in lines}
     assert float(figures["mixtral_compilations_total"]) == 0
-    assert float(figures["mixtral_generated_tokens_total"]) > 9 * 5
-    assert float(figures["mixtral_prefix_hit_tokens_total"]) == 0
+    assert float(figures["vllm:generation_tokens_total"]) > 9 * 5
+    assert float(figures["vllm:prefix_cache_hits_total"]) == 0
 
 
 def children(server: Server) -> dict[str, psutil.Process]:
@@ -160,13 +165,73 @@ def test_a_signal_ends_everything_with_status_0(number: signal.Signals) -> None:
         assert not any(process.is_running() for process in both.values())
 
 
-@pytest.mark.parametrize("victim", ["service", "gateway"])
-def test_if_one_process_dies_the_other_is_stopped(victim: str) -> None:
+def ask(server: Server, **parameters: Any) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **parameters}
+    headers = {"api-key": server.key}
+    url = f"{server.url}/v1/chat/completions"
+    return httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)
+
+
+def test_a_service_that_was_killed_comes_back_and_503_stands_in_for_it() -> None:
     with running(command()) as server:
-        both = children(server)
-        both[victim].kill()
-        assert server.process.wait(60) == 1
-        assert not any(process.is_running() for process in both.values())
+        gateway = children(server)["gateway"]
+        with httpx.stream(
+            "POST",
+            f"{server.url}/v1/chat/completions",
+            json={
+                "messages": [{"role": "user", "content": "x"}],
+                "stream": True,
+                "ignore_eos": True,
+            },
+            headers={"api-key": server.key},
+            timeout=60,
+            trust_env=False,
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            children(server)["service"].kill()
+            killed = time.monotonic()
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+            assert time.monotonic() - killed < 2
+        statuses = set()
+        while (late := ask(server)).status_code != 200:
+            statuses.add(late.status_code)
+            assert late.headers["retry-after"]
+            assert time.monotonic() - killed < 60
+            time.sleep(0.1)
+        assert statuses == {503}
+        assert children(server)["gateway"].pid == gateway.pid
+        assert server.stop() == 0
+
+
+def test_a_gateway_that_was_killed_comes_back() -> None:
+    with running(command()) as server:
+        service = children(server)["service"]
+        children(server)["gateway"].kill()
+        deadline = time.monotonic() + 60
+        while True:
+            assert time.monotonic() < deadline
+            with suppress(httpx.TransportError):
+                if ask(server).status_code == 200:
+                    break
+            time.sleep(0.1)
+        assert children(server)["service"].pid == service.pid
+        assert server.stop() == 0
+
+
+def test_drain_ends_everything_with_status_0_after_the_answers() -> None:
+    with running(command()) as server, Client(server.target, key=server.key) as grpc_client:
+        assert grpc_client.info().name == "tiny-random"
+        chat: list[Message] = [{"role": "user", "content": "x"}]
+        answer = grpc_client.chat(chat, max_tokens=300, ignore_eos=True)
+        seen = [next(answer)]
+        assert grpc_client.drain() == 1
+        late = ask(server)
+        assert (late.status_code, late.headers["retry-after"].isdecimal()) == (503, True)
+        seen += answer
+        assert completion_of(seen).usage.completion_tokens == 300
+        assert server.process.wait(60) == 0
 
 
 def test_a_killed_supervisor_leaves_nothing_behind() -> None:

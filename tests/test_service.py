@@ -10,8 +10,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import mixtral_jax
 from mixtral_jax.tokenizer import Tokenizer
+from serving.access import Access
+from serving.calls import Calls
 from serving.engine import Engine, compile_steps
 from serving.errors import ERROR_METADATA, DeadlineExceeded
+from serving.keyring import Keyring
 from serving.metrics import Metrics
 from serving.plan import Limits
 from serving.proto import inference_pb2 as pb
@@ -20,6 +23,7 @@ from serving.service import InferenceService, create_server
 from serving.worker import EngineWorker
 
 KEY = (("authorization", "Bearer secret"),)
+ACCESS = Access(Keyring({"default": "secret"}))
 LIMITS = Limits(
     num_pages=64, page_size=16, max_sequences=2, max_step_tokens=32, max_context=512, max_waiting=2
 )
@@ -29,7 +33,7 @@ LIMITS = Limits(
 def parts() -> Iterator[tuple[EngineWorker, Tokenizer]]:
     model, tokenizer = mixtral_jax.load("tiny-random")
     engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
-    worker = EngineWorker(engine, Metrics())
+    worker = EngineWorker(engine, Metrics("tiny"))
     worker.start()
     yield worker, tokenizer
     worker.stop()
@@ -39,7 +43,7 @@ def parts() -> Iterator[tuple[EngineWorker, Tokenizer]]:
 async def serving(parts: tuple[EngineWorker, Tokenizer]) -> AsyncIterator[grpc.aio.Channel]:
     info = pb.ModelInfo(name="toy", type="chat-completions", max_context=512, vocab_size=261)
     service = InferenceService(*parts, info)
-    server, port, _ = await create_server("127.0.0.1:0", service, "secret")
+    server, port, _ = await create_server("127.0.0.1:0", service, ACCESS)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
     await server.stop(0)
@@ -126,6 +130,34 @@ def test_a_stop_text_ends_its_own_choice(parts: tuple[EngineWorker, Tokenizer]) 
             assert chunks[-1].usage.completion_tokens == len(ids_of(cut)) + 60
 
     asyncio.run(run())
+
+
+def test_what_a_stop_text_ended_is_computed_no_more(
+    parts: tuple[EngineWorker, Tokenizer],
+) -> None:
+    async def run() -> None:
+        scheduler = parts[0]._engine.scheduler
+        async with serving(parts) as channel:
+            # The stop text is what choice 0 says and choice 1 never does.
+            asked = {"n": 2, "sampling": pb.SamplingParams(seed=3, temperature=2)}
+            free = by_choice(await collect(channel, chat(max_tokens=60, ignore_eos=True, **asked)))
+            texts = ["".join(chunk.text for chunk in free[choice]) for choice in range(2)]
+            stop = next(c for c in texts[0] if c not in texts[1])
+            request = chat(max_tokens=60, ignore_eos=True, stop=[stop], **asked)
+            before = scheduler.num_free_pages
+            call = rpc.InferenceStub(channel).Generate(request, metadata=KEY)
+            async for chunk in call:
+                if chunk.choice == 0 and chunk.finish_reason:
+                    break
+            while scheduler.num_running == 2:
+                await asyncio.sleep(0.005)
+            left = [chunk async for chunk in call]
+            assert {chunk.choice for chunk in left} <= {1}
+            while scheduler.has_work:
+                await asyncio.sleep(0.005)
+            assert scheduler.num_free_pages == before
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_what_ends_an_answer(parts: tuple[EngineWorker, Tokenizer]) -> None:
@@ -219,7 +251,7 @@ def test_a_deadline_ends_the_call_and_frees_its_pages(
         info = pb.ModelInfo(max_context=512, vocab_size=261)
         service = InferenceService(*parts, info)
         with pytest.raises(DeadlineExceeded, match="deadline passed"):
-            async for _ in service._generate(request, 0.0):
+            async for _ in service._generate(request, 0.0, Calls().begin("", "", {})):
                 pass
         scheduler = parts[0]._engine.scheduler
         while scheduler.has_work:

@@ -47,8 +47,22 @@ LAW: dict[str, set[str]] = {
     **{f"mixtral_jax.{name}": _ours(*_TOKENIZER) for name in _TOKENIZER},
     "mixtral_jax": _ours(*_MODEL, "generation", "pretrained", *_TOKENIZER),
     **{name: _PLAIN for name in _PLAIN},
+    "serving.keyring": set(),
+    "serving.issuer": {"serving.errors"},
+    "serving.entra": {"serving.errors", "serving.issuer"},
+    "serving.access": {"serving.errors", "serving.keyring", "serving.entra"},
+    "serving.access_flags": {"serving.access", "serving.entra", "serving.keyring", "serving.tls"},
+    "serving.interceptor": {"serving.access", "serving.errors", "serving.keyring"},
+    "serving.tls": set(),
+    "mixtral_jax.key_commands": {"serving.keyring"},
     "serving.parent": set(),
+    "serving.logs": set(),
+    "serving.tracing": set(),
+    "serving.calls": {"serving.metrics", "serving.tracing"} | _PLAIN,
     "serving.supervisor": {"serving.parent"},
+    "serving.channel": set(),
+    "serving.client": {"serving.channel", "serving.conversation", "serving.errors", *_STUBS},
+    "serving.conversation": {"serving.errors", *_STUBS},
     "serving.load": set(),
     "serving.bench": {"serving.load"},
     "serving.offline": {
@@ -63,12 +77,27 @@ LAW: dict[str, set[str]] = {
     "serving.worker": {"serving.engine", "serving.metrics"} | _PLAIN,
     "serving.choices": _PLAIN | _STUBS | _ours("tokenizer"),
     "serving.translation": {"serving.engine"} | _PLAIN | _STUBS | _ours("tokenizer"),
-    "serving.service": {"serving.choices", "serving.translation", "serving.worker"}
+    "serving.service": {
+        "serving.access",
+        "serving.calls",
+        "serving.choices",
+        "serving.interceptor",
+        "serving.tls",
+        "serving.translation",
+        "serving.worker",
+    }
     | _PLAIN
     | _STUBS
     | _ours("tokenizer"),
     "serving.__main__": {
+        "serving.access",
+        "serving.access_flags",
+        "serving.calls",
         "serving.engine",
+        "serving.keyring",
+        "serving.logs",
+        "serving.tls",
+        "serving.tracing",
         "serving.memory",
         "serving.metrics",
         "serving.parent",
@@ -88,7 +117,17 @@ LAW: dict[str, set[str]] = {
         ),
     },
 }
-_GATEWAY = _STUBS | {"serving.errors", "serving.parent"}
+_GATEWAY = (
+    _STUBS
+    | {
+        "serving.access",
+        "serving.access_flags",
+        "serving.channel",
+        "serving.keyring",
+        "serving.tls",
+    }
+    | {"serving.errors", "serving.logs", "serving.parent", "serving.tracing"}
+)
 
 
 def modules() -> dict[str, Path]:
@@ -143,7 +182,9 @@ def test_nobody_imports_the_command_line() -> None:
         assert "mixtral_jax.cli" not in imports(path, set(found))
 
 
-@pytest.mark.parametrize("module", ["serving.gateway.app", "serving.supervisor", "mixtral_jax.cli"])
+@pytest.mark.parametrize(
+    "module", ["serving.gateway.app", "serving.client", "serving.supervisor", "mixtral_jax.cli"]
+)
 def test_these_start_without_jax(module: str) -> None:
     """Also through others: what they import must not import it either."""
     code = f"import {module}, sys; print('jax' in sys.modules)"

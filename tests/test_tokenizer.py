@@ -461,6 +461,59 @@ def test_template_chats_are_those_of_transformers(spec: str, template: str, tmp_
 
 
 @pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("template", ["chatml", "trims", "inst"])
+@pytest.mark.parametrize("said", ["The answer is", "It is ", " so", "<|im_end|>\n", "\U0010fffe a"])
+def test_an_answer_that_was_begun_is_continued_as_by_transformers(
+    spec: str, template: str, said: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    tokenizer = load(write(tmp_path, SPECS[spec], TEMPLATES[template]))
+    chat = [*turns("How many?"), say("assistant", said)]
+    text = tokenizer.chat(chat, continue_last=True)
+    if said != "<|im_end|>\n":  # which transformers makes a control token of
+        reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert text == reference.apply_chat_template(
+            chat, continue_final_message=True, tokenize=True, return_dict=False
+        )
+    assert text[-1] not in tokenizer.eos_ids
+
+
+def test_a_template_that_changes_the_last_message_cannot_continue_it(tmp_path: Path) -> None:
+    chat = [*turns("Hi"), say("assistant", "Hel")]
+    shouts = TEMPLATES["trims"].replace("trim", "upper")
+    tokenizer = load(write(tmp_path, byte_level_spec(), shouts))
+    with pytest.raises(ChatError, match="does not write it as it is"):
+        tokenizer.chat(chat, continue_last=True)
+    # This one writes the message twice: what comes last is continued.
+    tokenizer = load(write(tmp_path, byte_level_spec(), TEMPLATES["no seam"]))
+    assert tokenizer.decode(tokenizer.chat(chat, continue_last=True)).endswith("Hel")
+
+
+@pytest.mark.parametrize("version", MISTRAL_FILES)
+def test_a_mistral_answer_that_was_begun_is_left_open(version: str) -> None:
+    tokenizer = MistralTokenizer(MISTRAL_FILES[version])
+    chat = turns("How many?", "There are")
+    (eos,) = tokenizer.eos_ids
+    begun = tokenizer.chat(chat, continue_last=True)
+    asked = tokenizer.chat(chat[:1])
+    assert begun[: len(asked)] == asked
+    assert tokenizer.decode(begun[len(asked) :]) == "There are"
+    assert begun[-1] != eos
+    closed = tokenizer.chat([*chat, say("user", "?")])
+    assert closed[: len(begun) + 1] == [*begun, eos]
+
+
+@each
+def test_only_an_assistants_words_can_be_continued(
+    name: str, all_tokenizers: dict[str, Tokenizer]
+) -> None:
+    for last in (say("user", "hi"), say("assistant", " ")):
+        with pytest.raises(ChatError, match="cannot be continued"):
+            all_tokenizers[name].chat([*turns("hi"), last], continue_last=True)
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_template_text_is_that_of_tokenizers(spec: str, tmp_path: Path) -> None:
     tokenizer = load(write(tmp_path, SPECS[spec]))
     for text in TEXTS:
@@ -594,6 +647,11 @@ def test_byte_chats_are_read_by_eye() -> None:
     assert tokenizer.chat(chat) == [256, 258, 97, 257, 259, 98, 257, 260]
     assert tokenizer.vocab_size == 261
     assert tokenizer.eos_ids == {257}
+
+
+def test_bytes_go_on_where_they_were_left() -> None:
+    chat = [*turns("hi"), say("assistant", "yo")]
+    assert ByteTokenizer().chat(chat, continue_last=True) == [*(256, 259, *b"hi", 257, 260, *b"yo")]
 
 
 def test_a_folder_remembers_that_it_speaks_bytes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Crash, drain, stop and deadlines, with an engine that can be worked out by hand."""
 
 import asyncio
+import threading
 import time
 from contextlib import aclosing
 
@@ -32,7 +33,10 @@ class CountingEngine:
             raise ContextTooLong("no")
         self.running[request.id] = (request, 0)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        if choice is not None:
+            self.cancelled.append(f"{request_id}/{choice}")
+            return
         self.running.pop(request_id, None)
         self.late = [event for event in self.late if event.request_id != request_id]
         self.cancelled.append(request_id)
@@ -100,7 +104,7 @@ async def tokens(worker: EngineWorker, asked: Request) -> list[int]:
 
 def started() -> tuple[EngineWorker, CountingEngine]:
     engine = CountingEngine()
-    worker = EngineWorker(engine, Metrics())  # type: ignore[arg-type]
+    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
     worker.start()
     return worker, engine
 
@@ -197,6 +201,45 @@ def test_leaving_cancels() -> None:
     worker.stop()
 
 
+class HeldEngine(CountingEngine):
+    """Stops after two steps until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.released = threading.Event()
+
+    def step(self, now: float) -> list[Event]:
+        self.steps += 1
+        if self.steps > 2:
+            assert self.released.wait(10)
+        return super().step(now)
+
+
+def test_a_choice_that_was_ended_is_computed_no_more_and_not_waited_for() -> None:
+    engine = HeldEngine()
+    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
+    worker.start()
+
+    async def run() -> None:
+        seen = []
+        async with aclosing(worker.submit(request("a", 12, n=2))) as events:
+            async for event in events:
+                seen.append(event.choice)
+                if event.choice == 1 and 1 not in seen[:-1]:
+                    worker.end("a", 1)
+                    engine.released.set()
+                    assert worker.num_under_way == 1
+        assert seen.count(0) == 12
+        assert worker.num_under_way == 0
+        assert await tokens(worker, request("b", 1)) == [0]
+
+    asyncio.run(run())
+    worker.stop()
+    assert engine.cancelled == ["a/1"]
+    assert not worker._mailboxes
+
+
 class SlowEngine(CountingEngine):
     """Never ends, and takes its time."""
 
@@ -207,7 +250,7 @@ class SlowEngine(CountingEngine):
 
 
 def test_draining_refuses_new_requests_and_stopping_ends_the_others() -> None:
-    worker = EngineWorker(SlowEngine(), Metrics())  # type: ignore[arg-type]
+    worker = EngineWorker(SlowEngine(), Metrics("tiny"))  # type: ignore[arg-type]
     worker.start()
 
     async def run() -> None:

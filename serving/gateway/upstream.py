@@ -1,5 +1,7 @@
 """The model service as the gateway sees it: one gRPC channel, and nothing else is shared with it.
 
+Behind the channel there may be any number of replicas (serving/channel.py).
+
 A failed call becomes an error of serving/errors.py. What the service said on purpose (it then names
 the error in `mixtral-error`) is passed on; what gRPC says about addresses and sockets is for the
 operator's log and never reaches a client.
@@ -7,25 +9,22 @@ operator's log and never reaches a client.
 
 import asyncio
 import logging
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serving.errors import ERROR_METADATA, EngineFailure, ServingError, Unavailable, from_grpc
+from serving.gateway.tally import Tally
 from serving.proto import inference_pb2, inference_pb2_grpc
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    # The service is a neighbour: a proxy set for the internet must not stand between.
-    ("grpc.enable_http_proxy", 0),
-    # An attempt to connect may take so long; calls that wait for it then fail.
-    ("grpc.min_reconnect_backoff_ms", 2_000),
-    # A service that comes back is found within seconds, where gRPC's own default is two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
 # Seconds for calls that the service answers from memory.
 SHORT_CALL_SECONDS = 3.0
+# Chunks that are kept of an answer whose reader is slow. More of them wait in the service.
+READ_AHEAD = 64
 
 # Said by gRPC itself, these mean that no willing model service is there, for the moment.
 _NOT_THERE = {
@@ -74,48 +73,89 @@ class ModelService:
         if answer.status != health_pb2.HealthCheckResponse.SERVING:
             raise Unavailable("the model service is not ready; try again shortly")
 
-    def generate(self, request: inference_pb2.GenerateRequest) -> "Answer":
-        """Starts an answer. The caller must `cancel()` it in the end, however it ends."""
-        return Answer(self._inference.Generate(request, metadata=self._metadata))
+    def generate(
+        self,
+        request: inference_pb2.GenerateRequest,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> "Answer":
+        """Starts an answer. The caller must `cancel()` it in the end, however it ends.
+
+        `metadata` goes with the call beside the gateway's key, such as a request's id and trace.
+        """
+        return Answer(self._inference.Generate(request, metadata=(*self._metadata, *metadata)))
 
 
 class Answer:
-    """One running Generate call."""
+    """One running Generate call, read by a task of its own as fast as its reader takes it."""
 
     def __init__(self, call: Any) -> None:
+        self.tally = Tally()
         self._call = call
-        # A read outlives the patience of who waits for it: cancelling it would cancel the call.
-        self._reading: asyncio.Task[Any] | None = None
-        self._is_whole = False
+        self._arrived: deque[inference_pb2.GenerateChunk] = deque()
+        self._has_ended = False
+        self._failure: ServingError | None = None  # that ended it
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+        # Cancelling a read cancels the call, so that it must not be one of who waits with patience.
+        self._reading = asyncio.create_task(self._read_ahead())
 
     async def has_news(self, patience: float | None = None) -> bool:
-        """Waits until `read` will return at once: True, or False after `patience` seconds."""
-        if self._reading is None:
-            self._reading = asyncio.ensure_future(self._call.read())
-        await asyncio.wait({self._reading}, timeout=patience)
-        return self._reading.done()
+        """Waits until a read will return at once: True, or False after `patience` seconds."""
+        if not (self._arrived or self._has_ended):
+            self._news.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._news.wait()
+        return bool(self._arrived) or self._has_ended
 
     async def read(self) -> inference_pb2.GenerateChunk | None:
         """The next chunk, None after the last one; raises the ServingError that ended the call."""
         await self.has_news()
-        assert self._reading is not None
-        reading, self._reading = self._reading, None
-        try:
-            chunk = reading.result()
-        except grpc.aio.AioRpcError as failure:
-            raise _error_of(failure) from failure
-        if isinstance(chunk, inference_pb2.GenerateChunk):
-            self._is_whole = chunk.HasField("usage")  # so the last chunk of all choices is known
-            return chunk
-        if not self._is_whole:
-            raise EngineFailure("the model service ended its answer without a reason to finish")
+        if self._arrived:
+            self._room.set()
+            return self._arrived.popleft()
+        if self._failure is not None:
+            raise self._failure
         return None
+
+    async def read_all(self) -> list[inference_pb2.GenerateChunk]:
+        """What has arrived, at least one chunk; [] after the last one; raises as `read`."""
+        first = await self.read()
+        if first is None:
+            return []
+        chunks = [first, *self._arrived]
+        self._arrived.clear()
+        return chunks
 
     def cancel(self) -> None:
         """Frees all that the answer holds in the service; nothing happens if it has ended."""
-        if self._reading is not None:
-            self._reading.cancel()
+        self._reading.cancel()
         self._call.cancel()
+
+    async def _read_ahead(self) -> None:
+        is_whole = False
+        try:
+            while isinstance(chunk := await self._call.read(), inference_pb2.GenerateChunk):
+                self.tally.add(chunk)
+                is_whole = chunk.HasField("usage")  # so the last chunk of all choices is known
+                self._arrived.append(chunk)
+                self._news.set()
+                while len(self._arrived) >= READ_AHEAD:
+                    self._room.clear()
+                    await self._room.wait()
+            if not is_whole:
+                self._failure = EngineFailure(
+                    "the model service ended its answer without a reason to finish"
+                )
+        except grpc.aio.AioRpcError as failure:
+            self._failure = _error_of(failure)
+            self._failure.__cause__ = failure
+        except asyncio.CancelledError:  # by `cancel`, or as the channel was closed
+            self._failure = Unavailable("the answer was given up; try again shortly")
+            raise
+        finally:
+            self._has_ended = True
+            self._news.set()
 
 
 def _error_of(failure: grpc.aio.AioRpcError) -> ServingError:

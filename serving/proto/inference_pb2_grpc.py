@@ -44,6 +44,21 @@ class InferenceStub:
                 request_serializer=serving_dot_proto_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=serving_dot_proto_dot_inference__pb2.ModelInfo.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/mixtral.v1.Inference/Tokenize',
+                request_serializer=serving_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=serving_dot_proto_dot_inference__pb2.Tokens.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/mixtral.v1.Inference/Detokenize',
+                request_serializer=serving_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=serving_dot_proto_dot_inference__pb2.Text.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/mixtral.v1.Inference/Drain',
+                request_serializer=serving_dot_proto_dot_inference__pb2.DrainRequest.SerializeToString,
+                response_deserializer=serving_dot_proto_dot_inference__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -63,6 +78,28 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Turns a chat or a text into the token ids that Generate would read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Turns token ids into text, as Generate would write them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Lets what is under way finish, refuses what comes, and ends the server. For the operator's
+        own keys alone, the one of the server's environment or the gateway's: else PERMISSION_DENIED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +112,21 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=serving_dot_proto_dot_inference__pb2.GetModelInfoRequest.FromString,
                     response_serializer=serving_dot_proto_dot_inference__pb2.ModelInfo.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=serving_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=serving_dot_proto_dot_inference__pb2.Tokens.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=serving_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=serving_dot_proto_dot_inference__pb2.Text.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=serving_dot_proto_dot_inference__pb2.DrainRequest.FromString,
+                    response_serializer=serving_dot_proto_dot_inference__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +183,87 @@ class Inference:
             '/mixtral.v1.Inference/GetModelInfo',
             serving_dot_proto_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
             serving_dot_proto_dot_inference__pb2.ModelInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mixtral.v1.Inference/Tokenize',
+            serving_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            serving_dot_proto_dot_inference__pb2.Tokens.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mixtral.v1.Inference/Detokenize',
+            serving_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            serving_dot_proto_dot_inference__pb2.Text.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mixtral.v1.Inference/Drain',
+            serving_dot_proto_dot_inference__pb2.DrainRequest.SerializeToString,
+            serving_dot_proto_dot_inference__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

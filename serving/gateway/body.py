@@ -1,0 +1,81 @@
+"""Reading the body of a request: what is not JSON, too large or too slow is refused early.
+
+What is refused before it was read is still taken off the wire for a while (`Lingering`): closed at
+once, the connection would be reset, and the client would meet that instead of the reason.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from serving.errors import DeadlineExceeded, RequestTooLarge, UnsupportedMedia
+
+LIMIT = 4 * 2**20
+SECONDS = 30.0
+# A refused client may go on sending so many bytes, and pause for so many seconds.
+_LINGER_BYTES = 8 * 2**20
+_LINGER_SECONDS = 0.5
+
+
+class BodyTooSlow(DeadlineExceeded):
+    """The rest of the body will not be waited for."""
+
+
+async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECONDS) -> bytes:
+    """The whole body.
+
+    Raises:
+        UnsupportedMedia: It says that it is not JSON, or is compressed.
+        RequestTooLarge: It has more bytes than `limit`.
+        BodyTooSlow: It took longer than `seconds`.
+    """
+    _check_type(request)
+    too_large = RequestTooLarge(f"the body is larger than {limit:,} bytes; send a smaller one")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise BodyTooSlow(f"the body did not arrive within {seconds:g} seconds") from None
+    return bytes(body)
+
+
+def _check_type(request: Request) -> None:
+    named = request.headers.get("content-type", "application/json")
+    kind = named.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (
+        kind.startswith("application/") and kind.endswith("+json")
+    ):
+        raise UnsupportedMedia(
+            f"the body is of type '{kind[:100]}'; send JSON with the header "
+            "'Content-Type: application/json'"
+        )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMedia("the body is compressed; send it without a Content-Encoding")
+
+
+class Lingering(JSONResponse):
+    """An answer after which the connection closes, but not before the client had time to read."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers["connection"] = "close"
+        headers = self.raw_headers
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        left = _LINGER_BYTES
+        with suppress(TimeoutError):
+            while left > 0:
+                async with asyncio.timeout(_LINGER_SECONDS):
+                    message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    break
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,72 @@
+"""What a gateway process tells Prometheus: requests, their times, and their tokens.
+
+`python -m serving.gateway --metrics-port` serves them on 127.0.0.1; without it they are counted all
+the same, and nobody reads them.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+# Seconds. A first byte takes from milliseconds to the minutes of a full queue.
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class GatewayMetrics:
+    """Counts and times requests. Routes are those of the application: no client can add one."""
+
+    def __init__(self) -> None:
+        # Its own registry: a second gateway in one process, as in tests, is no second series.
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "mixtral_gateway_requests",
+            "Requests that have ended: whole, dropped (by the client) or broken (by a failure).",
+            ["route", "status", "outcome"],
+            registry=self.registry,
+        )
+        self._first_byte = Histogram(
+            "mixtral_gateway_first_byte_seconds",
+            "From a request's arrival to the first byte of its answer's body.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._whole = Histogram(
+            "mixtral_gateway_request_seconds",
+            "From a request's arrival to its end.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._tokens = Counter(
+            "mixtral_gateway_tokens",
+            "Tokens of prompts and completions, of answers that have ended.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.open_requests = Gauge(
+            "mixtral_gateway_open_requests", "Requests under way.", registry=self.registry
+        )
+        self.open_streams = Gauge(
+            "mixtral_gateway_open_streams", "Of them, streams.", registry=self.registry
+        )
+
+    def ended(
+        self, route: str, status: int, outcome: str, first_byte: float | None, seconds: float
+    ) -> None:
+        """A request has ended; `first_byte` is None where there was none."""
+        self._requests.labels(route, str(status), outcome).inc()
+        self._whole.labels(route).observe(seconds)
+        if first_byte is not None:
+            self._first_byte.labels(route).observe(first_byte)
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        """An answer has cost so many."""
+        self._tokens.labels("prompt").inc(prompt)
+        self._tokens.labels("completion").inc(completion)
+
+    def serve(self, port: int) -> int:
+        """Serves them at http://127.0.0.1:PORT/metrics from a thread; returns the port.
+
+        Port 0 chooses one. Raises OSError if it is taken.
+        """
+        server, _ = start_http_server(port, addr="127.0.0.1", registry=self.registry)
+        return int(server.server_port)

@@ -1,0 +1,303 @@
+"""What the gateway offers, as an OpenAPI document, and as a page that needs nothing from elsewhere.
+
+The routes read bodies themselves, so the document is made here from the types that they read and
+write.
+"""
+
+import html
+import json
+from importlib.metadata import version
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from serving.gateway import wire
+from serving.gateway.completion import CompletionRequest
+from serving.gateway.routes import (
+    AZURE_PREFIXES,
+    EMBEDDINGS,
+    INFO_PATHS,
+    MODEL_PATHS,
+    OPENAI_PREFIXES,
+    PREFIXES,
+)
+from serving.gateway.schema import ChatRequest
+from serving.gateway.usage_report import UsageReport
+
+Schema = dict[str, Any]
+
+_ABOUT = """\
+The Azure AI Model Inference API, and OpenAI's and Mistral's dialects of it, for one chat model.
+
+Where a number or a boolean is asked for, a string that holds one is taken too; null means that a
+parameter is absent. What is known but not supported is refused by name."""
+_ERRORS = {
+    400: "The request is malformed, or does not fit the model's context.",
+    401: "There is no key or token, or a wrong one.",
+    403: "The caller is known, but not allowed here.",
+    404: "There is no such route or model.",
+    405: "The route exists, the method does not.",
+    408: "The body came too slowly, or a deadline passed.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    422: "A parameter's type, range or name is wrong, or it is not supported.",
+    424: "The model failed; a retry does not help.",
+    429: "The queue is full, or the caller's minute; Retry-After tells how long.",
+    500: "The gateway failed.",
+    503: "The model is not ready, or not there; Retry-After tells how long.",
+}
+_RETRIED = (429, 503)
+
+
+def document() -> Schema:
+    """The OpenAPI document."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "mixtral-jax",
+            "version": version("mixtral-jax"),
+            "description": _ABOUT,
+        },
+        "security": [{"bearer": []}, {"key": []}],
+        "paths": _chats() | _completions() | _embeddings() | _models() | _open(),
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "api-key"},
+            },
+        },
+    }
+
+
+def page(document: Schema) -> str:
+    """The document as HTML."""
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>mixtral-jax</title><style>"
+        "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+        "td{vertical-align:top;padding:.2em 1em .2em 0;border-top:1px solid #ccc}"
+        "code{white-space:nowrap}</style>",
+        f"<h1>mixtral-jax {html.escape(document['info']['version'])}</h1>",
+        *(f"<p>{html.escape(each)}" for each in document["info"]["description"].split("\n\n")),
+        "<p>The same for programs: <a href=/openapi.json>/openapi.json</a><h2>Routes</h2><table>",
+    ]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            parts.append(
+                f"<tr><td><code>{method.upper()} {html.escape(path)}</code>"
+                f"<td>{html.escape(operation['summary'])}"
+            )
+    parts.append("</table>")
+    for name, schema in document["components"]["schemas"].items():
+        parts.append(f"<h2 id={name}>{name}</h2><p>{html.escape(schema.get('description', ''))}")
+        parts.append("<table>")
+        for field, value in schema.get("properties", {}).items():
+            needed = " (required)" if field in schema.get("required", ()) else ""
+            parts.append(
+                f"<tr><td><code>{html.escape(field)}</code>{needed}<td>{_type_of(value)}"
+                f"<td>{html.escape(value.get('description', ''))}"
+            )
+        parts.append("</table>")
+    return "".join(parts)
+
+
+def _type_of(schema: Schema) -> str:
+    if "$ref" in schema:
+        name = html.escape(schema["$ref"].rpartition("/")[2])
+        return f'<a href="#{name}">{name}</a>'
+    if options := schema.get("anyOf"):
+        return " or ".join(_type_of(option) for option in options)
+    if "const" in schema or "enum" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return html.escape(", ".join(json.dumps(value) for value in values))
+    if schema.get("type") == "array":
+        return f"list of {_type_of(schema.get('items', {}))}"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    limits = "" if low is None and high is None else f" {low} to {high}"
+    return html.escape(f"{schema.get('type', 'anything')}{limits}")
+
+
+def _schemas() -> Schema:
+    read: list[type[BaseModel]] = [ChatRequest, CompletionRequest]
+    written: list[type[BaseModel]] = [
+        wire.ChatCompletion,
+        wire.ChatCompletionChunk,
+        wire.TextCompletion,
+        wire.ModelInfo,
+        wire.ModelCard,
+        wire.ModelList,
+        wire.ErrorBody,
+        wire.Status,
+        UsageReport,
+    ]
+    modes: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
+        *((each, "validation") for each in read),
+        *((each, "serialization") for each in written),
+    ]
+    _, found = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+    schemas: Schema = found["$defs"]
+    return schemas
+
+
+def _chats() -> Schema:
+    strict = {
+        "name": "extra-parameters",
+        "in": "header",
+        "description": "What happens to parameters that Azure's API does not list. "
+        "extra-params is the same header.",
+        "schema": {"enum": ["error", "drop", "pass-through"], "default": "error"},
+    }
+    return {
+        f"{prefix}/chat/completions": _post(
+            f"{prefix}/chat/completions",
+            "Answers a conversation, at once or as a stream.",
+            ("ChatRequest", "ChatCompletion", "ChatCompletionChunk"),
+            [strict] if prefix in AZURE_PREFIXES else [],
+        )
+        for prefix in PREFIXES
+    }
+
+
+def _completions() -> Schema:
+    return {
+        f"{prefix}/completions": _post(
+            f"{prefix}/completions",
+            "Continues a text, at once or as a stream.",
+            ("CompletionRequest", "TextCompletion", "TextCompletion"),
+            [],
+        )
+        for prefix in ("", *OPENAI_PREFIXES)
+    }
+
+
+def _embeddings() -> Schema:
+    summary = "Not supported by a chat model: always 404."
+    return {
+        f"{prefix}{name}": {
+            "post": {
+                "summary": summary,
+                "operationId": _identifier("post", f"{prefix}{name}"),
+                "parameters": _parameters(f"{prefix}{name}", []),
+                "responses": _failures(400, 401, 403, 404, 405, 500, 503),
+            }
+        }
+        for prefix in PREFIXES
+        for name in EMBEDDINGS
+    }
+
+
+def _models() -> Schema:
+    paths = {path: _get(path, "Which model is served.", "ModelInfo") for path in INFO_PATHS}
+    paths["/usage"] = _get("/usage", "What the caller has used, by day.", "UsageReport")
+    everybody = {
+        "name": "all",
+        "in": "query",
+        "description": "Of every caller; for the operator's own key.",
+        "schema": {"type": "boolean", "default": False},
+    }
+    paths["/usage"]["get"]["parameters"].append(everybody)
+    paths["/usage"]["get"]["responses"] |= _failures(422)
+    for path in MODEL_PATHS:
+        paths[path] = _get(path, "The models that are served: one.", "ModelList")
+        one = f"{path}/{{model_id}}"
+        paths[one] = _get(one, "The model of this name.", "ModelCard")
+    return paths
+
+
+def _open() -> Schema:
+    """The routes that need no key."""
+    paths = {
+        "/health/live": _get("/health/live", "200 for as long as the gateway lives.", "Status"),
+        "/health/ready": _get("/health/ready", "200 while the model can be asked.", "Status"),
+        "/openapi.json": _get("/openapi.json", "This document.", None),
+        "/docs": _get("/docs", "This document as a page.", None),
+    }
+    for methods in paths.values():
+        methods["get"]["security"] = []
+        methods["get"]["parameters"] = []
+    paths["/docs"]["get"]["responses"]["200"]["content"] = {
+        "text/html": {"schema": {"type": "string"}}
+    }
+    return paths
+
+
+def _get(path: str, summary: str, answer: str | None) -> Schema:
+    schema: Schema = {"type": "object"} if answer is None else _ref(answer)
+    answers = {"200": {"description": "As asked.", "content": _json(schema)}}
+    return {
+        "get": {
+            "summary": summary,
+            "operationId": _identifier("get", path),
+            "parameters": _parameters(path, []),
+            "responses": answers | _failures(400, 401, 403, 404, 405, 500, 503),
+        }
+    }
+
+
+def _post(path: str, summary: str, types: tuple[str, str, str], parameters: list[Schema]) -> Schema:
+    request, answer, chunk = types
+    event = {
+        "type": "object",
+        "description": "An event, which is `data: ` and this.",
+        "properties": {"data": {"type": "string", "description": f"{chunk}, or at last [DONE]"}},
+        "required": ["data"],
+    }
+    answers = {
+        "200": {
+            "description": "The answer; with `stream`, its events as they come.",
+            "content": _json(_ref(answer)) | {"text/event-stream": {"schema": event}},
+        }
+    }
+    return {
+        "post": {
+            "summary": summary,
+            "operationId": _identifier("post", path),
+            "parameters": _parameters(path, parameters),
+            "requestBody": {"required": True, "content": _json(_ref(request))},
+            "responses": answers | _failures(*_ERRORS),
+        }
+    }
+
+
+def _parameters(path: str, own: list[Schema]) -> list[Schema]:
+    date = {"type": "string", "pattern": r"^(\d{4}-\d{2}-\d{2}(-preview)?|preview|latest)$"}
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in ("name", "model_id")
+        if f"{{{name}}}" in path
+    ]
+    version = {
+        "name": "api-version",
+        "in": "query",
+        "description": "Of Azure's API; any is accepted.",
+        "schema": date,
+    }
+    return [*in_path, version, *own]
+
+
+def _failures(*statuses: int) -> Schema:
+    answers: Schema = {}
+    for status in statuses:
+        headers = {"x-ms-error-code": {"schema": {"type": "string"}}}
+        if status in _RETRIED:
+            headers["retry-after"] = {"schema": {"type": "integer"}}
+        answers[str(status)] = {
+            "description": _ERRORS[status],
+            "headers": headers,
+            "content": _json(_ref("ErrorBody")),
+        }
+    return answers
+
+
+def _identifier(method: str, path: str) -> str:
+    words = path.replace("{", "").replace("}", "").replace(".", "/").replace("-", "/").split("/")
+    return "_".join([method, *filter(None, words)])
+
+
+def _json(schema: Schema) -> Schema:
+    return {"application/json": {"schema": schema}}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}

@@ -1,0 +1,150 @@
+"""The parameters that every kind of request has, and what they mean in the proto.
+
+The types take what the clients of Azure, OpenAI and Mistral really send: numbers and booleans as
+strings, null for anything optional. What a parameter asks for and we do not have is refused by
+name (`only`), never dropped in silence.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from serving.errors import UnsupportedParameter
+from serving.proto import inference_pb2
+
+# The kind of a problem that is a feature we do not have, rather than a mistake.
+NOT_HAD = UnsupportedParameter.azure_code
+
+
+def only(*harmless: object) -> AfterValidator:
+    """Of a feature we do not have: lets pass None and the values that do not ask for it."""
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if value is None or value in harmless:
+            return value
+        raise PydanticCustomError(
+            NOT_HAD,
+            "{parameter} is not supported yet with this value; leave it out",
+            {"parameter": info.field_name},
+        )
+
+    return AfterValidator(check)
+
+
+def _stop_texts(value: object) -> object:
+    if isinstance(value, str):
+        value = [value]
+    # An empty text would end every answer before it began; it is sent to mean none.
+    return [text for text in value if text != ""] if isinstance(value, list) else value
+
+
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+TokenCount = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+StopTexts = Annotated[
+    list[str],
+    BeforeValidator(_stop_texts, json_schema_input_type=str | list[str]),
+]
+Never = Annotated[Any, only()]
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's wishes for a stream."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    include_usage: bool | None = None
+    """Moves the usage from the last chunk into one of its own, without choices."""
+
+
+class Parameters(BaseModel):
+    """What may be asked of an answer, whatever it answers."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    model: str | None = None
+    """Accepted for the sake of clients; the endpoint serves one model."""
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    """0 takes the likeliest token. Azure's range ends at 1, OpenAI's at 2."""
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    """Keeps the likeliest tokens whose probabilities add up to this."""
+    max_tokens: TokenCount | None = None
+    """Tokens to generate at most."""
+    stop: StopTexts | None = None
+    """A text or a list of texts before which the answer ends."""
+    seed: Int64 | None = None
+    """Makes sampling repeatable."""
+    random_seed: Int64 | None = None
+    """Mistral's name for `seed`, which wins if both are given."""
+    stream: bool | None = None
+    """Whether the answer comes as server-sent events."""
+    stream_options: StreamOptions | None = None
+    """OpenAI's wishes for a stream."""
+    presence_penalty: Penalty | None = None
+    """Taken off the logit of a token that the answer holds already."""
+    frequency_penalty: Penalty | None = None
+    """Taken off for each time that the answer holds it."""
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Choices to generate; one where absent. The service may allow fewer."""
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)]
+        | None
+    ) = None
+    """Token id to a number added to its logit."""
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    """vLLM's: keeps so many of the likeliest tokens; -1 or 0 keeps all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """vLLM's: keeps tokens of at least this part of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    """vLLM's: divides the positive logits of tokens in prompt and answer."""
+    min_tokens: TokenCount | None = None
+    """vLLM's: the model does not end its answer before so many tokens."""
+    ignore_eos: bool | None = None
+    """vLLM's: goes on where the model would end its answer."""
+    stop_token_ids: list[TokenId] | None = None
+    """vLLM's: ids of tokens after which the answer ends."""
+    guided_json: Never = None
+    """vLLM's; not for now, as the four that follow."""
+    guided_regex: Never = None
+    """vLLM's."""
+    guided_choice: Never = None
+    """vLLM's."""
+    guided_grammar: Never = None
+    """vLLM's."""
+    structured_outputs: Never = None
+    """vLLM's."""
+
+    @property
+    def choices(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the usage shall come in a chunk of its own."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def to_proto(self) -> inference_pb2.GenerateRequest:
+        """The request without its prompt; what the client left out stays absent."""
+        return inference_pb2.GenerateRequest(
+            sampling=inference_pb2.SamplingParams(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed if self.seed is not None else self.random_seed,
+                top_k=max(0, self.top_k or 0),
+                min_p=self.min_p,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                repetition_penalty=self.repetition_penalty,
+                logit_bias=self.logit_bias or {},
+            ),
+            max_tokens=self.max_tokens,
+            stop=self.stop or [],
+            n=self.n,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=self.stop_token_ids or [],
+        )

@@ -1,0 +1,171 @@
+"""What callers have used, by day (UTC): counted in memory, kept in SQLite.
+
+No request waits for the disk: `add` counts in memory, and a thread writes what is new twice a
+second. So a process that is killed loses a second at most. Several gateways may share one file, for
+each adds to what is there.
+"""
+
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+IN_MEMORY = ":memory:"  # SQLite's name for no file
+_WRITE_SECONDS = 0.5
+_LOCK_SECONDS = 5.0  # for which another process may keep the file to itself
+_VERSION = 1
+_TABLE = """
+    CREATE TABLE IF NOT EXISTS usage (
+        caller TEXT NOT NULL,
+        day TEXT NOT NULL,
+        requests INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL,
+        completion_tokens INTEGER NOT NULL,
+        PRIMARY KEY (caller, day)
+    ) WITHOUT ROWID
+"""
+_ADD = """
+    INSERT INTO usage VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT (caller, day) DO UPDATE SET
+        requests = requests + excluded.requests,
+        prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = completion_tokens + excluded.completion_tokens
+"""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, order=True)
+class Usage:
+    """What one caller used on one day."""
+
+    caller: str
+    day: str  # 2026-11-22
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def usual_place() -> str:
+    """A file in the user's folder for state, or IN_MEMORY where that cannot be written."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    file = Path(home) / "mixtral-jax" / "usage.db"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return IN_MEMORY
+    return str(file) if os.access(file.parent, os.W_OK) else IN_MEMORY
+
+
+class UsageLedger:
+    """Adds up. Thread-safe.
+
+    Args:
+        file: A database, made with its folder if it is not there; or IN_MEMORY, gone with us.
+        clock: The time, as time.time() tells it.
+
+    Raises:
+        ValueError: The file cannot be used.
+    """
+
+    def __init__(
+        self, file: str | Path = IN_MEMORY, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._clock = clock
+        self._new: Counter[tuple[str, str, str]] = Counter()  # (caller, day, column)
+        self._counting = threading.Lock()  # for an instant only
+        self._writing = threading.Lock()
+        self._is_behind = False  # the last write failed
+        self._database = _open(file)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._write_on, name="usage", daemon=True)
+        self._thread.start()
+
+    def add(self, caller: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Counts one request."""
+        day = datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
+        with self._counting:
+            self._new[caller, day, "requests"] += 1
+            self._new[caller, day, "prompt_tokens"] += prompt_tokens
+            self._new[caller, day, "completion_tokens"] += completion_tokens
+
+    def report(self, caller: str | None = None) -> list[Usage]:
+        """Everything so far, of one caller or of all, by caller and day. Waits for the disk."""
+        with self._writing:
+            self._write()
+            where = "" if caller is None else " WHERE caller = ?"
+            rows = self._database.execute(
+                f"SELECT * FROM usage{where} ORDER BY caller, day",
+                () if caller is None else (caller,),
+            )
+            return [Usage(*row) for row in rows]
+
+    def close(self) -> None:
+        """Writes what is new; nothing may be added afterwards."""
+        self._end.set()
+        self._thread.join()
+        with self._writing:
+            self._write()
+            self._database.close()
+
+    def _write_on(self) -> None:
+        while not self._end.wait(_WRITE_SECONDS):
+            with self._writing:
+                self._write()
+
+    def _write(self) -> None:
+        """Writes what is new, or keeps it for the next time if that fails."""
+        with self._counting:
+            new, self._new = self._new, Counter()
+        columns = ("requests", "prompt_tokens", "completion_tokens")
+        rows = [
+            (caller, day, *(new[caller, day, column] for column in columns))
+            for caller, day in sorted({key[:2] for key in new})
+        ]
+        if not rows:
+            return
+        try:
+            with self._database:  # commits, or rolls back
+                self._database.executemany(_ADD, rows)
+            self._is_behind = False
+        except sqlite3.Error as error:
+            if not self._is_behind:
+                logger.error("usage cannot be written, and is kept in memory for now: %s", error)
+            self._is_behind = True
+            with self._counting:
+                self._new.update(new)
+
+
+def _open(file: str | Path) -> sqlite3.Connection:
+    try:
+        if file != IN_MEMORY:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(file, timeout=_LOCK_SECONDS, check_same_thread=False)
+        try:
+            _prepare(database)
+        except sqlite3.Error:
+            database.close()
+            raise
+    except (OSError, sqlite3.Error) as error:
+        raise ValueError(
+            f"usage cannot be kept in {file} ({error}); choose another file with --usage-db"
+        ) from None
+    return database
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version not in (0, _VERSION):
+        raise sqlite3.DatabaseError(f"version {version} is not ours")
+    # A killed process leaves a whole file behind, and who reads does not hold up who writes.
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = NORMAL")
+    with database:
+        database.execute(_TABLE)
+        database.execute(f"PRAGMA user_version = {_VERSION}")

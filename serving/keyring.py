@@ -1,0 +1,209 @@
+"""Named API keys, of which only digests are kept.
+
+A key is 32 random characters of 128 bits, so one round of SHA-256 hides it: nobody can try out so
+many, as they could passwords, for which slow hashes are made. `KeyFile` is the JSON file that the
+operator edits by `mixtral-jax keys`; `Keyring` is what a server asks, and follows the file while it
+runs.
+"""
+
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+# Callers that are not in a file; theirs are the names of log lines and accounts, too.
+DEFAULT, GATEWAY, ANONYMOUS = "default", "gateway", "anonymous"
+# The file is looked at so often at most, and only when somebody asks.
+RELOAD_SECONDS = 1.0
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredKey:
+    """A key as the file has it."""
+
+    name: str
+    sha256: str  # hexadecimal
+    created: str  # ISO 8601, UTC
+
+    @property
+    def digest(self) -> bytes:
+        return bytes.fromhex(self.sha256)
+
+
+class KeyFile:
+    """The keys of a JSON file, which only its owner may read. Every change is atomic."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[StoredKey]:
+        """What the file holds; raises OSError, or ValueError if the file is not as written here."""
+        with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o022:
+                raise ValueError(f"{self.path}: others may write it; run chmod 600 on it")
+            content = file.read()
+        try:
+            keys = [StoredKey(**entry) for entry in json.loads(content)["keys"]]
+            if all(_may_name(key.name) and len(key.digest) == 32 for key in keys):
+                return keys
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise ValueError(f"{self.path}: not a file of keys; `mixtral-jax keys add` makes one")
+
+    def add(self, name: str) -> str:
+        """Makes a key of that name and returns it; it is found nowhere afterwards.
+
+        Raises ValueError for a name that is taken or malformed.
+        """
+        if not _may_name(name):
+            raise ValueError(
+                f"{name!r} cannot name a key: give up to 64 letters, digits and . _ @ -, but not "
+                f"{DEFAULT}, {GATEWAY} or {ANONYMOUS}"
+            )
+        key = secrets.token_hex(16)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._changing() as keys:
+            if any(known.name == name for known in keys):
+                raise ValueError(f"{self.path} has a key {name!r}; remove it first, or add another")
+            keys.append(StoredKey(name, _digest(key).hex(), created))
+        return key
+
+    def remove(self, name: str) -> None:
+        """Takes a key away; raises ValueError if there is none of that name."""
+        with self._changing() as keys:
+            left = [key for key in keys if key.name != name]
+            if len(left) == len(keys):
+                known = ", ".join(key.name for key in keys) or "none"
+                raise ValueError(f"{self.path} has no key {name!r}; its keys: {known}")
+            keys[:] = left
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[StoredKey]]:
+        """The keys, to be changed in place; written when the block ends without an error."""
+        folder = self.path.resolve().parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)  # the file itself is replaced, and cannot be held
+            try:
+                keys = self.read()
+            except FileNotFoundError:
+                keys = []
+            yield keys
+            self._write(keys)
+        finally:
+            os.close(held)
+
+    def _write(self, keys: list[StoredKey]) -> None:
+        path = self.path.resolve()  # a link stays one
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w") as file:  # mkstemp's mode is 0600
+                json.dump({"keys": [asdict(key) for key in keys]}, file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+class Keyring:
+    """Which caller a key belongs to.
+
+    Args:
+        fixed: Keys that hold as long as the process, by the names of their callers. Raises
+            ValueError for one that no header could carry.
+        file: More of them, read now and again whenever it changes. Raises OSError or ValueError if
+            it cannot be read now. Later, what was read last stays in force until it can be.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        fixed: Mapping[str, str],
+        file: KeyFile | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for key in fixed.values():
+            check_key(key)
+        self._fixed = [(_digest(key), name) for name, key in fixed.items()]
+        self._file = file
+        self._clock = clock
+        self._stored: list[tuple[bytes, str]] = []
+        self._seen: tuple[int, ...] | None = None
+        self._looked = clock()
+        if file is not None:
+            self._seen = _version(file.path)
+            self._load(file)
+
+    def find(self, presented: str) -> str | None:
+        """The name of the caller whose key it is, or None."""
+        self._follow_file()
+        digest = _digest(presented)
+        found = None
+        # Every digest is compared, also after a match, so time tells nothing about the others.
+        for known, name in (*self._fixed, *self._stored):
+            if hmac.compare_digest(digest, known) and found is None:
+                found = name
+        return found
+
+    def _follow_file(self) -> None:
+        now = self._clock()
+        if self._file is None or now - self._looked < RELOAD_SECONDS:
+            return
+        self._looked = now
+        seen = _version(self._file.path)
+        if seen == self._seen:
+            return
+        # Noted before it is read: what is written meanwhile is another version.
+        self._seen = seen
+        try:
+            self._load(self._file)
+        except (OSError, ValueError) as error:
+            logger.error("keys were not read again, those known before stay: %s", error)
+        else:
+            logger.info("%s: %d keys", self._file.path, len(self._stored))
+
+    def _load(self, file: KeyFile) -> None:
+        self._stored = [(key.digest, key.name) for key in file.read()]
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError for a key that no header could carry."""
+    # A header's value is visible ASCII; with a space inside, the scheme could not be told.
+    if not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError("a key must be visible ASCII characters without spaces")
+
+
+def _may_name(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and name not in (DEFAULT, GATEWAY, ANONYMOUS)
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What differs when a file was written; None if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,74 @@
+"""What a process says on stderr: lines to be read, or one JSON object a line (--log-format json).
+
+A record may carry fields, given as `extra=fields(name=value)`: JSON keeps them apart, a line to be
+read ends with name=value for each. A value never breaks a line in two.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+FORMATS = ("text", "json")
+_KEY = "mixtral_fields"  # of the record; no other library has an attribute of that name
+
+
+def set_up(
+    name: str, form: str = "text", is_news: Callable[[logging.LogRecord], bool] | None = None
+) -> None:
+    """Logs warnings of everything and all that the loggers under `name` say, from INFO up.
+
+    Args:
+        name: The logger of the process.
+        form: Of FORMATS.
+        is_news: Of a record, whether it shall be seen; by default all are.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    if is_news is not None:
+        handler.addFilter(is_news)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger(name).setLevel(logging.INFO)
+
+
+def fields(**values: object) -> dict[str, dict[str, object]]:
+    """The `extra` of a record with fields; those that are None are left out."""
+    return {_KEY: {name: value for name, value in values.items() if value is not None}}
+
+
+class TextFormatter(logging.Formatter):
+    """2026-11-22 10:00:00,000 INFO serving.gateway: message name=value"""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        pairs = (f" {name}={_plain(value)}" for name, value in _fields_of(record).items())
+        return super().formatMessage(record) + "".join(pairs)
+
+
+class JsonFormatter(logging.Formatter):
+    """{"time": ..., "level": ..., "logger": ..., "message": ..., and the record's fields}"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_fields_of(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _fields_of(record: logging.LogRecord) -> Mapping[str, object]:
+    return getattr(record, _KEY, {})
+
+
+def _plain(value: object) -> str:
+    """A value as it is, or as JSON where that would be hard to tell from its neighbours."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    is_one_word = text.isascii() and text.isprintable() and not set(text) & set(' "=')
+    return text if is_one_word or not isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,184 @@
+"""Traces of requests, by OpenTelemetry: switched off, all of this does next to nothing.
+
+A trace that a client began goes on through the gateway and the service, carried by the W3C's
+`traceparent` as an HTTP header and as gRPC metadata. Where tracing is off it is passed on as it
+came, so that the next process can go on with it. No text of a prompt or an answer is in a span.
+
+The packages come with the extra `otel`. Spans are sent by OTLP over HTTP, in batches, by a thread.
+OTEL_* variables of the environment count as for any program: sampling, headers, resource.
+"""
+
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # they may not be installed
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+
+Attributes = Mapping[str, str | int | float | bool | Sequence[str]]
+
+SERVER, CLIENT, INTERNAL = "SERVER", "CLIENT", "INTERNAL"
+
+_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_STATE = re.compile(r"[\x21-\x7e]{1,512}")
+_SECONDS = 5.0  # that sending a batch may take, and the rest at the end
+
+
+class Span:
+    """A stretch of work, or nothing at all where tracing is off."""
+
+    def __init__(
+        self,
+        carrier: Mapping[str, str],
+        tracer: "trace.Tracer | None" = None,
+        span: "trace.Span | None" = None,
+    ) -> None:
+        self._carrier = carrier  # of where the trace came from
+        self._tracer = tracer
+        self._span = span
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether anybody will see it: what is costly to find out may be left out otherwise."""
+        return self._span is not None and self._span.is_recording()
+
+    def child(
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        *,
+        kind: str = INTERNAL,
+        start: float | None = None,
+    ) -> "Span":
+        """A part of it, from `start` (time.time(); now if absent) on."""
+        if self._tracer is None or self._span is None:
+            return self
+        from opentelemetry import trace
+
+        span = self._tracer.start_span(
+            name,
+            trace.set_span_in_context(self._span),
+            trace.SpanKind[kind],
+            dict(attributes or {}),
+            start_time=_nanoseconds(start),
+        )
+        return Span(self._carrier, self._tracer, span)
+
+    def rename(self, name: str) -> None:
+        """For what is known better later."""
+        if self._span is not None:
+            self._span.update_name(name)
+
+    def set(self, attributes: Attributes) -> None:
+        """Adds attributes, or changes them."""
+        if self._span is not None:
+            self._span.set_attributes(dict(attributes))
+
+    def fail(self, kind: str) -> None:
+        """Marks it as failed, with an error's name."""
+        if self._span is not None:
+            from opentelemetry.trace import StatusCode
+
+            self._span.set_attribute("error.type", kind)
+            self._span.set_status(StatusCode.ERROR, kind)
+
+    def end(self, at: float | None = None) -> None:
+        """Ends it, at `at` (time.time(); now if absent)."""
+        if self._span is not None:
+            self._span.end(_nanoseconds(at))
+
+    def carrier(self) -> list[tuple[str, str]]:
+        """What the next process needs in order to go on from here: headers, or metadata."""
+        if self._span is None:
+            return [*_passed_on(self._carrier).items()]
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        headers: dict[str, str] = {}
+        context = trace.set_span_in_context(self._span)
+        TraceContextTextMapPropagator().inject(headers, context)
+        return [*headers.items()]
+
+
+class Traces:
+    """Where spans begin. Without a provider there are none."""
+
+    def __init__(self, provider: "TracerProvider | None" = None) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("mixtral-jax") if provider else None
+
+    @classmethod
+    def exported(cls, endpoint: str | None, process: str) -> "Traces":
+        """Sends the spans of a process to `endpoint`, such as http://127.0.0.1:4318.
+
+        Without an endpoint the environment's is taken, where there is one and the extra is
+        installed; else tracing is off. Raises ValueError if an endpoint is given without the extra.
+        """
+        if endpoint is None and not any(os.environ.get(name) for name in _VARIABLES):
+            return cls()
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError:
+            if endpoint is None:
+                return cls()
+            raise ValueError(
+                "--otlp-endpoint needs OpenTelemetry: pip install 'mixtral-jax[otel]'"
+            ) from None
+        if endpoint is not None and not re.match(r"https?://[^/]", endpoint):
+            raise ValueError(
+                f"--otlp-endpoint is {endpoint!r}; give a URL such as http://127.0.0.1:4318"
+            )
+        name = os.environ.get("OTEL_SERVICE_NAME") or f"mixtral-jax-{process}"
+        provider = TracerProvider(
+            resource=Resource.create({"service.name": name}), shutdown_on_exit=False
+        )
+        url = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces"
+        exporter = OTLPSpanExporter(endpoint=url, timeout=_SECONDS)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider)
+
+    def begin(
+        self,
+        name: str,
+        carrier: Mapping[str, str],
+        attributes: Attributes | None = None,
+        *,
+        kind: str = SERVER,
+    ) -> Span:
+        """A span under the one that the headers or metadata name, if they do (lower-case names)."""
+        if self._tracer is None:
+            return Span(carrier)
+        from opentelemetry.context import Context
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = TraceContextTextMapPropagator().extract(_passed_on(carrier), Context())
+        span = self._tracer.start_span(name, parent, SpanKind[kind], dict(attributes or {}))
+        return Span(carrier, self._tracer, span)
+
+    def close(self) -> None:
+        """Sends what is not sent yet; a collector that is gone keeps nobody for long."""
+        if self._provider is not None:
+            closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+            closing.start()
+            closing.join(_SECONDS)
+
+
+def _passed_on(carrier: Mapping[str, str]) -> dict[str, str]:
+    """Of headers, those that carry a trace, if they are well-formed: gRPC takes no others."""
+    parent, state = carrier.get("traceparent", ""), carrier.get("tracestate", "")
+    if not _PARENT.fullmatch(parent):
+        return {}
+    return {"traceparent": parent} | ({"tracestate": state} if _STATE.fullmatch(state) else {})
+
+
+def _nanoseconds(at: float | None) -> int:
+    return time.time_ns() if at is None else int(at * 1e9)
