@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import signal
 import time
@@ -95,7 +96,8 @@ def test_500_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
     assert answer.status_code == 200
 
 
-def test_a_killed_service_ends_32_streams_at_once_and_comes_back_ten_times(server: Server) -> None:
+def test_a_killed_service_ends_32_streams_at_once_and_comes_back(server: Server) -> None:
+    """Ten times with MIXTRAL_JAX_SOAK=1."""
     headers = {"api-key": server.key}
 
     async def stream(client: httpx.AsyncClient, running: list[int]) -> float:
@@ -139,7 +141,7 @@ def test_a_killed_service_ends_32_streams_at_once_and_comes_back_ten_times(serve
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.2)
 
-    for _ in range(10):
+    for _ in range(10 if "MIXTRAL_JAX_SOAK" in os.environ else 3):
         asyncio.run(kill_once())
 
 
