@@ -6,6 +6,7 @@ Whatever comes, the answer is 2xx or an error in the one shape, at once and in b
 import asyncio
 import copy
 import json
+import os
 import random
 import socket
 from collections.abc import Iterator
