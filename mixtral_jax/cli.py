@@ -3,19 +3,18 @@
 import importlib
 import json
 import os
-import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mixtral_jax import key_commands
+from mixtral_jax import key_commands, serve_command
+from mixtral_jax.serve_command import Dtype, ModelOption
 
 # Heavy imports stand inside the commands: `--help` should not wait for a compiler to load.
 
@@ -26,14 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(key_commands.app, name="keys")
-
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32 or bfloat16; default: as stored. int8 only where stored so."),
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Checkpoint folder, or tiny-random, which needs no files.")
-]
 
 
 @app.command()
@@ -189,152 +180,7 @@ def chat(
         said.append({"role": "assistant", "content": answer})
 
 
-@app.command()
-def serve(
-    model: ModelOption,
-    host: Annotated[str, typer.Option(help="Address of both servers.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC.")] = 50051,
-    dtype: Dtype = None,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 32,
-    max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 128,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Longest queue; then 429.")] = 256,
-    kv_memory: Annotated[
-        int | None,
-        typer.Option(min=1, help="MiB for keys and values; default: a part of what is free."),
-    ] = None,
-    kv_dtype: Annotated[
-        Literal["int8"] | None,
-        typer.Option(
-            help="int8: keys and values take a quarter of float32's memory.",
-        ),
-    ] = None,
-    no_prefix_reuse: Annotated[
-        bool, typer.Option("--no-prefix-reuse", help="Compute every prompt from its beginning.")
-    ] = False,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Equal answers whatever runs beside them.")
-    ] = False,
-    metrics_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Prometheus, on 127.0.0.1; default: none.")
-    ] = None,
-    gateway_metrics_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="The same of the gateway.")
-    ] = None,
-    otlp_endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where traces go; default: nowhere.")
-    ] = None,
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="Of lines on stderr.")
-    ] = "text",
-    log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Log what is asked and answered, all of it.")
-    ] = False,
-    usage_db: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Usage of each caller; default: in ~/.local/state."),
-    ] = None,
-    max_requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Of each caller; then 429. Default: no limit.")
-    ] = None,
-    max_tokens_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="The same, of prompts and answers together.")
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Whose pages in browsers may ask; repeatable, or *."),
-    ] = None,
-    model_type: Annotated[
-        str | None, typer.Option(help="What /info says in place of chat-completions.")
-    ] = None,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="At the end, answers under way may take so long.")
-    ] = 30.0,
-    keys: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="More keys, of `mixtral-jax keys`.")
-    ] = None,
-    entra_tenant: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GUID", help="Let its Entra tokens in; repeatable."),
-    ] = None,
-    entra_allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID", help="Object or client id that may ask, * for all; without it none may."
-        ),
-    ] = None,
-    entra_audience: Annotated[
-        list[str] | None, typer.Option(metavar="URI", help="What tokens must be for.")
-    ] = None,
-    entra_authority: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where tenants publish their keys.")
-    ] = None,
-    no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Let everybody in; on a loopback --host only.")
-    ] = False,
-    tls_cert: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="HTTPS; gRPC is then on 127.0.0.1 only.")
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The certificate's private key.")
-    ] = None,
-) -> None:
-    """Serve a model over HTTP and gRPC until Ctrl-C.
-
-    Unless --keys or --no-auth say otherwise, a key that clients must send is taken from
-    MIXTRAL_JAX_API_KEY, or made up and printed.
-    """
-    from serving.access_flags import KEY_VARIABLE, check_flags
-    from serving.gateway.usage import usual_place
-    from serving.supervisor import Addresses, environment_from, run
-
-    addresses = Addresses(host=host, port=port, grpc_port=grpc_port, tls=tls_cert is not None)
-    environment = environment_from(os.environ, makes_key=not (keys or no_auth))
-    access = _flags(
-        {
-            "keys": keys,
-            "entra-tenant": entra_tenant,
-            "entra-allow": entra_allow,
-            "entra-audience": entra_audience,
-            "entra-authority": entra_authority,
-            "no-auth": no_auth,
-        }
-    )
-    certificate = _flags({"tls-cert": tls_cert, "tls-key": tls_key})
-    check_flags([f"--host={host}", *access, *certificate], environment)
-    options = {
-        "model": model,
-        "max-sequences": max_sequences,
-        "max-step-tokens": max_step_tokens,
-        "max-waiting": max_waiting,
-        "kv-memory": kv_memory,
-        "kv-dtype": kv_dtype,
-        "metrics-port": metrics_port,
-        "dtype": dtype,
-        "no-prefix-reuse": no_prefix_reuse,
-        "deterministic": deterministic,
-    }
-    watching = _flags({"otlp-endpoint": otlp_endpoint, "log-format": log_format})
-    books = _flags(
-        {
-            "metrics-port": gateway_metrics_port,
-            "log-prompts": log_prompts,
-            "usage-db": usage_db or usual_place(),
-            "max-requests-per-minute": max_requests_per_minute,
-            "max-tokens-per-minute": max_tokens_per_minute,
-            "cors-origin": cors_origin,
-            "model-type": model_type,
-        }
-    )
-    key = environment.get(KEY_VARIABLE)
-    run(
-        addresses,
-        environment,
-        [*_flags(options), *access, *watching],
-        [*access, *certificate, *watching, *books],
-        lambda: print(_banner(addresses.url, addresses.target, key, asks_key=not no_auth)),
-        drain_seconds=drain_seconds,
-    )
+app.command()(serve_command.serve)
 
 
 @app.command()
@@ -435,32 +281,6 @@ def _levels(text: str) -> list[int]:
     if not levels or min(levels) < 1 or len(set(levels)) < len(levels):
         raise typer.BadParameter(f"--concurrency is {text!r}; give numbers like 1,8,32")
     return levels
-
-
-def _flags(options: Mapping[str, object]) -> list[str]:
-    """As a command takes them: lists are repeated, switches have no value."""
-    flags = []
-    for name, value in options.items():
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and one is not False:
-                flags.append(f"--{name}" if one is True else f"--{name}={one}")
-    return flags
-
-
-def _banner(url: str, target: str, key: str | None, *, asks_key: bool) -> str:
-    body = {
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "stream": True,
-    }
-    # A key of the file is known to its owner only.
-    header = shlex.quote(f"Authorization: Bearer {key}") if key else '"Authorization: Bearer $KEY"'
-    authorization = f"-H {header} " if asks_key else ""
-    curl = (
-        f"curl -sN {url}/chat/completions "
-        f"{authorization}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
-    )
-    shown = f"key   {key}\n" if key else ""
-    return f"\nHTTP  {url}\ngRPC  {target}\n{shown}\nTry it:\n{curl}\n"
 
 
 def main() -> None:

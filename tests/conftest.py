@@ -1,10 +1,13 @@
 """Settings that must stand before anything uses jax, and the real weights."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
+from identity import TENANT, Identity, certificate, running_identity
+from servers import Server, running, serve_command
 
 # A mesh of eight devices on any machine; tests that need no mesh use the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -38,3 +41,26 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("smollm2") / "smollm2-135m-instruct"
     convert(smollm2_gguf, folder, dtype="float32")
     return folder
+
+
+@pytest.fixture(scope="session")
+def identity() -> Iterator[Identity]:
+    """Who signs the tokens that `secure` believes."""
+    with running_identity() as identity:
+        yield identity
+
+
+@pytest.fixture(scope="session")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The certificate of `secure`, and its key."""
+    return certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="session")
+def secure(smollm2: Path, pem: Path, identity: Identity) -> Iterator[Server]:
+    """The real weights behind TLS, for a key and for tokens."""
+    options = ["--tls-cert", str(pem), "--tls-key", str(pem), "--entra-tenant", TENANT]
+    options += ["--entra-authority", identity.url, "--entra-allow", identity.object_id]
+    with running(serve_command(smollm2, *options)) as server:
+        assert server.url.startswith("https://")
+        yield server

@@ -20,6 +20,7 @@ import jwt
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from servers import Server
 
 TENANT = "11111111-2222-3333-4444-555555555555"
 
@@ -108,6 +109,16 @@ def running_identity() -> Iterator[Identity]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def surroundings(server: Server, pem: Path, identity: Identity, credential: str) -> dict[str, str]:
+    """What Azure's clients find in their environment: where, whom to trust, and a key or none."""
+    # They can be told of a certificate that nobody else vouches for in this way only.
+    trusted = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
+    place = {"AZURE_INFERENCE_ENDPOINT": server.url, **dict.fromkeys(trusted, str(pem))}
+    if credential == "key":
+        return {**place, "AZURE_INFERENCE_CREDENTIAL": server.key}
+    return {**place, **identity.environment}
 
 
 def certificate(folder: Path) -> Path:

@@ -43,6 +43,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def serve_command(model: Path | str, *options: str) -> list[str]:
+    """`mixtral-jax serve` at ports that are free."""
+    port, grpc_port = map(str, free_ports(2))
+    command = [COMMAND, "serve", "--model", str(model), "--port", port, "--grpc-port", grpc_port]
+    return [*command, *options]
+
+
 def environment(**changes: str) -> dict[str, str]:
     """What a user's shell has, without a key."""
     inherited = {k: v for k, v in os.environ.items() if k != "MIXTRAL_JAX_API_KEY"}

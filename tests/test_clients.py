@@ -10,47 +10,16 @@ from pathlib import Path
 
 import pytest
 from client_envs import CLIENTS, run, run_node, run_python
-from identity import TENANT, Identity, certificate, running_identity
-from servers import COMMAND, Server, free_ports, running
+from identity import Identity, surroundings
+from servers import Server, running, serve_command
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def identity() -> Iterator[Identity]:
-    with running_identity() as identity:
-        yield identity
-
-
-@pytest.fixture(scope="module")
-def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return certificate(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture(scope="module")
 def plain(smollm2: Path) -> Iterator[Server]:
-    with running(serve(smollm2)) as server:
+    with running(serve_command(smollm2)) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def secure(smollm2: Path, pem: Path, identity: Identity) -> Iterator[Server]:
-    options = ["--tls-cert", str(pem), "--tls-key", str(pem), "--entra-tenant", TENANT]
-    options += ["--entra-authority", identity.url, "--entra-allow", identity.object_id]
-    with running(serve(smollm2, *options)) as server:
-        assert server.url.startswith("https://")
-        yield server
-
-
-def serve(model: Path, *options: str) -> list[str]:
-    port, grpc_port = map(str, free_ports(2))
-    command = [COMMAND, "serve", "--model", str(model), "--port", port, "--grpc-port", grpc_port]
-    return [*command, *options]
-
-
-def trusting(pem: Path) -> dict[str, str]:
-    """How the clients are told of a certificate that nobody else vouches for."""
-    return dict.fromkeys(("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"), str(pem))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +47,7 @@ def test_a_client(environment: str | None, script: str, plain: Server) -> None:
 def test_azures_python_client(
     version: str, credential: str, secure: Server, pem: Path, identity: Identity
 ) -> None:
-    place = azures(secure, pem, identity, credential)
+    place = surroundings(secure, pem, identity, credential)
     path = CLIENTS / "azure_inference.py"
     if version == "b9":
         run([sys.executable, str(path)], place)
@@ -95,11 +64,4 @@ def test_azures_python_client_without_tls(plain: Server) -> None:
 def test_azures_javascript_client(
     credential: str, secure: Server, pem: Path, identity: Identity
 ) -> None:
-    run_node(CLIENTS / "azure_rest.mjs", azures(secure, pem, identity, credential))
-
-
-def azures(server: Server, pem: Path, identity: Identity, credential: str) -> dict[str, str]:
-    place = {"AZURE_INFERENCE_ENDPOINT": server.url, **trusting(pem)}
-    if credential == "key":
-        return {**place, "AZURE_INFERENCE_CREDENTIAL": server.key}
-    return {**place, **identity.environment}
+    run_node(CLIENTS / "azure_rest.mjs", surroundings(secure, pem, identity, credential))

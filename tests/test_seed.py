@@ -13,15 +13,14 @@ endpoint and the key in the environment as the page says. Known to be broken, an
 import json
 import re
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from client_envs import run_node, run_python
-from identity import TENANT, Identity, certificate, running_identity
-from servers import COMMAND, Server, free_ports, running
+from identity import Identity, surroundings
+from servers import Server
 
 PAGE = Path(__file__).parent.parent.parent / "shared" / "seed.md"
 pytestmark = [
@@ -31,27 +30,6 @@ pytestmark = [
 CREDENTIALS = ["key", "default credential"]
 
 
-@pytest.fixture(scope="module")
-def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return certificate(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture(scope="module")
-def identity() -> Iterator[Identity]:
-    with running_identity() as identity:
-        yield identity
-
-
-@pytest.fixture(scope="module")
-def server(smollm2: Path, pem: Path, identity: Identity) -> Iterator[Server]:
-    port, grpc_port = map(str, free_ports(2))
-    command = [COMMAND, "serve", "--model", str(smollm2), "--port", port, "--grpc-port", grpc_port]
-    command += ["--tls-cert", str(pem), "--tls-key", str(pem), "--entra-tenant", TENANT]
-    command += ["--entra-authority", identity.url, "--entra-allow", identity.object_id]
-    with running(command) as server:
-        yield server
-
-
 def samples(language: str, kind: str) -> list[str]:
     """The fenced blocks of a kind in the part of the page for a programming language."""
     start = f'::: zone pivot="programming-language-{language}"'
@@ -59,17 +37,9 @@ def samples(language: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", part, re.MULTILINE | re.DOTALL)
 
 
-def surroundings(server: Server, pem: Path, identity: Identity, credential: str) -> dict[str, str]:
-    trusted = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
-    place = {"AZURE_INFERENCE_ENDPOINT": server.url, **dict.fromkeys(trusted, str(pem))}
-    if credential == "key":
-        return {**place, "AZURE_INFERENCE_CREDENTIAL": server.key}
-    return {**place, **identity.environment}
-
-
 @pytest.mark.parametrize("credential", CREDENTIALS)
 def test_python(
-    credential: str, server: Server, pem: Path, identity: Identity, tmp_path: Path
+    credential: str, secure: Server, pem: Path, identity: Identity, tmp_path: Path
 ) -> None:
     by_key, by_credential, *rest = samples("python", "python")
     assert "AzureKeyCredential" in by_key and "DefaultAzureCredential" in by_credential
@@ -77,7 +47,7 @@ def test_python(
     client = by_key if credential == "key" else by_credential
     script = tmp_path / "page.py"
     script.write_text("\n".join([client, *rest, 'print("extras:", response.choices[0])']))
-    said = run_python("azure-b6", script, surroundings(server, pem, identity, credential))
+    said = run_python("azure-b6", script, surroundings(secure, pem, identity, credential))
     assert "Model name: SmolLM2-135M-Instruct\nModel type: chat-completions\n" in said
     assert re.search(r"Response: \S.*Usage:\n\tPrompt tokens: \d+\n", said, re.DOTALL)
     streamed = said.split("Completion tokens:")[1].split("extras:")[0].partition("\n")[2]
@@ -87,7 +57,7 @@ def test_python(
 
 @pytest.mark.parametrize("credential", CREDENTIALS)
 def test_javascript(
-    credential: str, server: Server, pem: Path, identity: Identity, tmp_path: Path
+    credential: str, secure: Server, pem: Path, identity: Identity, tmp_path: Path
 ) -> None:
     by_key, by_credential, *rest = samples("javascript", "javascript")
     assert "AzureKeyCredential" in by_key and "DefaultAzureCredential" in by_credential
@@ -111,7 +81,7 @@ def test_javascript(
         + (by_key if credential == "key" else by_credential)
         + "".join(f"await (async () => {{\n{step}\n}})();\n" for step in steps)
     )
-    said = run_node(script, surroundings(server, pem, identity, credential))
+    said = run_node(script, surroundings(secure, pem, identity, credential))
     assert "Model name:  SmolLM2-135M-Instruct\nModel type:  chat-completions\n" in said
     assert re.search(r"Response:  \S.*Usage:\n\tPrompt tokens: \d+\n", said, re.DOTALL)
     before, _, streamed = said.partition("streamed:\n")
@@ -120,7 +90,7 @@ def test_javascript(
     assert re.search(r"logprobs: [1-9]", said)
 
 
-def test_rest(server: Server, pem: Path) -> None:
+def test_rest(secure: Server, pem: Path) -> None:
     heads = samples("rest", "http")
     blocks = [json.loads(block) for block in samples("rest", "json")]
     info, *others = blocks
@@ -134,9 +104,9 @@ def test_rest(server: Server, pem: Path) -> None:
             line, *headers = head.strip().splitlines()
             method, path, _ = line.split(" ")
             given = dict(header.split(": ", 1) for header in headers)
-            given["Authorization"] = given["Authorization"].replace("<TOKEN>", server.key)
+            given["Authorization"] = given["Authorization"].replace("<TOKEN>", secure.key)
             del given["Host"]
-            return client.request(method, server.url + path, headers=given, json=body)
+            return client.request(method, secure.url + path, headers=given, json=body)
 
         answer = send(heads[0])
         assert answer.status_code == 200 and answer.json().keys() == info.keys()

@@ -55,6 +55,11 @@ LAW: dict[str, set[str]] = {
     "serving.interceptor": {"serving.access", "serving.errors", "serving.keyring"},
     "serving.tls": set(),
     "mixtral_jax.key_commands": {"serving.keyring"},
+    "mixtral_jax.serve_command": {
+        "serving.access_flags",
+        "serving.gateway.usage",
+        "serving.supervisor",
+    },
     "serving.parent": set(),
     "serving.logs": set(),
     "serving.tracing": set(),
