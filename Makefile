@@ -28,7 +28,7 @@ chat: install $(CHECKPOINT)/config.json ## Talk to MODEL in the terminal
 	@$(BIN)/mixtral-jax chat --model $(CHECKPOINT) $(ARGS)
 
 test: $(VENV)/.tested ## Run all tests, the slow ones too (ARGS='-m "not slow"' leaves them out)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --durations 20 $(ARGS)
 
 check: $(VENV)/.tested ## Formatting, lint, types, generated stubs, notebooks without outputs
 	$(BIN)/ruff format --check .

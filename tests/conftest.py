@@ -58,9 +58,16 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def secure(smollm2: Path, pem: Path, identity: Identity) -> Iterator[Server]:
-    """The real weights behind TLS, for a key and for tokens."""
-    options = ["--tls-cert", str(pem), "--tls-key", str(pem), "--entra-tenant", TENANT]
-    options += ["--entra-authority", identity.url, "--entra-allow", identity.object_id]
+    """The real weights behind TLS, for a key and for tokens; answers end after 250 tokens or so."""
+    options = ["--kv-memory", "12", "--tls-cert", str(pem), "--tls-key", str(pem)]
+    options += [
+        "--entra-tenant",
+        TENANT,
+        "--entra-authority",
+        identity.url,
+        "--entra-allow",
+        identity.object_id,
+    ]
     with running(serve_command(smollm2, *options)) as server:
         assert server.url.startswith("https://")
         yield server

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def plain(smollm2: Path) -> Iterator[Server]:
-    with running(serve_command(smollm2)) as server:
+    with running(serve_command(smollm2, "--kv-memory", "12")) as server:
         yield server
 
 
