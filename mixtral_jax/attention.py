@@ -18,6 +18,7 @@ from mixtral_jax.axes import FlatHidden, FlatKeys, FlatQueries, Pages, RowHidden
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import Linear, Rotary, project
+from mixtral_jax.sharding import Layout
 
 # Tokens per step of the walk over keys, and over the queries of one prompt chunk.
 _KEY_BLOCK = 128
@@ -27,7 +28,14 @@ _QUERY_BLOCK = 64
 class Attention(nnx.Module):
     """Projections and both forms of attention of one layer."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+        layout: Layout | None = None,
+    ) -> None:
+        self.layout = layout
         self.q = Linear("NH", "D", config, dtype, rngs)
         self.k = Linear("KH", "D", config, dtype, rngs)
         self.v = Linear("KH", "D", config, dtype, rngs)
@@ -52,7 +60,8 @@ class Attention(nnx.Module):
         q, k, v = project(x, self.q, self.k, self.v)
         q, k = rotary.rotate(q), rotary.rotate(k)
         mixed, pages = write_and_attend(q, k, v, pages, batch, self.window)
-        return project(mixed, self.o)[0], pages
+        out = project(mixed, self.o)[0]
+        return out if self.layout is None else self.layout.total(out, "N"), pages
 
 
 def write_and_attend(

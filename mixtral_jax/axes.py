@@ -9,6 +9,7 @@
     L  layers                               P  pages of the cache
     W  width of a page table                Y  tokens per page
     R  rows to draw from                    J  biased tokens of a row
+    Q  experts as the router scores them: every device knows all of these scores
 
 The same letters name the dimensions of an array's type (`Float[Array, "B T D"]`), the terms of an
 einsum, the tag of a parameter (`axes="EFD"`) and the sharding (`ShardingRules.spec("EFD")`).
@@ -24,6 +25,7 @@ Tokens = Int[Array, "B T"]
 Hidden = Float[Array, "*R D"]
 RowHidden = Float[Array, "B T D"]
 FlatHidden = Float[Array, "T D"]
+DrawnHidden = Float[Array, "R D"]
 RowLogits = Float[Array, "B T V"]
 FlatLogits = Float[Array, "R V"]
 Queries = Float[Array, "*R N H"]

@@ -265,25 +265,27 @@ def load(
     folder: Path,
     mesh: Mesh | None = None,
     dtype: Any = None,
-    rules: ShardingRules = ShardingRules(),
+    rules: ShardingRules | None = None,
+    activations: Any = None,
 ) -> tuple[Transformer, Card]:
     """Restores a checkpoint straight onto the devices of `mesh`, or onto the default device.
 
-    `dtype` overrides the stored one, except from or to int8. Raises ConfigError then, or if the
-    folder is no checkpoint.
+    `dtype` overrides the stored one, except from or to int8; `rules` and `activations` are those of
+    Transformer. Raises ConfigError then, or if the folder is no checkpoint.
     """
     card = Card.read(folder)
     dtype = loadable_dtype(folder, card, dtype)
-    model = Transformer(card.model, dtype=dtype, rngs=None, mesh=mesh, rules=rules)
+    model = Transformer(
+        card.model, dtype=dtype, activations=activations, rngs=None, mesh=mesh, rules=rules
+    )
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     one_device = SingleDeviceSharding(jax.devices()[0])
     wanted: dict[str, Any] = {}
     for path, variable in flat:
         want = variable.get_value()
-        axes = variable.get_metadata("axes")
-        sharding = one_device if mesh is None else rules.sharding(axes, mesh)
-        want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=sharding)
+        if mesh is None:
+            want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=one_device)
         _put(wanted, ".".join(map(str, path)), want)
     restored = ocp.load((folder / PARAMS).absolute(), wanted)
     filled = []

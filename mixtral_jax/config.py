@@ -78,6 +78,7 @@ class ModelConfig:
             "H": self.head_size,
             "F": self.feed_forward_size,
             "E": self.num_experts,
+            "Q": self.num_experts,
             "V": self.vocab_size,
         }
 

@@ -8,7 +8,8 @@ meet it are rounded to int8 as they come, with one scale for each row; the produ
 int32. Everything between the products, and small weights (norms, routers), stays float32.
 
 Layers have two forms, as attention has: full (any backend, differentiable) and paged (serving; on
-CPU by the kernels of native.py).
+CPU by the kernels of native.py). Under a mesh the full form sees whole arrays, and the compiler
+splits them; the paged form runs on one device's parts of them, and sums up by `Layout`.
 """
 
 import math
@@ -22,6 +23,7 @@ from jax.typing import DTypeLike
 from mixtral_jax import native
 from mixtral_jax.axes import FlatHidden, Hidden, Positions
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.sharding import Layout
 
 
 def parameter(axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> nnx.Param:
@@ -208,8 +210,25 @@ def activation_dtype(dtype: DTypeLike) -> DTypeLike:
 class Embedding(nnx.Module):
     """Rows of a table for tokens, and, where embeddings are tied, the head that scores them."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+        layout: Layout | None = None,
+    ) -> None:
         self.weight, self.scale = weight_parameters("V", "D", config, dtype, rngs)
+        self.layout = layout
+
+    def paged(self, tokens: jax.Array) -> FlatHidden:
+        """tokens [T] -> [T D]; each device looks up what its part of the vocabulary has."""
+        if self.layout is None or not self.layout.axes("V"):
+            return self(tokens)
+        held = self.weight.shape[0]
+        mine = self.layout.gather(tokens, "V") - held * self.layout.index("V")
+        rows = self(jnp.clip(mine, 0, held - 1))
+        is_held = (mine >= 0) & (mine < held)
+        return self.layout.total(jnp.where(is_held[:, None], rows, jnp.zeros((), rows.dtype)), "V")
 
     def __call__(self, tokens: jax.Array) -> Hidden:
         rows = self.weight[...][tokens]
@@ -225,7 +244,14 @@ class Embedding(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+        layout: Layout | None = None,
+    ) -> None:
+        self.layout = layout
         self.gate = Linear("F", "D", config, dtype, rngs)
         self.up = Linear("F", "D", config, dtype, rngs)
         self.down = Linear("D", "F", config, dtype, rngs)
@@ -235,6 +261,8 @@ class FeedForward(nnx.Module):
         return down
 
     def paged(self, x: FlatHidden) -> FlatHidden:
+        if self.layout is not None:
+            x = self.layout.gather(x, "F")
         gate, up = project(x, self.gate, self.up)
 
         def on_cpu() -> jax.Array:
@@ -245,4 +273,5 @@ class FeedForward(nnx.Module):
 
         # XLA:CPU gives it one thread, and takes a twelfth of a prompt's time for it.
         hidden = native.on_cpu(on_cpu, xla) if x.dtype == jnp.float32 else xla()
-        return project(hidden, self.down)[0]
+        out = project(hidden, self.down)[0]
+        return out if self.layout is None else self.layout.total(out, "F")

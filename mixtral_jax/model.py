@@ -8,12 +8,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mixtral_jax.attention import Attention
-from mixtral_jax.axes import FlatHidden, FlatLogits, Hidden, Pages, RowHidden, RowLogits, Tokens
+from mixtral_jax.axes import (
+    DrawnHidden,
+    FlatHidden,
+    FlatLogits,
+    Hidden,
+    Pages,
+    RowHidden,
+    RowLogits,
+    Tokens,
+)
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import (
@@ -26,7 +36,7 @@ from mixtral_jax.layers import (
     products,
 )
 from mixtral_jax.moe import MoE
-from mixtral_jax.sharding import ShardingRules
+from mixtral_jax.sharding import Layout, ShardingRules
 
 
 class Block(nnx.Module):
@@ -36,17 +46,17 @@ class Block(nnx.Module):
         self,
         config: ModelConfig,
         dtype: DTypeLike,
+        activations: DTypeLike,
         rngs: nnx.Rngs | None,
-        mesh: Mesh | None,
-        rules: ShardingRules,
+        layout: Layout | None,
     ) -> None:
-        self.attention_norm = RMSNorm(config, activation_dtype(dtype), rngs)
-        self.attention = Attention(config, dtype, rngs)
-        self.feed_forward_norm = RMSNorm(config, activation_dtype(dtype), rngs)
+        self.attention_norm = RMSNorm(config, activations, rngs)
+        self.attention = Attention(config, dtype, rngs, layout)
+        self.feed_forward_norm = RMSNorm(config, activations, rngs)
         self.feed_forward = (
-            MoE(config, dtype, rngs, mesh, rules)
+            MoE(config, dtype, activations, rngs, layout)
             if config.is_moe
-            else FeedForward(config, dtype, rngs)
+            else FeedForward(config, dtype, rngs, layout)
         )
 
     def full(self, x: RowHidden, rotary: Rotary) -> RowHidden:
@@ -66,12 +76,13 @@ class Transformer(nnx.Module):
 
     Args:
         config: shape and mathematics.
-        dtype: of weights and activations, bfloat16 or float32; or int8 for W8A8 weights, between
-            which float32 activations and cached keys and values flow.
+        dtype: of weights and activations, bfloat16 or float32; or int8 for W8A8 weights.
+        activations: of what flows between int8 weights, and of cached keys and values; None for
+            float32. Else it must be `dtype`.
         rngs: source of the random initial weights; None for an abstract model, whose parameters
             are ShapeDtypeStructs.
-        mesh: where experts are split; None for one device.
-        rules: how axis letters map to the mesh.
+        mesh: where the model is split; None for one device.
+        rules: how axis letters map to the mesh; None for `ShardingRules.of`.
     """
 
     def __init__(
@@ -79,19 +90,26 @@ class Transformer(nnx.Module):
         config: ModelConfig,
         *,
         dtype: DTypeLike = jnp.float32,
+        activations: DTypeLike | None = None,
         rngs: nnx.Rngs | None,
         mesh: Mesh | None = None,
-        rules: ShardingRules = ShardingRules(),
+        rules: ShardingRules | None = None,
     ) -> None:
+        self.layout = None
         if mesh is not None:
-            rules.check(config, mesh)
+            self.layout = Layout(mesh, rules or ShardingRules.of(config, mesh))
+            self.layout.rules.check(config, mesh)
+        between = activation_dtype(dtype) if activations is None else activations
         self.config = config
-        self.embed = Embedding(config, dtype, rngs)
+        self.embed = Embedding(config, dtype, rngs, self.layout)
         self.layers = nnx.List(
-            [Block(config, dtype, rngs, mesh, rules) for _ in range(config.num_layers)]
+            [Block(config, dtype, between, rngs, self.layout) for _ in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config, activation_dtype(dtype), rngs)
+        self.norm = RMSNorm(config, between, rngs)
         self.head = None if config.tied_embeddings else Linear("V", "D", config, dtype, rngs)
+        if self.layout is not None:
+            for variable in named_parameters(self).values():
+                variable.set_value(_placed(variable.get_value(), variable, self.layout))
 
     def __call__(self, tokens: Tokens) -> RowLogits:
         """Full sequence: ids [B T] -> logits [B T V], each position seeing those before it.
@@ -100,7 +118,7 @@ class Transformer(nnx.Module):
         """
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         rotary = Rotary.at(positions, self.config)
-        x = self.embed(tokens)
+        x = self.embed(tokens).astype(self.dtype)
         for block in self.layers:
             x = block.full(x, rotary)
         return self.logits(self.norm.full(x))
@@ -119,7 +137,8 @@ class Transformer(nnx.Module):
 
     def begin(self, batch: RaggedBatch) -> tuple[FlatHidden, Rotary]:
         """What the first block takes. For callers that run the blocks one by one."""
-        return self.embed(batch.tokens), Rotary.at(batch.positions, self.config)
+        x = self.embed.paged(batch.tokens).astype(self.dtype)
+        return x, Rotary.at(batch.positions, self.config)
 
     def apart(self) -> tuple[list["Block"], "Transformer"]:
         """The blocks, and a Transformer without any that shares the other parameters.
@@ -136,9 +155,10 @@ class Transformer(nnx.Module):
         scores = self._head.scaled.product(flat).astype(jnp.float32)
         return scores.reshape(*x.shape[:-1], -1)
 
-    def paged_logits(self, x: FlatHidden) -> FlatLogits:
-        """The same for rows [T D] of the paged form."""
-        return products(x, self._head.scaled)[0].astype(jnp.float32)
+    def paged_logits(self, x: DrawnHidden) -> FlatLogits:
+        """The same for rows [R D] that every device has."""
+        scores = products(x, self._head.scaled)[0].astype(jnp.float32)
+        return scores if self.layout is None else self.layout.whole(scores, "V", 1)
 
     @property
     def dtype(self) -> Any:
@@ -148,6 +168,15 @@ class Transformer(nnx.Module):
     @property
     def _head(self) -> Embedding | Linear:
         return self.embed if self.head is None else self.head
+
+
+def _placed(value: Any, variable: nnx.Variable, layout: Layout) -> Any:
+    """The same value split over the mesh; of an abstract one, the shape with its sharding."""
+    sharding = layout.sharding(variable.get_metadata("axes"))
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+    whole = np.asarray(value)  # every process has the same
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def named_parameters(model: Transformer) -> dict[str, Any]:

@@ -8,12 +8,12 @@ One sum, three equal forms:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mixtral_jax import native
@@ -22,14 +22,14 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import (
     Linear,
     Scaled,
-    activation_dtype,
     project,
     quantize_rows,
     weight_parameters,
 )
-from mixtral_jax.sharding import ShardingRules
+from mixtral_jax.sharding import Layout
 
 Form = Literal["dense", "ragged"]
+Product = Callable[[jax.Array, jax.Array, Scaled], jax.Array]  # as `grouped`
 
 # y[M, out] = x[M, in] @ w[E, out, in]^T, rows of x in E groups: contracts the weight's last axis.
 _GROUPED = jax.lax.RaggedDotDimensionNumbers(
@@ -56,24 +56,23 @@ class MoE(nnx.Module):
         self,
         config: ModelConfig,
         dtype: DTypeLike,
+        activations: DTypeLike,
         rngs: nnx.Rngs | None,
-        mesh: Mesh | None,
-        rules: ShardingRules,
+        layout: Layout | None,
     ) -> None:
-        self.router = Linear("E", "D", config, activation_dtype(dtype), rngs)
+        self.router = Linear("Q", "D", config, activations, rngs)
         self.gate = Experts("EF", "D", config, dtype, rngs)
         self.up = Experts("EF", "D", config, dtype, rngs)
         self.down = Experts("ED", "F", config, dtype, rngs)
         self.experts_per_token = config.experts_per_token
-        self.mesh = mesh
-        self.rules = rules
+        self.layout = layout
 
     def full(self, x: Hidden, form: Form = "ragged") -> Hidden:
         """x [*R D] -> [*R D]. `form` chooses between dense and ragged; a mesh means sharded."""
         flat = x.reshape(-1, x.shape[-1])
         choice, weights = route(self.router(flat), self.experts_per_token)
-        if self.mesh is not None:
-            flat = moe_sharded(flat, choice, weights, self._experts, self.mesh, self.rules)
+        if self.layout is not None:
+            flat = moe_sharded(flat, choice, weights, self._experts, self.layout)
         elif form == "dense":
             flat = moe_dense(flat, choice, weights, self._experts)
         else:
@@ -82,8 +81,8 @@ class MoE(nnx.Module):
 
     def paged(self, x: FlatHidden) -> FlatHidden:
         choice, weights = route(project(x, self.router)[0], self.experts_per_token)
-        if self.mesh is not None:
-            return moe_sharded(x, choice, weights, self._experts, self.mesh, self.rules)
+        if self.layout is not None:
+            return moe_local(x, choice, weights, self._experts, self.layout, grouped)
         return moe_ragged(x, choice, weights, self._experts, grouped)
 
     @property
@@ -158,7 +157,7 @@ def moe_ragged(
     choice: Choice,
     weights: ChoiceWeights,
     experts: Weights,
-    product: Callable[[jax.Array, jax.Array, Scaled], jax.Array] = grouped_xla,
+    product: Product = grouped_xla,
 ) -> FlatHidden:
     """Each token's experts only. A choice >= the number of experts held here adds nothing.
 
@@ -180,32 +179,47 @@ def moe_ragged(
     return jnp.einsum("TXD,TX->TD", out, weights.astype(x.dtype))
 
 
-def moe_sharded(
+def moe_local(
     x: FlatHidden,
     choice: Choice,
     weights: ChoiceWeights,
     experts: Weights,
-    mesh: Mesh,
-    rules: ShardingRules,
+    layout: Layout,
+    product: Product = grouped_xla,
 ) -> FlatHidden:
-    """Experts over the mesh: every device serves the tokens of its data shard with its experts."""
-    held = experts[0].values.shape[0] // mesh.shape[rules.E]
-    # Tokens are split as rows of a batch are; a count that does not divide is computed everywhere.
-    rows = rules.spec("BD")
-    if x.shape[0] % mesh.shape[rules.B]:
-        rows = jax.sharding.PartitionSpec()
+    """One device's side of the sharded form: its tokens, its experts, inside a `shard_map`.
+
+    Tokens that are split over devices with other experts are gathered, and the sums scattered.
+    """
+    x, choice, weights = (layout.gather(part, "EF") for part in (x, choice, weights))
+    held = experts[0].values.shape[0]
+    mine = choice - held * layout.index("E")
+    mine = jnp.where((mine >= 0) & (mine < held), mine, held)
+    return layout.total(moe_ragged(x, mine, weights, experts, product), "EF")
+
+
+def moe_sharded(
+    x: FlatHidden, choice: Choice, weights: ChoiceWeights, experts: Weights, layout: Layout
+) -> FlatHidden:
+    """`moe_local` on every device of the mesh, for whole arrays."""
+    if x.shape[0] % layout.parts:  # then all are computed everywhere
+        layout = Layout(layout.mesh, replace(layout.rules, B=()))
+    rows = layout.rules.spec("BD")
 
     def local(x: jax.Array, choice: jax.Array, weights: jax.Array, *experts: Scaled) -> jax.Array:
-        mine = choice - held * jax.lax.axis_index(rules.E)
-        mine = jnp.where((mine >= 0) & (mine < held), mine, held)
-        partial = moe_ragged(x, mine, weights, (experts[0], experts[1], experts[2]))
-        return jax.lax.psum(partial, (rules.E, rules.F))
+        return moe_local(x, choice, weights, (experts[0], experts[1], experts[2]), layout)
 
     def spec(weight: Scaled, letters: str) -> Scaled:
-        scale = None if weight.scale is None else rules.spec(letters[:2])
-        return Scaled(rules.spec(letters), scale)  # type: ignore[arg-type]
+        scale = None if weight.scale is None else layout.rules.spec(letters[:2])
+        return Scaled(layout.rules.spec(letters), scale)  # type: ignore[arg-type]
 
     specs = (spec(experts[0], "EFD"), spec(experts[1], "EFD"), spec(experts[2], "EDF"))
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, *specs), out_specs=rows)
+    sharded = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(rows, rows, rows, *specs),
+        out_specs=rows,
+        check_vma=False,  # kernels do not say over which axes they vary
+    )
     out: jax.Array = sharded(x, choice, weights, *experts)
     return out

@@ -1,10 +1,18 @@
-"""ShardingRules: which mesh axis each axis letter is split over. Parallelism is decided here only.
+"""ShardingRules: which mesh axes each axis letter is split over. Parallelism is decided here only.
 
-A mesh has the axes `data` (rows of the batch), `expert` (experts) and `tensor` (heads, feed-forward
-and vocabulary). The compiler inserts the collectives for everything but the experts, whose exchange
-`moe.py` writes out with `shard_map`.
+A mesh has the axes
+
+    data    sequences: their tokens and their pages
+    expert  experts; and heads and vocabulary, as far as attention is split by heads
+    tensor  heads, feed-forward and vocabulary
+    copy    the same, but key/value heads are copied: for more devices than there are such heads
+
+Training and the full-sequence form leave the collectives to the compiler, except those of the
+experts. The serving step writes all of them out (`Layout`), so that nothing but activations can
+ever travel: it is one `shard_map`, in which kernels see the arrays of one device.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -13,19 +21,45 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.config import ConfigError, ModelConfig
 
-MESH_AXES = ("data", "expert", "tensor")
+MESH_AXES = ("data", "expert", "tensor", "copy")
+
+MeshAxes = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """Axis letter -> mesh axis. Letters that are not named here are never split."""
+    """Axis letter -> mesh axes. Letters that are not named here are never split.
 
-    B: str | None = "data"
-    E: str | None = "expert"
-    F: str | None = "tensor"
-    K: str | None = "tensor"
-    N: str | None = "tensor"
-    V: str | None = "tensor"
+    As it stands, attention is split by heads over all of `expert` and `tensor`, and every device
+    sees all tokens of its part of `data`. `of` adapts that to a model.
+    """
+
+    B: MeshAxes = ("data",)  # rows of a batch, and the flat tokens of the serving step
+    E: MeshAxes = ("expert",)
+    F: MeshAxes = ("tensor", "copy")
+    K: MeshAxes = ("expert", "tensor")
+    N: MeshAxes = ("expert", "tensor", "copy")
+    P: MeshAxes = ("data",)  # pages belong to the sequences that are split
+    V: MeshAxes = ("expert", "tensor", "copy")
+
+    @classmethod
+    def of(cls, config: ModelConfig, mesh: Mesh, dp_attention: bool = False) -> "ShardingRules":
+        """The rules of a model on a mesh.
+
+        With `dp_attention` sequences, not heads, are split over `expert`: each device computes the
+        attention of its own sequences, whose pages it holds alone, and tokens travel to the experts
+        and back. For more devices than key/value heads, and where heads do not divide.
+        """
+        heads = mesh.shape["expert"] * mesh.shape["tensor"]
+        dp_attention |= config.num_kv_heads % heads != 0 or bool(
+            config.num_heads % (heads * mesh.shape["copy"])
+        )
+        # Without experts, `expert` is more of `tensor`.
+        split: MeshAxes = ("tensor", "copy") if config.is_moe else ("expert", "tensor", "copy")
+        if not dp_attention:
+            return cls(F=split)
+        rows = ("data", "expert")
+        return cls(B=rows, P=rows, K=("tensor",), N=("tensor", "copy"), F=split)
 
     def spec(self, axes: str) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions are the letters of `axes`, e.g. "EFD".
@@ -33,34 +67,42 @@ class ShardingRules:
         Raises ValueError where two dimensions would be split over one mesh axis.
         """
         names = [getattr(self, letter, None) for letter in axes]
-        split = [name for name in names if name is not None]
+        split = [name for found in names for name in found or ()]
         if len(split) != len(set(split)):
             raise ValueError(f"{axes!r} would split two dimensions over one mesh axis: {names}")
-        return PartitionSpec(*names)
+        return PartitionSpec(*(name[0] if name and len(name) == 1 else name for name in names))
 
     def sharding(self, axes: str, mesh: Mesh) -> NamedSharding:
         return NamedSharding(mesh, self.spec(axes))
+
+    def ways(self, letter: str, mesh: Mesh) -> int:
+        """Into how many parts a dimension is split."""
+        return math.prod(mesh.shape[axis] for axis in getattr(self, letter, None) or ())
 
     def check(self, config: ModelConfig, mesh: Mesh) -> None:
         """Raises ConfigError if a dimension of the model cannot be split evenly over the mesh."""
         for field in fields(self):
             size = config.axis_sizes.get(field.name)
-            axis = getattr(self, field.name)
-            if not size or axis is None:
-                continue
-            if size % mesh.shape[axis]:
+            ways = self.ways(field.name, mesh)
+            if size and size % ways:
+                axes = " x ".join(axis for axis in getattr(self, field.name))
                 raise ConfigError(
-                    f"axis {field.name} of size {size} cannot be split {mesh.shape[axis]} ways "
-                    f"over mesh axis {axis!r}; choose a divisor of {size}"
+                    f"axis {field.name} of size {size} cannot be split {ways} ways over the mesh "
+                    f"({axes}); choose a divisor of {size}"
                 )
 
 
 def make_mesh(
-    data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    copies: int = 1,
 ) -> Mesh:
-    """Mesh with the axes (data, expert, tensor) over the first data * expert * tensor devices.
+    """Mesh over the first data * expert * tensor devices.
 
-    Raises ValueError if there are fewer devices than that.
+    Of the `tensor` devices, `copies` hold the same key/value heads; `copies_of` says how many must.
+    Raises ValueError if there are too few devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     count = data * expert * tensor
@@ -69,10 +111,79 @@ def make_mesh(
             f"a mesh of data={data} x expert={expert} x tensor={tensor} needs {count} devices, "
             f"there are {len(devices)}"
         )
+    if tensor % copies:
+        raise ValueError(f"tensor={tensor} cannot hold {copies} copies of each key/value head")
     # Auto: the compiler propagates shardings; jax's default, Explicit, would put them into types.
     return jax.make_mesh(
-        (data, expert, tensor),
+        (data, expert, tensor // copies, copies),
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices[:count],
     )
+
+
+def copies_of(config: ModelConfig, expert: int, tensor: int, dp_attention: bool = False) -> int:
+    """How many devices must hold the same key/value head; 1 where that does not help."""
+    heads = tensor if dp_attention else expert * tensor
+    for copies in range(1, tensor + 1):
+        if tensor % copies == 0 and config.num_kv_heads % (heads // copies) == 0:
+            return copies
+    return 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules of a model on it; its collectives, for use inside the serving step.
+
+    There an array's first dimension is the flat tokens, of which each device holds those of its
+    part of `B`.
+    """
+
+    mesh: Mesh
+    rules: ShardingRules
+
+    @property
+    def platform(self) -> str:
+        """cpu, tpu or gpu: of the devices that the program is for, which may be none of ours."""
+        platform: str = self.mesh.devices.flat[0].platform
+        return "gpu" if platform in ("cuda", "rocm") else platform
+
+    @property
+    def parts(self) -> int:
+        """Groups of sequences, each with pages of its own."""
+        return self.rules.ways("B", self.mesh)
+
+    def sharding(self, axes: str) -> NamedSharding:
+        return self.rules.sharding(axes, self.mesh)
+
+    def axes(self, letters: str) -> MeshAxes:
+        """Mesh axes, of more than one device, that any of the letters is split over."""
+        names = {axis for letter in letters for axis in getattr(self.rules, letter)}
+        return tuple(axis for axis in MESH_AXES if axis in names and self.mesh.shape[axis] > 1)
+
+    def index(self, letter: str) -> jax.Array | int:
+        """Which part of a split dimension this device holds."""
+        axes = self.axes(letter)
+        return jax.lax.axis_index(axes) if axes else 0
+
+    def shared(self, letters: str) -> MeshAxes:
+        """Mesh axes that split both the tokens and one of the letters."""
+        rows = self.axes("B")
+        return tuple(axis for axis in self.axes(letters) if axis in rows)
+
+    def gather(self, x: jax.Array, letters: str) -> jax.Array:
+        """The tokens of all devices that hold other parts of the letters: [T ...] -> [T' ...]."""
+        axes = self.shared(letters)
+        return jax.lax.all_gather(x, axes, tiled=True) if axes else x
+
+    def total(self, x: jax.Array, letters: str) -> jax.Array:
+        """Sums what each device computed with its part of the letters: undoes `gather`."""
+        if shared := self.shared(letters):
+            x = jax.lax.psum_scatter(x, shared, tiled=True)
+        rest = tuple(axis for axis in self.axes(letters) if axis not in shared)
+        return jax.lax.psum(x, rest) if rest else x
+
+    def whole(self, x: jax.Array, letter: str, dimension: int) -> jax.Array:
+        """All parts of a dimension that is split by `letter`."""
+        axes = self.axes(letter)
+        return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x

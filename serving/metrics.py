@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.scheduler import Scheduler
+from serving.shares import Shares
 
 # Seconds. A first token takes from milliseconds to the minutes of a full queue.
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -117,7 +117,7 @@ class Metrics:
         """So many choices of a request ended with `abort` or `error`."""
         self._ended[reason].inc(choices)
 
-    def watch(self, scheduler: Scheduler, compilations: Callable[[], int]) -> None:
+    def watch(self, scheduler: Shares, compilations: Callable[[], int]) -> None:
         """From now on the figures of an engine are among them; to be called once, when it is ready.
 
         They are read from another thread than the engine's, one by one: each is right, but two of
@@ -139,16 +139,14 @@ class Metrics:
 
 
 class _EngineFigures(Collector):
-    def __init__(
-        self, scheduler: Scheduler, compilations: Callable[[], int], model_name: str
-    ) -> None:
+    def __init__(self, scheduler: Shares, compilations: Callable[[], int], model_name: str) -> None:
         self._scheduler = scheduler
         self._compilations = compilations
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
         scheduler = self._scheduler
-        pages, free = scheduler.limits.num_pages, scheduler.num_free_pages
+        pages, free = scheduler.num_pages, scheduler.num_free_pages
         looked_up = scheduler.prompt_tokens if scheduler.limits.prefix_reuse else 0
         gauge, counter = self._gauge, self._counter
         yield gauge("vllm:num_requests_running", "Choices being computed.", scheduler.num_running)

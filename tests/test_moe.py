@@ -8,7 +8,7 @@ from flax import nnx
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.moe import MoE, route
-from mixtral_jax.sharding import ShardingRules, make_mesh
+from mixtral_jax.sharding import Layout, ShardingRules, make_mesh
 
 
 def test_route_takes_the_two_likeliest_and_weighs_them_by_softmax() -> None:
@@ -21,7 +21,7 @@ def test_route_takes_the_two_likeliest_and_weighs_them_by_softmax() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_dense_equals_ragged_equals_paged(tokens: int, dtype: str) -> None:
     config = ModelConfig.tiny(vocab_size=8)
-    layer = MoE(config, dtype, nnx.Rngs(3), None, ShardingRules())
+    layer = MoE(config, dtype, jnp.float32, nnx.Rngs(3), None)
     layer.router.weight.set_value(layer.router.weight.get_value() * 50)  # uneven choices
     x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
     dense = layer.full(x, form="dense")
@@ -33,7 +33,7 @@ def test_dense_equals_ragged_equals_paged(tokens: int, dtype: str) -> None:
 def test_one_expert_of_one_is_its_feed_forward() -> None:
     """X = E = 1: the weight is 1 and the sum is the expert itself."""
     config = ModelConfig._with(ModelConfig.tiny(vocab_size=8), num_experts=1, experts_per_token=1)
-    layer = MoE(config, jnp.float32, nnx.Rngs(0), None, ShardingRules())
+    layer = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(0), None)
     x = jax.random.normal(jax.random.key(0), (5, config.hidden_size))
     gate, up, down = (part.weight[...][0] for part in (layer.gate, layer.up, layer.down))
     want = (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
@@ -55,8 +55,11 @@ def test_one_expert_of_one_is_its_feed_forward() -> None:
 def test_sharded_equals_dense(tokens: int, shape: tuple[int, int, int], dtype: str) -> None:
     """Token counts that the data axis divides and that it does not."""
     config = ModelConfig.tiny(vocab_size=8)
-    one = MoE(config, dtype, nnx.Rngs(3), None, ShardingRules())
-    many = MoE(config, dtype, nnx.Rngs(3), make_mesh(*shape), ShardingRules())
+    mesh = make_mesh(*shape)
+    one = MoE(config, dtype, jnp.float32, nnx.Rngs(3), None)
+    many = MoE(
+        config, dtype, jnp.float32, nnx.Rngs(3), Layout(mesh, ShardingRules.of(config, mesh))
+    )
     x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
     sharded = jax.jit(lambda layer, x: layer.full(x))(many, x)
     np.testing.assert_allclose(sharded, one.full(x, form="dense"), rtol=0, atol=1e-5)

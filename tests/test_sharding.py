@@ -8,15 +8,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.config import ConfigError, ModelConfig
-from mixtral_jax.model import Transformer
-from mixtral_jax.sharding import ShardingRules, make_mesh
+from mixtral_jax.model import Transformer, named_parameters
+from mixtral_jax.sharding import Layout, ShardingRules, copies_of, make_mesh
 
 RULES = ShardingRules()
+# Eight heads in four groups, so that a mesh of eight must copy key/value heads.
+MOE = ModelConfig._with(
+    ModelConfig.tiny(vocab_size=32), num_heads=8, num_kv_heads=4, head_size=8, num_experts=8
+)
+DENSE = ModelConfig._with(MOE, num_experts=0, experts_per_token=0)
+MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
 
 
 def test_specs() -> None:
-    assert RULES.spec("EFD") == P("expert", "tensor", None)
-    assert RULES.spec("NHD") == P("tensor", None, None)
+    assert RULES.spec("EFD") == P("expert", ("tensor", "copy"), None)
+    assert RULES.spec("NHD") == P(("expert", "tensor", "copy"), None, None)
     assert RULES.spec("BTD") == P("data", None, None)
 
 
@@ -26,48 +32,56 @@ def test_one_mesh_axis_is_never_used_twice() -> None:
 
 
 def test_what_does_not_divide_is_refused() -> None:
-    config = ModelConfig._with(ModelConfig.tiny(vocab_size=8), num_experts=3, experts_per_token=2)
+    three = ModelConfig._with(MOE, num_experts=3)
+    mesh = make_mesh(expert=2)
     with pytest.raises(ConfigError, match="axis E of size 3 cannot be split 2 ways"):
-        RULES.check(config, make_mesh(expert=2))
+        Transformer(three, rngs=None, mesh=mesh)
+    with pytest.raises(ConfigError, match="axis E of size 8 cannot be split 3 ways"):
+        Transformer(MOE, rngs=None, mesh=make_mesh(expert=3))
     with pytest.raises(ValueError, match="needs 9 devices, there are 8"):
         make_mesh(expert=9)
+    with pytest.raises(ValueError, match="tensor=2 cannot hold 4 copies"):
+        make_mesh(tensor=2, copies=4)
 
 
-def shard(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
+def test_copies_of_key_value_heads() -> None:
+    """Four key/value heads: eight devices hold each twice, four or two hold each once."""
+    assert copies_of(MOE, 1, 8) == copies_of(MOE, 4, 2) == 2
+    assert copies_of(MOE, 1, 4) == copies_of(MOE, 2, 2) == copies_of(MOE, 8, 1) == 1
+    assert copies_of(MOE, 4, 2, dp_attention=True) == 1
+
+
+def mesh_of(config: ModelConfig, shape: tuple[int, int, int]) -> jax.sharding.Mesh:
+    return make_mesh(*shape, copies=copies_of(config, *shape[1:]))
+
+
+def shard(model: Transformer, mesh: jax.sharding.Mesh, rules: ShardingRules) -> Transformer:
     """The same values, laid out over a mesh as the rules say."""
-    target = Transformer(model.config, rngs=None, mesh=mesh)
-    graph, abstract = nnx.split(target)
-    values = dict(nnx.to_flat_state(nnx.state(model)))
-    placed = [
-        (
-            path,
-            variable.replace(
-                jax.device_put(
-                    values[path].get_value(),
-                    RULES.sharding(variable.get_metadata("axes"), mesh),
-                )
-            ),
-        )
-        for path, variable in nnx.to_flat_state(abstract)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(placed))
+    target = Transformer(model.config, rngs=None, mesh=mesh, rules=rules)
+    values = named_parameters(model)
+    for name, variable in named_parameters(target).items():
+        sharding = variable.get_value().sharding
+        variable.set_value(jax.device_put(values[name].get_value(), sharding))
+    return target
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 1, 2)])
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_full_form_under_a_mesh_equals_one_device(shape: tuple[int, int, int], kind: str) -> None:
-    dense = dict(num_experts=0, experts_per_token=0) if kind == "dense" else {}
-    config = ModelConfig._with(ModelConfig.tiny(vocab_size=32), **dense)
+@pytest.mark.parametrize("dp_attention", [False, True])
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_full_form_under_a_mesh_equals_one_device(
+    config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool
+) -> None:
     one = Transformer(config, rngs=nnx.Rngs(1))
     tokens = jax.random.randint(jax.random.key(0), (8, 20), 0, 32)
     want = jax.jit(lambda model, tokens: model(tokens))(one, tokens)
     assert jnp.abs(want).max() > 1e-3
 
-    mesh = make_mesh(*shape)
-    many = shard(one, mesh)
-    if kind == "moe":
+    mesh = mesh_of(config, shape)
+    rules = ShardingRules.of(config, mesh, dp_attention)
+    many = shard(one, mesh, rules)
+    if config.is_moe:
         held = many.layers[0].feed_forward.gate.weight.get_value().addressable_shards[0]
-        assert held.data.shape == (4 // shape[1], 96 // shape[2], 64)
-    rows = jax.device_put(tokens, RULES.sharding("BT", mesh))
+        assert held.data.shape == (8 // shape[1], 96 // shape[2], 64)
+    rows = jax.device_put(tokens, rules.sharding("BT", mesh))
     got = jax.jit(lambda model, tokens: model(tokens))(many, rows)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)

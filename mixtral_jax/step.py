@@ -1,0 +1,340 @@
+"""The serving step as compiled programs, one set for each number of tokens; arrays in, arrays out.
+
+XLA compiles for fixed shapes, so a step is padded to the smallest bucket that holds it. A step is a
+few programs: embed, block (called once for each layer), pick and draw. All layers have the same
+shapes, so one compilation serves them all and the start does not grow with the depth.
+
+What a sequence drew goes from `draw` to the next `embed` on the device: steps can be launched
+before the tokens of the last are read.
+
+Under a mesh each program is one `shard_map`: every device runs it on its own parts of parameters
+and pages, and the model writes out the collectives (`sharding.Layout`). Sequences are split into
+`parts`, each with a flat row and pages of its own; the arrays of all parts stand one behind the
+other. What is drawn, every device knows.
+
+Nothing is needed but shapes: the same programs are compiled for hardware that is elsewhere
+(plan.py).
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from mixtral_jax.axes import DrawnHidden, FlatHidden, FlatTokens, Pages, Rows
+from mixtral_jax.cache import PagedCache, RaggedBatch
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.layers import Rotary
+from mixtral_jax.model import Block, Transformer
+from mixtral_jax.sampling import NO_ID, Biases, History, Sampled, SamplingArrays, sample
+from mixtral_jax.sharding import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """What fixes the shapes; all of one part of the sequences."""
+
+    num_pages: int
+    page_size: int
+    max_sequences: int
+    max_context: int  # tokens of one sequence
+    max_biases: int  # of one sequence
+
+
+class StepInputs(NamedTuple):
+    """One step, from the host: numpy arrays that are filled in before a launch.
+
+    With several parts the arrays of `batch` and `follows` and `last` hold one part behind the
+    other; `num_decodes` and `num_sequences` then have an element for each.
+    """
+
+    batch: RaggedBatch
+    follows: Any  # [T] i32, which of the step before's `tokens` it is, or -1
+    last: Any  # [R] i32, place of each sequence's last token in its part's flat row
+    sampling: SamplingArrays
+
+    @classmethod
+    def blank(cls, tokens: int, rows: int, sizes: StepSizes, parts: int | None) -> "StepInputs":
+        """For so many tokens and sequences of each part; without `parts`, for no mesh."""
+        count = parts or 1
+        all_rows = count * rows
+        batch = RaggedBatch(
+            tokens=full(count * tokens, 0),
+            positions=full(count * tokens, 0),
+            lengths=full(all_rows, 0),
+            query_starts=full(count * (rows + 1), 0),
+            page_table=full((all_rows, -(-sizes.max_context // sizes.page_size)), 0),
+            num_decodes=full(() if parts is None else parts, 0),
+            num_sequences=full(() if parts is None else parts, 0),
+        )
+        zeros, ones = full(all_rows, 0, np.float32), full(all_rows, 1, np.float32)
+        sampling = SamplingArrays(
+            temperature=zeros,
+            top_k=full(all_rows, 0),
+            top_p=ones,
+            min_p=zeros.copy(),
+            presence_penalty=zeros.copy(),
+            frequency_penalty=zeros.copy(),
+            repetition_penalty=ones.copy(),
+            seed=full(all_rows, 0),
+            position=full(all_rows, 0),
+            top_logprobs=full(all_rows, -1),
+            history=History(
+                tokens=_no_history(all_rows, sizes.max_context),
+                last=full(all_rows, 0),  # known on the device alone
+                prompt_length=full(all_rows, 0),
+            ),
+            biases=Biases(
+                ids=full((all_rows, sizes.max_biases), NO_ID),
+                values=full((all_rows, sizes.max_biases), 0, np.float32),
+            ),
+        )
+        return cls(batch, full(count * tokens, -1), full(all_rows, 0), sampling)
+
+    def with_history(self) -> "StepInputs":
+        """The same with a history that may be written to."""
+        history = self.sampling.history
+        history = history._replace(tokens=history.tokens.copy())
+        return self._replace(sampling=self.sampling._replace(history=history))
+
+
+@functools.cache
+def _no_history(rows: int, width: int) -> Any:
+    """What most steps send: megabytes for a long context, so made once. Never written to."""
+    return full((rows, width), NO_ID)
+
+
+def full(shape: int | tuple[int, ...], value: int, dtype: type = np.int32) -> Any:
+    """An array on the host, as compiled programs take it."""
+    return np.full(shape, value, dtype)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Compiled for one bucket."""
+
+    embed: Any  # (rest, batch, follows, tokens) -> batch with its tokens, x, rotary
+    block: Any  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
+    pick: Any  # (x, tokens, last) -> x and tokens of the rows that draw
+    draw: Any  # (rest, x, last tokens, sampling) -> Sampled
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A Transformer taken apart: each block's arrays, and the arrays of the rest."""
+
+    blocks: tuple[list[jax.Array], ...]
+    rest: list[jax.Array]
+    layout: Layout | None
+    config: ModelConfig
+    dtype: Any  # between the blocks
+    _block: Callable[[list[jax.Array]], Block]
+    _rest: Callable[[list[jax.Array]], Transformer]
+    _block_specs: list[PartitionSpec]
+    _rest_specs: list[PartitionSpec]
+
+    @classmethod
+    def of(cls, model: Transformer) -> "Parts":
+        layers, around = model.apart()
+        # Lists of arrays: flattening an nnx.State on every call costs more than the call.
+        blocks = [_apart(block, model.layout) for block in layers]
+        rest, put_together, specs = _apart(around, model.layout)
+        return cls(
+            blocks=tuple(arrays for arrays, _, _ in blocks),
+            rest=rest,
+            layout=model.layout,
+            config=model.config,
+            dtype=model.dtype,
+            _block=blocks[0][1],
+            _rest=put_together,
+            _block_specs=blocks[0][2],
+            _rest_specs=specs,
+        )
+
+    def pages(self, model: Transformer, sizes: StepSizes, dtype: DTypeLike) -> Any:
+        """Shape and place of each layer's pages, those of all parts together."""
+        one = jax.eval_shape(
+            lambda: PagedCache.empty(model.config, sizes.num_pages, sizes.page_size, dtype)
+        ).layers[0]
+        if self.layout is None:
+            return one
+        shape = (self.layout.parts * one.shape[0], *one.shape[1:])
+        return jax.ShapeDtypeStruct(shape, one.dtype, sharding=self.layout.sharding("PYKH"))
+
+    def compile_walk(self, pages: Any, inputs: StepInputs, num_drawn: int) -> tuple[Any, Any, Any]:
+        """The programs `embed`, `block` and `pick` for the shapes of these inputs.
+
+        `num_drawn` is the length of `Sampled.tokens`.
+        """
+
+        def embed(
+            rest: list[jax.Array], batch: RaggedBatch, follows: FlatTokens, drawn: Rows
+        ) -> tuple[RaggedBatch, FlatHidden, Rotary]:
+            tokens = jnp.where(follows >= 0, drawn[jnp.maximum(follows, 0)], batch.tokens)
+            batch = batch._replace(tokens=tokens)
+            return batch, *self._rest(rest).begin(batch)
+
+        def block(
+            arrays: list[jax.Array],
+            x: FlatHidden,
+            rotary: Rotary,
+            pages: Pages,
+            batch: RaggedBatch,
+        ) -> tuple[FlatHidden, Pages]:
+            return self._block(arrays).paged(x, rotary, pages, self._own(batch))
+
+        def pick(x: jax.Array, tokens: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x, tokens = x[last], tokens[last]
+            if self.layout is None:
+                return x, tokens
+            return self.layout.whole(x, "B", 0), self.layout.whole(tokens, "B", 0)
+
+        rows, places = self._spec("B"), self._spec("PYKH")
+        embedding = self._jit(embed, (self._rest_specs, rows, rows, _WHOLE), (rows, rows, rows))
+        drawn = jax.ShapeDtypeStruct((num_drawn,), jnp.int32)
+        given = (self.rest, inputs.batch, inputs.follows, drawn)
+        batch, x, rotary = jax.eval_shape(embedding, *given)
+        walk = self._jit(
+            block, (self._block_specs, rows, rows, places, rows), (rows, places), donate=(3,)
+        )
+        picking = self._jit(pick, (rows, rows, rows), (_WHOLE, _WHOLE))
+        return (
+            embedding.lower(*given).compile(),
+            walk.lower(self.blocks[0], x, rotary, pages, batch).compile(),
+            picking.lower(x, batch.tokens, inputs.last).compile(),
+        )
+
+    def compile_draw(self, inputs: StepInputs, num_drawn: int) -> Any:
+        """The program `draw` for as many rows as these inputs have."""
+
+        def draw(
+            rest: list[jax.Array], x: DrawnHidden, last: Rows, sampling: SamplingArrays
+        ) -> Sampled:
+            model = self._rest(rest)
+            sampling = sampling._replace(history=sampling.history._replace(last=last))
+            sampled = sample(model.paged_logits(model.norm.paged(x)), sampling)
+            # As wide for every bucket: any of them may come next.
+            tokens = sampled.tokens.reshape(self.num_parts, -1)
+            short = num_drawn // self.num_parts - tokens.shape[1]
+            return sampled._replace(tokens=jnp.pad(tokens, ((0, 0), (0, short))).reshape(-1))
+
+        x = jax.ShapeDtypeStruct((len(inputs.last), self.config.hidden_size), self.dtype)
+        program = self._jit(draw, (self._rest_specs, _WHOLE, _WHOLE, _WHOLE), _WHOLE)
+        last = jax.ShapeDtypeStruct(inputs.last.shape, jnp.int32)
+        return program.lower(self.rest, x, last, inputs.sampling).compile()
+
+    def compile_copy(self, pages: Any, max_sequences: int) -> Any:
+        """(pages, pairs [S 2]) -> pages: copies whole pages, each part its own."""
+
+        def copy(pages: Pages, pairs: jax.Array) -> Pages:
+            # A destination out of range is dropped.
+            return pages.at[pairs[:, 1]].set(pages[pairs[:, 0]], mode="drop")
+
+        places = self._spec("PYKH")
+        program = self._jit(copy, (places, self._spec("B")), places, donate=(0,))
+        pairs = jax.ShapeDtypeStruct((self.num_parts * max_sequences, 2), jnp.int32)
+        return program.lower(pages, pairs).compile()
+
+    @property
+    def num_parts(self) -> int:
+        return 1 if self.layout is None else self.layout.parts
+
+    def _spec(self, letters: str) -> PartitionSpec:
+        return _WHOLE if self.layout is None else self.layout.rules.spec(letters)
+
+    def _own(self, batch: RaggedBatch) -> RaggedBatch:
+        """A device's part of the batch, as the model takes it."""
+        if self.layout is None:
+            return batch
+        decodes, sequences = batch.num_decodes[0], batch.num_sequences[0]
+        return batch._replace(num_decodes=decodes, num_sequences=sequences)
+
+    def _jit(
+        self, function: Callable[..., Any], given: Any, out: Any, donate: tuple[int, ...] = ()
+    ) -> Any:
+        """jax.jit, under a mesh of the function on each device's parts of its arguments."""
+        if self.layout is None:
+            return jax.jit(function, donate_argnums=donate)
+        mesh = self.layout.mesh
+        # Kernels do not say over which axes their results vary, so nothing can check it.
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)
+        shardings = jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            given,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+        return jax.jit(mapped, in_shardings=shardings, donate_argnums=donate)
+
+
+_WHOLE = PartitionSpec()
+
+
+def _apart(
+    module: Any, layout: Layout | None
+) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any], list[PartitionSpec]]:
+    """A module's arrays, the function that makes the module of them again, and their specs."""
+    graph, state = nnx.split(module)
+    arrays, structure = jax.tree.flatten(state)
+    specs = jax.tree.map(
+        lambda variable: (
+            _WHOLE if layout is None else layout.rules.spec(variable.get_metadata("axes"))
+        ),
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+    flat = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    return arrays, lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves)), flat
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All that an engine ever runs."""
+
+    pages: Any  # jax.ShapeDtypeStruct of each layer, of all parts together
+    buckets: dict[int, Programs]  # by the tokens of one part
+    copy: Any  # (pages, pairs) -> pages; pages are donated
+    sizes: StepSizes
+    parts: int | None  # None without a mesh
+
+    @property
+    def num_parts(self) -> int:
+        return self.parts or 1
+
+    def blank(self, bucket: int, rows: int) -> StepInputs:
+        return StepInputs.blank(bucket, rows, self.sizes, self.parts)
+
+
+def compile_buckets(
+    model: Transformer,
+    sizes: StepSizes,
+    rows_of: dict[int, int],
+    progress: Callable[[str], None] = lambda line: None,
+    cache_dtype: DTypeLike | None = None,
+) -> Steps:
+    """Compiles the step of every bucket: `rows_of` has its sequences by its tokens, of one part.
+
+    The model may be abstract: only shapes matter. `cache_dtype` is that of keys and values, such as
+    int8; None for the model's own. `progress` is told in a line what is being compiled.
+    """
+    apart = Parts.of(model)
+    pages = apart.pages(model, sizes, model.dtype if cache_dtype is None else cache_dtype)
+    parts = None if model.layout is None else model.layout.parts
+    num_drawn = apart.num_parts * sizes.max_sequences
+    # One after the other: the compiler itself uses all cores.
+    draw: dict[int, Any] = {}
+    programs: dict[int, Programs] = {}
+    for number, (size, rows) in enumerate(sorted(rows_of.items()), start=1):
+        progress(f"compiling step {number} of {len(rows_of)}: {size} tokens")
+        inputs = StepInputs.blank(size, rows, sizes, parts)
+        if rows not in draw:
+            draw[rows] = apart.compile_draw(inputs, num_drawn)
+        programs[size] = Programs(*apart.compile_walk(pages, inputs, num_drawn), draw[rows])
+    copy = apart.compile_copy(pages, sizes.max_sequences)
+    return Steps(pages, programs, copy, sizes, parts)

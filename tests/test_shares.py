@@ -1,0 +1,127 @@
+"""The engine under meshes of eight virtual devices gives what it gives on one."""
+
+import random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model import Transformer, named_parameters
+from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh
+from serving.engine import Engine, compile_steps
+from serving.plan import Limits
+from serving.request import Drawn, Request, SamplingParams
+
+VOCAB = 64
+# Eight heads in four groups, so that a mesh of eight must copy key/value heads.
+MOE = ModelConfig._with(
+    ModelConfig.tiny(vocab_size=VOCAB),
+    num_heads=8,
+    num_kv_heads=4,
+    head_size=8,
+    num_experts=8,
+    sliding_window=None,
+    max_context=96,
+)
+DENSE = ModelConfig._with(MOE, num_experts=0, experts_per_token=0)
+MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
+LIMITS = Limits(
+    num_pages=60,
+    page_size=4,
+    max_sequences=4,
+    max_step_tokens=24,
+    max_context=96,
+    max_waiting=999,
+)
+
+
+def model_of(config: ModelConfig, dtype: str) -> Transformer:
+    """Ten times the usual values: logits that differ enough for greedy to be stable."""
+    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+    for variable in named_parameters(model).values():
+        value = variable.get_value()
+        if value.ndim > 1 and value.dtype != jnp.int8:
+            variable.set_value(value * 10)
+    return model
+
+
+def spread(model: Transformer, mesh: Mesh, dp_attention: bool) -> Transformer:
+    """The same values on a mesh."""
+    dtype = model.embed.weight.get_value().dtype
+    rules = ShardingRules.of(model.config, mesh, dp_attention)
+    target = Transformer(model.config, dtype=dtype, rngs=None, mesh=mesh, rules=rules)
+    values = named_parameters(model)
+    for name, variable in named_parameters(target).items():
+        sharding = variable.get_value().sharding
+        variable.set_value(jax.device_put(values[name].get_value(), sharding))
+    return target
+
+
+def mesh_of(config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool) -> Mesh:
+    return make_mesh(*shape, copies=copies_of(config, *shape[1:], dp_attention))
+
+
+def requests_of(count: int, seed: int) -> list[Request]:
+    dice = random.Random(seed)
+    shared = dice.choices(range(VOCAB), k=20)
+    return [
+        Request(
+            id=str(i),
+            prompt_ids=(
+                *shared[: dice.choice([0, 0, 9, 20])],
+                *dice.choices(range(VOCAB), k=dice.randint(1, 12)),
+            ),
+            sampling=SamplingParams(
+                temperature=dice.choice([0.0, 0.0, 0.8]),
+                top_p=dice.choice([1.0, 0.8]),
+                presence_penalty=dice.choice([0.0, 0.0, 1.5]),
+                seed=dice.randrange(2**31 - 4),
+                top_logprobs=3,
+            ),
+            max_tokens=dice.randint(1, 25),
+            n=dice.choice([1, 1, 3]),
+            eos_ids=frozenset({dice.randrange(VOCAB)}),
+        )
+        for i in range(count)
+    ]
+
+
+Answers = dict[tuple[str, int], list[Drawn]]
+
+
+def answers(model: Transformer, requests: list[Request], cache_dtype: Any = None) -> Answers:
+    engine = Engine(model, LIMITS, compile_steps(model, LIMITS, cache_dtype=cache_dtype))
+    for request in requests:
+        engine.add(request)
+    found: Answers = {}
+    while engine.has_work:
+        for event in engine.step():
+            found.setdefault((event.request_id, event.choice), []).append(event.drawn)
+    assert engine.scheduler.num_free_pages == engine.scheduler.num_pages
+    return found
+
+
+def check_equal(got: Answers, want: Answers, tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for key, draws in want.items():
+        assert [d.token_id for d in got[key]] == [d.token_id for d in draws]
+        np.testing.assert_allclose(
+            [d.logprob for d in got[key]], [d.logprob for d in draws], rtol=0, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("dp_attention", [False, True], ids=["heads", "sequences"])
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_the_step_under_a_mesh_equals_one_device(
+    config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool
+) -> None:
+    model, requests = model_of(config, "float32"), requests_of(12, 1)
+    want = answers(model, requests)
+    mesh = mesh_of(config, shape, dp_attention)
+    check_equal(answers(spread(model, mesh, dp_attention), requests), want, 1e-5)
