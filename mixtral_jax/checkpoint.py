@@ -35,6 +35,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from mixtral_jax import shards
 from mixtral_jax.config import CONFIG_FILE, FORMAT, ConfigError, ModelConfig, is_checkpoint
 from mixtral_jax.model import Transformer, named_parameters
 from mixtral_jax.sharding import ShardingRules
@@ -180,7 +181,7 @@ class ParameterWriter:
         want = self.shapes[name]
         spec = {
             "driver": "zarr3",
-            "kvstore": _kvstore(self.path, name),
+            "kvstore": shards.kvstore(self.path, f"{name}/"),
             "metadata": {
                 "shape": list(want.shape),
                 "data_type": np.dtype(want.dtype).name,
@@ -215,18 +216,13 @@ class ParameterReader:
         Raises ValueError if there is no such parameter, or its dtype or shape does not fit.
         """
         if self._open is None or self._open[0] != name:
-            spec = {"driver": "zarr3", "kvstore": _kvstore(self.path, name)}
+            spec = {"driver": "zarr3", "kvstore": shards.kvstore(self.path, f"{name}/")}
             self._open = (name, ts.open(spec, context=self._context).result())
         stored = self._open[1][index]
         if stored.dtype.numpy_dtype != out.dtype or stored.shape != out.shape:
             raise ValueError(f"{self.path}: {name} is {stored.dtype} {stored.shape}, unexpectedly")
         target = ts.array(out, copy=False)
         target.write(stored.translate_to[(0,) * out.ndim]).result()
-
-
-def _kvstore(params: Path, name: str) -> dict[str, str]:
-    """Where Orbax keeps one array."""
-    return {"driver": "ocdbt", "base": f"file://{params}/state/", "path": f"{name}/"}
 
 
 def chunk_shape(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
@@ -281,19 +277,17 @@ def load(
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     one_device = SingleDeviceSharding(jax.devices()[0])
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, jax.ShapeDtypeStruct] = {}
     for path, variable in flat:
         want = variable.get_value()
         if mesh is None:
             want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=one_device)
-        _put(wanted, ".".join(map(str, path)), want)
-    restored = ocp.load((folder / PARAMS).absolute(), wanted)
-    filled = []
-    for path, variable in flat:
-        node = restored
-        for part in path:
-            node = node[str(part)]
-        filled.append((path, variable.replace(node)))
+        wanted[".".join(map(str, path))] = want
+    restored = shards.restore((folder / PARAMS).absolute(), wanted)
+    filled = [
+        (path, variable.replace(array))
+        for (path, variable), array in zip(flat, restored.values(), strict=True)
+    ]
     model = nnx.merge(graph, nnx.from_flat_state(filled))
     return model, card
 
@@ -304,7 +298,11 @@ def save(folder: Path, model: Transformer, card: Card, tokenizer_files: Iterable
         tree: dict[str, Any] = {}
         for name, variable in named_parameters(model).items():
             _put(tree, name, variable.get_value())
-        ocp.save(partial / PARAMS, tree)
+        context = ocp.Context()
+        # Else a chunk is what one device held, and whoever reads a part of it needs it all.
+        context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+        with context:
+            ocp.save(partial / PARAMS, tree)
         card.write(partial)
         for file in tokenizer_files:
             shutil.copy(file, partial)

@@ -4,20 +4,20 @@
 puts a tokenizer around them and yields text. All take the keywords of `Sampling`.
 """
 
+import functools
 import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from mixtral_jax.axes import PackedDraws, Pages
-from mixtral_jax.cache import PagedCache, RaggedBatch
+from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.layers import Rotary
 from mixtral_jax.model import Transformer
 from mixtral_jax.sampling import (
@@ -29,6 +29,8 @@ from mixtral_jax.sampling import (
     sample,
     unpack,
 )
+from mixtral_jax.sharding import Layout
+from mixtral_jax.step import Arrays, Parts, Piece, jit, own
 from mixtral_jax.tokenizer import Message, Tokenizer
 
 _PAGE_SIZE = 16
@@ -142,24 +144,24 @@ def generate_draws(
         )
     asked = {**sampling, "temperature": temperature, "top_logprobs": top_logprobs}
     _check(asked, model.config.vocab_size)
-    blocks, around = model.apart()
-    parts = [nnx.split(block) for block in blocks]
-    graph, rest = nnx.split(around)
+    parts = Parts.of(model)
+    embed, block, draw = _programs(parts.block_piece, parts.rest_piece, parts.layout)
     # A power of two, so that prompts of similar length share one compilation.
     longest = len(prompt_ids) + min(max_tokens, room)
     num_pages = _power_of_two(-(-longest // _PAGE_SIZE))
-    kind = model.dtype if cache_dtype is None else cache_dtype
-    layers = list(PagedCache.empty(model.config, num_pages, _PAGE_SIZE, kind).layers)
+    layers = parts.empty(parts.pages(num_pages, _PAGE_SIZE, cache_dtype))
     knobs = _Knobs(asked, eos_ids, len(prompt_ids), num_pages * _PAGE_SIZE)
     ids, done = list(prompt_ids), 0
     for _ in range(min(max_tokens, room)):
         while done < len(ids):
             batch = _batch(ids[done : done + _CHUNK], done, num_pages)
-            x, rotary = _embed(graph, rest, batch)
-            for i, (block, state) in enumerate(parts):
-                x, layers[i] = _block(block, state, x, rotary, layers[i], batch)
+            if parts.layout is not None:
+                batch = _everywhere(batch, parts.num_parts)
+            x, rotary = embed(parts.rest, batch)
+            for i, arrays in enumerate(parts.blocks):
+                x, layers[i] = block(arrays, x, rotary, layers[i], batch)
             done = min(done + _CHUNK, len(ids))
-        drawn = unpack(np.asarray(_draw(graph, rest, x, batch, knobs.arrays(ids))))
+        drawn = unpack(np.asarray(draw(parts.rest, x, batch, knobs.arrays(ids))))
         ids.append(int(drawn.tokens[0]))
         top = zip(drawn.top_ids[0].tolist(), drawn.top_logprobs[0].tolist(), strict=True)
         yield Draw(
@@ -267,22 +269,35 @@ def _batch(new: Sequence[int], done: int, num_pages: int) -> RaggedBatch:
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def _embed(graph: Any, rest: Any, batch: RaggedBatch) -> tuple[jax.Array, Rotary]:
-    return nnx.merge(graph, rest).begin(batch)
+def _everywhere(batch: RaggedBatch, parts: int) -> RaggedBatch:
+    """Where a mesh splits sequences, each part computes the same one."""
+    arrays = [jnp.concatenate([jnp.atleast_1d(array)] * parts) for array in batch]
+    return RaggedBatch(*arrays)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _block(
-    graph: Any, state: Any, x: jax.Array, rotary: Rotary, pages: Pages, batch: RaggedBatch
-) -> tuple[jax.Array, Pages]:
-    return nnx.merge(graph, state).paged(x, rotary, pages, batch)
+@functools.lru_cache(maxsize=8)
+def _programs(block: Piece, rest: Piece, layout: Layout | None) -> tuple[Any, Any, Any]:
+    """The jitted functions of a step; kept, so that the next answer finds them compiled."""
+    whole = PartitionSpec()
+    rows, places = (whole, whole) if layout is None else map(layout.rules.spec, ("B", "PYKH"))
 
+    def embed(arrays: Arrays, batch: RaggedBatch) -> tuple[jax.Array, Rotary]:
+        return rest.module(arrays).begin(batch)
 
-@partial(jax.jit, static_argnums=0)
-def _draw(
-    graph: Any, rest: Any, x: jax.Array, batch: RaggedBatch, knobs: SamplingArrays
-) -> PackedDraws:
-    model = nnx.merge(graph, rest)
-    last = x[batch.query_starts[1] - 1]
-    return sample(model.paged_logits(model.norm.paged(last[None])), knobs).packed
+    def walk(
+        arrays: Arrays, x: jax.Array, rotary: Rotary, pages: Pages, batch: RaggedBatch
+    ) -> tuple[jax.Array, Pages]:
+        return block.module(arrays).paged(x, rotary, pages, own(batch, layout))
+
+    def draw(
+        arrays: Arrays, x: jax.Array, batch: RaggedBatch, knobs: SamplingArrays
+    ) -> PackedDraws:
+        model = rest.module(arrays)
+        last = x[batch.query_starts[1] - 1]
+        return sample(model.paged_logits(model.norm.paged(last[None])), knobs).packed
+
+    return (
+        jit(embed, layout, (rest.specs, rows), (rows, rows)),
+        jit(walk, layout, (block.specs, rows, rows, places, rows), (rows, places), (3,)),
+        jit(draw, layout, (rest.specs, rows, rows, whole), whole),
+    )

@@ -4,6 +4,7 @@ No sampling, no requests, no globals. Parameters carry their axis letters (`axes
 which ShardingRules makes shardings.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -168,6 +169,18 @@ class Transformer(nnx.Module):
     @property
     def _head(self) -> Embedding | Linear:
         return self.embed if self.head is None else self.head
+
+
+def held_bytes(model: Transformer) -> int:
+    """What the parameters take on each device; the model may be abstract."""
+    total = 0
+    for variable in named_parameters(model).values():
+        array = variable.get_value()
+        shape = array.shape
+        if model.layout is not None:
+            shape = model.layout.sharding(variable.get_metadata("axes")).shard_shape(shape)
+        total += math.prod(shape) * array.dtype.itemsize
+    return total
 
 
 def _placed(value: Any, variable: nnx.Variable, layout: Layout) -> Any:

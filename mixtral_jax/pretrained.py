@@ -11,6 +11,7 @@ from mixtral_jax import checkpoint, tokenizer
 from mixtral_jax.checkpoint import Card
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model import Transformer
+from mixtral_jax.sharding import ShardingRules
 from mixtral_jax.tokenizer import ByteTokenizer, Tokenizer
 
 TINY_RANDOM = "tiny-random"
@@ -24,12 +25,27 @@ class Pretrained:
     tokenizer: Tokenizer
     folder: Path | None  # None for the toy
 
-    def load(self, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Transformer:
-        """The weights, straight onto the devices of `mesh`, or onto the default device."""
+    def load(
+        self,
+        mesh: Mesh | None = None,
+        dtype: DTypeLike | None = None,
+        rules: ShardingRules | None = None,
+        activations: DTypeLike | None = None,
+    ) -> Transformer:
+        """The weights, straight onto the devices of `mesh`, or onto the default device.
+
+        `rules` and `activations` are those of Transformer.
+        """
         if self.folder is not None:
-            return checkpoint.load(self.folder, mesh, dtype)[0]
-        name = self.loadable_dtype(dtype)
-        return Transformer(self.card.model, dtype=name, rngs=nnx.Rngs(0), mesh=mesh)
+            return checkpoint.load(self.folder, mesh, dtype, rules, activations)[0]
+        return Transformer(
+            self.card.model,
+            dtype=self.loadable_dtype(dtype),
+            activations=activations,
+            rngs=nnx.Rngs(0),
+            mesh=mesh,
+            rules=rules,
+        )
 
     def loadable_dtype(self, dtype: DTypeLike | None) -> str:
         """What `load(dtype=dtype)` gives; raises ConfigError as that does, at once."""

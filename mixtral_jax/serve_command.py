@@ -29,6 +29,22 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC.")] = 50051,
     dtype: Dtype = None,
+    mesh: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZES",
+            help="How devices share the model: data=1,expert=8,tensor=1, or auto.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto",
+    dp_attention: Annotated[
+        bool,
+        typer.Option(
+            "--dp-attention",
+            help="Split sequences, not heads, over the mesh's expert axis.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = False,
     max_sequences: Annotated[
         int, typer.Option(min=1, help="Sequences computed together.", rich_help_panel=_ENGINE)
     ] = 32,
@@ -42,7 +58,7 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="MiB for keys and values; default: a part of what is free.",
+            help="MiB of each device for keys and values; default: a part of what is free.",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
@@ -216,6 +232,8 @@ def serve(
         "kv-dtype": kv_dtype,
         "metrics-port": metrics_port,
         "dtype": dtype,
+        "mesh": mesh,
+        "dp-attention": dp_attention,
         "no-prefix-reuse": no_prefix_reuse,
         "deterministic": deterministic,
     }

@@ -131,6 +131,69 @@ def copies_of(config: ModelConfig, expert: int, tensor: int, dp_attention: bool 
     return 1
 
 
+def mesh_for(
+    config: ModelConfig,
+    text: str = "auto",
+    dp_attention: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh | None:
+    """The mesh that a flag names, such as "data=1,expert=8,tensor=1", with the copies it needs.
+
+    "auto" takes all devices: experts first, then heads; None for a single CPU, which needs no mesh.
+    Raises ConfigError if the text is not of this form, or the model cannot be split so.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if text == "auto":
+        if len(devices) == 1 and devices[0].platform == "cpu":
+            return None
+        sizes = _auto(config, len(devices), dp_attention)
+    else:
+        sizes = _sizes(text)
+    data, expert, tensor = sizes
+    copies = copies_of(config, expert, tensor, dp_attention)
+    try:
+        mesh = make_mesh(data, expert, tensor, devices, copies)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    ShardingRules.of(config, mesh, dp_attention).check(config, mesh)
+    return mesh
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """As `mesh_for` takes it."""
+    tensor = mesh.shape["tensor"] * mesh.shape["copy"]
+    return f"data={mesh.shape['data']},expert={mesh.shape['expert']},tensor={tensor}"
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    named = MESH_AXES[:3]
+    sizes = dict.fromkeys(named, 1)
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name not in sizes or not number.isdecimal() or int(number) < 1:
+            raise ConfigError(
+                f"mesh {text!r}: {part.strip()!r} is not one of {', '.join(named)} with a size; "
+                "write data=1,expert=8,tensor=1, or auto"
+            )
+        sizes[name] = int(number)
+    return sizes["data"], sizes["expert"], sizes["tensor"]
+
+
+def _auto(config: ModelConfig, count: int, dp_attention: bool) -> tuple[int, int, int]:
+    """As many experts apart as there can be, then heads; `data` takes what is left."""
+    expert = math.gcd(config.num_experts, count) if config.is_moe else 1
+    rest = count // expert
+    for tensor in range(rest, 1, -1):
+        heads = (1 if dp_attention else expert) * tensor
+        copies = copies_of(config, expert, tensor, dp_attention)
+        sizes = config.num_heads, config.feed_forward_size, config.vocab_size
+        ways = heads, tensor, expert * tensor
+        divides = not any(size % part for size, part in zip(sizes, ways, strict=True))
+        if rest % tensor == 0 and divides and config.num_kv_heads % (heads // copies) == 0:
+            return rest // tensor, expert, tensor
+    return rest, expert, 1
+
+
 @dataclass(frozen=True)
 class Layout:
     """A mesh and the rules of a model on it; its collectives, for use inside the serving step.

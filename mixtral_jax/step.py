@@ -32,9 +32,12 @@ from mixtral_jax.axes import DrawnHidden, FlatHidden, FlatTokens, Pages, Rows
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import Rotary
-from mixtral_jax.model import Block, Transformer
+from mixtral_jax.model import Transformer
 from mixtral_jax.sampling import NO_ID, Biases, History, Sampled, SamplingArrays, sample
 from mixtral_jax.sharding import Layout
+
+Arrays = tuple[jax.Array, ...]
+_WHOLE = PartitionSpec()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,47 +129,73 @@ class Programs:
     draw: Any  # (rest, x, last tokens, sampling) -> Sampled
 
 
+class Piece(NamedTuple):
+    """A module without its arrays; equal ones share compilations."""
+
+    graph: Any
+    structure: Any
+    specs: tuple[PartitionSpec, ...]  # of its arrays
+
+    @classmethod
+    def of(cls, module: nnx.Module, layout: Layout | None) -> tuple["Piece", Arrays]:
+        """The piece, and the arrays, flat: flattening an nnx.State on every call costs more than
+        the call."""
+        graph, state = nnx.split(module)
+        arrays, structure = jax.tree.flatten(state)
+        variables = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        specs = [
+            _WHOLE if layout is None else layout.rules.spec(variable.get_metadata("axes"))
+            for variable in variables
+        ]
+        return cls(graph, structure, tuple(specs)), tuple(arrays)
+
+    def module(self, arrays: Arrays) -> Any:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, arrays))
+
+
 @dataclass(frozen=True)
 class Parts:
     """A Transformer taken apart: each block's arrays, and the arrays of the rest."""
 
-    blocks: tuple[list[jax.Array], ...]
-    rest: list[jax.Array]
+    blocks: tuple[Arrays, ...]
+    rest: Arrays
+    block_piece: Piece
+    rest_piece: Piece
     layout: Layout | None
     config: ModelConfig
     dtype: Any  # between the blocks
-    _block: Callable[[list[jax.Array]], Block]
-    _rest: Callable[[list[jax.Array]], Transformer]
-    _block_specs: list[PartitionSpec]
-    _rest_specs: list[PartitionSpec]
 
     @classmethod
     def of(cls, model: Transformer) -> "Parts":
         layers, around = model.apart()
-        # Lists of arrays: flattening an nnx.State on every call costs more than the call.
-        blocks = [_apart(block, model.layout) for block in layers]
-        rest, put_together, specs = _apart(around, model.layout)
+        blocks = [Piece.of(block, model.layout) for block in layers]
+        rest_piece, rest = Piece.of(around, model.layout)
         return cls(
-            blocks=tuple(arrays for arrays, _, _ in blocks),
+            blocks=tuple(arrays for _, arrays in blocks),
             rest=rest,
+            block_piece=blocks[0][0],
+            rest_piece=rest_piece,
             layout=model.layout,
             config=model.config,
             dtype=model.dtype,
-            _block=blocks[0][1],
-            _rest=put_together,
-            _block_specs=blocks[0][2],
-            _rest_specs=specs,
         )
 
-    def pages(self, model: Transformer, sizes: StepSizes, dtype: DTypeLike) -> Any:
-        """Shape and place of each layer's pages, those of all parts together."""
+    def pages(self, num_pages: int, page_size: int, dtype: DTypeLike | None = None) -> Any:
+        """Shape and place of each layer's pages, so many in each part; of the model's own dtype
+        unless another is given, such as int8."""
+        kind = self.dtype if dtype is None else dtype
         one = jax.eval_shape(
-            lambda: PagedCache.empty(model.config, sizes.num_pages, sizes.page_size, dtype)
+            lambda: PagedCache.empty(self.config, num_pages, page_size, kind)
         ).layers[0]
         if self.layout is None:
             return one
-        shape = (self.layout.parts * one.shape[0], *one.shape[1:])
+        shape = (self.num_parts * one.shape[0], *one.shape[1:])
         return jax.ShapeDtypeStruct(shape, one.dtype, sharding=self.layout.sharding("PYKH"))
+
+    def empty(self, pages: Any) -> list[Pages]:
+        """Such pages for every layer."""
+        make = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=pages.sharding)
+        return [make() for _ in self.blocks]
 
     def compile_walk(self, pages: Any, inputs: StepInputs, num_drawn: int) -> tuple[Any, Any, Any]:
         """The programs `embed`, `block` and `pick` for the shapes of these inputs.
@@ -175,20 +204,20 @@ class Parts:
         """
 
         def embed(
-            rest: list[jax.Array], batch: RaggedBatch, follows: FlatTokens, drawn: Rows
+            rest: Arrays, batch: RaggedBatch, follows: FlatTokens, drawn: Rows
         ) -> tuple[RaggedBatch, FlatHidden, Rotary]:
             tokens = jnp.where(follows >= 0, drawn[jnp.maximum(follows, 0)], batch.tokens)
             batch = batch._replace(tokens=tokens)
-            return batch, *self._rest(rest).begin(batch)
+            return batch, *self.rest_piece.module(rest).begin(batch)
 
         def block(
-            arrays: list[jax.Array],
+            arrays: Arrays,
             x: FlatHidden,
             rotary: Rotary,
             pages: Pages,
             batch: RaggedBatch,
         ) -> tuple[FlatHidden, Pages]:
-            return self._block(arrays).paged(x, rotary, pages, self._own(batch))
+            return self.block_piece.module(arrays).paged(x, rotary, pages, own(batch, self.layout))
 
         def pick(x: jax.Array, tokens: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
             x, tokens = x[last], tokens[last]
@@ -197,12 +226,14 @@ class Parts:
             return self.layout.whole(x, "B", 0), self.layout.whole(tokens, "B", 0)
 
         rows, places = self._spec("B"), self._spec("PYKH")
-        embedding = self._jit(embed, (self._rest_specs, rows, rows, _WHOLE), (rows, rows, rows))
+        embedding = self._jit(
+            embed, (self.rest_piece.specs, rows, rows, _WHOLE), (rows, rows, rows)
+        )
         drawn = jax.ShapeDtypeStruct((num_drawn,), jnp.int32)
         given = (self.rest, inputs.batch, inputs.follows, drawn)
         batch, x, rotary = jax.eval_shape(embedding, *given)
         walk = self._jit(
-            block, (self._block_specs, rows, rows, places, rows), (rows, places), donate=(3,)
+            block, (self.block_piece.specs, rows, rows, places, rows), (rows, places), donate=(3,)
         )
         picking = self._jit(pick, (rows, rows, rows), (_WHOLE, _WHOLE))
         return (
@@ -214,10 +245,8 @@ class Parts:
     def compile_draw(self, inputs: StepInputs, num_drawn: int) -> Any:
         """The program `draw` for as many rows as these inputs have."""
 
-        def draw(
-            rest: list[jax.Array], x: DrawnHidden, last: Rows, sampling: SamplingArrays
-        ) -> Sampled:
-            model = self._rest(rest)
+        def draw(rest: Arrays, x: DrawnHidden, last: Rows, sampling: SamplingArrays) -> Sampled:
+            model = self.rest_piece.module(rest)
             sampling = sampling._replace(history=sampling.history._replace(last=last))
             sampled = sample(model.paged_logits(model.norm.paged(x)), sampling)
             # As wide for every bucket: any of them may come next.
@@ -226,7 +255,7 @@ class Parts:
             return sampled._replace(tokens=jnp.pad(tokens, ((0, 0), (0, short))).reshape(-1))
 
         x = jax.ShapeDtypeStruct((len(inputs.last), self.config.hidden_size), self.dtype)
-        program = self._jit(draw, (self._rest_specs, _WHOLE, _WHOLE, _WHOLE), _WHOLE)
+        program = self._jit(draw, (self.rest_piece.specs, _WHOLE, _WHOLE, _WHOLE), _WHOLE)
         last = jax.ShapeDtypeStruct(inputs.last.shape, jnp.int32)
         return program.lower(self.rest, x, last, inputs.sampling).compile()
 
@@ -249,48 +278,42 @@ class Parts:
     def _spec(self, letters: str) -> PartitionSpec:
         return _WHOLE if self.layout is None else self.layout.rules.spec(letters)
 
-    def _own(self, batch: RaggedBatch) -> RaggedBatch:
-        """A device's part of the batch, as the model takes it."""
-        if self.layout is None:
-            return batch
-        decodes, sequences = batch.num_decodes[0], batch.num_sequences[0]
-        return batch._replace(num_decodes=decodes, num_sequences=sequences)
-
     def _jit(
         self, function: Callable[..., Any], given: Any, out: Any, donate: tuple[int, ...] = ()
     ) -> Any:
-        """jax.jit, under a mesh of the function on each device's parts of its arguments."""
-        if self.layout is None:
-            return jax.jit(function, donate_argnums=donate)
-        mesh = self.layout.mesh
-        # Kernels do not say over which axes their results vary, so nothing can check it.
-        mapped = jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)
-        shardings = jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec),
-            given,
-            is_leaf=lambda node: isinstance(node, PartitionSpec),
-        )
-        return jax.jit(mapped, in_shardings=shardings, donate_argnums=donate)
+        return jit(function, self.layout, given, out, donate)
 
 
-_WHOLE = PartitionSpec()
+def own(batch: RaggedBatch, layout: Layout | None) -> RaggedBatch:
+    """A device's part of the batch, as the model takes it."""
+    if layout is None:
+        return batch
+    decodes, sequences = batch.num_decodes[0], batch.num_sequences[0]
+    return batch._replace(num_decodes=decodes, num_sequences=sequences)
 
 
-def _apart(
-    module: Any, layout: Layout | None
-) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any], list[PartitionSpec]]:
-    """A module's arrays, the function that makes the module of them again, and their specs."""
-    graph, state = nnx.split(module)
-    arrays, structure = jax.tree.flatten(state)
-    specs = jax.tree.map(
-        lambda variable: (
-            _WHOLE if layout is None else layout.rules.spec(variable.get_metadata("axes"))
-        ),
-        state,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
+def jit(
+    function: Callable[..., Any],
+    layout: Layout | None,
+    given: Any,
+    out: Any,
+    donate: tuple[int, ...] = (),
+) -> Any:
+    """jax.jit, under a mesh of the function on each device's parts of its arguments.
+
+    `given` and `out` are specs as jax.shard_map takes them.
+    """
+    if layout is None:
+        return jax.jit(function, donate_argnums=donate)
+    mesh = layout.mesh
+    # Kernels do not say over which axes their results vary, so nothing can check it.
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        given,
+        is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
-    flat = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
-    return arrays, lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves)), flat
+    return jax.jit(mapped, in_shardings=shardings, donate_argnums=donate)
 
 
 @dataclass(frozen=True)
@@ -324,7 +347,7 @@ def compile_buckets(
     int8; None for the model's own. `progress` is told in a line what is being compiled.
     """
     apart = Parts.of(model)
-    pages = apart.pages(model, sizes, model.dtype if cache_dtype is None else cache_dtype)
+    pages = apart.pages(sizes.num_pages, sizes.page_size, cache_dtype)
     parts = None if model.layout is None else model.layout.parts
     num_drawn = apart.num_parts * sizes.max_sequences
     # One after the other: the compiler itself uses all cores.

@@ -13,16 +13,20 @@ _LEAST = 64 << 20
 
 
 def cache_bytes(weights: int) -> int:
-    """Bytes for keys and values beside weights of so many bytes, which are not loaded yet.
+    """Bytes on each device for keys and values, beside weights of so many bytes on each, which are
+    not loaded yet.
 
-    An accelerator is asked what it has left, a CPU's system what it has available.
+    An accelerator is asked what it has left, a CPU's system what it has available: of that all
+    virtual devices get the same part.
     """
-    device = jax.local_devices()[0]
+    devices = jax.local_devices()
+    device = devices[0]
     if device.platform == "cpu":
         available = _available()
         if available is None:
             return _UNKNOWN
-        return max(_LEAST, min(_MOST_OF_HOST, int((available - weights) * _OF_HOST)))
+        left = int((available - weights * len(devices)) * _OF_HOST)
+        return max(_LEAST, min(_MOST_OF_HOST, left) // len(devices))
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return _UNKNOWN

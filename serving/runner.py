@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.axes import Pages, Rows
+from mixtral_jax.axes import Rows
 from mixtral_jax.model import Transformer
 from mixtral_jax.sampling import SamplingArrays, unpack
 from mixtral_jax.step import Parts, StepInputs, Steps, full
@@ -32,9 +31,7 @@ class Runner:
         self.steps = steps
         self._rows_of = rows_of
         self._parts = Parts.of(model)
-        pages = steps.pages
-        empty = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=pages.sharding)
-        self._layers: list[Pages] = [empty() for _ in self._parts.blocks]
+        self._layers = self._parts.empty(steps.pages)
         num_drawn = steps.num_parts * steps.sizes.max_sequences
         self._tokens: Rows | Any = np.zeros(num_drawn, np.int32)
 

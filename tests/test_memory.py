@@ -21,6 +21,7 @@ def test_half_of_what_the_weights_leave_of_a_cpu(
     said = tmp_path / "meminfo"
     said.write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {available >> 10} kB\nCached: 7 kB\n")
     monkeypatch.setattr(memory, "_MEMINFO", said)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     assert memory.cache_bytes(weights) == expected
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.config import ConfigError, ModelConfig
 from mixtral_jax.model import Transformer, named_parameters
-from mixtral_jax.sharding import Layout, ShardingRules, copies_of, make_mesh
+from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh, mesh_for, mesh_text
 
 RULES = ShardingRules()
 # Eight heads in four groups, so that a mesh of eight must copy key/value heads.
@@ -85,3 +85,21 @@ def test_full_form_under_a_mesh_equals_one_device(
     rows = jax.device_put(tokens, rules.sharding("BT", mesh))
     got = jax.jit(lambda model, tokens: model(tokens))(many, rows)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_mesh_by_its_text() -> None:
+    assert mesh_text(mesh_for(MOE, "expert=4, tensor=2")) == "data=1,expert=4,tensor=2"
+    assert mesh_for(MOE, "tensor=8").shape["copy"] == 2
+    with pytest.raises(ConfigError, match="'exprt=4' is not one of data, expert, tensor"):
+        mesh_for(MOE, "exprt=4")
+    with pytest.raises(ConfigError, match="needs 16 devices, there are 8"):
+        mesh_for(MOE, "expert=8,tensor=2")
+
+
+def test_auto_takes_all_devices_experts_first() -> None:
+    assert mesh_text(mesh_for(MOE)) == "data=1,expert=8,tensor=1"
+    assert mesh_text(mesh_for(DENSE)) == "data=1,expert=1,tensor=8"
+    assert mesh_text(mesh_for(ModelConfig._with(MOE, num_experts=4))) == "data=1,expert=4,tensor=2"
+    three = ModelConfig._with(DENSE, num_heads=3, num_kv_heads=3, vocab_size=33)
+    assert mesh_text(mesh_for(three)) == "data=8,expert=1,tensor=1"
+    assert mesh_for(DENSE, devices=jax.devices()[:1]) is None

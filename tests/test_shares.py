@@ -11,11 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.generation import generate_draws
 from mixtral_jax.model import Transformer, named_parameters
 from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh
 from serving.engine import Engine, compile_steps
 from serving.plan import Limits
 from serving.request import Drawn, Request, SamplingParams
+from serving.shares import Shares
 
 VOCAB = 64
 # Eight heads in four groups, so that a mesh of eight must copy key/value heads.
@@ -125,3 +127,32 @@ def test_the_step_under_a_mesh_equals_one_device(
     want = answers(model, requests)
     mesh = mesh_of(config, shape, dp_attention)
     check_equal(answers(spread(model, mesh, dp_attention), requests), want, 1e-5)
+
+
+@pytest.mark.slow
+def test_100_requests_under_a_mesh_equal_one_device() -> None:
+    """More than fit: they wait, give way, and find one another's prefixes, on each side its own."""
+    model, requests = model_of(MOE, "float32"), requests_of(100, 2)
+    mesh = mesh_of(MOE, (1, 4, 2), False)
+    check_equal(answers(spread(model, mesh, False), requests), answers(model, requests), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2)])
+def test_the_plain_loop_under_a_mesh_equals_one_device(shape: tuple[int, int, int]) -> None:
+    model = model_of(MOE, "float32")
+    many = spread(model, mesh_of(MOE, shape, False), False)
+    ids = [3, 1, 4, 1, 5]
+    want = list(generate_draws(model, ids, max_tokens=10))
+    got = list(generate_draws(many, ids, max_tokens=10))
+    assert [draw.token_id for draw in got] == [draw.token_id for draw in want]
+    np.testing.assert_allclose(
+        [draw.logprob for draw in got], [draw.logprob for draw in want], rtol=0, atol=1e-5
+    )
+
+
+def test_requests_are_shared_out_evenly() -> None:
+    shares = Shares(LIMITS, 3)
+    for request in requests_of(7, 3):
+        shares.add(request)
+    assert [part.num_waiting for part in shares._parts] == [3, 2, 2]
+    assert shares.num_pages == 180

@@ -42,8 +42,9 @@ LAW: dict[str, set[str]] = {
     "mixtral_jax.sampling": _ours("axes"),
     "mixtral_jax.step": _ours(*_MODEL, "sampling"),
     "mixtral_jax.compilation": set(),
-    "mixtral_jax.checkpoint": _ours(*_MODEL),
-    "mixtral_jax.generation": _ours(*_MODEL, "sampling", *_TOKENIZER),
+    "mixtral_jax.shards": set(),
+    "mixtral_jax.checkpoint": _ours(*_MODEL, "shards"),
+    "mixtral_jax.generation": _ours(*_MODEL, "sampling", "step", *_TOKENIZER),
     "mixtral_jax.pretrained": _ours(*_MODEL, "checkpoint", *_TOKENIZER),
     **{f"mixtral_jax.{name}": _ours(*_TOKENIZER) for name in _TOKENIZER},
     "mixtral_jax": _ours(*_MODEL, "generation", "pretrained", *_TOKENIZER),
@@ -97,6 +98,12 @@ LAW: dict[str, set[str]] = {
     | _PLAIN
     | _STUBS
     | _ours("tokenizer"),
+    "serving.engine_flags": {
+        "serving.engine",
+        "serving.memory",
+        "serving.plan",
+        *_ours("cache", "config", "model", "native", "pretrained", "sharding", "step"),
+    },
     "serving.__main__": {
         "serving.access",
         "serving.access_flags",
@@ -106,23 +113,14 @@ LAW: dict[str, set[str]] = {
         "serving.logs",
         "serving.tls",
         "serving.tracing",
-        "serving.memory",
         "serving.metrics",
         "serving.parent",
         "serving.service",
         "serving.worker",
         *_PLAIN,
         *_STUBS,
-        *_ours(
-            "cache",
-            "checkpoint",
-            "compilation",
-            "config",
-            "layers",
-            "model",
-            "native",
-            "pretrained",
-        ),
+        "serving.engine_flags",
+        *_ours("compilation", "pretrained"),
     },
 }
 _GATEWAY = (
