@@ -56,10 +56,16 @@ class ShardingRules:
         )
         # Without experts, `expert` is more of `tensor`.
         split: MeshAxes = ("tensor", "copy") if config.is_moe else ("expert", "tensor", "copy")
+        # Copying a vocabulary that cannot be split evenly costs little.
+        words = next(
+            axes
+            for axes in (("expert", "tensor", "copy"), ("tensor", "copy"), ("expert",), ())
+            if config.vocab_size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        )
         if not dp_attention:
-            return cls(F=split)
+            return cls(F=split, V=words)
         rows = ("data", "expert")
-        return cls(B=rows, P=rows, K=("tensor",), N=("tensor", "copy"), F=split)
+        return cls(B=rows, P=rows, K=("tensor",), N=("tensor", "copy"), F=split, V=words)
 
     def spec(self, axes: str) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions are the letters of `axes`, e.g. "EFD".
@@ -186,9 +192,7 @@ def _auto(config: ModelConfig, count: int, dp_attention: bool) -> tuple[int, int
     for tensor in range(rest, 1, -1):
         heads = (1 if dp_attention else expert) * tensor
         copies = copies_of(config, expert, tensor, dp_attention)
-        sizes = config.num_heads, config.feed_forward_size, config.vocab_size
-        ways = heads, tensor, expert * tensor
-        divides = not any(size % part for size, part in zip(sizes, ways, strict=True))
+        divides = config.num_heads % heads == 0 == config.feed_forward_size % tensor
         if rest % tensor == 0 and divides and config.num_kv_heads % (heads // copies) == 0:
             return rest // tensor, expert, tensor
     return rest, expert, 1

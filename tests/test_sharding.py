@@ -103,3 +103,9 @@ def test_auto_takes_all_devices_experts_first() -> None:
     three = ModelConfig._with(DENSE, num_heads=3, num_kv_heads=3, vocab_size=33)
     assert mesh_text(mesh_for(three)) == "data=8,expert=1,tensor=1"
     assert mesh_for(DENSE, devices=jax.devices()[:1]) is None
+
+
+def test_a_vocabulary_that_does_not_divide_is_copied() -> None:
+    odd = ModelConfig._with(MOE, vocab_size=34)
+    assert ShardingRules.of(odd, make_mesh(1, 4, 2)).V == ("tensor", "copy")
+    assert ShardingRules.of(ModelConfig._with(MOE, vocab_size=33), make_mesh(1, 4, 2)).V == ()
