@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax import native
+from mixtral_jax import exchange, native
 from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, Hidden
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import (
@@ -30,6 +30,9 @@ from mixtral_jax.sharding import Layout
 
 Form = Literal["dense", "ragged"]
 Product = Callable[[jax.Array, jax.Array, Scaled], jax.Array]  # as `grouped`
+
+# Of one device, from which on the exchange moves less than its own overhead is worth.
+_MANY_TOKENS = 64
 
 # y[M, out] = x[M, in] @ w[E, out, in]^T, rows of x in E groups: contracts the weight's last axis.
 _GROUPED = jax.lax.RaggedDotDimensionNumbers(
@@ -189,13 +192,33 @@ def moe_local(
 ) -> FlatHidden:
     """One device's side of the sharded form: its tokens, its experts, inside a `shard_map`.
 
-    Tokens that are split over devices with other experts are gathered, and the sums scattered.
+    Tokens that are split over devices with other experts are gathered, and the sums scattered; many
+    tokens travel to their experts instead (`moe_exchanged`).
     """
+    if layout.shared("EF") == (exchange.AXIS,) and x.shape[0] >= _MANY_TOKENS:
+        return moe_exchanged(x, choice, weights, experts, layout, product)
     x, choice, weights = (layout.gather(part, "EF") for part in (x, choice, weights))
     held = experts[0].values.shape[0]
     mine = choice - held * layout.index("E")
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
     return layout.total(moe_ragged(x, mine, weights, experts, product), "EF")
+
+
+def moe_exchanged(
+    x: FlatHidden,
+    choice: Choice,
+    weights: ChoiceWeights,
+    experts: Weights,
+    layout: Layout,
+    product: Product = grouped_xla,
+) -> FlatHidden:
+    """The same where tokens and experts are split over the axis `expert`, and nothing else."""
+    held, devices = experts[0].values.shape[0], layout.mesh.shape[exchange.AXIS]
+    way = exchange.Exchange(choice, weights, held, devices, layout.platform)
+    sums = moe_ragged(way.send(x), way.choice, way.weights, experts, product)
+    # Parts of a sum over F go back unsummed: there are fewer rows at home.
+    rest = Layout(layout.mesh, replace(layout.rules, E=()))
+    return rest.total(way.give_back(sums), "F")
 
 
 def moe_sharded(

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.moe import MoE, route
+from mixtral_jax.layers import Scaled
+from mixtral_jax.moe import MoE, moe_dense, moe_exchanged, route
 from mixtral_jax.sharding import Layout, ShardingRules, make_mesh
 
 
@@ -63,3 +64,47 @@ def test_sharded_equals_dense(tokens: int, shape: tuple[int, int, int], dtype: s
     x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
     sharded = jax.jit(lambda layer, x: layer.full(x))(many, x)
     np.testing.assert_allclose(sharded, one.full(x, form="dense"), rtol=0, atol=1e-5)
+
+
+def skewed(tokens: int, config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens of which most choose the first expert."""
+    x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
+    scores = jax.random.normal(jax.random.key(7), (tokens, config.num_experts))
+    return x, *route(scores.at[: tokens * 3 // 4, 0].add(9.0), config.experts_per_token)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 4, 1), (1, 2, 4)])
+@pytest.mark.parametrize("tokens", [8, 48])
+def test_exchanged_equals_dense(tokens: int, shape: tuple[int, int, int]) -> None:
+    config = ModelConfig.tiny(vocab_size=8)
+    layer = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(3), None)
+    x, choice, weights = skewed(tokens, config)
+    mesh = make_mesh(*shape)
+    layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention=True))
+    rows = layout.rules.spec("BD")
+    specs = [Scaled(layout.rules.spec(axes), None) for axes in ("EFD", "EFD", "EDF")]
+    spread = jax.shard_map(
+        lambda x, choice, weights, *experts: moe_exchanged(x, choice, weights, experts, layout),
+        mesh=mesh,
+        in_specs=(rows, rows, rows, *specs),
+        out_specs=rows,
+        check_vma=False,
+    )
+    want = moe_dense(x, choice, weights, layer._experts)
+    assert jnp.abs(want).max() > 1e-4
+    got = jax.jit(spread)(x, choice, weights, *layer._experts)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_many_tokens_of_a_device_are_exchanged() -> None:
+    """The full form under a mesh takes the exchange by itself, and nothing is different."""
+    config = ModelConfig.tiny(vocab_size=8)
+    mesh = make_mesh(1, 4, 2)
+    layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention=True))
+    one = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(3), None)
+    many = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(3), layout)
+    x = jax.random.normal(jax.random.key(1), (4 * 64, config.hidden_size))
+    spread = jax.jit(lambda layer, x: layer.full(x)).lower(many, x)
+    assert "all_gather" in spread.as_text()  # the exchange, as CPU does it
+    assert "reduce_scatter" not in spread.as_text()
+    np.testing.assert_allclose(spread.compile()(many, x), one.full(x), rtol=0, atol=1e-5)

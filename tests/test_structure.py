@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("mixtral_jax", "convert", "serving")
 
-_BELOW_MODEL = {"axes", "config", "sharding", "cache", "native", "layers", "attention", "moe"}
+_BELOW_MODEL = {
+    "axes",
+    "config",
+    "sharding",
+    "cache",
+    "native",
+    "layers",
+    "attention",
+    "moe",
+    "exchange",
+}
 _TOKENIZER = {"chat", "detokenizer", "template_tokenizer", "tokenizer"}
 _MODEL = {*_BELOW_MODEL, "model"}
 _PLAIN = {
@@ -37,7 +47,8 @@ LAW: dict[str, set[str]] = {
     "mixtral_jax.native": _ours("cache", "compilation"),
     "mixtral_jax.layers": _ours("axes", "config", "sharding", "native"),
     "mixtral_jax.attention": _ours("axes", "config", "sharding", "native", "layers", "cache"),
-    "mixtral_jax.moe": _ours("axes", "config", "sharding", "native", "layers"),
+    "mixtral_jax.exchange": _ours("axes"),
+    "mixtral_jax.moe": _ours("axes", "config", "sharding", "native", "layers", "exchange"),
     "mixtral_jax.model": _ours(*_BELOW_MODEL),
     "mixtral_jax.sampling": _ours("axes"),
     "mixtral_jax.step": _ours(*_MODEL, "sampling"),
