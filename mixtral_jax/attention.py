@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax import cache, native
+from mixtral_jax import cache, native, tpu
 from mixtral_jax.axes import FlatHidden, FlatKeys, FlatQueries, Pages, RowHidden
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
@@ -59,7 +59,8 @@ class Attention(nnx.Module):
         """Writes the new keys and values, then attends: x [T D] -> [T D] and the pages."""
         q, k, v = project(x, self.q, self.k, self.v)
         q, k = rotary.rotate(q), rotary.rotate(k)
-        mixed, pages = write_and_attend(q, k, v, pages, batch, self.window)
+        platform = None if self.layout is None else self.layout.platform
+        mixed, pages = write_and_attend(q, k, v, pages, batch, self.window, platform)
         out = project(mixed, self.o)[0]
         return out if self.layout is None else self.layout.total(out, "N"), pages
 
@@ -71,8 +72,14 @@ def write_and_attend(
     pages: Pages,
     batch: RaggedBatch,
     window: int | None,
+    platform: str | None = None,
 ) -> tuple[FlatQueries, Pages]:
-    """`cache.write`, then `paged_attention`; on CPU one kernel, which leaves the pages in place."""
+    """`cache.write`, then `paged_attention`; on CPU one kernel, which leaves the pages in place.
+
+    `platform` is what the program is compiled for; None for the default device.
+    """
+    if platform == "tpu" and tpu.fits_attention(pages):
+        return tpu.write_and_attend(q, k, v, pages, batch, window)
 
     def xla() -> tuple[jax.Array, jax.Array]:
         written = cache.write(pages, k, v, batch)

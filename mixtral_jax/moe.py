@@ -9,6 +9,7 @@ One sum, three equal forms:
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax import exchange, native
+from mixtral_jax import exchange, native, tpu
 from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, Hidden
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import (
@@ -31,6 +32,10 @@ from mixtral_jax.sharding import Layout
 Form = Literal["dense", "ragged"]
 Product = Callable[[jax.Array, jax.Array, Scaled], jax.Array]  # as `grouped`
 
+# So few tokens that an accelerator reads an expert's weights for longer than it computes with them
+# for all tokens: sorting tokens by expert gains nothing, and one product less waits for another.
+# (Peak rate over bandwidth is 240 multiply-adds a byte for TPU v5e and more for all others.)
+_FEW_TOKENS = 128
 # Of one device, from which on the exchange moves less than its own overhead is worth.
 _MANY_TOKENS = 64
 
@@ -85,7 +90,8 @@ class MoE(nnx.Module):
     def paged(self, x: FlatHidden) -> FlatHidden:
         choice, weights = route(project(x, self.router)[0], self.experts_per_token)
         if self.layout is not None:
-            return moe_local(x, choice, weights, self._experts, self.layout, grouped)
+            product = partial(grouped, platform=self.layout.platform)
+            return moe_local(x, choice, weights, self._experts, self.layout, product)
         return moe_ragged(x, choice, weights, self._experts, grouped)
 
     @property
@@ -117,7 +123,10 @@ Weights = tuple[Scaled, Scaled, Scaled]  # gate "EFD", up "EFD", down "EDF"
 def moe_dense(
     x: FlatHidden, choice: Choice, weights: ChoiceWeights, experts: Weights
 ) -> FlatHidden:
-    """Every expert on every token: E/X times the work, and nothing to get wrong."""
+    """Every expert on every token: E/X times the work, and nothing to get wrong.
+
+    A choice >= the number of experts held here adds nothing.
+    """
 
     def expert(gate: Scaled, up: Scaled, down: Scaled) -> jax.Array:
         return down.product(jax.nn.silu(gate.product(x)) * up.product(x))
@@ -143,8 +152,16 @@ def grouped_xla(x: jax.Array, sizes: jax.Array, weight: Scaled) -> jax.Array:
     return (total.astype(jnp.float32) * (x_scale[:, None] * scale)).astype(x.dtype)
 
 
-def grouped(x: jax.Array, sizes: jax.Array, weight: Scaled) -> jax.Array:
-    """`grouped_xla`, on CPU by our kernel: there XLA's computes every expert for every row."""
+def grouped(
+    x: jax.Array, sizes: jax.Array, weight: Scaled, platform: str | None = None
+) -> jax.Array:
+    """`grouped_xla`, on CPU by our kernel: there XLA's computes every expert for every row.
+
+    `platform` is what the program is compiled for; None for the default device.
+    """
+
+    if platform == "tpu" and tpu.fits_grouped(x, weight):
+        return tpu.grouped(x, sizes, weight)
 
     def xla() -> jax.Array:
         return grouped_xla(x, sizes, weight)
@@ -201,7 +218,11 @@ def moe_local(
     held = experts[0].values.shape[0]
     mine = choice - held * layout.index("E")
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
-    return layout.total(moe_ragged(x, mine, weights, experts, product), "EF")
+    if layout.platform != "cpu" and x.shape[0] <= _FEW_TOKENS:
+        sums = moe_dense(x, mine, weights, experts)
+    else:
+        sums = moe_ragged(x, mine, weights, experts, product)
+    return layout.total(sums, "EF")
 
 
 def moe_exchanged(
