@@ -28,7 +28,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mixtral_jax.axes import DrawnHidden, FlatHidden, FlatTokens, Pages, Rows
+from mixtral_jax.axes import DrawnHidden, FlatHidden, Pages, Rows
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import Rotary
@@ -204,8 +204,9 @@ class Parts:
         """
 
         def embed(
-            rest: Arrays, batch: RaggedBatch, follows: FlatTokens, drawn: Rows
-        ) -> tuple[RaggedBatch, FlatHidden, Rotary]:
+            rest: Arrays, batch: RaggedBatch, follows: jax.Array, drawn: Rows
+        ) -> tuple[RaggedBatch, jax.Array, Rotary]:
+            batch, follows = part((batch, follows), self.layout)
             tokens = jnp.where(follows >= 0, drawn[jnp.maximum(follows, 0)], batch.tokens)
             batch = batch._replace(tokens=tokens)
             return batch, *self.rest_piece.module(rest).begin(batch)
@@ -220,6 +221,7 @@ class Parts:
             return self.block_piece.module(arrays).paged(x, rotary, pages, own(batch, self.layout))
 
         def pick(x: jax.Array, tokens: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+            last = part(last, self.layout)
             x, tokens = x[last], tokens[last]
             if self.layout is None:
                 return x, tokens
@@ -227,7 +229,7 @@ class Parts:
 
         rows, places = self._spec("B"), self._spec("PYKH")
         embedding = self._jit(
-            embed, (self.rest_piece.specs, rows, rows, _WHOLE), (rows, rows, rows)
+            embed, (self.rest_piece.specs, _WHOLE, _WHOLE, _WHOLE), (rows, rows, rows)
         )
         drawn = jax.ShapeDtypeStruct((num_drawn,), jnp.int32)
         given = (self.rest, inputs.batch, inputs.follows, drawn)
@@ -235,7 +237,7 @@ class Parts:
         walk = self._jit(
             block, (self.block_piece.specs, rows, rows, places, rows), (rows, places), donate=(3,)
         )
-        picking = self._jit(pick, (rows, rows, rows), (_WHOLE, _WHOLE))
+        picking = self._jit(pick, (rows, rows, _WHOLE), (_WHOLE, _WHOLE))
         return (
             embedding.lower(*given).compile(),
             walk.lower(self.blocks[0], x, rotary, pages, batch).compile(),
@@ -263,11 +265,12 @@ class Parts:
         """(pages, pairs [S 2]) -> pages: copies whole pages, each part its own."""
 
         def copy(pages: Pages, pairs: jax.Array) -> Pages:
+            pairs = part(pairs, self.layout)
             # A destination out of range is dropped.
             return pages.at[pairs[:, 1]].set(pages[pairs[:, 0]], mode="drop")
 
         places = self._spec("PYKH")
-        program = self._jit(copy, (places, self._spec("B")), places, donate=(0,))
+        program = self._jit(copy, (places, _WHOLE), places, donate=(0,))
         pairs = jax.ShapeDtypeStruct((self.num_parts * max_sequences, 2), jnp.int32)
         return program.lower(pages, pairs).compile()
 
@@ -282,6 +285,21 @@ class Parts:
         self, function: Callable[..., Any], given: Any, out: Any, donate: tuple[int, ...] = ()
     ) -> Any:
         return jit(function, self.layout, given, out, donate)
+
+
+def part(arrays: Any, layout: Layout | None) -> Any:
+    """A device's part of arrays of the host, which hold all parts one behind the other.
+
+    With several processes JAX takes arrays of the host only whole.
+    """
+    if layout is None or layout.parts == 1:
+        return arrays
+
+    def cut(whole: jax.Array) -> jax.Array:
+        size = whole.shape[0] // layout.parts
+        return jax.lax.dynamic_slice_in_dim(whole, layout.index("B") * size, size)
+
+    return jax.tree.map(cut, arrays)
 
 
 def own(batch: RaggedBatch, layout: Layout | None) -> RaggedBatch:
