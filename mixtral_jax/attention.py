@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax import cache, native, tpu
+from mixtral_jax import cache, gpu, native, tpu
 from mixtral_jax.axes import FlatHidden, FlatKeys, FlatQueries, Pages, RowHidden
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
@@ -83,7 +83,7 @@ def write_and_attend(
 
     def xla() -> tuple[jax.Array, jax.Array]:
         written = cache.write(pages, k, v, batch)
-        return paged_attention(q, written, batch, window), written
+        return paged_attention(q, written, batch, window, platform), written
 
     def on_cpu() -> tuple[jax.Array, jax.Array]:
         return native.paged(q, k, v, pages, batch, window)
@@ -128,12 +128,16 @@ class _Softmax(NamedTuple):
 
 
 def paged_attention(
-    q: FlatQueries, pages: Pages, batch: RaggedBatch, window: int | None
+    q: FlatQueries,
+    pages: Pages,
+    batch: RaggedBatch,
+    window: int | None,
+    platform: str | None = None,
 ) -> FlatQueries:
     """Attention of T new tokens over the pages of their sequences; q [T N H] -> [T N H].
 
     Query t at position p of its sequence sees the positions max(0, p - window + 1) .. p. Unused
-    places of the batch give unspecified finite values.
+    places of the batch give unspecified finite values. On GPU decodes are left to a kernel.
     """
     num_tokens, num_heads, head_size = q.shape
     num_sequences = batch.lengths.shape[0]
@@ -147,7 +151,12 @@ def paged_attention(
     q = jnp.pad(q, ((0, room - num_tokens), (0, 0), (0, 0)))
     walk = _Walk(q, pages, batch, table, per_block, window)
     out = jnp.zeros((room, num_heads, head_size), jnp.float32)
-    out = jax.lax.dynamic_update_slice(out, walk.decodes(num_sequences), (0, 0, 0))
+    if platform == "gpu" and gpu.fits_decode(pages):
+        table, first, lengths = batch.page_table, *walk.seen_by_decodes()
+        decoded = gpu.decode(q[:num_sequences], pages, table, first, lengths)
+    else:
+        decoded = walk.decodes(num_sequences)
+    out = jax.lax.dynamic_update_slice(out, decoded, (0, 0, 0))
     if num_tokens > 1:
         out = walk.chunks(out, query_block)
     return out[:num_tokens].astype(q.dtype)
@@ -171,15 +180,21 @@ class _Walk(NamedTuple):
         kv_heads = self.pages.shape[2] // 2
         return kv_heads, self.q.shape[1] // kv_heads, self.q.shape[2]
 
+    def seen_by_decodes(self) -> tuple[jax.Array, jax.Array]:
+        """Of each sequence the first position that its token sees, which may be negative, and the
+        end of those; the latter is 0 for sequences that bring more than one token."""
+        rows = self.batch.lengths.shape[0]
+        is_decode = jnp.arange(rows, dtype=jnp.int32) < self.batch.num_decodes
+        lengths = jnp.where(is_decode, self.batch.lengths, 0)
+        first = jnp.zeros_like(lengths) if self.window is None else lengths - self.window
+        return first, lengths
+
     def decodes(self, rows: int) -> jax.Array:
         """Sequences that bring one token each, all together: [S N H], zero for the others."""
-        batch = self.batch
         kv_heads, group, size = self.heads
         q = self.q[:rows].reshape(rows, kv_heads, group, size)
-        is_decode = jnp.arange(rows, dtype=jnp.int32) < batch.num_decodes
-        lengths = jnp.where(is_decode, batch.lengths, 0)
-        first_seen = jnp.zeros_like(lengths) if self.window is None else lengths - self.window
-        oldest = jnp.min(jnp.where(is_decode, first_seen, jnp.iinfo(jnp.int32).max))
+        first_seen, lengths = self.seen_by_decodes()
+        oldest = jnp.min(jnp.where(lengths > 0, first_seen, jnp.iinfo(jnp.int32).max))
 
         def step(i: jax.Array, softmax: _Softmax) -> _Softmax:
             index = jax.lax.dynamic_slice(

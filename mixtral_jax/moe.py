@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax import exchange, native, tpu
+from mixtral_jax import exchange, gpu, native, tpu
 from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, Hidden
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import (
@@ -162,6 +162,8 @@ def grouped(
 
     if platform == "tpu" and tpu.fits_grouped(x, weight):
         return tpu.grouped(x, sizes, weight)
+    if platform == "gpu" and gpu.fits_grouped(weight):
+        return gpu.grouped(x, sizes, weight)
 
     def xla() -> jax.Array:
         return grouped_xla(x, sizes, weight)

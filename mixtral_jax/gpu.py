@@ -1,0 +1,191 @@
+"""Kernels for GPU, in Pallas by way of Triton: what XLA lacks there.
+
+    decode   attention of one new token of each sequence over its pages: every program walks over
+             a part of one sequence's pages for one key/value head, and the parts are put together
+             (arXiv:2205.14135; split as in Flash-Decoding)
+    grouped  rows in groups against one expert each: XLA's ragged product computes every expert for
+             every row on NVIDIA
+
+Each has an equal XLA form beside it (attention.py, moe.py), which is taken where a kernel's limits
+are not met. Prompts are attended to by the XLA form, block by block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Float, Float32, Int
+
+from mixtral_jax.axes import Lengths, Pages, PageTable
+from mixtral_jax.layers import Scaled, quantize_rows
+
+_KEYS_PER_BLOCK = 64
+_SPLITS = 8  # of a sequence, so that few sequences occupy all of a GPU
+_LEAST = 16  # rows of a tensor core's product
+_ROWS, _OUTPUTS, _INPUTS = 64, 128, 64  # of a tile
+_NOTHING = -1e30  # finite, so that what has seen nothing stays free of inf - inf
+
+
+def fits_decode(pages: Pages) -> bool:
+    """Whether the kernel takes such pages: floats, heads and blocks of powers of two."""
+    page_size, size = pages.shape[1], pages.shape[3]
+    floats = pages.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    return floats and _is_power(size) and size >= _LEAST and _KEYS_PER_BLOCK % page_size == 0
+
+
+def _is_power(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def decode(
+    q: Float[jax.Array, "S N H"],
+    pages: Pages,
+    table: PageTable,
+    first: Lengths,
+    lengths: Lengths,
+    *,
+    interpret: bool = False,
+) -> Float32[jax.Array, "S N H"]:
+    """Attention of one token of each sequence over its positions first .. lengths - 1.
+
+    q is scaled already. Sequences of length 0 give zeros.
+    """
+    rows, heads, size = q.shape
+    page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
+    group = heads // kv_heads
+    padded = max(_LEAST, 1 << (group - 1).bit_length())
+    q = q.reshape(rows, kv_heads, group, size).astype(pages.dtype)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
+    per_block = _KEYS_PER_BLOCK // page_size
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
+    # Of each sequence's blocks, each split walks over as many, in order.
+    start = jnp.maximum(first, 0) // _KEYS_PER_BLOCK
+    stop = -(-lengths // _KEYS_PER_BLOCK)
+    each = -(-(stop - start) // _SPLITS)
+    parts = (rows, kv_heads, _SPLITS, padded)
+    mixed, peak, total = pl.pallas_call(
+        functools.partial(_decode_split, per_block=per_block),
+        out_shape=(
+            jax.ShapeDtypeStruct((*parts, size), jnp.float32),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+        ),
+        grid=(rows, kv_heads, _SPLITS),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="paged_decode",
+    )(q, pages, table, jnp.maximum(first, 0), lengths, start, each)
+    highest = jnp.max(peak, axis=2, keepdims=True)
+    weight = jnp.exp(peak - highest)
+    total = jnp.sum(total * weight, axis=2)
+    out = jnp.sum(mixed * weight[..., None], axis=2) / jnp.maximum(total, 1e-30)[..., None]
+    return out[:, :, :group].reshape(rows, heads, size)
+
+
+def _decode_split(q, pages, table, first, lengths, start, each, mixed, peak, total, *, per_block):  # type: ignore[no-untyped-def]
+    row, head, split = (pl.program_id(axis) for axis in range(3))
+    page_size, size = pages.shape[1], pages.shape[3]
+    block = per_block * page_size
+    queries = q[row, head]
+    begin = start[row] + split * each[row]
+    end = jnp.minimum(begin + each[row], pl.cdiv(lengths[row], block))
+
+    def step(i, state):  # type: ignore[no-untyped-def]
+        mixed, peak, total = state
+        index = table[row, pl.ds(i * per_block, per_block)]
+        keys = pages[index, :, 2 * head, :].reshape(block, size)
+        values = pages[index, :, 2 * head + 1, :].reshape(block, size)
+        position = i * block + jnp.arange(block, dtype=jnp.int32)
+        seen = (position >= first[row]) & (position < lengths[row])
+        # What stands in an unseen place may be anything, and 0 x NaN is NaN.
+        values = jnp.where(seen[:, None], values, jnp.zeros((), values.dtype))
+        scores = jax.lax.dot_general(
+            queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(seen[None, :], scores, _NOTHING)
+        higher = jnp.maximum(peak, jnp.max(scores, axis=1))
+        weights = jnp.where(seen[None, :], jnp.exp(scores - higher[:, None]), 0.0)
+        shrink = jnp.exp(peak - higher)
+        added = jax.lax.dot_general(
+            weights.astype(values.dtype),
+            values,
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return mixed * shrink[:, None] + added, higher, total * shrink + jnp.sum(weights, axis=1)
+
+    queries_count = queries.shape[0]
+    state = (
+        jnp.zeros((queries_count, size), jnp.float32),
+        jnp.full(queries_count, _NOTHING, jnp.float32),
+        jnp.zeros(queries_count, jnp.float32),
+    )
+    mixed[row, head, split], peak[row, head, split], total[row, head, split] = jax.lax.fori_loop(
+        begin, end, step, state
+    )
+
+
+def fits_grouped(weight: Scaled) -> bool:
+    """Whether the kernel takes such weights: whole tiles."""
+    outputs, inputs = weight.values.shape[1:]
+    return outputs % _OUTPUTS == 0 == inputs % _INPUTS
+
+
+def grouped(
+    x: Float[jax.Array, "M I"],
+    sizes: Int[jax.Array, " E"],
+    weight: Scaled,
+    *,
+    interpret: bool = False,
+) -> Float[jax.Array, "M O"]:
+    """`moe.grouped_xla`: rows in E groups, each against its own expert of weight [E O I]."""
+    rows, experts = x.shape[0], sizes.shape[0]
+    outputs = weight.values.shape[1]
+    is_int8 = weight.scale is not None
+    left, x_scale = quantize_rows(x) if is_int8 else (x, None)
+    ends = jnp.cumsum(sizes.astype(jnp.int32))
+    # Each group takes whole tiles of rows; the last one of it reaches into the next group, whose
+    # rows it does not write.
+    tiles = -(-sizes.astype(jnp.int32) // _ROWS)
+    last_tile = jnp.cumsum(tiles)
+    tile = jnp.arange(-(-rows // _ROWS) + experts, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(last_tile, tile, side="right"), experts - 1)
+    expert = expert.astype(jnp.int32)
+    first = (ends - sizes)[expert] + (tile - (last_tile - tiles)[expert]) * _ROWS
+    total: jax.Array = pl.pallas_call(
+        _grouped_tile,
+        out_shape=jax.ShapeDtypeStruct((rows, outputs), jnp.int32 if is_int8 else x.dtype),
+        grid=(len(tile), outputs // _OUTPUTS),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="grouped_product",
+    )(left, weight.values, expert, first.astype(jnp.int32), ends[expert])
+    if weight.scale is None or x_scale is None:
+        return total
+    of_row = jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
+    scale = weight.scale[jnp.minimum(of_row, experts - 1)]
+    return (total.astype(jnp.float32) * (x_scale[:, None] * scale)).astype(x.dtype)
+
+
+def _grouped_tile(x, weight, expert, first, end, out):  # type: ignore[no-untyped-def]
+    tile, column = pl.program_id(0), pl.program_id(1)
+    here = pl.ds(first[tile], _ROWS)
+    is_mine = first[tile] + jnp.arange(_ROWS, dtype=jnp.int32) < end[tile]
+    columns = pl.ds(column * _OUTPUTS, _OUTPUTS)
+    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+
+    def step(i, total):  # type: ignore[no-untyped-def]
+        inputs = pl.ds(i * _INPUTS, _INPUTS)
+        rows = plgpu.load(x.at[here, inputs], mask=is_mine[:, None], other=0)
+        part = weight[expert[tile], columns, inputs]
+        return total + jax.lax.dot_general(
+            rows, part, (((1,), (1,)), ((), ())), preferred_element_type=kind
+        )
+
+    @pl.when(first[tile] < end[tile])
+    def _() -> None:
+        total = jnp.zeros((_ROWS, _OUTPUTS), kind)
+        total = jax.lax.fori_loop(0, x.shape[1] // _INPUTS, step, total)
+        plgpu.store(out.at[here, columns], total.astype(out.dtype), mask=is_mine[:, None])
