@@ -88,7 +88,12 @@ class MoE(nnx.Module):
         return flat.reshape(x.shape)
 
     def paged(self, x: FlatHidden) -> FlatHidden:
-        choice, weights = route(project(x, self.router)[0], self.experts_per_token)
+        routed = x
+        if self.layout is not None and self.layout.platform == "gpu":
+            # Else XLA makes one product of the router's and the first expert's, and so copies the
+            # expert's weights in every step.
+            routed = jax.lax.optimization_barrier(x)
+        choice, weights = route(project(routed, self.router)[0], self.experts_per_token)
         if self.layout is not None:
             product = partial(grouped, platform=self.layout.platform)
             return moe_local(x, choice, weights, self._experts, self.layout, product)
