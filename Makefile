@@ -9,10 +9,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 CHECKPOINT := checkpoints/$(MODEL)
 SOURCES := mixtral_jax convert serving tests benchmarks
-PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto serving/proto/group.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test check format proto bench notebooks clean
+.PHONY: help install serve chat test check format proto bench plan-matrix notebooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ format: $(VENV)/.tested ## Format the code and strip the notebooks
 	$(BIN)/ruff format .
 	$(BIN)/nbstripout notebooks/*.ipynb
 
-proto: $(VENV)/.tested ## Generate the gRPC stubs from serving/proto/inference.proto
+proto: $(VENV)/.tested ## Generate the gRPC stubs from serving/proto/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
 
 bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Measure the engine and write README's table of speeds; peers must be installed
@@ -53,6 +53,9 @@ bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Mea
 
 checkpoints/smollm2-135m-instruct-int8/config.json: | install
 	$(BIN)/mixtral-jax convert smollm2-135m-instruct checkpoints/smollm2-135m-instruct-int8 --dtype int8
+
+plan-matrix: $(VENV)/.tested ## Compile the full-size models for every chip and write README's table of memory
+	$(BIN)/python -m benchmarks.plan_matrix $(ARGS)
 
 notebooks: $(VENV)/.tested ## Execute the notebooks on this machine
 	$(BIN)/python -m pytest tests/test_smollm2.py -k notebook $(ARGS)

@@ -32,6 +32,9 @@ from mixtral_jax.axes import FlatKeys, FlatTokens, Lengths, Pages, PageTable, Qu
 from mixtral_jax.config import ModelConfig
 
 _SCALE_BYTES = 4
+# Tokens of a page. Prompts share whole pages, so small ones are found again more often; but a
+# kernel fetches page by page, and an accelerator's memory wants to be asked for kilobytes at once.
+PAGE_SIZES = {"cpu": 16, "gpu": 64, "tpu": 128}
 
 
 class RaggedBatch(NamedTuple):

@@ -1,4 +1,4 @@
-"""`mixtral-jax`: pull, convert, export, info, chat, serve, keys and bench."""
+"""`mixtral-jax`: pull, convert, export, info, chat, serve, plan, keys and bench."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mixtral_jax import key_commands, serve_command
+from mixtral_jax import key_commands, plan_command, serve_command
 from mixtral_jax.serve_command import Dtype, ModelOption
 
 # Heavy imports stand inside the commands: `--help` should not wait for a compiler to load.
@@ -181,6 +181,7 @@ def chat(
 
 
 app.command()(serve_command.serve)
+app.command()(plan_command.plan)
 
 
 @app.command()

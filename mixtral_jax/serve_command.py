@@ -13,6 +13,7 @@ import typer
 _ENGINE = "Engine"
 _CALLERS = "Who may ask, and how much"
 _WATCHING = "Watching it"
+_HOSTS = "Several hosts"
 
 Dtype = Annotated[
     str | None,
@@ -45,6 +46,27 @@ def serve(
             rich_help_panel=_ENGINE,
         ),
     ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Of process 0; the next port too.", rich_help_panel=_HOSTS
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(metavar="N", help="One on each host.", rich_help_panel=_HOSTS)
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(metavar="I", help="Which this is; 0 serves.", rich_help_panel=_HOSTS),
+    ] = None,
+    coordinator_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Processes wait so long for one another; default: 300.",
+            rich_help_panel=_HOSTS,
+        ),
+    ] = None,
     max_sequences: Annotated[
         int, typer.Option(min=1, help="Sequences computed together.", rich_help_panel=_ENGINE)
     ] = 32,
@@ -204,13 +226,19 @@ def serve(
 
     Unless --keys or --no-auth say otherwise, a key that clients must send is taken from
     MIXTRAL_JAX_API_KEY, or made up and printed.
+
+    On several hosts, run the same command with --coordinator on each; process 0 serves. They show
+    one another the key in MIXTRAL_JAX_GROUP_KEY.
     """
     from serving.access_flags import KEY_VARIABLE, check_flags
     from serving.gateway.usage import usual_place
-    from serving.supervisor import Addresses, environment_from, run
+    from serving.place import Place
+    from serving.supervisor import Addresses, environment_from, run, run_follower
 
+    place = Place.of_flags(coordinator, num_processes, process_id, coordinator_timeout, os.environ)
     addresses = Addresses(host=host, port=port, grpc_port=grpc_port, tls=tls_cert is not None)
-    environment = environment_from(os.environ, makes_key=not (keys or no_auth))
+    is_follower = place is not None and not place.is_leader
+    environment = environment_from(os.environ, makes_key=not (keys or no_auth or is_follower))
     access = _flags(
         {
             "keys": keys,
@@ -222,7 +250,8 @@ def serve(
         }
     )
     certificate = _flags({"tls-cert": tls_cert, "tls-key": tls_key})
-    check_flags([f"--host={host}", *access, *certificate], environment)
+    if not is_follower:
+        check_flags([f"--host={host}", *access, *certificate], environment)
     options = {
         "model": model,
         "max-sequences": max_sequences,
@@ -236,6 +265,10 @@ def serve(
         "dp-attention": dp_attention,
         "no-prefix-reuse": no_prefix_reuse,
         "deterministic": deterministic,
+        "coordinator": coordinator,
+        "num-processes": num_processes,
+        "process-id": process_id,
+        "coordinator-timeout": coordinator_timeout,
     }
     watching = _flags({"otlp-endpoint": otlp_endpoint, "log-format": log_format})
     books = _flags(
@@ -249,6 +282,13 @@ def serve(
             "model-type": model_type,
         }
     )
+    if place is not None and is_follower:
+        joined = f"\nprocess {place.id} of {place.count} of the group at {place.coordinator}\n"
+        flags = [*_flags(options), *_flags({"log-format": log_format})]
+        run_follower(
+            environment, flags, lambda: print(joined, flush=True), drain_seconds=drain_seconds
+        )
+        return
     key = environment.get(KEY_VARIABLE)
     run(
         addresses,

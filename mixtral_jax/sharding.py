@@ -154,7 +154,7 @@ def mesh_for(
             return None
         sizes = _auto(config, len(devices), dp_attention)
     else:
-        sizes = _sizes(text)
+        sizes = mesh_sizes(text)
     data, expert, tensor = sizes
     copies = copies_of(config, expert, tensor, dp_attention)
     try:
@@ -171,7 +171,7 @@ def mesh_text(mesh: Mesh) -> str:
     return f"data={mesh.shape['data']},expert={mesh.shape['expert']},tensor={tensor}"
 
 
-def _sizes(text: str) -> tuple[int, int, int]:
+def mesh_sizes(text: str) -> tuple[int, int, int]:
     named = MESH_AXES[:3]
     sizes = dict.fromkeys(named, 1)
     for part in text.split(","):

@@ -101,10 +101,9 @@ class StepInputs(NamedTuple):
         )
         return cls(batch, full(count * tokens, -1), full(all_rows, 0), sampling)
 
-    def with_history(self) -> "StepInputs":
-        """The same with a history that may be written to."""
-        history = self.sampling.history
-        history = history._replace(tokens=history.tokens.copy())
+    def with_history(self, tokens: Any) -> "StepInputs":
+        """The same with other tokens of the history: those of `blank` are not to be written to."""
+        history = self.sampling.history._replace(tokens=tokens)
         return self._replace(sampling=self.sampling._replace(history=history))
 
 
@@ -191,6 +190,13 @@ class Parts:
             return one
         shape = (self.num_parts * one.shape[0], *one.shape[1:])
         return jax.ShapeDtypeStruct(shape, one.dtype, sharding=self.layout.sharding("PYKH"))
+
+    def everywhere(self, array: Any) -> Any:
+        """An array of the host on every device of the mesh, to be given to many steps."""
+        if self.layout is None:
+            return array
+        sharding = NamedSharding(self.layout.mesh, _WHOLE)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def empty(self, pages: Any) -> list[Pages]:
         """Such pages for every layer."""

@@ -5,15 +5,17 @@ With several hosts every process has the same flags, and so prepares the same.
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 
 from mixtral_jax import native
-from mixtral_jax.cache import token_bytes
+from mixtral_jax.cache import PAGE_SIZES, token_bytes
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model import Transformer, held_bytes
 from mixtral_jax.pretrained import Pretrained
@@ -22,8 +24,6 @@ from mixtral_jax.step import Steps
 from serving.engine import compile_steps
 from serving.memory import cache_bytes
 from serving.plan import Limits
-
-_PAGE_SIZE = 16
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +66,21 @@ def _positive(text: str) -> int:
     return number
 
 
+def facts(options: argparse.Namespace, pretrained: Pretrained) -> dict[str, str]:
+    """What must be the same in all processes of a group, by the name that a user knows it by."""
+    card = pretrained.card
+    flags = ("mesh", "dp_attention", "max_sequences", "max_step_tokens", "max_waiting", "kv_dtype")
+    switches = ("no_prefix_reuse", "deterministic")
+    return {
+        "mixtral-jax": version("mixtral-jax"),
+        "jax": jax.__version__,
+        "the model": card.name,
+        "the model's config": hashlib.sha256(repr(card.model).encode()).hexdigest()[:16],
+        "--dtype": pretrained.loadable_dtype(options.dtype),
+        **{f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in flags + switches},
+    }
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What an engine, or a runner, is made of."""
@@ -77,13 +92,24 @@ class Prepared:
 
 
 def prepare(
-    options: argparse.Namespace, pretrained: Pretrained, say: Callable[[str], None]
+    options: argparse.Namespace,
+    pretrained: Pretrained,
+    say: Callable[[str], None],
+    agree: Callable[[Limits], Limits] = lambda limits: limits,
 ) -> Prepared:
-    """Loads and compiles, and says what it does. Raises ValueError for what cannot be."""
+    """Loads and compiles, and says what it does. Raises ValueError for what cannot be.
+
+    With several hosts `agree` turns what this process has room for into what all have.
+    """
     config = pretrained.card.model
     dtype = pretrained.loadable_dtype(options.dtype)
     platform = jax.default_backend()
     mesh = mesh_for(config, options.mesh, options.dp_attention)
+    if jax.process_count() > 1 and (mesh is None or mesh.size != jax.device_count()):
+        raise ValueError(
+            f"the mesh has {1 if mesh is None else mesh.size} devices; with several processes it "
+            f"must have all {jax.device_count()} of them"
+        )
     if options.deterministic:
         _check_deterministic(dtype, config, is_split=mesh is not None)
     if options.kv_dtype and platform == "tpu":
@@ -94,7 +120,7 @@ def prepare(
     abstract = Transformer(
         config, dtype=dtype, activations=activations, rngs=None, mesh=mesh, rules=rules
     )
-    limits = _limits(abstract, options)
+    limits = agree(_limits(abstract, options))
     if mesh is not None:
         say(f"{mesh.size} devices: {mesh_text(mesh)}")
     # Reading the weights and compiling for their shapes do not wait for one another.
@@ -141,10 +167,11 @@ def _limits(model: Transformer, options: argparse.Namespace) -> Limits:
         memory = options.kv_memory << 20
     else:
         memory = cache_bytes(held_bytes(model))
-    num_pages = max(1, min(max_sequences * config.max_context, memory // per_token) // _PAGE_SIZE)
+    page_size = PAGE_SIZES["cpu" if layout is None else layout.platform]
+    num_pages = max(1, min(max_sequences * config.max_context, memory // per_token) // page_size)
     limits = Limits(
         num_pages=num_pages,
-        page_size=_PAGE_SIZE,
+        page_size=page_size,
         max_sequences=max_sequences,
         max_step_tokens=max(-(-options.max_step_tokens // parts), max_sequences),
         max_context=config.max_context,

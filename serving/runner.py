@@ -32,6 +32,8 @@ class Runner:
         self._rows_of = rows_of
         self._parts = Parts.of(model)
         self._layers = self._parts.empty(steps.pages)
+        # By rows: megabytes for a long context, which most steps would send for nothing.
+        self._no_history: dict[int, Any] = {}
         num_drawn = steps.num_parts * steps.sizes.max_sequences
         self._tokens: Rows | Any = np.zeros(num_drawn, np.int32)
 
@@ -41,10 +43,15 @@ class Runner:
         size = min(bucket for bucket in self.steps.buckets if bucket >= most)
         rows = self._rows_of(size)
         inputs = self.steps.blank(size, rows)
+        blank = inputs.sampling.history.tokens
         if any(chunk.history for plan in plans for chunk in plan.chunks):
-            inputs = inputs.with_history()
+            inputs = inputs.with_history(blank.copy())
         for part, plan in enumerate(plans):
             _fill(inputs, plan, part, size, rows, self.steps.sizes.max_sequences)
+        if inputs.sampling.history.tokens is blank:
+            if rows not in self._no_history:
+                self._no_history[rows] = self._parts.everywhere(blank)
+            inputs = inputs.with_history(self._no_history[rows])
         programs, batch = self.steps.buckets[size], inputs.batch
         self._copy([plan.copies for plan in plans])
         rest = self._parts.rest

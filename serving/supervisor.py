@@ -1,5 +1,9 @@
 """Starts and watches the two processes of `mixtral-jax serve`: the service and the gateway.
 
+Where a model runs on several hosts, each host has a supervisor; only that of process 0 has a
+gateway. A process of a group ends with the first of the others that is lost, and is started again,
+and so the group comes together again.
+
 They run in sessions of their own, so that Ctrl-C reaches the supervisor alone, which passes it on:
 answers under way finish, and new ones are refused meanwhile.
 
@@ -9,6 +13,7 @@ few times, later each time, unless it is the first start, whose reason will not 
 A process that ends with status 0 was told to (Drain, or a signal of its own): then all ends.
 """
 
+import contextlib
 import errno
 import http.client
 import os
@@ -24,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from serving.parent import PARENT_VARIABLE
+from serving.parent import PARENT_VARIABLE, READY_VARIABLE
 
 KEY_VARIABLE = "MIXTRAL_JAX_API_KEY"  # a client's
 SERVICE_KEY_VARIABLE = "MIXTRAL_JAX_SERVICE_KEY"  # the gateway's, for the service
@@ -137,15 +142,55 @@ def run(
             _stop(running, drain_seconds + _STOP_SECONDS)
 
 
-class _Child:
-    """A process that is started, and started again."""
+def run_follower(
+    environment: Mapping[str, str],
+    options: Sequence[str],
+    ready: Callable[[], None],
+    *,
+    drain_seconds: float = DRAIN_SECONDS,
+) -> None:
+    """Keeps a follower running until SIGINT or SIGTERM, or until its group ends; calls `ready` when
+    it is in the group. Raises SupervisorError if it fails for good.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    variables = {PARENT_VARIABLE: str(os.getpid()), READY_VARIABLE: str(writing)}
+    command = ["serving", f"--drain-seconds={drain_seconds}", *options]
+    child = _Child("follower", command, {**environment, **variables}, (writing,))
+    with _Signals() as signals:
+        try:
+            announced = False
+            while not signals.received and not child.was_told_to_end:
+                # First, for a process may tell that it is ready and die between two looks.
+                with contextlib.suppress(BlockingIOError):
+                    child.has_served |= bool(os.read(reading, 16))
+                child.keep_running()
+                if child.has_served and not announced:
+                    announced = True
+                    ready()
+                time.sleep(0.2)
+        finally:
+            _stop([child.process] if child.process else [], drain_seconds + _STOP_SECONDS)
+            os.close(reading)
+            os.close(writing)
 
-    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+
+class _Child:
+    """A process that is started, and started again. `pipes` are left open in it."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
+        pipes: Sequence[int] = (),
+    ) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.has_served = False  # since its last start; the supervisor finds out
         self._name = name
         self._command = [sys.executable, "-m", *command]
         self._environment = environment
+        self._pipes = pipes
         self._start_at = 0.0  # time.monotonic()
         self._failures = 0
         self._has_ever_served = False
@@ -166,7 +211,10 @@ class _Child:
         elif time.monotonic() >= self._start_at:
             self.has_served = False
             self.process = subprocess.Popen(
-                self._command, env=self._environment, start_new_session=True
+                self._command,
+                env=self._environment,
+                start_new_session=True,
+                pass_fds=self._pipes,
             )
 
     def _note_death(self, status: int) -> None:

@@ -18,7 +18,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -64,10 +64,19 @@ class _Stop:
 
 
 class EngineWorker:
-    """Runs an engine in a thread of its own from `start` until `stop`, and times its tokens."""
+    """Runs an engine in a thread of its own from `start` until `stop`, and times its tokens.
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+    `explain` is asked, when a step has raised, whether there is a better reason than EngineFailure.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        explain: Callable[[], ServingError | None] = lambda: None,
+    ) -> None:
         self._engine = engine
+        self._explain = explain
         self._metrics = metrics
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._mailboxes: dict[str, _Mailbox] = {}
@@ -98,6 +107,12 @@ class EngineWorker:
         self._draining = True
         self._inbox.put(_Stop())
         self._thread.join()
+
+    def abandon(self, error: ServingError) -> None:
+        """Ends every request, now and later, with this error. The thread is not waited for: it may
+        be inside a step that never ends."""
+        self._draining, self._parting = True, error
+        self._part()
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the request's events until each choice had one with a finish reason, or `end`.
@@ -143,15 +158,22 @@ class EngineWorker:
                 for event in events:
                     self._deliver(event, now)
         except BaseException:
-            _log.exception("the engine failed")
-            self._parting = EngineFailure("the engine failed; see the server's log")
+            reason = self._explain()
+            if reason is None:
+                _log.exception("the engine failed")
+                reason = EngineFailure("the engine failed; see the server's log")
+            self._parting = reason
+        self._part()
+
+    def _part(self) -> None:
         self.ended.set()
-        for mailbox in self._mailboxes.values():
+        for mailbox in self._mailboxes.copy().values():
             mailbox.put(self._parting)
-        while not self._inbox.empty():
-            message = self._inbox.get()
-            if isinstance(message, _Submit):
-                message.mailbox.put(self._parting)
+        with suppress(queue.Empty):
+            while True:
+                message = self._inbox.get_nowait()
+                if isinstance(message, _Submit):
+                    message.mailbox.put(self._parting)
 
     def _take_in(self) -> bool:
         """Empties the inbox, waiting for a message where there is no work; False means stop."""

@@ -13,6 +13,8 @@ from servers import Server, running, serve_command
 jax.config.update("jax_num_cpu_devices", 8)
 if "MIXTRAL_JAX_TEST_PLATFORM" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
+    # And in servers under test: libtpu is installed, as a compiler, and would say so on stderr.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What is compiled once is not compiled again, neither by another worker nor by a server under test.
 _programs = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_programs))

@@ -59,13 +59,16 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @contextmanager
-def running(command: list[str], timeout: float = 240) -> Iterator[Server]:
-    """Runs a serve command until the block ends; its output is kept for errors."""
+def running(command: list[str], timeout: float = 240, **changes: str) -> Iterator[Server]:
+    """Runs a serve command until the block ends; its output is kept for errors.
+
+    `changes` are of its environment.
+    """
     started = time.monotonic()
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(),
+        env=environment(**changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

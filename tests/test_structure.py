@@ -32,6 +32,7 @@ _PLAIN = {
     "serving.text",
 }
 _STUBS = {"serving.proto.inference_pb2", "serving.proto.inference_pb2_grpc"}
+_ORDERS = {"serving.proto.group_pb2"}
 
 
 def _ours(*names: str) -> set[str]:
@@ -46,9 +47,15 @@ LAW: dict[str, set[str]] = {
     "mixtral_jax.cache": _ours("axes", "config", "sharding"),
     "mixtral_jax.native": _ours("cache", "compilation"),
     "mixtral_jax.layers": _ours("axes", "config", "sharding", "native"),
-    "mixtral_jax.attention": _ours("axes", "config", "sharding", "native", "layers", "cache"),
+    "mixtral_jax.tpu": _ours("axes", "cache", "layers"),
+    "mixtral_jax.gpu": _ours("axes", "layers"),
+    "mixtral_jax.attention": _ours(
+        "axes", "config", "sharding", "native", "layers", "cache", "gpu", "tpu"
+    ),
     "mixtral_jax.exchange": _ours("axes"),
-    "mixtral_jax.moe": _ours("axes", "config", "sharding", "native", "layers", "exchange"),
+    "mixtral_jax.moe": _ours(
+        "axes", "config", "sharding", "native", "layers", "exchange", "gpu", "tpu"
+    ),
     "mixtral_jax.model": _ours(*_BELOW_MODEL),
     "mixtral_jax.sampling": _ours("axes"),
     "mixtral_jax.step": _ours(*_MODEL, "sampling"),
@@ -67,10 +74,20 @@ LAW: dict[str, set[str]] = {
     "serving.access_flags": {"serving.access", "serving.entra", "serving.keyring", "serving.tls"},
     "serving.interceptor": {"serving.access", "serving.errors", "serving.keyring"},
     "serving.tls": set(),
+    "mixtral_jax.hardware": set(),
+    "mixtral_jax.hlo": set(),
+    "mixtral_jax.topology": _ours("hardware"),
+    "mixtral_jax.ahead": _ours(
+        "config", "hardware", "hlo", "model", "sharding", "step", "topology"
+    ),
+    "mixtral_jax.plan": _ours("ahead", "cache", "config", "hardware", "hlo", "model", "sharding"),
+    "mixtral_jax.plan_search": _ours("ahead", "config", "hardware", "plan", "sharding", "topology"),
+    "mixtral_jax.plan_command": _ours("checkpoint", "config", "hardware", "plan", "plan_search"),
     "mixtral_jax.key_commands": {"serving.keyring"},
     "mixtral_jax.serve_command": {
         "serving.access_flags",
         "serving.gateway.usage",
+        "serving.place",
         "serving.supervisor",
     },
     "serving.parent": set(),
@@ -78,6 +95,20 @@ LAW: dict[str, set[str]] = {
     "serving.tracing": set(),
     "serving.calls": {"serving.metrics", "serving.tracing"} | _PLAIN,
     "serving.supervisor": {"serving.parent"},
+    "serving.place": {"serving.access_flags", "serving.keyring"},
+    "serving.orders": _PLAIN | _ORDERS,
+    "serving.group": {"serving.orders", "serving.place"} | _PLAIN | _ORDERS,
+    "serving.follower": {
+        "serving.engine",
+        "serving.engine_flags",
+        "serving.group",
+        "serving.orders",
+        "serving.parent",
+        "serving.place",
+    }
+    | _PLAIN
+    | _ORDERS
+    | _ours("compilation", "pretrained"),
     "serving.channel": set(),
     "serving.client": {"serving.channel", "serving.conversation", "serving.errors", *_STUBS},
     "serving.conversation": {"serving.errors", *_STUBS},
@@ -131,6 +162,9 @@ LAW: dict[str, set[str]] = {
         *_PLAIN,
         *_STUBS,
         "serving.engine_flags",
+        "serving.follower",
+        "serving.group",
+        "serving.place",
         *_ours("compilation", "pretrained"),
     },
 }
@@ -167,7 +201,7 @@ def imports(path: Path, known: set[str]) -> set[str]:
             assert node.level == 0, f"{path} has a relative import"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in known | _STUBS else node.module)
+                found.add(whole if whole in known | _STUBS | _ORDERS else node.module)
     return {name for name in found if name.partition(".")[0] in PACKAGES}
 
 

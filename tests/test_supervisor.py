@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.supervisor import SupervisorError, _Child
+from serving.parent import READY_VARIABLE
+from serving.supervisor import SupervisorError, _Child, run_follower
 
 PATIENCE = 20.0
 # Notes each of its starts; the first word of the file `fate` is its status, "live" none.
@@ -110,3 +111,24 @@ def test_status_0_means_that_it_was_told_to_end(folder: Path) -> None:
     keep_running(child, lambda: child.was_told_to_end)
     child.keep_running()
     assert starts(folder) == 1
+
+
+def test_a_follower_says_itself_that_it_has_served(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It joins and is lost at once, joins again, and is then told to end."""
+    (folder / "serving").mkdir()
+    (folder / "serving" / "__init__.py").touch()
+    (folder / "serving" / "__main__.py").write_text(
+        "import os, pathlib, sys\n"
+        "seen = pathlib.Path(__file__).with_name('seen')\n"
+        f"os.write(int(os.environ[{READY_VARIABLE!r}]), b'1')\n"
+        "if seen.exists(): sys.exit(0)\n"
+        "seen.touch(); sys.exit(1)\n"
+    )
+    monkeypatch.chdir(folder)
+    ready: list[str] = []
+    run_follower(dict(os.environ), [], lambda: ready.append("ready"))
+    assert ready == ["ready"]
+    said = capfd.readouterr().err.splitlines()
+    assert said == ["mixtral-jax: the follower ended with status 1; it is started again now"]

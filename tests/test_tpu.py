@@ -1,9 +1,5 @@
 """Kernels for TPU against their XLA forms: by interpreting them, or by their reference on CPU."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np

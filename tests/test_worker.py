@@ -268,3 +268,52 @@ def test_draining_refuses_new_requests_and_stopping_ends_the_others() -> None:
 
     asyncio.run(run())
     assert worker.ended.is_set() and not worker.has_failed
+
+
+def test_a_crash_with_a_better_reason_is_told_with_that() -> None:
+    lost = Unavailable("a part was lost")
+    worker = EngineWorker(CountingEngine(), Metrics("tiny"), lambda: lost)  # type: ignore[arg-type]
+    worker.start()
+    with pytest.raises(Unavailable, match="a part was lost"):
+        asyncio.run(tokens(worker, request("a", 100)))
+    assert not worker.has_failed
+    worker.stop()
+
+
+class StuckEngine(CountingEngine):
+    """Its second step does not end until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.released = threading.Event()
+
+    def step(self, now: float) -> list[Event]:
+        self.steps += 1
+        if self.steps == 2:
+            self.released.wait(20)
+        return super().step(now)
+
+
+def test_requests_can_be_ended_while_the_engine_is_stuck() -> None:
+    engine = StuckEngine()
+    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
+    worker.start()
+
+    async def run() -> None:
+        under_way = [asyncio.create_task(tokens(worker, request(n, 9))) for n in ("a", "b")]
+        while engine.steps < 2:
+            await asyncio.sleep(0.01)
+        in_the_inbox = asyncio.create_task(tokens(worker, request("c", 9)))
+        await asyncio.sleep(0.01)
+        worker.abandon(Unavailable("a part was lost"))
+        ended = asyncio.gather(*under_way, in_the_inbox, return_exceptions=True)
+        outcomes = await asyncio.wait_for(ended, 5)
+        assert [str(outcome) for outcome in outcomes] == ["a part was lost"] * 3
+        with pytest.raises(Unavailable, match="shutting down"):
+            await tokens(worker, request("late", 1))
+
+    asyncio.run(run())
+    assert worker.ended.is_set() and not worker.has_failed
+    engine.released.set()
+    worker.stop()

@@ -1,0 +1,104 @@
+"""`make plan-matrix`: compiles the full-size models for slices of every chip that hold them.
+
+One row for each model and chip: the smallest slice that holds 32 sequences of 2,048 tokens, what
+its memory is taken by, and which kernels are in the programs. Written into README between
+`<!-- plan: ... -->` and `<!-- end of plan -->`. Compilers for TPU and GPU must be installed (extras
+`plan` and `plan-gpu`); rows of a missing one are left out. About a minute each.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from mixtral_jax.hardware import GIB, topologies
+from mixtral_jax.plan import Answer, Load
+from mixtral_jax.plan_search import Search, known_model
+from mixtral_jax.topology import installed
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- plan: make plan-matrix -->\n", "<!-- end of plan -->"
+MODELS = {
+    "Mistral-7B": "mistral-7b-instruct-v0.3",
+    "Mixtral-8x7B": "mixtral-8x7b-instruct-v0.1",
+    "Mixtral-8x22B": "mixtral-8x22b-instruct-v0.1",
+}
+CHIPS = ("tpu:v5e", "tpu:v5p", "tpu:v6e", "gpu:h100:8")
+DTYPES = ("bfloat16", "int8")
+BATCH, CONTEXT = 32, 2048
+HEAD = (
+    "| model | weights | on | split | weights, GiB a chip | pages | temporaries, programs | "
+    "of | decode step, ms (estimate) | kernels |\n|" + "---|" * 10
+)
+
+
+def row(title: str, dtype: str, chips: str) -> str | None:
+    """Raises RuntimeError if nothing compiles or fits."""
+    sizes = topologies(chips)
+    if not installed(sizes[0].platform):
+        print(f"no compiler for {sizes[0].platform}: {chips} is left out", file=sys.stderr)
+        return None
+    load = Load(
+        model=known_model(MODELS[title]), dtype=dtype, kv_dtype=None, batch=BATCH, context=CONTEXT
+    )
+
+    def note(line: str) -> None:
+        print(f"  {line}", file=sys.stderr)
+
+    start = time.monotonic()
+    search = Search(load, "auto", False, 1, note, compiles=True)
+    best = search.best_of(sizes, lambda line: None)[0]
+    took = time.monotonic() - start
+    print(f"{title} {dtype} {best.topology}: {best.method}, {took:.0f} s", file=sys.stderr)
+    if best.compiled is None or not best.fits:
+        raise RuntimeError(f"{title} in {dtype} on {chips}: {best.method}, fits: {best.fits}")
+    return _row(title, best)
+
+
+def _row(title: str, best: Answer) -> str:
+    assert best.compiled is not None
+    kernels = {**best.compiled.decode.kernels, **best.compiled.prefill.kernels}
+    named = f"`{best.split}{' --dp-attention' if best.split.dp_attention else ''}`"
+    sizes = [best.weights, best.pages, best.temporaries + best.programs]
+    cells = [
+        title,
+        best.load.dtype,
+        f"`{best.topology}`",
+        named,
+        *(f"{size / GIB:.2f}" for size in sizes),
+        f"{best.topology.chip.memory / GIB:.2f}",
+        f"{best.decode.seconds * 1e3:.1f}, {best.decode.bound}",
+        ", ".join(sorted(kernels)) or "none",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--chips", default=",".join(CHIPS))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--print", action="store_true", help="leave README as it is")
+    options = parser.parse_args()
+    rows, failed = [], []
+    for title in options.models.split(","):
+        for dtype in options.dtypes.split(","):
+            for chips in options.chips.split(","):
+                try:
+                    found = row(title, dtype, chips)
+                except RuntimeError as error:
+                    failed.append(str(error))
+                    continue
+                rows += [found] if found else []
+    table = "\n".join([HEAD, *rows])
+    print(table)
+    if not options.print:
+        before, rest = README.read_text().split(BEGIN)
+        after = rest.split(END)[1]
+        README.write_text(f"{before}{BEGIN}{table}\n{END}{after}")
+    if failed:
+        sys.exit("\n".join(["these do not compile or do not fit:", *failed]))
+
+
+if __name__ == "__main__":
+    main()
