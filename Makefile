@@ -12,7 +12,7 @@ SOURCES := mixtral_jax convert serving tests benchmarks
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto serving/proto/group.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test check format proto bench plan-matrix notebooks clean
+.PHONY: help install serve chat test soak check format proto bench plan-matrix notebooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,10 @@ chat: install $(CHECKPOINT)/config.json ## Talk to MODEL in the terminal
 	@$(BIN)/mixtral-jax chat --model $(CHECKPOINT) $(ARGS)
 
 test: $(VENV)/.tested ## Run all tests, the slow ones too (ARGS='-m "not slow"' leaves them out)
-	$(BIN)/python -m pytest -n 2 --durations 20 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --durations 60 $(ARGS)
+
+soak: $(VENV)/.tested ## Run all tests and those that CI has no time for, an hour or more
+	MIXTRAL_JAX_SOAK=1 $(BIN)/python -m pytest -n 2 --durations 20 $(ARGS)
 
 check: $(VENV)/.tested ## Formatting, lint, types, generated stubs, notebooks without outputs
 	$(BIN)/ruff format --check .

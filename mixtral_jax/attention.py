@@ -6,6 +6,7 @@ over blocks of pages with a running softmax (arXiv:2205.14135), so its cost foll
 are present, not the width of the page table: decodes all at once, then prompt chunks one by one.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mixtral_jax import cache, gpu, native, tpu
-from mixtral_jax.axes import FlatHidden, FlatKeys, FlatQueries, Pages, RowHidden
+from mixtral_jax.axes import (
+    FlatHidden,
+    FlatKeys,
+    FlatQueries,
+    Pages,
+    RowHidden,
+    RowKeys,
+    RowQueries,
+)
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layers import Linear, Rotary, project
@@ -45,11 +54,7 @@ class Attention(nnx.Module):
     def full(self, x: RowHidden, rotary: Rotary) -> RowHidden:
         """Causal attention within each row: x [B T D] -> [B T D]."""
         q, k, v = rotary.rotate(self.q(x)), rotary.rotate(self.k(x)), self.v(x)
-        # jax counts the keys before the query, Mistral's window includes the query itself.
-        window = None if self.window is None else (self.window - 1, 0)
-        # It promotes dtypes by itself, which a caller's strict setting would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
+        mixed = full_attention(q, k, v, self.window, self.layout)
         out: jax.Array = self.o(mixed)
         return out
 
@@ -63,6 +68,35 @@ class Attention(nnx.Module):
         mixed, pages = write_and_attend(q, k, v, pages, batch, self.window, platform)
         out = project(mixed, self.o)[0]
         return out if self.layout is None else self.layout.total(out, "N"), pages
+
+
+def full_attention(
+    q: RowQueries, k: RowKeys, v: RowKeys, window: int | None, layout: Layout | None = None
+) -> RowQueries:
+    """Causal attention within each row: q [B T N H], k and v [B T K H] -> [B T N H].
+
+    On TPU by a kernel, if whole rows are there for every device.
+    """
+    if (
+        layout is not None
+        and layout.platform == "tpu"
+        and tpu.fits_full(q)
+        and q.shape[0] % layout.parts == 0
+    ):
+        queries, keys = layout.rules.spec("BTNH"), layout.rules.spec("BTKH")
+        mixed: jax.Array = jax.shard_map(
+            partial(tpu.full_attention, window=window),
+            mesh=layout.mesh,
+            in_specs=(queries, keys, keys),
+            out_specs=queries,
+            check_vma=False,  # kernels do not say over which axes they vary
+        )(q, k, v)
+        return mixed
+    # jax counts the keys before the query, Mistral's window includes the query itself.
+    before = None if window is None else (window - 1, 0)
+    # It promotes dtypes by itself, which a caller's strict setting would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=before)
 
 
 def write_and_attend(

@@ -24,6 +24,8 @@ from jaxtyping import Float, Float32, Int, Int8, Int32
 Tokens = Int[Array, "B T"]
 Hidden = Float[Array, "*R D"]
 RowHidden = Float[Array, "B T D"]
+RowQueries = Float[Array, "B T N H"]
+RowKeys = Float[Array, "B T K H"]
 FlatHidden = Float[Array, "T D"]
 DrawnHidden = Float[Array, "R D"]
 RowLogits = Float[Array, "B T V"]

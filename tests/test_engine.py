@@ -1,5 +1,6 @@
 """The engine gives what the plain loop gives, token for token, and always the same bits."""
 
+import os
 import random
 from dataclasses import replace
 from typing import Any
@@ -155,12 +156,14 @@ def assert_near(got: list[Drawn], want: list[Drawn]) -> None:
 
 
 def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) -> None:
+    """A part of them without MIXTRAL_JAX_SOAK=1."""
     engine = engine_of(model, SMALL)
-    requests = random_requests(200)
+    requests = random_requests(200 if "MIXTRAL_JAX_SOAK" in os.environ else 60)
+    count = len(requests)
     out, cancelled = serve(engine, requests, seed=5, cancel=0.05)
-    assert len(cancelled) > 10
-    assert engine.scheduler.preemptions > 100
-    assert engine.scheduler.prefix_hit_tokens > 200
+    assert len(cancelled) > count // 20
+    assert engine.scheduler.preemptions > count // 3
+    assert engine.scheduler.prefix_hit_tokens > count
     for request in requests:
         for choice in range(request.n):
             got, want = out[request.id, choice], alone(model, request, choice)

@@ -122,6 +122,7 @@ def alone() -> list[str]:
         return answers(server)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
     [
@@ -204,6 +205,7 @@ def until_back(server: Server) -> None:
             time.sleep(0.3)
 
 
+@pytest.mark.soak
 def test_a_follower_that_is_told_to_end_ends_the_group() -> None:
     with group(2, 1, "--mesh", "data=1,expert=2,tensor=1") as group_:
         (follower,) = group_.followers

@@ -282,7 +282,7 @@ def perplexity(
     return math.exp(np.mean([surprise(model, jnp.asarray(row)) for row in windows])), windows.size
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_perplexity_of_the_real_smollm2(smollm2_gguf: Path, smollm2: Path, tmp_path: Path) -> None:
     """The first two chapters of Alice in Wonderland, which the calibration text is not from."""
     convert(smollm2_gguf, tmp_path / "int8", dtype="int8")

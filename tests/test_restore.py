@@ -135,7 +135,7 @@ def test_another_models_checkpoint_is_refused(written: Path) -> None:
         shards.restore(params, wanted(replace(CONFIG, vocab_size=64)))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_four_processes_hold_no_more_than_their_parts(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.restore_memory", "--size-gb", "1.5"]

@@ -587,6 +587,11 @@ def test_every_answer_is_that_of_the_plain_loop(
     refused = {one.id for one in requests if len(one.prompt_ids) >= size.room}
 
     def between() -> None:
+        # First, so that there is work for as long as any request is left.
+        if coin.random() < cancelling:
+            name = coin.choice(requests).id
+            cancelled.add(name)
+            scheduler.cancel(name)
         while left and (coin.random() < 0.3 or not scheduler.has_work):
             one = left.pop()
             if one.id in refused:
@@ -594,10 +599,6 @@ def test_every_answer_is_that_of_the_plain_loop(
                     scheduler.add(one)
             else:
                 scheduler.add(one)
-        if coin.random() < cancelling:
-            name = coin.choice(requests).id
-            cancelled.add(name)
-            scheduler.cancel(name)
 
     between()
     events = drive(scheduler, device, lambda: coin.random() < pipelining, between)

@@ -32,6 +32,12 @@ MOE = ModelConfig._with(
 )
 DENSE = ModelConfig._with(MOE, num_experts=0, experts_per_token=0)
 MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
+EACH = [
+    pytest.param(config, shape, id=f"{name}-{shape}", marks=marks)
+    for name, config, often in (("moe", MOE, 5), ("dense", DENSE, 0))
+    for i, shape in enumerate(MESHES)
+    for marks in [() if i < often or shape == (2, 2, 2) else pytest.mark.soak]
+]
 LIMITS = Limits(
     num_pages=60,
     page_size=4,
@@ -118,8 +124,7 @@ def check_equal(got: Answers, want: Answers, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dp_attention", [False, True], ids=["heads", "sequences"])
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize(("config", "shape"), EACH)
 def test_the_step_under_a_mesh_equals_one_device(
     config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool
 ) -> None:
@@ -158,8 +163,15 @@ def test_requests_are_shared_out_evenly() -> None:
     assert shares.num_pages == 180
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        pytest.param(config, shape, id=f"{name}-{shape}", marks=marks)
+        for name, config in (("moe", MOE), ("dense", DENSE))
+        for shape in MESHES
+        for marks in [() if (name, shape) == ("moe", (2, 2, 2)) else pytest.mark.soak]
+    ],
+)
 def test_int8_under_a_mesh_is_as_near_to_float_as_on_one_device(
     config: ModelConfig, shape: tuple[int, int, int]
 ) -> None:

@@ -16,10 +16,10 @@ PATIENCE = 20.0
 MORTAL = """
 import pathlib, sys, time
 here = pathlib.Path(__file__).parent
-with (here / "starts").open("a") as starts:
-    starts.write("x")
 fate, _, rest = (here / "fate").read_text().partition(" ")
 (here / "fate").write_text(rest)
+with (here / "starts").open("a") as starts:  # last: whoever sees it may end this process
+    starts.write("x")
 if fate == "live":
     time.sleep(60)
 sys.exit(int(fate))
