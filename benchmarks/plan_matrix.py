@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from mixtral_jax.cache import PAGE_SIZES
 from mixtral_jax.hardware import GIB, topologies
 from mixtral_jax.plan import Answer, Load
 from mixtral_jax.plan_search import Search, known_model
@@ -39,7 +40,12 @@ def row(title: str, dtype: str, chips: str) -> str | None:
         print(f"no compiler for {sizes[0].platform}: {chips} is left out", file=sys.stderr)
         return None
     load = Load(
-        model=known_model(MODELS[title]), dtype=dtype, kv_dtype=None, batch=BATCH, context=CONTEXT
+        model=known_model(MODELS[title]),
+        dtype=dtype,
+        kv_dtype=None,
+        batch=BATCH,
+        context=CONTEXT,
+        page_size=PAGE_SIZES[sizes[0].platform],
     )
 
     def note(line: str) -> None:

@@ -26,7 +26,6 @@ from mixtral_jax.sharding import ShardingRules, make_mesh
 from mixtral_jax.step import Programs, Steps, StepSizes, compile_buckets
 from mixtral_jax.topology import absent_devices, environment
 
-PAGE_SIZE = 16
 _MAX_BIASES = 320  # as the engine has
 
 
@@ -47,6 +46,7 @@ class Job:
     sequences: int
     context: int
     num_pages: int
+    page_size: int
     prefill: int  # tokens of a step that takes in a prompt
     experts_touched: float  # of those that a device holds, by a decode step
 
@@ -114,7 +114,7 @@ def compiled(
     model = abstract(job, devices)
     sizes = StepSizes(
         num_pages=job.num_pages,
-        page_size=PAGE_SIZE,
+        page_size=job.page_size,
         max_sequences=job.sequences,
         max_context=job.context,
         max_biases=_MAX_BIASES,

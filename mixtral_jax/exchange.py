@@ -15,11 +15,20 @@ offsets need to be exchanged.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Bool
 
 from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden
 
 AXIS = "expert"
+# Larger slices of such chips lack links that ragged_all_to_all wants: the compiler refuses it.
+_LIMITED = ("TPU v5 lite", 16)
+
+
+def is_possible(mesh: Mesh) -> bool:
+    """Whether the mesh's devices can exchange rows so."""
+    kind, most = _LIMITED
+    return mesh.devices.flat[0].device_kind != kind or mesh.size <= most
 
 
 class Exchange:

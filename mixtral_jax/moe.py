@@ -219,7 +219,8 @@ def moe_local(
     Tokens that are split over devices with other experts are gathered, and the sums scattered; many
     tokens travel to their experts instead (`moe_exchanged`).
     """
-    if layout.shared("EF") == (exchange.AXIS,) and x.shape[0] >= _MANY_TOKENS:
+    is_split = layout.shared("EF") == (exchange.AXIS,)
+    if is_split and x.shape[0] >= _MANY_TOKENS and exchange.is_possible(layout.mesh):
         return moe_exchanged(x, choice, weights, experts, layout, product)
     x, choice, weights = (layout.gather(part, "EF") for part in (x, choice, weights))
     held = experts[0].values.shape[0]

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mixtral_jax.ahead import PAGE_SIZE, Compiled, Job
-from mixtral_jax.cache import token_bytes
+from mixtral_jax.ahead import Compiled, Job
+from mixtral_jax.cache import PAGE_SIZES, token_bytes
 from mixtral_jax.config import ConfigError, ModelConfig
 from mixtral_jax.hardware import Topology
 from mixtral_jax.hlo import Collective
@@ -42,6 +42,7 @@ class Load:
     batch: int  # sequences decoded together
     context: int  # tokens of each
     prefill: int = 2048  # tokens of a step that takes in prompts
+    page_size: int = PAGE_SIZES["cpu"]
 
     def __post_init__(self) -> None:
         if self.context > self.model.max_context:
@@ -55,10 +56,10 @@ class Load:
     @property
     def pages(self) -> int:
         """Of one sequence; those that a window has left are free."""
-        pages = -(-self.context // PAGE_SIZE)
+        pages = -(-self.context // self.page_size)
         if self.model.sliding_window is None:
             return pages
-        return min(pages, -(-(self.model.sliding_window - 1) // PAGE_SIZE) + 1)
+        return min(pages, -(-(self.model.sliding_window - 1) // self.page_size) + 1)
 
     @property
     def seen(self) -> int:
@@ -205,7 +206,7 @@ class Answer:
         whole = replace(self.load, context=self.load.model.max_context)
         if pages >= whole.pages:
             return self.load.model.max_context
-        return pages * PAGE_SIZE
+        return pages * self.load.page_size
 
     @property
     def largest_batch(self) -> int:
@@ -317,7 +318,7 @@ class _Parts:
     def page_bytes(self) -> int:
         """Of one page, all layers."""
         kind = self.load.kv_dtype or ("float32" if self.between == 4 else "bfloat16")
-        whole = token_bytes(self.load.model, kind) * PAGE_SIZE
+        whole = token_bytes(self.load.model, kind) * self.load.page_size
         return whole // self.rules.ways("K", self.mesh)
 
     def touched(self, tokens: int) -> float:
@@ -334,7 +335,7 @@ class _Parts:
         model, held = self.load.model, self.held
         used = held["others"] + held["experts"] * self.touched(tokens)
         used += held["embed"] if model.tied_embeddings else held["head"]
-        seen = sequences * -(-self.load.seen // PAGE_SIZE) * self.page_bytes
+        seen = sequences * -(-self.load.seen // self.load.page_size) * self.page_bytes
         return used + seen + 2 * model.num_layers * tokens * model.hidden_size * self.between
 
     def operations(self, tokens: int, seen: int) -> float:
@@ -428,6 +429,7 @@ def job_of(answer: Answer) -> Job:
         sequences=parts.sequences,
         context=load.context,
         num_pages=parts.sequences * load.pages,
+        page_size=load.page_size,
         prefill=-(-load.prefill // parts.count),
         experts_touched=parts.touched(parts.sequences),
     )
@@ -441,7 +443,7 @@ def measured(answer: Answer, found: Compiled) -> Answer:
     """
     load, topology, parts = answer.load, answer.topology, answer.parts
     chip = topology.chip
-    seen = -(-load.seen // PAGE_SIZE) * parts.page_bytes
+    seen = -(-load.seen // load.page_size) * parts.page_bytes
     decode_bytes = found.decode.nbytes + parts.sequences * seen
     return replace(
         answer,

@@ -69,6 +69,7 @@ def plan(
     TPUs need libtpu, GPUs the CUDA plugins of jax (the extras `plan` and `plan-gpu`); without them
     the answer is arithmetic, and says so. Speeds are estimates: nothing runs.
     """
+    from mixtral_jax.cache import PAGE_SIZES
     from mixtral_jax.plan import Load
     from mixtral_jax.plan_search import Search
 
@@ -88,6 +89,7 @@ def plan(
         batch=batch,
         context=context,
         prefill=prefill_tokens,
+        page_size=PAGE_SIZES[sizes[0].platform],
     )
     notes = Console(stderr=True, highlight=False)
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.config import ConfigError, ModelConfig
@@ -120,12 +121,12 @@ def make_mesh(
     if tensor % copies:
         raise ValueError(f"tensor={tensor} cannot hold {copies} copies of each key/value head")
     # Auto: the compiler propagates shardings; jax's default, Explicit, would put them into types.
-    return jax.make_mesh(
+    grid = mesh_utils.create_device_mesh(
         (data, expert, tensor // copies, copies),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[:count],
+        devices[:count],
+        allow_split_physical_axes=True,  # a mesh axis need not be one of a TPU's own
     )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def copies_of(config: ModelConfig, expert: int, tensor: int, dp_attention: bool = False) -> int:

@@ -36,7 +36,7 @@ from mixtral_jax.model import Transformer
 from mixtral_jax.sampling import NO_ID, Biases, History, Sampled, SamplingArrays, sample
 from mixtral_jax.sharding import Layout
 
-Arrays = tuple[jax.Array, ...]
+Arrays = tuple[Any, ...]  # jax.Array, or ShapeDtypeStruct where programs are only compiled
 _WHOLE = PartitionSpec()
 
 

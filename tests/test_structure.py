@@ -82,7 +82,9 @@ LAW: dict[str, set[str]] = {
     ),
     "mixtral_jax.plan": _ours("ahead", "cache", "config", "hardware", "hlo", "model", "sharding"),
     "mixtral_jax.plan_search": _ours("ahead", "config", "hardware", "plan", "sharding", "topology"),
-    "mixtral_jax.plan_command": _ours("checkpoint", "config", "hardware", "plan", "plan_search"),
+    "mixtral_jax.plan_command": _ours(
+        "cache", "checkpoint", "config", "hardware", "plan", "plan_search"
+    ),
     "mixtral_jax.key_commands": {"serving.keyring"},
     "mixtral_jax.serve_command": {
         "serving.access_flags",
