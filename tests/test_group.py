@@ -147,7 +147,7 @@ def eventually(holds: Callable[[], object]) -> None:
 
 
 def test_a_step_reaches_every_follower_in_order() -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     log = Log()
     with leading(place(0, port, 3)) as (leader, said), ThreadPoolExecutor(3) as pool:
         followers = [follower(place(i, port, 3), log) for i in (1, 2)]
@@ -174,7 +174,7 @@ def test_a_step_reaches_every_follower_in_order() -> None:
 
 
 def test_a_leader_tells_who_is_missing() -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     with ThreadPoolExecutor(1) as pool, leading(place(0, port, 4, timeout=0.5)) as (leader, log):
         pool.submit(follower(place(2, port, 4, timeout=0.1), Log()).join)
         with pytest.raises(GroupError, match=r"processes 1, 3 of 4 did not come to .* within"):
@@ -184,7 +184,7 @@ def test_a_leader_tells_who_is_missing() -> None:
 
 
 def test_a_follower_tells_that_nobody_is_there() -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     log = Log()
     with pytest.raises(GroupError, match="process 0 of 2 did not take this one in at 127.0.0.1"):
         follower(place(1, port, timeout=0.1), log).join()
@@ -204,7 +204,7 @@ def test_a_follower_tells_that_nobody_is_there() -> None:
 def test_who_differs_is_refused(
     changes: dict[str, Any], facts: dict[str, str], message: str
 ) -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     with leading(place(0, port, key="secret")) as (leader, log):
         one = follower(place(1, port, **{"key": "secret", **changes}), Log(), **facts)
         with pytest.raises(GroupError, match=message):
@@ -213,7 +213,7 @@ def test_who_differs_is_refused(
 
 
 def test_a_second_process_of_one_number_waits() -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     with ThreadPoolExecutor(1) as pool, leading(place(0, port, 3)):
         pool.submit(follower(place(1, port, 3, timeout=0.1), Log()).join)
         with pytest.raises(GroupError, match="there is a process 1 already"):
@@ -222,7 +222,7 @@ def test_a_second_process_of_one_number_waits() -> None:
 
 
 def test_a_lost_follower_is_noticed_once() -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     with leading(place(0, port)) as (leader, log):
         gathered = threading.Thread(target=leader.gather)
         gathered.start()
@@ -251,7 +251,7 @@ def test_a_lost_follower_is_noticed_once() -> None:
 
 
 def test_a_lost_leader_is_noticed_and_one_that_never_started_is_waited_for() -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     log = Log()
     one = follower(place(1, port), log)
     with ThreadPoolExecutor(1) as pool:
@@ -270,7 +270,7 @@ def test_a_lost_leader_is_noticed_and_one_that_never_started_is_waited_for() -> 
 
 
 def test_a_follower_can_ask_for_the_end() -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     with ThreadPoolExecutor(1) as pool, leading(place(0, port)) as (leader, log):
         one = follower(place(1, port), Log())
         joined = pool.submit(one.join)
@@ -286,7 +286,7 @@ def test_a_follower_can_ask_for_the_end() -> None:
 
 
 def test_a_taken_port_is_told() -> None:
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     with (
         leading(place(0, port)),
         pytest.raises(GroupError, match=f"cannot listen on 127.0.0.1:{port + 1}, the port after"),
@@ -330,7 +330,7 @@ def test_flags_that_do() -> None:
 
 def test_a_step_is_told_in_less_than_a_millisecond() -> None:
     """From the leader's thread; 32 sequences of 512 tokens. The best of many: others run too."""
-    (port,) = free_ports(1)
+    port, _ = free_ports(2)
     step = (Plan(chunks=tuple(chunk(1, 32) for _ in range(32))),)
     with ThreadPoolExecutor(1) as pool, leading(place(0, port)) as (leader, _):
         one = follower(place(1, port), Log())

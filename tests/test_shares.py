@@ -1,5 +1,6 @@
 """The engine under meshes of eight virtual devices gives what it gives on one."""
 
+import functools
 import random
 from typing import Any
 
@@ -123,13 +124,18 @@ def check_equal(got: Answers, want: Answers, tolerance: float) -> None:
         )
 
 
+@functools.cache
+def on_one_device(config: ModelConfig) -> tuple[Transformer, list[Request], Answers]:
+    model, requests = model_of(config, "float32"), requests_of(12, 1)
+    return model, requests, answers(model, requests)
+
+
 @pytest.mark.parametrize("dp_attention", [False, True], ids=["heads", "sequences"])
 @pytest.mark.parametrize(("config", "shape"), EACH)
 def test_the_step_under_a_mesh_equals_one_device(
     config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool
 ) -> None:
-    model, requests = model_of(config, "float32"), requests_of(12, 1)
-    want = answers(model, requests)
+    model, requests, want = on_one_device(config)
     mesh = mesh_of(config, shape, dp_attention)
     check_equal(answers(spread(model, mesh, dp_attention), requests), want, 1e-5)
 
