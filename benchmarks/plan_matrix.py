@@ -13,8 +13,9 @@ from pathlib import Path
 
 from mixtral_jax.cache import PAGE_SIZES
 from mixtral_jax.hardware import GIB, topologies
-from mixtral_jax.plan import Answer, Load
+from mixtral_jax.plan import Answer
 from mixtral_jax.plan_search import Search, known_model
+from mixtral_jax.spread import Load
 from mixtral_jax.topology import installed
 
 README = Path(__file__).parent.parent / "README.md"

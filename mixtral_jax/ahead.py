@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax import hlo
+from mixtral_jax import traffic
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.hardware import topologies
-from mixtral_jax.hlo import Collective
 from mixtral_jax.model import Transformer
 from mixtral_jax.sharding import ShardingRules, make_mesh
 from mixtral_jax.step import Programs, Steps, StepSizes, compile_buckets
 from mixtral_jax.topology import absent_devices, environment
+from mixtral_jax.traffic import Collective
 
 _MAX_BIASES = 320  # as the engine has
 
@@ -187,8 +187,8 @@ def _cost(bucket: Programs, job: Job, touched: float) -> Cost:
     model = job.model
     held = model.num_experts // job.mesh[1] if model.is_moe else 0
     layers = model.num_layers
-    block = hlo.moved(bucket.block.as_text(), touched, held)
-    ends = [hlo.moved(p.as_text()) for p in (bucket.embed, bucket.pick, bucket.draw)]
+    block = traffic.moved(bucket.block.as_text(), touched, held)
+    ends = [traffic.moved(p.as_text()) for p in (bucket.embed, bucket.pick, bucket.draw)]
     counted = [p.cost_analysis() for p in (bucket.block, bucket.embed, bucket.pick, bucket.draw)]
 
     def total(name: str) -> float | None:

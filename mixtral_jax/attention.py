@@ -110,7 +110,7 @@ def write_and_attend(
 ) -> tuple[FlatQueries, Pages]:
     """`cache.write`, then `paged_attention`; on CPU one kernel, which leaves the pages in place.
 
-    `platform` is what the program is compiled for; None for the default device.
+    `platform` is what the mesh is of; without a mesh, None, only CPU has kernels.
     """
     if platform == "tpu" and tpu.fits_attention(pages):
         return tpu.write_and_attend(q, k, v, pages, batch, window)

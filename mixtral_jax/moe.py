@@ -162,7 +162,7 @@ def grouped(
 ) -> jax.Array:
     """`grouped_xla`, on CPU by our kernel: there XLA's computes every expert for every row.
 
-    `platform` is what the program is compiled for; None for the default device.
+    `platform` is what the mesh is of; without a mesh, None, only CPU has kernels.
     """
 
     if platform == "tpu" and tpu.fits_grouped(x, weight):

@@ -70,8 +70,8 @@ def plan(
     the answer is arithmetic, and says so. Speeds are estimates: nothing runs.
     """
     from mixtral_jax.cache import PAGE_SIZES
-    from mixtral_jax.plan import Load
     from mixtral_jax.plan_search import Search
+    from mixtral_jax.spread import Load
 
     sizes = topologies(topology)
     config, stored = _model(model, checkpoint)
@@ -206,7 +206,7 @@ def _draw(file: Path, answer: "Answer") -> None:
         raise ValueError(
             "--png needs matplotlib: pip install 'mixtral-jax[plan]', or leave it out"
         ) from None
-    parts = answer.parts.count
+    parts = answer.spread.count
     top = max(answer.load.batch, answer.largest_batch, 1)
     batches = sorted({parts * 2**i for i in range(20) if parts * 2**i <= top} | {top})
     points = [

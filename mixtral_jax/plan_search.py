@@ -7,18 +7,9 @@ from collections.abc import Callable
 from mixtral_jax.ahead import CompileError, compile_elsewhere
 from mixtral_jax.config import ConfigError, ModelConfig
 from mixtral_jax.hardware import Topology
-from mixtral_jax.plan import (
-    Answer,
-    Load,
-    Split,
-    candidates,
-    estimate,
-    job_of,
-    measured,
-    ranked,
-    split,
-)
+from mixtral_jax.plan import Answer, estimate, job_of, measured, ranked
 from mixtral_jax.sharding import mesh_sizes
+from mixtral_jax.spread import Load, Split, candidates, split
 from mixtral_jax.topology import installed
 
 # Another split is tried only if it is likely to end within so many seconds of the start.

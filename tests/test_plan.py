@@ -9,18 +9,19 @@ import pytest
 from flax import nnx
 from typer.testing import CliRunner
 
-from mixtral_jax import hlo
+from mixtral_jax import traffic
 from mixtral_jax.ahead import CompileError, Job, compile_elsewhere
 from mixtral_jax.cli import app
 from mixtral_jax.config import ConfigError, ModelConfig
 from mixtral_jax.hardware import GIB, TopologyError, topologies
-from mixtral_jax.hlo import Collective
 from mixtral_jax.model import Transformer
-from mixtral_jax.plan import Answer, Load, candidates, estimate, job_of, measured, ranked, split
+from mixtral_jax.plan import Answer, estimate, job_of, measured, ranked
 from mixtral_jax.plan_search import Search, known_model
 from mixtral_jax.sharding import ShardingRules, make_mesh
+from mixtral_jax.spread import Load, candidates, split
 from mixtral_jax.step import Parts
 from mixtral_jax.topology import environment, installed
+from mixtral_jax.traffic import Collective
 
 # Mixtral's proportions, so that padding does not count for more than in the real one.
 SMALL = ModelConfig._with(
@@ -117,7 +118,7 @@ backend_config={"known_trip_count":{"n":"5"}}
 
 
 def test_bytes_and_collectives_are_read_from_a_program() -> None:
-    found = hlo.moved(PROGRAM)
+    found = traffic.moved(PROGRAM)
     by_hand = {
         "copy of a to near memory: read": 128,
         "dot: x": 32,
@@ -186,20 +187,20 @@ ENTRY %main (a: f32[8,4]) -> f32[16,4] {
 
 
 def test_a_collective_beside_other_work_is_found_once() -> None:
-    found = hlo.moved(CHAINED.replace("\\\n", ""))
+    found = traffic.moved(CHAINED.replace("\\\n", ""))
     assert found.collectives == (Collective("all-gather", 256, 2, moves_weights=True),)
 
 
 def test_a_fusion_reads_all_of_what_it_multiplies_and_little_of_what_it_slices() -> None:
     row = 16 + 4 + 16  # read, its place, written
     product = 128 + 64 + 32
-    assert hlo.moved(FUSED).nbytes == row + product
+    assert traffic.moved(FUSED).nbytes == row + product
 
 
 def test_a_kernel_reads_the_experts_that_are_touched() -> None:
     text = PROGRAM.replace("f32[8,4]{1,0} parameter(0), m", "f32[8,2,2]{2,1,0} parameter(0), m")
     text = text.replace("custom-call(%x, %written)", "custom-call(%a, %written)")
-    whole, half = hlo.moved(text, 1.0, 8).nbytes, hlo.moved(text, 0.5, 8).nbytes
+    whole, half = traffic.moved(text, 1.0, 8).nbytes, traffic.moved(text, 0.5, 8).nbytes
     assert whole - half == 64
 
 

@@ -76,14 +76,18 @@ LAW: dict[str, set[str]] = {
     "serving.tls": set(),
     "mixtral_jax.hardware": set(),
     "mixtral_jax.hlo": set(),
+    "mixtral_jax.traffic": _ours("hlo"),
     "mixtral_jax.topology": _ours("hardware"),
     "mixtral_jax.ahead": _ours(
-        "config", "hardware", "hlo", "model", "sharding", "step", "topology"
+        "config", "hardware", "model", "sharding", "step", "topology", "traffic"
     ),
-    "mixtral_jax.plan": _ours("ahead", "cache", "config", "hardware", "hlo", "model", "sharding"),
-    "mixtral_jax.plan_search": _ours("ahead", "config", "hardware", "plan", "sharding", "topology"),
+    "mixtral_jax.spread": _ours("cache", "config", "hardware", "model", "sharding", "traffic"),
+    "mixtral_jax.plan": _ours("ahead", "hardware", "spread", "traffic"),
+    "mixtral_jax.plan_search": _ours(
+        "ahead", "config", "hardware", "plan", "sharding", "spread", "topology"
+    ),
     "mixtral_jax.plan_command": _ours(
-        "cache", "checkpoint", "config", "hardware", "plan", "plan_search"
+        "cache", "checkpoint", "config", "hardware", "plan", "plan_search", "spread"
     ),
     "mixtral_jax.key_commands": {"serving.keyring"},
     "mixtral_jax.serve_command": {
