@@ -171,8 +171,10 @@ def paged_attention(
     """Attention of T new tokens over the pages of their sequences; q [T N H] -> [T N H].
 
     Query t at position p of its sequence sees the positions max(0, p - window + 1) .. p. Unused
-    places of the batch give unspecified finite values. On GPU decodes are left to a kernel.
+    places of the batch give unspecified finite values. On GPU by kernels.
     """
+    if platform == "gpu" and gpu.fits_attention(pages):
+        return gpu.paged_attention(q, pages, batch, window)
     num_tokens, num_heads, head_size = q.shape
     num_sequences = batch.lengths.shape[0]
     per_block = max(1, _KEY_BLOCK // pages.shape[1])
@@ -185,12 +187,7 @@ def paged_attention(
     q = jnp.pad(q, ((0, room - num_tokens), (0, 0), (0, 0)))
     walk = _Walk(q, pages, batch, table, per_block, window)
     out = jnp.zeros((room, num_heads, head_size), jnp.float32)
-    if platform == "gpu" and gpu.fits_decode(pages):
-        table, first, lengths = batch.page_table, *walk.seen_by_decodes()
-        decoded = gpu.decode(q[:num_sequences], pages, table, first, lengths)
-    else:
-        decoded = walk.decodes(num_sequences)
-    out = jax.lax.dynamic_update_slice(out, decoded, (0, 0, 0))
+    out = jax.lax.dynamic_update_slice(out, walk.decodes(num_sequences), (0, 0, 0))
     if num_tokens > 1:
         out = walk.chunks(out, query_block)
     return out[:num_tokens].astype(q.dtype)
@@ -214,20 +211,11 @@ class _Walk(NamedTuple):
         kv_heads = self.pages.shape[2] // 2
         return kv_heads, self.q.shape[1] // kv_heads, self.q.shape[2]
 
-    def seen_by_decodes(self) -> tuple[jax.Array, jax.Array]:
-        """Of each sequence the first position that its token sees, which may be negative, and the
-        end of those; the latter is 0 for sequences that bring more than one token."""
-        rows = self.batch.lengths.shape[0]
-        is_decode = jnp.arange(rows, dtype=jnp.int32) < self.batch.num_decodes
-        lengths = jnp.where(is_decode, self.batch.lengths, 0)
-        first = jnp.zeros_like(lengths) if self.window is None else lengths - self.window
-        return first, lengths
-
     def decodes(self, rows: int) -> jax.Array:
         """Sequences that bring one token each, all together: [S N H], zero for the others."""
         kv_heads, group, size = self.heads
         q = self.q[:rows].reshape(rows, kv_heads, group, size)
-        first_seen, lengths = self.seen_by_decodes()
+        first_seen, lengths = self.batch.seen_by_decodes(self.window)
         oldest = jnp.min(jnp.where(lengths > 0, first_seen, jnp.iinfo(jnp.int32).max))
 
         def step(i: jax.Array, softmax: _Softmax) -> _Softmax:

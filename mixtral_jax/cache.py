@@ -59,6 +59,14 @@ class RaggedBatch(NamedTuple):
         found = jnp.searchsorted(ends, place, side="right")
         return jnp.minimum(found, self.lengths.shape[0] - 1).astype(jnp.int32)
 
+    def seen_by_decodes(self, window: int | None) -> tuple[Lengths, Lengths]:
+        """Of each sequence the first position that its token sees, which may be negative, and the
+        end of those; the latter is 0 for sequences that bring more than one token."""
+        rows = self.lengths.shape[0]
+        is_decode = jnp.arange(rows, dtype=jnp.int32) < self.num_decodes
+        lengths = jnp.where(is_decode, self.lengths, 0)
+        return jnp.zeros_like(lengths) if window is None else lengths - window, lengths
+
 
 class PagedCache(NamedTuple):
     """The pages of every layer. Donate it to the step that writes it."""

@@ -44,8 +44,8 @@ class Instruction:
         return _CALLED.findall(self.text)
 
     @property
-    def parameter_name(self) -> str:
-        """As jax names it, such as arrays[3] or batch.lengths."""
+    def op_name(self) -> str:
+        """As jax names it: of parameters such as arrays[3] or batch.lengths."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
 

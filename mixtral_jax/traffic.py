@@ -117,7 +117,7 @@ class _Reader:
     def arguments(self) -> list[_Kinds]:
         kinds = []
         for one in self.entry.parameters():
-            name = one.parameter_name
+            name = one.op_name
             weights = name.startswith(("arrays[", "rest["))
             kind = "weights" if weights else "pages" if name.startswith("pages") else "other"
             kinds.append(frozenset({kind}))
@@ -326,8 +326,11 @@ class _Reader:
         target = found[1] if found else "?"
         if target not in _MARKS:
             # A kernel of Pallas is told from another by the name of its function.
-            name = re.sub(r"[.\d]+$", "", one.name) if target == "tpu_custom_call" else target
-            self.kernels[name] += 1
+            if target == "tpu_custom_call":
+                target = re.sub(r"[.\d]+$", "", one.name)
+            elif target == "__gpu$xla.gpu.triton":
+                target = one.op_name.removesuffix("/pallas_call").rpartition("/")[2]
+            self.kernels[target] += 1
 
 
 def _put(fused: Computation) -> float:

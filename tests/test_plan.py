@@ -186,6 +186,24 @@ ENTRY %main (a: f32[8,4]) -> f32[16,4] {
 """
 
 
+@pytest.mark.parametrize(
+    ("name", "call", "kernel"),
+    [
+        ("gmm.3", 'custom_call_target="tpu_custom_call"', "gmm"),
+        (
+            "pallas_call.1",
+            'custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="jit(f)/paged_decode/pallas_call"}',
+            "paged_decode",
+        ),
+        ("c", 'custom_call_target="AllocateBuffer"', None),
+    ],
+)
+def test_a_kernel_is_called_by_its_function(name: str, call: str, kernel: str | None) -> None:
+    text = PROGRAM.replace("%seen =", f"%{name} =").replace('custom_call_target="attend"', call)
+    assert traffic.moved(text).kernels == ({kernel: 1} if kernel else {})
+
+
 def test_a_collective_beside_other_work_is_found_once() -> None:
     found = traffic.moved(CHAINED.replace("\\\n", ""))
     assert found.collectives == (Collective("all-gather", 256, 2, moves_weights=True),)

@@ -48,7 +48,7 @@ LAW: dict[str, set[str]] = {
     "mixtral_jax.native": _ours("cache", "compilation"),
     "mixtral_jax.layers": _ours("axes", "config", "sharding", "native"),
     "mixtral_jax.tpu": _ours("axes", "cache", "layers"),
-    "mixtral_jax.gpu": _ours("axes", "layers"),
+    "mixtral_jax.gpu": _ours("axes", "cache", "layers"),
     "mixtral_jax.attention": _ours(
         "axes", "config", "sharding", "native", "layers", "cache", "gpu", "tpu"
     ),
