@@ -28,7 +28,7 @@ def weight(seed: int, dtype: str, *shape: int) -> Scaled:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 24, 32, 33])
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 33])
 @pytest.mark.parametrize(("outs", "n"), [(1, 1), (5, 16), (70, 131), (33, 576), (20, 4100)])
 def test_linear_equals_xla(rows: int, outs: int, n: int, dtype: str) -> None:
     """Sizes that fill the registers and that leave something over on every side."""
