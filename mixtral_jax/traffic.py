@@ -327,7 +327,7 @@ class _Reader:
         if target not in _MARKS:
             # A kernel of Pallas is told from another by the name of its function.
             if target == "tpu_custom_call":
-                target = re.sub(r"[.\d]+$", "", one.name)
+                target = re.sub(r"(\.\d+)+$", "", one.name)
             elif target == "__gpu$xla.gpu.triton":
                 target = one.op_name.removesuffix("/pallas_call").rpartition("/")[2]
             self.kernels[target] += 1

@@ -30,6 +30,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # A peer whose machine is gone closes nothing: pings find out.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # by default a minute, whatever the line above says
     ("grpc.max_receive_message_length", MOST_RECEIVED),
 )
 _HAS_SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract):")

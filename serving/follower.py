@@ -32,6 +32,7 @@ _CHANNEL_OPTIONS = (
     # As the leader's: a machine that is gone closes nothing.
     ("grpc.keepalive_time_ms", 2_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Each attempt to join is a new channel; one channel must not remember another's failures.

@@ -38,6 +38,7 @@ _OPTIONS = (
     # A client whose machine is gone closes nothing: pings find out.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # Clients may do the same, also while they wait for nothing (serving/channel.py).
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),

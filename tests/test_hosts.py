@@ -152,7 +152,20 @@ def test_a_killed_process_ends_the_streams_and_the_group_comes_back(alone: list[
         assert answers(group_.leader) == alone
 
 
-def kill_under_load(server: Server, victim: psutil.Process) -> float:
+@pytest.mark.soak
+def test_a_process_that_stands_still_is_lost_too() -> None:
+    """As a machine that vanishes it closes nothing: only pings tell."""
+    with group(2, 1, "--mesh", "data=1,expert=2,tensor=1") as group_:
+        (follower,) = group_.followers
+        still = follower.service
+        assert kill_under_load(group_.leader, still, signal.SIGSTOP) < 12.0
+        still.send_signal(signal.SIGCONT)
+        until_back(group_.leader)
+
+
+def kill_under_load(
+    server: Server, victim: psutil.Process, number: signal.Signals = signal.SIGKILL
+) -> float:
     """Seconds until the last of 16 streams has ended; each must end as one that is broken."""
 
     async def stream(client: httpx.AsyncClient, begun: asyncio.Semaphore) -> float:
@@ -177,7 +190,7 @@ def kill_under_load(server: Server, victim: psutil.Process) -> float:
             for _ in streams:
                 await asyncio.wait_for(begun.acquire(), PATIENCE)
             killed = time.monotonic()
-            victim.kill()
+            victim.send_signal(number)
             return max(await asyncio.gather(*streams)) - killed
 
     return asyncio.run(run())
