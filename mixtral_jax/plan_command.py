@@ -100,7 +100,7 @@ def plan(
     with notes.status("planning") as status:
         answers = search.best_of(sizes, status.update)
     if png is not None:
-        _draw(png, answers[0])
+        _draw(png, answers[0], model or str(checkpoint))
     if as_json:
         found = answers[0].to_json(price)
         found["model"] = {"name": model or str(checkpoint), "dtype": load.dtype}
@@ -194,7 +194,7 @@ def _collectives(answer: "Answer") -> str:
     return ", ".join(said) or "none"
 
 
-def _draw(file: Path, answer: "Answer") -> None:
+def _draw(file: Path, answer: "Answer", name_of_model: str) -> None:
     """Time of a decode step and tokens/s against batch: by arithmetic, and the one answered."""
     from dataclasses import replace
 
@@ -213,7 +213,7 @@ def _draw(file: Path, answer: "Answer") -> None:
         estimate(replace(answer.load, batch=batch), answer.topology, answer.split)
         for batch in batches
     ]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for part in ("memory", "compute", "network"):
         values = [getattr(one.decode, part) * 1e3 for one in points]
@@ -223,14 +223,20 @@ def _draw(file: Path, answer: "Answer") -> None:
         (right, "tokens/s", lambda one: one.tokens_per_second),
     ):
         axes.plot(batches, [value(one) for one in points], label="by arithmetic", color="black")
-        axes.plot([answer.load.batch], [value(answer)], "o", label=_source(answer), color="tab:red")
-        axes.axvline(answer.largest_batch, color="gray", linestyle=":", label="memory is full")
-        axes.set(xscale="log", xlabel="batch", title=name)
+        asked = f"batch {answer.load.batch}, {_source(answer)}"
+        axes.plot([answer.load.batch], [value(answer)], "o", label=asked, color="tab:red")
+        if answer.largest_batch:
+            axes.axvline(answer.largest_batch, color="gray", linestyle=":", label="memory is full")
+        axes.set_xscale("log", base=2)
+        ticks = [batch for batch in batches if batch == top or batch * 1.4 < top]
+        axes.set_xticks(ticks, labels=[f"{batch:,}" for batch in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel="batch", title=name)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(
-        f"estimate: {answer.load.dtype}, context {answer.load.context:,}, {answer.topology}, "
-        f"{_named(answer)}"
+        f"estimate: {name_of_model} in {answer.load.dtype}, context {answer.load.context:,}, "
+        f"{answer.topology}, {_named(answer)}"
     )
     figure.savefig(file, dpi=120)
