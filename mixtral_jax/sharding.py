@@ -23,6 +23,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mixtral_jax.config import ConfigError, ModelConfig
 
 MESH_AXES = ("data", "expert", "tensor", "copy")
+# Of what a mesh splits, for messages.
+_NAMES = {
+    "E": "experts",
+    "F": "feed-forward channels",
+    "K": "key/value heads",
+    "N": "query heads",
+    "V": "tokens of the vocabulary",
+}
 
 MeshAxes = tuple[str, ...]
 
@@ -94,8 +102,8 @@ class ShardingRules:
             if size and size % ways:
                 axes = " x ".join(axis for axis in getattr(self, field.name))
                 raise ConfigError(
-                    f"axis {field.name} of size {size} cannot be split {ways} ways over the mesh "
-                    f"({axes}); choose a divisor of {size}"
+                    f"{size} {_NAMES.get(field.name, field.name)} cannot be split {ways} ways over "
+                    f"the mesh ({axes}); choose a divisor of {size}"
                 )
 
 
@@ -175,6 +183,7 @@ def mesh_text(mesh: Mesh) -> str:
 def mesh_sizes(text: str) -> tuple[int, int, int]:
     named = MESH_AXES[:3]
     sizes = dict.fromkeys(named, 1)
+    given: set[str] = set()
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
         if name not in sizes or not number.isdecimal() or int(number) < 1:
@@ -182,6 +191,9 @@ def mesh_sizes(text: str) -> tuple[int, int, int]:
                 f"mesh {text!r}: {part.strip()!r} is not one of {', '.join(named)} with a size; "
                 "write data=1,expert=8,tensor=1, or auto"
             )
+        if name in given:
+            raise ConfigError(f"mesh {text!r}: {name} is there twice; give it one size")
+        given.add(name)
         sizes[name] = int(number)
     return sizes["data"], sizes["expert"], sizes["tensor"]
 

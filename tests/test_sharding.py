@@ -34,9 +34,9 @@ def test_one_mesh_axis_is_never_used_twice() -> None:
 def test_what_does_not_divide_is_refused() -> None:
     three = ModelConfig._with(MOE, num_experts=3)
     mesh = make_mesh(expert=2)
-    with pytest.raises(ConfigError, match="axis E of size 3 cannot be split 2 ways"):
+    with pytest.raises(ConfigError, match="3 experts cannot be split 2 ways"):
         Transformer(three, rngs=None, mesh=mesh)
-    with pytest.raises(ConfigError, match="axis E of size 8 cannot be split 3 ways"):
+    with pytest.raises(ConfigError, match="8 experts cannot be split 3 ways"):
         Transformer(MOE, rngs=None, mesh=make_mesh(expert=3))
     with pytest.raises(ValueError, match="needs 9 devices, there are 8"):
         make_mesh(expert=9)
@@ -97,6 +97,8 @@ def test_full_form_under_a_mesh_equals_one_device(
 def test_a_mesh_by_its_text() -> None:
     assert mesh_text(mesh_for(MOE, "expert=4, tensor=2")) == "data=1,expert=4,tensor=2"
     assert mesh_for(MOE, "tensor=8").shape["copy"] == 2
+    with pytest.raises(ConfigError, match="expert is there twice"):
+        mesh_for(MOE, "expert=4,expert=2")
     with pytest.raises(ConfigError, match="'exprt=4' is not one of data, expert, tensor"):
         mesh_for(MOE, "exprt=4")
     with pytest.raises(ConfigError, match="needs 16 devices, there are 8"):
