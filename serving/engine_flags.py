@@ -77,7 +77,11 @@ def facts(options: argparse.Namespace, pretrained: Pretrained) -> dict[str, str]
         "the model": card.name,
         "the model's config": hashlib.sha256(repr(card.model).encode()).hexdigest()[:16],
         "--dtype": pretrained.loadable_dtype(options.dtype),
-        **{f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in flags + switches},
+        **{
+            f"--{name.replace('_', '-')}": str(given)
+            for name in flags + switches
+            if (given := getattr(options, name)) is not None
+        },
     }
 
 

@@ -214,11 +214,11 @@ def test_who_differs_is_refused(
 
 def test_a_second_process_of_one_number_waits() -> None:
     port, _ = free_ports(2)
-    with ThreadPoolExecutor(1) as pool, leading(place(0, port, 3)):
+    with ThreadPoolExecutor(1) as pool, leading(place(0, port, 3)) as (leader, _):
         pool.submit(follower(place(1, port, 3, timeout=0.1), Log()).join)
+        eventually(lambda: leader._members)
         with pytest.raises(GroupError, match="there is a process 1 already"):
-            while True:  # whichever comes first
-                follower(place(1, port, 3, timeout=0.1), Log()).join()
+            follower(place(1, port, 3, timeout=0.1), Log()).join()
 
 
 def test_a_lost_follower_is_noticed_once() -> None:
