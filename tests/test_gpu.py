@@ -57,8 +57,7 @@ def test_decode(window: int | None) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("group", "window"), [(1, None), (3, 40)])
 def test_paged_attention(group: int, window: int | None) -> None:
     """Two decodes, prompts within a tile, of a tile and beyond, after tokens and without; unused
     pages and places hold NaN."""

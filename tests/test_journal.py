@@ -360,8 +360,9 @@ def test_usage_of_everybody_is_for_the_operator(watched: Watched) -> None:
     assert watched.get("/usage?all=perhaps").status_code == 422
 
 
-def test_every_metric_is_in_the_readme(watched: Watched) -> None:
+def test_every_metric_is_in_the_readme(watched: Watched, lines: list[dict[str, Any]]) -> None:
     watched.chat("x")
+    until(lambda: lines)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     names = {re.sub("_(sum|count)$", "", name) for name, *_ in watched.figures()}
     assert len(names) == 6
