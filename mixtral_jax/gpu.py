@@ -267,8 +267,11 @@ def grouped(
     """`moe.grouped_xla`: rows in E groups, each against its own expert of weight [E O I]."""
     rows, experts = x.shape[0], sizes.shape[0]
     outputs = weight.values.shape[1]
-    is_int8 = weight.scale is not None
-    left, x_scale = quantize_rows(x) if is_int8 else (x, None)
+    dtype = x.dtype
+    scales: tuple[jax.Array, ...] = ()  # of rows, and of outputs by expert
+    if weight.scale is not None:
+        x, x_scale = quantize_rows(x)
+        scales = (x_scale, weight.scale)
     ends = jnp.cumsum(sizes.astype(jnp.int32))
     # Each group takes whole tiles of rows; the last one of it reaches into the next group, whose
     # rows it does not write.
@@ -278,22 +281,19 @@ def grouped(
     expert = jnp.minimum(jnp.searchsorted(last_tile, tile, side="right"), experts - 1)
     expert = expert.astype(jnp.int32)
     first = (ends - sizes)[expert] + (tile - (last_tile - tiles)[expert]) * _ROWS
-    total: jax.Array = pl.pallas_call(
+    out: jax.Array = pl.pallas_call(
         _grouped_tile,
-        out_shape=jax.ShapeDtypeStruct((rows, outputs), jnp.int32 if is_int8 else x.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
         grid=(len(tile), outputs // _OUTPUTS),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="grouped_product",
-    )(left, weight.values, expert, first.astype(jnp.int32), ends[expert])
-    if weight.scale is None or x_scale is None:
-        return total
-    of_row = jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
-    scale = weight.scale[jnp.minimum(of_row, experts - 1)]
-    return (total.astype(jnp.float32) * (x_scale[:, None] * scale)).astype(x.dtype)
+    )(x, weight.values, expert, first.astype(jnp.int32), ends[expert], *scales)
+    return out
 
 
-def _grouped_tile(x, weight, expert, first, end, out):  # type: ignore[no-untyped-def]
+def _grouped_tile(x, weight, expert, first, end, *scales_and_out):  # type: ignore[no-untyped-def]
+    *scales, out = scales_and_out
     tile, column = pl.program_id(0), pl.program_id(1)
     here = pl.ds(first[tile], _ROWS)
     is_mine = first[tile] + jnp.arange(_ROWS, dtype=jnp.int32) < end[tile]
@@ -312,4 +312,9 @@ def _grouped_tile(x, weight, expert, first, end, out):  # type: ignore[no-untype
     def _() -> None:
         total = jnp.zeros((_ROWS, _OUTPUTS), kind)
         total = jax.lax.fori_loop(0, x.shape[1] // _INPUTS, step, total)
+        if scales:
+            x_scale, scale = scales
+            of_row = plgpu.load(x_scale.at[here], mask=is_mine, other=0)
+            of_column = scale[expert[tile], columns]
+            total = total.astype(jnp.float32) * (of_row[:, None] * of_column[None, :])
         plgpu.store(out.at[here, columns], total.astype(out.dtype), mask=is_mine[:, None])

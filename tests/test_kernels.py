@@ -7,6 +7,7 @@ environment when they are loaded.
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,8 +43,11 @@ ATTENTION = {
     "tpu": ["ragged_paged_attention_kernel"],
     "gpu": ["paged_decode", "paged_prefill"],
 }
-PRODUCT = {"tpu": ["gmm"], "gpu": ["grouped_product"]}
-KERNELS = [name for names in (*ATTENTION.values(), *PRODUCT.values()) for name in names]
+PRODUCT = {
+    "tpu": {"bfloat16": ["gmm"], "int8": ["grouped_int8"]},
+    "gpu": {"bfloat16": ["grouped_product"], "int8": ["grouped_product"]},
+}
+KERNELS = [*ATTENTION["tpu"], *ATTENTION["gpu"], "gmm", "grouped_int8", "grouped_product"]
 
 
 @pytest.mark.parametrize(("heads", "window"), [((4, 2), 5), ((6, 1), None)])
@@ -105,10 +109,11 @@ def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
             assert facts["in_place"] >= facts["pages"]
             assert facts["temporaries"] < facts["pages"] / 8
     for experts in EXPERTS:
-        facts = found[experts]
-        assert facts["kernels"] == PRODUCT[topology.platform]
-        # The weights are read as they lie.
-        assert facts["temporaries"] < facts["weights"] / 2
+        for dtype, kernels in PRODUCT[topology.platform].items():
+            facts = found[f"{experts} in {dtype}"]
+            assert facts["kernels"] == kernels
+            # The weights are read as they lie.
+            assert facts["temporaries"] < facts["weights"] / 2
 
 
 def compile_all(name: str) -> dict[str, dict[str, Any]]:
@@ -169,15 +174,18 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
             ) | {"pages": pages.size * 2}
     for experts, (held, inputs, outputs) in EXPERTS.items():
 
-        def product(x: Any, sizes: Any, values: Any) -> Any:
-            return grouped(x, sizes, Scaled(values, None), topology.platform)
+        def product(x: Any, sizes: Any, *arrays: Any) -> Any:
+            return grouped(x, sizes, Scaled(*arrays), topology.platform)
 
-        found[experts] = facts(
-            product,
-            array(512, inputs),
-            array(held, dtype=i32),
-            array(held, outputs, inputs),
-        ) | {"weights": held * outputs * inputs * 2}
+        given = array(512, inputs), array(held, dtype=i32)
+        weights = held, outputs, inputs
+        for dtype, arrays in {
+            "bfloat16": (array(*weights), None),
+            "int8": (array(*weights, dtype=jnp.int8), array(held, outputs, dtype=jnp.float32)),
+        }.items():
+            found[f"{experts} in {dtype}"] = facts(product, *given, *arrays) | {
+                "weights": math.prod(weights) * arrays[0].dtype.itemsize
+            }
     return found
 
 
