@@ -94,9 +94,10 @@ def decode(
     start = jnp.maximum(first, 0) // _KEYS_PER_BLOCK
     stop = -(-lengths // _KEYS_PER_BLOCK)
     each = -(-(stop - start) // _SPLITS)
-    parts = (rows, kv_heads, _SPLITS, padded)
-    mixed, peak, total = pl.pallas_call(
-        functools.partial(_decode_split, per_block=per_block),
+    # The splits stand one behind the other; behind the last is room for rows that are not kept.
+    parts = (rows, kv_heads, (_SPLITS - 1) * group + padded)
+    found = pl.pallas_call(
+        functools.partial(_decode_split, per_block=per_block, group=group),
         out_shape=(
             jax.ShapeDtypeStruct((*parts, size), jnp.float32),
             jax.ShapeDtypeStruct(parts, jnp.float32),
@@ -107,14 +108,20 @@ def decode(
         interpret=interpret,
         name="paged_decode",
     )(q, pages, table, jnp.maximum(first, 0), lengths, start, each)
+    mixed, peak, total = (
+        part[:, :, : _SPLITS * group].reshape(rows, kv_heads, _SPLITS, group, *part.shape[3:])
+        for part in found
+    )
     highest = jnp.max(peak, axis=2, keepdims=True)
     weight = jnp.exp(peak - highest)
     total = jnp.sum(total * weight, axis=2)
     out = jnp.sum(mixed * weight[..., None], axis=2) / jnp.maximum(total, 1e-30)[..., None]
-    return out[:, :, :group].reshape(rows, heads, size)
+    return out.reshape(rows, heads, size)
 
 
-def _decode_split(q, pages, table, first, lengths, start, each, mixed, peak, total, *, per_block):  # type: ignore[no-untyped-def]
+def _decode_split(  # type: ignore[no-untyped-def]
+    q, pages, table, first, lengths, start, each, mixed, peak, total, *, per_block, group
+):
     row, head, split = (pl.program_id(axis) for axis in range(3))
     block = per_block * pages.shape[1]
     queries = q[row, head]
@@ -127,9 +134,12 @@ def _decode_split(q, pages, table, first, lengths, start, each, mixed, peak, tot
         seen = (position >= first[row]) & (position < lengths[row])
         return _attend(state, queries, keys, values, seen[None, :], seen)
 
-    mixed[row, head, split], peak[row, head, split], total[row, head, split] = jax.lax.fori_loop(
-        begin, end, step, _nothing_seen(queries.shape)
-    )
+    found = jax.lax.fori_loop(begin, end, step, _nothing_seen(queries.shape))
+    here = pl.ds(split * group, len(queries))
+    is_kept = jnp.arange(len(queries), dtype=jnp.int32) < group
+    plgpu.store(mixed.at[row, head, here], found[0], mask=is_kept[:, None])
+    plgpu.store(peak.at[row, head, here], found[1], mask=is_kept)
+    plgpu.store(total.at[row, head, here], found[2], mask=is_kept)
 
 
 def prefill(
