@@ -43,7 +43,7 @@ def restore(params: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
     """All arrays of an Orbax checkpoint by their dotted names, each on its own sharding.
 
     What is stored as another dtype is cast on its way. Raises ValueError if the names and shapes
-    are not those of the checkpoint.
+    are not those of the checkpoint, or a file of it is damaged.
     """
     context = ts.Context(
         {"cache_pool": {"total_bytes_limit": _CACHE}, "file_io_mode": {"mode": "memmap"}}
@@ -60,7 +60,12 @@ def restore(params: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
         stored = opened[name].result()
         if stored.shape != want.shape:
             raise ValueError(f"{params}: {name} has the shape {stored.shape}, not {want.shape}")
-        arrays[name] = _read(stored, want)
+        try:
+            arrays[name] = _read(stored, want)
+        except ValueError as error:  # as tensorstore says it, such as of a file cut short
+            raise ValueError(
+                f"{params}: {name} is damaged; copy the checkpoint or convert it again ({error})"
+            ) from error
         # A device takes its part while the next is read; then the host's is free.
         jax.block_until_ready(before)
         before = arrays[name]

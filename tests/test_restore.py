@@ -1,6 +1,7 @@
 """A checkpoint of any mesh onto any other: the same bits, each device its own part, and no more."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -120,6 +121,18 @@ def test_a_float_is_cast_on_its_way(tmp_path: Path) -> None:
     wanted = jax.ShapeDtypeStruct(value.shape, jax.numpy.bfloat16, sharding=sharding)
     found = shards.restore(tmp_path / "params", {"a": wanted})["a"]
     np.testing.assert_array_equal(found, value.astype(jax.numpy.bfloat16))
+
+
+def test_a_file_cut_short_is_named_with_its_array(tmp_path: Path) -> None:
+    value = np.arange(100_000, dtype=np.float32)
+    writer = ParameterWriter(tmp_path, {"a": jax.ShapeDtypeStruct(value.shape, value.dtype)})
+    writer.write("a", ..., value)
+    file = max((tmp_path / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+    with pytest.raises(ValueError, match="params: a is damaged; copy the checkpoint or convert"):
+        shards.restore(tmp_path / "params", {"a": wanted})
 
 
 def test_another_models_checkpoint_is_refused(written: Path) -> None:
