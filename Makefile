@@ -52,7 +52,7 @@ proto: $(VENV)/.tested ## Generate the gRPC stubs from serving/proto/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
 
 bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Measure the engine and write README's table of speeds; peers must be installed
-	$(BIN)/python -m benchmarks.readme $(ARGS)
+	$(BIN)/python -m benchmarks.speed_table $(ARGS)
 
 checkpoints/smollm2-135m-instruct-int8/config.json: | install
 	$(BIN)/mixtral-jax convert smollm2-135m-instruct checkpoints/smollm2-135m-instruct-int8 --dtype int8
@@ -61,7 +61,7 @@ plan-matrix: $(VENV)/.tested ## Compile the full-size models for every chip and 
 	$(BIN)/python -m benchmarks.plan_matrix $(ARGS)
 
 notebooks: $(VENV)/.tested ## Execute the notebooks on this machine
-	$(BIN)/python -m pytest tests/test_smollm2.py -k notebook $(ARGS)
+	$(BIN)/python -m pytest tests/end_to_end/test_smollm2.py -k notebook $(ARGS)
 
 clean: ## Remove what was built here; checkpoints and caches stay
 	rm -rf build dist *.egg-info $(VENV)

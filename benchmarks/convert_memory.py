@@ -27,7 +27,7 @@ import numpy as np
 import typer
 
 from convert.export import INDEX_FILE, cut
-from convert.mapping import rows
+from convert.name_table import rows
 from mixtral_jax.config import CONFIG_FILE, ModelConfig
 
 GIB = 1 << 30

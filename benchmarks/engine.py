@@ -32,13 +32,13 @@ from rich.console import Console
 
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.layers import Rotary
-from mixtral_jax.model import Transformer
-from mixtral_jax.moe import MoE, route
-from serving.bench import facts
-from serving.engine import Engine, compile_steps
-from serving.plan import Limits
-from serving.request import Request, SamplingParams
+from mixtral_jax.model.layers import Rotary
+from mixtral_jax.model.moe import MoE, route
+from mixtral_jax.model.transformer import Transformer
+from serving.bench.report import facts
+from serving.engine.engine import Engine, compile_steps
+from serving.scheduling.request import Request, SamplingParams
+from serving.scheduling.step_plan import Limits
 
 ROWS = 8
 SHORT, LONG = 128, 2048

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 from mixtral_jax.cache import PAGE_SIZES
-from mixtral_jax.hardware import GIB, topologies
-from mixtral_jax.plan import Answer
-from mixtral_jax.plan_search import Search, known_model
-from mixtral_jax.spread import Load
-from mixtral_jax.topology import installed
+from mixtral_jax.planning.chips import GIB, topologies
+from mixtral_jax.planning.estimate import Load
+from mixtral_jax.planning.plan import Answer
+from mixtral_jax.planning.search import Search, known_model
+from mixtral_jax.planning.topology import installed
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- plan: make plan-matrix -->\n", "<!-- end of plan -->"

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.convert_memory import mixtral
-from mixtral_jax.checkpoint import (
+from mixtral_jax.checkpoint.folder import (
     Card,
     ParameterReader,
     ParameterWriter,
@@ -42,7 +42,7 @@ from mixtral_jax.checkpoint import (
     load,
     parameter_shapes,
 )
-from mixtral_jax.model import named_parameters
+from mixtral_jax.model.transformer import named_parameters
 from mixtral_jax.sharding import make_mesh
 
 GIB = 1 << 30

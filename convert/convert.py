@@ -20,10 +20,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert import gguf_tokenizer
 from convert.errors import ConversionError
-from convert.mapping import REFUSED, Row, ignored, rows, tied_pair, untied, upcycled
-from convert.names import served_as
+from convert.name_table import REFUSED, Row, ignored, rows, tied_pair, untied, upcycled
 from convert.pieces import (
     Piece,
     check_space,
@@ -34,10 +32,11 @@ from convert.pieces import (
 )
 from convert.progress import Progress
 from convert.quantize import calibration_text, quantize
-from convert.reader import Reader, Tensor, is_readable, is_same
-from convert.source import Source, open_source
-from mixtral_jax import tokenizer
-from mixtral_jax.checkpoint import (
+from convert.served_name import served_as
+from convert.source import gguf_tokenizer
+from convert.source.open import Source, open_source
+from convert.source.safetensors import Reader, Tensor, is_readable, is_same
+from mixtral_jax.checkpoint.folder import (
     DTYPES,
     Card,
     ParameterWriter,
@@ -45,7 +44,8 @@ from mixtral_jax.checkpoint import (
     parameter_shapes,
 )
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.tokenizer import Tokenizer
+from mixtral_jax.tokenization import tokenizer
+from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def convert(
     """Writes the weights at `source` as a checkpoint folder, with the tokenizer beside them.
 
     Args:
-        source: a folder or file as `convert.source` describes.
+        source: a folder or file as `convert.source.open` describes.
         destination: a folder that does not exist or is empty.
         dtype: "float32" or "bfloat16" for all parameters, or "int8" as `convert.quantize` makes
             them, which needs the tokenizer. By default bfloat16 where most bytes of the source are

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.mapping import Row, rows
+from convert.name_table import Row, rows
 from convert.pieces import (
     Piece,
     check_space,
@@ -29,9 +29,9 @@ from convert.pieces import (
     total_bytes,
 )
 from convert.progress import Progress
-from mixtral_jax import tokenizer
-from mixtral_jax.checkpoint import Card, ParameterReader, finished_at, parameter_shapes
+from mixtral_jax.checkpoint.folder import Card, ParameterReader, finished_at, parameter_shapes
 from mixtral_jax.config import CONFIG_FILE
+from mixtral_jax.tokenization import tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
 _ENCODINGS = {"float32": "F32", "bfloat16": "BF16"}

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.mapping import Row
-from mixtral_jax.checkpoint import chunk_shape
+from convert.name_table import Row
+from mixtral_jax.checkpoint.folder import chunk_shape
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ import numpy as np
 
 from convert.pieces import Piece, filled, pieces, total_bytes
 from convert.progress import Progress
-from mixtral_jax.checkpoint import ParameterWriter, parameter_shapes
+from mixtral_jax.checkpoint.folder import ParameterWriter, parameter_shapes
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.layers import RMSNorm, Rotary, Scaled
-from mixtral_jax.moe import route
+from mixtral_jax.model.layers import RMSNorm, Rotary, Scaled
+from mixtral_jax.model.moe import route
 
 ALPHA = 0.5  # the paper's, for most models
 _TOKENS = 2048  # of the text

@@ -13,12 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixtral_jax.checkpoint.pretrained import load
     from mixtral_jax.config import ModelConfig
     from mixtral_jax.generation import generate, generate_tokens
-    from mixtral_jax.model import Transformer
-    from mixtral_jax.pretrained import load
+    from mixtral_jax.model.transformer import Transformer
     from mixtral_jax.sharding import ShardingRules, make_mesh
-    from mixtral_jax.tokenizer import Tokenizer
+    from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 __all__ = [
     "ModelConfig",
@@ -34,11 +34,11 @@ __all__ = [
 _HOMES = {
     "ModelConfig": "config",
     "ShardingRules": "sharding",
-    "Tokenizer": "tokenizer",
-    "Transformer": "model",
+    "Tokenizer": "tokenization.tokenizer",
+    "Transformer": "model.transformer",
     "generate": "generation",
     "generate_tokens": "generation",
-    "load": "pretrained",
+    "load": "checkpoint.pretrained",
     "make_mesh": "sharding",
 }
 

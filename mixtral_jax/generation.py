@@ -18,9 +18,11 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.axes import PackedDraws, Pages
 from mixtral_jax.cache import RaggedBatch
-from mixtral_jax.layers import Rotary
-from mixtral_jax.model import Transformer
-from mixtral_jax.sampling import (
+from mixtral_jax.model.layers import Rotary
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sharding import Layout
+from mixtral_jax.step.programs import Arrays, Parts, Piece, jit, own
+from mixtral_jax.step.sampling import (
     MAX_TOP_LOGPROBS,
     NO_ID,
     Biases,
@@ -29,9 +31,7 @@ from mixtral_jax.sampling import (
     sample,
     unpack,
 )
-from mixtral_jax.sharding import Layout
-from mixtral_jax.step import Arrays, Parts, Piece, jit, own
-from mixtral_jax.tokenizer import Message, Tokenizer
+from mixtral_jax.tokenization.tokenizer import Message, Tokenizer
 
 _PAGE_SIZE = 16
 _CHUNK = 128

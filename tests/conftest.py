@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from identity import TENANT, Identity, certificate, running_identity
-from servers import Server, running, serve_command
+
+from tests.support.identity import TENANT, Identity, certificate, running_identity
+from tests.support.servers import Server, running, serve_command
 
 # A mesh of eight devices on any machine; tests that need no mesh use the first.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -19,17 +19,17 @@ from collections.abc import Sequence
 
 import uvicorn
 
-from serving.access_flags import access_of, add_access_flags, service_key_of
+from serving.access.config import access_of, add_access_flags, service_key_of
+from serving.access.tls import Certificate, ServiceTls, add_certificate_flags, add_service_flags
 from serving.channel import target_of
+from serving.gateway.answering import Limits, StreamAborted
 from serving.gateway.app import create_app
-from serving.gateway.books import add_book_flags, books_of
-from serving.gateway.chat import Limits, StreamAborted
-from serving.gateway.drain import Drain, DrainingServer
-from serving.gateway.failures import refuse_while_draining
-from serving.gateway.protocol import Protocol
-from serving.logs import set_up
+from serving.gateway.config import add_book_flags, books_of
+from serving.gateway.http.drain import Drain, DrainingServer
+from serving.gateway.http.failures import refuse_while_draining
+from serving.gateway.http.protocol import Protocol
+from serving.observe.logs import set_up
 from serving.parent import end_with_parent
-from serving.tls import Certificate, ServiceTls, add_certificate_flags, add_service_flags
 
 DRAIN_SECONDS = 30.0
 

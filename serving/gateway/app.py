@@ -13,16 +13,16 @@ import grpc
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from serving.access import Access
+from serving.access.credentials import Access
+from serving.access.tls import ServiceTls
 from serving.channel import options_for
-from serving.gateway.books import Books
-from serving.gateway.chat import Gateway, Limits
-from serving.gateway.failures import answer_failures
-from serving.gateway.journal import Journal
+from serving.gateway.answering import Gateway, Limits
+from serving.gateway.config import Books
+from serving.gateway.http.access_log import Journal
+from serving.gateway.http.failures import answer_failures
 from serving.gateway.openapi import document, page
 from serving.gateway.routes import add_routes
 from serving.gateway.upstream import ModelService
-from serving.tls import ServiceTls
 
 # What scripts of other origins may read of an answer.
 _EXPOSED = ["x-request-id", "x-ms-client-request-id", "x-ms-error-code", "retry-after"]

@@ -2,7 +2,7 @@
 
 from fastapi import Request
 
-from serving.access import Access
+from serving.access.credentials import Access
 
 
 async def require(request: Request) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serving.gateway import wire
-from serving.gateway.completion import CompletionRequest
+from serving.gateway.dialect import response_types as wire
+from serving.gateway.dialect.chat.request import ChatRequest
+from serving.gateway.dialect.text.request import CompletionRequest
 from serving.gateway.routes import (
     AZURE_PREFIXES,
     EMBEDDINGS,
@@ -22,8 +23,7 @@ from serving.gateway.routes import (
     OPENAI_PREFIXES,
     PREFIXES,
 )
-from serving.gateway.schema import ChatRequest
-from serving.gateway.usage_report import UsageReport
+from serving.gateway.usage_route import UsageReport
 
 Schema = dict[str, Any]
 

@@ -11,11 +11,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from serving.errors import InvalidRequest, NotFound
-from serving.gateway import reply
+from serving.gateway.answering import Gateway
 from serving.gateway.auth import require
-from serving.gateway.chat import Gateway
-from serving.gateway.schema import Extras
-from serving.gateway.usage_report import report_usage
+from serving.gateway.dialect.chat import response as reply
+from serving.gateway.dialect.chat.request import Extras
+from serving.gateway.usage_route import report_usage
 
 AZURE_PREFIXES = ("", "/models")
 # A client of Azure OpenAI's names a deployment in the path; it is accepted whatever it is.

@@ -17,8 +17,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serving.accounting.answer_tokens import Tally
 from serving.errors import ERROR_METADATA, EngineFailure, ServingError, Unavailable, from_grpc
-from serving.gateway.tally import Tally
 from serving.proto import inference_pb2, inference_pb2_grpc
 
 # Seconds for calls that the service answers from memory.

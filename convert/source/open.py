@@ -1,0 +1,201 @@
+"""What a path holds: its dialect, its tensors, its config. No data is read.
+
+A folder is searched in this order, so that one with several forms of the same weights (as
+Mistral-7B-Instruct-v0.3 is published) gives Hugging Face's:
+
+    config.json with *.safetensors           `hf`; by *.safetensors.index.json where there is one
+    params.json with consolidated*.safetensors   `mistral`
+    one *.gguf                               `gguf`
+
+A single file of these kinds may be given too; its config is looked for beside it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.errors import ConversionError
+from convert.name_table import tied_pair
+from convert.source import configs
+from convert.source.gguf import gguf_header
+from convert.source.safetensors import Tensor, safetensors_header
+from mixtral_jax.config import CONFIG_FILE, ConfigError, ModelConfig, is_checkpoint
+
+PARAMS_FILE = "params.json"
+
+
+@dataclass
+class Source:
+    """Everything about a source but its data.
+
+    `problems` are what is wrong with its files and its config, which is None if it is at fault.
+    `whole` tells whether every file could be read: if not, a tensor that is not there says nothing.
+    """
+
+    path: Path
+    dialect: str
+    folder: Path  # where tokenizer files may be
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)  # of a GGUF file
+    config: ModelConfig | None = None
+    problems: list[str] = field(default_factory=list)
+    whole: bool = True
+
+    def add(self, file: Path) -> None:
+        """Takes in the header of a safetensors file."""
+        try:
+            found = safetensors_header(file)
+        except (ConversionError, OSError) as error:
+            self.fail(error)
+            return
+        for name, tensor in found.items():
+            if name in self.tensors:
+                other = self.tensors[name].file.name
+                self.problems.append(f"tensor {name} is in both {other} and {file.name}")
+            self.tensors[name] = tensor
+
+    def fail(self, error: ConversionError | OSError | str) -> None:
+        """Notes that a file could not be read."""
+        self.problems += error.problems if isinstance(error, ConversionError) else [str(error)]
+        self.whole = False
+
+
+def open_source(path: Path) -> Source:
+    """Raises ConversionError, saying what was looked for, if `path` is no source at all."""
+    if not path.exists():
+        raise ConversionError([f"{path} does not exist"])
+    if is_checkpoint(path):
+        raise ConversionError([f"{path} is a mixtral-jax checkpoint already"])
+    if path.is_file():
+        return _open_file(path)
+    shards = sorted(path.glob("*.safetensors"))
+    consolidated = [file for file in shards if file.name.startswith("consolidated")]
+    shards = [file for file in shards if file not in consolidated]
+    indexes = [
+        file
+        for file in sorted(path.glob("*.safetensors.index.json"))
+        if not file.name.startswith("consolidated")
+    ]
+    gguf_files = sorted(path.glob("*.gguf"))
+    if (path / CONFIG_FILE).is_file() and (shards or indexes):
+        return _open_hf(path, path, shards, indexes)
+    if (path / PARAMS_FILE).is_file() and consolidated:
+        return _open_consolidated(path, path, consolidated)
+    if len(gguf_files) == 1:
+        return _open_gguf(gguf_files[0])
+    if gguf_files:
+        names = ", ".join(file.name for file in gguf_files[:5])
+        raise ConversionError([f"{path} holds several GGUF files; name one of them: {names}"])
+    raise ConversionError([_nothing_found(path, shards, consolidated)])
+
+
+def _open_file(path: Path) -> Source:
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if path.suffix == ".safetensors":
+        if path.name.startswith("consolidated"):
+            return _open_consolidated(path, path.parent, [path])
+        return _open_hf(path, path.parent, [path], [])
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ConversionError([_pickled(path)])
+    raise ConversionError([f"{path} is neither a .safetensors nor a .gguf file"])
+
+
+def _open_hf(path: Path, folder: Path, shards: Sequence[Path], indexes: Sequence[Path]) -> Source:
+    source = Source(path, "hf", folder)
+    source.config = _read_config(source, folder / CONFIG_FILE, ModelConfig.from_hf)
+    if len(indexes) > 1:
+        names = " and ".join(file.name for file in indexes)
+        source.problems.append(f"{path} has two indexes, {names}; remove one")
+    if indexes:
+        _add_indexed(source, indexes[0])
+        return source
+    for file in shards:
+        # Beside a whole model.safetensors, other files are adapters or variants.
+        if file.name == "model.safetensors" or folder / "model.safetensors" not in shards:
+            source.add(file)
+    return source
+
+
+def _add_indexed(source: Source, index: Path) -> None:
+    """Takes in the files that an index names, and compares it with what they hold."""
+    try:
+        content = json.loads(index.read_text())
+        placed = {str(name): str(file) for name, file in content["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        source.fail(f"{index} is malformed: {error!r}")
+        return
+    for name in sorted(set(placed.values())):
+        file = index.parent / name
+        if Path(name).name != name or not file.is_file():
+            source.fail(f"{index.name} names {name}, which is not in {index.parent}; fetch it")
+        else:
+            source.add(file)
+    if not source.whole:
+        return
+    for name, wanted in placed.items():
+        held = source.tensors.get(name)
+        if held is None or held.file.name != wanted:
+            source.problems.append(f"{index.name} places {name} in {wanted}, which lacks it")
+            # Once is enough: it need not be reported as missing as well.
+            source.whole = False
+
+
+def _open_consolidated(path: Path, folder: Path, shards: Sequence[Path]) -> Source:
+    source = Source(path, "mistral", folder)
+    source.config = _read_config(source, folder / PARAMS_FILE, configs.from_params)
+    for file in shards:
+        source.add(file)
+    return source
+
+
+def _open_gguf(path: Path) -> Source:
+    source = Source(path, "gguf", path.parent)
+    try:
+        source.tensors, source.metadata = gguf_header(path)
+    except (ConversionError, OSError) as error:
+        source.fail(error)
+        return source
+    tied = tied_pair("gguf")[1] not in source.tensors
+    try:
+        source.config = configs.from_gguf(source.metadata, tied_embeddings=tied)
+    except ConfigError as error:
+        source.problems.append(f"{path}: {error}")
+    return source
+
+
+def _read_config(source: Source, file: Path, translate: Any) -> ModelConfig | None:
+    try:
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no json object")
+        config: ModelConfig = translate(content)
+        return config
+    except FileNotFoundError:
+        source.problems.append(f"{file} is missing; it says how the tensors are to be read")
+    except (OSError, ValueError) as error:
+        source.problems.append(f"{file}: {error}")
+    return None
+
+
+def _nothing_found(path: Path, shards: Sequence[Path], consolidated: Sequence[Path]) -> str:
+    if shards:
+        return f"{path} has safetensors but no {CONFIG_FILE}; fetch it from where they came"
+    if consolidated:
+        return f"{path} has consolidated safetensors but no {PARAMS_FILE}"
+    for pattern in ("pytorch_model*.bin", "consolidated*.pth", "*.bin", "*.pth", "*.pt"):
+        for file in sorted(path.glob(pattern)):
+            return _pickled(file)
+    return (
+        f"{path} holds no weights that can be read; looked for {CONFIG_FILE} with *.safetensors, "
+        f"{PARAMS_FILE} with consolidated*.safetensors, and *.gguf"
+    )
+
+
+def _pickled(file: Path) -> str:
+    return (
+        f"{file} is a pickle, which can run code when it is read; fetch the model as safetensors, "
+        "or load it with transformers and save_pretrained() it"
+    )

@@ -1,0 +1,42 @@
+"""`mixtral-jax keys`: add, list, remove. Running servers with `--keys FILE` follow the file."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serving.access.keyring import KeyFile
+
+app = typer.Typer(help="Keys of clients, by name; only digests are kept.", no_args_is_help=True)
+
+
+def default_file() -> Path:
+    """`mixtral-jax/keys.json` where the user's settings are."""
+    settings = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(settings) / "mixtral-jax" / "keys.json"
+
+
+FileOption = Annotated[
+    Path,
+    typer.Option("--file", metavar="FILE", default_factory=default_file, help="The keys' file."),
+]
+
+
+@app.command()
+def add(name: Annotated[str, typer.Argument(help="Whose key it is.")], file: FileOption) -> None:
+    """Make a key, print it, and keep its digest: it cannot be shown again."""
+    print(KeyFile(file).add(name))
+
+
+@app.command("list")
+def show(file: FileOption) -> None:
+    """Show the names of all keys and when they were made."""
+    for key in KeyFile(file).read():
+        print(f"{key.name}\t{key.created}")
+
+
+@app.command()
+def remove(name: Annotated[str, typer.Argument(help="Whose key it is.")], file: FileOption) -> None:
+    """Take a key away; running servers refuse it within seconds."""
+    KeyFile(file).remove(name)

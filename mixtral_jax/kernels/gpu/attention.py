@@ -1,0 +1,330 @@
+"""Kernels for GPU, in Pallas by way of Triton: what XLA lacks there.
+
+    decode   attention of one new token of each sequence over its pages: every program walks over
+             a part of one sequence's pages for one key/value head, and the parts are put together
+             (arXiv:2205.14135; split as in Flash-Decoding)
+    prefill  the same for sequences that bring many tokens: every program takes a tile of queries of
+             one sequence, and the heads that share a key/value head stand in it row by row
+    grouped  rows in groups against one expert each: XLA's ragged product computes every expert for
+             every row on NVIDIA
+
+Each has an equal XLA form beside it (attention.py, moe.py), which is taken where a kernel's limits
+are not met. Products of float32 are as precise as jax makes them on that GPU
+(`jax_default_matmul_precision`; by default TF32, as XLA's).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Float, Float32, Int
+
+from mixtral_jax.axes import FlatQueries, Lengths, Pages, PageTable
+from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.model.layers import Scaled, quantize_rows
+
+_KEYS_PER_BLOCK = 64
+_SPLITS = 8  # of a sequence, so that few sequences occupy all of a GPU
+_LEAST = 16  # rows of a tensor core's product
+_QUERIES = 128  # rows of a tile of queries: tokens x heads
+_ROWS, _OUTPUTS, _INPUTS = 64, 128, 64  # of a tile
+_NOTHING = -1e30  # finite, so that what has seen nothing stays free of inf - inf
+
+
+def fits_attention(pages: Pages) -> bool:
+    """Whether the kernel takes such pages: floats, heads and blocks of powers of two."""
+    page_size, size = pages.shape[1], pages.shape[3]
+    floats = pages.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    return floats and _is_power(size) and size >= _LEAST and _KEYS_PER_BLOCK % page_size == 0
+
+
+def _is_power(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def paged_attention(
+    q: FlatQueries,
+    pages: Pages,
+    batch: RaggedBatch,
+    window: int | None,
+    *,
+    interpret: bool = False,
+) -> FlatQueries:
+    """`attention.paged_attention`; unused places are zero."""
+    tokens, rows = q.shape[0], batch.lengths.shape[0]
+    scaled = q * jnp.asarray(q.shape[2] ** -0.5, q.dtype)
+    first, lengths = batch.seen_by_decodes(window)
+    room = max(tokens, rows)
+    one_each = jnp.pad(scaled, ((0, room - tokens), (0, 0), (0, 0)))[:rows]
+    out = decode(one_each, pages, batch.page_table, first, lengths, interpret=interpret)
+    out = jnp.pad(out, ((0, room - rows), (0, 0), (0, 0)))[:tokens]
+    if tokens > 1:
+        place = jnp.arange(tokens, dtype=jnp.int32)[:, None, None]
+        is_prompt = place >= batch.num_decodes
+        is_prompt &= place < batch.query_starts[batch.num_sequences]
+        prompts = prefill(scaled, pages, batch, window, interpret=interpret)
+        out = jnp.where(is_prompt, prompts, out)
+    return out.astype(q.dtype)
+
+
+def decode(
+    q: Float[jax.Array, "S N H"],
+    pages: Pages,
+    table: PageTable,
+    first: Lengths,
+    lengths: Lengths,
+    *,
+    interpret: bool = False,
+) -> Float32[jax.Array, "S N H"]:
+    """Attention of one token of each sequence over its positions first .. lengths - 1.
+
+    q is scaled already. Sequences of length 0 give zeros.
+    """
+    rows, heads, size = q.shape
+    page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
+    group = heads // kv_heads
+    padded = max(_LEAST, 1 << (group - 1).bit_length())
+    q = q.reshape(rows, kv_heads, group, size).astype(pages.dtype)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
+    per_block = _KEYS_PER_BLOCK // page_size
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
+    # Of each sequence's blocks, each split walks over as many, in order.
+    start = jnp.maximum(first, 0) // _KEYS_PER_BLOCK
+    stop = -(-lengths // _KEYS_PER_BLOCK)
+    each = -(-(stop - start) // _SPLITS)
+    # The splits stand one behind the other; behind the last is room for rows that are not kept.
+    parts = (rows, kv_heads, (_SPLITS - 1) * group + padded)
+    found = pl.pallas_call(
+        functools.partial(_decode_split, per_block=per_block, group=group),
+        out_shape=(
+            jax.ShapeDtypeStruct((*parts, size), jnp.float32),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+        ),
+        grid=(rows, kv_heads, _SPLITS),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="paged_decode",
+    )(q, pages, table, jnp.maximum(first, 0), lengths, start, each)
+    mixed, peak, total = (
+        part[:, :, : _SPLITS * group].reshape(rows, kv_heads, _SPLITS, group, *part.shape[3:])
+        for part in found
+    )
+    highest = jnp.max(peak, axis=2, keepdims=True)
+    weight = jnp.exp(peak - highest)
+    total = jnp.sum(total * weight, axis=2)
+    out = jnp.sum(mixed * weight[..., None], axis=2) / jnp.maximum(total, 1e-30)[..., None]
+    return out.reshape(rows, heads, size)
+
+
+def _decode_split(  # type: ignore[no-untyped-def]
+    q, pages, table, first, lengths, start, each, mixed, peak, total, *, per_block, group
+):
+    row, head, split = (pl.program_id(axis) for axis in range(3))
+    block = per_block * pages.shape[1]
+    queries = q[row, head]
+    begin = start[row] + split * each[row]
+    end = jnp.minimum(begin + each[row], pl.cdiv(lengths[row], block))
+
+    def step(i, state):  # type: ignore[no-untyped-def]
+        keys, values = _block_of_pages(pages, table, row, head, i, per_block)
+        position = i * block + jnp.arange(block, dtype=jnp.int32)
+        seen = (position >= first[row]) & (position < lengths[row])
+        return _attend(state, queries, keys, values, seen[None, :], seen)
+
+    found = jax.lax.fori_loop(begin, end, step, _nothing_seen(queries.shape))
+    here = pl.ds(split * group, len(queries))
+    is_kept = jnp.arange(len(queries), dtype=jnp.int32) < group
+    plgpu.store(mixed.at[row, head, here], found[0], mask=is_kept[:, None])
+    plgpu.store(peak.at[row, head, here], found[1], mask=is_kept)
+    plgpu.store(total.at[row, head, here], found[2], mask=is_kept)
+
+
+def prefill(
+    q: Float[jax.Array, "T N H"],
+    pages: Pages,
+    batch: RaggedBatch,
+    window: int | None,
+    *,
+    interpret: bool = False,
+) -> Float32[jax.Array, "T N H"]:
+    """Attention of the tokens of sequences that bring many; other places are not written.
+
+    q is scaled already. The sequence's keys and values, those of its new tokens included, are in
+    its pages.
+    """
+    tokens, heads, size = q.shape
+    page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
+    group = heads // kv_heads
+    padded = 1 << (group - 1).bit_length()
+    each = _QUERIES // padded  # tokens of a tile
+    q = q.reshape(tokens, kv_heads, group, size).astype(pages.dtype)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
+    q = q.transpose(1, 0, 2, 3).reshape(kv_heads, tokens * padded, size)
+    per_block = _KEYS_PER_BLOCK // page_size
+    table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % per_block)))
+    # As many tiles as any batch can need; those that this one does not need are empty.
+    rows = table.shape[0]
+    row = jnp.arange(rows, dtype=jnp.int32)
+    is_prompt = (row >= batch.num_decodes) & (row < batch.num_sequences)
+    starts, stops = batch.query_starts[:-1], batch.query_starts[1:]
+    tiles = jnp.where(is_prompt, -(-(stops - starts) // each), 0)
+    last_tile = jnp.cumsum(tiles, dtype=jnp.int32)
+    tile = jnp.arange(-(-tokens // each) + rows, dtype=jnp.int32)
+    owner = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
+    is_used = owner < rows
+    owner = jnp.minimum(owner, rows - 1)
+    place = starts[owner] + (tile - (last_tile - tiles)[owner]) * each
+    place = jnp.where(is_used, place, stops[owner])
+    out: jax.Array = pl.pallas_call(
+        functools.partial(_prefill_tile, per_block=per_block, padded=padded, window=window),
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        grid=(len(tile), kv_heads),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+        name="paged_prefill",
+    )(q, pages, table, owner, place, stops, batch.lengths)
+    out = out.reshape(kv_heads, tokens, padded, size)[:, :, :group]
+    return out.transpose(1, 0, 2, 3).reshape(tokens, heads, size)
+
+
+def _prefill_tile(q, pages, table, owner, place, stops, lengths, out, *, per_block, padded, window):  # type: ignore[no-untyped-def]
+    tile, head = pl.program_id(0), pl.program_id(1)
+    row, begin = owner[tile], place[tile]
+    stop, length = stops[row], lengths[row]
+    block = per_block * pages.shape[1]
+    here = pl.ds(begin * padded, _QUERIES)
+    token = jnp.arange(_QUERIES, dtype=jnp.int32) // padded
+    is_mine = begin + token < stop
+    first = length - (stop - begin)  # position of the tile's first token
+    at = first + token
+    oldest = 0 if window is None else jnp.maximum(first - window + 1, 0)
+    newest = jnp.minimum(first + _QUERIES // padded, length)
+
+    @pl.when(begin < stop)
+    def _() -> None:
+        queries = plgpu.load(q.at[head, here], mask=is_mine[:, None], other=0)
+
+        def step(i, state):  # type: ignore[no-untyped-def]
+            keys, values = _block_of_pages(pages, table, row, head, i, per_block)
+            position = i * block + jnp.arange(block, dtype=jnp.int32)
+            seen = position[None, :] <= at[:, None]
+            if window is not None:
+                seen &= position[None, :] > at[:, None] - window
+            is_written = (position >= oldest) & (position < newest)
+            return _attend(state, queries, keys, values, seen, is_written)
+
+        blocks = (oldest // block, pl.cdiv(newest, block))
+        mixed, _, total = jax.lax.fori_loop(*blocks, step, _nothing_seen(queries.shape))
+        mixed = mixed / jnp.maximum(total, 1e-30)[:, None]
+        plgpu.store(out.at[head, here], mixed, mask=is_mine[:, None])
+
+
+def _block_of_pages(pages, table, row, head, i, per_block):  # type: ignore[no-untyped-def]
+    """The i-th keys and values of a sequence, for one key/value head."""
+    index = table[row, pl.ds(i * per_block, per_block)]
+    shape = (per_block * pages.shape[1], pages.shape[3])
+    keys = pages[index, :, 2 * head, :].reshape(shape)
+    return keys, pages[index, :, 2 * head + 1, :].reshape(shape)
+
+
+def _nothing_seen(shape):  # type: ignore[no-untyped-def]
+    """The sum under way of so many rows: of values, the highest score, of weights."""
+    rows, _ = shape
+    return (
+        jnp.zeros(shape, jnp.float32),
+        jnp.full(rows, _NOTHING, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+    )
+
+
+def _attend(state, queries, keys, values, seen, is_written):  # type: ignore[no-untyped-def]
+    """Takes a block of keys into the sum; `seen` by rows of queries."""
+    mixed, peak, total = state
+    # What stands in a place that nobody sees may be anything, and 0 x NaN is NaN.
+    values = jnp.where(is_written[:, None], values, jnp.zeros((), values.dtype))
+    scores = jax.lax.dot_general(
+        queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(seen, scores, _NOTHING)
+    higher = jnp.maximum(peak, jnp.max(scores, axis=1))
+    weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
+    shrink = jnp.exp(peak - higher)
+    added = jax.lax.dot_general(
+        weights.astype(values.dtype),
+        values,
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return mixed * shrink[:, None] + added, higher, total * shrink + jnp.sum(weights, axis=1)
+
+
+def fits_grouped(weight: Scaled) -> bool:
+    """Whether the kernel takes such weights: whole tiles."""
+    outputs, inputs = weight.values.shape[1:]
+    return outputs % _OUTPUTS == 0 == inputs % _INPUTS
+
+
+def grouped(
+    x: Float[jax.Array, "M I"],
+    sizes: Int[jax.Array, " E"],
+    weight: Scaled,
+    *,
+    interpret: bool = False,
+) -> Float[jax.Array, "M O"]:
+    """`moe.grouped_xla`: rows in E groups, each against its own expert of weight [E O I]."""
+    rows, experts = x.shape[0], sizes.shape[0]
+    outputs = weight.values.shape[1]
+    dtype = x.dtype
+    scales: tuple[jax.Array, ...] = ()  # of rows, and of outputs by expert
+    if weight.scale is not None:
+        x, x_scale = quantize_rows(x)
+        scales = (x_scale, weight.scale)
+    ends = jnp.cumsum(sizes.astype(jnp.int32))
+    # Each group takes whole tiles of rows; the last one of it reaches into the next group, whose
+    # rows it does not write.
+    tiles = -(-sizes.astype(jnp.int32) // _ROWS)
+    last_tile = jnp.cumsum(tiles)
+    tile = jnp.arange(-(-rows // _ROWS) + experts, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(last_tile, tile, side="right"), experts - 1)
+    expert = expert.astype(jnp.int32)
+    first = (ends - sizes)[expert] + (tile - (last_tile - tiles)[expert]) * _ROWS
+    out: jax.Array = pl.pallas_call(
+        _grouped_tile,
+        out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
+        grid=(len(tile), outputs // _OUTPUTS),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="grouped_product",
+    )(x, weight.values, expert, first.astype(jnp.int32), ends[expert], *scales)
+    return out
+
+
+def _grouped_tile(x, weight, expert, first, end, *scales_and_out):  # type: ignore[no-untyped-def]
+    *scales, out = scales_and_out
+    tile, column = pl.program_id(0), pl.program_id(1)
+    here = pl.ds(first[tile], _ROWS)
+    is_mine = first[tile] + jnp.arange(_ROWS, dtype=jnp.int32) < end[tile]
+    columns = pl.ds(column * _OUTPUTS, _OUTPUTS)
+    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+
+    def step(i, total):  # type: ignore[no-untyped-def]
+        inputs = pl.ds(i * _INPUTS, _INPUTS)
+        rows = plgpu.load(x.at[here, inputs], mask=is_mine[:, None], other=0)
+        part = weight[expert[tile], columns, inputs]
+        return total + jax.lax.dot_general(
+            rows, part, (((1,), (1,)), ((), ())), preferred_element_type=kind
+        )
+
+    @pl.when(first[tile] < end[tile])
+    def _() -> None:
+        total = jnp.zeros((_ROWS, _OUTPUTS), kind)
+        total = jax.lax.fori_loop(0, x.shape[1] // _INPUTS, step, total)
+        if scales:
+            x_scale, scale = scales
+            of_row = plgpu.load(x_scale.at[here], mask=is_mine, other=0)
+            of_column = scale[expert[tile], columns]
+            total = total.astype(jnp.float32) * (of_row[:, None] * of_column[None, :])
+        plgpu.store(out.at[here, columns], total.astype(out.dtype), mask=is_mine[:, None])

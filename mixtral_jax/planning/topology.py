@@ -1,0 +1,109 @@
+"""Devices that are not there: compilers take them, and nothing can run on them.
+
+The compilers are optional: `libtpu` for TPUs, jax's CUDA plugins for GPUs; `installed` says whether
+one is here. What they read from the environment must stand there before jax starts, so a program is
+compiled in a process of its own, with `environment` (ahead.py).
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mixtral_jax.planning.chips import Topology, TopologyError
+
+# A GPU as the compiler sees it: what fixes tiles, registers and which instructions there are.
+_GPUS: dict[str, dict[str, Any]] = {
+    "a100-80": {"major": 8, "cores": 108, "shared": 167936, "optin": 166912, "clock": 1.41},
+    "h100": {"major": 9, "cores": 132, "shared": 233472, "optin": 232448, "clock": 1.98},
+    "h200": {"major": 9, "cores": 132, "shared": 233472, "optin": 232448, "clock": 1.98},
+}
+_COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
+
+
+def installed(platform: str) -> bool:
+    """Whether programs for this platform can be compiled here."""
+    names = _COMPILERS.get(platform)
+    return names is None or any(importlib.util.find_spec(name) is not None for name in names)
+
+
+def environment(topology: Topology, given: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables for the process that compiles for a topology; without those of our own devices."""
+    kept = {
+        name: value
+        for name, value in (os.environ if given is None else given).items()
+        if not name.startswith(("JAX_", "XLA_", "TPU_", "LIBTPU_"))
+    }
+    kept["JAX_PLATFORMS"] = "cpu"
+    if topology.platform == "cpu":
+        return kept | {"JAX_NUM_CPU_DEVICES": topology.slice}
+    # The kernels for CPU are not needed, and take time to be compiled.
+    kept["MIXTRAL_JAX_NATIVE"] = "0"
+    if topology.platform == "tpu":
+        kept |= {
+            "TPU_SKIP_MDS_QUERY": "1",  # asks nobody what this machine is
+            "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several may compile at once: none has a chip
+        }
+    return kept
+
+
+def absent_devices(topology: Topology) -> Sequence[jax.Device]:
+    """The topology's devices, for meshes whose programs are compiled and never run."""
+    if topology.platform == "cpu":
+        return jax.devices("cpu")[: topology.chips]
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    name = ""
+    if topology.platform == "tpu":
+        name = f"{topology.kind}:{topology.slice}"
+        if topology.chips == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+    else:
+        options["target_config"] = _target_config(topology)
+        options["topology"] = f"1x1x{topology.chips}"
+    platform = "cuda" if topology.platform == "gpu" else topology.platform
+    try:
+        found = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
+    except Exception as error:
+        raise TopologyError(f"the compiler does not know {topology}: {error}") from error
+    return list(found.devices)
+
+
+def _target_config(topology: Topology) -> str:
+    """As XLA's GpuTargetConfigProto, in text."""
+    gpu = _GPUS[topology.kind]
+    facts = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49152,
+        "shared_memory_per_core": gpu["shared"],
+        "shared_memory_per_block_optin": gpu["optin"],
+        "threads_per_core_limit": 2048,
+        "core_count": gpu["cores"],
+        "fpus_per_core": 128 if gpu["major"] > 8 else 64,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "memory_bandwidth": int(topology.chip.bandwidth),
+        "l2_cache_size": 50 << 20 if gpu["major"] > 8 else 40 << 20,
+        "clock_rate_ghz": gpu["clock"],
+        "device_memory_size": topology.chip.memory + (1 << 30),
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+        "device_address_bits": 64,
+    }
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    lines.append(f"cuda_compute_capability {{ major: {gpu['major']} minor: 0 }}")
+    lines.append('device_vendor: "NVIDIA Corporation"')
+    info = "\n".join(lines)
+    versions = "dnn_version_info { major: 9 minor: 10 patch: 0 }"
+    described = f'device_description_str: "{topology.chip.name}"'
+    return f'gpu_device_info {{\n{info}\n}}\nplatform_name: "CUDA"\n{versions}\n{described}\n'

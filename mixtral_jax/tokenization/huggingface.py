@@ -1,0 +1,172 @@
+"""TemplateTokenizer: any `tokenizer.json` with a chat template, made safe for outside text.
+
+Imports chats and the detokenizer's table; `mixtral_jax.tokenization.tokenizer` is the front.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from mixtral_jax.tokenization.chat_template import (
+    ChatError,
+    ChatTemplate,
+    Message,
+    check_text,
+    checked,
+)
+from mixtral_jax.tokenization.detokenizer import Vocabulary, byte_level_bytes, spm_bytes
+
+_RESERVED = "\U0010ffff"  # a noncharacter: Unicode keeps it out of exchanged text
+_MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what control tokens look like
+
+
+class TemplateTokenizer(Vocabulary):
+    """A `tokenizer.json` with the chat template published beside it.
+
+    The usual software renders a chat to one string and tokenizes that, so a message that spells
+    "<|im_end|>" ends its own turn. Tokenizing messages and template apart would prevent that, and
+    would cut the text differently at the seams. Here the control tokens are respelled instead:
+    each becomes the noncharacter U+10FFFF and one character more, at the same id, both in the
+    tokenizer and in the template (its literals, bos_token, eos_token and the like). The rendered
+    chat is still one string, cut and merged as ever, so its ids are the usual ones. But outside
+    text never holds U+10FFFF (it becomes U+FFFD), and no other spelling of a control id is left.
+    The template sees the messages as they are, whatever it does with them.
+
+    Control tokens are the added tokens that are marked special, or named in
+    `tokenizer_config.json`, or written around messages by the template.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read `tokenizer.json` and, where present, `tokenizer_config.json`,
+        `chat_template.jinja` and `generation_config.json`.
+
+        Raises FileNotFoundError without the first, ValueError for contents that this class
+        cannot follow faithfully.
+        """
+        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        named = _named_tokens(folder)
+        source = template_source(folder)
+        template = ChatTemplate(source, named) if source is not None else None
+        written = set(_MARKUP.findall(template.sample())) if template else set()
+        controls: dict[str, int] = {
+            token["content"]: token["id"]
+            for token in spec["added_tokens"]
+            if token["special"] or token["content"] in written.union(named.values())
+        }
+        eos_ids = _eos_ids(folder, named, controls)
+        to_bytes, dummy_space = _decoding(spec["decoder"])
+
+        spelling = {text: _RESERVED + chr(0xE000 + n) for n, text in enumerate(controls)}
+        self._template = template.respelled(spelling) if template else None
+        _respell(spec, spelling)
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        pieces = [b""] * (max(vocabulary.values()) + 1)
+        for piece, token_id in vocabulary.items():
+            if not piece.startswith(_RESERVED):
+                pieces[token_id] = to_bytes(piece)
+        super().__init__(pieces, eos_ids, dummy_space=dummy_space)
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens, with what `tokenizer.json` puts around them (bos, for most).
+
+        Raises ValueError for text that is not Unicode.
+        """
+        check_text(text, "the text")
+        return self._tokenizer.encode(text.replace(_RESERVED, "\ufffd")).ids
+
+    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+        """The chat as the template writes it, with its generation prompt or, with
+        `continue_last`, up to the end of the last message's text.
+
+        Raises ChatError if the template refuses the chat, or if there is no template.
+        """
+        if self._template is None:
+            raise ChatError(
+                "this model has no chat template: send a plain prompt, or put a "
+                "chat_template.jinja beside its tokenizer.json"
+            )
+        chat = checked(messages, continue_last=continue_last)
+        for message in chat:
+            message["content"] = message["content"].replace(_RESERVED, "\ufffd")
+        text = self._template.render(chat, continue_last=continue_last)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def template_source(folder: Path) -> str | None:
+    """The chat template's source: its own file, else the one in `tokenizer_config.json`."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    templates = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(templates, list):
+        templates = {entry["name"]: entry["template"] for entry in templates}.get("default")
+    return templates
+
+
+def _respell(spec: dict[str, Any], spelling: Mapping[str, str]) -> None:
+    """Spell some tokens of a `tokenizer.json` otherwise, at the ids they have."""
+    for token in spec["added_tokens"]:
+        token["content"] = spelling.get(token["content"], token["content"])
+    model = spec["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {spelling.get(p, p): token_id for p, token_id in model["vocab"].items()}
+    else:  # Unigram: pieces with their scores, in the order of their ids
+        model["vocab"] = [[spelling.get(p, p), score] for p, score in model["vocab"]]
+    if "merges" in model:
+        # Some converters list merges that build a control token out of plain text: those must go.
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [p for p in pairs if spelling.keys().isdisjoint([*p, "".join(p)])]
+    if model["type"] == "BPE":
+        # What has no token is left out. Published software puts the unknown token there, which
+        # in many vocabularies is the end of the text as well: outside text must not reach it.
+        model["unk_token"] = None
+    # A maximum length or a padding saved with the file is no part of what text means.
+    spec["truncation"] = spec["padding"] = None
+
+
+def _decoding(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:
+    """How pieces spell bytes, and whether a text opens with a space nobody wrote."""
+    steps = [step["type"] for step in (decoder or {}).get("decoders", [decoder or {"type": None}])]
+    if "ByteLevel" in steps:
+        return byte_level_bytes, False
+    if "ByteFallback" in steps:
+        return spm_bytes, "Strip" in steps
+    raise ValueError(
+        f"tokenizer.json decodes by {steps}; supported are ByteLevel, and the steps of a "
+        "sentencepiece model with ByteFallback"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """bos_token, eos_token and the like of `tokenizer_config.json`, as text."""
+    named: dict[str, str] = {}
+    for name, token in _read_json(folder / "tokenizer_config.json").items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str):
+            named[name] = text
+    return named
+
+
+def _eos_ids(folder: Path, named: Mapping[str, str], controls: Mapping[str, int]) -> set[int]:
+    """The ids that end an answer, from `generation_config.json` and eos_token together."""
+    listed = _read_json(folder / "generation_config.json").get("eos_token_id")
+    ids = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
+    if eos := named.get("eos_token"):
+        if eos not in controls:
+            raise ValueError(
+                f"eos_token is {eos!r} in tokenizer_config.json, which is no added token of "
+                "tokenizer.json: add it there, or correct the name"
+            )
+        ids.add(controls[eos])
+    return ids

@@ -1,0 +1,68 @@
+"""Who may ask: the same answer for the gateway's headers and for the metadata of gRPC.
+
+`Authorization: Bearer X`, `Authorization: X` and `api-key: X` are all accepted; Azure's own clients
+send two of them at once, and one that is right is enough. X is a key of the keyring or, where that
+is switched on, a token of Microsoft Entra ID.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from serving.access.keyring import ANONYMOUS, Keyring
+from serving.errors import Unauthenticated
+
+if TYPE_CHECKING:  # it needs a library that is not installed with everything
+    from serving.access.entra import TokenVerifier
+
+FAILED = "auth token validation failed"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a key's name, "default", "gateway", "anonymous", or "entra:" and an object id."""
+
+    name: str
+
+
+class Access:
+    """Lets callers in.
+
+    Args:
+        keyring: The keys that are let in.
+        tokens: Checks what is no key but could be a token; without it nothing is a token.
+        is_open: Whether those who present nothing valid are let in too, as "anonymous".
+    """
+
+    def __init__(
+        self, keyring: Keyring, tokens: "TokenVerifier | None" = None, *, is_open: bool = False
+    ) -> None:
+        self._keyring = keyring
+        self._tokens = tokens
+        self._is_open = is_open
+
+    async def admit(self, headers: Mapping[str, str]) -> Caller:
+        """Who asks, by headers or metadata with names in lower case.
+
+        Raises Unauthenticated, Forbidden for a valid token that is not on the list, and
+        Unavailable if the keys that tokens are signed with cannot be had.
+        """
+        presented = _presented(headers)
+        for credential in presented:
+            if (name := self._keyring.find(credential)) is not None:
+                return Caller(name)
+        if self._is_open:
+            return Caller(ANONYMOUS)
+        for credential in presented:
+            if self._tokens is not None and credential.count(".") == 2:
+                return Caller(await self._tokens.verify(credential))
+        raise Unauthenticated(
+            f"{FAILED}: send the key of this endpoint as the header 'Authorization: Bearer KEY' or "
+            "'api-key: KEY'"
+        )
+
+
+def _presented(headers: Mapping[str, str]) -> list[str]:
+    first, _, rest = headers.get("authorization", "").strip().partition(" ")
+    bearer = rest.strip() if first.lower() == "bearer" else first if not rest else ""
+    return list(dict.fromkeys(x for x in (bearer, headers.get("api-key", "").strip()) if x))

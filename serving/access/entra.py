@@ -1,0 +1,158 @@
+"""Tokens of Microsoft Entra ID: which are believed, and whose they are.
+
+A token is believed if one of the allowed tenants signed it by RS256 with a key that it publishes,
+for one of our audiences, for now, give or take LEEWAY_SECONDS. Before the signature is checked,
+what the token says of itself only chooses among the tenants that are allowed and the keys that
+they publish; keys inside a token, or where it points, are never looked at.
+
+Being believed is not being allowed: Azure's roles do not stand in a token, so a list of object ids
+and application ids says who may ask. An empty list is nobody.
+
+The names of claims are those of Microsoft's access token reference. Tokens of version 1.0 name
+their application `appid`, those of version 2.0 `azp`.
+"""
+
+import re
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jwt
+
+from serving.access.jwks import Issuer, SigningKey, check_address
+from serving.errors import Forbidden, Unauthenticated
+
+# What Azure's clients ask tokens for if nobody tells them otherwise.
+AUDIENCES = ("https://ml.azure.com", "https://cognitiveservices.azure.com")
+AUTHORITY = "https://login.microsoftonline.com"
+EVERYONE = "*"
+LEEWAY_SECONDS = 300
+LONGEST_TOKEN = 16 * 1024
+REQUIRED = ["aud", "exp", "iat", "iss", "nbf", "oid", "tid", "ver"]
+
+_PATH = {"1.0": "", "2.0": "/v2.0"}
+# The decoder skips characters that are not of the alphabet; a token must not have two spellings.
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# Headers that bring a key along, or ask for more than is understood here.
+_NOT_TAKEN = {"crit", "jku", "jwk", "x5c", "x5u"}
+
+
+class TokenVerifier:
+    """Checks tokens.
+
+    Args:
+        tenants: The tenants' ids.
+        audiences: What `aud` may be, with or without a slash at its end.
+        allowed: Object ids of users and applications, and client ids of applications, that may ask;
+            "*" is everyone in the tenants.
+        authority: Where the tenants' OpenID metadata are.
+        clock: Seconds that only grow, for the age of the keys.
+
+    Raises ValueError for what is not of that form.
+    """
+
+    def __init__(
+        self,
+        tenants: Collection[str],
+        *,
+        audiences: Collection[str] = AUDIENCES,
+        allowed: Collection[str] = (),
+        authority: str = AUTHORITY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_address(authority)
+        self._authority = authority.rstrip("/")
+        self._audiences = [
+            form for one in audiences for form in (one.rstrip("/"), f"{one.rstrip('/')}/")
+        ]
+        self._allowed = {one if one == EVERYONE else _guid(one, "allowed id") for one in allowed}
+        self._issuers = {
+            (tenant, version): Issuer(
+                f"{self._authority}/{tenant}{path}/.well-known/openid-configuration", clock
+            )
+            for tenant in (_guid(one, "tenant") for one in tenants)
+            for version, path in _PATH.items()
+        }
+
+    async def verify(self, token: str) -> str:
+        """Whose token it is: "entra:" and the object id of a user or a service principal.
+
+        Raises Unauthenticated, Forbidden if its owner is not allowed, and Unavailable if the
+        tenant's keys cannot be had.
+        """
+        key_id, tenant, version = _claimed(token)
+        issuer = self._issuers.get((tenant, version))
+        if issuer is None:
+            raise _refused("the token is of another tenant, or of no known version")
+        name, key = await issuer.find(key_id)
+        if tenant not in name:
+            raise _refused("the token's issuer is not its tenant's")
+        if key is None:
+            raise _refused("the token is signed with a key that its tenant does not publish")
+        if not self._signs_for(key, name, tenant):
+            raise _refused("the token is signed with another issuer's key")
+        try:
+            claims = jwt.decode(
+                token,
+                key.public,
+                algorithms=["RS256"],
+                audience=self._audiences,
+                issuer=name,
+                leeway=LEEWAY_SECONDS,
+                options={"require": REQUIRED},
+            )
+        except jwt.PyJWTError as error:
+            raise _refused(str(error)) from None
+        return f"entra:{self._owner(claims)}"
+
+    def _signs_for(self, key: SigningKey, issuer: str, tenant: str) -> bool:
+        if key.issuer is None:
+            return True
+        # One key signs tokens of both versions, and may be published with the newer one's issuer.
+        own = key.issuer.replace("{tenantid}", tenant)
+        return own in (issuer, f"{self._authority}/{tenant}/v2.0")
+
+    def _owner(self, claims: Mapping[str, Any]) -> str:
+        ids = [str(claims.get(name, "")).lower() for name in ("oid", "appid", "azp")]
+        if not _GUID.fullmatch(ids[0]):
+            raise _refused("the token's oid is no GUID")
+        if self._allowed.isdisjoint((EVERYONE, *ids)):
+            raise Forbidden(
+                f"the token is valid, but its oid {ids[0]} is not among those that may use this "
+                "endpoint; ask its operator to allow it"
+            )
+        return ids[0]
+
+
+def _claimed(token: str) -> tuple[str, str, str]:
+    """What a token says of itself, unchecked: id of its key, tenant and version."""
+    if len(token) > LONGEST_TOKEN:
+        raise _refused(f"the token has more than {LONGEST_TOKEN} characters")
+    if not _TOKEN.fullmatch(token):
+        raise _refused("the token is malformed")
+    try:
+        unchecked = jwt.decode_complete(token, options={"verify_signature": False})
+    except (jwt.PyJWTError, ValueError, RecursionError):
+        raise _refused("the token is malformed") from None
+    header, claims = unchecked["header"], unchecked["payload"]
+    if header.get("alg") != "RS256":
+        raise _refused("the token is not signed by RS256")
+    if unknown := sorted(_NOT_TAKEN & header.keys()):
+        raise _refused(f"the token's header has {unknown[0]}, which is not accepted")
+    told = (header.get("kid"), claims.get("tid"), claims.get("ver"))
+    for name, value in zip(("kid", "tid", "ver"), told, strict=True):
+        if not (isinstance(value, str) and value):
+            raise _refused(f"the token has no {name}")
+    key_id, tenant, version = map(str, told)
+    return key_id, tenant.lower(), version
+
+
+def _guid(text: str, what: str) -> str:
+    if not _GUID.fullmatch(text.lower()):
+        raise ValueError(f"{text!r} is no {what}: give a GUID")
+    return text.lower()
+
+
+def _refused(reason: str) -> Unauthenticated:
+    return Unauthenticated(f"auth token validation failed: {reason}")

@@ -1,0 +1,121 @@
+"""The bare engine under the load that `serving.load` puts on a server: no text, no sockets.
+
+As many requests as there are clients are in the engine at any time; the next one enters when one
+has ended. Prompts are random token ids, answers greedy and exactly as long as asked.
+"""
+
+import random
+import time
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+
+from mixtral_jax.checkpoint.pretrained import open_pretrained
+from mixtral_jax.compilation import keep_programs
+from mixtral_jax.model.transformer import Transformer
+from serving.bench.load import Answer, Level, Progress, summary
+from serving.engine.engine import Engine, compile_steps
+from serving.scheduling.request import Request, SamplingParams
+from serving.scheduling.step_plan import Limits
+
+_PAGE_SIZE = 16
+
+
+@dataclass
+class _Running:
+    sent: float
+    arrivals: list[float] = field(default_factory=list)  # one for each step that brought tokens
+    tokens: int = 0
+
+
+class OfflineEngine:
+    """An engine with room for `concurrency` requests of so many tokens, compiled and ready."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str | None,
+        concurrency: int,
+        prompt_tokens: int,
+        answer_tokens: int,
+        max_step_tokens: int,
+        shared_prefix: int,
+    ) -> None:
+        """Runs one request first, so that the counted ones find everything ready.
+
+        Raises ConfigError (a ValueError) where `model` is no checkpoint.
+        """
+        keep_programs()
+        pretrained = open_pretrained(model)
+        card = pretrained.card
+        kind = jnp.dtype(pretrained.loadable_dtype(dtype))
+        longest = prompt_tokens + answer_tokens
+        if longest > card.model.max_context:
+            raise ValueError(
+                f"{prompt_tokens} + {answer_tokens} tokens are more than the model's "
+                f"{card.model.max_context}; ask for fewer"
+            )
+        limits = Limits(
+            num_pages=concurrency * -(-longest // _PAGE_SIZE),
+            page_size=_PAGE_SIZE,
+            max_sequences=concurrency,
+            max_step_tokens=max(max_step_tokens, concurrency),
+            max_context=longest,
+            max_waiting=concurrency,
+            window=card.model.sliding_window,
+        )
+        steps = compile_steps(Transformer(card.model, dtype=kind, rngs=None), limits)
+        self._engine = Engine(pretrained.load(dtype=kind), limits, steps)
+        self._vocabulary = card.model.vocab_size
+        self._lengths = prompt_tokens, answer_tokens
+        self._shared = min(shared_prefix, prompt_tokens)
+        self.measure(1, 1, seed=-1)
+
+    def measure(
+        self, requests: int, concurrency: int, seed: int, progress: Progress | None = None
+    ) -> Level:
+        """Runs requests to their end, `concurrency` of them at a time."""
+        waiting = [self._request(number, seed) for number in range(requests)]
+        running: dict[str, _Running] = {}
+        answers: list[Answer] = []
+        while waiting or running:
+            while waiting and len(running) < concurrency:
+                request = waiting.pop(0)
+                running[request.id] = _Running(time.perf_counter())
+                self._engine.add(request)
+            events = self._engine.step()
+            now = time.perf_counter()
+            for event in events:
+                one = running[event.request_id]
+                one.tokens += 1
+                if one.arrivals[-1:] != [now]:
+                    one.arrivals.append(now)
+                if event.finish_reason is not None:
+                    del running[event.request_id]
+                    answers.append(self._answer(one))
+                    if progress is not None:
+                        progress(len(answers), requests)
+        return summary(concurrency, answers)
+
+    def _request(self, number: int, seed: int) -> Request:
+        prompt_tokens, answer_tokens = self._lengths
+        ids = random.Random("shared").choices(range(self._vocabulary), k=self._shared)
+        own = random.Random(f"{seed} {number}")
+        ids += own.choices(range(self._vocabulary), k=prompt_tokens - self._shared)
+        return Request(
+            id=f"{seed}-{number}",
+            prompt_ids=tuple(ids),
+            sampling=SamplingParams(temperature=0.0),
+            max_tokens=answer_tokens,
+            eos_ids=frozenset(),
+        )
+
+    def _answer(self, one: _Running) -> Answer:
+        return Answer(
+            sent=one.sent,
+            ended=one.arrivals[-1],
+            arrivals=tuple(one.arrivals),
+            tokens=one.tokens,
+            prompt_tokens=self._lengths[0],
+        )

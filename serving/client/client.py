@@ -1,0 +1,276 @@
+"""The Python client of `mixtral.v1`: answers as they come, or whole, with or without asyncio.
+
+    with Client("127.0.0.1:50051", key="...") as client:
+        for delta in client.chat([{"role": "user", "content": "Hello!"}], max_tokens=40):
+            print(delta.text, end="")
+
+Leaving an iterator, by `break` or by an exception, cancels its call, and the server computes no
+more of it. (An iterator that something else still holds is left by its `close`.) What fails raises
+the errors of serving/errors.py, and wrong arguments raise TypeError or ValueError before anything
+is sent. Needs grpcio and protobuf alone, never jax.
+"""
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from serving.channel import options_for, target_of
+from serving.client.types import (
+    Completion,
+    Delta,
+    Message,
+    ModelInfo,
+    Options,
+    Prompt,
+    Tokens,
+    completion_of,
+    delta_of,
+    info_of,
+    request_of,
+    tokenize_request_of,
+    tokens_of,
+)
+from serving.errors import ERROR_METADATA, RequestTooLarge, ServingError, Unavailable, from_grpc
+from serving.proto import inference_pb2 as pb
+from serving.proto import inference_pb2_grpc as rpc
+
+__all__ = ["AsyncClient", "Client"]
+
+SHORT_CALL_SECONDS = 30.0  # for all that the server need not compute
+
+
+class _Connection:
+    """Where to, as whom, and how secret: what both clients make their channel of."""
+
+    def __init__(
+        self,
+        targets: Sequence[str],
+        key: str | None,
+        tls: bool,
+        root_certificates: bytes | None,
+        certificate: tuple[bytes, bytes] | None,
+        server_name: str | None,
+    ) -> None:
+        self.target = target_of(targets or ["127.0.0.1:50051"])
+        self.metadata = (("authorization", f"Bearer {key}"),) if key is not None else ()
+        self.options = options_for(self.target)
+        self.credentials: grpc.ChannelCredentials | None = None
+        if tls or root_certificates or certificate:
+            private_key, chain = certificate or (None, None)
+            self.credentials = grpc.ssl_channel_credentials(root_certificates, private_key, chain)
+            if server_name is not None:
+                self.options.append(("grpc.ssl_target_name_override", server_name))
+
+    def open(self, module: Any) -> Any:
+        """A channel of `grpc` or of `grpc.aio`."""
+        if self.credentials is None:
+            return module.insecure_channel(self.target, options=self.options)
+        return module.secure_channel(self.target, self.credentials, options=self.options)
+
+
+class Client:
+    """Calls a model service, or several replicas of one in turn.
+
+    Args:
+        targets: HOST:PORT, 127.0.0.1:50051 by default; see `serving.channel.target_of` for more.
+        key: An API key of the server, or a token that it takes.
+        tls: Whether the server shows a certificate; without `root_certificates`, one that the
+            authorities known to gRPC vouch for.
+        root_certificates: PEM of those who vouch for it otherwise. Implies `tls`.
+        certificate: Private key and certificate chain, PEM, where the server wants to see one.
+        server_name: The name in the server's certificate, where that is not its address.
+    """
+
+    def __init__(
+        self,
+        *targets: str,
+        key: str | None = None,
+        tls: bool = False,
+        root_certificates: bytes | None = None,
+        certificate: tuple[bytes, bytes] | None = None,
+        server_name: str | None = None,
+    ) -> None:
+        connection = _Connection(targets, key, tls, root_certificates, certificate, server_name)
+        self._metadata = connection.metadata
+        self._channel: grpc.Channel = connection.open(grpc)
+        self._stub: Any = rpc.InferenceStub(self._channel)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        **options: Unpack[Options],
+    ) -> Iterator[Delta]:
+        """The answer to a chat as it comes.
+
+        With `continue_last` the last message, an assistant's, is the beginning of the answer.
+        """
+        return self._stream(request_of(messages, continue_last, options), options)
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Delta]:
+        """What continues a text or token ids, or the answer to a chat, as it comes."""
+        return self._stream(request_of(prompt, False, options), options)
+
+    def complete(
+        self, prompt: Prompt, *, continue_last: bool = False, **options: Unpack[Options]
+    ) -> Completion:
+        """The whole answer to a chat, or what continues a text or token ids."""
+        return completion_of(self._stream(request_of(prompt, continue_last, options), options))
+
+    def tokenize(self, prompt: Sequence[Message] | str, *, continue_last: bool = False) -> Tokens:
+        """The ids that the model would read."""
+        return tokens_of(self._ask("Tokenize", tokenize_request_of(prompt, continue_last)))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return str(self._ask("Detokenize", pb.DetokenizeRequest(ids=ids)).text)
+
+    def info(self) -> ModelInfo:
+        """Which model is served, and what it can hold."""
+        return info_of(self._ask("GetModelInfo", pb.GetModelInfoRequest()))
+
+    def drain(self) -> int:
+        """Ends a server after the answers under way, of which it returns the number.
+
+        For the operator's own key. With several targets, whichever of them is next.
+        """
+        return int(self._ask("Drain", pb.DrainRequest()).running)
+
+    def close(self) -> None:
+        """Cancels what is under way and closes the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _stream(self, request: pb.GenerateRequest, options: Options) -> Iterator[Delta]:
+        timeout = options.get("timeout")
+        call = self._stub.Generate(request, metadata=self._metadata, timeout=timeout)
+        try:
+            for chunk in call:
+                yield delta_of(chunk)
+        except grpc.RpcError as failure:
+            raise _error_of(failure) from failure
+        finally:
+            call.cancel()
+
+    def _ask(self, method: str, request: Any) -> Any:
+        try:
+            return getattr(self._stub, method)(
+                request, metadata=self._metadata, timeout=SHORT_CALL_SECONDS
+            )
+        except grpc.RpcError as failure:
+            raise _error_of(failure) from failure
+
+
+class AsyncClient:
+    """`Client` for asyncio. To be made, used and closed in one event loop."""
+
+    def __init__(
+        self,
+        *targets: str,
+        key: str | None = None,
+        tls: bool = False,
+        root_certificates: bytes | None = None,
+        certificate: tuple[bytes, bytes] | None = None,
+        server_name: str | None = None,
+    ) -> None:
+        connection = _Connection(targets, key, tls, root_certificates, certificate, server_name)
+        self._metadata = connection.metadata
+        self._channel: grpc.aio.Channel = connection.open(grpc.aio)
+        self._stub: Any = rpc.InferenceStub(self._channel)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        **options: Unpack[Options],
+    ) -> AsyncIterator[Delta]:
+        """As `Client.chat`."""
+        return self._stream(request_of(messages, continue_last, options), options)
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[Delta]:
+        """As `Client.generate`."""
+        return self._stream(request_of(prompt, False, options), options)
+
+    async def complete(
+        self, prompt: Prompt, *, continue_last: bool = False, **options: Unpack[Options]
+    ) -> Completion:
+        """As `Client.complete`."""
+        deltas = self._stream(request_of(prompt, continue_last, options), options)
+        return completion_of([delta async for delta in deltas])
+
+    async def tokenize(
+        self, prompt: Sequence[Message] | str, *, continue_last: bool = False
+    ) -> Tokens:
+        """As `Client.tokenize`."""
+        return tokens_of(await self._ask("Tokenize", tokenize_request_of(prompt, continue_last)))
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """As `Client.detokenize`."""
+        return str((await self._ask("Detokenize", pb.DetokenizeRequest(ids=ids))).text)
+
+    async def info(self) -> ModelInfo:
+        """As `Client.info`."""
+        return info_of(await self._ask("GetModelInfo", pb.GetModelInfoRequest()))
+
+    async def drain(self) -> int:
+        """As `Client.drain`."""
+        return int((await self._ask("Drain", pb.DrainRequest())).running)
+
+    async def close(self) -> None:
+        """Cancels what is under way and closes the connection."""
+        await self._channel.close(None)
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _stream(self, request: pb.GenerateRequest, options: Options) -> AsyncIterator[Delta]:
+        timeout = options.get("timeout")
+        call = self._stub.Generate(request, metadata=self._metadata, timeout=timeout)
+        try:
+            async for chunk in call:
+                yield delta_of(chunk)
+        except grpc.RpcError as failure:
+            raise _error_of(failure) from failure
+        finally:
+            call.cancel()
+
+    async def _ask(self, method: str, request: Any) -> Any:
+        try:
+            return await getattr(self._stub, method)(
+                request, metadata=self._metadata, timeout=SHORT_CALL_SECONDS
+            )
+        except grpc.RpcError as failure:
+            raise _error_of(failure) from failure
+
+
+def _error_of(failure: grpc.RpcError) -> ServingError:
+    trailing: Any = failure.trailing_metadata() or ()
+    name = next((str(value) for key, value in trailing if key == ERROR_METADATA), None)
+    status, details = failure.code(), failure.details() or ""
+    if name is None and status is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return RequestTooLarge(details)  # said by gRPC itself, of a message
+    if name is None and status is grpc.StatusCode.CANCELLED:
+        return Unavailable("the connection was closed before the answer was complete")
+    return from_grpc(status.name, name, details)

@@ -1,0 +1,194 @@
+"""A follower: a process that launches what the leader says, on its share of the devices.
+
+It serves nobody and reads no results. When it learns that the leader is gone it ends, and its
+supervisor starts it again; it then waits for the leader to come back.
+"""
+
+import argparse
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from queue import SimpleQueue
+from types import FrameType
+
+import grpc
+
+from mixtral_jax.checkpoint.pretrained import Pretrained
+from mixtral_jax.compilation import keep_programs
+from serving.cluster.codec import limits_message, limits_of, plans_of
+from serving.cluster.leader import JOIN, GroupError, connect
+from serving.cluster.rank import Place
+from serving.engine.build import prepare
+from serving.engine.engine import runner
+from serving.parent import end_process, tell_parent
+from serving.proto import group_pb2 as pb
+from serving.scheduling.step_plan import Limits, Plan
+
+_CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+    # As the leader's: a machine that is gone closes nothing.
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Each attempt to join is a new channel; one channel must not remember another's failures.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_RETRY_SECONDS = 0.5
+_IN_VAIN = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED)
+
+
+def follow(
+    options: argparse.Namespace,
+    place: Place,
+    facts: Mapping[str, str],
+    pretrained: Pretrained,
+    say: Callable[[str], None],
+) -> None:
+    """Joins the leader and launches what it says until it says that this is the end.
+
+    Raises GroupError if it may not join, ValueError for what cannot be loaded. If the leader is
+    lost, the process ends with status 1.
+    """
+
+    once = threading.Lock()
+
+    def lost() -> None:
+        once.acquire()  # never released: who comes second waits for the end
+        say(f"process 0 of {place.count} at {place.coordinator} was lost; the group starts again")
+        end_process(1)
+
+    membership = Membership(place, facts, say, lost)
+    membership.join()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        membership.leave()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    connect(place)
+    keep_programs()
+    prepared = prepare(options, pretrained, say, membership.agree)
+    steps = runner(prepared.model, prepared.limits, prepared.steps)
+    membership.ready()
+    say(f"process {place.id} of {place.count} is ready, as one of {place.coordinator}")
+    tell_parent()
+    for plans in membership.plans():
+        steps.launch(plans)
+    say(f"{membership.reason}; the group has ended")
+
+
+class _GoneError(Exception):
+    """The leader ended as it should, but before its Start."""
+
+
+class Membership:
+    """A follower's half of the channel.
+
+    Args:
+        place: of this process.
+        facts: what must be the same everywhere, by name.
+        say: is told what happens, a line at a time.
+        on_loss: called, from another thread, when the leader is gone after its Start.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        facts: Mapping[str, str],
+        say: Callable[[str], None],
+        on_loss: Callable[[], None],
+    ) -> None:
+        self._place, self._say, self._on_loss = place, say, on_loss
+        self._hello = pb.Hello(
+            process_id=place.id, num_processes=place.count, host=socket.gethostname(), facts=facts
+        )
+        self._reports: SimpleQueue[pb.Report | None] = SimpleQueue()
+        self._orders: Iterator[pb.Order] = iter(())
+        self.reason = ""  # why the group has ended
+
+    def join(self) -> None:
+        """Waits for the leader, and for its Start. Raises GroupError if it is not to be had."""
+        self._say(f"process {self._place.id} of {self._place.count} joins {self._place.target}")
+        deadline = time.monotonic() + self._place.timeout
+        said = ""
+        while True:
+            channel = grpc.insecure_channel(self._place.target, options=_CHANNEL_OPTIONS)
+            began = time.monotonic()
+            try:
+                self._open(channel)
+                return
+            except grpc.RpcError as error:
+                channel.close()
+                if error.code() in _IN_VAIN:
+                    raise GroupError(f"process 0 refuses this one: {error.details()}") from None
+                reason = str(error.details())
+            except _GoneError:
+                channel.close()
+                reason = "it ended before all had come"
+            if time.monotonic() - began > 2 * _RETRY_SECONDS:  # it was there, and is gone
+                deadline = time.monotonic() + self._place.timeout
+            if time.monotonic() >= deadline:
+                raise GroupError(
+                    f"process 0 of {self._place.count} did not take this one in at "
+                    f"{self._place.target} within {self._place.timeout:g} s ({reason}); start it, "
+                    "or give --coordinator-timeout"
+                )
+            if not said:
+                said = reason
+                self._say(f"waiting for process 0 of {self._place.count} ({reason})")
+            time.sleep(_RETRY_SECONDS)
+
+    def agree(self, limits: Limits) -> Limits:
+        """What all processes have room for."""
+        self._reports.put(pb.Report(room=limits_message(limits)))
+        return limits_of(self._next().limits)
+
+    def ready(self) -> None:
+        self._reports.put(pb.Report(ready=pb.Ready()))
+
+    def leave(self) -> None:
+        """Asks for the end of the group, which comes when answers under way are complete."""
+        self._reports.put(pb.Report(leaving=pb.Leaving()))
+
+    def plans(self) -> Iterator[tuple[Plan, ...]]:
+        """Each step's, until the end."""
+        while not (order := self._next()).HasField("end"):
+            yield plans_of(order.step)
+        self.reason = order.end.reason
+
+    def close(self) -> None:
+        self._reports.put(None)
+
+    def _next(self) -> pb.Order:
+        try:
+            return next(self._orders)
+        except (grpc.RpcError, StopIteration):
+            self._on_loss()
+            raise GroupError("process 0 was lost") from None
+
+    def _open(self, channel: grpc.Channel) -> None:
+        """Says hello and waits for Start; raises grpc.RpcError."""
+        reports = self._reports = SimpleQueue()
+        reports.put(pb.Report(hello=self._hello))
+        key = self._place.key
+        metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        join = channel.stream_stream(
+            JOIN, pb.Report.SerializeToString, response_deserializer=pb.Order.FromString
+        )
+        call = join(iter(reports.get, None), metadata=metadata)
+        self._orders = iter(call)
+        start = next(self._orders, None)
+        if start is None or not start.HasField("start"):
+            raise _GoneError
+
+        def closed() -> None:
+            if call.code() is not grpc.StatusCode.OK:
+                self._on_loss()
+
+        if not call.add_callback(closed):
+            closed()

@@ -1,0 +1,292 @@
+"""The leader's half of a model on several hosts: who is there, what they launch, who is lost.
+
+    follower                leader
+    Hello         ──>                    refused where anything differs
+                  <──       Start        when all are there; then all connect their devices
+    Limits        ──>
+                  <──       Limits       what all have room for; then all load and compile
+    Ready         ──>
+                  <──       Step ...     each before the leader launches it
+                  <──       End
+
+The devices only ever work together: when one process is gone the others may wait for it for ever
+inside a collective, where nothing can interrupt them. So the broken stream is what counts, and who
+learns of it ends the process without asking that thread. jax.distributed has a watch of its own,
+which takes minutes and aborts; here everybody is gone long before.
+"""
+
+import contextlib
+import hmac
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import grpc
+import jax
+
+from serving.cluster.codec import limits_message, limits_of, step_message
+from serving.cluster.rank import Place
+from serving.proto import group_pb2 as pb
+from serving.scheduling.step_plan import Limits, Plan
+
+JOIN = "/mixtral.group.v1.Group/Join"
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 1 << 20),
+    # A machine that is gone closes nothing: pings find out. They are answered below Python, also
+    # while it compiles.
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),  # also while there are no steps to tell
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+_NEWS_SECONDS = 5.0  # after a step failed, the stream that tells why breaks within these
+_FAREWELL_SECONDS = 2.0
+
+
+class GroupError(RuntimeError):
+    """Why a group did not come together; for the user."""
+
+
+def connect(place: Place) -> None:
+    """Makes the devices of all processes one set. All call it at about the same time, before they
+    use any device."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Else the others are aborted when one is lost, before they can say so.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.count,
+        place.id,
+        cluster_detection_method="deactivate",
+        initialization_timeout=max(1, int(place.timeout)),
+        # By default it listens on all interfaces.
+        coordinator_bind_address=place.coordinator if place.is_local else None,
+    )
+
+
+@dataclass
+class _Member:
+    """A follower whose stream is open."""
+
+    id: int
+    host: str
+    orders: "SimpleQueue[bytes | None]" = field(default_factory=SimpleQueue)
+    room: Limits | None = None
+    is_ready: bool = False
+
+
+class Leader:
+    """Process 0's view of the others. Listens as soon as it is made.
+
+    Args:
+        place: of this process.
+        facts: what must be the same everywhere, by name.
+        say: is told what happens, a line at a time.
+        on_loss: called once, from a thread of its own, when a follower is gone after the start.
+        on_leave: called when a follower was told to end; `end` should come soon.
+
+    Raises GroupError if the port is taken.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        facts: Mapping[str, str],
+        say: Callable[[str], None],
+        on_loss: Callable[[str], None],
+        on_leave: Callable[[str], object],
+    ) -> None:
+        self.on_loss, self.on_leave = on_loss, on_leave
+        self._place, self._facts, self._say = place, dict(facts), say
+        self._members: dict[int, _Member] = {}
+        self._changed = threading.Condition()
+        self._has_started = self._is_over = False
+        self._lost = threading.Event()
+        self._loss = self._leaving = ""
+        # A thread for each stream, and some for those that are refused.
+        self._server = grpc.server(ThreadPoolExecutor(place.count + 8), options=_SERVER_OPTIONS)
+        # Orders are written once, not once for each follower.
+        join = grpc.stream_stream_rpc_method_handler(
+            self._join, pb.Report.FromString, response_serializer=None
+        )
+        service, _, method = JOIN.removeprefix("/").partition("/")
+        handler = grpc.method_handlers_generic_handler(service, {method: join})
+        self._server.add_generic_rpc_handlers((handler,))
+        address = place.target if place.is_local else f"[::]:{place.port + 1}"
+        try:
+            self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise GroupError(
+                f"cannot listen on {address}, the port after that of --coordinator; stop what runs "
+                "there or choose another port"
+            ) from None
+        self._server.start()
+
+    def gather(self) -> None:
+        """Waits until all have come, and has them start. Raises GroupError after the timeout."""
+        deadline = time.monotonic() + self._place.timeout
+        said: list[int] = []
+        with self._changed:
+            while absent := self._without(lambda member: True):
+                if absent != said:
+                    said = absent
+                    self._say(f"waiting for {self._named(absent)}")
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise GroupError(
+                        f"{self._named(absent)} did not come to {self._place.target} within "
+                        f"{self._place.timeout:g} s; start them, or give --coordinator-timeout"
+                    )
+            self._has_started = True
+        self._say(f"all {self._place.count} processes are there")
+        self._tell(pb.Order(start=pb.Start()))
+
+    def agree(self, limits: Limits) -> Limits:
+        """What this process and all others have room for."""
+        self._await(lambda member: member.room is not None)
+        rooms = [limits, *(member.room for member in self._members.values() if member.room)]
+        least = min(rooms, key=lambda room: (room.num_pages, room.max_context))
+        self._tell(pb.Order(limits=limits_message(least)))
+        return least
+
+    def await_ready(self) -> None:
+        """Waits until all have loaded and compiled."""
+        self._await(lambda member: member.is_ready)
+
+    def broadcast(self, plans: tuple[Plan, ...]) -> None:
+        """Has all followers launch a step; does not wait for them."""
+        self._tell(pb.Order(step=step_message(plans)))
+
+    def end(self, reason: str) -> None:
+        """Ends all followers as they should end, and waits a little for them."""
+        with self._changed:
+            self._is_over = True
+        self._tell(pb.Order(end=pb.End(reason=reason)))
+        for member in list(self._members.values()):
+            member.orders.put(None)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._members, _FAREWELL_SECONDS)
+        self._server.stop(0)
+
+    @property
+    def loss(self) -> str | None:
+        """Who was lost, for the user; None while nobody is."""
+        return self._loss or None
+
+    @property
+    def leaving(self) -> str | None:
+        """Which follower was told to end, for the user."""
+        return self._leaving or None
+
+    @property
+    def name(self) -> str:
+        return f"process 0 of {self._place.count} at {self._place.coordinator}"
+
+    def loss_soon(self) -> str | None:
+        """The same for who saw a step fail, which may be sooner than the broken stream shows."""
+        self._lost.wait(_NEWS_SECONDS)
+        return self.loss
+
+    def _tell(self, order: pb.Order) -> None:
+        written = order.SerializeToString()
+        for member in list(self._members.values()):
+            member.orders.put(written)
+
+    def _await(self, is_done: Callable[[_Member], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._without(is_done))
+
+    def _without(self, is_done: Callable[[_Member], bool]) -> list[int]:
+        done = {member.id for member in self._members.values() if is_done(member)}
+        return [i for i in range(1, self._place.count) if i not in done]
+
+    def _named(self, ids: list[int]) -> str:
+        word = "process" if len(ids) == 1 else "processes"
+        return f"{word} {', '.join(map(str, ids))} of {self._place.count}"
+
+    def _join(self, reports: Iterator[pb.Report], context: grpc.ServicerContext) -> Iterable[bytes]:
+        """One follower's stream; runs in a thread of its own."""
+        if not self._may_join(dict(context.invocation_metadata())):
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "the key of this process is not that of process 0; set MIXTRAL_JAX_GROUP_KEY to "
+                "the same in both",
+            )
+        hello = next(reports).hello
+        with self._changed:
+            difference = self._difference(hello)
+            if difference is not None:
+                self._say(f"refused process {hello.process_id} at {hello.host}: {difference}")
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, difference)
+            if self._has_started or self._is_over or hello.process_id in self._members:
+                context.abort(
+                    grpc.StatusCode.UNAVAILABLE,
+                    f"there is a process {hello.process_id} already; waiting for it to go",
+                )
+            member = _Member(hello.process_id, hello.host)
+            self._members[member.id] = member
+            self._changed.notify_all()
+        if not context.add_callback(lambda: self._parted(member)):
+            self._parted(member)
+            return
+        threading.Thread(
+            target=self._listen, args=(reports, member), name="follower", daemon=True
+        ).start()
+        yield from iter(member.orders.get, None)
+
+    def _may_join(self, metadata: Mapping[str, str | bytes]) -> bool:
+        if self._place.key is None:
+            return True
+        shown = str(metadata.get("authorization", ""))
+        return hmac.compare_digest(shown.encode(), f"Bearer {self._place.key}".encode())
+
+    def _difference(self, hello: pb.Hello) -> str | None:
+        count = self._place.count
+        if hello.num_processes != count:
+            return f"--num-processes is {hello.num_processes} there and {count} in process 0"
+        if not 0 < hello.process_id < count:
+            return f"--process-id is {hello.process_id}; it must be one of 1 to {count - 1}"
+        theirs = dict(hello.facts)
+        for name in sorted(theirs | self._facts):
+            own, other = self._facts.get(name, "not given"), theirs.get(name, "not given")
+            if own != other:
+                return f"{name} is {other} in process {hello.process_id} and {own} in process 0"
+        return None
+
+    def _listen(self, reports: Iterator[pb.Report], member: _Member) -> None:
+        """Takes what a follower reports until its stream ends, however that is."""
+        with contextlib.suppress(grpc.RpcError, StopIteration):
+            for report in reports:
+                with self._changed:
+                    match report.WhichOneof("kind"):
+                        case "room":
+                            member.room = limits_of(report.room)
+                        case "ready":
+                            member.is_ready = True
+                    self._changed.notify_all()
+                if report.HasField("leaving"):
+                    self._leaving = f"{self._of(member)} was told to end"
+                    self.on_leave(self._leaving)
+
+    def _of(self, member: _Member) -> str:
+        return f"process {member.id} of {self._place.count} at {member.host}"
+
+    def _parted(self, member: _Member) -> None:
+        member.orders.put(None)
+        with self._changed:
+            del self._members[member.id]
+            is_loss = self._has_started and not self._is_over and not self._loss
+            if is_loss:
+                self._loss = f"{self._of(member)} was lost"
+            self._changed.notify_all()
+        if is_loss:
+            self._lost.set()
+            # Not in gRPC's thread, which others need.
+            threading.Thread(target=self.on_loss, args=(self._loss,), daemon=True).start()

@@ -1,0 +1,114 @@
+"""Continues requests, a step at a time: the scheduler decides, the runner computes. Ids only.
+
+All programs are compiled before the first request (mixtral_jax/step.py); after that they are called
+directly, and a shape that was not foreseen raises instead of compiling.
+
+Steps overlap: the next one is launched before the tokens of the last are read. What a sequence
+drew goes from one step to the next on the device; the host learns of it a step later.
+"""
+
+from collections.abc import Callable
+
+from jax.typing import DTypeLike
+
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.step.programs import Steps, StepSizes, compile_buckets
+from serving.engine.runner import Launched, Runner
+from serving.scheduling.partitions import Shares
+from serving.scheduling.request import Event, Request
+from serving.scheduling.step_plan import Limits, Plan
+
+MAX_BIASES = 320  # of one request: logit_bias and ids that may not be drawn yet
+_FEW_ROWS = 8
+
+
+def buckets(limits: Limits) -> tuple[int, ...]:
+    """Token counts that a step is padded to: powers of four, and what fills all rows.
+
+    Each costs a second of compiling at the start; padding costs a step a part of its time.
+    """
+    sizes = {1, _FEW_ROWS, limits.max_sequences, limits.max_step_tokens}
+    size = _FEW_ROWS * 4
+    while size < limits.max_step_tokens:
+        sizes.add(size)
+        size *= 4
+    return tuple(sorted(size for size in sizes if size <= limits.max_step_tokens))
+
+
+def rows_of(bucket: int, limits: Limits) -> int:
+    """Sequences that a step of so many tokens has room for."""
+    few = bucket <= _FEW_ROWS and not limits.deterministic
+    return min(bucket, limits.max_sequences) if few else limits.max_sequences
+
+
+def compile_steps(
+    model: Transformer,
+    limits: Limits,
+    progress: Callable[[str], None] = lambda line: None,
+    cache_dtype: DTypeLike | None = None,
+) -> Steps:
+    """`compile_buckets` for an engine of these limits, which are those of one part."""
+    sizes = StepSizes(
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        max_sequences=limits.max_sequences,
+        max_context=limits.max_context,
+        max_biases=MAX_BIASES,
+    )
+    rows = {bucket: rows_of(bucket, limits) for bucket in buckets(limits)}
+    return compile_buckets(model, sizes, rows, progress, cache_dtype)
+
+
+class Engine:
+    """Continues requests, a step at a time. Used by one thread.
+
+    Args:
+        model: the parameters; must not be changed afterwards.
+        limits: sizes of the cache and of a step; under a mesh that splits sequences, of one part.
+        steps: what `compile_steps` made for the same shapes and limits.
+        broadcast: called with each step's plans before it is launched; for several hosts.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        limits: Limits,
+        steps: Steps,
+        broadcast: Callable[[tuple[Plan, ...]], None] | None = None,
+    ) -> None:
+        self.scheduler = Shares(limits, steps.num_parts)
+        self._runner = runner(model, limits, steps)
+        self._broadcast = broadcast
+        self._launched: Launched | None = None
+
+    def add(self, request: Request) -> None:
+        """Queues a request; errors as `Scheduler.add`."""
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """As `Scheduler.cancel`."""
+        self.scheduler.cancel(request_id, choice)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self, now: float = 0.0) -> list[Event]:
+        """Launches one step and records the one before; what happened in that.
+
+        `now` is time.monotonic(): requests whose deadline is before it end.
+        """
+        events = self.scheduler.expire(now)
+        plans = self.scheduler.plan()
+        has_chunks = any(plan.chunks for plan in plans)
+        if has_chunks and self._broadcast is not None:
+            self._broadcast(plans)
+        before, self._launched = self._launched, self._runner.launch(plans) if has_chunks else None
+        if before is not None:
+            events += self.scheduler.commit(before.plans, before.drawn())
+        return events
+
+
+def runner(model: Transformer, limits: Limits, steps: Steps) -> Runner:
+    """What launches the steps that `compile_steps` made with these limits."""
+    return Runner(model, steps, lambda bucket: rows_of(bucket, limits))

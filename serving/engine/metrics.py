@@ -1,0 +1,190 @@
+"""What an engine process tells Prometheus: figures of its scheduler, its tokens and their times.
+
+Where the meaning is the same, names and the label `model_name` are vLLM's, so that dashboards made
+for it work; what it does not have is called mixtral_*. What vLLM calls a request is here one choice
+of a request, as it is there.
+
+`python -m serving --metrics-port` serves them on 127.0.0.1; without it they are counted all the
+same, and nobody reads them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serving.scheduling.partitions import Shares
+
+# Seconds. A first token takes from milliseconds to the minutes of a full queue.
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_WHOLE = (*_FIRST, 300, 600, 1800)
+_TOKENS = tuple(2**i for i in range(16))
+_LABEL = "model_name"
+FINISHED = ("stop", "length", "abort", "error")  # reasons; abort: the caller left, or its time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """One choice that came to its end. Times are time.monotonic()'s."""
+
+    sent: float  # to the engine
+    seated: float  # when the engine first computed for it
+    first: float  # token
+    last: float
+    prompt_tokens: int
+    tokens: int
+
+
+class Metrics:
+    """Counts and times tokens and choices; `watch` adds what the engine knows itself.
+
+    Args:
+        model_name: The served one.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        # Its own registry: a second engine in one process, as in tests, is no second series.
+        self.registry = CollectorRegistry()
+        self._model_name = model_name
+        self._generated = Counter(
+            "vllm:generation_tokens", "Tokens generated.", [_LABEL], registry=self.registry
+        ).labels(model_name)
+        ended = Counter(
+            "vllm:request_success",
+            "Choices that have ended; aborted ones too.",
+            [_LABEL, "finished_reason"],
+            registry=self.registry,
+        )
+        self._ended = {reason: ended.labels(model_name, reason) for reason in FINISHED}
+        self._first = self._histogram(
+            "vllm:time_to_first_token_seconds",
+            "From a request's arrival to the first token of each of its choices.",
+            _FIRST,
+        )
+        self._next = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens of one choice.", _NEXT
+        )
+        self._whole = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to a choice's last token.", _WHOLE
+        )
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds", "From arrival to the first step for it.", _FIRST
+        )
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "From that step to its first token.", _FIRST
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "From its first token to its last one.", _WHOLE
+        )
+        self._mean_next = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Between two tokens of one choice, its mean.",
+            _NEXT,
+        )
+        self._prompt = self._histogram(
+            "vllm:request_prompt_tokens", "Tokens of its prompt.", _TOKENS
+        )
+        self._answer = self._histogram(
+            "vllm:request_generation_tokens", "Tokens of a choice.", _TOKENS
+        )
+
+    def first_token(self, seconds: float) -> None:
+        """A choice had its first token, so long after its request came."""
+        self._generated.inc()
+        self._first.observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        """A choice had another token, so long after the one before."""
+        self._generated.inc()
+        self._next.observe(seconds)
+
+    def finished(self, reason: str, choice: Finished) -> None:
+        """A choice ended with `stop` or `length`."""
+        self._ended[reason].inc()
+        self._whole.observe(choice.last - choice.sent)
+        self._queue.observe(choice.seated - choice.sent)
+        self._prefill.observe(choice.first - choice.seated)
+        self._decode.observe(choice.last - choice.first)
+        self._prompt.observe(choice.prompt_tokens)
+        self._answer.observe(choice.tokens)
+        if choice.tokens > 1:
+            self._mean_next.observe((choice.last - choice.first) / (choice.tokens - 1))
+
+    def given_up(self, reason: str, choices: int) -> None:
+        """So many choices of a request ended with `abort` or `error`."""
+        self._ended[reason].inc(choices)
+
+    def watch(self, scheduler: Shares, compilations: Callable[[], int]) -> None:
+        """From now on the figures of an engine are among them; to be called once, when it is ready.
+
+        They are read from another thread than the engine's, one by one: each is right, but two of
+        them may be of two moments.
+        """
+        self.registry.register(_EngineFigures(scheduler, compilations, self._model_name))
+
+    def serve(self, port: int) -> int:
+        """Serves them at http://127.0.0.1:PORT/metrics from a thread; returns the port.
+
+        Port 0 chooses one. Raises OSError if it is taken.
+        """
+        server, _ = start_http_server(port, addr="127.0.0.1", registry=self.registry)
+        return int(server.server_port)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(name, what, [_LABEL], buckets=buckets, registry=self.registry)
+        return family.labels(self._model_name)
+
+
+class _EngineFigures(Collector):
+    def __init__(self, scheduler: Shares, compilations: Callable[[], int], model_name: str) -> None:
+        self._scheduler = scheduler
+        self._compilations = compilations
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        scheduler = self._scheduler
+        pages, free = scheduler.num_pages, scheduler.num_free_pages
+        looked_up = scheduler.prompt_tokens if scheduler.limits.prefix_reuse else 0
+        gauge, counter = self._gauge, self._counter
+        yield gauge("vllm:num_requests_running", "Choices being computed.", scheduler.num_running)
+        yield gauge("vllm:num_requests_waiting", "Choices in the queue.", scheduler.num_waiting)
+        yield gauge(
+            "vllm:kv_cache_usage_perc",
+            "Part of the pages that is held: 1 is all.",
+            1 - free / pages,
+        )
+        yield counter(
+            "vllm:num_preemptions",
+            "Choices put back into the queue for want of pages.",
+            scheduler.preemptions,
+        )
+        yield counter("vllm:prompt_tokens", "Tokens of prompts.", scheduler.prompt_tokens)
+        yield counter("vllm:prefix_cache_queries", "Of these, looked up in the cache.", looked_up)
+        yield counter(
+            "vllm:prefix_cache_hits", "Of these, found there.", scheduler.prefix_hit_tokens
+        )
+        yield GaugeMetricFamily("mixtral_pages", "For keys and values.", pages)
+        yield GaugeMetricFamily("mixtral_free_pages", "Held by no request.", free)
+        yield GaugeMetricFamily(
+            "mixtral_cached_pages",
+            "Of the free ones, kept for requests that begin alike.",
+            scheduler.num_cached_pages,
+        )
+        yield CounterMetricFamily(
+            "mixtral_compilations",
+            "Programs compiled since the engine was ready: 0, or something is wrong.",
+            self._compilations(),
+        )
+
+    def _gauge(self, name: str, what: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, what, labels=[_LABEL])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _counter(self, name: str, what: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, what, labels=[_LABEL])
+        family.add_metric([self._model_name], value)
+        return family

@@ -1,0 +1,139 @@
+"""What a Generate call comes to, told in metrics and as spans: queue, prefill, decode.
+
+    rpc span ├─ render    the chat template, to token ids
+             ├─ queue     from the engine's door to the first step that computes for it
+             ├─ prefill   to the first token, in so many engine steps
+             └─ decode    to the last one
+
+The spans of the four are made when the call is over, by the times that were noted on the way, so
+that a token costs no more than that.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from serving.engine.metrics import Finished, Metrics
+from serving.errors import DeadlineExceeded, EngineFailure, ServingError
+from serving.observe.tracing import Span, Traces
+from serving.scheduling.request import Event, FinishReason, Request
+
+_STEPS = "mixtral.engine.steps"
+
+
+class Calls:
+    """Where calls are told of: by default nowhere that anybody looks."""
+
+    def __init__(self, metrics: Metrics | None = None, traces: Traces | None = None) -> None:
+        self._metrics = metrics or Metrics("")
+        self._traces = traces or Traces()
+
+    def begin(self, service: str, method: str, metadata: Mapping[str, str]) -> "Call":
+        """A call has come, of a method, with metadata by names in lower case."""
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+        span = self._traces.begin(f"{service}/{method}", metadata, attributes)
+        if "x-request-id" in metadata:
+            span.set({"mixtral.request.id": metadata["x-request-id"]})
+        return Call(self._metrics, span)
+
+
+@dataclass
+class _Choice:
+    """How far one choice is. Times are time.monotonic()'s."""
+
+    seated: float
+    first: float
+    last: float
+    first_steps: int  # of the engine, to its first token
+    steps: int
+    tokens: int = 0
+    has_ended: bool = False
+
+
+class Call:
+    """One of them. Ends with `close`."""
+
+    def __init__(self, metrics: Metrics, span: Span) -> None:
+        self._metrics = metrics
+        self._span = span
+        self._begun = time.monotonic()
+        self._epoch = time.time() - self._begun  # what spans are timed by
+        self._sent: float | None = None
+        self._request: Request | None = None
+        self._choices: dict[int, _Choice] = {}
+        self._error: ServingError | None = None
+
+    def submitted(self, request: Request) -> None:
+        """The request goes to the engine now."""
+        self._sent, self._request = time.monotonic(), request
+
+    def note(self, event: Event) -> None:
+        """A token was drawn."""
+        now = time.monotonic()
+        choice = self._choices.get(event.choice)
+        if choice is None:
+            choice = self._choices[event.choice] = _Choice(
+                event.seated, now, now, event.steps, event.steps
+            )
+        choice.last, choice.steps = now, event.steps
+        choice.tokens += 1
+
+    def ended(self, index: int, reason: FinishReason) -> None:
+        """A choice has ended by itself: STOP or LENGTH."""
+        assert self._sent is not None and self._request is not None
+        choice = self._choices[index]
+        choice.has_ended = True
+        self._metrics.finished(
+            reason.value,
+            Finished(
+                sent=self._sent,
+                seated=choice.seated,
+                first=choice.first,
+                last=choice.last,
+                prompt_tokens=len(self._request.prompt_ids),
+                tokens=choice.tokens,
+            ),
+        )
+
+    def fail(self, error: ServingError) -> None:
+        """The call ends with an error."""
+        self._error = error
+
+    def close(self) -> None:
+        """The call is over, or its caller went."""
+        ended = sum(choice.has_ended for choice in self._choices.values())
+        missing = self._request.n - ended if self._request else 0
+        if self._error is None or isinstance(self._error, DeadlineExceeded):
+            self._metrics.given_up("abort", missing)
+        elif isinstance(self._error, EngineFailure):
+            self._metrics.given_up("error", missing)
+        if self._span.is_recording:
+            self._tell_parts()
+        if self._error is not None:
+            self._span.fail(type(self._error).__name__)
+        elif missing or self._request is None:
+            self._span.fail("cancelled")
+        self._span.end()
+
+    def _tell_parts(self) -> None:
+        if self._sent is None or self._request is None:
+            return
+        self._part("render", self._begun, self._sent)
+        if not self._choices:
+            self._part("queue", self._sent, time.monotonic())
+            return
+        choices = self._choices.values()
+        first = min(choices, key=lambda choice: choice.first)
+        last = max(choice.last for choice in choices)
+        # A choice that was forked from the first one has had none of the prompt's steps.
+        steps = max(each.steps - first.first_steps * (each is first) for each in choices)
+        prompt, answer = len(self._request.prompt_ids), sum(each.tokens for each in choices)
+        self._part("queue", self._sent, first.seated)
+        self._part("prefill", first.seated, first.first, first.first_steps)
+        self._part("decode", first.first, last, steps)
+        self._span.set({"gen_ai.usage.input_tokens": prompt, "gen_ai.usage.output_tokens": answer})
+
+    def _part(self, name: str, start: float, end: float, steps: int | None = None) -> None:
+        attributes = {} if steps is None else {_STEPS: steps}
+        part = self._span.child(name, attributes, start=start + self._epoch)
+        part.end(max(start, end) + self._epoch)

@@ -1,0 +1,175 @@
+"""A GenerateRequest of the wire becomes a Request of the engine: checked, and rendered to ids.
+
+Tokenize and Detokenize are answered here too: they are that rendering, and its way back.
+"""
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+
+from mixtral_jax.tokenization.tokenizer import ChatError, Message, Tokenizer
+from serving.engine.engine import MAX_BIASES
+from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest
+from serving.proto import inference_pb2 as pb
+from serving.scheduling.request import Request, SamplingParams
+
+DEFAULT_TEMPERATURE = 0.7  # azure-ai-inference's documented default
+# The queue counts a request once, whatever its choices: so many of them one caller may have at the
+# cost of one.
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20  # OpenAI's, and what a step computes
+MAX_LOGIT_BIAS = 300  # entries; OpenAI's
+# Until min_tokens the ids that end a choice are biased too.
+MAX_STOP_IDS = 16
+_NO_LIMIT = 2**31
+
+
+class Translator:
+    """Translates for one model. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, info: pb.ModelInfo) -> None:
+        assert MAX_LOGIT_BIAS + MAX_STOP_IDS + len(tokenizer.eos_ids) <= MAX_BIASES
+        self._tokenizer = tokenizer
+        self._info = info
+        pieces = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
+        # No text of more bytes fits the context. Encoding it to find out would take seconds, in
+        # which nothing else in this process runs.
+        self._most_bytes = info.max_context * max(map(len, pieces))
+
+    def request(self, message: pb.GenerateRequest, seconds: float | None) -> Request:
+        """The request, to be answered within so many seconds from now.
+
+        Raises InvalidRequest naming the field.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        max_tokens = message.max_tokens if message.HasField("max_tokens") else _NO_LIMIT
+        n = message.n if message.HasField("n") else 1
+        if max_tokens < 1:
+            raise InvalidParameter("max_tokens is 0; ask for at least 1 token")
+        if message.min_tokens > max_tokens:
+            raise InvalidParameter(
+                f"min_tokens is {message.min_tokens}; it must be within 0 and max_tokens, "
+                f"which is {max_tokens}"
+            )
+        _check("n", n, 1, MAX_CHOICES)
+        if "" in message.stop:
+            raise InvalidParameter("stop holds an empty text; leave it out")
+        if len(message.stop_token_ids) > MAX_STOP_IDS:
+            raise InvalidParameter(
+                f"stop_token_ids has {len(message.stop_token_ids)} ids; give at most {MAX_STOP_IDS}"
+            )
+        self._check_ids("stop_token_ids", message.stop_token_ids)
+        sampling = self._sampling(message)
+        ends = frozenset() if message.ignore_eos else self._tokenizer.eos_ids
+        return Request(
+            id=secrets.token_hex(16),
+            prompt_ids=tuple(self._prompt_ids(message)),
+            sampling=sampling,
+            max_tokens=max_tokens,
+            eos_ids=ends | frozenset(message.stop_token_ids),
+            min_tokens=message.min_tokens,
+            n=n,
+            deadline=deadline,
+        )
+
+    def tokens(self, message: pb.TokenizeRequest) -> pb.Tokens:
+        """The ids of a chat or a text, and what each is worth. Raises InvalidRequest."""
+        match message.WhichOneof("input"):
+            case "chat":
+                ids = self._chat_ids(message.chat)
+            case "text":
+                ids = self._text_ids(message.text)
+            case _:
+                raise InvalidRequest("input is missing; set chat or text")
+        return pb.Tokens(ids=ids, pieces=[self._tokenizer.token_bytes(i) for i in ids])
+
+    def text(self, message: pb.DetokenizeRequest) -> pb.Text:
+        """The text of ids. Raises InvalidParameter."""
+        self._check_ids("ids", message.ids)
+        return pb.Text(text=self._tokenizer.decode(message.ids))
+
+    def _sampling(self, message: pb.GenerateRequest) -> SamplingParams:
+        given = message.sampling
+        temperature = given.temperature if given.HasField("temperature") else DEFAULT_TEMPERATURE
+        top_p = given.top_p if given.HasField("top_p") else 1.0
+        repetition = given.repetition_penalty if given.HasField("repetition_penalty") else 1.0
+        seed = given.seed if given.HasField("seed") else secrets.randbits(31)
+        top_logprobs = message.top_logprobs if message.HasField("top_logprobs") else None
+        _check("temperature", temperature, 0, 2)
+        _check("top_p", top_p, 0, 1)
+        _check("min_p", given.min_p, 0, 1)
+        _check("presence_penalty", given.presence_penalty, -2, 2)
+        _check("frequency_penalty", given.frequency_penalty, -2, 2)
+        _check("repetition_penalty", repetition, 0.01, 100)
+        _check("top_logprobs", top_logprobs or 0, 0, MAX_TOP_LOGPROBS)
+        if len(given.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidParameter(
+                f"logit_bias has {len(given.logit_bias)} entries; give at most {MAX_LOGIT_BIAS}"
+            )
+        self._check_ids("logit_bias", given.logit_bias)
+        for token_id, bias in given.logit_bias.items():
+            _check(f"logit_bias of {token_id}", bias, -100, 100)
+        return SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            # What is beyond the vocabulary is all of it, and must fit 31 bits.
+            top_k=min(given.top_k, self._info.vocab_size),
+            min_p=given.min_p,
+            presence_penalty=given.presence_penalty,
+            frequency_penalty=given.frequency_penalty,
+            repetition_penalty=repetition,
+            logit_bias=tuple(sorted(given.logit_bias.items())),
+            seed=seed & 0x7FFFFFFF,
+            top_logprobs=top_logprobs,
+        )
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        largest = max(ids, default=0)
+        if largest >= self._info.vocab_size:
+            raise InvalidParameter(f"{name} holds {largest}; ids are below {self._info.vocab_size}")
+
+    def _prompt_ids(self, message: pb.GenerateRequest) -> Sequence[int]:
+        match message.WhichOneof("prompt"):
+            case "chat":
+                return self._chat_ids(message.chat)
+            case "text":
+                ids: Sequence[int] = self._text_ids(message.text)
+                if not ids:
+                    raise InvalidRequest("text is empty; give at least one character")
+                return ids
+            case "token_ids":
+                ids = message.token_ids.ids
+                if not ids:
+                    raise InvalidRequest("token_ids is empty; give at least one id")
+                if max(ids) >= self._info.vocab_size:
+                    raise InvalidRequest(
+                        f"token_ids holds {max(ids)}; ids are below {self._info.vocab_size}"
+                    )
+                return ids
+            case _:
+                raise InvalidRequest("prompt is missing; set chat, text or token_ids")
+
+    def _chat_ids(self, chat: pb.Chat) -> list[int]:
+        messages: list[Message] = [{"role": m.role, "content": m.content} for m in chat.messages]
+        self._check_size("the messages have", sum(len(m["content"].encode()) for m in messages))
+        try:
+            return self._tokenizer.chat(messages, continue_last=chat.continue_last)
+        except ChatError as error:
+            raise InvalidRequest(str(error)) from None
+
+    def _text_ids(self, text: str) -> list[int]:
+        self._check_size("the text has", len(text.encode()))
+        return self._tokenizer.encode(text)
+
+    def _check_size(self, what: str, size: int) -> None:
+        if size > self._most_bytes:
+            raise ContextTooLong(
+                f"{what} {size:,} bytes; the {self._info.max_context:,} tokens of this server's "
+                "context cannot hold so many: shorten what you send"
+            )
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    # Rounded: as a float of the wire, 0.01 is a little less than 0.01. NaN is refused.
+    if not low <= round(value, 6) <= high:
+        raise InvalidParameter(f"{name} is {value:g}; it must be within {low:g} and {high:g}")

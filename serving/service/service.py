@@ -1,0 +1,196 @@
+"""The gRPC service: proto on one side, the engine's worker on the other.
+
+A request is checked and rendered to token ids (translation), and the tokens of each of its choices
+become text, which stop texts may end (choices). `python -m serving` is one process with one engine.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from mixtral_jax.tokenization.tokenizer import Tokenizer
+from serving.access.credentials import Access
+from serving.access.tls import ServerTls
+from serving.engine.worker import EngineWorker
+from serving.errors import ERROR_METADATA, ServingError
+from serving.proto import inference_pb2 as pb
+from serving.proto import inference_pb2_grpc as rpc
+from serving.scheduling.request import FinishReason
+from serving.service.call_record import Call, Calls
+from serving.service.choice_text import Choice
+from serving.service.interceptor import AccessInterceptor
+from serving.service.read_request import Translator
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_OPTIONS = (
+    # Without this, two servers could share a port and each would get half of the requests.
+    ("grpc.so_reuseport", 0),
+    # Tokens of those who are in many groups are longer than what is taken by default.
+    ("grpc.max_metadata_size", 32 * 2**10),
+    # Twice what the gateway reads of a body.
+    ("grpc.max_receive_message_length", 8 * 2**20),
+    # A client whose machine is gone closes nothing: pings find out.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    # Clients may do the same, also while they wait for nothing (serving/channel.py).
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # gRPC would count pings all the same and close an idle gateway's connection as abuse, so that
+    # the next request failed.
+    ("grpc.http2.max_ping_strikes", 0),
+)
+_Question = TypeVar("_Question")
+_Answer = TypeVar("_Answer")
+
+
+class InferenceService(rpc.InferenceServicer):
+    """Answers `mixtral.v1.Inference`."""
+
+    def __init__(
+        self,
+        worker: EngineWorker,
+        tokenizer: Tokenizer,
+        info: pb.ModelInfo,
+        calls: Calls | None = None,
+    ) -> None:
+        self._calls = calls or Calls()
+        self._worker = worker
+        self._tokenizer = tokenizer
+        self._info = info
+        self._translator = Translator(tokenizer, info)
+        self.was_told_to_end = asyncio.Event()  # by Drain
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ModelInfo:
+        return self._info
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateChunk]:
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        call = self._calls.begin(SERVICE_NAME, "Generate", metadata)
+        try:
+            async with aclosing(self._generate(request, context.time_remaining(), call)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except ServingError as error:
+            call.fail(error)
+            await _abort(context, error)
+        finally:
+            call.close()
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Tokens:
+        return await _answer(self._translator.tokens, request, context)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Text:
+        return await _answer(self._translator.text, request, context)
+
+    async def Drain(
+        self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DrainReply:
+        running = self._worker.num_under_way
+        self._worker.drain()
+        self.was_told_to_end.set()
+        return pb.DrainReply(running=running)
+
+    async def _generate(
+        self, message: pb.GenerateRequest, seconds: float | None, call: Call
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        # A template or a long prompt takes milliseconds that other streams should not wait for.
+        request = await asyncio.to_thread(self._translator.request, message, seconds)
+        continues = message.WhichOneof("prompt") != "chat" or message.chat.continue_last
+        choices = [
+            Choice(index, self._tokenizer, message.stop, continues=continues)
+            for index in range(request.n)
+        ]
+        usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
+        is_first = True
+        call.submitted(request)
+        async with aclosing(self._worker.submit(request)) as events:
+            async for event in events:
+                choice = choices[event.choice]
+                if choice.has_ended:  # by a stop text, which the engine learns of a little later
+                    continue
+                usage.completion_tokens += 1
+                call.note(event)
+                chunk = choice.push(event)
+                if choice.has_ended:
+                    call.ended(event.choice, event.finish_reason or FinishReason.STOP)
+                is_last = all(choice.has_ended for choice in choices)
+                if chunk is not None:
+                    if is_first:
+                        chunk.prompt_tokens, is_first = usage.prompt_tokens, False
+                    if is_last:
+                        chunk.usage.CopyFrom(usage)
+                    yield chunk
+                if is_last:
+                    return  # which cancels what the engine still does
+                if choice.has_ended and event.finish_reason is None:
+                    self._worker.end(request.id, event.choice)
+
+
+async def _answer(
+    work: Callable[[_Question], _Answer], request: _Question, context: grpc.aio.ServicerContext
+) -> _Answer:
+    """What `work`, which may take its time, says to the request."""
+    try:
+        return await asyncio.to_thread(work, request)
+    except ServingError as error:
+        await _abort(context, error)
+        raise  # never: abort raises
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
+    await context.abort(
+        grpc.StatusCode[error.grpc_status], str(error), ((ERROR_METADATA, type(error).__name__),)
+    )
+
+
+async def create_server(
+    address: str, service: InferenceService, access: Access, tls: ServerTls | None = None
+) -> tuple[grpc.aio.Server, int, HealthServicer]:
+    """A started server on `address` (port 0 chooses one): (server, port, health), SERVING.
+
+    Raises OSError if the address is taken.
+    """
+    server = grpc.aio.server(
+        interceptors=[AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"})], options=_OPTIONS
+    )
+    rpc.add_InferenceServicer_to_server(service, server)
+    checks = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    try:
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, tls.credentials())
+    except RuntimeError:
+        raise OSError(f"cannot listen on {address}; is another server running there?") from None
+    await server.start()
+    await set_serving(checks, True)
+    return server, port, checks
+
+
+async def set_serving(checks: HealthServicer, serving: bool) -> None:
+    """What grpc.health.v1 answers for the server as a whole and for Inference."""
+    status = (
+        health_pb2.HealthCheckResponse.SERVING
+        if serving
+        else health_pb2.HealthCheckResponse.NOT_SERVING
+    )
+    for name in ("", SERVICE_NAME):
+        await checks.set(name, status)

@@ -1,0 +1,193 @@
+"""The kernels of an accelerator as the model calls them: what they mean, and that they are built.
+
+Meaning: JAX's own reference of the TPU attention kernel against our XLA form; the kernel itself is
+not interpreted, as JAX cannot. Built: compiled ahead of time for hardware that is not there, at the
+shapes that one device has of the full-size models, in a process of its own: compilers read the
+environment when they are loaded.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.model.attention import paged_attention, write_and_attend
+from mixtral_jax.model.layers import Scaled
+from mixtral_jax.model.moe import grouped
+from mixtral_jax.planning.chips import topologies
+from mixtral_jax.planning.topology import absent_devices, environment, installed
+
+# Query heads, key/value heads, window; of one device.
+HEADS = {
+    "7B alone": (32, 8, 4096),
+    "7B or 8x7B in eighths": (4, 1, None),
+    "8x22B in eighths": (6, 1, None),
+}
+# Experts, inputs, outputs; of one device.
+EXPERTS = {
+    "8x7B one of eight": (1, 4096, 14336),
+    "8x7B in eighths": (8, 1792, 4096),
+    "8x22B one of eight": (1, 16384, 6144),
+}
+# As programs name them, by what runs them.
+ATTENTION = {
+    "tpu": ["ragged_paged_attention_kernel"],
+    "gpu": ["paged_decode", "paged_prefill"],
+}
+PRODUCT = {
+    "tpu": {"bfloat16": ["gmm"], "int8": ["grouped_int8"]},
+    "gpu": {"bfloat16": ["grouped_product"], "int8": ["grouped_product"]},
+}
+KERNELS = [*ATTENTION["tpu"], *ATTENTION["gpu"], "gmm", "grouped_int8", "grouped_product"]
+
+
+@pytest.mark.parametrize(("heads", "window"), [((4, 2), 5), ((6, 1), None)])
+def test_attention_means_what_the_tpu_kernel_means(
+    heads: tuple[int, int], window: int | None
+) -> None:
+    """Two decodes, a prompt's first chunk and a later one; unused places at the end."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
+
+    (num_heads, kv_heads), size, page_size, used = heads, 32, 4, 2 + 7 + 5
+    lengths = jnp.asarray([5, 16, 7, 13, 0], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    batch = RaggedBatch(
+        tokens=jnp.zeros(16, jnp.int32),
+        positions=jnp.asarray([4, 15, *range(7), *range(8, 13), 0, 0], jnp.int32),
+        lengths=lengths,
+        query_starts=jnp.asarray([0, 1, 2, 9, 14, 14], jnp.int32),
+        page_table=jax.random.permutation(keys[0], 20).reshape(5, 4).astype(jnp.int32),
+        num_decodes=jnp.asarray(2, jnp.int32),
+        num_sequences=jnp.asarray(4, jnp.int32),
+    )
+    pages = jax.random.normal(keys[1], (20, page_size, 2 * kv_heads, size))
+    q = jax.random.normal(keys[2], (16, num_heads, size))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        want = ref_ragged_paged_attention(
+            q,
+            pages,
+            lengths,
+            batch.page_table,
+            batch.query_starts,
+            batch.num_sequences[None],
+            sm_scale=size**-0.5,
+            sliding_window=window,
+        )
+    got = paged_attention(q, pages, batch, window)
+    np.testing.assert_allclose(got[:used], want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.soak  # test_plan compiles the whole step for one of them
+@pytest.mark.parametrize("name", ["tpu:v5e:2x4", "tpu:v5p:2x2x1", "tpu:v6e:2x4", "gpu:h100:8"])
+def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
+    (topology,) = topologies(name)
+    if not installed(topology.platform):
+        pytest.skip(f"no compiler for {topology.platform} is installed")
+    done = subprocess.run(
+        [sys.executable, __file__, name],
+        env=environment(topology),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for heads in HEADS:
+        for tokens in (32, 256):
+            facts = found[f"{heads}, {tokens} tokens"]
+            assert facts["kernels"] == ATTENTION[topology.platform]
+            # Pages are written in place.
+            assert facts["in_place"] >= facts["pages"]
+            assert facts["temporaries"] < facts["pages"] / 8
+    for experts in EXPERTS:
+        for dtype, kernels in PRODUCT[topology.platform].items():
+            facts = found[f"{experts} in {dtype}"]
+            assert facts["kernels"] == kernels
+            # The weights are read as they lie.
+            assert facts["temporaries"] < facts["weights"] / 2
+
+
+def compile_all(name: str) -> dict[str, dict[str, Any]]:
+    """In the other process: by what was compiled, what the compiler says of it."""
+    (topology,) = topologies(name)
+    mesh = Mesh(np.array(absent_devices(topology)[:1]), ("all",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    bf16, i32 = jnp.bfloat16, jnp.int32
+
+    def array(*shape: int, dtype: Any = bf16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def facts(function: Callable[..., Any], *given: Any, donate: tuple[int, ...] = ()) -> Any:
+        # As in the serving step: kernels see one device's arrays.
+        mapped = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        program: Any = jax.jit(mapped, donate_argnums=donate).lower(*given).compile()
+        memory = program.memory_analysis()
+        calls = "".join(line for line in program.as_text().splitlines() if "custom-call(" in line)
+        return {
+            "kernels": [kernel for kernel in KERNELS if kernel in calls],
+            "in_place": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        }
+
+    found = {}
+    size, sequences, page_size, width = 128, 32, 64, 32
+    for heads, (num_heads, kv_heads, window) in HEADS.items():
+        pages = array(sequences * width + 1, page_size, 2 * kv_heads, size)
+        for tokens in (32, 256):
+
+            def attend(
+                q: Any, k: Any, v: Any, pages: Any, *batch: Any, window: Any = window
+            ) -> Any:
+                return write_and_attend(
+                    q, k, v, pages, RaggedBatch(*batch), window, topology.platform
+                )
+
+            found[f"{heads}, {tokens} tokens"] = facts(
+                attend,
+                array(tokens, num_heads, size),
+                array(tokens, kv_heads, size),
+                array(tokens, kv_heads, size),
+                pages,
+                array(tokens, dtype=i32),
+                array(tokens, dtype=i32),
+                array(sequences, dtype=i32),
+                array(sequences + 1, dtype=i32),
+                array(sequences, width, dtype=i32),
+                array(dtype=i32),
+                array(dtype=i32),
+                donate=(3,),
+            ) | {"pages": pages.size * 2}
+    for experts, (held, inputs, outputs) in EXPERTS.items():
+
+        def product(x: Any, sizes: Any, *arrays: Any) -> Any:
+            return grouped(x, sizes, Scaled(*arrays), topology.platform)
+
+        given = array(512, inputs), array(held, dtype=i32)
+        weights = held, outputs, inputs
+        for dtype, arrays in {
+            "bfloat16": (array(*weights), None),
+            "int8": (array(*weights, dtype=jnp.int8), array(held, outputs, dtype=jnp.float32)),
+        }.items():
+            found[f"{experts} in {dtype}"] = facts(product, *given, *arrays) | {
+                "weights": math.prod(weights) * arrays[0].dtype.itemsize
+            }
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1])))

@@ -1,0 +1,163 @@
+"""The kernels equal their XLA forms, and a row's bits do not depend on the rows beside it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixtral_jax.cache import RaggedBatch, read, rounded, write
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels.cpu import native
+from mixtral_jax.model.attention import paged_attention
+from mixtral_jax.model.layers import RMSNorm, Scaled
+from mixtral_jax.model.moe import grouped_xla
+
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="no C++ compiler: the kernels are not used on this machine"
+)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def weight(seed: int, dtype: str, *shape: int) -> Scaled:
+    values = normal(seed, *shape)
+    return Scaled.quantized(values) if dtype == "int8" else Scaled(values, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 33])
+@pytest.mark.parametrize(("outs", "n"), [(1, 1), (5, 16), (70, 131), (33, 576), (20, 4100)])
+def test_linear_equals_xla(rows: int, outs: int, n: int, dtype: str) -> None:
+    """Sizes that fill the registers and that leave something over on every side."""
+    x, first, second = normal(0, rows, n), weight(1, dtype, outs, n), weight(2, dtype, 2 * outs, n)
+    got = jax.jit(lambda: native.linear(x, [first.arrays, second.arrays]))()
+    for y, w in zip(got, (first, second), strict=True):
+        # sums of n products of about 1, in another order
+        np.testing.assert_allclose(y, w.product(x), rtol=1e-5, atol=1e-6 * n**0.5 * 3)
+
+
+def test_linear_by_hand() -> None:
+    """One row (1, -2) with scale 2/127: it becomes 64 and -127 (63.5 rounds to even)."""
+    scaled = Scaled(jnp.asarray([[10, 1]], jnp.int8), jnp.asarray([0.5]))
+    (y,) = native.linear(jnp.asarray([[1.0, -2.0]]), [scaled.arrays])
+    np.testing.assert_allclose(y, [[(10 * 64 - 127) * (2 / 127) * 0.5]], rtol=1e-6)
+
+
+def test_a_row_of_zeros_gives_zeros() -> None:
+    (y,) = native.linear(jnp.zeros((3, 16)), [weight(0, "int8", 4, 16).arrays])
+    assert y.tolist() == [[0.0] * 4] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_linear_rows_do_not_feel_each_other(dtype: str) -> None:
+    x, w = normal(0, 130, 576), weight(1, dtype, 50, 576)
+    (together,) = native.linear(x, [w.arrays])
+    for rows in (slice(0, 1), slice(5, 8), slice(64, 129)):
+        (alone,) = native.linear(x[rows], [w.arrays])
+        assert jnp.array_equal(alone, together[rows])
+
+
+def test_norm_equals_xla() -> None:
+    norm = RMSNorm(ModelConfig.smollm2_135m(), jnp.float32, nnx.Rngs(0))
+    norm.weight.set_value(normal(1, 576))
+    x = normal(0, 40, 576) * 3
+    together = norm.paged(x)
+    np.testing.assert_allclose(together, norm.full(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(norm.paged(x[7:8]), together[7:8])
+
+
+def test_swiglu_equals_xla() -> None:
+    """Both signs, far out, and a size that leaves something over."""
+    gate, up = jnp.linspace(-120, 120, 3 * 5003).reshape(3, 5003), normal(0, 3, 5003)
+    got = native.swiglu(gate, up)
+    np.testing.assert_allclose(got, jax.nn.silu(gate) * up, rtol=1e-5, atol=1e-30)
+    np.testing.assert_array_equal(native.swiglu(gate[1:2], up[1:2]), got[1:2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1]])
+def test_grouped_equals_xla(sizes: list[int], dtype: str) -> None:
+    """Experts without rows, and rows behind the last group, which give zeros."""
+    x, w = normal(0, 9, 48), weight(1, dtype, 4, 20, 48)
+    groups, used = jnp.asarray(sizes, jnp.int32), sum(sizes)
+    got = native.grouped(x, groups, w.arrays)
+    np.testing.assert_allclose(got[:used], grouped_xla(x, groups, w)[:used], rtol=1e-5, atol=1e-5)
+    assert not jnp.any(got[used:])
+
+
+def batch_of(lengths: list[int], news: list[int], page_size: int) -> RaggedBatch:
+    """Sequences with so many cached positions, the last so many of them new; pages scrambled."""
+    width = -(-max(lengths) // page_size)
+    table = np.random.default_rng(3).permutation(len(lengths) * width).reshape(len(lengths), -1)
+    positions = [
+        p for length, new in zip(lengths, news, strict=True) for p in range(length - new, length)
+    ]
+    return RaggedBatch(
+        tokens=jnp.zeros(len(positions), jnp.int32),
+        positions=jnp.asarray(positions, jnp.int32),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        query_starts=jnp.asarray(np.cumsum([0, *news]), jnp.int32),
+        page_table=jnp.asarray(table, jnp.int32),
+        num_decodes=jnp.int32(sum(new == 1 for new in news)),
+        num_sequences=jnp.int32(len(lengths)),
+    )
+
+
+def pages_of(batch: RaggedBatch, dtype: str) -> jax.Array:
+    """Pages [P 16 4 24] full of what was there before."""
+    old = normal(0, batch.page_table.size, 16, 4, 24)
+    return old if dtype == "float32" else rounded(old)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("window", [None, 3, 600])
+def test_paged_equals_xla(window: int | None, dtype: str) -> None:
+    """Decodes and chunks; contexts within a span of 512 keys and across several."""
+    batch = batch_of([1, 700, 1300, 9, 1100], [1, 1, 1, 9, 90], page_size=16)
+    tokens, pages = batch.tokens.shape[0], pages_of(batch, dtype)
+    q, k, v = normal(1, tokens, 6, 24), normal(2, tokens, 2, 24), normal(3, tokens, 2, 24)
+    mixed, written = jax.jit(lambda: native.paged(q, k, v, pages, batch, window))()
+    want_pages = write(pages, k, v, batch)
+    differ = written != want_pages
+    if dtype == "float32":
+        assert not jnp.any(differ)
+    else:  # half a step may be rounded up or down, by the last bit of 1 / scale
+        assert jnp.mean(differ) < 1e-3
+        step = jnp.max(jnp.abs(read(want_pages, jnp.float32))) / 127
+        gap = read(written, jnp.float32) - read(want_pages, jnp.float32)
+        assert jnp.max(jnp.abs(gap)) <= 1.001 * step
+    want = paged_attention(q, written, batch, window)
+    np.testing.assert_allclose(mixed, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_paged_rows_do_not_feel_each_other(dtype: str) -> None:
+    """The last query of a chunk of 90, of a chunk of 3, and alone: the same bits."""
+    k, v = normal(2, 90, 2, 24), normal(3, 90, 2, 24)
+    pages, last = pages_of(batch_of([1300], [90], page_size=16), dtype), []
+    for new in (90, 3, 1):  # the first puts into the pages what the others find there
+        batch = batch_of([1300], [new], page_size=16)
+        q = jnp.tile(normal(1, 1, 6, 24), (new, 1, 1))
+        mixed, pages = native.paged(q, k[-new:], v[-new:], pages, batch, None)
+        last.append(np.asarray(mixed[-1]))
+    np.testing.assert_array_equal(last[0], last[1])
+    np.testing.assert_array_equal(last[0], last[2])
+
+
+def test_the_pages_stay_where_they_are() -> None:
+    """Donated pages are written in place; a copy would cost more than the attention."""
+    batch = batch_of([40], [1], page_size=16)
+    pages = normal(0, 64, 16, 4, 24)
+    before = pages.unsafe_buffer_pointer()
+    q, k = normal(1, 1, 6, 24), normal(2, 1, 2, 24)
+    step = jax.jit(lambda pages: native.paged(q, k, k, pages, batch, None), donate_argnums=0)
+    _, after = step(pages)
+    assert after.unsafe_buffer_pointer() == before
+
+
+def test_without_the_kernels_the_xla_form_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert native.on_cpu(lambda: "kernel", lambda: "xla") == "xla"

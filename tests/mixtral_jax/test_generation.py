@@ -1,0 +1,192 @@
+"""The plain loop, with parameters whose effect can be worked out by hand."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.generation import generate, generate_draws, generate_tokens
+from mixtral_jax.model.transformer import Transformer
+from tests.support.parity import huggingface, twin
+
+VOCAB = 61
+
+
+@pytest.fixture(scope="module")
+def flat() -> Transformer:
+    """All logits are 0, so that biases decide."""
+    model = Transformer(ModelConfig.tiny(vocab_size=VOCAB), rngs=nnx.Rngs(0))
+    assert model.head is not None
+    model.head.weight.set_value(jnp.zeros_like(model.head.weight.get_value()))
+    return model
+
+
+@pytest.fixture(scope="module")
+def sharp() -> Transformer:
+    """Weights of ten times the usual size: logits that differ."""
+    graph, state = nnx.split(Transformer(ModelConfig.tiny(vocab_size=VOCAB), rngs=nnx.Rngs(1)))
+    return nnx.merge(graph, jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, state))
+
+
+def tokens(model: Transformer, count: int, **sampling: Any) -> list[int]:
+    """After a prompt that holds 7 three times and 9 once."""
+    return list(generate_tokens(model, [7, 7, 9, 7], max_tokens=count, **sampling))
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        # What the prompt holds does not count. 7 goes 10, 9, 8 as 9 goes 9.5, 8.5.
+        (dict(frequency_penalty=1.0), [7, 9, 7, 9, 7]),
+        # Once 7 is at 9 and 9 at 8.5, nothing changes any more.
+        (dict(presence_penalty=1.0), [7, 9, 7, 7, 7]),
+        (dict(frequency_penalty=-1.0), [7, 7, 7, 7, 7]),
+        ({}, [7, 7, 7, 7, 7]),
+    ],
+)
+def test_penalties(flat: Transformer, penalty: dict[str, float], expected: list[int]) -> None:
+    assert tokens(flat, 5, logit_bias={7: 10.0, 9: 9.5}, **penalty) == expected
+
+
+def test_no_end_before_min_tokens(flat: Transformer) -> None:
+    bias = {7: 10.0, 9: 9.5, 5: 9.0}
+    end = frozenset({7, 9})
+    assert tokens(flat, 6, logit_bias=bias, eos_ids=end) == [7]
+    assert tokens(flat, 6, logit_bias=bias, eos_ids=end, min_tokens=3) == [5, 5, 5, 7]
+    assert tokens(flat, 2, logit_bias=bias, eos_ids=end, min_tokens=3) == [5, 5]
+    assert tokens(flat, 2, logit_bias=bias) == [7, 7]
+
+
+def test_what_is_kept(flat: Transformer) -> None:
+    """Probabilities of about 0.72, 0.26 and 0.01; the other 58 tokens share a hundredth."""
+    bias = {7: 10.0, 9: 9.0, 5: 6.0}
+    hot = dict(logit_bias=bias, temperature=1.0, seed=4)
+    assert set(tokens(flat, 12, **hot, top_k=2)) == {7, 9}
+    assert set(tokens(flat, 12, **hot, top_p=0.9)) == {7, 9}
+    assert set(tokens(flat, 12, **hot, min_p=0.3)) == {7, 9}
+    assert set(tokens(flat, 12, **hot, min_p=0.5)) == {7}
+
+
+def test_a_seed_repeats_the_answer(flat: Transformer) -> None:
+    first = tokens(flat, 12, temperature=1.0, seed=1)
+    assert first == tokens(flat, 12, temperature=1.0, seed=1)
+    assert first != tokens(flat, 12, temperature=1.0, seed=2)
+    assert tokens(flat, 12, temperature=1.0) != tokens(flat, 12, temperature=1.0)
+
+
+def test_logprobs_equal_the_full_form(sharp: Transformer) -> None:
+    """Whatever else is asked for, they are of the model's own distribution."""
+    prompt = [5, 9, 2]
+    draws = list(
+        generate_draws(
+            sharp,
+            prompt,
+            max_tokens=8,
+            temperature=0.7,
+            seed=3,
+            top_k=20,
+            repetition_penalty=1.5,
+            logit_bias={4: 3.0},
+            top_logprobs=6,
+        )
+    )
+    ids = prompt + [draw.token_id for draw in draws]
+    logits = jax.jit(lambda model, ids: model(ids))(sharp, jnp.asarray([ids[:-1]]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits[0]))[2:]
+    for draw, want in zip(draws, logprobs, strict=True):
+        assert draw.logprob is not None
+        np.testing.assert_allclose(draw.logprob, want[draw.token_id], atol=1e-4)
+        assert [token for token, _ in draw.top_logprobs] == np.argsort(-want)[:6].tolist()
+        np.testing.assert_allclose(
+            [value for _, value in draw.top_logprobs], np.sort(want)[::-1][:6], atol=1e-4
+        )
+    plain = generate_draws(sharp, prompt, max_tokens=1, top_logprobs=None)
+    assert next(plain)[1:] == (None, ())
+    only_own = next(generate_draws(sharp, prompt, max_tokens=1))
+    assert only_own.logprob is not None and only_own.top_logprobs == ()
+
+
+def test_greedy_with_penalties_equals_transformers() -> None:
+    theirs = huggingface("llama")
+    import torch
+
+    prompt, end = [5, 9, 2, 5, 77, 31], 40
+    want = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=30,
+        min_new_tokens=12,
+        repetition_penalty=1.2,
+        sequence_bias={(end,): 50.0, (33,): 1.0},
+        eos_token_id=end,
+        pad_token_id=0,
+    )
+    ours = generate_tokens(
+        twin(theirs),
+        prompt,
+        max_tokens=30,
+        min_tokens=12,
+        repetition_penalty=1.2,
+        logit_bias={end: 50.0, 33: 1.0},
+        eos_ids=frozenset({end}),
+    )
+    answer = list(ours)
+    assert answer == want[0, len(prompt) :].tolist()
+    assert len(answer) == 13 and answer[-1] == end and len(set(answer)) > 3
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (dict(temperature=2.1), r"temperature=2.1 must be within 0 and 2"),
+        (dict(temperature=math.nan), r"temperature=nan must be within 0 and 2"),
+        (dict(top_p=-0.5), r"top_p=-0.5 must be within 0 and 1"),
+        (dict(top_k=-1), r"top_k=-1 must be within 0 and"),
+        (dict(min_p=1.5), r"min_p=1.5 must be within 0 and 1"),
+        (dict(presence_penalty=3.0), r"presence_penalty=3 must be within -2 and 2"),
+        (dict(frequency_penalty=-3.0), r"frequency_penalty=-3 must be within -2 and 2"),
+        (dict(repetition_penalty=0.0), r"repetition_penalty=0 must be within 0.01 and 100"),
+        (dict(min_tokens=-1), r"min_tokens=-1 must be within 0 and inf"),
+        (dict(logit_bias={VOCAB: 1.0}), r"logit_bias: there is no token 61 among 61"),
+        (dict(logit_bias={3: 101.0}), r"logit_bias: 101 of token 3 must be within -100 and 100"),
+    ],
+)
+def test_parameters_out_of_range(flat: Transformer, sampling: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokens(flat, 1, **sampling)
+
+
+def test_other_parameters(flat: Transformer) -> None:
+    with pytest.raises(ValueError, match="top_logprobs=21 must be within 0 and 20"):
+        next(generate_draws(flat, [1], max_tokens=1, top_logprobs=21))
+    with pytest.raises(TypeError, match="there is no parameter 'top_q'"):
+        tokens(flat, 1, top_q=1.0)
+
+
+def test_generate_passes_everything_on() -> None:
+    import mixtral_jax
+
+    model, tokenizer = mixtral_jax.load("tiny-random")
+    end = min(tokenizer.eos_ids)
+    letter = tokenizer.encode("ab")[-1]
+    bias = {end: 100.0, letter: 90.0}
+
+    def text(**sampling: Any) -> str:
+        return "".join(
+            generate(
+                model, tokenizer, "ab", max_tokens=4, temperature=0.0, logit_bias=bias, **sampling
+            )
+        )
+
+    assert text() == ""
+    once = tokenizer.decode([letter])
+    assert text(min_tokens=2) == once * 2
+    assert text(min_tokens=9) == once * 4
+    # The end's own id has no text, and does not end the answer.
+    assert text(ignore_eos=True) == text(ignore_eos=True, min_tokens=3)

@@ -1,0 +1,164 @@
+"""Keys in a file, and how a server follows it."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mixtral_jax.cli.main import app
+from serving.access.keyring import RELOAD_SECONDS, KeyFile, Keyring
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> KeyFile:
+    return KeyFile(tmp_path / "settings" / "keys.json")
+
+
+def test_a_key_is_random_and_only_its_digest_is_kept(file: KeyFile) -> None:
+    one, other = file.add("alice"), file.add("bob")
+    assert len(one) == len(other) == 32 and one != other
+    assert one not in file.path.read_text()
+    assert file.path.stat().st_mode & 0o777 == 0o600
+    assert [key.name for key in file.read()] == ["alice", "bob"]
+    ring = Keyring({}, file)
+    assert [ring.find(key) for key in (one, other)] == ["alice", "bob"]
+    for wrong in ("", one[:-1], one + "0", one.upper(), "alice", file.read()[0].sha256, "\xe9"):
+        assert ring.find(wrong) is None
+    file.remove("alice")
+    assert [key.name for key in file.read()] == ["bob"]
+    assert [path.name for path in file.path.parent.iterdir()] == ["keys.json"]
+
+
+def test_the_digest_is_sha256(file: KeyFile) -> None:
+    """`printf secret | sha256sum`, so that a key can be put there by other means."""
+    digest = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"
+    write(file, {"keys": [{"name": "alice", "sha256": digest, "created": "2026-01-01"}]})
+    assert Keyring({}, file).find("secret") == "alice"
+
+
+@pytest.mark.parametrize("name", ["", "default", "gateway", "anonymous", "entra:x", "a b", "-a"])
+def test_names_that_a_key_cannot_have(file: KeyFile, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot name a key"):
+        file.add(name)
+    assert not file.path.exists()
+
+
+def test_a_name_is_given_once_and_taken_away_once(file: KeyFile) -> None:
+    key = file.add("alice")
+    with pytest.raises(ValueError, match="has a key 'alice'"):
+        file.add("alice")
+    assert Keyring({}, file).find(key) == "alice"
+    with pytest.raises(ValueError, match="no key 'bob'; its keys: alice"):
+        file.remove("bob")
+
+
+def test_keys_that_are_added_at_once_are_all_kept(file: KeyFile) -> None:
+    names = [f"caller{i}" for i in range(16)]
+    threads = [threading.Thread(target=file.add, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(key.name for key in file.read()) == sorted(names)
+
+
+def test_a_keyring_follows_its_file(file: KeyFile) -> None:
+    clock = Clock()
+    old = file.add("old")
+    ring = Keyring({"default": "fixed"}, file, clock)
+    new = file.add("new")
+    file.remove("old")
+    assert [ring.find(key) for key in ("fixed", old, new)] == ["default", "old", None]
+    clock.now += RELOAD_SECONDS
+    assert [ring.find(key) for key in ("fixed", old, new)] == ["default", None, "new"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"keys": [1]}', '{"keys": [{}]}', None])
+def test_a_broken_file_keeps_the_old_keys_and_is_told_once(
+    file: KeyFile, content: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    key = file.add("alice")
+    ring = Keyring({}, file, clock)
+    if content is None:
+        file.path.unlink()
+    else:
+        file.path.write_text(content)
+    for _ in range(3):
+        clock.now += RELOAD_SECONDS
+        assert ring.find(key) == "alice"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert str(file.path) in caplog.text
+    file.path.unlink(missing_ok=True)
+    other = file.add("bob")
+    clock.now += RELOAD_SECONDS
+    assert [ring.find(k) for k in (key, other)] == [None, "bob"]
+
+
+def test_entries_that_are_not_as_written_here(file: KeyFile) -> None:
+    digest = "00" * 32
+    for entry in (
+        {"name": "alice", "sha256": digest[2:], "created": ""},
+        {"name": "alice", "sha256": "x" * 64, "created": ""},
+        {"name": "alice", "sha256": 5, "created": ""},
+        {"name": "gateway", "sha256": digest, "created": ""},
+        {"name": 5, "sha256": digest, "created": ""},
+        {"name": "alice", "sha256": digest, "created": "", "key": "secret"},
+    ):
+        write(file, {"keys": [entry]})
+        with pytest.raises(ValueError, match="not a file of keys"):
+            file.read()
+
+
+def test_a_file_that_others_may_write_is_refused(file: KeyFile) -> None:
+    file.add("alice")
+    os.chmod(file.path, 0o620)
+    with pytest.raises(ValueError, match="chmod 600"):
+        Keyring({}, file)
+
+
+def test_a_link_stays_a_link(file: KeyFile, tmp_path: Path) -> None:
+    file.add("alice")
+    link = KeyFile(tmp_path / "link.json")
+    link.path.symlink_to(file.path)
+    link.add("bob")
+    assert link.path.is_symlink()
+    assert [key.name for key in file.read()] == ["alice", "bob"]
+
+
+@pytest.mark.parametrize("key", ["", "with space", "line\n", "clé"])
+def test_keys_that_no_header_could_carry_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="visible ASCII"):
+        Keyring({"default": key})
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    run = CliRunner()
+    added = run.invoke(app, ["keys", "add", "alice"])
+    key = added.stdout.strip()
+    ring = Keyring({}, KeyFile(tmp_path / "mixtral-jax" / "keys.json"))
+    assert ring.find(key) == "alice"
+    elsewhere = ["--file", str(tmp_path / "mine.json")]
+    assert run.invoke(app, ["keys", "add", "bob", *elsewhere]).exit_code == 0
+    assert run.invoke(app, ["keys", "list", *elsewhere]).stdout.startswith("bob\t20")
+    assert run.invoke(app, ["keys", "list"]).stdout.startswith("alice\t20")
+    assert run.invoke(app, ["keys", "remove", "alice"]).exit_code == 0
+    assert run.invoke(app, ["keys", "list"]).stdout == ""
+    assert run.invoke(app, ["keys", "remove", "alice"]).exit_code != 0
+
+
+def write(file: KeyFile, content: object) -> None:
+    file.path.parent.mkdir(exist_ok=True)
+    file.path.write_text(json.dumps(content))

@@ -1,0 +1,216 @@
+"""The engine under meshes of eight virtual devices gives what it gives on one."""
+
+import functools
+import random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.generation import generate_draws
+from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh
+from serving.engine.engine import Engine, compile_steps
+from serving.scheduling.partitions import Shares
+from serving.scheduling.request import Drawn, Request, SamplingParams
+from serving.scheduling.step_plan import Limits
+
+VOCAB = 64
+# Eight heads in four groups, so that a mesh of eight must copy key/value heads.
+MOE = ModelConfig._with(
+    ModelConfig.tiny(vocab_size=VOCAB),
+    num_heads=8,
+    num_kv_heads=4,
+    head_size=8,
+    num_experts=8,
+    sliding_window=None,
+    max_context=96,
+)
+DENSE = ModelConfig._with(MOE, num_experts=0, experts_per_token=0)
+MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
+# Those that CI has time for: what is split, copied and gathered is among them.
+OFTEN = [("moe", (2, 2, 2)), ("moe", (1, 1, 8)), ("dense", (2, 2, 2))]
+EACH = [
+    pytest.param(config, shape, id=f"{name}-{shape}", marks=marks)
+    for name, config in (("moe", MOE), ("dense", DENSE))
+    for shape in MESHES
+    for marks in [() if (name, shape) in OFTEN else pytest.mark.soak]
+]
+LIMITS = Limits(
+    num_pages=60,
+    page_size=4,
+    max_sequences=4,
+    max_step_tokens=24,
+    max_context=96,
+    max_waiting=999,
+)
+
+
+def model_of(config: ModelConfig, dtype: str) -> Transformer:
+    """Ten times the usual values: logits that differ enough for greedy to be stable."""
+    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+    for variable in named_parameters(model).values():
+        value = variable.get_value()
+        if value.ndim > 1 and value.dtype != jnp.int8:
+            variable.set_value(value * 10)
+    return model
+
+
+def spread(model: Transformer, mesh: Mesh, dp_attention: bool) -> Transformer:
+    """The same values on a mesh."""
+    dtype = model.embed.weight.get_value().dtype
+    rules = ShardingRules.of(model.config, mesh, dp_attention)
+    target = Transformer(model.config, dtype=dtype, rngs=None, mesh=mesh, rules=rules)
+    values = named_parameters(model)
+    for name, variable in named_parameters(target).items():
+        sharding = variable.get_value().sharding
+        variable.set_value(jax.device_put(values[name].get_value(), sharding))
+    return target
+
+
+def mesh_of(config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool) -> Mesh:
+    return make_mesh(*shape, copies=copies_of(config, *shape[1:], dp_attention))
+
+
+def requests_of(count: int, seed: int) -> list[Request]:
+    dice = random.Random(seed)
+    shared = dice.choices(range(VOCAB), k=20)
+    return [
+        Request(
+            id=str(i),
+            prompt_ids=(
+                *shared[: dice.choice([0, 0, 9, 20])],
+                *dice.choices(range(VOCAB), k=dice.randint(1, 12)),
+            ),
+            sampling=SamplingParams(
+                temperature=dice.choice([0.0, 0.0, 0.8]),
+                top_p=dice.choice([1.0, 0.8]),
+                presence_penalty=dice.choice([0.0, 0.0, 1.5]),
+                seed=dice.randrange(2**31 - 4),
+                top_logprobs=3,
+            ),
+            max_tokens=dice.randint(1, 25),
+            n=dice.choice([1, 1, 3]),
+            eos_ids=frozenset({dice.randrange(VOCAB)}),
+        )
+        for i in range(count)
+    ]
+
+
+Answers = dict[tuple[str, int], list[Drawn]]
+
+
+def answers(model: Transformer, requests: list[Request], cache_dtype: Any = None) -> Answers:
+    engine = Engine(model, LIMITS, compile_steps(model, LIMITS, cache_dtype=cache_dtype))
+    for request in requests:
+        engine.add(request)
+    found: Answers = {}
+    while engine.has_work:
+        for event in engine.step():
+            found.setdefault((event.request_id, event.choice), []).append(event.drawn)
+    assert engine.scheduler.num_free_pages == engine.scheduler.num_pages
+    return found
+
+
+def check_equal(got: Answers, want: Answers, tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for key, draws in want.items():
+        assert [d.token_id for d in got[key]] == [d.token_id for d in draws]
+        np.testing.assert_allclose(
+            [d.logprob for d in got[key]], [d.logprob for d in draws], rtol=0, atol=tolerance
+        )
+
+
+@functools.cache
+def on_one_device(config: ModelConfig) -> tuple[Transformer, list[Request], Answers]:
+    model, requests = model_of(config, "float32"), requests_of(12, 1)
+    return model, requests, answers(model, requests)
+
+
+@pytest.mark.parametrize("dp_attention", [False, True], ids=["heads", "sequences"])
+@pytest.mark.parametrize(("config", "shape"), EACH)
+def test_the_step_under_a_mesh_equals_one_device(
+    config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool
+) -> None:
+    model, requests, want = on_one_device(config)
+    mesh = mesh_of(config, shape, dp_attention)
+    check_equal(answers(spread(model, mesh, dp_attention), requests), want, 1e-5)
+
+
+@pytest.mark.slow
+def test_100_requests_under_a_mesh_equal_one_device() -> None:
+    """More than fit: they wait, give way, and find one another's prefixes, on each side its own."""
+    model, requests = model_of(MOE, "float32"), requests_of(100, 2)
+    mesh = mesh_of(MOE, (1, 4, 2), False)
+    check_equal(answers(spread(model, mesh, False), requests), answers(model, requests), 1e-5)
+
+
+def test_the_plain_loop_under_a_mesh_equals_one_device() -> None:
+    model = model_of(MOE, "float32")
+    many = spread(model, mesh_of(MOE, (2, 2, 2), False), False)
+    ids = [3, 1, 4, 1, 5]
+    want = list(generate_draws(model, ids, max_tokens=10))
+    got = list(generate_draws(many, ids, max_tokens=10))
+    assert [draw.token_id for draw in got] == [draw.token_id for draw in want]
+    np.testing.assert_allclose(
+        [draw.logprob for draw in got], [draw.logprob for draw in want], rtol=0, atol=1e-5
+    )
+
+
+def test_requests_are_shared_out_evenly() -> None:
+    shares = Shares(LIMITS, 3)
+    for request in requests_of(7, 3):
+        shares.add(request)
+    assert [part.num_waiting for part in shares._parts] == [3, 2, 2]
+    assert shares.num_pages == 180
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        pytest.param(config, shape, id=f"{name}-{shape}", marks=marks)
+        for name, config in (("moe", MOE), ("dense", DENSE))
+        for shape in MESHES
+        for marks in [() if (name, shape) == ("moe", (2, 2, 2)) else pytest.mark.soak]
+    ],
+)
+def test_int8_under_a_mesh_is_as_near_to_float_as_on_one_device(
+    config: ModelConfig, shape: tuple[int, int, int]
+) -> None:
+    """Where a product is cut along its inputs, each part of a row is rounded with a scale of its
+    own: not the same bits, but no further from what the int8 weights would give unrounded."""
+    one = Transformer(config, dtype="int8", rngs=nnx.Rngs(0))
+    exact = Transformer(config, rngs=nnx.Rngs(0))
+    values = named_parameters(one)
+    for name, variable in named_parameters(exact).items():
+        value = values[name].get_value()
+        if value.dtype == jnp.int8:
+            scale = values[name.replace(".weight", ".scale")].get_value()
+            rest = (1,) * (value.ndim - scale.ndim)
+            value = value.astype(jnp.float32) * scale.reshape(*scale.shape, *rest)
+        variable.set_value(value)
+    tokens = jax.random.randint(jax.random.key(0), (8, 20), 0, VOCAB)
+    forward = jax.jit(lambda model, tokens: model(tokens))
+    want = forward(exact, tokens)
+    mesh = mesh_of(config, shape, False)
+    rows = jax.device_put(tokens, ShardingRules.of(config, mesh).sharding("BT", mesh))
+    many = spread(one, mesh, False)
+    apart = rms(forward(one, tokens) - want)
+    assert 0 < apart < 0.03 * rms(want)
+    assert rms(forward(many, rows) - want) < 1.2 * apart
+
+    # The paged form: first tokens, as later ones follow tokens that rounding may have changed.
+    requests = requests_of(8, 5)
+    got, expected = answers(many, requests), answers(one, requests)
+    assert got.keys() == expected.keys()
+    first = [got[key][0].logprob - expected[key][0].logprob for key in expected]
+    assert rms(np.asarray(first)) < 0.01
+
+
+def rms(values: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))

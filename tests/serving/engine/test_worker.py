@@ -1,0 +1,319 @@
+"""Crash, drain, stop and deadlines, with an engine that can be worked out by hand."""
+
+import asyncio
+import threading
+import time
+from contextlib import aclosing
+
+import pytest
+
+from serving.engine.metrics import Metrics
+from serving.engine.worker import EngineWorker
+from serving.errors import ContextTooLong, DeadlineExceeded, EngineFailure, Unavailable
+from serving.scheduling.request import Drawn, Event, FinishReason, Request, SamplingParams
+
+
+class CountingEngine:
+    """Answers every request with 0, 1, 2, ...; breaks at token 13, refuses an empty prompt.
+
+    Choice i gives i tokens more than max_tokens. Events come a step late, as from a real engine.
+    """
+
+    def __init__(self) -> None:
+        self.running: dict[str, tuple[Request, int]] = {}
+        self.late: list[Event] = []
+        self.cancelled: list[str] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.late)
+
+    def add(self, request: Request) -> None:
+        if not request.prompt_ids:
+            raise ContextTooLong("no")
+        self.running[request.id] = (request, 0)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        if choice is not None:
+            self.cancelled.append(f"{request_id}/{choice}")
+            return
+        self.running.pop(request_id, None)
+        self.late = [event for event in self.late if event.request_id != request_id]
+        self.cancelled.append(request_id)
+
+    def step(self, now: float) -> list[Event]:
+        events, self.late = self.late, []
+        for request, count in list(self.running.values()):
+            if count == 13:
+                raise RuntimeError("thirteen")
+            lengths = [request.max_tokens + choice for choice in range(request.n)]
+            self.running[request.id] = (request, count + 1)
+            if request.deadline is not None and request.deadline < now:
+                events += [
+                    Event(
+                        request_id=request.id,
+                        choice=choice,
+                        drawn=None,
+                        finish_reason=FinishReason.DEADLINE,
+                    )
+                    for choice in range(request.n)
+                ]
+                self.cancel(request.id)
+                continue
+            self.late += [
+                Event(
+                    request_id=request.id,
+                    choice=choice,
+                    drawn=Drawn(token_id=count),
+                    finish_reason=FinishReason.LENGTH if count + 1 == length else None,
+                )
+                for choice, length in enumerate(lengths)
+                if count < length
+            ]
+            if count + 1 == max(lengths):
+                del self.running[request.id]
+        return events
+
+
+def request(
+    name: str,
+    max_tokens: int,
+    prompt: tuple[int, ...] = (1,),
+    n: int = 1,
+    deadline: float | None = None,
+) -> Request:
+    return Request(
+        id=name,
+        prompt_ids=prompt,
+        sampling=SamplingParams(),
+        max_tokens=max_tokens,
+        eos_ids=frozenset(),
+        n=n,
+        deadline=deadline,
+    )
+
+
+async def happened(worker: EngineWorker, asked: Request) -> list[Event]:
+    async with aclosing(worker.submit(asked)) as events:
+        return [event async for event in events]
+
+
+async def tokens(worker: EngineWorker, asked: Request) -> list[int]:
+    return [event.drawn.token_id for event in await happened(worker, asked) if event.drawn]
+
+
+def started() -> tuple[EngineWorker, CountingEngine]:
+    engine = CountingEngine()
+    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
+    worker.start()
+    return worker, engine
+
+
+def test_requests_side_by_side() -> None:
+    worker, _ = started()
+
+    async def run() -> None:
+        many = [tokens(worker, request(str(n), n)) for n in range(1, 6)]
+        assert await asyncio.gather(*many) == [list(range(n)) for n in range(1, 6)]
+
+    asyncio.run(run())
+    worker.stop()
+
+
+def test_a_request_lasts_until_its_last_choice_has_ended() -> None:
+    worker, engine = started()
+
+    async def run() -> None:
+        events = await happened(worker, request("a", 2, n=3))
+        assert [(e.choice, e.drawn.token_id, e.finish_reason is not None) for e in events] == [
+            (0, 0, False),
+            (1, 0, False),
+            (2, 0, False),
+            (0, 1, True),
+            (1, 1, False),
+            (2, 1, False),
+            (1, 2, True),
+            (2, 2, False),
+            (2, 3, True),
+        ]
+
+    asyncio.run(run())
+    worker.stop()
+    assert not worker._mailboxes and not engine.cancelled
+
+
+def test_the_deadline_of_one_choice_ends_the_request_and_no_other() -> None:
+    worker, _ = started()
+
+    async def run() -> None:
+        late = request("late", 12, n=3, deadline=time.monotonic() - 1)
+        other = asyncio.create_task(tokens(worker, request("b", 9)))
+        with pytest.raises(DeadlineExceeded, match="deadline passed"):
+            await tokens(worker, late)
+        assert await other == list(range(9))
+        timely = request("timely", 3, n=1, deadline=time.monotonic() + 60)
+        assert await tokens(worker, timely) == [0, 1, 2]
+
+    asyncio.run(run())
+    worker.stop()
+    assert not worker._mailboxes
+
+
+def test_what_the_engine_refuses_reaches_the_caller_alone() -> None:
+    worker, _ = started()
+
+    async def run() -> None:
+        with pytest.raises(ContextTooLong):
+            await tokens(worker, request("a", 1, prompt=()))
+        assert await tokens(worker, request("b", 2)) == [0, 1]
+
+    asyncio.run(run())
+    worker.stop()
+
+
+def test_a_crash_ends_all_requests_and_every_later_one() -> None:
+    worker, _ = started()
+
+    async def run() -> None:
+        outcomes = await asyncio.gather(
+            *(tokens(worker, request(str(n), 100)) for n in range(3)), return_exceptions=True
+        )
+        assert [type(outcome) for outcome in outcomes] == [EngineFailure] * 3
+        with pytest.raises(EngineFailure):
+            await tokens(worker, request("late", 1))
+
+    asyncio.run(run())
+    assert worker.has_failed and worker.ended.is_set()
+    worker.stop()
+
+
+def test_leaving_cancels() -> None:
+    worker, engine = started()
+
+    async def run() -> None:
+        async with aclosing(worker.submit(request("a", 12))) as events:
+            async for _ in events:
+                break
+        assert await tokens(worker, request("b", 1)) == [0]
+        assert "a" not in engine.running
+
+    asyncio.run(run())
+    worker.stop()
+
+
+class HeldEngine(CountingEngine):
+    """Stops after two steps until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.released = threading.Event()
+
+    def step(self, now: float) -> list[Event]:
+        self.steps += 1
+        if self.steps > 2:
+            assert self.released.wait(10)
+        return super().step(now)
+
+
+def test_a_choice_that_was_ended_is_computed_no_more_and_not_waited_for() -> None:
+    engine = HeldEngine()
+    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
+    worker.start()
+
+    async def run() -> None:
+        seen = []
+        async with aclosing(worker.submit(request("a", 12, n=2))) as events:
+            async for event in events:
+                seen.append(event.choice)
+                if event.choice == 1 and 1 not in seen[:-1]:
+                    worker.end("a", 1)
+                    engine.released.set()
+                    assert worker.num_under_way == 1
+        assert seen.count(0) == 12
+        assert worker.num_under_way == 0
+        assert await tokens(worker, request("b", 1)) == [0]
+
+    asyncio.run(run())
+    worker.stop()
+    assert engine.cancelled == ["a/1"]
+    assert not worker._mailboxes
+
+
+class SlowEngine(CountingEngine):
+    """Never ends, and takes its time."""
+
+    def step(self, now: float) -> list[Event]:
+        time.sleep(0.02)
+        self.running = {name: (asked, 0) for name, (asked, _) in self.running.items()}
+        return super().step(now)
+
+
+def test_draining_refuses_new_requests_and_stopping_ends_the_others() -> None:
+    worker = EngineWorker(SlowEngine(), Metrics("tiny"))  # type: ignore[arg-type]
+    worker.start()
+
+    async def run() -> None:
+        seen = []
+        async with aclosing(worker.submit(request("a", 5))) as events:
+            with pytest.raises(Unavailable, match="was stopped"):
+                async for event in events:
+                    seen.append(event)
+                    if len(seen) == 3:
+                        worker.drain()
+                        with pytest.raises(Unavailable, match="shutting down"):
+                            await tokens(worker, request("late", 1))
+                    if len(seen) == 5:  # those under way go on until the end
+                        await asyncio.to_thread(worker.stop)
+
+    asyncio.run(run())
+    assert worker.ended.is_set() and not worker.has_failed
+
+
+def test_a_crash_with_a_better_reason_is_told_with_that() -> None:
+    lost = Unavailable("a part was lost")
+    worker = EngineWorker(CountingEngine(), Metrics("tiny"), lambda: lost)  # type: ignore[arg-type]
+    worker.start()
+    with pytest.raises(Unavailable, match="a part was lost"):
+        asyncio.run(tokens(worker, request("a", 100)))
+    assert not worker.has_failed
+    worker.stop()
+
+
+class StuckEngine(CountingEngine):
+    """Its second step does not end until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.released = threading.Event()
+
+    def step(self, now: float) -> list[Event]:
+        self.steps += 1
+        if self.steps == 2:
+            self.released.wait(20)
+        return super().step(now)
+
+
+def test_requests_can_be_ended_while_the_engine_is_stuck() -> None:
+    engine = StuckEngine()
+    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
+    worker.start()
+
+    async def run() -> None:
+        under_way = [asyncio.create_task(tokens(worker, request(n, 9))) for n in ("a", "b")]
+        while engine.steps < 2:
+            await asyncio.sleep(0.01)
+        in_the_inbox = asyncio.create_task(tokens(worker, request("c", 9)))
+        await asyncio.sleep(0.01)
+        worker.abandon(Unavailable("a part was lost"))
+        ended = asyncio.gather(*under_way, in_the_inbox, return_exceptions=True)
+        outcomes = await asyncio.wait_for(ended, 5)
+        assert [str(outcome) for outcome in outcomes] == ["a part was lost"] * 3
+        with pytest.raises(Unavailable, match="shutting down"):
+            await tokens(worker, request("late", 1))
+
+    asyncio.run(run())
+    assert worker.ended.is_set() and not worker.has_failed
+    engine.released.set()
+    worker.stop()

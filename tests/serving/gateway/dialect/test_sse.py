@@ -1,0 +1,119 @@
+"""Events of a stream: the bytes that are written by hand are those that their types would be."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from serving.errors import EngineFailure
+from serving.gateway.dialect import response_types as wire
+from serving.gateway.dialect.chat import response as reply
+from serving.gateway.dialect.sse import ChatEvents, Events, TextEvents
+from serving.proto import inference_pb2
+
+IDENTITY = reply.Identity(id="0" * 32, created=7, model='m"')
+STOP = inference_pb2.FINISH_REASON_STOP
+USAGE = inference_pb2.Usage(prompt_tokens=3, completion_tokens=2)
+TOKEN = inference_pb2.TokenLogprob(token_id=9, token=b"\xc3", logprob=-0.5)
+
+
+def events_of(written: bytes) -> list[dict[str, Any]]:
+    assert written.endswith(b"\n\n") or not written
+    return [json.loads(each.removeprefix(b"data: ")) for each in written.split(b"\n\n")[:-1]]
+
+
+def chat(chunk: inference_pb2.GenerateChunk, include_usage: bool = False) -> list[dict[str, Any]]:
+    return events_of(ChatEvents(IDENTITY, include_usage).of([chunk]))
+
+
+def test_text_in_the_last_chunk_comes_before_the_end() -> None:
+    text, end = chat(inference_pb2.GenerateChunk(text="!", finish_reason=STOP, usage=USAGE))
+    assert text["choices"][0]["delta"] == {"content": "!"}
+    assert text["choices"][0]["finish_reason"] is None
+    assert "usage" not in text
+    assert end["choices"][0]["delta"] == {"content": ""}
+    assert end["choices"][0]["finish_reason"] == "stop"
+    assert end["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+def test_usage_that_was_asked_for_comes_alone() -> None:
+    end, usage = chat(inference_pb2.GenerateChunk(finish_reason=STOP, usage=USAGE), True)
+    assert end["choices"][0]["finish_reason"] == "stop"
+    assert "usage" not in end
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == 5
+
+
+def test_a_choice_that_ends_before_others_has_no_usage() -> None:
+    for include_usage in (False, True):
+        (end,) = chat(inference_pb2.GenerateChunk(finish_reason=STOP, choice=2), include_usage)
+        assert end["choices"][0]["index"] == 2
+        assert end["choices"][0]["finish_reason"] == "stop"
+        assert "usage" not in end
+
+
+def test_logprobs_of_tokens_without_text_come_with_the_end() -> None:
+    (end,) = chat(inference_pb2.GenerateChunk(finish_reason=STOP, usage=USAGE, logprobs=[TOKEN]))
+    assert end["choices"][0]["logprobs"] == {
+        "content": [
+            {"token": "\ufffd", "token_id": 9, "logprob": -0.5, "bytes": [195], "top_logprobs": []}
+        ]
+    }
+
+
+def test_a_chunk_without_news_becomes_nothing() -> None:
+    assert chat(inference_pb2.GenerateChunk(token_ids=[5])) == []
+
+
+def test_offsets_of_a_text_go_on_from_chunk_to_chunk() -> None:
+    events = TextEvents(IDENTITY, False)
+    for choice, text, offset in ((0, "a", 0), (1, "bcd", 0), (0, "e", 1), (1, "f", 3)):
+        one = inference_pb2.TokenLogprob(token=text.encode(), logprob=-1)
+        chunk = inference_pb2.GenerateChunk(text=text, logprobs=[one], choice=choice)
+        (event,) = events_of(events.of([chunk]))
+        assert event["choices"][0]["logprobs"]["text_offset"] == [offset]
+
+
+@pytest.mark.parametrize("kind", [ChatEvents, TextEvents])
+@pytest.mark.parametrize("include_usage", [False, True])
+@given(
+    text=st.text(),
+    reason=st.sampled_from([0, STOP, inference_pb2.FINISH_REASON_LENGTH]),
+    has_usage=st.booleans(),
+    logprobs=st.lists(st.floats(-100, 0, width=32), max_size=2),
+    choice=st.integers(0, 3),
+)
+def test_every_event_is_what_its_type_says(
+    kind: type[Events],
+    include_usage: bool,
+    text: str,
+    reason: inference_pb2.FinishReason,
+    has_usage: bool,
+    logprobs: list[float],
+    choice: int,
+) -> None:
+    chunk = inference_pb2.GenerateChunk(
+        text=text,
+        finish_reason=reason,
+        choice=choice,
+        usage=USAGE if has_usage else None,
+        logprobs=[
+            inference_pb2.TokenLogprob(token=b"a", logprob=each, top=[TOKEN]) for each in logprobs
+        ],
+    )
+    events = kind(IDENTITY, include_usage)
+    shape: type[BaseModel] = wire.ChatCompletionChunk
+    if kind is TextEvents:
+        shape = wire.TextCompletion
+    written = events.opening(2) + events.of([chunk, chunk]) + events.heartbeat()
+    written += events.failure(EngineFailure("why"))
+    assert written.isascii()
+    for line in written.split(b"\n\n")[:-1]:
+        assert len(line.splitlines()) == 1
+        plain = line.removeprefix(b"data: ")
+        again = shape.model_validate_json(plain).model_dump()
+        # Order counts too; a float may be written in more ways than one.
+        assert json.dumps(again) == json.dumps(json.loads(plain))

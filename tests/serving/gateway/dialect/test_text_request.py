@@ -1,0 +1,82 @@
+"""Text completions: prompts in all their forms, and what they mean in the proto."""
+
+import json
+from typing import Any
+
+import pytest
+
+from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from serving.gateway.dialect.text.request import read_completion, to_protos
+from serving.proto import inference_pb2
+
+
+def asked(**body: Any) -> list[inference_pb2.GenerateRequest]:
+    return to_protos(read_completion(json.dumps(body).encode()))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        ("", [""]),
+        (["a"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([5, 7], [[5, 7]]),
+        ([[5, 7], [9]], [[5, 7], [9]]),
+        (["a", [9]], ["a", [9]]),
+    ],
+)
+def test_prompts(prompt: object, prompts: list[object]) -> None:
+    said = [
+        each.text if each.WhichOneof("prompt") == "text" else list(each.token_ids.ids)
+        for each in asked(prompt=prompt)
+    ]
+    assert said == prompts
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 5, {}, [], [[]], [None], ["a", 5], [-1], [[5, "a"]], ["a"] * 17, [1.5]]
+)
+def test_prompts_that_are_none(prompt: object) -> None:
+    with pytest.raises(InvalidParameter):
+        asked(prompt=prompt)
+
+
+def test_openais_defaults() -> None:
+    (request,) = asked(prompt="a")
+    assert request == inference_pb2.GenerateRequest(
+        text="a", max_tokens=16, sampling=inference_pb2.SamplingParams(temperature=1)
+    )
+    assert asked(prompt="a", max_tokens=None, temperature=None, logprobs=None, echo=False) == [
+        request
+    ]
+
+
+def test_every_parameter_arrives() -> None:
+    (request,) = asked(
+        prompt="a", max_tokens="7", temperature=0, logprobs=0, n=2, stop="x", seed=4, best_of=1
+    )
+    assert request == inference_pb2.GenerateRequest(
+        text="a",
+        max_tokens=7,
+        n=2,
+        stop=["x"],
+        top_logprobs=0,
+        sampling=inference_pb2.SamplingParams(temperature=0, seed=4),
+    )
+
+
+@pytest.mark.parametrize("parameter", ["echo", "suffix", "best_of"])
+def test_features_we_do_not_have_are_named(parameter: str) -> None:
+    value = {"echo": True, "suffix": "b", "best_of": 2}[parameter]
+    with pytest.raises(UnsupportedParameter, match=f"{parameter} is not supported"):
+        asked(prompt="a", **{parameter: value})
+
+
+def test_mistakes() -> None:
+    with pytest.raises(InvalidParameter, match="Field required"):
+        asked(max_tokens=5)
+    with pytest.raises(InvalidParameter):
+        asked(prompt="a", logprobs=21)
+    with pytest.raises(InvalidRequest, match="the key 'prompt'"):
+        read_completion(b"[]")

@@ -1,0 +1,68 @@
+"""The document that describes the endpoint says what the application does."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from serving.access.credentials import Access
+from serving.access.keyring import Keyring
+from serving.gateway.app import create_app
+from serving.gateway.openapi import document, page
+from tests.support.fakes import KEY, running_stack
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    return document()
+
+
+def test_every_route_is_described_and_no_other(told: dict[str, Any]) -> None:
+    app = create_app("127.0.0.1:1", Access(Keyring({"default": KEY})), service_key=KEY)
+    offered = {
+        (route.path.replace(":path}", "}"), method.lower())
+        for route in app.routes
+        for method in route.methods - {"HEAD"}
+    }
+    described = {(path, method) for path, methods in told["paths"].items() for method in methods}
+    assert offered == described
+    operations = [each["operationId"] for path in told["paths"].values() for each in path.values()]
+    assert len(operations) == len(set(operations))
+
+
+def test_every_reference_leads_somewhere(told: dict[str, Any]) -> None:
+    text = json.dumps(told)
+    for part in text.split('"$ref": "#/components/schemas/')[1:]:
+        assert part.partition('"')[0] in told["components"]["schemas"]
+
+
+def test_requests_and_answers_are_described_field_by_field(told: dict[str, Any]) -> None:
+    schemas = told["components"]["schemas"]
+    for name in ("ChatRequest", "CompletionRequest", "Message", "ChatCompletion", "ErrorBody"):
+        for field, schema in schemas[name]["properties"].items():
+            assert schema.get("description"), (name, field)
+    assert schemas["ChatRequest"]["required"] == ["messages"]
+    assert schemas["ChatRequest"]["properties"]["temperature"]["anyOf"][0] == {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 2,
+    }
+    chat = told["paths"]["/chat/completions"]["post"]
+    assert set(chat["responses"]) == {"200", *(str(status) for status in ERRORS)}
+    assert "retry-after" in chat["responses"]["429"]["headers"]
+    assert "retry-after" not in chat["responses"]["422"]["headers"]
+
+
+ERRORS = (400, 401, 403, 404, 405, 408, 413, 415, 422, 424, 429, 500, 503)
+
+
+def test_both_are_there_without_a_key_and_need_nothing_else() -> None:
+    with running_stack() as stack, httpx.Client(base_url=stack.url) as client:
+        assert client.get("/openapi.json").json() == document()
+        answer = client.get("/docs")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.text == page(document())
+    assert "<script" not in answer.text and "://" not in answer.text
+    assert "POST /v1/chat/completions" in answer.text
+    assert "frequency_penalty" in answer.text

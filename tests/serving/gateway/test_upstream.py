@@ -1,0 +1,350 @@
+"""The gateway's side of gRPC before scripted services, of which some fail and some are killed."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from serving.channel import INFERENCE, options_for, target_of
+from serving.errors import EngineFailure, Overloaded, ServingError, Unavailable
+from serving.gateway.upstream import READ_AHEAD, Answer, ModelService
+from serving.proto import inference_pb2 as pb
+from serving.proto import inference_pb2_grpc as rpc
+from tests.support.fakes import KEY, ScriptedInference
+
+PATIENCE = 20.0
+
+
+class Refusing(ScriptedInference):
+    """Says nothing but an error, after so many words."""
+
+    def __init__(self, status: grpc.StatusCode, words: int = 0) -> None:
+        super().__init__()
+        self._status, self._words = status, words
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[Any]:
+        self.requests.append(request)
+        for _ in range(self._words):
+            yield pb.GenerateChunk(text="word")
+        await context.abort(self._status, "no")
+
+
+class Replica:
+    """A service and its health in this event loop."""
+
+    def __init__(self, service: ScriptedInference) -> None:
+        self.service = service
+        self.health = HealthServicer()
+        self.server = grpc.aio.server()
+        rpc.add_InferenceServicer_to_server(service, self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+
+    @property
+    def asked(self) -> int:
+        return len(self.service.requests)
+
+    async def set_serving(self, is_serving: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        state = states.SERVING if is_serving else states.NOT_SERVING
+        for name in ("", INFERENCE):
+            await self.health.set(name, state)
+
+
+@asynccontextmanager
+async def model_service(targets: list[str]) -> AsyncIterator[ModelService]:
+    target = target_of(targets)
+    async with grpc.aio.insecure_channel(target, options=options_for(target)) as channel:
+        yield ModelService(channel, KEY)
+
+
+@asynccontextmanager
+async def replicas(*services: ScriptedInference) -> AsyncIterator[tuple[ModelService, Any]]:
+    """What the gateway has, and the replicas behind it, which all serve."""
+    behind = [Replica(service) for service in services]
+    for one in behind:
+        await one.server.start()
+        await one.set_serving(True)
+    async with model_service([one.target for one in behind]) as service:
+        yield service, behind
+    for one in behind:
+        await one.server.stop(0)
+
+
+def asking(words: str) -> pb.GenerateRequest:
+    return pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content=words)]))
+
+
+async def text_of(answer: Answer) -> str:
+    try:
+        text = ""
+        while (chunk := await answer.read()) is not None:
+            text += chunk.text
+        return text
+    finally:
+        answer.cancel()
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+def run(work: Any) -> None:
+    asyncio.run(asyncio.wait_for(work(), 3 * PATIENCE))
+
+
+async def connected(service: ModelService, behind: list[Replica]) -> None:
+    """Waits until each has answered: while a channel looks for more it uses what it has."""
+
+    async def all_asked() -> bool:
+        with suppress(ServingError):
+            await text_of(service.generate(asking("x")))
+        return all(one.asked for one in behind)
+
+    await until(all_asked)
+    for one in behind:
+        one.service.requests.clear()
+
+
+def test_calls_go_round() -> None:
+    async def work() -> None:
+        async with replicas(*(ScriptedInference() for _ in range(3))) as (service, behind):
+            await connected(service, behind)
+            for _ in range(9):
+                assert await text_of(service.generate(asking("one two"))) == "one two"
+            assert [one.asked for one in behind] == [3, 3, 3]
+
+    run(work)
+
+
+def test_who_does_not_serve_is_passed_over_until_it_does() -> None:
+    async def work() -> None:
+        async with replicas(ScriptedInference(), ScriptedInference()) as (service, behind):
+            await connected(service, behind)
+            first, second = behind
+            await first.set_serving(False)
+
+            async def has_left() -> bool:
+                first.service.requests.clear()
+                for _ in range(4):
+                    await text_of(service.generate(asking("x")))
+                return first.asked == 0
+
+            await until(has_left)
+            await service.check_ready()
+            await second.set_serving(False)
+
+            async def is_not_ready() -> bool:
+                try:
+                    await service.check_ready()
+                except Unavailable:
+                    return True
+                return False
+
+            await until(is_not_ready)
+            with pytest.raises(Unavailable, match="cannot be reached"):
+                await text_of(service.generate(asking("x")))
+            await first.set_serving(True)
+
+            async def is_ready() -> bool:
+                return not await is_not_ready()
+
+            await until(is_ready)
+            assert await text_of(service.generate(asking("x"))) == "x"
+
+    run(work)
+
+
+@pytest.mark.parametrize("status", ["UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+def test_what_one_refuses_another_answers(status: str) -> None:
+    async def work() -> None:
+        refusing = Refusing(grpc.StatusCode[status])
+        async with replicas(refusing, ScriptedInference()) as (service, behind):
+            await connected(service, behind)
+            for _ in range(4):
+                assert await text_of(service.generate(asking("one"))) == "one"
+            assert behind[0].asked >= 1 and behind[1].asked == 4
+
+    run(work)
+
+
+def test_if_all_are_full_that_is_what_is_said() -> None:
+    async def work() -> None:
+        full = [Refusing(grpc.StatusCode.RESOURCE_EXHAUSTED) for _ in range(2)]
+        async with replicas(*full) as (service, behind):
+            await connected(service, behind)
+            with pytest.raises(Overloaded):
+                await text_of(service.generate(asking("one")))
+            assert sum(one.asked for one in behind) == 3
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "leaf"),
+    [("UNAVAILABLE", 1, Unavailable), ("INTERNAL", 0, EngineFailure)],
+)
+def test_after_a_word_and_for_other_errors_nothing_is_repeated(
+    status: str, words: int, leaf: type[ServingError]
+) -> None:
+    async def work() -> None:
+        failing = [Refusing(grpc.StatusCode[status], words) for _ in range(2)]
+        async with replicas(*failing) as (service, behind):
+            await connected(service, behind)
+            with pytest.raises(leaf):
+                await text_of(service.generate(asking("one")))
+            assert sum(one.asked for one in behind) == 1
+
+    run(work)
+
+
+def test_metadata_goes_with_the_call() -> None:
+    class Listening(ScriptedInference):
+        async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+            seen.update(dict(context.invocation_metadata()))
+            async for chunk in super().Generate(request, context):
+                yield chunk
+
+    seen: dict[str, str] = {}
+
+    async def work() -> None:
+        async with replicas(Listening()) as (service, _):
+            await text_of(service.generate(asking("x"), [("x-request-id", "abc")]))
+        assert seen["x-request-id"] == "abc" and seen["authorization"] == f"Bearer {KEY}"
+
+    run(work)
+
+
+def test_a_slow_reader_has_no_more_than_so_many_chunks_in_memory() -> None:
+    async def work() -> None:
+        async with replicas(ScriptedInference()) as (service, _):
+            answer = service.generate(asking("x " * 1000))
+            assert not await answer.has_news(0.0)
+
+            async def is_full() -> bool:
+                return len(answer._arrived) == READ_AHEAD
+
+            await until(is_full)
+            await asyncio.sleep(0.05)
+            assert len(answer._arrived) == READ_AHEAD
+            chunks = await answer.read_all()
+            assert len(chunks) == READ_AHEAD
+            while more := await answer.read_all():
+                chunks += more
+            assert len(chunks) == 1001 and chunks[-1].HasField("usage")
+            assert await answer.read() is None
+            answer.cancel()
+
+    run(work)
+
+
+def test_patience_and_cancelling() -> None:
+    async def work() -> None:
+        scripted = ScriptedInference()
+        async with replicas(scripted) as (service, _):
+            answer = service.generate(asking("one !wait two"))
+            first = await answer.read()
+            assert first is not None and first.text == "one"
+            assert not await answer.has_news(0.02)
+            scripted.release()
+            assert await answer.has_news(PATIENCE)
+            assert await text_of(answer) == " two"
+            scripted.reset()
+            answer = service.generate(asking("one !wait two"))
+            assert await answer.read() is not None
+            answer.cancel()
+            assert await asyncio.to_thread(scripted.cancelled.wait, PATIENCE)
+            with pytest.raises(Unavailable, match="given up"):
+                await answer.read()
+            answer = service.generate(asking("one !vanish"))
+            with pytest.raises(EngineFailure, match="without a reason to finish"):
+                await text_of(answer)
+
+    run(work)
+
+
+# A replica that can be killed. It prints its target, and its process id before each answer.
+PROCESS = """
+import asyncio, os
+from test_upstream import Replica, ScriptedInference, pb
+
+class Named(ScriptedInference):
+    async def Generate(self, request, context):
+        yield pb.GenerateChunk(text=f"{os.getpid()} ")
+        async for chunk in super().Generate(request, context):
+            yield chunk
+
+async def run():
+    replica = Replica(Named())
+    await replica.server.start()
+    await replica.set_serving(True)
+    print(replica.target, flush=True)
+    await replica.server.wait_for_termination()
+
+asyncio.run(run())
+"""
+
+
+@contextmanager
+def processes(count: int) -> Iterator[dict[str, "subprocess.Popen[str]"]]:
+    """Replicas in processes of their own, by their targets."""
+    root = Path(__file__).parents[3]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )
+        for _ in range(count)
+    ]
+    try:
+        yield {one.stdout.readline().strip(): one for one in started if one.stdout}
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+            if one.stdout:
+                one.stdout.close()
+
+
+def test_a_killed_replica_costs_its_own_streams_alone() -> None:
+    async def work(running: dict[str, "subprocess.Popen[str]"]) -> None:
+        async with model_service(list(running)) as service:
+            streams: dict[str, list[Answer]] = {}
+            while len(streams) < 2 or min(map(len, streams.values())) < 4:
+                answer = service.generate(asking("one !wait"))
+                first = await answer.read()
+                assert first is not None
+                streams.setdefault(first.text, []).append(answer)
+                second = await answer.read()
+                assert second is not None and second.text == "one"
+            victim, other = running.values()
+            victim.kill()
+            killed = time.monotonic()
+            for answer in streams[f"{victim.pid} "]:
+                with pytest.raises(Unavailable, match="cannot be reached"):
+                    await answer.read()
+            assert time.monotonic() - killed < 2
+            for _ in range(4):  # new ones go to the other
+                name = f"{other.pid} "
+                assert await text_of(service.generate(asking("one two"))) == f"{name}one two"
+            await service.check_ready()
+            for answer in streams[name]:
+                assert not await answer.has_news(0.0)
+                answer.cancel()
+
+    with processes(2) as running:
+        asyncio.run(asyncio.wait_for(work(running), 3 * PATIENCE))

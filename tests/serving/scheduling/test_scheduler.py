@@ -1,0 +1,684 @@
+"""Plans worked out by hand, and a device in plain Python that notices every wrong page.
+
+Page size 4 and, where a test says nothing else, 8 pages, 2 rows and 8 tokens a step.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.errors import ContextTooLong, Overloaded
+from serving.scheduling.request import Drawn, Event, FinishReason, Request, SamplingParams
+from serving.scheduling.scheduler import Scheduler
+from serving.scheduling.step_plan import Chunk, Limits, Plan
+
+EOS = 99
+
+
+def limits(**changes: Any) -> Limits:
+    values: dict[str, Any] = dict(
+        num_pages=8,
+        page_size=4,
+        max_sequences=2,
+        max_step_tokens=8,
+        max_context=32,
+        max_waiting=3,
+    )
+    return Limits(**{**values, **changes})
+
+
+def request(name: str, prompt: int | Sequence[int], max_tokens: int, **changes: Any) -> Request:
+    """A prompt of so many tokens, unlike those of other names, or of these tokens."""
+    if isinstance(prompt, int):
+        prompt = [1000 * ord(name) + i for i in range(prompt)]
+    values: dict[str, Any] = dict(sampling=SamplingParams(), eos_ids=frozenset({EOS}))
+    return Request(
+        id=name, prompt_ids=tuple(prompt), max_tokens=max_tokens, **{**values, **changes}
+    )
+
+
+def scheduler_of(*requests: Request, **changes: Any) -> Scheduler:
+    scheduler = Scheduler(limits(**changes))
+    for one in requests:
+        scheduler.add(one)
+    return scheduler
+
+
+def shape(plan: Plan) -> list[tuple[str, int, int, bool]]:
+    return [(c.request_id, c.start, len(c.token_ids), c.samples) for c in plan.chunks]
+
+
+def commit(
+    scheduler: Scheduler, plan: Plan, tokens: Iterable[int | None] | int = 50
+) -> list[Event]:
+    """Commits with these tokens, or always the same one."""
+    if isinstance(tokens, int):
+        tokens = [tokens] * len(plan.chunks)
+    drawn = zip(plan.chunks, tokens, strict=True)
+    return scheduler.commit(plan, [Drawn(token_id=t) if c.samples else None for c, t in drawn])
+
+
+def step(scheduler: Scheduler, tokens: Iterable[int] | int = 50) -> Plan:
+    plan = scheduler.plan()
+    commit(scheduler, plan, tokens)
+    return plan
+
+
+def told(events: list[Event]) -> list[tuple[str, int, int | None, FinishReason | None]]:
+    return [(e.request_id, e.choice, e.drawn and e.drawn.token_id, e.finish_reason) for e in events]
+
+
+def test_the_example_of_the_module() -> None:
+    scheduler = scheduler_of(request("A", 3, 2), request("B", 10, 1))
+    first = scheduler.plan()
+    assert shape(first) == [("A", 0, 3, True), ("B", 0, 5, False)]
+    assert [chunk.pages for chunk in first.chunks] == [(0,), (1, 2)]
+    second = scheduler.plan()
+    assert shape(second) == [("A", 3, 1, True), ("B", 5, 5, True)]
+    assert [chunk.pages for chunk in second.chunks] == [(0,), (1, 2, 3)]
+    assert [(c.token_ids[0], c.follows) for c in second.chunks] == [(0, 0), (66005, None)]
+    assert told(commit(scheduler, first)) == [("A", 0, 50, None)]
+    assert scheduler.plan() == Plan(chunks=())  # both are at their last token
+    assert told(commit(scheduler, second, [60, 61])) == [
+        ("A", 0, 60, FinishReason.LENGTH),
+        ("B", 0, 61, FinishReason.LENGTH),
+    ]
+    assert not scheduler.has_work
+    assert scheduler.num_free_pages == 8
+
+
+def test_eos_ends_and_frees() -> None:
+    scheduler = scheduler_of(request("A", 3, 20))
+    assert told(commit(scheduler, scheduler.plan(), EOS)) == [("A", 0, EOS, FinishReason.STOP)]
+    assert scheduler.num_free_pages == 8
+
+
+def test_a_third_request_waits_for_a_row_and_has_it_in_the_next_plan() -> None:
+    scheduler = scheduler_of(*(request(name, 2, 2) for name in "ABC"))
+    assert shape(scheduler.plan()) == [("A", 0, 2, True), ("B", 0, 2, True)]
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
+    scheduler.cancel("A")
+    assert shape(scheduler.plan()) == [("B", 2, 1, True), ("C", 0, 2, True)]
+
+
+def test_nobody_overtakes_one_that_waits_for_pages() -> None:
+    """B needs 2 pages of the 3 that A leaves, and one is A's to grow; C would need only 1."""
+    scheduler = scheduler_of(
+        request("A", 5, 9), request("B", 9, 9), request("C", 1, 1), num_pages=5, max_sequences=3
+    )
+    assert [c.request_id for c in step(scheduler).chunks] == ["A"]
+    scheduler = scheduler_of(
+        request("A", 5, 9), request("B", 8, 9), request("C", 1, 1), num_pages=5, max_sequences=3
+    )
+    assert [c.request_id for c in step(scheduler).chunks] == ["A", "B"]
+
+
+def test_a_chunk_of_one_prompt_token_stands_with_the_decodes() -> None:
+    """The engine tells decodes by their length, so every single must come before the longer ones.
+
+    Budget 3: A decodes, then B's prompt of 4 gets 2 tokens, then 1 and 1.
+    """
+    scheduler = scheduler_of(request("A", 1, 9), request("B", 4, 9), max_step_tokens=3)
+    assert [shape(step(scheduler)) for _ in range(3)] == [
+        [("A", 0, 1, True), ("B", 0, 2, False)],
+        [("A", 1, 1, True), ("B", 2, 2, True)],
+        [("A", 2, 1, True), ("B", 4, 1, True)],
+    ]
+
+
+def test_half_to_the_oldest_prompt_and_the_rest_to_the_shortest() -> None:
+    """A decodes, B is long and older than C and D. Of 9 tokens A takes 1 and B 4 of the other 8."""
+    scheduler = scheduler_of(
+        request("A", 1, 9), num_pages=20, max_sequences=4, max_step_tokens=9, max_waiting=9
+    )
+    step(scheduler)
+    for name, prompt in ("B", 20), ("C", 7), ("D", 3):
+        scheduler.add(request(name, prompt, 9))
+    assert [shape(step(scheduler)) for _ in range(3)] == [
+        [("A", 1, 1, True), ("C", 0, 1, False), ("B", 0, 4, False), ("D", 0, 3, True)],
+        [("A", 2, 1, True), ("D", 3, 1, True), ("B", 4, 4, False), ("C", 1, 3, False)],
+        [("A", 3, 1, True), ("D", 4, 1, True), ("B", 8, 4, False), ("C", 4, 3, True)],
+    ]
+    # Nobody else has a prompt: B takes what is left.
+    assert shape(step(scheduler))[-1] == ("B", 12, 6, False)
+
+
+def test_what_can_never_fit_and_what_is_too_much() -> None:
+    scheduler = scheduler_of(num_pages=4)
+    with pytest.raises(ContextTooLong, match="17 tokens; this server holds 16"):
+        scheduler.add(request("A", 17, 1))
+    for name in "ABC":
+        scheduler.add(request(name, 2, 2))
+    with pytest.raises(Overloaded, match="3 requests are waiting"):
+        scheduler.add(request("D", 2, 2))
+
+
+def test_cancel_frees_in_the_same_step() -> None:
+    scheduler = scheduler_of(request("A", 2, 5))
+    plan = scheduler.plan()
+    scheduler.cancel("A")
+    assert scheduler.num_free_pages == 8
+    assert commit(scheduler, plan) == []
+    scheduler.cancel("A")  # it has ended
+    assert not scheduler.has_work
+
+
+def test_one_choice_ends_and_the_others_go_on() -> None:
+    scheduler = scheduler_of(request("A", 2, 9, n=3), max_sequences=3)
+    step(scheduler)
+    step(scheduler)  # the forks draw their first tokens, in pages of their own
+    assert (scheduler.num_running, scheduler.num_free_pages) == (3, 5)
+    scheduler.cancel("A", 0)
+    assert (scheduler.num_running, scheduler.num_free_pages) == (2, 6)
+    assert [chunk.choice for chunk in step(scheduler).chunks] == [1, 2]
+    scheduler.cancel("A", 2)
+    assert [chunk.choice for chunk in step(scheduler).chunks] == [1]
+    scheduler.cancel("A")
+    assert not scheduler.has_work and scheduler.num_free_pages == 8
+
+
+def test_past_the_deadline_nothing_more_is_computed() -> None:
+    a = request("A", 2, 5, deadline=10.0)
+    scheduler = scheduler_of(a, replace(a, id="B", n=2), request("C", 2, 5), max_sequences=1)
+    plan = scheduler.plan()
+    assert scheduler.expire(now=10.0) == []
+    late = FinishReason.DEADLINE
+    assert told(scheduler.expire(now=10.1)) == [
+        ("A", 0, None, late),
+        ("B", 0, None, late),  # was waiting, and stood for both its choices
+        ("B", 1, None, late),
+    ]
+    assert scheduler.num_free_pages == 8
+    assert commit(scheduler, plan) == []
+    assert [c.request_id for c in step(scheduler).chunks] == ["C"]
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    """A's prompt of 9 tokens fills 2 pages. B has the first 6 of them: 1 page. C has all 9."""
+    tokens = list(range(9))
+    scheduler = scheduler_of(request("A", tokens, 1), max_step_tokens=9)
+    step(scheduler)
+    assert (scheduler.num_free_pages, scheduler.num_cached_pages) == (8, 2)
+    scheduler.add(request("B", tokens[:6], 9))
+    scheduler.add(request("C", tokens, 9))
+    plan = scheduler.plan()
+    assert shape(plan) == [("C", 8, 1, True), ("B", 4, 2, True)]
+    c, b = plan.chunks
+    assert (c.pages[:2], b.pages[0]) == ((0, 1), 0)
+    assert (scheduler.prompt_tokens, scheduler.prefix_hit_tokens) == (9 + 6 + 9, 4 + 8)
+
+
+def test_of_a_page_that_is_known_at_least_one_token_is_computed() -> None:
+    scheduler = scheduler_of(request("A", range(8), 1))
+    step(scheduler)
+    scheduler.add(request("B", range(8), 1))
+    assert shape(scheduler.plan()) == [("B", 4, 4, True)]
+
+
+def test_prefix_reuse_can_be_turned_off() -> None:
+    scheduler = scheduler_of(request("A", range(8), 1), prefix_reuse=False)
+    step(scheduler)
+    scheduler.add(request("B", range(8), 1))
+    assert shape(scheduler.plan()) == [("B", 0, 8, True)]
+
+
+def test_the_youngest_gives_way_and_goes_on_later() -> None:
+    """4 pages: A has 6 tokens (2 pages) and B 3 (1). In step 3 B takes the last page for its fifth
+    token, and in step 4 A needs one for its ninth. B goes back, and has 6 tokens by now; when A has
+    ended it finds its first page again and computes only what stood in the other one.
+    """
+    scheduler = scheduler_of(
+        request("A", 6, 6), request("B", 3, 9), num_pages=4, max_step_tokens=16
+    )
+    for expected in (
+        [("A", 0, 6, True), ("B", 0, 3, True)],
+        [("A", 6, 1, True), ("B", 3, 1, True)],
+        [("A", 7, 1, True), ("B", 4, 1, True)],
+        [("A", 8, 1, True)],
+    ):
+        assert shape(step(scheduler, range(50, 50 + len(expected)))) == expected
+    assert (scheduler.preemptions, scheduler.num_waiting, scheduler.num_free_pages) == (1, 1, 1)
+    step(scheduler), step(scheduler)
+    plan = scheduler.plan()
+    assert shape(plan) == [("B", 4, 2, True)]
+    assert plan.chunks[0].token_ids == (51, 51)
+    assert plan.chunks[0].prompt_length == 3
+
+
+def test_while_a_plan_is_open_nobody_gives_way() -> None:
+    scheduler = scheduler_of(
+        request("A", 7, 9), request("B", 7, 9), num_pages=4, max_step_tokens=16, max_sequences=2
+    )
+    scheduler._spares = lambda pages: True  # type: ignore[method-assign]  # both at once
+    step(scheduler)
+    second = scheduler.plan()
+    assert shape(second) == [("A", 7, 1, True), ("B", 7, 1, True)]
+    assert scheduler.plan() == Plan(chunks=())
+    commit(scheduler, second)
+    assert shape(scheduler.plan()) == [("A", 8, 1, True)]
+    assert scheduler.preemptions == 1
+
+
+def test_pages_that_have_left_the_window_are_free() -> None:
+    """Window 4: when B has 8 tokens, the next one (position 8) sees 5 .. 8, and not the page of
+    0 .. 3."""
+    scheduler = scheduler_of(
+        request("A", 1, 1), request("B", 8, 5), window=4, max_step_tokens=9, prefix_reuse=False
+    )
+    assert step(scheduler).chunks[1].pages == (1, 2)
+    assert scheduler.num_free_pages == 7
+    (chunk,) = scheduler.plan().chunks
+    assert chunk.pages[:2] == (0, 2)
+    assert len(chunk.pages) == 3
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_with_a_window_the_pool_need_not_hold_the_context(pipelined: bool) -> None:
+    """Window 8, a pool of 16 tokens, a context of 80. The prompt's first chunk takes all pages;
+    then positions 0 .. 7 have left, as the query at 16 sees 9 .. 16.
+    """
+    a = request("A", 70, 99)
+    scheduler = scheduler_of(a, window=8, num_pages=4, max_context=80, max_step_tokens=32)
+    device = Device(scheduler.limits, [a])
+    events = drive(scheduler, device, lambda: pipelined)
+    assert shape(device.plans[0]) == [("A", 0, 16, False)]
+    assert shape(device.plans[1]) == [("A", 16, 8, False)]
+    assert len(events) == 10
+    assert events[-1].finish_reason is FinishReason.LENGTH
+    assert scheduler.num_free_pages == 4
+
+
+def test_a_window_wider_than_the_pool_cuts_the_answer_as_without_one() -> None:
+    with pytest.raises(ContextTooLong, match="this server holds 16"):
+        scheduler_of(request("A", 16, 1), window=16, num_pages=4)
+
+
+def test_a_token_that_is_not_known_yet_can_be_planned() -> None:
+    scheduler = scheduler_of(request("A", 2, 9), request("B", 2, 3))
+    first, second = scheduler.plan(), scheduler.plan()
+    assert [(c.token_ids, c.start, c.follows) for c in second.chunks] == [
+        ((0,), 2, 0),
+        ((0,), 2, 1),
+    ]
+    commit(scheduler, first, [50, 51])
+    third = scheduler.plan()
+    assert [(c.start, c.follows) for c in third.chunks] == [(3, 0), (3, 1)]
+    assert told(commit(scheduler, second, [EOS, 61])) == [
+        ("A", 0, EOS, FinishReason.STOP),
+        ("B", 0, 61, None),
+    ]
+    assert scheduler.num_free_pages == 7
+    # A's chunk of the third plan is passed over; B's was its last, and nothing is planned behind.
+    assert scheduler.plan() == Plan(chunks=())
+    assert told(commit(scheduler, third, [70, 71])) == [("B", 0, 71, FinishReason.LENGTH)]
+    assert not scheduler.has_work
+
+
+def test_what_sampling_needs() -> None:
+    sampling = SamplingParams(frequency_penalty=0.5, seed=2**31 - 1)
+    a = request("A", [1, 2, 3], 9, sampling=sampling, min_tokens=2, n=2)
+    scheduler = scheduler_of(a, request("B", 7, 9), max_step_tokens=5)
+
+    def seen(chunk: Chunk) -> tuple[int, tuple[int, ...], frozenset[int], int]:
+        return chunk.choice, chunk.history, chunk.forbidden, chunk.seed
+
+    none = frozenset[int]()
+    first = scheduler.plan()
+    assert [seen(c) for c in first.chunks] == [
+        (0, (1, 2), a.eos_ids, 2**31 - 1),
+        (0, (), none, 0),  # B: part of a prompt, nothing drawn
+    ]
+    second = scheduler.plan()  # A's fourth token is the device's; all before it are known
+    assert seen(second.chunks[0]) == (0, (1, 2, 3), a.eos_ids, 2**31 - 1)
+    commit(scheduler, first)
+    commit(scheduler, second)
+    assert seen(scheduler.plan().chunks[0]) == (0, (1, 2, 3, 50), none, 2**31 - 1)
+
+
+def test_seeds_of_choices_stay_in_31_bits() -> None:
+    sampling = SamplingParams(seed=2**31 - 1)
+    scheduler = scheduler_of(request("A", 2, 9, sampling=sampling, n=2))
+    step(scheduler)
+    assert [chunk.seed for chunk in scheduler.plan().chunks] == [2**31 - 1, 0]
+
+
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "pages", "copies"),
+    [
+        (6, [(0, 1), (0, 2)], ((1, 2),)),  # half a page is copied
+        (8, [(0, 1, 3), (0, 2)], ((1, 2),)),  # the last page is full, but is written again
+        (5, [(0, 1), (0, 2)], ()),  # of the last page only what is written again
+    ],
+)
+def test_choices_are_forked_from_the_first(
+    prompt: int,
+    pages: list[tuple[int, ...]],
+    copies: tuple[tuple[int, int], ...],
+    prefix_reuse: bool,
+) -> None:
+    scheduler = scheduler_of(request("A", prompt, 2, n=2), prefix_reuse=prefix_reuse)
+    assert told(commit(scheduler, scheduler.plan())) == [("A", 0, 50, None)]
+    plan = scheduler.plan()
+    assert [(c.choice, c.start, c.samples) for c in plan.chunks] == [
+        (0, prompt, True),
+        (1, prompt - 1, True),
+    ]
+    assert [chunk.pages for chunk in plan.chunks] == pages
+    assert plan.copies == copies
+    assert told(commit(scheduler, plan, [51, 52])) == [
+        ("A", 0, 51, FinishReason.LENGTH),
+        ("A", 1, 52, None),
+    ]
+    assert step(scheduler).copies == ()
+    assert scheduler.num_free_pages == 8
+
+
+def test_forks_of_a_choice_that_ends_at_once() -> None:
+    """Its page is the source of both copies, and must not be had by the waiting B meanwhile."""
+    scheduler = scheduler_of(request("A", 3, 1, n=3), max_sequences=3)
+    step(scheduler)
+    scheduler.add(request("B", 9, 1))
+    plan = scheduler.plan()
+    assert [(c.request_id, c.choice) for c in plan.chunks] == [("A", 1), ("A", 2), ("B", 0)]
+    assert [source for source, _ in plan.copies] == [0, 0]
+    assert 0 not in plan.chunks[2].pages
+
+
+def test_forks_without_a_row_wait_in_front() -> None:
+    """They are sequences like any other then, and find the prompt's full pages."""
+    scheduler = scheduler_of(request("A", 6, 2, n=3), request("B", 1, 1), max_sequences=1)
+    step(scheduler), step(scheduler)
+    assert scheduler.num_waiting == 3
+    assert [shape(step(scheduler)) for _ in range(5)] == [
+        [("A", 4, 2, True)],
+        [("A", 6, 1, True)],
+        [("A", 4, 2, True)],
+        [("A", 6, 1, True)],
+        [("B", 0, 1, True)],
+    ]
+    assert (scheduler.prompt_tokens, scheduler.prefix_hit_tokens) == (7, 0)
+
+
+def test_cancel_takes_all_choices_wherever_they_are() -> None:
+    scheduler = scheduler_of(request("A", 6, 9, n=3))
+    step(scheduler)
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
+    scheduler.cancel("A")
+    assert not scheduler.has_work
+    assert scheduler.num_free_pages == 8
+
+
+VOCABULARY = 7
+END = 0
+
+
+def draw(history: tuple[int, ...], seed: int, forbidden: frozenset[int]) -> int:
+    """The model: any function of all tokens and the seed."""
+    token = hash((history, seed)) % VOCABULARY
+    while token in forbidden:
+        token = (token + 1) % VOCABULARY
+    return token
+
+
+def plain_loop(request: Request, choice: int, room: int) -> tuple[int, ...]:
+    """Prompt and answer as they must be, whatever the scheduler does."""
+    tokens = request.prompt_ids
+    for number in range(1, min(request.max_tokens, room - len(tokens)) + 1):
+        forbidden = request.eos_ids if number <= request.min_tokens else frozenset[int]()
+        tokens = (*tokens, draw(tokens, request.sampling.seed + choice, forbidden))
+        if tokens[-1] in request.eos_ids:
+            break
+    return tokens
+
+
+class Device:
+    """Runs plans on pages of which each place remembers which tokens it is made of.
+
+    Keys and values at a position follow from all tokens up to there: that row of tokens stands for
+    them. Within a step all copies are made, then all is written, and then read.
+    """
+
+    def __init__(self, limits: Limits, requests: Sequence[Request]) -> None:
+        self.limits = limits
+        self.pages: list[list[object]] = [
+            [None] * limits.page_size for _ in range(limits.num_pages)
+        ]
+        self.ends = {request.id: request.eos_ids for request in requests}
+        self.plans: list[Plan] = []
+        self.drawn: list[int | None] = []  # by the last plan
+        self.full = {
+            (request.id, choice): plain_loop(request, choice, limits.room)
+            for request in requests
+            for choice in range(request.n)
+        }
+
+    def run(self, plan: Plan) -> list[int | None]:
+        sources, destinations = {s for s, _ in plan.copies}, [d for _, d in plan.copies]
+        assert len({*destinations}) == len(destinations)
+        assert sources.isdisjoint(destinations)
+        for source, destination in plan.copies:
+            self.pages[destination] = list(self.pages[source])
+        written: set[tuple[int, int]] = set()
+        for chunk in plan.chunks:
+            full = self.full[chunk.request_id, chunk.choice]
+            # A token behind the last may be computed, but only where the end was not foreseen.
+            stale = chunk.end >= len(full)
+            assert not stale or (chunk.end == len(full) and chunk.follows is not None)
+            assert not stale or full[-1] in self.ends[chunk.request_id]
+            for position in range(chunk.start, chunk.end):
+                place = self._place(chunk, position)
+                assert place not in written
+                written.add(place)
+                self.pages[place[0]][place[1]] = "stale" if stale else full[: position + 1]
+        drawn = [self._compute(chunk) for chunk in plan.chunks]
+        self.drawn = drawn
+        self.plans.append(plan)
+        return drawn
+
+    def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
+        page, place = divmod(position, self.limits.page_size)
+        return chunk.pages[page], place
+
+    def _compute(self, chunk: Chunk) -> int | None:
+        full = self.full[chunk.request_id, chunk.choice]
+        tokens = chunk.token_ids
+        if chunk.follows is not None:
+            assert tokens == (0,)
+            followed = self.drawn[chunk.follows]
+            assert followed is not None
+            tokens = (followed,)
+        assert tokens == full[chunk.start : chunk.end]
+        assert len(chunk.pages) == -(-chunk.end // self.limits.page_size)
+        if chunk.end < len(full):
+            for position in range(self.limits.visible(chunk.start), chunk.end):
+                page, place = self._place(chunk, position)
+                assert self.pages[page][place] == full[: position + 1]
+        if not chunk.samples:
+            return None
+        if chunk.sampling.repetition_penalty != 1:
+            assert chunk.history == full[: chunk.end - 1]
+        return draw(full[: chunk.end], chunk.seed, chunk.forbidden)
+
+
+def drive(
+    scheduler: Scheduler,
+    device: Device,
+    goes_on: Callable[[], bool],
+    between: Callable[[], None] = lambda: None,
+) -> list[Event]:
+    """Steps until there is no work. Where `goes_on`, the next plan is made before the commit."""
+    events: list[Event] = []
+    pending: tuple[Plan, list[int | None]] | None = None
+    for now in range(3000):
+        events += scheduler.expire(now)
+        plan = scheduler.plan()
+        drawn = device.run(plan) if plan.chunks else []
+        between()
+        if pending is not None:
+            events += commit(scheduler, *pending)
+            between()
+        pending = (plan, drawn) if plan.chunks else None
+        if pending is not None and not goes_on():
+            events += commit(scheduler, *pending)
+            pending = None
+            between()
+        if not scheduler.has_work:
+            return events
+    raise AssertionError("it never ends")
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[int, ...]:
+    """Prompts that often begin like others."""
+    kind, shared, own = (draw(st.integers(0, top)) for top in (1, 14, 6))
+    head = tuple(100 * (kind + 1) + i for i in range(shared))
+    return (*head, *draw(st.lists(st.integers(10, 11), min_size=own or 1, max_size=own or 1)))
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[Limits, list[Request], Random]:
+    window = draw(st.sampled_from([None, None, 1, 3, 5, 9]))
+    size = limits(
+        num_pages=draw(st.integers(4, 14)),
+        page_size=draw(st.sampled_from([1, 2, 4])),
+        max_sequences=draw(st.integers(1, 4)),
+        max_step_tokens=draw(st.integers(4, 20)),
+        max_waiting=1000,
+        window=window,
+        prefix_reuse=draw(st.booleans()),
+    )
+    requests = [
+        Request(
+            id=str(number),
+            prompt_ids=draw(prompts()),
+            sampling=SamplingParams(
+                seed=draw(st.integers(0, 3)),
+                repetition_penalty=draw(st.sampled_from([1.0, 1.1])),
+            ),
+            max_tokens=draw(st.integers(1, 20)),
+            min_tokens=draw(st.sampled_from([0, 0, 4])),
+            eos_ids=frozenset(draw(st.sampled_from([(), (END,), (END, 1)]))),
+            n=draw(st.sampled_from([1, 1, 2, 3])),
+            deadline=draw(st.sampled_from([None, None, None, 5.0, 30.0])),
+        )
+        for number in range(draw(st.integers(1, 8)))
+    ]
+    return size, requests, Random(draw(st.integers(0, 2**32)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(worlds(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.0, 0.05]))
+def test_every_answer_is_that_of_the_plain_loop(
+    world: tuple[Limits, list[Request], Random], pipelining: float, cancelling: float
+) -> None:
+    """Whatever is preempted, reused, forked, cut into chunks or planned ahead: each token sees all
+    of its own history and nothing else, every answer is whole, and no page is lost."""
+    size, requests, coin = world
+    scheduler, left, cancelled = Scheduler(size), list(requests), set[str]()
+    device = Device(size, requests)
+    refused = {one.id for one in requests if len(one.prompt_ids) >= size.room}
+
+    def between() -> None:
+        # First, so that there is work for as long as any request is left.
+        if coin.random() < cancelling:
+            name = coin.choice(requests).id
+            cancelled.add(name)
+            scheduler.cancel(name)
+        while left and (coin.random() < 0.3 or not scheduler.has_work):
+            one = left.pop()
+            if one.id in refused:
+                with pytest.raises(ContextTooLong):
+                    scheduler.add(one)
+            else:
+                scheduler.add(one)
+
+    between()
+    events = drive(scheduler, device, lambda: coin.random() < pipelining, between)
+    answers: dict[tuple[str, int], tuple[int, ...]] = {}
+    reasons: dict[tuple[str, int], FinishReason] = {}
+    for event in events:
+        key = event.request_id, event.choice
+        assert key not in reasons, "something happened after the end"
+        if event.drawn is not None:
+            answers[key] = (*answers.get(key, ()), event.drawn.token_id)
+        if event.finish_reason is not None:
+            reasons[key] = event.finish_reason
+    for one in requests:
+        for choice in range(one.n):
+            key = one.id, choice
+            whole = device.full[key][len(one.prompt_ids) :]
+            answer, reason = answers.get(key, ()), reasons.get(key)
+            if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert answer == whole
+                assert (reason is FinishReason.STOP) == (whole[-1] in one.eos_ids)
+            else:
+                assert answer == whole[: len(answer)]
+                assert one.id in cancelled | refused or reason is FinishReason.DEADLINE
+    for plan in device.plans:
+        assert plan.num_tokens <= size.max_step_tokens
+        assert len(plan.chunks) <= size.max_sequences
+        singles = [len(chunk.token_ids) == 1 for chunk in plan.chunks]
+        assert singles == sorted(singles, reverse=True)
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+    assert scheduler.num_free_pages == size.num_pages
+    assert_known_pages_are_what_they_say(scheduler, device)
+
+
+def assert_known_pages_are_what_they_say(scheduler: Scheduler, device: Device) -> None:
+    for full in device.full.values():
+        pages, _ = scheduler._pool.match(full)
+        for i, page in enumerate(pages):
+            for place in range(scheduler.limits.page_size):
+                position = i * scheduler.limits.page_size + place
+                assert device.pages[page][place] == full[: position + 1]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "serving.scheduling.scheduler",
+        "serving.scheduling.pages",
+        "serving.service.stop_texts",
+        "serving.errors",
+    ],
+)
+def test_plain_python(module: str) -> None:
+    code = f"import {module}, sys; print([m for m in ('jax', 'grpc') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_events_tell_when_a_request_was_seated_and_in_how_many_steps() -> None:
+    """The worked example of the module: A draws in its first step, B in its second."""
+    scheduler = scheduler_of(request("A", 3, 2), request("B", 10, 1))
+    told = []
+    for now in (5.0, 6.0):
+        scheduler.expire(now)
+        told += commit(scheduler, scheduler.plan())
+    assert [(event.request_id, event.seated, event.steps) for event in told] == [
+        ("A", 5.0, 1),
+        ("A", 5.0, 2),
+        ("B", 5.0, 2),
+    ]
+
+
+def test_a_fork_is_seated_with_its_request_and_counts_its_own_steps() -> None:
+    scheduler = scheduler_of(request("A", 10, 2, n=2))
+    told = []
+    for now in (5.0, 6.0, 7.0, 8.0):
+        scheduler.expire(now)
+        told += commit(scheduler, scheduler.plan())
+    assert [(event.choice, event.seated, event.steps) for event in told] == [
+        (0, 5.0, 2),  # 8 tokens of the prompt, then 2
+        (0, 5.0, 3),
+        (1, 5.0, 1),
+        (1, 5.0, 2),
+    ]

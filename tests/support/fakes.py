@@ -1,0 +1,237 @@
+"""Stand-ins whose answers can be worked out by hand, and a way to run the gateway before them."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from serving import errors
+from serving.access.credentials import Access
+from serving.access.keyring import Keyring
+from serving.channel import INFERENCE
+from serving.gateway.answering import Limits
+from serving.gateway.app import create_app
+from serving.gateway.config import Books
+from serving.gateway.http.protocol import Protocol
+from serving.proto import inference_pb2, inference_pb2_grpc
+
+KEY = "not-a-secret"
+# No wait of a test is longer, and only a failing test waits so long.
+PATIENCE = 10.0
+
+
+class ScriptedInference(inference_pb2_grpc.InferenceServicer):
+    """Says the words of the last message or of the prompt, a chunk each, and counts them.
+
+    "one two" is answered with "one", " two" and a chunk that ends it: 2 tokens, and as many prompt
+    tokens as there are messages; a text or ids count as one message, and ids are said as numbers.
+    Several choices say the same in turn. The token at place i has the logprob -i. Words that begin
+    with "!" are not said but done:
+
+        !wait          waits until `release` is called
+        !fail:LEAF     fails with that error of serving/errors.py
+        !status:CODE   fails with that status and no name, as gRPC itself does
+        !vanish        ends the stream without a reason to finish
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[inference_pb2.GenerateRequest] = []
+        self.metadata: list[dict[str, str]] = []  # of the same calls
+        self.begun = threading.Event()
+        self.cancelled = threading.Event()
+        self._released = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def release(self) -> None:
+        """Ends the waits; may be called from any thread."""
+        self._loop.call_soon_threadsafe(self._released.set)
+
+    def reset(self) -> None:
+        """Forgets what was asked and released so far."""
+        self.requests.clear()
+        self.metadata.clear()
+        self.begun.clear()
+        self.cancelled.clear()
+        self._loop.call_soon_threadsafe(self._released.clear)
+
+    async def GetModelInfo(
+        self, request: inference_pb2.GetModelInfoRequest, context: Any
+    ) -> inference_pb2.ModelInfo:
+        await _check_key(context)
+        return inference_pb2.ModelInfo(
+            name="scripted-7B", type="chat-completions", provider="Nobody", max_context=64
+        )
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        await _check_key(context)
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata() or ()))
+        self.begun.set()
+        said = 0
+        choices = range(request.n if request.HasField("n") else 1)
+        reason = inference_pb2.FINISH_REASON_STOP
+        try:
+            for word in _prompt(request).split():
+                if word == "!vanish":
+                    return
+                if word.startswith("!"):
+                    await self._do(word, context)
+                    continue
+                if request.HasField("max_tokens") and said == request.max_tokens:
+                    reason = inference_pb2.FINISH_REASON_LENGTH
+                    break
+                for choice in choices:
+                    text = " " * (said > 0) + word
+                    chunk = inference_pb2.GenerateChunk(text=text, token_ids=[said], choice=choice)
+                    if said == choice == 0:
+                        chunk.prompt_tokens = len(request.chat.messages) or 1
+                    if request.HasField("top_logprobs"):
+                        chunk.logprobs.append(_logprobs(text, said, request.top_logprobs))
+                    yield chunk
+                said += 1
+            for choice in choices:
+                last = inference_pb2.GenerateChunk(finish_reason=reason, choice=choice)
+                if choice == choices[-1]:
+                    last.usage.prompt_tokens = len(request.chat.messages) or 1
+                    last.usage.completion_tokens = said * len(choices)
+                yield last
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def _do(self, word: str, context: Any) -> None:
+        order, _, argument = word[1:].partition(":")
+        match order:
+            case "wait":
+                await self._released.wait()
+            case "fail":
+                leaf = errors.LEAVES[argument]
+                await context.abort(
+                    grpc.StatusCode[leaf.grpc_status],
+                    f"{argument} was asked for",
+                    ((errors.ERROR_METADATA, argument),),
+                )
+            case "status":
+                await context.abort(grpc.StatusCode[argument], "at ipv4:10.0.0.1:50051")
+            case _:
+                raise ValueError(word)
+
+
+def _prompt(request: inference_pb2.GenerateRequest) -> str:
+    match request.WhichOneof("prompt"):
+        case "chat":
+            return request.chat.messages[-1].content
+        case "text":
+            return request.text
+        case _:
+            return " ".join(map(str, request.token_ids.ids))
+
+
+def _logprobs(text: str, place: int, count: int) -> inference_pb2.TokenLogprob:
+    def of(top: list[inference_pb2.TokenLogprob]) -> inference_pb2.TokenLogprob:
+        return inference_pb2.TokenLogprob(
+            token_id=place, token=text.encode(), logprob=-place, top=top
+        )
+
+    return of([of([])] * count)
+
+
+async def _check_key(context: Any) -> None:
+    if ("authorization", f"Bearer {KEY}") not in list(context.invocation_metadata() or ()):
+        await context.abort(
+            grpc.StatusCode.UNAUTHENTICATED,
+            "wrong key",
+            ((errors.ERROR_METADATA, "Unauthenticated"),),
+        )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A gateway and the scripted service behind it, both at ports of 127.0.0.1."""
+
+    url: str
+    target: str
+    service: ScriptedInference
+    health: Any
+    loop: asyncio.AbstractEventLoop
+
+    def set_serving(self, is_serving: bool) -> None:
+        """What the service says of its health."""
+        states = health_pb2.HealthCheckResponse
+        state = states.SERVING if is_serving else states.NOT_SERVING
+        for name in ("", INFERENCE):
+            change = self.health.set(name, state)
+            asyncio.run_coroutine_threadsafe(change, self.loop).result(PATIENCE)
+
+
+@contextlib.contextmanager
+def running_stack(
+    key: str = KEY,
+    target: str | None = None,
+    heartbeat_seconds: float = 60.0,
+    access: Access | None = None,
+    books: Books | None = None,
+    limits: Limits | None = None,
+    **settings: Any,
+) -> Iterator[Stack]:
+    """Runs a gateway before the scripted service, or before `target`, in a thread of its own.
+
+    `settings` are those of `create_app`.
+
+    Both live in one event loop: gRPC's poller serves several loops of one process badly.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    started: list[Stack] = []
+    is_up = threading.Event()
+    stop = asyncio.Event()
+
+    async def run() -> None:
+        service = ScriptedInference()
+        health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        server = grpc.aio.server()
+        inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        await health_servicer.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
+        own = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        app = create_app(
+            target or own,
+            access or Access(Keyring({"default": key})),
+            service_key=key,
+            books=books,
+            limits=limits or Limits(heartbeat_seconds=heartbeat_seconds),
+            **settings,
+        )
+        web = uvicorn.Server(
+            uvicorn.Config(app, http=Protocol, log_config=None, log_level="warning", ws="none")
+        )
+        serving = asyncio.create_task(web.serve(sockets=[listener]))
+        while not web.started:
+            await asyncio.sleep(0.01)
+        loop = asyncio.get_running_loop()
+        started.append(Stack(url, own, service, health_servicer, loop))
+        is_up.set()
+        await stop.wait()
+        web.should_exit = True
+        await serving
+        await server.stop(0)
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
+    thread.start()
+    assert is_up.wait(PATIENCE)
+    try:
+        yield started[0]
+    finally:
+        started[0].loop.call_soon_threadsafe(stop.set)
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
