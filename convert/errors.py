@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from mixtral_jax.errors import UserError
+
 _SHOWN = 10
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """A source that cannot be converted, or a checkpoint that cannot be exported.
 
     `problems` holds one sentence per fault, each naming the file, tensor or field and, where there

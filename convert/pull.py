@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import IO
 
 from convert.progress import Progress
+from mixtral_jax.errors import UserError
 
 
-class PullError(RuntimeError):
+class PullError(UserError):
     """Weights that could not be fetched, and what to do about it."""
 
 

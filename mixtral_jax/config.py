@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mixtral_jax.errors import ConfigError
+
 CONFIG_FILE = "config.json"
 FORMAT = "mixtral-jax/1"
-
-
-class ConfigError(ValueError):
-    """A config that names something this project does not compute."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 
 MESH_AXES = ("data", "expert", "tensor", "copy")
 # Of what a mesh splits, for messages.

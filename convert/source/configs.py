@@ -7,7 +7,8 @@ that is silently wrong. Every function here raises ConfigError naming the field.
 from collections.abc import Mapping
 from typing import Any
 
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 
 # Fields that change what is computed, with the only values that we compute.
 _PARAMS_FIXED: dict[str, tuple[Any, ...]] = {

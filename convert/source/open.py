@@ -21,7 +21,8 @@ from convert.name_table import tied_pair
 from convert.source import configs
 from convert.source.gguf import gguf_header
 from convert.source.safetensors import Tensor, safetensors_header
-from mixtral_jax.config import CONFIG_FILE, ConfigError, ModelConfig, is_checkpoint
+from mixtral_jax.config import CONFIG_FILE, ModelConfig, is_checkpoint
+from mixtral_jax.errors import ConfigError
 
 PARAMS_FILE = "params.json"
 

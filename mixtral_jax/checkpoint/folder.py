@@ -36,7 +36,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from mixtral_jax.checkpoint import restore as shards
-from mixtral_jax.config import CONFIG_FILE, FORMAT, ConfigError, ModelConfig, is_checkpoint
+from mixtral_jax.config import CONFIG_FILE, FORMAT, ModelConfig, is_checkpoint
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.sharding import ShardingRules
 

@@ -18,11 +18,9 @@ import math
 import os
 from dataclasses import dataclass
 
+from mixtral_jax.errors import TopologyError
+
 GIB = 1 << 30
-
-
-class TopologyError(ValueError):
-    """A chip or a slice that there is none of."""
 
 
 @dataclass(frozen=True, kw_only=True)

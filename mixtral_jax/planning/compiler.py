@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import UserError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.planning import traffic
 from mixtral_jax.planning.chips import topologies
@@ -29,7 +30,7 @@ from mixtral_jax.step.programs import Programs, Steps, StepSizes, compile_bucket
 _MAX_BIASES = 320  # as the engine has
 
 
-class CompileError(RuntimeError):
+class CompileError(UserError):
     """A program that the compiler refuses, such as one that does not fit."""
 
 

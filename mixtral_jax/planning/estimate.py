@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mixtral_jax.cache import PAGE_SIZES, token_bytes
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.planning.chips import Topology
 from mixtral_jax.planning.traffic import Collective

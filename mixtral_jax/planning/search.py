@@ -4,7 +4,8 @@ import math
 import time
 from collections.abc import Callable
 
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.planning.chips import Topology
 from mixtral_jax.planning.compiler import CompileError, compile_elsewhere
 from mixtral_jax.planning.estimate import Load, Split, candidates, split

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.planning.chips import Topology, TopologyError
+from mixtral_jax.errors import TopologyError
+from mixtral_jax.planning.chips import Topology
 
 # A GPU as the compiler sees it: what fixes tiles, registers and which instructions there are.
 _GPUS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,8 @@ from typing import NoReturn, TypedDict
 import jinja2
 import jinja2.sandbox
 
+from mixtral_jax.errors import ChatError
+
 ROLES = ("system", "user", "assistant")
 # Put behind a message to find its end in what a template wrote: a noncharacter, which Unicode
 # keeps out of exchanged text. Should text hold it all the same, the last one counts.
@@ -28,10 +30,6 @@ class Message(TypedDict):
 
     role: str  # one of ROLES
     content: str
-
-
-class ChatError(ValueError):
-    """A chat that the model's format cannot express; the message says what to change."""
 
 
 def check_text(text: str, name: str) -> None:

@@ -11,13 +11,8 @@ from typing import Any
 
 import tokenizers
 
-from mixtral_jax.tokenization.chat_template import (
-    ChatError,
-    ChatTemplate,
-    Message,
-    check_text,
-    checked,
-)
+from mixtral_jax.errors import ChatError
+from mixtral_jax.tokenization.chat_template import ChatTemplate, Message, check_text, checked
 from mixtral_jax.tokenization.detokenizer import Vocabulary, byte_level_bytes, spm_bytes
 
 _RESERVED = "\U0010ffff"  # a noncharacter: Unicode keeps it out of exchanged text

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from mixtral_jax.tokenization.chat_template import ROLES, ChatError, Message, check_text, checked
+from mixtral_jax.errors import ChatError
+from mixtral_jax.tokenization.chat_template import ROLES, Message, check_text, checked
 from mixtral_jax.tokenization.detokenizer import Detokenizer, Vocabulary, spm_bytes
 from mixtral_jax.tokenization.huggingface import TemplateTokenizer, template_source
 

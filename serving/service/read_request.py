@@ -7,7 +7,8 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 
-from mixtral_jax.tokenization.tokenizer import ChatError, Message, Tokenizer
+from mixtral_jax.errors import ChatError
+from mixtral_jax.tokenization.tokenizer import Message, Tokenizer
 from serving.engine.engine import MAX_BIASES
 from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb

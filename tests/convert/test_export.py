@@ -16,7 +16,8 @@ from convert.export import INDEX_FILE, cut, export
 from convert.source.safetensors import safetensors_header
 from mixtral_jax.checkpoint import folder as checkpoint
 from mixtral_jax.checkpoint.folder import Card, ParameterReader
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.tokenization import tokenizer
 from mixtral_jax.tokenization.tokenizer import ByteTokenizer

@@ -10,7 +10,8 @@ from convert import name_table as mapping
 from convert.served_name import served_as
 from convert.source.configs import from_gguf, from_params
 from mixtral_jax.checkpoint.folder import parameter_shapes
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from tests.support import sources
 
 DENSE = ModelConfig.from_hf(sources.DENSE)

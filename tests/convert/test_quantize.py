@@ -24,7 +24,8 @@ from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.checkpoint import folder as checkpoint
 from mixtral_jax.checkpoint.folder import Card, ParameterWriter, count_parameters, parameter_shapes
 from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.tokenization.tokenizer import ByteTokenizer

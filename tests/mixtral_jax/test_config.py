@@ -9,7 +9,8 @@ import pytest
 import transformers
 
 from mixtral_jax.checkpoint.folder import parameter_shapes
-from mixtral_jax.config import ConfigError, ModelConfig, is_checkpoint
+from mixtral_jax.config import ModelConfig, is_checkpoint
+from mixtral_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh, mesh_for, mesh_text
 

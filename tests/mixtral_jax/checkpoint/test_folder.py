@@ -18,7 +18,8 @@ from mixtral_jax.checkpoint.folder import (
     parameter_shapes,
     save,
 )
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sharding import make_mesh
 

@@ -10,10 +10,11 @@ from flax import nnx
 from typer.testing import CliRunner
 
 from mixtral_jax.cli.main import app
-from mixtral_jax.config import ConfigError, ModelConfig
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.planning import traffic
-from mixtral_jax.planning.chips import GIB, TopologyError, topologies
+from mixtral_jax.planning.chips import GIB, topologies
 from mixtral_jax.planning.compiler import CompileError, Job, compile_elsewhere
 from mixtral_jax.planning.estimate import Load, candidates, split
 from mixtral_jax.planning.plan import Answer, estimate, job_of, measured, ranked

@@ -23,9 +23,9 @@ from tokenizers import (
     trainers,
 )
 
+from mixtral_jax.errors import ChatError
 from mixtral_jax.tokenization.tokenizer import (
     ByteTokenizer,
-    ChatError,
     Message,
     MistralTokenizer,
     TemplateTokenizer,

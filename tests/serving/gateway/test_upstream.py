@@ -278,7 +278,7 @@ def test_patience_and_cancelling() -> None:
 # A replica that can be killed. It prints its target, and its process id before each answer.
 PROCESS = """
 import asyncio, os
-from test_upstream import Replica, ScriptedInference, pb
+from tests.serving.gateway.test_upstream import Replica, ScriptedInference, pb
 
 class Named(ScriptedInference):
     async def Generate(self, request, context):

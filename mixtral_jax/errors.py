@@ -1,0 +1,28 @@
+"""The error tree of the library: what a user's input can get wrong.
+
+`UserError` is the root of every error whose message was written for the person who typed the
+command or called the library. Each message names the thing that is wrong and the remedy. The
+command line prints it in one line; any other exception is a fault of ours and keeps its traceback.
+
+    UserError
+      ConfigError      a config that is not understood, or numbers that do not fit together
+      ChatError        a chat that a tokenizer cannot render
+      TopologyError    devices or a mesh that do not exist or do not fit
+      (convert adds ConversionError and PullError, planning CompileError, serving its own leaves)
+"""
+
+
+class UserError(ValueError):
+    """Something that the caller gave is wrong; the message names it and says what to do."""
+
+
+class ConfigError(UserError):
+    """A model's config that cannot be read, or whose values contradict each other."""
+
+
+class ChatError(UserError):
+    """A chat that cannot be rendered: unknown roles, no template, or a template that refuses."""
+
+
+class TopologyError(UserError):
+    """Devices, a topology or a mesh that cannot be had, or that the model cannot be split over."""
