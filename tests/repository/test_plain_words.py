@@ -24,7 +24,53 @@ BANNED_NAMES = {
 }
 # Rooms that are still to be read; an entry that has nothing to mend any more fails the test.
 TO_BE_READ = {
-    *("mixtral_jax", "convert", "serving", "benchmarks"),
+    "benchmarks/convert_memory.py",
+    "benchmarks/engine.py",
+    "benchmarks/gateway.py",
+    "benchmarks/peers",
+    "benchmarks/plan_matrix.py",
+    "benchmarks/restore_memory.py",
+    "benchmarks/speed_table.py",
+    "convert/convert.py",
+    "convert/name_table.py",
+    "convert/pieces.py",
+    "convert/progress.py",
+    "convert/pull.py",
+    "convert/quantize.py",
+    "convert/served_name.py",
+    "convert/source",
+    "mixtral_jax/cache.py",
+    "mixtral_jax/checkpoint",
+    "mixtral_jax/cli",
+    "mixtral_jax/compilation.py",
+    "mixtral_jax/config.py",
+    "mixtral_jax/generation.py",
+    "mixtral_jax/kernels/cpu",
+    "mixtral_jax/kernels/gpu",
+    "mixtral_jax/kernels/tpu",
+    "mixtral_jax/model",
+    "mixtral_jax/planning",
+    "mixtral_jax/sharding.py",
+    "mixtral_jax/step",
+    "mixtral_jax/tokenization",
+    "serving/access",
+    "serving/accounting",
+    "serving/bench",
+    "serving/channel.py",
+    "serving/client",
+    "serving/cluster",
+    "serving/engine",
+    "serving/errors.py",
+    "serving/gateway",
+    "serving/gateway/dialect",
+    "serving/gateway/dialect/chat",
+    "serving/gateway/dialect/text",
+    "serving/gateway/http",
+    "serving/launch",
+    "serving/observe",
+    "serving/parent.py",
+    "serving/scheduling",
+    "serving/service",
 }
 
 
@@ -80,9 +126,9 @@ def problems(path: Path) -> list[str]:
                 rows.append(
                     f"{name}:{line} docstring begins with {_first_word(text)!r}: {text[:50]!r}"
                 )
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            if node.id in BANNED_NAMES:
-                rows.append(f"{name}:{node.lineno} a variable is named {node.id!r}")
+        stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        if stored and node.id in BANNED_NAMES:
+            rows.append(f"{name}:{node.lineno} a variable is named {node.id!r}")
         if isinstance(node, ast.arg) and node.arg in BANNED_NAMES:
             rows.append(f"{name}:{node.lineno} a parameter is named {node.arg!r}")
     rows += [f"{name}:{line} comment begins with {word!r}" for line, word in _comments(source)]
