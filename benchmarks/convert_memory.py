@@ -29,6 +29,7 @@ import typer
 from convert.export import INDEX_FILE, cut
 from convert.name_table import rows
 from mixtral_jax.config import CONFIG_FILE, ModelConfig
+from mixtral_jax.hf_config import to_hf
 
 GIB = 1 << 30
 _SHARD_BYTES = 4_000_000_000
@@ -75,7 +76,7 @@ def generate(folder: Path, config: ModelConfig) -> tuple[int, int]:
                     left -= file.write(block[start : start + min(left, len(block) // 2)])
     index = {"weight_map": {name: shard.file for shard in shards for name in shard.offsets}}
     (folder / INDEX_FILE).write_text(json.dumps(index))
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_hf("bfloat16")))
+    (folder / CONFIG_FILE).write_text(json.dumps(to_hf(config, "bfloat16")))
     return sum(sizes.values()), max(sizes.values())
 
 

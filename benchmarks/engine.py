@@ -21,6 +21,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def prefix(dtype: str, repeats: int) -> dict[str, float]:
 def experts(dtype: str, repeats: int) -> dict[str, float]:
     """The cost of eight experts against one feed-forward. Milliseconds and bytes."""
     config = ModelConfig.smollm2_135m()
-    mixed = ModelConfig._with(config, num_experts=8, experts_per_token=2)
+    mixed = replace(config, num_experts=8, experts_per_token=2)
     sparse = Transformer(mixed, dtype=dtype, rngs=nnx.Rngs(0))
     touched = _touched(sparse)
     dense = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))

@@ -31,6 +31,7 @@ from convert.pieces import (
 from convert.progress import Progress
 from mixtral_jax.checkpoint.folder import Card, ParameterReader, finished_at, parameter_shapes
 from mixtral_jax.config import CONFIG_FILE
+from mixtral_jax.hf_config import to_hf
 from mixtral_jax.tokenization import tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -77,7 +78,7 @@ def export(
         _write_json(partial / INDEX_FILE, index)
         for file in tokenizer.files(checkpoint):
             shutil.copy(file, partial)
-        _write_json(partial / CONFIG_FILE, card.model.to_hf(card.dtype))
+        _write_json(partial / CONFIG_FILE, to_hf(card.model, card.dtype))
     return card
 
 

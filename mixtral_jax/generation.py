@@ -31,7 +31,8 @@ from mixtral_jax.step.sampling import (
     sample,
     unpack,
 )
-from mixtral_jax.tokenization.tokenizer import Message, Tokenizer
+from mixtral_jax.tokenization.messages import Message
+from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 _PAGE_SIZE = 16
 _CHUNK = 128

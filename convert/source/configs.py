@@ -1,6 +1,6 @@
 """ModelConfig from the descriptions that are not Hugging Face's: params.json and GGUF metadata.
 
-As with `ModelConfig.from_hf`, a field that is not known is refused: ignoring it would make a model
+As with `from_hf`, a field that is not known is refused: ignoring it would make a model
 that is silently wrong. Every function here raises ConfigError naming the field.
 """
 

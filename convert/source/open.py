@@ -23,6 +23,7 @@ from convert.source.gguf import gguf_header
 from convert.source.safetensors import Tensor, safetensors_header
 from mixtral_jax.config import CONFIG_FILE, ModelConfig, is_checkpoint
 from mixtral_jax.errors import ConfigError
+from mixtral_jax.hf_config import from_hf
 
 PARAMS_FILE = "params.json"
 
@@ -106,7 +107,7 @@ def _open_file(path: Path) -> Source:
 
 def _open_hf(path: Path, folder: Path, shards: Sequence[Path], indexes: Sequence[Path]) -> Source:
     source = Source(path, "hf", folder)
-    source.config = _read_config(source, folder / CONFIG_FILE, ModelConfig.from_hf)
+    source.config = _read_config(source, folder / CONFIG_FILE, from_hf)
     if len(indexes) > 1:
         names = " and ".join(file.name for file in indexes)
         source.problems.append(f"{path} has two indexes, {names}; remove one")

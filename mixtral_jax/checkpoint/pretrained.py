@@ -13,7 +13,8 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sharding import ShardingRules
 from mixtral_jax.tokenization import tokenizer
-from mixtral_jax.tokenization.tokenizer import ByteTokenizer, Tokenizer
+from mixtral_jax.tokenization.tokenizer import Tokenizer
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 
 TINY_RANDOM = "tiny-random"
 

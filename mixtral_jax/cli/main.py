@@ -140,7 +140,7 @@ def chat(
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
     from mixtral_jax import generate, load
     from mixtral_jax.compilation import keep_programs
-    from mixtral_jax.tokenization.tokenizer import Message
+    from mixtral_jax.tokenization.messages import Message
 
     keep_programs()
     transformer, tokenizer = load(model, dtype=dtype)

@@ -1,72 +1,24 @@
-"""Chats as they come in, and the Jinja templates by which many models have them written out.
+"""ChatTemplate: a Jinja chat template as published beside a tokenizer.
 
-`checked` is the gate for messages: what it lets through has known roles and proper text, so that
-whatever formats them afterwards need not ask. `ChatTemplate` is a template as published beside a
-tokenizer, with the surroundings that such templates expect (those that transformers documents:
-a sandboxed environment, `raise_exception`, `strftime_now`, `tojson`, loop controls).
-
-Imports nothing of ours.
+The template gets the surroundings that transformers documents: a sandboxed environment,
+`raise_exception`, `strftime_now`, `tojson` and loop controls.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import NoReturn, TypedDict
+from typing import NoReturn
 
 import jinja2
 import jinja2.sandbox
 
 from mixtral_jax.errors import ChatError
+from mixtral_jax.tokenization.messages import Message
 
-ROLES = ("system", "user", "assistant")
 # Put behind a message to find its end in what a template wrote: a noncharacter, which Unicode
 # keeps out of exchanged text. Should text hold it all the same, the last one counts.
 _END_MARK = "\U0010fffe"
-
-
-class Message(TypedDict):
-    """One turn of a chat."""
-
-    role: str  # one of ROLES
-    content: str
-
-
-def check_text(text: str, name: str) -> None:
-    """Raise ValueError, naming the text by `name`, for text that UTF-8 cannot carry."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has half of a surrogate pair at character {error.start}: "
-            "send the whole character, or U+FFFD in its place"
-        ) from None
-
-
-def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list[Message]:
-    """The messages, role and content only. Raises ChatError naming the first that is wrong.
-
-    With `continue_last` the last one must be an assistant's that says something.
-    """
-    if not messages:
-        raise ChatError("the chat is empty: send at least one user message")
-    chat: list[Message] = []
-    for place, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ChatError(f"messages[{place}] has role {role!r}: use one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ChatError(f"messages[{place}] has no text: its content must be a string")
-        try:
-            check_text(content, f"messages[{place}]")
-        except ValueError as error:
-            raise ChatError(str(error)) from None
-        chat.append({"role": role, "content": content})
-    if continue_last and not (chat[-1]["role"] == "assistant" and chat[-1]["content"].strip()):
-        raise ChatError(
-            "the last message cannot be continued: it must be an assistant's, with some text"
-        )
-    return chat
 
 
 class ChatTemplate:

@@ -12,8 +12,9 @@ from typing import Any
 import tokenizers
 
 from mixtral_jax.errors import ChatError
-from mixtral_jax.tokenization.chat_template import ChatTemplate, Message, check_text, checked
-from mixtral_jax.tokenization.detokenizer import Vocabulary, byte_level_bytes, spm_bytes
+from mixtral_jax.tokenization.chat_template import ChatTemplate
+from mixtral_jax.tokenization.messages import Message, check_text, checked
+from mixtral_jax.tokenization.vocabulary import Vocabulary, byte_level_bytes, spm_bytes
 
 _RESERVED = "\U0010ffff"  # a noncharacter: Unicode keeps it out of exchanged text
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what control tokens look like

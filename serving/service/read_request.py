@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterable, Sequence
 
 from mixtral_jax.errors import ChatError
-from mixtral_jax.tokenization.tokenizer import Message, Tokenizer
+from mixtral_jax.tokenization.messages import Message
+from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.engine.engine import MAX_BIASES
 from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb

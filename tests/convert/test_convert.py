@@ -26,8 +26,9 @@ from convert.errors import ConversionError
 from mixtral_jax.checkpoint import folder as checkpoint
 from mixtral_jax.checkpoint.folder import Card, ParameterReader, ParameterWriter
 from mixtral_jax.config import ModelConfig, is_checkpoint
+from mixtral_jax.hf_config import from_hf
 from mixtral_jax.tokenization import tokenizer
-from mixtral_jax.tokenization.tokenizer import ByteTokenizer
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.support import parity, sources
 
 CONFIGS = {"dense": sources.DENSE, "moe": sources.MOE}
@@ -79,7 +80,7 @@ def test_every_form_gives_the_same_parameters(
 ) -> None:
     path, hf = source(tmp_path / "src", form, CONFIGS[kind], dtype)
     card = convert(path, tmp_path / "dst")
-    assert card.model == ModelConfig.from_hf(CONFIGS[kind])
+    assert card.model == from_hf(CONFIGS[kind])
     assert card.dtype == dtype.name
     assert card == Card.read(tmp_path / "dst")
     sources.assert_same(sources.parameters(tmp_path / "dst"), sources.ours(hf))
@@ -90,7 +91,7 @@ def test_every_form_gives_the_same_parameters(
 def test_gguf(tmp_path: Path, kind: str) -> None:
     path, hf = source(tmp_path / "src", "gguf", CONFIGS[kind], np.float32)
     card = convert(path, tmp_path / "dst")
-    assert card.model == ModelConfig.from_hf(CONFIGS[kind])
+    assert card.model == from_hf(CONFIGS[kind])
     sources.assert_same(sources.parameters(tmp_path / "dst"), sources.ours(hf))
 
 

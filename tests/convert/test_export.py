@@ -16,11 +16,11 @@ from convert.export import INDEX_FILE, cut, export
 from convert.source.safetensors import safetensors_header
 from mixtral_jax.checkpoint import folder as checkpoint
 from mixtral_jax.checkpoint.folder import Card, ParameterReader
-from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
+from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.tokenization import tokenizer
-from mixtral_jax.tokenization.tokenizer import ByteTokenizer
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.support import parity, sources
 
 
@@ -50,7 +50,7 @@ def test_there_and_back_is_bit_equal(
     export(tmp_path / "ours", tmp_path / "back", shard_bytes=40_000)
     sources.assert_same(everything(tmp_path / "back"), hf)
     back = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert ModelConfig.from_hf(back) == ModelConfig.from_hf(config)
+    assert from_hf(back) == from_hf(config)
 
 
 @pytest.mark.parametrize("kind", parity.MODELS)
@@ -73,7 +73,7 @@ def test_transformers_computes_the_same(tmp_path: Path, kind: str) -> None:
 
 def test_a_model_saved_from_memory(tmp_path: Path) -> None:
     """As training saves it: Orbax chose the chunks, and compressed them."""
-    config = ModelConfig.from_hf(sources.MOE)
+    config = from_hf(sources.MOE)
     model = Transformer(config, dtype="bfloat16", rngs=nnx.Rngs(0))
     card = Card(model=config, dtype="bfloat16", name="mine", provider="me")
     checkpoint.save(tmp_path / "ours", model, card, [])
@@ -86,7 +86,7 @@ def test_a_model_saved_from_memory(tmp_path: Path) -> None:
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
     vocab_size = ByteTokenizer().vocab_size
-    config = ModelConfig.from_hf(sources.MOE | dict(vocab_size=vocab_size))
+    config = from_hf(sources.MOE | dict(vocab_size=vocab_size))
     model = Transformer(config, dtype="float32", rngs=nnx.Rngs(0))
     card = Card(model=config, dtype="float32", name="mine", provider="me")
     (tmp_path / "words").mkdir()

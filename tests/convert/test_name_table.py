@@ -12,10 +12,11 @@ from convert.source.configs import from_gguf, from_params
 from mixtral_jax.checkpoint.folder import parameter_shapes
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
+from mixtral_jax.hf_config import from_hf
 from tests.support import sources
 
-DENSE = ModelConfig.from_hf(sources.DENSE)
-MOE = ModelConfig.from_hf(sources.MOE)
+DENSE = from_hf(sources.DENSE)
+MOE = from_hf(sources.MOE)
 
 
 def names(dialect: str, variant: int) -> set[str]:
@@ -52,7 +53,7 @@ def test_every_element_comes_from_one_place(
 @pytest.mark.parametrize("config", [sources.DENSE, sources.MOE])
 def test_names_and_shapes_are_those_of_the_files(config: dict[str, Any]) -> None:
     hf = sources.tensors(config)
-    ours = ModelConfig.from_hf(config)
+    ours = from_hf(config)
     forms = {"hf": hf, "mistral": sources.consolidated(hf), "gguf": sources.ggml(hf)}
     for dialect, tensors in forms.items():
         table = mapping.rows(ours, dialect, tensors)

@@ -24,16 +24,16 @@ from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.checkpoint import folder as checkpoint
 from mixtral_jax.checkpoint.folder import Card, ParameterWriter, count_parameters, parameter_shapes
 from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
-from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
+from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.transformer import Transformer, named_parameters
-from mixtral_jax.tokenization.tokenizer import ByteTokenizer
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.support import sources
 
 CONFIGS = {
-    "dense": ModelConfig.from_hf(sources.DENSE),
-    "moe": ModelConfig.from_hf(sources.MOE),
+    "dense": from_hf(sources.DENSE),
+    "moe": from_hf(sources.MOE),
 }
 GENERATOR = np.random.default_rng(0)
 IDS = GENERATOR.integers(0, sources.V, 642).tolist()  # two windows of the whole context

@@ -1,5 +1,7 @@
 """Rules by hand, and the whole model under meshes of eight virtual devices."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +16,10 @@ from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh, mesh_for, 
 
 RULES = ShardingRules()
 # Eight heads in four groups, so that a mesh of eight must copy key/value heads.
-MOE = ModelConfig._with(
+MOE = replace(
     ModelConfig.tiny(vocab_size=32), num_heads=8, num_kv_heads=4, head_size=8, num_experts=8
 )
-DENSE = ModelConfig._with(MOE, num_experts=0, experts_per_token=0)
+DENSE = replace(MOE, num_experts=0, experts_per_token=0)
 MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
 
 
@@ -33,7 +35,7 @@ def test_one_mesh_axis_is_never_used_twice() -> None:
 
 
 def test_what_does_not_divide_is_refused() -> None:
-    three = ModelConfig._with(MOE, num_experts=3)
+    three = replace(MOE, num_experts=3)
     mesh = make_mesh(expert=2)
     with pytest.raises(ConfigError, match="3 experts cannot be split 2 ways"):
         Transformer(three, rngs=None, mesh=mesh)
@@ -109,13 +111,13 @@ def test_a_mesh_by_its_text() -> None:
 def test_auto_takes_all_devices_experts_first() -> None:
     assert mesh_text(mesh_for(MOE)) == "data=1,expert=8,tensor=1"
     assert mesh_text(mesh_for(DENSE)) == "data=1,expert=1,tensor=8"
-    assert mesh_text(mesh_for(ModelConfig._with(MOE, num_experts=4))) == "data=1,expert=4,tensor=2"
-    three = ModelConfig._with(DENSE, num_heads=3, num_kv_heads=3, vocab_size=33)
+    assert mesh_text(mesh_for(replace(MOE, num_experts=4))) == "data=1,expert=4,tensor=2"
+    three = replace(DENSE, num_heads=3, num_kv_heads=3, vocab_size=33)
     assert mesh_text(mesh_for(three)) == "data=8,expert=1,tensor=1"
     assert mesh_for(DENSE, devices=jax.devices()[:1]) is None
 
 
 def test_a_vocabulary_that_does_not_divide_is_copied() -> None:
-    odd = ModelConfig._with(MOE, vocab_size=34)
+    odd = replace(MOE, vocab_size=34)
     assert ShardingRules.of(odd, make_mesh(1, 4, 2)).V == ("tensor", "copy")
-    assert ShardingRules.of(ModelConfig._with(MOE, vocab_size=33), make_mesh(1, 4, 2)).V == ()
+    assert ShardingRules.of(replace(MOE, vocab_size=33), make_mesh(1, 4, 2)).V == ()

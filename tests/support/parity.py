@@ -9,7 +9,7 @@ import pytest
 import transformers
 from flax import nnx
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.transformer import Transformer, named_parameters
 
 # Every value differs from the default of the class that reads it.
@@ -37,7 +37,7 @@ MODELS = {
 
 def random_model(kind: str) -> Transformer:
     """Ours alone, with weights large enough for logits that differ."""
-    config = ModelConfig.from_hf(MODELS[kind]().to_dict())
+    config = from_hf(MODELS[kind]().to_dict())
     model = Transformer(config, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, state))
@@ -60,7 +60,7 @@ def huggingface(kind: str) -> Any:
 def twin(model: Any) -> Transformer:
     """The same weights in ours, copied by hand here so that the converter is not trusted."""
     source = {k: v.detach().numpy() for k, v in model.state_dict().items()}
-    config = ModelConfig.from_hf(model.config.to_dict())
+    config = from_hf(model.config.to_dict())
     ours = Transformer(config, rngs=nnx.Rngs(0))
     names = {
         "embed.weight": "model.embed_tokens.weight",

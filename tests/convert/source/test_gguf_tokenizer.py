@@ -8,7 +8,8 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from convert.source.gguf_tokenizer import write
-from mixtral_jax.tokenization.tokenizer import Message, Tokenizer, load
+from mixtral_jax.tokenization.messages import Message
+from mixtral_jax.tokenization.tokenizer import Tokenizer, load
 
 # Ids 0 to 2 are control tokens, 3 is text that is never cut, 4 to 259 single bytes, then merges.
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -1,5 +1,7 @@
 """Three forms of one sum."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def test_dense_equals_ragged_equals_paged(tokens: int, dtype: str) -> None:
 
 def test_one_expert_of_one_is_its_feed_forward() -> None:
     """X = E = 1: the weight is 1 and the sum is the expert itself."""
-    config = ModelConfig._with(ModelConfig.tiny(vocab_size=8), num_experts=1, experts_per_token=1)
+    config = replace(ModelConfig.tiny(vocab_size=8), num_experts=1, experts_per_token=1)
     layer = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(0), None)
     x = jax.random.normal(jax.random.key(0), (5, config.hidden_size))
     gate, up, down = (part.weight[...][0] for part in (layer.gate, layer.up, layer.down))

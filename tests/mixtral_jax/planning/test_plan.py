@@ -1,6 +1,7 @@
 """`mixtral-jax plan`: figures worked out by hand, and the bytes that really live on devices."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mixtral_jax.sharding import ShardingRules, make_mesh
 from mixtral_jax.step.programs import Parts
 
 # Mixtral's proportions, so that padding does not count for more than in the real one.
-SMALL = ModelConfig._with(
+SMALL = replace(
     ModelConfig.mixtral_8x7b_v01(),
     hidden_size=256,
     head_size=16,
@@ -34,7 +35,7 @@ SMALL = ModelConfig._with(
     num_layers=3,
     vocab_size=512,
 )
-DENSE = ModelConfig._with(SMALL, num_experts=0, experts_per_token=0)
+DENSE = replace(SMALL, num_experts=0, experts_per_token=0)
 
 
 def load_of(config: ModelConfig, dtype: str = "float32", **changes: Any) -> Load:
@@ -480,7 +481,7 @@ def test_a_missing_compiler_means_arithmetic_that_says_so(monkeypatch: pytest.Mo
 
 
 def test_a_batch_that_no_split_can_hold() -> None:
-    config = ModelConfig._with(DENSE, num_heads=3, num_kv_heads=3, vocab_size=513)
+    config = replace(DENSE, num_heads=3, num_kv_heads=3, vocab_size=513)
     search = Search(load_of(config, batch=1), "auto", False, 1, print, compiles=False)
     with pytest.raises(ConfigError, match="cannot be split over 8 chips"):
         search.best_of(topologies("cpu:8"), lambda line: None)

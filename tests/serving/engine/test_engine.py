@@ -34,7 +34,7 @@ def limits(**changes: Any) -> Limits:
 
 
 def toy(window: int | None, dtype: str, max_context: int = 96) -> Transformer:
-    config = ModelConfig._with(
+    config = replace(
         ModelConfig.tiny(vocab_size=VOCAB), sliding_window=window, max_context=max_context
     )
     model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))

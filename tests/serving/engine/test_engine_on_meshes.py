@@ -2,6 +2,7 @@
 
 import functools
 import random
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from serving.scheduling.step_plan import Limits
 
 VOCAB = 64
 # Eight heads in four groups, so that a mesh of eight must copy key/value heads.
-MOE = ModelConfig._with(
+MOE = replace(
     ModelConfig.tiny(vocab_size=VOCAB),
     num_heads=8,
     num_kv_heads=4,
@@ -31,7 +32,7 @@ MOE = ModelConfig._with(
     sliding_window=None,
     max_context=96,
 )
-DENSE = ModelConfig._with(MOE, num_experts=0, experts_per_token=0)
+DENSE = replace(MOE, num_experts=0, experts_per_token=0)
 MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
 # Those that CI has time for: what is split, copied and gathered is among them.
 OFTEN = [("moe", (2, 2, 2)), ("moe", (1, 1, 8)), ("dense", (2, 2, 2))]

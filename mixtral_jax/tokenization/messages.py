@@ -1,0 +1,56 @@
+"""Messages of a chat: their roles, and the checks that every chat passes first.
+
+`checked` is the gate: the messages that it returns have known roles and valid text, so that the
+code that formats them afterwards need not ask.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from mixtral_jax.errors import ChatError
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str  # one of ROLES
+    content: str
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise ValueError, naming the text by `name`, for text that UTF-8 cannot carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half of a surrogate pair at character {error.start}: "
+            "send the whole character, or U+FFFD in its place"
+        ) from None
+
+
+def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list[Message]:
+    """The messages, role and content only. Raises ChatError naming the first that is wrong.
+
+    With `continue_last` the last one must be an assistant's that says something.
+    """
+    if not messages:
+        raise ChatError("the chat is empty: send at least one user message")
+    chat: list[Message] = []
+    for place, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ChatError(f"messages[{place}] has role {role!r}: use one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ChatError(f"messages[{place}] has no text: its content must be a string")
+        try:
+            check_text(content, f"messages[{place}]")
+        except ValueError as error:
+            raise ChatError(str(error)) from None
+        chat.append({"role": role, "content": content})
+    if continue_last and not (chat[-1]["role"] == "assistant" and chat[-1]["content"].strip()):
+        raise ChatError(
+            "the last message cannot be continued: it must be an assistant's, with some text"
+        )
+    return chat

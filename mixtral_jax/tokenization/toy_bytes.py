@@ -1,0 +1,40 @@
+"""ByteTokenizer: one token per byte, with nothing to download."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixtral_jax.tokenization.messages import ROLES, Message, check_text, checked
+from mixtral_jax.tokenization.vocabulary import Vocabulary
+
+TOY_FILE = "byte_tokenizer.json"
+
+
+class ByteTokenizer(Vocabulary):
+    """One token a byte, for models without a vocabulary of their own: demonstrations and tests.
+
+    Ids 0 to 255 are the bytes of UTF-8; then come bos, eos and one id for each role. A chat is
+    bos, then each message as its role, its bytes and eos, and at last the assistant's role.
+    """
+
+    _BOS, _EOS = 256, 257
+    _ROLE_IDS = {role: 258 + place for place, role in enumerate(ROLES)}
+
+    def __init__(self) -> None:
+        controls = [b""] * (2 + len(ROLES))
+        super().__init__([*(bytes([byte]) for byte in range(256)), *controls], [self._EOS])
+
+    def encode(self, text: str) -> list[int]:
+        """bos and the bytes of the text. Raises ValueError for text that is not Unicode."""
+        check_text(text, "the text")
+        return [self._BOS, *text.encode()]
+
+    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+        """The chat in ids, e.g. [256, 259, 104, 105, 257, 260] for the user's "hi"."""
+        ids = [self._BOS]
+        for message in checked(messages, continue_last=continue_last):
+            ids += [self._ROLE_IDS[message["role"]], *message["content"].encode(), self._EOS]
+        return ids[:-1] if continue_last else [*ids, self._ROLE_IDS["assistant"]]
+
+    def save(self, folder: Path) -> None:
+        """Write the file by which `load` knows that the folder's model speaks bytes."""
+        (folder / TOY_FILE).write_text('{"tokenizer": "bytes"}\n', encoding="utf-8")

@@ -1,0 +1,78 @@
+"""Hugging Face's config.json: read as published, written as transformers reads it, or refused."""
+
+import json
+from typing import Any
+
+import pytest
+import transformers
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
+from mixtral_jax.hf_config import from_hf, to_hf
+
+# mistralai/Mixtral-8x7B-Instruct-v0.1, the fields of its config.json
+MIXTRAL: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def test_from_hf_reads_the_published_file() -> None:
+    assert from_hf(MIXTRAL) == ModelConfig.mixtral_8x7b_v01()
+
+
+@pytest.mark.parametrize(
+    "config", [ModelConfig.mixtral_8x22b_instruct_v01(), ModelConfig.mistral_7b_v01()]
+)
+def test_to_hf_is_the_inverse_and_transformers_reads_it(config: ModelConfig) -> None:
+    hf = to_hf(config, "bfloat16")
+    assert from_hf(hf) == config
+    theirs = transformers.AutoConfig.for_model(**hf).to_dict()
+    assert from_hf(theirs) == config
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model_type": "gemma"}, "model_type='gemma'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"logit_softcap": 30.0}, "logit_softcap=30.0 is not known"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling="),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters="),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"hidden_size": "4096"}, "hidden_size must be a positive integer"),
+        ({"vocab_size": None}, "vocab_size must be a positive integer"),
+        ({"num_key_value_heads": 5}, "num_heads=32 is not a multiple of num_kv_heads=5"),
+        ({"num_experts_per_tok": 9}, "experts_per_token=9"),
+        ({"head_dim": 127}, "head_size=127 is odd"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+    ],
+)
+def test_what_is_not_computed_is_refused(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        from_hf({**MIXTRAL, **change})

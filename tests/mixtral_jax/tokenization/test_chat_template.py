@@ -1,0 +1,42 @@
+"""Templates render in a sandbox, and may refuse a chat."""
+
+from pathlib import Path
+
+import pytest
+
+from mixtral_jax.errors import ChatError
+from mixtral_jax.tokenization.tokenizer import load
+from tests.support.tokenizers import CHATML, byte_level_spec, say, turns, write
+
+
+def test_a_template_that_changes_the_last_message_cannot_continue_it(tmp_path: Path) -> None:
+    chat = [*turns("Hi"), say("assistant", "Hel")]
+    shouts = CHATML.replace("m['content']", "(m['content'] | upper)")
+    tokenizer = load(write(tmp_path, byte_level_spec(), shouts))
+    with pytest.raises(ChatError, match="does not write it as it is"):
+        tokenizer.chat(chat, continue_last=True)
+    twice = "{% for m in messages %}{{ m.content ~ m.role ~ m.content }}{% endfor %}"
+    # This one writes the message twice: what comes last is continued.
+    tokenizer = load(write(tmp_path, byte_level_spec(), twice))
+    assert tokenizer.decode(tokenizer.chat(chat, continue_last=True)).endswith("Hel")
+
+
+def test_a_control_token_put_together_from_parts_is_refused(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ '<|im_' + 'start|>' + m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="puts the control token <|im_start|> together"):
+        load(write(tmp_path, template=template))
+
+
+def test_a_template_may_refuse_a_chat(tmp_path: Path) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    tokenizer = load(write(tmp_path, template=template))
+    assert tokenizer.decode(tokenizer.chat(turns("a"))) == "x"
+    with pytest.raises(ChatError, match="refuses this chat: no system"):
+        tokenizer.chat([say("system", "a")])
+
+
+def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
+    template = "{{ messages.append(1) if messages[0].content == 'go' }}"
+    tokenizer = load(write(tmp_path, template=template))
+    with pytest.raises(ChatError, match="unsafe"):
+        tokenizer.chat(turns("go"))

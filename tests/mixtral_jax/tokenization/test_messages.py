@@ -1,0 +1,44 @@
+"""Malformed chats are refused by every tokenizer, by the message that is wrong."""
+
+from typing import Any
+
+import pytest
+
+from mixtral_jax.errors import ChatError
+from mixtral_jax.tokenization.tokenizer import Tokenizer
+from tests.support.tokenizers import each, say, turns
+
+
+@each
+@pytest.mark.parametrize(
+    ("chat", "complaint"),
+    [
+        ([], "the chat is empty"),
+        ([say("tool", "x")], r"messages\[0\] has role 'tool': use one of system, user, assistant"),
+        ([say("user", "x"), {"role": "user"}], r"messages\[1\] has no text"),
+        ([{"role": "user", "content": ["x"]}], r"messages\[0\] has no text"),
+        ([say("user", "ab\ud800")], r"messages\[0\] has half of a surrogate pair at character 2"),
+    ],
+)
+def test_malformed_chats_are_refused(
+    name: str, chat: list[Any], complaint: str, all_tokenizers: dict[str, Tokenizer]
+) -> None:
+    with pytest.raises(ChatError, match=complaint):
+        all_tokenizers[name].chat(chat)
+
+
+@each
+def test_only_an_assistants_words_can_be_continued(
+    name: str, all_tokenizers: dict[str, Tokenizer]
+) -> None:
+    for last in (say("user", "hi"), say("assistant", " ")):
+        with pytest.raises(ChatError, match="cannot be continued"):
+            all_tokenizers[name].chat([*turns("hi"), last], continue_last=True)
+
+
+@each
+def test_text_that_is_not_unicode_is_refused(
+    name: str, all_tokenizers: dict[str, Tokenizer]
+) -> None:
+    with pytest.raises(ValueError, match="surrogate pair at character 1"):
+        all_tokenizers[name].encode("a\udfff")
