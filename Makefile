@@ -1,5 +1,6 @@
 # Every target makes and reuses a virtual environment of its own; nothing else needs installing.
 PYTHON ?= python3
+SMOKE_PYTHON ?= $(PYTHON)
 VENV ?= .venv
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8000
@@ -12,12 +13,13 @@ SOURCES := mixtral_jax convert serving tests benchmarks
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto serving/proto/group.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test soak check format proto bench plan-matrix notebooks clean
+.PHONY: help install serve chat quick test soak check format proto dist smoke bench plan-matrix \
+	notebooks clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: PYTHON VENV MODEL PORT GRPC_PORT ARGS   (make serve MODEL=... PORT=8080)"
+	@echo "  Variables: PYTHON SMOKE_PYTHON VENV MODEL PORT GRPC_PORT ARGS   (make serve MODEL=... PORT=8080)"
 
 install: $(VENV)/.installed ## Install into .venv (PYTHON= chooses the interpreter)
 
@@ -26,6 +28,12 @@ serve: install $(CHECKPOINT)/config.json ## Fetch, convert and serve MODEL over 
 
 chat: install $(CHECKPOINT)/config.json ## Talk to MODEL in the terminal
 	@$(BIN)/mixtral-jax chat --model $(CHECKPOINT) $(ARGS)
+
+quick: $(VENV)/.tested ## Formatting, lint, types and the fast tests, a few minutes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 test: $(VENV)/.tested ## Run all tests, the slow ones too (ARGS='-m "not slow"' leaves them out)
 	$(BIN)/python -m pytest -n 2 --durations 60 $(ARGS)
@@ -50,6 +58,19 @@ format: $(VENV)/.tested ## Format the code and strip the notebooks
 
 proto: $(VENV)/.tested ## Generate the gRPC stubs from serving/proto/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
+
+dist: $(VENV)/.tested ## Build the source distribution and the wheel into dist/
+	rm -rf dist build/lib
+	PIP_CONSTRAINT= $(BIN)/python -m build --outdir dist .
+
+smoke: dist ## Install the wheel into an empty environment elsewhere and use it there (SMOKE_PYTHON=)
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+		$(SMOKE_PYTHON) -m venv "$$folder/venv" && \
+		"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+			-c constraints.txt dist/*.whl && \
+		cp tests/repository/smoke.py "$$folder" && cd "$$folder" && \
+		env -u PYTHONPATH JAX_PLATFORMS=cpu MIXTRAL_JAX_CACHE="$$folder/cache" \
+			venv/bin/python -P smoke.py
 
 bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Measure the engine and write README's table of speeds; peers must be installed
 	$(BIN)/python -m benchmarks.speed_table $(ARGS)
@@ -77,7 +98,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV), a few minutes the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@touch $@
 
 $(VENV)/.tested: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -10,9 +10,11 @@ A checkpoint folder is made by `mixtral-jax convert SRC DST`.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from mixtral_jax.checkpoint.pretrained import load
     from mixtral_jax.config import ModelConfig
     from mixtral_jax.generation import generate, generate_tokens
@@ -45,6 +47,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for: jax takes seconds, `--help` should not."""
+    if name == "__version__":
+        return importlib.metadata.version("mixtral-jax")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

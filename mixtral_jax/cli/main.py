@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtral_jax.cli import extras
 from mixtral_jax.cli import keys as key_commands
 from mixtral_jax.cli import plan as plan_command
 from mixtral_jax.cli import serve as serve_command
@@ -30,6 +31,7 @@ app.add_typer(key_commands.app, name="keys")
 
 
 @app.command()
+@extras.needs("convert")
 def pull(
     name: Annotated[str, typer.Argument(help="smollm2-135m-instruct, or ORG/REPO of the hub.")],
 ) -> None:
@@ -43,6 +45,7 @@ def pull(
 
 
 @app.command()
+@extras.needs("convert")
 def convert(
     source: Annotated[
         str, typer.Argument(help="Folder or file of weights, or a name that `pull` knows.")
@@ -85,6 +88,7 @@ def convert(
 
 
 @app.command()
+@extras.needs("convert")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     destination: Annotated[Path, typer.Argument(help="New folder.")],
@@ -182,11 +186,12 @@ def chat(
         said.append({"role": "assistant", "content": answer})
 
 
-app.command()(serve_command.serve)
+app.command()(extras.needs("serve")(serve_command.serve))
 app.command()(plan_command.plan)
 
 
 @app.command()
+@extras.needs("bench")
 def bench(
     model: Annotated[
         str | None,
