@@ -13,10 +13,10 @@ from pathlib import Path
 
 from mixtral_jax.cache import PAGE_SIZES
 from mixtral_jax.planning.chips import GIB, topologies
-from mixtral_jax.planning.estimate import Load
-from mixtral_jax.planning.plan import Answer
+from mixtral_jax.planning.plan import Plan
 from mixtral_jax.planning.search import Search, known_model
 from mixtral_jax.planning.topology import installed
+from mixtral_jax.planning.workload import Workload
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- plan: make plan-matrix -->\n", "<!-- end of plan -->"
@@ -27,7 +27,7 @@ MODELS = {
 }
 CHIPS = ("tpu:v5e", "tpu:v5p", "tpu:v6e", "gpu:h100:8")
 DTYPES = ("bfloat16", "int8")
-BATCH, CONTEXT = 32, 2048
+BATCH, CONTEXT, PREFILL_TOKENS = 32, 2048, 2048
 HEAD = (
     "| model | weights | on | split | weights, GiB a chip | pages | temporaries, programs | "
     "of | decode step, ms (estimate) | kernels |\n|" + "---|" * 10
@@ -40,12 +40,13 @@ def row(title: str, dtype: str, chips: str) -> str | None:
     if not installed(sizes[0].platform):
         print(f"no compiler for {sizes[0].platform}: {chips} is left out", file=sys.stderr)
         return None
-    load = Load(
+    workload = Workload(
         model=known_model(MODELS[title]),
         dtype=dtype,
         kv_dtype=None,
         batch=BATCH,
         context=CONTEXT,
+        prefill_tokens=PREFILL_TOKENS,
         page_size=PAGE_SIZES[sizes[0].platform],
     )
 
@@ -53,28 +54,28 @@ def row(title: str, dtype: str, chips: str) -> str | None:
         print(f"  {line}", file=sys.stderr)
 
     start = time.monotonic()
-    search = Search(load, "auto", False, 1, note, compiles=True)
+    search = Search(workload, "auto", False, 1, note, compiles=True)
     best = search.best_of(sizes, lambda line: None)[0]
     took = time.monotonic() - start
     print(f"{title} {dtype} {best.topology}: {best.method}, {took:.0f} s", file=sys.stderr)
-    if best.compiled is None or not best.fits:
+    if best.report is None or not best.fits:
         raise RuntimeError(f"{title} in {dtype} on {chips}: {best.method}, fits: {best.fits}")
     return _row(title, best)
 
 
-def _row(title: str, best: Answer) -> str:
-    assert best.compiled is not None
-    kernels = {**best.compiled.decode.kernels, **best.compiled.prefill.kernels}
+def _row(title: str, best: Plan) -> str:
+    assert best.report is not None
+    kernels = {**best.report.decode.kernels, **best.report.prefill.kernels}
     named = f"`{best.split}{' --dp-attention' if best.split.dp_attention else ''}`"
-    sizes = [best.weights, best.pages, best.temporaries + best.programs]
+    sizes = [best.weight_bytes, best.cache_bytes, best.temporary_bytes + best.program_bytes]
     cells = [
         title,
-        best.load.dtype,
+        best.workload.dtype,
         f"`{best.topology}`",
         named,
         *(f"{size / GIB:.2f}" for size in sizes),
         f"{best.topology.chip.memory / GIB:.2f}",
-        f"{best.decode.seconds * 1e3:.1f}, {best.decode.bound}",
+        f"{best.decode.total * 1e3:.1f}, {best.decode.bound}",
         ", ".join(sorted(kernels)) or "none",
     ]
     return "| " + " | ".join(cells) + " |"

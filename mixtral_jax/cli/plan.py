@@ -12,7 +12,7 @@ from mixtral_jax.planning.chips import GIB, topologies
 
 if TYPE_CHECKING:
     from mixtral_jax.config import ModelConfig
-    from mixtral_jax.planning.plan import Answer
+    from mixtral_jax.planning.plan import Plan
 
 
 def plan(
@@ -70,8 +70,8 @@ def plan(
     the answer is arithmetic, and says so. Speeds are estimates: nothing runs.
     """
     from mixtral_jax.cache import PAGE_SIZES
-    from mixtral_jax.planning.estimate import Load
     from mixtral_jax.planning.search import Search
+    from mixtral_jax.planning.workload import Workload
 
     sizes = topologies(topology)
     config, stored = _model(model, checkpoint)
@@ -82,13 +82,13 @@ def plan(
         )
     if kv_dtype and sizes[0].platform == "tpu":
         raise ValueError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
-    load = Load(
+    workload = Workload(
         model=config,
         dtype=dtype or stored or "bfloat16",
         kv_dtype=kv_dtype,
         batch=batch,
         context=context,
-        prefill=prefill_tokens,
+        prefill_tokens=prefill_tokens,
         page_size=PAGE_SIZES[sizes[0].platform],
     )
     notes = Console(stderr=True, highlight=False)
@@ -96,14 +96,14 @@ def plan(
     def note(line: str) -> None:
         notes.print(line, markup=False)
 
-    search = Search(load, mesh, dp_attention, tries, note, compiles=not estimate)
+    search = Search(workload, mesh, dp_attention, tries, note, compiles=not estimate)
     with notes.status("planning") as status:
         answers = search.best_of(sizes, status.update)
     if png is not None:
         _draw(png, answers[0], model or str(checkpoint))
     if as_json:
         found = answers[0].to_json(price)
-        found["model"] = {"name": model or str(checkpoint), "dtype": load.dtype}
+        found["model"] = {"name": model or str(checkpoint), "dtype": workload.dtype}
         found["load"] = {"batch": batch, "context": context, "prefill": prefill_tokens}
         found["others"] = [_short(one) for one in answers[1:]]
         print(json.dumps(found, indent=2))
@@ -125,21 +125,21 @@ def _model(name: str | None, folder: Path | None) -> "tuple[ModelConfig, str | N
     return known_model(str(name)), None
 
 
-def _short(answer: "Answer") -> dict[str, object]:
+def _short(answer: "Plan") -> dict[str, object]:
     kept = ("method", "mesh", "dp_attention", "fits", "ms_per_decode_step", "tokens_per_second")
     found = answer.to_json()
     return {name: found[name] for name in (*kept, "bound", "bytes_per_chip")}
 
 
-def _show(answers: "list[Answer]", name: str, price: float | None) -> None:
+def _show(answers: "list[Plan]", name: str, price: float | None) -> None:
     best = answers[0]
-    load, chip = best.load, best.topology.chip
+    workload, chip = best.workload, best.topology.chip
     found = best.to_json(price)
     out = Console(width=max(100, Console().width), highlight=False)
     verdict = "fits" if best.fits else "does NOT fit"
     out.print(
-        f"{name} in {load.dtype} on {best.topology} ({best.topology.chips} x {chip.name}): "
-        f"{verdict}\n{load.batch} sequences of {load.context:,} tokens; split "
+        f"{name} in {workload.dtype} on {best.topology} ({best.topology.chips} x {chip.name}): "
+        f"{verdict}\n{workload.batch} sequences of {workload.context:,} tokens; split "
         f"{_named(best)}; memory {_source(best)}, all speeds are estimates\n"
     )
     memory = Table("a chip", "GiB", title_justify="left", box=None)
@@ -153,10 +153,10 @@ def _show(answers: "list[Answer]", name: str, price: float | None) -> None:
     speed = Table("", "ms", "memory", "compute", "network", "bound", "tokens/s", box=None)
     for what, step, rate in (
         ("decode step", best.decode, best.tokens_per_second),
-        (f"prefill of {load.prefill:,}", best.prefill, best.prefill_tokens_per_second),
+        (f"prefill of {workload.prefill_tokens:,}", best.prefill, best.prefill_tokens_per_second),
     ):
         spent = [f"{part * 1e3:.2f}" for part in (step.memory, step.compute, step.network)]
-        speed.add_row(what, f"{step.seconds * 1e3:.2f}", *spent, step.bound, f"{rate:,.0f}")
+        speed.add_row(what, f"{step.total * 1e3:.2f}", *spent, step.bound, f"{rate:,.0f}")
     out.print(speed)
     moves = "yes" if found["collectives_move_weights"] else "no"
     out.print(
@@ -172,8 +172,8 @@ def _show(answers: "list[Answer]", name: str, price: float | None) -> None:
             others.add_row(
                 _named(one),
                 "yes" if one.fits else "no",
-                f"{one.total / GIB:.2f}",
-                f"{one.decode.seconds * 1e3:.2f}",
+                f"{one.total_bytes / GIB:.2f}",
+                f"{one.decode.total * 1e3:.2f}",
                 f"{one.tokens_per_second:,.0f}",
                 one.method,
             )
@@ -181,24 +181,24 @@ def _show(answers: "list[Answer]", name: str, price: float | None) -> None:
         out.print(others)
 
 
-def _named(answer: "Answer") -> str:
+def _named(answer: "Plan") -> str:
     return f"{answer.split}{' --dp-attention' if answer.split.dp_attention else ''}"
 
 
-def _source(answer: "Answer") -> str:
+def _source(answer: "Plan") -> str:
     return "by the compiler" if answer.method == "compiled" else "by arithmetic"
 
 
-def _collectives(answer: "Answer") -> str:
-    said = [f"{one.kind} {one.nbytes / 1024:,.1f} KiB" for one in answer.layer]
+def _collectives(answer: "Plan") -> str:
+    said = [f"{one.kind} {one.nbytes / 1024:,.1f} KiB" for one in answer.layer_collectives]
     return ", ".join(said) or "none"
 
 
-def _draw(file: Path, answer: "Answer", name_of_model: str) -> None:
+def _draw(file: Path, answer: "Plan", name_of_model: str) -> None:
     """Time of a decode step and tokens/s against batch: by arithmetic, and the one answered."""
     from dataclasses import replace
 
-    from mixtral_jax.planning.plan import estimate
+    from mixtral_jax.planning.plan import plan_by_arithmetic
 
     try:
         from matplotlib.figure import Figure
@@ -206,11 +206,11 @@ def _draw(file: Path, answer: "Answer", name_of_model: str) -> None:
         raise ValueError(
             "--png needs matplotlib: pip install 'mixtral-jax[plan]', or leave it out"
         ) from None
-    parts = answer.spread.count
-    top = max(answer.load.batch, answer.largest_batch, 1)
+    parts = answer.estimate.num_groups
+    top = max(answer.workload.batch, answer.largest_batch, 1)
     batches = sorted({parts * 2**i for i in range(20) if parts * 2**i <= top} | {top})
     points = [
-        estimate(replace(answer.load, batch=batch), answer.topology, answer.split)
+        plan_by_arithmetic(replace(answer.workload, batch=batch), answer.topology, answer.split)
         for batch in batches
     ]
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -219,12 +219,12 @@ def _draw(file: Path, answer: "Answer", name_of_model: str) -> None:
         values = [getattr(one.decode, part) * 1e3 for one in points]
         left.plot(batches, values, label=part, linestyle="--")
     for axes, name, value in (
-        (left, "decode step, ms", lambda one: one.decode.seconds * 1e3),
+        (left, "decode step, ms", lambda one: one.decode.total * 1e3),
         (right, "tokens/s", lambda one: one.tokens_per_second),
     ):
         axes.plot(batches, [value(one) for one in points], label="by arithmetic", color="black")
-        asked = f"batch {answer.load.batch}, {_source(answer)}"
-        axes.plot([answer.load.batch], [value(answer)], "o", label=asked, color="tab:red")
+        asked = f"batch {answer.workload.batch}, {_source(answer)}"
+        axes.plot([answer.workload.batch], [value(answer)], "o", label=asked, color="tab:red")
         if answer.largest_batch:
             axes.axvline(answer.largest_batch, color="gray", linestyle=":", label="memory is full")
         axes.set_xscale("log", base=2)
@@ -236,7 +236,7 @@ def _draw(file: Path, answer: "Answer", name_of_model: str) -> None:
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(
-        f"estimate: {name_of_model} in {answer.load.dtype}, context {answer.load.context:,}, "
-        f"{answer.topology}, {_named(answer)}"
+        f"estimate: {name_of_model} in {answer.workload.dtype}, "
+        f"context {answer.workload.context:,}, {answer.topology}, {_named(answer)}"
     )
     figure.savefig(file, dpi=120)

@@ -32,7 +32,7 @@ Product = Callable[[jax.Array, jax.Array, Scaled], jax.Array]  # as `grouped`
 # So few tokens that an accelerator reads an expert's weights for longer than it computes with them
 # for all tokens: sorting tokens by expert gains nothing, and one product less waits for another.
 # (Peak rate over bandwidth is 240 multiply-adds a byte for TPU v5e and more for all others.)
-_FEW_TOKENS = 128
+FEW_TOKENS = 128
 # Of one device, from which on the exchange moves less than its own overhead is worth.
 _MANY_TOKENS = 64
 
@@ -223,7 +223,7 @@ def moe_local(
     held = experts[0].values.shape[0]
     mine = choice - held * layout.index("E")
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
-    if layout.platform != "cpu" and x.shape[0] <= _FEW_TOKENS:
+    if layout.platform != "cpu" and x.shape[0] <= FEW_TOKENS:
         sums = moe_dense(x, mine, weights, experts)
     else:
         sums = moe_ragged(x, mine, weights, experts, product)

@@ -1,8 +1,9 @@
-"""Compiles the real serving step for a topology that is not there, and says what was found.
+"""The compiler: the real serving step, compiled for chips that need not be here, and its report.
 
-`compiled` works in this process, whose jax must know the devices; `compile_elsewhere` starts one
-that does, which can be interrupted, and which leaves the caller's jax alone. It is told what to
-compile in a line of JSON on its standard input, and answers in lines of JSON.
+`compile_step` works in this process, whose jax must know the devices. `compile_in_subprocess`
+starts a process that does, which can be interrupted and leaves the caller's jax alone: it reads
+the job as a line of JSON from its standard input and writes its progress and its report as lines of
+JSON.
 """
 
 import json
@@ -15,15 +16,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import UserError
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.planning import traffic
 from mixtral_jax.planning.chips import topologies
+from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.topology import absent_devices, environment
-from mixtral_jax.planning.traffic import Collective
+from mixtral_jax.planning.traffic import program_traffic
+from mixtral_jax.planning.workload import activation_dtype
 from mixtral_jax.sharding import ShardingRules, make_mesh
 from mixtral_jax.step.programs import Programs, Steps, StepSizes, compile_buckets
 
@@ -35,84 +36,116 @@ class CompileError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be compiled. Numbers of tokens and sequences are those of one part."""
+class CompileJob:
+    """One serving step to compile, as plain numbers that survive JSON.
+
+    Numbers of tokens, sequences and pages are those of one group of sequences.
+
+    Attributes:
+        model: sizes of the model.
+        dtype: float32, bfloat16 or int8; the dtype of the weights.
+        kv_dtype: int8, or None for keys and values in the activations' dtype.
+        topology: the chips' name, such as tpu:v5e:2x4.
+        mesh: sizes of the mesh axes, in the order of MESH_AXES.
+        dp_attention: sequences, not heads, are split over `expert`.
+        sequences: sequences, and tokens of a decode step.
+        context: tokens of one sequence.
+        num_pages: pages of the cache.
+        page_size: tokens of one page.
+        prefill_tokens: tokens of a step that reads prompts.
+        chosen_share: share of its experts that a chip's kernel reads in a decode step.
+    """
 
     model: ModelConfig
     dtype: str
     kv_dtype: str | None
     topology: str
-    mesh: tuple[int, int, int, int]  # sizes of the axes
+    mesh: tuple[int, int, int, int]
     dp_attention: bool
     sequences: int
     context: int
     num_pages: int
     page_size: int
-    prefill: int  # tokens of a step that takes in a prompt
-    experts_touched: float  # of those that a device holds, by a decode step
-
-    @property
-    def activations(self) -> Any:
-        """Between weights of int8, CPU computes in float32 and accelerators in bfloat16."""
-        accelerator = not self.topology.startswith("cpu")
-        return jnp.bfloat16 if self.dtype == "int8" and accelerator else None
+    prefill_tokens: int
+    chosen_share: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Of one step, on one device: all programs, the block as often as there are layers."""
+class StepCost:
+    """The cost of one step on one device: all its programs, the block once for each layer.
 
-    nbytes: float  # to and from memory, but for reading pages
-    flops: float | None  # as the compiler counts them; None where it does not
-    layer: tuple[Collective, ...]
-    around: tuple[Collective, ...]  # of the programs before and behind the layers
-    # The compiler's own figures: bytes of all memories, and seconds.
+    Attributes:
+        moved_bytes: bytes to and from memory, without reads of pages.
+        flops: operations as the compiler counts them; None where it does not count.
+        layer_collectives: collectives of one layer.
+        outer_collectives: collectives of the programs before and behind the layers.
+        xla_bytes: the compiler's own count of bytes, of all memories of the chip.
+        xla_seconds: the compiler's own estimate of the time.
+        kernels: calls of kernels in the block, by name.
+    """
+
+    moved_bytes: float
+    flops: float | None
+    layer_collectives: tuple[Collective, ...]
+    outer_collectives: tuple[Collective, ...]
     xla_bytes: float | None
     xla_seconds: float | None
     kernels: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """Bytes on one device as the compiler lays arrays out, and what steps cost."""
+class CompilerReport:
+    """Bytes on one device as the compiler lays arrays out, and the costs of two steps.
 
-    weights: int
-    pages: int
-    temporaries: int
-    programs: int
-    decode: Cost
-    prefill: Cost
+    Attributes:
+        weight_bytes: parameters.
+        cache_bytes: pages of keys and values.
+        temporary_bytes: the largest amount that exists beside them at any moment.
+        program_bytes: compiled programs.
+        decode: a step of one token for each sequence.
+        prefill: a step of `prefill_tokens` tokens.
+    """
+
+    weight_bytes: int
+    cache_bytes: int
+    temporary_bytes: int
+    program_bytes: int
+    decode: StepCost
+    prefill: StepCost
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Compiled":
+    def from_json(cls, fields: dict[str, Any]) -> "CompilerReport":
+        """The report that `dataclasses.asdict` made these fields of."""
+        costs = {}
         for step in ("decode", "prefill"):
-            cost = found[step]
-            for place in ("layer", "around"):
-                cost[place] = tuple(Collective(**one) for one in cost[place])
-            found[step] = Cost(**cost)
-        return cls(**found)
+            cost = dict(fields[step])
+            for place in ("layer_collectives", "outer_collectives"):
+                cost[place] = tuple(Collective(**collective) for collective in cost[place])
+            costs[step] = StepCost(**cost)
+        return cls(**{**fields, **costs})
 
 
-def abstract(job: Job, devices: Sequence[jax.Device]) -> Transformer:
-    """The job's model, split but without values."""
+def abstract_model(job: CompileJob, devices: Sequence[jax.Device]) -> Transformer:
+    """The job's model on these devices, with shapes and shardings but without values."""
     data, expert, tensor, copies = job.mesh
     mesh = make_mesh(data, expert, tensor * copies, devices, copies)
-    rules = ShardingRules.of(job.model, mesh, job.dp_attention)
     return Transformer(
         job.model,
         dtype=job.dtype,
-        activations=job.activations,
+        activations=activation_dtype(job.dtype, job.topology.partition(":")[0]),
         rngs=None,
         mesh=mesh,
-        rules=rules,
+        rules=ShardingRules.of(job.model, mesh, job.dp_attention),
     )
 
 
-def compiled(
-    job: Job, devices: Sequence[jax.Device], progress: Callable[[str], None] = lambda line: None
-) -> Compiled:
-    """Compiles a step of as many tokens as sequences, and one of `prefill` tokens."""
-    model = abstract(job, devices)
+def compile_step(
+    job: CompileJob,
+    devices: Sequence[jax.Device],
+    progress: Callable[[str], None] = lambda line: None,
+) -> CompilerReport:
+    """Compiles a decode step and a step of `prefill_tokens` tokens for these devices."""
+    model = abstract_model(job, devices)
     sizes = StepSizes(
         num_pages=job.num_pages,
         page_size=job.page_size,
@@ -120,107 +153,117 @@ def compiled(
         max_context=job.context,
         max_biases=_MAX_BIASES,
     )
-    prefill = max(job.prefill, job.sequences)
-    rows = {job.sequences: job.sequences, prefill: job.sequences}
+    prefill_tokens = max(job.prefill_tokens, job.sequences)
+    rows = {job.sequences: job.sequences, prefill_tokens: job.sequences}
     steps = compile_buckets(model, sizes, rows, progress, job.kv_dtype)
-    decode, chunk = steps.buckets[job.sequences], steps.buckets[prefill]
-    return Compiled(
+    return CompilerReport(
         **_memory(model, steps),
-        decode=_cost(decode, job, job.experts_touched),
-        prefill=_cost(chunk, job, 1.0),
+        decode=_step_cost(steps.buckets[job.sequences], job, job.chosen_share),
+        prefill=_step_cost(steps.buckets[prefill_tokens], job, 1.0),
     )
 
 
 def _memory(model: Transformer, steps: Steps) -> dict[str, int]:
-    """Arguments of the programs as they lie in memory, and what comes and goes."""
+    """Bytes of the programs' arguments as they lie in memory, of temporaries and of programs."""
     buckets = list(steps.buckets.values())
     layers = model.config.num_layers
     block = buckets[0].block
-    facts = block.memory_analysis()
-    # Pages are all that a block gives back in place.
-    pages = facts.alias_size_in_bytes or _held(block)[3]
-    _, x, rotary, _, batch = _held(block)
-    of_block = facts.argument_size_in_bytes - pages - x - rotary - batch
-    every = {id(p): p for b in buckets for p in (b.embed, b.block, b.pick, b.draw)}.values()
-    found = [program.memory_analysis() for program in every]
+    sizes = block.memory_analysis()
+    _, x, rotary, pages_of_block, batch = _argument_bytes(block)
+    # Pages are the only arguments that a block gives back in place.
+    pages = sizes.alias_size_in_bytes or pages_of_block
+    weights = sizes.argument_size_in_bytes - pages - x - rotary - batch
+    distinct = {id(p): p for b in buckets for p in (b.embed, b.block, b.pick, b.draw)}.values()
+    analyses = [program.memory_analysis() for program in distinct]
     # One program runs at a time, but those behind it have the place for their results already.
     results = max(b.block.memory_analysis().output_size_in_bytes for b in buckets) - pages
-    given = max(sum(_held(b.embed)[1:]) + sum(_held(b.draw)[1:]) for b in buckets)
+    inputs = max(
+        sum(_argument_bytes(b.embed)[1:]) + sum(_argument_bytes(b.draw)[1:]) for b in buckets
+    )
+    largest = max(analysis.temp_size_in_bytes for analysis in analyses)
     return {
-        "weights": layers * of_block + _around(buckets[0]),
-        "pages": layers * pages,
-        "temporaries": (
-            max(one.temp_size_in_bytes for one in found) + layers * max(results, 0) + given
-        ),
-        "programs": sum(one.generated_code_size_in_bytes for one in found),
+        "weight_bytes": layers * weights + _outer_weight_bytes(buckets[0]),
+        "cache_bytes": layers * pages,
+        "temporary_bytes": largest + layers * max(results, 0) + inputs,
+        "program_bytes": sum(analysis.generated_code_size_in_bytes for analysis in analyses),
     }
 
 
-def _held(program: Any) -> list[int]:
-    """Bytes of each argument on one device; nothing of what the program does not use."""
+def _argument_bytes(program: Any) -> list[int]:
+    """Bytes of each argument on one device; arrays that the program does not use count 0."""
     values, _ = program.args_info
-    places, _ = program.input_shardings
-    return [sum(_leaves(value, place)) for value, place in zip(values, places, strict=True)]
-
-
-def _leaves(value: Any, place: Any) -> list[int]:
-    arrays = jax.tree.leaves(value, is_leaf=lambda node: hasattr(node, "shape"))
-    shardings = jax.tree.leaves(place, is_leaf=lambda node: node is None)
+    shardings, _ = program.input_shardings
     return [
-        0
-        if sharding is None
-        else math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array, sharding in zip(arrays, shardings, strict=True)
+        sum(_leaf_bytes(value, sharding)) for value, sharding in zip(values, shardings, strict=True)
     ]
 
 
-def _around(bucket: Programs) -> int:
-    """Parameters outside the layers; a tied embedding is used at both ends."""
+def _leaf_bytes(value: Any, sharding: Any) -> list[int]:
+    """Bytes of each array of an argument on one device."""
+    arrays = jax.tree.leaves(value, is_leaf=lambda node: hasattr(node, "shape"))
+    shardings = jax.tree.leaves(sharding, is_leaf=lambda node: node is None)
+    return [
+        0 if leaf is None else math.prod(leaf.shard_shape(array.shape)) * array.dtype.itemsize
+        for array, leaf in zip(arrays, shardings, strict=True)
+    ]
+
+
+def _outer_weight_bytes(bucket: Programs) -> int:
+    """Bytes of parameters outside the layers; a tied embedding, used at both ends, counts once."""
     ends = []
     for program in (bucket.embed, bucket.draw):
         (values, *_), _ = program.args_info
-        (places, *_), _ = program.input_shardings
-        ends.append(_leaves(values, places))
-    return sum(max(used) for used in zip(*ends, strict=True))
+        (shardings, *_), _ = program.input_shardings
+        ends.append(_leaf_bytes(values, shardings))
+    return sum(max(sizes) for sizes in zip(*ends, strict=True))
 
 
-def _cost(bucket: Programs, job: Job, touched: float) -> Cost:
+def _step_cost(bucket: Programs, job: CompileJob, chosen_share: float) -> StepCost:
+    """Cost of one step of a bucket, from its programs' texts and the compiler's counts."""
     model = job.model
-    held = model.num_experts // job.mesh[1] if model.is_moe else 0
+    experts = model.num_experts // job.mesh[1] if model.is_moe else 0
     layers = model.num_layers
-    block = traffic.moved(bucket.block.as_text(), touched, held)
-    ends = [traffic.moved(p.as_text()) for p in (bucket.embed, bucket.pick, bucket.draw)]
-    counted = [p.cost_analysis() for p in (bucket.block, bucket.embed, bucket.pick, bucket.draw)]
+    block = program_traffic(bucket.block.as_text(), chosen_share, experts)
+    ends = [program_traffic(p.as_text()) for p in (bucket.embed, bucket.pick, bucket.draw)]
+    counts = [p.cost_analysis() for p in (bucket.block, bucket.embed, bucket.pick, bucket.draw)]
 
     def total(name: str) -> float | None:
-        one, *others = (float((facts or {}).get(name, -1)) for facts in counted)
-        # Of loops whose end it does not know the compiler gives less than nothing.
-        return None if one < 0 else layers * one + sum(max(0.0, other) for other in others)
+        of_block, *others = (float((count or {}).get(name, -1)) for count in counts)
+        # The compiler gives a negative number for loops whose length it does not know.
+        if of_block < 0:
+            return None
+        return layers * of_block + sum(max(0.0, other) for other in others)
 
-    return Cost(
-        nbytes=layers * block.nbytes + sum(end.nbytes for end in ends),
+    return StepCost(
+        moved_bytes=layers * block.nbytes + sum(end.nbytes for end in ends),
         flops=total("flops"),
-        layer=block.collectives,
-        around=tuple(one for end in ends for one in end.collectives),
+        layer_collectives=block.collectives,
+        outer_collectives=tuple(collective for end in ends for collective in end.collectives),
         xla_bytes=total("bytes accessed"),
         xla_seconds=total("optimal_seconds"),
         kernels=dict(block.kernels),
     )
 
 
-def compile_elsewhere(job: Job, progress: Callable[[str], None] = lambda line: None) -> Compiled:
-    """`compiled` in a process that believes to have the devices; raises CompileError."""
+def compile_in_subprocess(
+    job: CompileJob, progress: Callable[[str], None] = lambda line: None
+) -> CompilerReport:
+    """`compile_step` in a process whose jax has the topology's devices.
+
+    Raises CompileError with the compiler's message, or the last line of a process that died.
+    """
     (topology,) = topologies(job.topology)
     command = [sys.executable, "-m", "mixtral_jax.planning.compiler"]
     with (
-        tempfile.TemporaryFile("w+") as noise,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
         subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=noise,
+            stderr=stderr,
             env=environment(topology),
             text=True,
+            encoding="utf-8",
         ) as process,
     ):
         assert process.stdin is not None and process.stdout is not None
@@ -228,38 +271,39 @@ def compile_elsewhere(job: Job, progress: Callable[[str], None] = lambda line: N
             process.stdin.write(json.dumps(asdict(job)))
             process.stdin.close()
             for line in process.stdout:
-                said = json.loads(line) if line.startswith('{"') else {}
-                if "progress" in said:
-                    progress(said["progress"])
-                if "error" in said:
-                    raise CompileError(said["error"])
-                if "compiled" in said:
-                    return Compiled.from_json(said["compiled"])
+                message = json.loads(line) if line.startswith('{"') else {}
+                if "progress" in message:
+                    progress(message["progress"])
+                if "error" in message:
+                    raise CompileError(message["error"])
+                if "report" in message:
+                    return CompilerReport.from_json(message["report"])
         finally:
             process.kill()
-        noise.seek(0)
-        last = noise.read().strip().splitlines()[-1:] or ["it said nothing"]
+        stderr.seek(0)
+        last = stderr.read().strip().splitlines()[-1:] or ["it wrote nothing"]
         raise CompileError(f"the compiler for {topology} ended without an answer: {last[0]}")
 
 
 def main() -> None:
-    """The other process: a job on standard input, what became of it on standard output."""
+    """Runs the subprocess: reads a job from standard input, writes messages to standard output."""
 
-    def say(**said: Any) -> None:
-        print(json.dumps(said), flush=True)
+    def send(**message: Any) -> None:
+        print(json.dumps(message), flush=True)
 
-    told = json.loads(sys.stdin.read())
-    told["model"] = ModelConfig.from_json(told["model"])
-    told["mesh"] = tuple(told["mesh"])
-    job = Job(**told)
+    fields = json.loads(sys.stdin.read())
+    fields["model"] = ModelConfig.from_json(fields["model"])
+    fields["mesh"] = tuple(fields["mesh"])
+    job = CompileJob(**fields)
     try:
         (topology,) = topologies(job.topology)
-        found = compiled(job, absent_devices(topology), lambda line: say(progress=line))
+        devices = absent_devices(topology)
+        report = compile_step(job, devices, lambda line: send(progress=line))
     except Exception as error:
-        # A compiler's message can be pages long; what it is about stands first.
-        say(error=str(error).strip().partition("\n")[0][:500])
+        # A compiler's message can be pages long; its subject is in the first line.
+        send(error=str(error).strip().partition("\n")[0][:500])
     else:
-        say(compiled=asdict(found))
+        send(report=asdict(report))
 
 
 if __name__ == "__main__":

@@ -1,232 +1,238 @@
-"""How a load is spread over chips that share a model: bytes, sums and collectives of one of them.
+"""The arithmetic of a step on one chip: bytes, operations and collectives, without a compiler.
 
-`candidates` gives every way to split a model; `Spread` reckons one by arithmetic alone, from
-shapes, shardings and the experts that so many tokens touch.
+It is computed from the model's shapes, the sharding rules and the experts that tokens are expected
+to choose. Chips share the work evenly but for the experts of a mixture, where the busiest chip
+counts, because a step ends with its slowest chip.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from mixtral_jax.cache import PAGE_SIZES, token_bytes
+from mixtral_jax.cache import token_bytes
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ConfigError
+from mixtral_jax.model.moe import FEW_TOKENS
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.planning.chips import Topology
-from mixtral_jax.planning.traffic import Collective
-from mixtral_jax.sharding import MESH_AXES, ShardingRules, copies_of
+from mixtral_jax.planning.collective import Collective
+from mixtral_jax.planning.expert_load import busiest_experts, busiest_pairs
+from mixtral_jax.planning.split import Split
+from mixtral_jax.planning.workload import Workload, activation_dtype
+from mixtral_jax.sharding import ShardingRules
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
-    """What is to be served."""
+class WeightBytes:
+    """Bytes of parameters on one chip, those of the layers summed over all layers."""
 
-    model: ModelConfig
-    dtype: str
-    kv_dtype: str | None  # int8, or None for what activations have
-    batch: int  # sequences decoded together
-    context: int  # tokens of each
-    prefill: int = 2048  # tokens of a step that takes in prompts
-    page_size: int = PAGE_SIZES["cpu"]
-
-    def __post_init__(self) -> None:
-        if self.context > self.model.max_context:
-            raise ConfigError(
-                f"--context {self.context} is longer than the model's {self.model.max_context} "
-                "tokens; ask for less"
-            )
-        if self.batch < 1 or self.context < 1 or self.prefill < 1:
-            raise ConfigError("batch, context and prefill must be at least 1")
+    experts: int
+    rest_of_layers: int
+    embedding: int
+    head: int  # the final norm too
 
     @property
-    def pages(self) -> int:
-        """Of one sequence; those that a window has left are free."""
-        pages = -(-self.context // self.page_size)
-        if self.model.sliding_window is None:
-            return pages
-        return min(pages, -(-(self.model.sliding_window - 1) // self.page_size) + 1)
-
-    @property
-    def seen(self) -> int:
-        """Tokens that one sequence attends to."""
-        return min(self.context, self.model.sliding_window or self.context)
+    def total(self) -> int:
+        """Bytes of all parameters."""
+        return self.experts + self.rest_of_layers + self.embedding + self.head
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """One way to split a model over chips."""
+class Estimate:
+    """A workload on a topology under one split, by arithmetic.
 
-    data: int
-    expert: int
-    tensor: int
-    copies: int  # of `tensor`
-    dp_attention: bool
+    Sequences are divided into groups, each with its own tokens and pages: `num_groups` of
+    `sequences` sequences. Arguments named `tokens` are the tokens of one group.
+    """
 
-    @property
-    def chips(self) -> int:
-        return self.data * self.expert * self.tensor
+    workload: Workload
+    topology: Topology
+    split: Split
 
-    @property
-    def axes(self) -> tuple[int, int, int, int]:
-        return self.data, self.expert, self.tensor // self.copies, self.copies
-
-    @property
+    @cached_property
     def mesh(self) -> Mesh:
-        """Of numbers in place of devices: rules look at sizes only."""
-        return Mesh(np.arange(self.chips).reshape(self.axes), MESH_AXES)
+        """The split as a mesh without devices."""
+        return self.split.mesh
 
-    def __str__(self) -> str:
-        return f"data={self.data},expert={self.expert},tensor={self.tensor}"
+    @cached_property
+    def rules(self) -> ShardingRules:
+        """The rules by which the serving step is sharded."""
+        return ShardingRules.of(self.workload.model, self.mesh, self.split.dp_attention)
 
+    @property
+    def num_groups(self) -> int:
+        """Number of groups that the sequences are divided into."""
+        return self.rules.ways("B", self.mesh)
 
-def split(
-    model: ModelConfig, data: int, expert: int, tensor: int, dp_attention: bool = False
-) -> Split:
-    """Raises ConfigError if the model cannot be split so."""
-    copies = copies_of(model, expert, tensor, dp_attention)
-    found = Split(data=data, expert=expert, tensor=tensor, copies=copies, dp_attention=dp_attention)
-    ShardingRules.of(model, found.mesh, dp_attention).check(model, found.mesh)
-    return found
+    @property
+    def sequences(self) -> int:
+        """Number of sequences of one group."""
+        return -(-self.workload.batch // self.num_groups)
 
+    @property
+    def activation_dtype(self) -> str:
+        """Dtype of the activations."""
+        return activation_dtype(self.workload.dtype, self.topology.platform)
 
-def candidates(load: Load, chips: int) -> list[Split]:
-    """All ways to split a model over so many chips that leave none without a sequence."""
-    found: dict[Any, Split] = {}
-    for expert in _divisors(chips):
-        for tensor in _divisors(chips // expert):
-            for dp_attention in (False, True):
-                try:
-                    one = split(load.model, chips // expert // tensor, expert, tensor, dp_attention)
-                except ConfigError:
-                    continue
-                rules = ShardingRules.of(load.model, one.mesh, dp_attention)
-                if rules.ways("B", one.mesh) > load.batch:
-                    continue
-                # What is the same in another's words is tried once.
-                ways = {
-                    letter: tuple(
-                        (axis, one.mesh.shape[axis])
-                        for axis in getattr(rules, letter)
-                        if one.mesh.shape[axis] > 1
-                    )
-                    for letter in "BEFKNPV"
-                }
-                found.setdefault(str((one.axes, ways)), one)
-    return list(found.values())
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of one number of the activations."""
+        return 4 if self.activation_dtype == "float32" else 2
 
+    def ways(self, letters: str, *, with_tokens: bool | None = None) -> int:
+        """Number of devices over which any dimension named by the letters is split.
 
-def _divisors(number: int) -> Iterator[int]:
-    return (size for size in range(1, number + 1) if number % size == 0)
-
-
-class Spread:
-    """Tokens, sequences, experts and bytes of one chip."""
-
-    def __init__(self, load: Load, one: Split, topology: Topology) -> None:
-        self.load = load
-        self.mesh = one.mesh
-        self.rules = ShardingRules.of(load.model, self.mesh, one.dp_attention)
-        self.count = self.rules.ways("B", self.mesh)  # parts of the sequences
-        self.sequences = -(-load.batch // self.count)
-        # Between weights of int8, CPU computes in float32 and accelerators in bfloat16.
-        wide = load.dtype == "float32" or (load.dtype == "int8" and topology.platform == "cpu")
-        self.between = 4 if wide else 2  # bytes of an activation
-
-    def ways(self, letters: str, *, shared: bool | None = None) -> int:
-        """Devices over which any of the letters is split; only the axes that also split tokens,
-        or only those that do not."""
-        rows = self.rules.B
+        `with_tokens` True counts only the mesh axes that also split the tokens, False only those
+        that do not.
+        """
         names = {axis for letter in letters for axis in getattr(self.rules, letter)}
-        if shared is not None:
-            names = {axis for axis in names if (axis in rows) == shared}
+        if with_tokens is not None:
+            names = {axis for axis in names if (axis in self.rules.B) == with_tokens}
         return math.prod(self.mesh.shape[axis] for axis in names)
 
     @cached_property
-    def held(self) -> dict[str, int]:
-        """Bytes of parameters, all layers: `experts`, `others` of the layers, `embed`, `head`."""
-        model = self.load.model
+    def weights(self) -> WeightBytes:
+        """Bytes of the parameters that one chip holds."""
+        model = self.workload.model
         one_layer = ModelConfig.from_json({**model.to_json(), "num_layers": 1})
-        found = dict.fromkeys(("experts", "others", "embed", "head"), 0)
-        between = jnp.float32 if self.between == 4 else jnp.bfloat16
-        abstract = Transformer(one_layer, dtype=self.load.dtype, activations=between, rngs=None)
+        abstract = Transformer(
+            one_layer, dtype=self.workload.dtype, activations=self.activation_dtype, rngs=None
+        )
+        nbytes = {"experts": 0, "rest_of_layers": 0, "embedding": 0, "head": 0}
         for name, variable in named_parameters(abstract).items():
             array, letters = variable.get_value(), variable.get_metadata("axes")
             ways = math.prod(self.rules.ways(letter, self.mesh) for letter in letters)
-            nbytes = array.size * array.dtype.itemsize // ways
+            on_chip = array.size * array.dtype.itemsize // ways
             if name.startswith("layers."):
-                place = "experts" if "E" in letters else "others"
-                found[place] += nbytes * model.num_layers
+                place = "experts" if "E" in letters else "rest_of_layers"
+                nbytes[place] += on_chip * model.num_layers
             else:
-                found["embed" if name.startswith("embed.") else "head"] += nbytes
-        return found
+                nbytes["embedding" if name.startswith("embed.") else "head"] += on_chip
+        return WeightBytes(**nbytes)
 
     @property
     def page_bytes(self) -> int:
-        """Of one page, all layers."""
-        kind = self.load.kv_dtype or ("float32" if self.between == 4 else "bfloat16")
-        whole = token_bytes(self.load.model, kind) * self.load.page_size
+        """Bytes of one page on one chip, all layers."""
+        dtype = self.workload.kv_dtype or self.activation_dtype
+        whole = token_bytes(self.workload.model, dtype) * self.workload.page_size
         return whole // self.rules.ways("K", self.mesh)
 
-    def touched(self, tokens: int) -> float:
-        """Expected share of a chip's experts that so many tokens (of one part) choose."""
-        model = self.load.model
+    @property
+    def attended_page_bytes(self) -> int:
+        """Bytes of the pages on one chip that one sequence reads in a decode step."""
+        return -(-self.workload.attended_tokens // self.workload.page_size) * self.page_bytes
+
+    def chosen_share(self, tokens: int) -> float:
+        """Expected share of its experts that the busiest chip needs; 1 for a dense model."""
+        model, chips = self.workload.model, self.ways("E")
         if not model.is_moe:
             return 1.0
-        met = tokens * self.ways("EF", shared=True)
-        return 1 - (1 - model.experts_per_token / model.num_experts) ** met
+        busiest = busiest_experts(
+            self._tokens_met(tokens),
+            model.num_experts,
+            model.experts_per_token,
+            chips,
+            self._replicas,
+        )
+        return busiest * chips / model.num_experts
 
-    def least(self, tokens: int, sequences: int) -> float:
-        """Bytes that a step must move: weights used, pages seen, activations once between two
-        layers, and rows of the head."""
-        model, held = self.load.model, self.held
-        used = held["others"] + held["experts"] * self.touched(tokens)
-        used += held["embed"] if model.tied_embeddings else held["head"]
-        seen = sequences * -(-self.load.seen // self.load.page_size) * self.page_bytes
-        return used + seen + 2 * model.num_layers * tokens * model.hidden_size * self.between
+    def computes_every_expert(self, tokens: int) -> bool:
+        """Few tokens on an accelerator: the model computes all experts that a chip holds.
 
-    def operations(self, tokens: int, seen: int) -> float:
-        """Floating-point operations of a step on one chip; tokens of one part."""
-        model = self.load.model
+        This is the dense form of `model.moe.moe_local`, which also reads experts that no token
+        chose.
+        """
+        model = self.workload.model
+        is_accelerator = self.topology.platform != "cpu"
+        return model.is_moe and is_accelerator and self._tokens_met(tokens) <= FEW_TOKENS
+
+    def least_bytes(self, tokens: int, sequences: int) -> float:
+        """Bytes that any program must move in a step on the busiest chip.
+
+        They are the weights that are used, the pages that are attended to, the activations once
+        between two layers, and the head.
+        """
+        return self._step_bytes(tokens, sequences, self.chosen_share(tokens))
+
+    def moved_bytes(self, tokens: int, sequences: int) -> float:
+        """Bytes that the model's own step moves on the busiest chip.
+
+        They exceed `least_bytes` where the model reads experts that no token chose.
+        """
+        share = 1.0 if self.computes_every_expert(tokens) else self.chosen_share(tokens)
+        return self._step_bytes(tokens, sequences, share)
+
+    def _step_bytes(self, tokens: int, sequences: int, share_of_experts: float) -> float:
+        model, weights = self.workload.model, self.weights
+        read = weights.rest_of_layers + weights.experts * share_of_experts
+        read += weights.embedding if model.tied_embeddings else weights.head
+        activations = 2 * model.num_layers * tokens * model.hidden_size * self.activation_bytes
+        return read + sequences * self.attended_page_bytes + activations
+
+    def _tokens_met(self, tokens: int) -> int:
+        """Number of tokens whose experts one chip computes: its own and those gathered to it."""
+        return tokens * self.ways("EF", with_tokens=True)
+
+    @property
+    def _replicas(self) -> int:
+        """Number of sets of chips that hold the same experts and compute different tokens."""
+        return self.num_groups // self.ways("EF", with_tokens=True)
+
+    def operations(self, tokens: int, attended: int) -> float:
+        """Floating-point operations of a step on the busiest chip; a multiply-add counts as two.
+
+        `attended` is the number of tokens that each token attends to on average.
+        """
+        model = self.workload.model
         heads = model.num_heads / self.ways("N")
         kv_heads = model.num_kv_heads / self.ways("K")
         projections = model.hidden_size * model.head_size * (2 * heads + 2 * kv_heads)
-        mixing = 2 * seen * heads * model.head_size
-        together = tokens * self.ways("EF", shared=True)
-        experts = model.experts_per_token / self.ways("E") if model.is_moe else 1.0
-        inner = 3 * model.hidden_size * model.feed_forward_size / self.ways("F")
-        layers = tokens * (projections + mixing) + together * experts * inner
-        head = self.sequences * self.count * model.hidden_size * model.vocab_size / self.ways("V")
-        return 2 * (model.num_layers * layers + head)
+        attention = 2 * attended * heads * model.head_size
+        feed_forward = 3 * model.hidden_size * model.feed_forward_size / self.ways("F")
+        layer = tokens * (projections + attention) + self._expert_rows(tokens) * feed_forward
+        everyone = self.sequences * self.num_groups
+        head = everyone * model.hidden_size * model.vocab_size / self.ways("V")
+        return 2 * (model.num_layers * layer + head)
+
+    def _expert_rows(self, tokens: int) -> float:
+        """Number of rows that the busiest chip sends through feed-forward networks or experts."""
+        model, chips, met = self.workload.model, self.ways("E"), self._tokens_met(tokens)
+        if not model.is_moe:
+            return float(met)
+        if self.computes_every_expert(tokens):
+            return met * model.num_experts / chips
+        chosen = model.experts_per_token
+        return busiest_pairs(met, model.num_experts, chosen, chips, self._replicas)
 
     def collectives(self, tokens: int) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
-        """Of a layer, and of what is around the layers; as `sharding.Layout` writes them."""
-        model = self.load.model
-        row = model.hidden_size * self.between
+        """Collectives of one layer, and those before and behind all layers.
+
+        They are those that the serving step writes by its layout.
+        """
+        model = self.workload.model
+        row = model.hidden_size * self.activation_bytes
         letters = "EF" if model.is_moe else "F"
-        layer = [*self._total(tokens * row, "N")]
-        gathered = self.ways(letters, shared=True)
+        layer = [*self._sums(tokens * row, "N")]
+        gathered = self.ways(letters, with_tokens=True)
         if gathered > 1:
             layer.append(Collective("all-gather", tokens * gathered * row, gathered, False))
-        layer += self._total(tokens * gathered * row, letters)
-        everyone = self.sequences * self.count
-        around = [*self._total(tokens * self.ways("V", shared=True) * row, "V")]
-        if self.count > 1:
-            around.append(Collective("all-gather", everyone * row, self.count, False))
+        layer += self._sums(tokens * gathered * row, letters)
+        everyone = self.sequences * self.num_groups
+        outer = [*self._sums(tokens * self.ways("V", with_tokens=True) * row, "V")]
+        if self.num_groups > 1:
+            outer.append(Collective("all-gather", everyone * row, self.num_groups, False))
         if self.ways("V") > 1:
             logits = everyone * model.vocab_size * 4
-            around.append(Collective("all-gather", logits, self.ways("V"), False))
-        return tuple(layer), tuple(around)
+            outer.append(Collective("all-gather", logits, self.ways("V"), False))
+        return tuple(layer), tuple(outer)
 
-    def _total(self, nbytes: int, letters: str) -> Iterator[Collective]:
-        shared = self.ways(letters, shared=True)
+    def _sums(self, nbytes: int, letters: str) -> Iterator[Collective]:
+        """Collectives that sum what devices computed with their parts of the letters."""
+        shared = self.ways(letters, with_tokens=True)
         if shared > 1:
             yield Collective("reduce-scatter", nbytes, shared, False)
-        rest = self.ways(letters, shared=False)
+        rest = self.ways(letters, with_tokens=False)
         if rest > 1:
             yield Collective("all-reduce", nbytes // shared, rest, False)

@@ -1,114 +1,150 @@
-"""Will a model fit on chips, how fast will it be there, and how is it best split over them.
+"""Plans: whether a model fits on chips, how fast a step is there, and which split is the best.
 
-`estimate` reckons a way to split the model (spread.py) by arithmetic alone, and `measured` puts
-what the compiler found (ahead.py) in place of what was reckoned. Nothing runs, so every speed is an
-estimate: the step takes as long as its bytes take from memory, or as its sums take at the chip's
-published peak, whichever is longer, and then as long as its collectives take on a ring. Real chips
-reach 60 to 90 % of that.
+`plan_by_arithmetic` makes a plan from an `Estimate`; `with_compiler` puts what the compiler reports
+in place of the arithmetic. Nothing runs, so every speed is an estimate: a step takes as long as its
+bytes take from memory or as its operations take at the chip's published peak, whichever is longer,
+and then as long as its collectives take on a ring. Real chips reach 60 to 90 % of that.
 
-Arithmetic knows shapes, shardings and which experts are touched; it does not know what a compiler
-pads, copies or keeps for a while. Only there are `temporaries` taken as a share of its memory.
+Arithmetic knows shapes, shardings and the experts that are chosen; it does not know what a compiler
+pads, copies or keeps for a while, so it takes temporaries as a share of the chip's memory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from mixtral_jax.planning.chips import Topology
-from mixtral_jax.planning.compiler import Compiled, Job
-from mixtral_jax.planning.estimate import Load, Split, Spread
-from mixtral_jax.planning.traffic import Collective
+from mixtral_jax.planning.collective import Collective
+from mixtral_jax.planning.compiler import CompileJob, CompilerReport
+from mixtral_jax.planning.estimate import Estimate
+from mixtral_jax.planning.split import Split
+from mixtral_jax.planning.workload import Workload
 
-# What arithmetic takes for temporaries and programs, of the chip's memory.
-_SHARE_FOR_THE_REST = 0.05
+# Share of the chip's memory that arithmetic sets aside for temporaries and programs.
+_TEMPORARY_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """Seconds of one step, by what they are spent on."""
+class EstimatedSeconds:
+    """Estimated seconds of one step, by what they are spent on.
+
+    Memory and compute overlap; the network does not overlap with them.
+    """
 
     memory: float
     compute: float
     network: float
 
     @property
-    def seconds(self) -> float:
+    def total(self) -> float:
+        """Seconds of the whole step."""
         return max(self.memory, self.compute) + self.network
 
     @property
     def bound(self) -> str:
-        """What sets it."""
-        parts = {"memory": self.memory, "compute": self.compute, "network": self.network}
-        return max(parts, key=lambda name: parts[name])
+        """The largest of memory, compute and network, by name."""
+        seconds = {"memory": self.memory, "compute": self.compute, "network": self.network}
+        return max(seconds, key=lambda name: seconds[name])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """All that is known of one load on one topology under one split; bytes of one chip."""
+class Plan:
+    """One workload on one topology under one split: memory and speed.
 
-    load: Load
-    topology: Topology
-    split: Split
-    method: str  # compiled, or arithmetic
-    weights: int
-    pages: int
-    temporaries: int
-    programs: int
-    decode_bytes: float  # to and from memory in a decode step
-    least_bytes: float  # that any program must move
-    decode: Step
-    prefill: Step
-    layer: tuple[Collective, ...]  # of a decode step
-    around: tuple[Collective, ...]
-    compiled: Compiled | None = None
+    Attributes:
+        estimate: the arithmetic of the workload, the topology and the split.
+        method: compiled or arithmetic; where the figures come from.
+        weight_bytes: parameters of one chip.
+        cache_bytes: pages of keys and values of one chip.
+        temporary_bytes: largest amount that one chip needs for a while.
+        program_bytes: compiled programs of one chip.
+        decode_bytes: bytes that the busiest chip moves to and from memory in a decode step.
+        least_bytes: bytes that any program must move there.
+        decode: seconds of a decode step.
+        prefill: seconds of a step of `prefill_tokens` tokens.
+        layer_collectives: collectives of one layer of a decode step.
+        outer_collectives: collectives before and behind the layers.
+        report: the compiler's report, None by arithmetic.
+    """
+
+    estimate: Estimate
+    method: str
+    weight_bytes: int
+    cache_bytes: int
+    temporary_bytes: int
+    program_bytes: int
+    decode_bytes: float
+    least_bytes: float
+    decode: EstimatedSeconds
+    prefill: EstimatedSeconds
+    layer_collectives: tuple[Collective, ...]
+    outer_collectives: tuple[Collective, ...]
+    report: CompilerReport | None = None
 
     @property
-    def total(self) -> int:
-        return self.weights + self.pages + self.temporaries + self.programs
+    def workload(self) -> Workload:
+        """The workload that is planned for."""
+        return self.estimate.workload
+
+    @property
+    def topology(self) -> Topology:
+        """The chips that are planned for."""
+        return self.estimate.topology
+
+    @property
+    def split(self) -> Split:
+        """The way in which the chips share the model."""
+        return self.estimate.split
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything in the memory of one chip."""
+        return self.weight_bytes + self.cache_bytes + self.temporary_bytes + self.program_bytes
 
     @property
     def fits(self) -> bool:
-        return self.total <= self.topology.chip.memory
+        """The memory of a chip is large enough."""
+        return self.total_bytes <= self.topology.chip.memory
 
     @property
     def tokens_per_second(self) -> float:
-        return self.load.batch / self.decode.seconds
+        """Tokens a second that all sequences decode together."""
+        return self.workload.batch / self.decode.total
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return self.load.prefill / self.prefill.seconds
-
-    @cached_property
-    def spread(self) -> Spread:
-        return Spread(self.load, self.split, self.topology)
+        """Tokens a second of prompts."""
+        return self.workload.prefill_tokens / self.prefill.total
 
     @property
-    def _room(self) -> int:
-        """Pages of all layers that one part has room for."""
-        free = self.topology.chip.memory - self.total + self.pages
-        return max(0, free * self.load.pages * self.spread.sequences // max(1, self.pages))
+    def _pages_that_fit(self) -> int:
+        """Number of pages, all layers, that the memory beside everything else holds."""
+        free = self.topology.chip.memory - self.total_bytes + self.cache_bytes
+        pages = self.workload.pages_per_sequence * self.estimate.sequences
+        return max(0, free * pages // max(1, self.cache_bytes))
 
     @property
     def longest_context(self) -> int:
-        """Tokens of each sequence at this batch; 0 where not even the weights fit."""
-        pages = self._room // self.spread.sequences
-        whole = replace(self.load, context=self.load.model.max_context)
-        if pages >= whole.pages:
-            return self.load.model.max_context
-        return pages * self.load.page_size
+        """Tokens of each sequence that fit at this batch; 0 where not even the weights fit."""
+        pages = self._pages_that_fit // self.estimate.sequences
+        longest = replace(self.workload, context=self.workload.model.max_context)
+        if pages >= longest.pages_per_sequence:
+            return longest.context
+        return pages * self.workload.page_size
 
     @property
     def largest_batch(self) -> int:
-        """Sequences at this context."""
-        return self._room // self.load.pages * self.spread.count
+        """Number of sequences that fit at this context."""
+        return self._pages_that_fit // self.workload.pages_per_sequence * self.estimate.num_groups
 
     def cost(self, price: float) -> float:
-        """Of a million decoded tokens, for a price an hour of all chips together."""
+        """Cost of a million decoded tokens, where all chips together cost `price` an hour."""
         return price / 3600 / self.tokens_per_second * 1e6
 
     def to_json(self, price: float | None = None) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        """The plan as `mixtral-jax plan --json` prints it; times in milliseconds."""
+        collectives = (*self.layer_collectives, *self.outer_collectives)
+        fields: dict[str, Any] = {
             "estimate": True,
             "method": self.method,
             "topology": str(self.topology),
@@ -118,16 +154,16 @@ class Answer:
             "dp_attention": self.split.dp_attention,
             "fits": self.fits,
             "bytes_per_chip": {
-                "weights": self.weights,
-                "pages": self.pages,
-                "temporaries": self.temporaries,
-                "programs": self.programs,
-                "total": self.total,
+                "weights": self.weight_bytes,
+                "pages": self.cache_bytes,
+                "temporaries": self.temporary_bytes,
+                "programs": self.program_bytes,
+                "total": self.total_bytes,
                 "capacity": self.topology.chip.memory,
             },
             "longest_context": self.longest_context,
             "largest_batch": self.largest_batch,
-            "ms_per_decode_step": self.decode.seconds * 1e3,
+            "ms_per_decode_step": self.decode.total * 1e3,
             "tokens_per_second": self.tokens_per_second,
             "bound": self.decode.bound,
             "decode_ms": _milliseconds(self.decode),
@@ -137,138 +173,144 @@ class Answer:
             "decode_bytes": self.decode_bytes,
             "least_bytes": self.least_bytes,
             "bytes_over_least": self.decode_bytes / self.least_bytes,
-            "collectives_per_layer": [vars(one) for one in self.layer],
-            "collectives_around": [vars(one) for one in self.around],
-            "collectives_move_weights": any(
-                one.moves_weights for one in (*self.layer, *self.around)
-            ),
+            "collectives_per_layer": [vars(collective) for collective in self.layer_collectives],
+            "collectives_around": [vars(collective) for collective in self.outer_collectives],
+            "collectives_move_weights": any(collective.moves_weights for collective in collectives),
         }
-        if self.compiled is not None:
-            cost = self.compiled.decode
-            found["kernels"] = {
-                "decode": cost.kernels,
-                "prefill": self.compiled.prefill.kernels,
-            }
-            found["compiler"] = {
+        if self.report is not None:
+            cost = self.report.decode
+            fields["kernels"] = {"decode": cost.kernels, "prefill": self.report.prefill.kernels}
+            fields["compiler"] = {
                 "bytes_of_all_memories": cost.xla_bytes,
                 "flops": cost.flops,
                 "optimal_seconds": cost.xla_seconds,
             }
         if price is not None:
-            found["cost_per_million_tokens"] = self.cost(price)
-        return found
+            fields["cost_per_million_tokens"] = self.cost(price)
+        return fields
 
 
-def _milliseconds(step: Step) -> dict[str, float]:
-    return {name: value * 1e3 for name, value in vars(step).items()}
+def _milliseconds(seconds: EstimatedSeconds) -> dict[str, float]:
+    return {name: value * 1e3 for name, value in vars(seconds).items()}
 
 
-def estimate(load: Load, topology: Topology, one: Split) -> Answer:
-    """By arithmetic, without a compiler."""
-    spread = Spread(load, one, topology)
+def plan_by_arithmetic(workload: Workload, topology: Topology, split: Split) -> Plan:
+    """The plan of a workload on a topology under one split, without a compiler."""
+    estimate = Estimate(workload=workload, topology=topology, split=split)
     chip = topology.chip
-    held = spread.held
-    chunk = -(-load.prefill // spread.count)
-    layer, around = spread.collectives(spread.sequences)
-    least = spread.least(spread.sequences, spread.sequences)
-    # A prompt as long as the step sees half of itself.
-    prompt = spread.least(chunk, 1)
-    return Answer(
-        load=load,
-        topology=topology,
-        split=one,
+    sequences = estimate.sequences
+    chunk = -(-workload.prefill_tokens // estimate.num_groups)
+    layer, outer = estimate.collectives(sequences)
+    decode_bytes = estimate.moved_bytes(sequences, sequences)
+    decode_operations = estimate.operations(sequences, workload.attended_tokens)
+    # A token of a prompt as long as the step attends to half of it on average.
+    prefill_operations = estimate.operations(chunk, chunk // 2)
+    peak = chip.peak(workload.dtype)
+    return Plan(
+        estimate=estimate,
         method="arithmetic",
-        weights=sum(held.values()),
-        pages=spread.sequences * load.pages * spread.page_bytes,
-        temporaries=int(_SHARE_FOR_THE_REST * chip.memory),
-        programs=0,
-        decode_bytes=least,
-        least_bytes=least,
-        decode=Step(
-            memory=least / chip.bandwidth,
-            compute=spread.operations(spread.sequences, load.seen) / chip.peak(load.dtype),
-            network=_network(load, topology, layer, around),
+        weight_bytes=estimate.weights.total,
+        cache_bytes=sequences * workload.pages_per_sequence * estimate.page_bytes,
+        temporary_bytes=int(_TEMPORARY_SHARE * chip.memory),
+        program_bytes=0,
+        decode_bytes=decode_bytes,
+        least_bytes=estimate.least_bytes(sequences, sequences),
+        decode=EstimatedSeconds(
+            memory=decode_bytes / chip.bandwidth,
+            compute=decode_operations / peak,
+            network=_network_seconds(estimate, layer, outer),
         ),
-        prefill=Step(
-            memory=prompt / chip.bandwidth,
-            compute=spread.operations(chunk, chunk // 2) / chip.peak(load.dtype),
-            network=_network(load, topology, *spread.collectives(chunk)),
+        prefill=EstimatedSeconds(
+            memory=estimate.moved_bytes(chunk, 1) / chip.bandwidth,
+            compute=prefill_operations / peak,
+            network=_network_seconds(estimate, *estimate.collectives(chunk)),
         ),
-        layer=layer,
-        around=around,
+        layer_collectives=layer,
+        outer_collectives=outer,
     )
 
 
-def job_of(answer: Answer) -> Job:
-    """What the compiler is to be asked about it."""
-    load, spread = answer.load, answer.spread
-    return Job(
-        model=load.model,
-        dtype=load.dtype,
-        kv_dtype=load.kv_dtype,
-        topology=str(answer.topology),
-        mesh=answer.split.axes,
-        dp_attention=answer.split.dp_attention,
-        sequences=spread.sequences,
-        context=load.context,
-        num_pages=spread.sequences * load.pages,
-        page_size=load.page_size,
-        prefill=-(-load.prefill // spread.count),
-        experts_touched=spread.touched(spread.sequences),
+def compile_job(plan: Plan) -> CompileJob:
+    """The job that asks the compiler about a plan."""
+    workload, estimate = plan.workload, plan.estimate
+    return CompileJob(
+        model=workload.model,
+        dtype=workload.dtype,
+        kv_dtype=workload.kv_dtype,
+        topology=str(plan.topology),
+        mesh=plan.split.axis_sizes,
+        dp_attention=plan.split.dp_attention,
+        sequences=estimate.sequences,
+        context=workload.context,
+        num_pages=estimate.sequences * workload.pages_per_sequence,
+        page_size=workload.page_size,
+        prefill_tokens=-(-workload.prefill_tokens // estimate.num_groups),
+        chosen_share=estimate.chosen_share(estimate.sequences),
     )
 
 
-def measured(answer: Answer, found: Compiled) -> Answer:
-    """The same with what the compiler found.
+def with_compiler(plan: Plan, report: CompilerReport) -> Plan:
+    """The same plan with the compiler's figures in place of those of the arithmetic.
 
-    Its count of operations is not taken: it counts rows that a grouped product skips. Reads of
-    pages are not in its text (traffic.py): all that a step sees is read once.
+    The compiler's count of operations is not used, because it includes rows that a grouped product
+    skips. Reads of pages are not in the program's text (traffic.py): each page that a sequence
+    attends to is taken to be read once.
     """
-    load, topology, spread = answer.load, answer.topology, answer.spread
-    chip = topology.chip
-    seen = -(-load.seen // load.page_size) * spread.page_bytes
-    decode_bytes = found.decode.nbytes + spread.sequences * seen
+    estimate, chip = plan.estimate, plan.topology.chip
+    pages = estimate.attended_page_bytes
+    decode_bytes = report.decode.moved_bytes + estimate.sequences * pages
+    prefill_bytes = report.prefill.moved_bytes + pages
     return replace(
-        answer,
+        plan,
         method="compiled",
-        weights=found.weights,
-        pages=found.pages,
-        temporaries=found.temporaries,
-        programs=found.programs,
+        weight_bytes=report.weight_bytes,
+        cache_bytes=report.cache_bytes,
+        temporary_bytes=report.temporary_bytes,
+        program_bytes=report.program_bytes,
         decode_bytes=decode_bytes,
         decode=replace(
-            answer.decode,
+            plan.decode,
             memory=decode_bytes / chip.bandwidth,
-            network=_network(load, topology, found.decode.layer, found.decode.around),
+            network=_network_seconds(
+                estimate, report.decode.layer_collectives, report.decode.outer_collectives
+            ),
         ),
         prefill=replace(
-            answer.prefill,
-            memory=(found.prefill.nbytes + seen) / chip.bandwidth,
-            network=_network(load, topology, found.prefill.layer, found.prefill.around),
+            plan.prefill,
+            memory=prefill_bytes / chip.bandwidth,
+            network=_network_seconds(
+                estimate, report.prefill.layer_collectives, report.prefill.outer_collectives
+            ),
         ),
-        layer=found.decode.layer,
-        around=found.decode.around,
-        compiled=found,
+        layer_collectives=report.decode.layer_collectives,
+        outer_collectives=report.decode.outer_collectives,
+        report=report,
     )
 
 
-def _network(
-    load: Load,
-    topology: Topology,
-    layer: Sequence[Collective],
-    around: Sequence[Collective],
+def _network_seconds(
+    estimate: Estimate, layer: Sequence[Collective], outer: Sequence[Collective]
 ) -> float:
-    chip = topology.chip
+    """Seconds of all collectives of a step."""
+    chip = estimate.topology.chip
 
     def seconds(collectives: Sequence[Collective]) -> float:
-        return sum((one.seconds(chip.network, chip.latency) for one in collectives), 0.0)
+        return sum((item.seconds(chip.network, chip.latency) for item in collectives), 0.0)
 
-    return load.model.num_layers * seconds(layer) + seconds(around)
+    return estimate.workload.model.num_layers * seconds(layer) + seconds(outer)
 
 
-def ranked(answers: Sequence[Answer]) -> list[Answer]:
-    """The best first: what fits before what does not, then the fastest."""
+def best_first(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans in the order of preference.
+
+    Plans that fit come before those that do not. Among those that fit the fastest is first, and of
+    equally fast ones the one that needs to move fewer bytes; among the others the smallest.
+    """
     return sorted(
-        answers,
-        key=lambda one: (not one.fits, -one.tokens_per_second if one.fits else one.total),
+        plans,
+        key=lambda plan: (
+            not plan.fits,
+            -plan.tokens_per_second if plan.fits else plan.total_bytes,
+            plan.least_bytes,
+        ),
     )

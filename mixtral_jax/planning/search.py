@@ -1,4 +1,4 @@
-"""The best split of a model over chips: all by arithmetic, the best of these with the compiler."""
+"""The search for the best split: all splits by arithmetic, the best of them with the compiler."""
 
 import math
 import time
@@ -7,18 +7,25 @@ from collections.abc import Callable
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.planning.chips import Topology
-from mixtral_jax.planning.compiler import CompileError, compile_elsewhere
-from mixtral_jax.planning.estimate import Load, Split, candidates, split
-from mixtral_jax.planning.plan import Answer, estimate, job_of, measured, ranked
+from mixtral_jax.planning.compiler import CompileError, compile_in_subprocess
+from mixtral_jax.planning.plan import (
+    Plan,
+    best_first,
+    compile_job,
+    plan_by_arithmetic,
+    with_compiler,
+)
+from mixtral_jax.planning.split import Split, candidates
 from mixtral_jax.planning.topology import installed
+from mixtral_jax.planning.workload import Workload
 from mixtral_jax.sharding import mesh_sizes
 
-# Another split is tried only if it is likely to end within so many seconds of the start.
-_PATIENCE = 150.0
-# Arithmetic must miss the memory by more than this to spare the compiler the question.
-_NEAR = 1.1
+# Seconds from the start within which the compilation of another split must be likely to end.
+_TIME_LIMIT = 150.0
+# A plan whose arithmetic exceeds the chip's memory by this factor is not compiled.
+_TOO_LARGE = 1.1
 
-_KNOWN: dict[str, Callable[[], ModelConfig]] = {
+_MODELS: dict[str, Callable[[], ModelConfig]] = {
     "mistral-7b-v0.1": ModelConfig.mistral_7b_v01,
     "mistral-7b-instruct-v0.1": ModelConfig.mistral_7b_v01,
     "mistral-7b-instruct-v0.2": ModelConfig.mistral_7b_instruct_v02,
@@ -33,38 +40,41 @@ _KNOWN: dict[str, Callable[[], ModelConfig]] = {
 
 
 def known_model(name: str) -> ModelConfig:
-    """By Hugging Face's name, with or without its owner; raises ConfigError for any other."""
+    """The config of a published model, by its name on Hugging Face with or without its owner.
+
+    Raises ConfigError for any other name.
+    """
     plain = name.rpartition("/")[2].lower()
-    if plain not in _KNOWN:
+    if plain not in _MODELS:
         raise ConfigError(
-            f"no model is known as {name!r}; give one of {', '.join(_KNOWN)}, or --checkpoint "
+            f"no model is known as {name!r}; give one of {', '.join(_MODELS)}, or --checkpoint "
             "FOLDER"
         )
-    return _KNOWN[plain]()
+    return _MODELS[plain]()
 
 
 class Search:
-    """Finds the best split of a load.
+    """A search for the best split of one workload.
 
     Args:
-        load: what is to be served.
+        workload: the model and the traffic to plan for.
         mesh: "auto", or the only split to look at, such as "data=1,expert=8,tensor=1".
-        dp_attention: of that split.
-        tries: how many splits the compiler is asked about.
-        note: told what went otherwise than asked.
+        dp_attention: the form of attention of that split.
+        tries: number of splits that the compiler is asked about.
+        note: called with a line for each thing that went otherwise than asked.
         compiles: False for arithmetic alone.
     """
 
     def __init__(
         self,
-        load: Load,
+        workload: Workload,
         mesh: str,
         dp_attention: bool,
         tries: int,
         note: Callable[[str], None],
         compiles: bool,
     ) -> None:
-        self.load = load
+        self.workload = workload
         self.mesh = mesh
         self.dp_attention = dp_attention
         self.tries = tries
@@ -72,11 +82,11 @@ class Search:
         self.compiles = compiles
         self.start = time.monotonic()
 
-    def best_of(self, sizes: list[Topology], say: Callable[[str], None]) -> list[Answer]:
-        """Answers for the first topology that holds the load, or the last; the best first.
+    def best_of(self, sizes: list[Topology], progress: Callable[[str], None]) -> list[Plan]:
+        """Plans for the first topology that holds the workload, or for the last; the best first.
 
-        What the compiler found comes before what was only reckoned. Raises ConfigError where the
-        model cannot be split so. `say` is told what is being done.
+        Compiled plans come before those by arithmetic. `progress` is called with a line for each
+        step of the search. Raises ConfigError where the model cannot be split over the chips.
         """
         if self.compiles and not installed(sizes[0].platform):
             self.compiles = False
@@ -88,62 +98,69 @@ class Search:
         if self.mesh != "auto" and len(sizes) > 1:
             chips = math.prod(mesh_sizes(self.mesh))
             sizes = [size for size in sizes if size.chips == chips] or sizes[-1:]
-        answers: list[Answer] = []
+        plans: list[Plan] = []
         for topology in sizes:
-            found = self._one(topology, say, is_last=topology is sizes[-1])
-            answers = found or answers
-            if found and found[0].fits:
+            latest = self._plans(topology, progress, is_last=topology is sizes[-1])
+            plans = latest or plans
+            if latest and latest[0].fits:
                 break
-        if not answers:
+        if not plans:
+            model = self.workload.model
             raise ConfigError(
-                f"{self.load.model.num_experts or 'no'} experts, "
-                f"{self.load.model.num_kv_heads} key/value heads and a batch of {self.load.batch} "
-                f"cannot be split over {sizes[-1].chips} chips; take fewer, or a larger batch"
+                f"{model.num_experts or 'no'} experts, {model.num_kv_heads} key/value heads and a "
+                f"batch of {self.workload.batch} cannot be split over {sizes[-1].chips} chips; "
+                "take fewer, or a larger batch"
             )
-        return answers
+        return plans
 
-    def _one(self, topology: Topology, say: Callable[[str], None], is_last: bool) -> list[Answer]:
-        say(f"{topology}: comparing splits")
-        answers = ranked([estimate(self.load, topology, one) for one in self._splits(topology)])
-        if not answers or not self.compiles:
-            return answers
-        if answers[0].total > _NEAR * topology.chip.memory and not is_last:
-            return answers
-        # What does not fit by arithmetic is asked once, for its padding may be less than reckoned.
-        tries = self.tries if answers[0].fits else 1
-        tried: list[Answer] = []
-        failed: set[Split] = set()
+    def _plans(
+        self, topology: Topology, progress: Callable[[str], None], is_last: bool
+    ) -> list[Plan]:
+        """Plans for one topology, the best first; empty where the model cannot be split over it."""
+        progress(f"{topology}: comparing splits")
+        splits = self._splits(topology)
+        plans = best_first([plan_by_arithmetic(self.workload, topology, s) for s in splits])
+        if not plans or not self.compiles:
+            return plans
+        if plans[0].total_bytes > _TOO_LARGE * topology.chip.memory and not is_last:
+            return plans
+        # A plan that is too large by arithmetic is compiled once, as it may need less in truth.
+        tries = self.tries if plans[0].fits else 1
+        compiled: list[Plan] = []
+        refused: set[Split] = set()
         longest = 0.0
-        for answer in answers:
+        for plan in plans:
             began = time.monotonic()
-            if len(tried) == tries or began - self.start + longest > _PATIENCE:
+            if len(compiled) == tries or began - self.start + longest > _TIME_LIMIT:
                 break
             try:
-                tried.append(self._compiled(answer, f"{len(tried) + 1}/{tries}", say))
+                compiled.append(self._compile(plan, f"{len(compiled) + 1}/{tries}", progress))
             except CompileError as error:
-                failed.add(answer.split)
-                self.note(f"{topology}, {answer.split}: {error}")
+                refused.add(plan.split)
+                self.note(f"{topology}, {plan.split}: {error}")
             longest = max(longest, time.monotonic() - began)
-        if not tried:
+        if not compiled:
             self.note("so this is arithmetic")
-            return answers
-        known = failed | {one.split for one in tried}
-        return [*ranked(tried), *(one for one in answers if one.split not in known)]
+            return plans
+        done = refused | {plan.split for plan in compiled}
+        return [*best_first(compiled), *(plan for plan in plans if plan.split not in done)]
 
     def _splits(self, topology: Topology) -> list[Split]:
+        """All splits over the topology, or the only one that was asked for."""
+        model = self.workload.model
         if self.mesh == "auto":
-            return candidates(self.load, topology.chips)
-        one = split(self.load.model, *mesh_sizes(self.mesh), self.dp_attention)
-        if one.chips != topology.chips:
-            raise ValueError(
-                f"--mesh {self.mesh} is for {one.chips} chips, {topology} has {topology.chips}; "
+            return candidates(model, self.workload.batch, topology.chips)
+        split = Split.of(model, *mesh_sizes(self.mesh), self.dp_attention)
+        if split.chips != topology.chips:
+            raise ConfigError(
+                f"--mesh {self.mesh} is for {split.chips} chips, {topology} has {topology.chips}; "
                 "the sizes must multiply to that, or give --mesh auto"
             )
-        return [one]
+        return [split]
 
-    def _compiled(self, answer: Answer, number: str, say: Callable[[str], None]) -> Answer:
-        what = f"{answer.topology}, split {number} ({answer.split})"
-        say(f"{what}: starting the compiler")
-        return measured(
-            answer, compile_elsewhere(job_of(answer), lambda line: say(f"{what}: {line}"))
-        )
+    def _compile(self, plan: Plan, number: str, progress: Callable[[str], None]) -> Plan:
+        """The plan with the compiler's figures; raises CompileError."""
+        title = f"{plan.topology}, split {number} ({plan.split})"
+        progress(f"{title}: starting the compiler")
+        report = compile_in_subprocess(compile_job(plan), lambda line: progress(f"{title}: {line}"))
+        return with_compiler(plan, report)

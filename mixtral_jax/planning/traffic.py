@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.hlo import Computation, Instruction, behind_bitcasts, parse
 
 _BODY = re.compile(r"body=%?([\w.\-]+)")
@@ -59,26 +60,7 @@ _MARKS = {
 
 
 @dataclass(frozen=True)
-class Collective:
-    """One in the program; `nbytes` of a device's operand or result, the larger."""
-
-    kind: str
-    nbytes: int
-    devices: int  # that take part together
-    moves_weights: bool  # whether what travels was made of parameters alone
-
-    def seconds(self, bandwidth: float, latency: float) -> float:
-        """On a ring: every device passes each other's part on, twice for a sum of all."""
-        rounds = 2 if self.kind == "all-reduce" else 1
-        if self.kind == "collective-permute":
-            return self.nbytes / bandwidth + latency
-        passed = rounds * self.nbytes * (self.devices - 1) / self.devices
-        # Both ways round, so half the ring.
-        return passed / bandwidth + rounds * (self.devices // 2) * latency
-
-
-@dataclass(frozen=True)
-class Moved:
+class Traffic:
     """What one call of a program moves on one device."""
 
     nbytes: float
@@ -86,21 +68,21 @@ class Moved:
     kernels: Mapping[str, int]  # custom calls that compute something
 
 
-def moved(text: str, experts_touched: float = 1.0, experts: int = 0) -> Moved:
+def program_traffic(text: str, experts_touched: float = 1.0, experts: int = 0) -> Traffic:
     """Reads the text of one compiled program of the serving step.
 
     Parameters that jax calls `arrays[..]` or `rest[..]` are weights, `pages` the pages. A kernel
     that takes weights of so many `experts` reads the part `experts_touched` of them.
     """
-    reader = _Reader(parse(text), experts_touched, experts)
+    reader = _TrafficCounter(parse(text), experts_touched, experts)
     nbytes = reader.traffic(reader.entry, reader.arguments())
-    return Moved(nbytes, tuple(reader.collectives), dict(reader.kernels))
+    return Traffic(nbytes, tuple(reader.collectives), dict(reader.kernels))
 
 
 _Kinds = frozenset[str]  # of the program's arguments that a value is made of: weights, pages, other
 
 
-class _Reader:
+class _TrafficCounter:
     """Walks through what is executed, knowing of each value what it is made of."""
 
     def __init__(

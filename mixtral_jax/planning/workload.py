@@ -1,0 +1,63 @@
+"""The workload of a plan: a model, its dtypes, and how many sequences of which length it serves."""
+
+from dataclasses import dataclass
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The model that is to be served and the traffic that it gets.
+
+    Raises ConfigError where a number is below 1 or the context exceeds the model's.
+
+    Attributes:
+        model: sizes of the model.
+        dtype: float32, bfloat16 or int8; the dtype of the weights.
+        kv_dtype: int8, or None for keys and values in the activations' dtype.
+        batch: sequences that are decoded together.
+        context: tokens of each sequence, prompt and answer together.
+        prefill_tokens: tokens of one step that reads prompts.
+        page_size: tokens of one page of keys and values.
+    """
+
+    model: ModelConfig
+    dtype: str
+    kv_dtype: str | None
+    batch: int
+    context: int
+    prefill_tokens: int
+    page_size: int
+
+    def __post_init__(self) -> None:
+        if self.context > self.model.max_context:
+            raise ConfigError(
+                f"--context {self.context} is longer than the model's {self.model.max_context} "
+                "tokens; ask for less"
+            )
+        if min(self.batch, self.context, self.prefill_tokens, self.page_size) < 1:
+            raise ConfigError("batch, context, prefill and page size must be at least 1")
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Number of pages that one sequence occupies; pages outside a sliding window are freed."""
+        pages = -(-self.context // self.page_size)
+        if self.model.sliding_window is None:
+            return pages
+        return min(pages, -(-(self.model.sliding_window - 1) // self.page_size) + 1)
+
+    @property
+    def attended_tokens(self) -> int:
+        """Number of tokens that the last token of a sequence attends to."""
+        return min(self.context, self.model.sliding_window or self.context)
+
+
+def activation_dtype(dtype: str, platform: str) -> str:
+    """Dtype of the activations between weights of `dtype` on cpu, tpu or gpu.
+
+    Between weights of int8, CPU computes in float32 and accelerators in bfloat16.
+    """
+    if dtype != "int8":
+        return dtype
+    return "float32" if platform == "cpu" else "bfloat16"

@@ -1,0 +1,79 @@
+"""The compiler's report, against the arithmetic and against arrays that really live on devices."""
+
+import jax
+import pytest
+from flax import nnx
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.planning.compiler import CompileError, CompileJob, compile_in_subprocess
+from mixtral_jax.planning.plan import with_compiler
+from mixtral_jax.sharding import ShardingRules, make_mesh
+from mixtral_jax.step.programs import Parts
+from tests.support.plan_workload import DENSE, SMALL, job_on_cpu, workload_of
+
+
+def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
+    """Bytes of the model's parameters, and of its pages, on each of eight devices.
+
+    Only the arrays that the model and the cache name are counted, whatever else lives.
+    """
+    data, expert, tensor, copies = job.mesh
+    mesh = make_mesh(data, expert, tensor * copies, copies=copies)
+    model = Transformer(
+        job.model,
+        dtype=job.dtype,
+        rngs=nnx.Rngs(0),
+        mesh=mesh,
+        rules=ShardingRules.of(job.model, mesh, job.dp_attention),
+    )
+    parts = Parts.of(model)
+    layers = parts.empty(parts.pages(job.num_pages, job.page_size))
+
+    def each(tree: object) -> set[int]:
+        totals = dict.fromkeys(jax.devices(), 0)
+        for array in jax.tree.leaves(tree):
+            for shard in array.addressable_shards:
+                totals[shard.device] += shard.data.nbytes
+        return set(totals.values())
+
+    return each(nnx.state(model)), each(layers)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "shape", "dp_attention"),
+    [
+        (SMALL, "float32", (1, 8, 1), False),
+        (SMALL, "int8", (1, 4, 2), True),
+        (DENSE, "float32", (2, 2, 2), True),
+    ],
+    ids=["experts", "int8 and sequences", "dense"],
+)
+def test_memory_is_what_really_lives_on_devices(
+    config: ModelConfig, dtype: str, shape: tuple[int, int, int], dp_attention: bool
+) -> None:
+    job, plan = job_on_cpu(workload_of(config, dtype), shape, dp_attention)
+    (weights,), (pages,) = bytes_on_devices(job)  # the same on every device
+    lines: list[str] = []
+    report = compile_in_subprocess(job, lines.append)
+    assert report.weight_bytes == pytest.approx(weights, rel=0.03)
+    assert report.cache_bytes == pytest.approx(pages, rel=0.03)
+    # Arithmetic knows both as well as the compiler does, on CPU, which pads nothing.
+    assert (plan.weight_bytes, plan.cache_bytes) == pytest.approx((weights, pages), rel=0.03)
+    compiled = with_compiler(plan, report)
+    assert compiled.method == "compiled"
+    assert compiled.total_bytes == (
+        report.weight_bytes + report.cache_bytes + report.temporary_bytes + report.program_bytes
+    )
+    assert not compiled.to_json()["collectives_move_weights"]
+    # The collectives that arithmetic reckons with are those of the program.
+    kinds = [{item.kind for item in either.layer_collectives} for either in (compiled, plan)]
+    assert kinds[0] == kinds[1]
+    first = f"compiling step 1 of 2: {job.sequences} tokens"
+    assert lines == [first, f"compiling step 2 of 2: {job.prefill_tokens} tokens"]
+
+
+def test_a_program_that_cannot_be_compiled_says_why() -> None:
+    job, _ = job_on_cpu(workload_of(SMALL), (1, 8, 1), False)
+    with pytest.raises(CompileError, match="cannot be split 3 ways"):
+        compile_in_subprocess(CompileJob(**{**vars(job), "mesh": (1, 3, 1, 1)}))

@@ -1,0 +1,26 @@
+"""The search for the best split."""
+
+from dataclasses import replace
+
+import pytest
+
+from mixtral_jax.errors import ConfigError
+from mixtral_jax.planning.chips import topologies
+from mixtral_jax.planning.search import Search
+from tests.support.plan_workload import DENSE, SMALL, workload_of
+
+
+def test_a_missing_compiler_means_arithmetic_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtral_jax.planning.topology._COMPILERS", {"tpu": ("no_such_compiler",)})
+    notes: list[str] = []
+    search = Search(workload_of(SMALL), "auto", False, 1, notes.append, compiles=True)
+    best = search.best_of(topologies("tpu:v5e:2x4"), lambda line: None)[0]
+    assert best.method == "arithmetic"
+    assert "mixtral-jax[plan]" in notes[0]
+
+
+def test_a_batch_that_no_split_can_hold() -> None:
+    config = replace(DENSE, num_heads=3, num_kv_heads=3, vocab_size=513)
+    search = Search(workload_of(config, batch=1), "auto", False, 1, print, compiles=False)
+    with pytest.raises(ConfigError, match="cannot be split over 8 chips"):
+        search.best_of(topologies("cpu:8"), lambda line: None)
