@@ -1,14 +1,14 @@
-"""What a compiled program moves, read from its text (XLA's optimised HLO). No jax.
+"""The bytes that a compiled program moves, and its collectives, read from its text. No jax.
 
-`bytes` are those that travel between a chip's memory and its cores: every instruction that is
-executed reads its operands and writes its results, a gather or a slice only what it takes, a
-scatter only what it puts. What stays on the chip (TPU: memory spaces `S(n)` of the layouts) is left
-out, while XLA's own "bytes accessed" counts it: a weight that is fetched to vector memory and
-multiplied from there is counted there three times.
+Bytes are those that travel between a chip's main memory and its cores: every instruction that runs
+reads its operands and writes its results; a gather or a slice reads only what it takes, a scatter
+writes only what it puts. Arrays in the memories of a TPU's cores are left out. XLA's own "bytes
+accessed" counts them, so that a weight that is fetched to vector memory and multiplied from there
+is counted three times.
 
-Two things are not in the text and are left to the caller: how much of the pages is read, so reads
-of them by gathers, slices and kernels count nothing here; and how many of its experts a kernel
-touches (`experts_touched`). A loop whose length is not known counts once.
+Two amounts are not in the text and are left to the caller. Reads of the pages by gathers, slices
+and kernels count nothing here, because the text does not say how many pages are in use. The share
+of its experts that a kernel reads is a parameter. A loop whose length is unknown counts once.
 """
 
 import re
@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mixtral_jax.planning.collective import Collective
-from mixtral_jax.planning.hlo import Computation, Instruction, behind_bitcasts, parse
+from mixtral_jax.planning.hlo import Computation, HloError, Instruction, Program, parse
 
-_BODY = re.compile(r"body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_LOOP_LENGTH = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_INDEX = r"index=(\d+)"
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -31,6 +32,7 @@ _COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
+# Operations that move nothing.
 _FREE = {
     "parameter",
     "constant",
@@ -44,12 +46,12 @@ _FREE = {
     "opt-barrier",
 }
 _SLICES = {"gather", "dynamic-slice", "slice"}
-# Operand that holds what is put, by instruction.
+# Operations that put values into an array, and which operand holds the values.
 _UPDATES = {"scatter": 2, "dynamic-update-slice": 1}
-# Which of the arrays in its type an operation puts its result into, while it goes on.
-_RESULTS = {"copy-start": 0, "slice-start": 1, "all-gather-start": 1, "collective-permute-start": 1}
-# Custom calls of the compiler's own that compute nothing.
-_MARKS = {
+# Operations that start a copy, and which array of their type is its result.
+_STARTS = {"copy-start": 0, "slice-start": 1, "all-gather-start": 1, "collective-permute-start": 1}
+# Targets of custom calls by which the compiler marks something; they compute nothing.
+_MARKERS = {
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
     "ConcatBitcast",
@@ -58,271 +60,290 @@ _MARKS = {
     "PrepareAsyncCallStart",
 }
 
+# The sources of a value: which of the program's arguments (weights, pages, other) it is made of.
+_Sources = frozenset[str]
+
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one call of a program moves on one device."""
+    """The traffic of one call of a program on one device.
+
+    Attributes:
+        nbytes: bytes to and from main memory.
+        collectives: in the order in which they run; those of a loop's body once.
+        kernels: numbers of custom calls that compute something, by name.
+    """
 
     nbytes: float
     collectives: tuple[Collective, ...]
-    kernels: Mapping[str, int]  # custom calls that compute something
+    kernels: Mapping[str, int]
 
 
-def program_traffic(text: str, experts_touched: float = 1.0, experts: int = 0) -> Traffic:
+def program_traffic(text: str, chosen_share: float = 1.0, experts: int = 0) -> Traffic:
     """Reads the text of one compiled program of the serving step.
 
-    Parameters that jax calls `arrays[..]` or `rest[..]` are weights, `pages` the pages. A kernel
-    that takes weights of so many `experts` reads the part `experts_touched` of them.
+    Parameters that jax calls `arrays[..]` or `rest[..]` are weights, `pages` are the pages. A
+    kernel whose weights have `experts` as the first of three dimensions reads `chosen_share` of
+    them. Raises HloError where the text is not understood.
     """
-    reader = _TrafficCounter(parse(text), experts_touched, experts)
-    nbytes = reader.traffic(reader.entry, reader.arguments())
-    return Traffic(nbytes, tuple(reader.collectives), dict(reader.kernels))
-
-
-_Kinds = frozenset[str]  # of the program's arguments that a value is made of: weights, pages, other
+    counter = _TrafficCounter(parse(text), chosen_share, experts)
+    nbytes = counter.count(counter.program.entry, counter.argument_sources())
+    return Traffic(nbytes, tuple(counter.collectives), dict(counter.kernels))
 
 
 class _TrafficCounter:
-    """Walks through what is executed, knowing of each value what it is made of."""
+    """A walk over the instructions that run, which tracks the sources of every value."""
 
-    def __init__(
-        self, computations: dict[str, Computation], experts_touched: float, experts: int
-    ) -> None:
-        self.computations = computations
-        self.entry = computations["ENTRY"]
-        self.touched = experts_touched
+    def __init__(self, program: Program, chosen_share: float, experts: int) -> None:
+        self.program = program
+        self.chosen_share = chosen_share
         self.experts = experts
         self.collectives: list[Collective] = []
         self.chains: set[str] = set()
         self.kernels: Counter[str] = Counter()
 
-    def arguments(self) -> list[_Kinds]:
-        kinds = []
-        for one in self.entry.parameters():
-            name = one.op_name
-            weights = name.startswith(("arrays[", "rest["))
-            kind = "weights" if weights else "pages" if name.startswith("pages") else "other"
-            kinds.append(frozenset({kind}))
-        return kinds
+    def argument_sources(self) -> list[_Sources]:
+        """Sources of the entry's parameters."""
+        sources = []
+        for parameter in self.program.entry.parameters():
+            name = parameter.op_name
+            is_weight = name.startswith(("arrays[", "rest["))
+            kind = "weights" if is_weight else "pages" if name.startswith("pages") else "other"
+            sources.append(frozenset({kind}))
+        return sources
 
-    def traffic(self, computation: Computation, given: Sequence[_Kinds]) -> float:
-        made: dict[str, _Kinds] = {}
-        parts: dict[str, list[_Kinds]] = {}  # of tuples
-        for one, kinds in zip(computation.parameters(), given, strict=False):
-            made[one.name] = kinds
+    def count(self, computation: Computation, given: Sequence[_Sources]) -> float:
+        """Bytes that a computation moves, whose parameters have the given sources."""
+        values = {
+            parameter.name: sources
+            for parameter, sources in zip(computation.parameters(), given, strict=False)
+        }
+        return self._run(computation, values, tuples={})
+
+    def _count_body(self, body: Computation, given: list[_Sources]) -> float:
+        """Bytes that a computation moves whose parameter is one tuple of the given sources."""
+        (parameter,) = body.parameters()
+        values = {parameter.name: frozenset().union(*given)}
+        return self._run(body, values, tuples={parameter.name: given} if given else {})
+
+    def _run(
+        self,
+        computation: Computation,
+        values: dict[str, _Sources],
+        tuples: dict[str, list[_Sources]],
+    ) -> float:
+        """Bytes of all instructions; fills in the sources of values and of tuples' elements."""
         total = 0.0
-        for one in computation.instructions.values():
-            sources = [made.get(name, frozenset()) for name in one.operands]
-            if one.op == "tuple":
-                parts[one.name] = sources
-            if one.op == "get-tuple-element" and one.operands[0] in parts:
-                index = int(re.findall(r"index=(\d+)", one.text)[0])
-                made[one.name] = parts[one.operands[0]][index]
-            elif one.op != "parameter":
-                made[one.name] = self._kinds(one, sources)
-            if one.op == "while" and one.operands[0] in parts:
-                parts[one.name] = self._after(one, parts[one.operands[0]])
-            total += self._executed(one, computation, made, parts)
+        for item in computation.instructions.values():
+            sources = [values.get(name, frozenset()) for name in item.operands]
+            if item.op == "tuple":
+                tuples[item.name] = sources
+            if item.op == "get-tuple-element" and item.operands[0] in tuples:
+                values[item.name] = tuples[item.operands[0]][item.number(_INDEX)]
+            elif item.op != "parameter":
+                values[item.name] = self._sources_of_result(item, sources)
+            if item.op == "while" and item.operands[0] in tuples:
+                tuples[item.name] = _sources_behind_loop(tuples[item.operands[0]])
+            total += self._bytes(item, computation, values, tuples)
         return total
 
-    def _kinds(self, one: Instruction, sources: Sequence[_Kinds]) -> _Kinds:
-        """What is put into an array in place does not make another of it."""
-        if one.op in _UPDATES:
+    def _sources_of_result(self, item: Instruction, sources: Sequence[_Sources]) -> _Sources:
+        """Sources of an instruction's result.
+
+        An array into which values are put in place keeps its own sources.
+        """
+        if item.op in _UPDATES:
             return sources[0]
-        if one.op == "fusion":
-            fused = self.computations[one.called[0]]
-            root = behind_bitcasts(fused, fused.root)
+        if item.op == "fusion":
+            fused = self.program.called_by(item)
+            root = fused.behind_bitcasts(fused.root)
             if root.op in _UPDATES:
-                target = behind_bitcasts(fused, fused.instructions[root.operands[0]])
+                target = fused.behind_bitcasts(fused.instructions[root.operands[0]])
                 if target.op == "parameter":
                     return sources[fused.parameters().index(target)]
         return frozenset().union(*sources)
 
-    def _after(self, loop: Instruction, before: list[_Kinds]) -> list[_Kinds]:
-        """A loop's results are made of what went in at their place, and of all that changes."""
-        changed = frozenset().union(*before)
-        return [kinds if kinds == {"pages"} else kinds | changed for kinds in before]
-
-    def _executed(
+    def _bytes(
         self,
-        one: Instruction,
+        item: Instruction,
         computation: Computation,
-        made: dict[str, _Kinds],
-        parts: dict[str, list[_Kinds]],
+        values: dict[str, _Sources],
+        tuples: dict[str, list[_Sources]],
     ) -> float:
-        kind = one.op.removesuffix("-start")
-        if one.op in _FREE or one.op.endswith(("-done", "-update")):
+        """Bytes that one instruction moves; notes collectives and kernels."""
+        kind = item.op.removesuffix("-start")
+        if item.op in _FREE or item.op.endswith(("-done", "-update")):
             return 0.0
-        if one.op == "while":
-            found = _TRIPS.search(one.text)
-            trips = int(found[1]) if found else 1
-            body = self.computations[_BODY.findall(one.text)[0]]
-            return trips * self._body(body, parts.get(one.operands[0], []))
-        operands = [computation.instructions.get(name) for name in one.operands]
-        if kind in _COLLECTIVES:
-            self._collective(kind, one, operands, made)
-        if one.op == "conditional":
-            branches = zip(one.called, one.operands[1:], strict=False)
-            costs = [self._body(self.computations[b], parts.get(t, [])) for b, t in branches]
+        if item.op == "while":
+            length = _LOOP_LENGTH.search(item.text)
+            body = self.program.called_by(item)
+            rounds = int(length[1]) if length else 1
+            return rounds * self._count_body(body, tuples.get(item.operands[0], []))
+        if item.op == "conditional":
+            branches = zip(item.called, item.operands[1:], strict=False)
+            costs = [
+                self._count_body(self.program.computation(name, item), tuples.get(operand, []))
+                for name, operand in branches
+            ]
             return max(costs, default=0.0)
-        if one.op in ("call", "async-start"):
-            given = [made.get(name, frozenset()) for name in one.operands]
-            return sum((self.traffic(self.computations[name], given) for name in one.called), 0.0)
-        if one.op == "fusion":
-            self._overlapped(one, made)
-        read = sum((self._read(i, operand, one, made) for i, operand in enumerate(operands)), 0.0)
-        if one.op == "custom-call":
-            self._kernel(one)
-        return read + self._written(one, operands)
-
-    def _body(self, body: Computation, given: list[_Kinds]) -> float:
-        """A loop's body takes one tuple."""
-        made: dict[str, _Kinds] = {}
-        (parameter,) = body.parameters()
-        parts = {parameter.name: given}
-        total = 0.0
-        everything = frozenset().union(*given)
-        for one in body.instructions.values():
-            sources = [made.get(name, frozenset()) for name in one.operands]
-            made[one.name] = self._kinds(one, sources) if sources else everything
-            if one.op == "tuple":
-                parts[one.name] = sources
-            if one.op == "get-tuple-element" and one.operands[0] == parameter.name and given:
-                made[one.name] = given[int(re.findall(r"index=(\d+)", one.text)[0])]
-            total += self._executed(one, body, made, parts)
-        return total
+        if item.op in ("call", "async-start"):
+            given = [values.get(name, frozenset()) for name in item.operands]
+            return self.count(self.program.called_by(item), given)
+        operands = [computation.instructions[name] for name in item.operands]
+        if kind in _COLLECTIVES:
+            self._note_collective(kind, item, operands, values)
+        if item.op == "fusion":
+            self._note_overlapped(item, values)
+        if item.op == "custom-call":
+            self._note_kernel(item)
+        read = (self._read(i, operand, item, values) for i, operand in enumerate(operands))
+        return sum(read, 0.0) + self._written(item, operands)
 
     def _read(
-        self, index: int, operand: Instruction | None, one: Instruction, made: dict[str, _Kinds]
+        self, index: int, operand: Instruction, item: Instruction, values: dict[str, _Sources]
     ) -> float:
-        if operand is None:
-            return 0.0
-        size = float(operand.outside)
-        kinds = made.get(operand.name, frozenset())
-        if one.op == "custom-call":
-            if kinds == {"pages"}:
+        """Bytes that an instruction reads of one of its operands."""
+        size = float(operand.main_memory_bytes)
+        sources = values.get(operand.name, frozenset())
+        if item.op == "custom-call":
+            if sources == {"pages"}:
                 return 0.0
             dims = operand.arrays[0].dims if operand.arrays else ()
-            if kinds == {"weights"} and len(dims) == 3 and dims[0] == self.experts:
-                return size * self.touched
+            if sources == {"weights"} and len(dims) == 3 and dims[0] == self.experts:
+                return size * self.chosen_share
             return size
-        taken: float | None = None
-        if one.op == "fusion":
-            taken = self._taken(self.computations[one.called[0]], index)
-        elif one.op == "slice-start" and index == 0:
-            taken = float(one.arrays[1].nbytes)
-        elif one.op in _SLICES and index == 0:
-            taken = float(sum(array.nbytes for array in one.arrays))
-        elif one.op in _UPDATES and index == 0:
-            taken = 0.0
+        if item.op == "fusion":
+            taken = self._taken(self.program.called_by(item), index)
+        else:
+            taken = _taken_directly(item, index)
         if taken is None:
             return size
-        return 0.0 if kinds == {"pages"} else min(size, taken)
+        return 0.0 if sources == {"pages"} else min(size, taken)
 
     def _taken(self, fused: Computation, index: int) -> float | None:
-        """What a fusion reads of an operand that it only slices; None for all of it."""
+        """Bytes that a fusion takes of an operand that it only slices; None if it reads it all."""
         parameter = fused.parameters()[index]
-        if behind_bitcasts(fused, fused.root) is parameter:
+        if fused.behind_bitcasts(fused.root) is parameter:
             return None
         total = 0.0
         for user, place in self._users(fused, parameter.name):
-            taken: float | None = None
-            if user.op in _SLICES and place == 0:
-                taken = float(sum(array.nbytes for array in user.arrays))
-            elif user.op in _UPDATES and place == 0:
-                taken = 0.0
-            elif user.op == "fusion":
-                taken = self._taken(self.computations[user.called[0]], place)
+            if user.op == "fusion":
+                taken = self._taken(self.program.called_by(user), place)
+            else:
+                taken = _taken_directly(user, place)
             if taken is None:
                 return None
             total += taken
         return total
 
     def _users(self, fused: Computation, name: str) -> Iterator[tuple[Instruction, int]]:
-        """Who computes with a value, behind what only changes its shape."""
+        """Instructions that compute with a value, and at which operand; not changes of its shape"""
         for user in fused.instructions.values():
             if name not in user.operands:
                 continue
             place = user.operands.index(name)
-            inner = self.computations[user.called[0]] if user.op == "fusion" else None
-            passes = inner is not None and (
-                behind_bitcasts(inner, inner.root) is inner.parameters()[place]
-            )
-            if user.op == "bitcast" or passes:
+            changes_shape = user.op == "bitcast"
+            if user.op == "fusion":
+                inner = self.program.called_by(user)
+                changes_shape = inner.behind_bitcasts(inner.root) is inner.parameters()[place]
+            if changes_shape:
                 yield from self._users(fused, user.name)
             else:
                 yield user, place
 
-    def _written(self, one: Instruction, operands: Sequence[Instruction | None]) -> float:
-        if one.op in _UPDATES:
-            put = operands[_UPDATES[one.op]]
-            return float(sum(a.nbytes for a in put.arrays)) if put and one.outside else 0.0
-        if one.op in _RESULTS:
-            result = one.arrays[_RESULTS[one.op]]
-            return float(result.nbytes) if result.outside else 0.0
-        if one.op == "custom-call" and "output_to_operand_aliasing" in one.text:
+    def _written(self, item: Instruction, operands: Sequence[Instruction]) -> float:
+        """Bytes that an instruction writes."""
+        nbytes = float(item.main_memory_bytes)
+        if item.op in _UPDATES:
+            update = operands[_UPDATES[item.op]]
+            return float(sum(array.nbytes for array in update.arrays)) if nbytes else 0.0
+        if item.op in _STARTS:
+            result = item.arrays[_STARTS[item.op]]
+            return float(result.nbytes) if result.in_main_memory else 0.0
+        if item.op == "custom-call" and "output_to_operand_aliasing" in item.text:
             return 0.0
-        if one.op == "fusion" and one.outside:
-            return min(float(one.outside), _put(self.computations[one.called[0]]))
-        return float(one.outside)
+        if item.op == "fusion" and nbytes:
+            return min(nbytes, _written_by_fusion(self.program.called_by(item)))
+        return nbytes
 
-    def _collective(
+    def _note_collective(
         self,
         kind: str,
-        one: Instruction,
-        operands: Sequence[Instruction | None],
-        made: dict[str, _Kinds],
+        item: Instruction,
+        operands: Sequence[Instruction],
+        values: dict[str, _Sources],
     ) -> None:
-        found = _GROUPS.search(one.text)
+        match = _GROUPS.search(item.text)
+        if match is None and kind != "collective-permute":
+            raise HloError(f"line {item.line}: no replica groups are understood: {item.text[:200]}")
         devices = 2
-        if found:
-            devices = int(found[2]) if found[2] else len(found[1].split(","))
-        largest = max((array.nbytes for array in one.arrays), default=0)
-        given = max(
-            (array.nbytes for operand in operands if operand for array in operand.arrays), default=0
-        )
-        kinds = frozenset().union(*(made.get(name, frozenset()) for name in one.operands))
-        self.collectives.append(
-            Collective(kind, max(largest, given), devices, moves_weights=kinds == {"weights"})
-        )
+        if match:
+            devices = int(match[2]) if match[2] else len(match[1].split(","))
+        arrays = [array for owner in (item, *operands) for array in owner.arrays]
+        largest = max((array.nbytes for array in arrays), default=0)
+        sources = frozenset().union(*(values.get(name, frozenset()) for name in item.operands))
+        moves_weights = sources == {"weights"}
+        self.collectives.append(Collective(kind, largest, devices, moves_weights))
 
-    def _overlapped(self, fusion: Instruction, made: dict[str, _Kinds]) -> None:
-        """A TPU's collective that goes on beside other work: it stands in several fusions, which
-        begin, pass on and end it, and have its chain's number in common."""
-        fused = self.computations[fusion.called[0]]
-        names = [one.name for one in fused.parameters()]
-        given = [made.get(name, frozenset()) for name in fusion.operands]
+    def _note_overlapped(self, fusion: Instruction, values: dict[str, _Sources]) -> None:
+        """Notes a TPU's collective that runs beside other work.
+
+        It is printed in several fusions, which begin it, pass it on and end it and which have the
+        number of its chain in common.
+        """
+        fused = self.program.called_by(fusion)
+        names = [parameter.name for parameter in fused.parameters()]
+        given = [values.get(name, frozenset()) for name in fusion.operands]
         inside = dict(zip(names, given, strict=False))
-        for one in fused.instructions.values():
-            if one.op.removesuffix("-start") not in _COLLECTIVES:
+        for item in fused.instructions.values():
+            kind = item.op.removesuffix("-start")
+            if kind not in _COLLECTIVES:
                 continue
-            chain = _CHAIN.search(one.text)
+            chain = _CHAIN.search(item.text)
             if chain is None or chain[1] not in self.chains:
-                operands = [fused.instructions.get(name) for name in one.operands]
-                self._collective(one.op.removesuffix("-start"), one, operands, inside)
+                operands = [fused.instructions[name] for name in item.operands]
+                self._note_collective(kind, item, operands, inside)
             if chain is not None:
                 self.chains.add(chain[1])
 
-    def _kernel(self, one: Instruction) -> None:
-        found = re.search(r'custom_call_target="([^"]*)"', one.text)
-        target = found[1] if found else "?"
-        if target not in _MARKS:
-            # A kernel of Pallas is told from another by the name of its function.
-            if target == "tpu_custom_call":
-                target = re.sub(r"(\.\d+)+$", "", one.name)
-            elif target == "__gpu$xla.gpu.triton":
-                target = one.op_name.removesuffix("/pallas_call").rpartition("/")[2]
-            self.kernels[target] += 1
+    def _note_kernel(self, item: Instruction) -> None:
+        match = _TARGET.search(item.text)
+        name = match[1] if match else "?"
+        if name in _MARKERS:
+            return
+        # Kernels of Pallas have one target, and the name of their function elsewhere.
+        if name == "tpu_custom_call":
+            name = re.sub(r"(\.\d+)+$", "", item.name)
+        elif name == "__gpu$xla.gpu.triton":
+            name = item.op_name.removesuffix("/pallas_call").rpartition("/")[2]
+        self.kernels[name] += 1
 
 
-def _put(fused: Computation) -> float:
-    """What a fusion writes: of an update in place, the update."""
+def _sources_behind_loop(before: list[_Sources]) -> list[_Sources]:
+    """Sources of a loop's results: those of their place in its input, and all that may change."""
+    changed = frozenset().union(*before)
+    return [sources if sources == {"pages"} else sources | changed for sources in before]
+
+
+def _taken_directly(item: Instruction, index: int) -> float | None:
+    """Bytes that a slice or an update takes of its first operand; None for anything else."""
+    if index == 0 and item.op == "slice-start":
+        return float(item.arrays[1].nbytes)
+    if index == 0 and item.op in _SLICES:
+        return float(sum(array.nbytes for array in item.arrays))
+    if index == 0 and item.op in _UPDATES:
+        return 0.0
+    return None
+
+
+def _written_by_fusion(fused: Computation) -> float:
+    """Bytes that a fusion writes; of an update in place those of the update."""
     root = fused.root
-    roots = [fused.instructions[name] for name in root.operands] if root.op == "tuple" else [root]
+    results = [fused.instructions[name] for name in root.operands] if root.op == "tuple" else [root]
     total = 0.0
-    for one in roots:
-        one = behind_bitcasts(fused, one)
-        if one.op in _UPDATES:
-            one = fused.instructions[one.operands[_UPDATES[one.op]]]
-        total += sum(array.nbytes for array in one.arrays)
+    for result in results:
+        result = fused.behind_bitcasts(result)
+        if result.op in _UPDATES:
+            result = fused.instructions[result.operands[_UPDATES[result.op]]]
+        total += sum(array.nbytes for array in result.arrays)
     return total
