@@ -13,8 +13,8 @@ SOURCES := mixtral_jax convert serving tests benchmarks
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto serving/proto/group.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat quick test soak check format proto dist smoke bench plan-matrix \
-	notebooks clean
+.PHONY: help install serve chat quick test soak check format proto docs dist smoke bench \
+	plan-matrix notebooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ test: $(VENV)/.tested ## Run all tests, the slow ones too (ARGS='-m "not slow"' 
 soak: $(VENV)/.tested ## Run all tests and those that CI has no time for, an hour or more
 	MIXTRAL_JAX_SOAK=1 $(BIN)/python -m pytest -n 2 --durations 20 $(ARGS)
 
-check: $(VENV)/.tested ## Formatting, lint, types, generated stubs, notebooks without outputs
+check: docs ## Formatting, lint, types, generated stubs, notebooks without outputs, the pages of docs/
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -59,6 +59,14 @@ format: $(VENV)/.tested ## Format the code and strip the notebooks
 proto: $(VENV)/.tested ## Generate the gRPC stubs from serving/proto/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
 
+docs: $(VENV)/.tested ## Build the pages of docs/ into build/docs; a dead link or a warning fails
+	@rm -rf build/commands && mkdir -p build/commands
+	$(BIN)/python -m typer mixtral_jax.cli.main utils docs --name mixtral-jax --output build/commands/all.md
+	@sed -e 1d -e 's/^##/###/' build/commands/all.md > build/commands/mixtral-jax.md
+	COLUMNS=96 TERM=dumb $(BIN)/python -m serving --help > build/commands/serving.txt
+	COLUMNS=96 TERM=dumb $(BIN)/python -m serving.gateway --help > build/commands/serving.gateway.txt
+	$(BIN)/zensical build --strict --clean
+
 dist: $(VENV)/.tested ## Build the source distribution and the wheel into dist/
 	rm -rf dist build/lib
 	PIP_CONSTRAINT= $(BIN)/python -m build --outdir dist .
@@ -72,13 +80,13 @@ smoke: dist ## Install the wheel into an empty environment elsewhere and use it 
 		env -u PYTHONPATH JAX_PLATFORMS=cpu MIXTRAL_JAX_CACHE="$$folder/cache" \
 			venv/bin/python -P smoke.py
 
-bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Measure the engine and write README's table of speeds; peers must be installed
+bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Measure the engine and write the table of speeds in docs/numbers.md; peers must be installed
 	$(BIN)/python -m benchmarks.speed_table $(ARGS)
 
 checkpoints/smollm2-135m-instruct-int8/config.json: | install
 	$(BIN)/mixtral-jax convert smollm2-135m-instruct checkpoints/smollm2-135m-instruct-int8 --dtype int8
 
-plan-matrix: $(VENV)/.tested ## Compile the full-size models for every chip and write README's table of memory
+plan-matrix: $(VENV)/.tested ## Compile the full-size models for every chip and write the table of memory in docs/numbers.md
 	$(BIN)/python -m benchmarks.plan_matrix $(ARGS)
 
 notebooks: $(VENV)/.tested ## Execute the notebooks on this machine

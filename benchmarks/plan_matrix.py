@@ -1,7 +1,7 @@
 """`make plan-matrix`: compiles the full-size models for slices of every chip that hold them.
 
 One row for each model and chip: the smallest slice that holds 32 sequences of 2,048 tokens, what
-its memory is taken by, and which kernels are in the programs. Written into README between
+its memory is taken by, and which kernels are in the programs. Written into docs/numbers.md between
 `<!-- plan: ... -->` and `<!-- end of plan -->`. Compilers for TPU and GPU must be installed (extras
 `plan` and `plan-gpu`); rows of a missing one are left out. About a minute each.
 """
@@ -18,7 +18,7 @@ from mixtral_jax.planning.search import Search, known_model
 from mixtral_jax.planning.topology import installed
 from mixtral_jax.planning.workload import Workload
 
-README = Path(__file__).parent.parent / "README.md"
+NUMBERS = Path(__file__).parent.parent / "docs" / "numbers.md"
 BEGIN, END = "<!-- plan: make plan-matrix -->\n", "<!-- end of plan -->"
 MODELS = {
     "Mistral-7B": "mistral-7b-instruct-v0.3",
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--chips", default=",".join(CHIPS))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--print", action="store_true", help="leave README as it is")
+    parser.add_argument("--print", action="store_true", help="leave docs/numbers.md as it is")
     options = parser.parse_args()
     rows, failed = [], []
     for title in options.models.split(","):
@@ -101,9 +101,9 @@ def main() -> None:
     table = "\n".join([HEAD, *rows])
     print(table)
     if not options.print:
-        before, rest = README.read_text().split(BEGIN)
+        before, rest = NUMBERS.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
-        README.write_text(f"{before}{BEGIN}{table}\n{END}{after}")
+        NUMBERS.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
     if failed:
         sys.exit("\n".join(["these do not compile or do not fit:", *failed]))
 

@@ -1,4 +1,4 @@
-"""Measures everything of the README's table of speeds and writes the table: make bench
+"""Measures everything of the table of speeds in docs/numbers.md and writes the table: make bench
 
     python -m benchmarks.speed_table [--peers-json FILE] [--engine-json FILE] [--http-json FILE]
 
@@ -22,7 +22,7 @@ from serving.bench.load import Endpoint, Level, ask, prompts, words_for
 from serving.bench.offline import OfflineEngine
 from serving.bench.report import facts, free_ports, load_of, served, write_json
 
-README = Path(__file__).parent.parent / "README.md"
+NUMBERS = Path(__file__).parent.parent / "docs" / "numbers.md"
 BEGIN, END = "<!-- speeds: make bench -->", "<!-- end of speeds -->"
 INT8 = Path("checkpoints/smollm2-135m-instruct-int8")
 
@@ -185,10 +185,10 @@ def main(
         json.loads(path.read_text()) for path in (engine_json, http_json, *peers_json)
     )
     results = [row for one in peers for row in one["results"]]
-    text = README.read_text()
+    text = NUMBERS.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     written = table(peers[0]["facts"], engine, over, results)
-    README.write_text(before + written + rest.split(END)[1])
+    NUMBERS.write_text(before + written + rest.split(END)[1], encoding="utf-8")
 
 
 def _run(module: str, *arguments: str) -> None:

@@ -19,6 +19,7 @@ MOST_FILES = 15  # in one folder: a folder that holds more is two subjects
 
 # Room -> the rooms that it may import. "*" behind a name means that room and all rows before it in
 # the same package.
+# --8<-- [start:law]
 _LAW_TEXT = """
 mixtral_jax.errors
 mixtral_jax.paths
@@ -64,6 +65,7 @@ mixtral_jax.cli              | everything
 benchmarks                   | everything
 tests                        | everything
 """  # noqa: E501
+# --8<-- [end:law]
 
 # Two files whose row is shorter than their room's.
 _FILES = {

@@ -113,6 +113,7 @@ def test_all_is_everything_that_needs_no_accelerator() -> None:
     assert all_of_them.extras == EXTRAS.keys() - {
         "all",
         "cuda",
+        "docs",
         "notebook",
         "plan-gpu",
         "test",
