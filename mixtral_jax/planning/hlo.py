@@ -236,16 +236,22 @@ def _items(text: str) -> Iterator[str]:
 
 def _operand(item: str, line: int) -> str:
     """Name of an operand, which may be printed behind its type."""
-    name = (item.split() or [""])[-1].removeprefix("%")
-    if not _NAME.fullmatch(name):
+    kind, _, name = item.strip().rpartition(" ")
+    name = name.removeprefix("%")
+    if not _NAME.fullmatch(name) or not _is_type(kind):
         raise _not_understood(line, item)
     return name
+
+
+def _is_type(text: str) -> bool:
+    """The text is empty, the type of an array, or that of a tuple."""
+    return not re.sub(r"[(), ]", "", _SHAPE.sub("", text))
 
 
 def _arrays(kind: str, line: int) -> Iterator[Array]:
     """The arrays of a type, which may be a tuple."""
     kind = _COMMENT.sub("", kind)
-    if re.sub(r"[(), ]", "", _SHAPE.sub("", kind)):
+    if not _is_type(kind):
         raise _not_understood(line, kind)
     for letters, digits, _, dims, layout in _SHAPE.findall(kind):
         if letters + digits in _NO_ARRAY:
