@@ -1,36 +1,36 @@
-"""The accounts of callers: what they may still ask, and what they have used."""
+"""The accounts of callers: their limits, and what they have used."""
 
 import asyncio
 
 from serving.accounting.ledger import Usage, UsageLedger
-from serving.accounting.rate_limits import Rates
+from serving.accounting.rate_limits import RateLimits
 
 
 class Accounts:
-    """One for each caller, by name.
+    """Holds an account for each caller, by name.
 
     Args:
-        rates: What they may ask; by default as much as they like.
-        ledger: Where what they used is kept; by default in memory.
+        rates: The limits of each caller; by default there are none.
+        ledger: The record of what callers have used; by default in memory.
     """
 
-    def __init__(self, rates: Rates | None = None, ledger: UsageLedger | None = None) -> None:
-        self._rates = rates or Rates()
+    def __init__(self, rates: RateLimits | None = None, ledger: UsageLedger | None = None) -> None:
+        self._rates = rates or RateLimits()
         self._ledger = ledger or UsageLedger()
 
-    def admit(self, caller: str) -> None:
-        """Lets a request pass; raises Overloaded, with its own `retry_after`."""
-        self._rates.admit(caller)
+    def take_request(self, caller: str) -> None:
+        """Takes a request from the caller's minute; raises Overloaded, with its `retry_after`."""
+        self._rates.take_request(caller)
 
     def charge(self, caller: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Takes what one answered request cost."""
-        self._rates.charge(caller, prompt_tokens + completion_tokens)
+        """Takes an answered request's tokens from the caller's minute, and writes it down."""
+        self._rates.take_tokens(caller, prompt_tokens + completion_tokens)
         self._ledger.add(caller, prompt_tokens, completion_tokens)
 
     async def report(self, caller: str | None) -> list[Usage]:
-        """What one caller has used, or all of them, by day."""
+        """Returns what a caller has used, or all of them if None, by caller and day."""
         return await asyncio.to_thread(self._ledger.report, caller)
 
     def close(self) -> None:
-        """Writes what is not written yet."""
+        """Writes what the ledger has not written yet."""
         self._ledger.close()

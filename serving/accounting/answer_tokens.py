@@ -1,4 +1,4 @@
-"""What one answer of the model service comes to, counted while its chunks arrive."""
+"""The tokens of one answer of the model service, counted while its chunks arrive."""
 
 import time
 from collections.abc import Callable
@@ -6,19 +6,26 @@ from collections.abc import Callable
 from serving.proto import inference_pb2
 
 
-class Tally:
-    """Counts what the service has sent, whether or not the client ever read it.
+class AnswerTokens:
+    """Counts what the service has sent, whether or not the client ever reads it.
 
     Args:
-        clock: The time, as time.monotonic() tells it.
+        clock: Returns seconds, like time.monotonic.
+
+    Attributes:
+        prompt_tokens: Tokens of the rendered prompt; 0 until the service has sent the number.
+        completion_tokens: Tokens generated so far, of all choices.
+        finish_reasons: `stop` or `length` of each choice that has ended, in that order.
+        first_at: The clock at the first chunk; None before.
+        texts: The text of each choice by its number, if they are kept: set it to {} for that.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        self.finish_reasons: list[str] = []  # of the choices that have ended, in that order
-        self.first_at: float | None = None  # when the first chunk came
-        self.texts: dict[int, str] | None = None  # of each choice; set to {} to have them kept
+        self.finish_reasons: list[str] = []
+        self.first_at: float | None = None
+        self.texts: dict[int, str] | None = None
         self._clock = clock
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:

@@ -1,8 +1,8 @@
-"""What callers have used, by day (UTC): counted in memory, kept in SQLite.
+"""The ledger of what callers have used, by day (UTC): counted in memory, kept in SQLite.
 
 No request waits for the disk: `add` counts in memory, and a thread writes what is new twice a
-second. So a process that is killed loses a second at most. Several gateways may share one file, for
-each adds to what is there.
+second. A process that is killed loses at most a second. Several gateways of one machine may share a
+file, because each adds to the sums that are there.
 """
 
 import logging
@@ -18,7 +18,7 @@ from pathlib import Path
 
 IN_MEMORY = ":memory:"  # SQLite's name for no file
 _WRITE_SECONDS = 0.5
-_LOCK_SECONDS = 5.0  # for which another process may keep the file to itself
+_LOCK_SECONDS = 5.0  # the longest wait for another process that has locked the file
 _VERSION = 1
 _TABLE = """
     CREATE TABLE IF NOT EXISTS usage (
@@ -43,17 +43,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class Usage:
-    """What one caller used on one day."""
+    """The use of one caller on one day: answered requests, and their tokens.
+
+    Attributes:
+        caller: The caller's name.
+        day: In UTC, such as 2026-11-22.
+        requests: Requests that were answered, also those answered in part.
+        prompt_tokens: Tokens of their rendered prompts.
+        completion_tokens: Tokens generated.
+    """
 
     caller: str
-    day: str  # 2026-11-22
+    day: str
     requests: int
     prompt_tokens: int
     completion_tokens: int
 
 
 def usual_place() -> str:
-    """A file in the user's folder for state, or IN_MEMORY where that cannot be written."""
+    """Returns a file in the user's folder for state, or IN_MEMORY if that cannot be written."""
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     file = Path(home) / "mixtral-jax" / "usage.db"
     try:
@@ -64,11 +72,12 @@ def usual_place() -> str:
 
 
 class UsageLedger:
-    """Adds up. Thread-safe.
+    """Adds up the use of each caller and day. Thread-safe.
 
     Args:
-        file: A database, made with its folder if it is not there; or IN_MEMORY, gone with us.
-        clock: The time, as time.time() tells it.
+        file: A database, made with its folder if it is not there; or IN_MEMORY, which is lost with
+            the process.
+        clock: Returns seconds since 1970, like time.time.
 
     Raises:
         ValueError: The file cannot be used.
@@ -79,7 +88,7 @@ class UsageLedger:
     ) -> None:
         self._clock = clock
         self._new: Counter[tuple[str, str, str]] = Counter()  # (caller, day, column)
-        self._counting = threading.Lock()  # for an instant only
+        self._counting = threading.Lock()  # never held while the disk is waited for
         self._writing = threading.Lock()
         self._is_behind = False  # the last write failed
         self._database = _open(file)
@@ -88,7 +97,7 @@ class UsageLedger:
         self._thread.start()
 
     def add(self, caller: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Counts one request."""
+        """Counts one request and its tokens on the current day."""
         day = datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
         with self._counting:
             self._new[caller, day, "requests"] += 1
@@ -96,7 +105,7 @@ class UsageLedger:
             self._new[caller, day, "completion_tokens"] += completion_tokens
 
     def report(self, caller: str | None = None) -> list[Usage]:
-        """Everything so far, of one caller or of all, by caller and day. Waits for the disk."""
+        """Returns all use so far by caller and day, of one caller or of all; waits for the disk."""
         with self._writing:
             self._write()
             where = "" if caller is None else " WHERE caller = ?"
@@ -107,7 +116,7 @@ class UsageLedger:
             return [Usage(*row) for row in rows]
 
     def close(self) -> None:
-        """Writes what is new; nothing may be added afterwards."""
+        """Writes what is new, and ends the thread; nothing may be added afterwards."""
         self._end.set()
         self._thread.join()
         with self._writing:
@@ -120,7 +129,7 @@ class UsageLedger:
                 self._write()
 
     def _write(self) -> None:
-        """Writes what is new, or keeps it for the next time if that fails."""
+        """Writes what is new, or keeps it for the next call if that fails."""
         with self._counting:
             new, self._new = self._new, Counter()
         columns = ("requests", "prompt_tokens", "completion_tokens")
@@ -163,7 +172,7 @@ def _prepare(database: sqlite3.Connection) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version not in (0, _VERSION):
         raise sqlite3.DatabaseError(f"version {version} is not ours")
-    # A killed process leaves a whole file behind, and who reads does not hold up who writes.
+    # With a write-ahead log a killed process leaves a valid file, and readers block no writer.
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     with database:

@@ -22,9 +22,10 @@ import uvicorn
 from serving.access.config import access_of, add_access_flags, service_key_of
 from serving.access.tls import Certificate, ServiceTls, add_certificate_flags, add_service_flags
 from serving.channel import target_of
-from serving.gateway.answering import Limits, StreamAborted
+from serving.gateway.answering import Limits
 from serving.gateway.app import create_app
 from serving.gateway.config import add_book_flags, books_of
+from serving.gateway.event_stream import StreamAborted
 from serving.gateway.http.drain import Drain, DrainingServer
 from serving.gateway.http.failures import refuse_while_draining
 from serving.gateway.http.protocol import Protocol

@@ -1,216 +1,142 @@
-"""One chat or text completion, asked of the model service and answered whole or as a stream.
-
-The status of an answer is decided by the first message of the service, so whatever fails before it
-is a plain HTTP error. After it only the end of the connection is left to tell of a failure: an
-event names the error, and the connection closes without its terminating chunk, which no client
-takes for a complete answer.
+"""The way of a request that the model answers: read, admitted, asked, answered.
 
 A client that drops cancels its call to the service, at every moment of its request.
 """
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
-from serving.errors import ServingError
-from serving.gateway.dialect.chat import response as reply
-from serving.gateway.dialect.chat.request import Extras, read_chat, to_proto
+from serving.accounting.admission import Admission, Lease
+from serving.gateway.dialect import parsing
+from serving.gateway.dialect.chat.request import ChatRequest
+from serving.gateway.dialect.chat.response import chat_completion
+from serving.gateway.dialect.chat.stream import ChatEvents
+from serving.gateway.dialect.chunks import Chunks, Identity
 from serving.gateway.dialect.fields import Parameters
-from serving.gateway.dialect.sse import DONE, ChatEvents, Events, TextEvents
-from serving.gateway.dialect.text.request import read_completion, to_protos
+from serving.gateway.dialect.sse import Events
+from serving.gateway.dialect.text.request import CompletionRequest
+from serving.gateway.dialect.text.response import text_completion
+from serving.gateway.dialect.text.stream import TextEvents
+from serving.gateway.event_stream import DisconnectWatch, EventStream
 from serving.gateway.http import body
-from serving.gateway.http.request_record import Exchange
-from serving.gateway.joined_answers import Chorus
-from serving.gateway.upstream import Answer, ModelService
-from serving.proto import inference_pb2
-
-STREAM_HEADERS = {
-    # Spelt out, for some clients compare it to the letter and a charset would be added otherwise.
-    "content-type": "text/event-stream",
-    "cache-control": "no-cache",
-    # A proxy that gathers events before it passes them on would make a stream pointless.
-    "x-accel-buffering": "no",
-}
-
-
-class StreamAborted(Exception):
-    """Closes a connection in mid-answer; the client has been told why, and the journal will be."""
+from serving.gateway.http.request_record import RequestRecord
+from serving.gateway.joined_answers import RunningAnswer
+from serving.gateway.upstream import ModelService
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the gateway puts up with."""
+    """Limits of the gateway.
+
+    Attributes:
+        heartbeat_seconds: A stream that is silent for so long sends a heartbeat.
+        body_bytes: The longest body of a request.
+        body_seconds: The longest time that a body may take to arrive.
+    """
 
     heartbeat_seconds: float = 15.0
-    """A stream that is silent for so long says that it lives."""
     body_bytes: int = body.LIMIT
-    """That the body of a request may have."""
     body_seconds: float = body.SECONDS
-    """That it may take to arrive."""
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """How one kind of request is answered."""
+class Kind:
+    """A kind of request, and how it is read and answered.
 
-    operation: str  # as OpenTelemetry names it
+    Attributes:
+        operation: Its name in OpenTelemetry's conventions for generative AI.
+        request: The type of its body.
+        whole: Makes the answer at once from all chunks.
+        events: Writes the answer as a stream.
+    """
+
+    operation: str
+    request: type[Parameters]
+    whole: Callable[[Identity, Chunks], BaseModel]
     events: type[Events]
-    whole: Callable[[reply.Identity, reply.Chunks], BaseModel]
 
 
-CHAT = Dialect("chat", ChatEvents, reply.chat_completion)
-TEXT = Dialect("text_completion", TextEvents, reply.text_completion)
+CHAT = Kind("chat", ChatRequest, chat_completion, ChatEvents)
+TEXT = Kind("text_completion", CompletionRequest, text_completion, TextEvents)
 
 
 class Gateway:
-    """What the routes work with: the model service, and the limits they keep."""
+    """Answers requests by the model service.
 
-    def __init__(self, service: ModelService, limits: Limits) -> None:
+    Args:
+        service: The model service.
+        admission: Admits requests within the limits of their callers.
+        limits: Limits of the gateway itself.
+    """
+
+    def __init__(self, service: ModelService, admission: Admission, limits: Limits) -> None:
         self.service = service
+        self._admission = admission
         self._limits = limits
 
-    async def chat(self, request: Request, extras: Extras) -> Response:
-        """Answers a chat request, at once or as a stream."""
-        chat = read_chat(await self._read(request), extras)
-        return await self._answer(request, chat, [to_proto(chat)], CHAT)
+    async def answer(
+        self, request: Request, kind: Kind, unknown: parsing.UnknownFields
+    ) -> Response:
+        """Returns the answer to a request, at once or as a stream.
 
-    async def complete(self, request: Request) -> Response:
-        """Answers a text completion request, at once or as a stream."""
-        completion = read_completion(await self._read(request))
-        return await self._answer(request, completion, to_protos(completion), TEXT)
+        Args:
+            request: A request whose `state.caller` is known.
+            kind: The kind of request that its path is for.
+            unknown: The vendor's rule for fields that its API does not have.
 
-    async def _read(self, request: Request) -> bytes:
-        return await body.read_body(request, self._limits.body_bytes, self._limits.body_seconds)
+        Raises:
+            ServingError: The request is refused, or failed before the first token.
+            ClientDisconnect: The client has gone away.
+        """
+        record = RequestRecord.of(request)
+        content = await body.read_body(request, self._limits.body_bytes, self._limits.body_seconds)
+        asked = parsing.read(content, kind.request, unknown)
+        model = (await self.service.model()).name
+        lease = self._admission.admit(request.state.caller.name)
+        answer = self.service.ask(asked.protos(), record, kind.operation, asked.model, model)
+        return await self._send(request, kind, asked, Identity.new(model, record.id), answer, lease)
 
-    async def _answer(
+    async def _send(
         self,
         request: Request,
+        kind: Kind,
         asked: Parameters,
-        messages: Sequence[inference_pb2.GenerateRequest],
-        dialect: Dialect,
+        identity: Identity,
+        answer: RunningAnswer,
+        lease: Lease,
     ) -> Response:
-        exchange = Exchange.of(request)
-        model = (await self.service.model()).name
-        identity = reply.Identity.new(model, exchange.id)
-        answers: list[Answer] = []
-        try:
-            for message in messages:
-                answers.append(
-                    exchange.ask(
-                        self.service,
-                        message,
-                        operation=dialect.operation,
-                        asked=asked.model,
-                        model=model,
-                    )
+        """Returns the response that reads the answer, and settles the lease when it has ended."""
+        watch = DisconnectWatch(request, answer)
+
+        def end() -> None:
+            watch.end()
+            has_begun = any(tokens.first_at is not None for tokens in answer.tokens)
+            if has_begun or watch.client_disconnected:
+                lease.settle(
+                    sum(tokens.prompt_tokens for tokens in answer.tokens),
+                    sum(tokens.completion_tokens for tokens in answer.tokens),
                 )
-        except BaseException:
-            for one in answers:
-                one.cancel()
-            raise
-        answer = answers[0] if len(answers) == 1 else Chorus(answers, asked.choices)
-        watch = Watch(request, answer)
+
         try:
             chunks = await answer.read_all()
-            if asked.stream and not watch.has_seen_the_client_go:
-                events = dialect.events(identity, asked.include_usage)
-                opening = events.opening(asked.choices * len(answers)) + events.of(chunks)
+            if asked.stream and not watch.client_disconnected:
+                events = kind.events(identity, asked.include_usage)
+                opening = events.opening(asked.choices * len(answer.tokens)) + events.write(chunks)
                 seconds = self._limits.heartbeat_seconds
-                return EventStream(identity, events, answer, watch, opening, seconds)
+                return EventStream(events, answer, opening, seconds, watch, end)
             while more := await answer.read_all():
                 chunks += more
         except BaseException:
-            watch.end()
-            if watch.has_seen_the_client_go:
+            end()
+            if watch.client_disconnected:
                 raise ClientDisconnect from None
             raise
-        watch.end()
-        if watch.has_seen_the_client_go:
+        end()
+        if watch.client_disconnected:
             raise ClientDisconnect
-        return JSONResponse(dialect.whole(identity, chunks).model_dump())
-
-
-class Watch:
-    """Waits for the client to go, and then gives up the answer that it waited for.
-
-    The body of the request must have been read: the next that can come is the end of the client.
-    """
-
-    def __init__(self, request: Request, answer: Answer | Chorus) -> None:
-        self.has_seen_the_client_go = False
-        self._answer = answer
-        self._watching = asyncio.create_task(self._watch(request.receive))
-
-    def end(self) -> None:
-        """No more watching; and what the answer holds in the service is free."""
-        self._watching.cancel()
-        self._answer.cancel()
-
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.has_seen_the_client_go = True
-        self._answer.cancel()
-
-
-class EventStream(Response):
-    """A stream of events that gives up its answer when it ends, in whatever way it ends.
-
-    All that has arrived is sent at once, so that the work for a token falls as the load grows.
-    """
-
-    def __init__(
-        self,
-        identity: reply.Identity,
-        events: Events,
-        answer: Answer | Chorus,
-        watch: Watch,
-        opening: bytes,
-        heartbeat_seconds: float,
-    ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers(STREAM_HEADERS)
-        self._identity = identity
-        self._events = events
-        self._answer = answer
-        self._watch = watch
-        self._opening = opening
-        self._heartbeat_seconds = heartbeat_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            start = {"type": "http.response.start", "status": self.status_code}
-            await send(start | {"headers": self.raw_headers})
-            await self._send(send, self._opening)
-            await self._send_answer(send)
-        finally:
-            self._watch.end()
-
-    async def _send_answer(self, send: Send) -> None:
-        answer, events = self._answer, self._events
-        try:
-            while True:
-                while not await answer.has_news(self._heartbeat_seconds):
-                    await self._send(send, events.heartbeat())
-                if not (chunks := await answer.read_all()):
-                    break
-                if written := events.of(chunks):
-                    await self._send(send, written)
-        except ServingError as error:
-            if self._watch.has_seen_the_client_go:
-                return
-            await self._send(send, events.failure(error))
-            raise StreamAborted(self._identity.id) from error
-        if not self._watch.has_seen_the_client_go:
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
-
-    @staticmethod
-    async def _send(send: Send, written: bytes) -> None:
-        await send({"type": "http.response.body", "body": written, "more_body": True})
+        return JSONResponse(kind.whole(identity, chunks).model_dump())

@@ -1,8 +1,8 @@
 """The gateway: the HTTP endpoint that clients of Azure's and OpenAI's chat API already speak.
 
-It holds a stub of the model service and nothing else. A request is let in (auth), read (schema),
-asked of the service (upstream, chat) and answered (reply, events); what fails on the way is told in
-one shape (failures). The journal tells of it when it is over.
+It holds a stub of the model service and nothing else. A request is let in (auth.py), then read,
+admitted, asked of the service and answered (answering.py). Every failure on the way has one shape
+(http/failures.py), and every request ends in the access log (http/access_log.py).
 """
 
 import time
@@ -15,10 +15,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serving.access.credentials import Access
 from serving.access.tls import ServiceTls
+from serving.accounting.admission import Admission
 from serving.channel import options_for
 from serving.gateway.answering import Gateway, Limits
 from serving.gateway.config import Books
-from serving.gateway.http.access_log import Journal
+from serving.gateway.http.access_log import AccessLog
 from serving.gateway.http.failures import answer_failures
 from serving.gateway.openapi import document, page
 from serving.gateway.routes import add_routes
@@ -57,7 +58,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             async with open_channel(target, service_tls) as channel:
-                app.state.gateway = Gateway(ModelService(channel, service_key), limits)
+                service = ModelService(channel, service_key, target)
+                app.state.gateway = Gateway(service, Admission(books.accounts), limits)
                 yield
         finally:
             books.close()
@@ -73,7 +75,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.access = access
-    app.state.books = books
+    app.state.accounts = books.accounts
     app.state.model_type = model_type
     app.state.created = int(time.time())
     app.state.document = document()
@@ -88,7 +90,9 @@ def create_app(
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(Journal, books=books, target=target)
+    app.add_middleware(
+        AccessLog, metrics=books.metrics, traces=books.traces, log_prompts=books.log_prompts
+    )
     return app
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from serving.accounting.accounts import Accounts
 from serving.accounting.ledger import IN_MEMORY, UsageLedger
-from serving.accounting.rate_limits import Rates
+from serving.accounting.rate_limits import RateLimits
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.observe.logs import FORMATS
 from serving.observe.tracing import Traces
@@ -57,7 +57,7 @@ def books_of(options: argparse.Namespace) -> Books:
 
     Raises ValueError where that cannot be had.
     """
-    rates = Rates(options.max_requests_per_minute, options.max_tokens_per_minute)
+    rates = RateLimits(options.max_requests_per_minute, options.max_tokens_per_minute)
     traces = Traces.exported(options.otlp_endpoint, "gateway")
     metrics = GatewayMetrics()
     if options.metrics_port is not None:

@@ -1,41 +1,80 @@
-"""Several answers as one: a text completion may have several prompts, each a call of its own."""
+"""Several answers read as one: each prompt of a text completion is a call of its own."""
 
 import asyncio
 from collections.abc import Sequence
+from typing import Protocol
 
-from serving.gateway.upstream import Answer
+from serving.accounting.answer_tokens import AnswerTokens
 from serving.proto import inference_pb2
 
 # Chunks that wait for a slow reader. More of them wait in the answers.
-_WAITING = 64
+_MAX_WAITING = 64
 
 
-class Chorus:
-    """Is read as an Answer is. Choice i of answer a is choice a * choices + i of the whole."""
+class RunningAnswer(Protocol):
+    """An answer of the model service that is under way: one call, or several joined."""
 
-    def __init__(self, answers: Sequence[Answer], choices: int) -> None:
+    @property
+    def tokens(self) -> Sequence[AnswerTokens]:
+        """The counts of each call, which grow while it runs."""
+
+    async def has_news(self, seconds: float | None = None) -> bool:
+        """Waits until a read will return at once; returns False if `seconds` pass before."""
+
+    async def read_all(self) -> list[inference_pb2.GenerateChunk]:
+        """Returns the chunks that have arrived, at least one; [] after the last one.
+
+        Raises:
+            ServingError: The error that ended the answer.
+        """
+
+    def cancel(self) -> None:
+        """Frees everything that the answer holds in the service. May be called again."""
+
+
+class JoinedAnswers:
+    """Joins several answers into one RunningAnswer.
+
+    Choice i of answer a is choice a * choices + i of the whole. The usage of all answers goes with
+    the last chunk of the last one.
+
+    Args:
+        answers: The answers, in the order of their prompts.
+        choices: The number of choices that each of them has.
+    """
+
+    def __init__(self, answers: Sequence[RunningAnswer], choices: int) -> None:
         self._answers = answers
         self._usage = inference_pb2.Usage()
-        self._arrived: asyncio.Queue[inference_pb2.GenerateChunk] = asyncio.Queue(_WAITING)
+        self._arrived: asyncio.Queue[inference_pb2.GenerateChunk] = asyncio.Queue(_MAX_WAITING)
         self._failure: Exception | None = None
-        self._singing = self._without_usage = len(answers)
+        self._running = self._without_usage = len(answers)
         self._news = asyncio.Event()
         self._tasks = [
             asyncio.create_task(self._follow(answer, place * choices))
             for place, answer in enumerate(answers)
         ]
 
-    async def has_news(self, patience: float | None = None) -> bool:
-        """Waits until a read will return at once: True, or False after `patience` seconds."""
+    @property
+    def tokens(self) -> Sequence[AnswerTokens]:
+        """The counts of each call, in the order of the prompts."""
+        return [tokens for answer in self._answers for tokens in answer.tokens]
+
+    async def has_news(self, seconds: float | None = None) -> bool:
+        """Waits until a read will return at once; returns False if `seconds` pass before."""
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(seconds):
                 await self._news.wait()
         except TimeoutError:
             return False
         return True
 
     async def read_all(self) -> list[inference_pb2.GenerateChunk]:
-        """What has arrived, at least one chunk; [] after the last; raises what ended an answer."""
+        """Returns the chunks that have arrived, at least one; [] after the last one.
+
+        Raises:
+            ServingError: The error that ended the first answer to fail.
+        """
         chunks: list[inference_pb2.GenerateChunk] = []
         while not chunks:
             await self._news.wait()
@@ -43,34 +82,35 @@ class Chorus:
                 chunks.append(self._arrived.get_nowait())
             if not chunks and self._failure is not None:
                 raise self._failure
-            if not self._singing or self._failure is not None:
+            if not self._running or self._failure is not None:
                 break
-            self._news.clear()  # one of the answers may have ended: that alone is no end
+            self._news.clear()  # the end of one answer is no end of the whole
         return chunks
 
     def cancel(self) -> None:
-        """Frees all that the answers hold in the service."""
+        """Frees everything that the answers hold in the service."""
         for task in self._tasks:
             task.cancel()
         for answer in self._answers:
             answer.cancel()
 
-    async def _follow(self, answer: Answer, first_choice: int) -> None:
+    async def _follow(self, answer: RunningAnswer, first_choice: int) -> None:
+        """Passes an answer's chunks on, with the numbers that its choices have in the whole."""
         try:
             while chunks := await answer.read_all():
                 for chunk in chunks:
                     chunk.choice += first_choice
-                    self._add_up(chunk)
+                    self._sum_usage(chunk)
                     await self._arrived.put(chunk)
                     self._news.set()
         except Exception as error:
             self._failure = self._failure or error
         finally:
-            self._singing -= 1
+            self._running -= 1
             self._news.set()
 
-    def _add_up(self, chunk: inference_pb2.GenerateChunk) -> None:
-        """The usage of all answers goes with the last chunk of the last one."""
+    def _sum_usage(self, chunk: inference_pb2.GenerateChunk) -> None:
+        """Moves the usage of all answers to the last chunk of the last one."""
         if not chunk.HasField("usage"):
             return
         self._without_usage -= 1

@@ -1,4 +1,4 @@
-"""What the gateway offers, as an OpenAPI document, and as a page that needs nothing from elsewhere.
+"""The OpenAPI document of the gateway, and a page of it that needs nothing from elsewhere.
 
 The routes read bodies themselves, so the document is made here from the types that they read and
 write.
@@ -12,9 +12,13 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serving.gateway.dialect import response_types as wire
 from serving.gateway.dialect.chat.request import ChatRequest
+from serving.gateway.dialect.chat.response import ChatCompletion
+from serving.gateway.dialect.chat.stream import ChatCompletionChunk
+from serving.gateway.dialect.error_body import ErrorBody
+from serving.gateway.dialect.models import ModelCard, ModelInfo, ModelList
 from serving.gateway.dialect.text.request import CompletionRequest
+from serving.gateway.dialect.text.response import TextCompletion
 from serving.gateway.routes import (
     AZURE_PREFIXES,
     EMBEDDINGS,
@@ -22,6 +26,7 @@ from serving.gateway.routes import (
     MODEL_PATHS,
     OPENAI_PREFIXES,
     PREFIXES,
+    Status,
 )
 from serving.gateway.usage_route import UsageReport
 
@@ -51,7 +56,7 @@ _RETRIED = (429, 503)
 
 
 def document() -> Schema:
-    """The OpenAPI document."""
+    """Returns the OpenAPI document."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -72,34 +77,34 @@ def document() -> Schema:
 
 
 def page(document: Schema) -> str:
-    """The document as HTML."""
-    parts = [
+    """Returns the document as HTML."""
+    lines = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>mixtral-jax</title><style>"
         "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
         "td{vertical-align:top;padding:.2em 1em .2em 0;border-top:1px solid #ccc}"
         "code{white-space:nowrap}</style>",
         f"<h1>mixtral-jax {html.escape(document['info']['version'])}</h1>",
-        *(f"<p>{html.escape(each)}" for each in document["info"]["description"].split("\n\n")),
+        *(f"<p>{html.escape(text)}" for text in document["info"]["description"].split("\n\n")),
         "<p>The same for programs: <a href=/openapi.json>/openapi.json</a><h2>Routes</h2><table>",
     ]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            parts.append(
+            lines.append(
                 f"<tr><td><code>{method.upper()} {html.escape(path)}</code>"
                 f"<td>{html.escape(operation['summary'])}"
             )
-    parts.append("</table>")
+    lines.append("</table>")
     for name, schema in document["components"]["schemas"].items():
-        parts.append(f"<h2 id={name}>{name}</h2><p>{html.escape(schema.get('description', ''))}")
-        parts.append("<table>")
+        lines.append(f"<h2 id={name}>{name}</h2><p>{html.escape(schema.get('description', ''))}")
+        lines.append("<table>")
         for field, value in schema.get("properties", {}).items():
             needed = " (required)" if field in schema.get("required", ()) else ""
-            parts.append(
+            lines.append(
                 f"<tr><td><code>{html.escape(field)}</code>{needed}<td>{_type_of(value)}"
                 f"<td>{html.escape(value.get('description', ''))}"
             )
-        parts.append("</table>")
-    return "".join(parts)
+        lines.append("</table>")
+    return "".join(lines)
 
 
 def _type_of(schema: Schema) -> str:
@@ -121,22 +126,22 @@ def _type_of(schema: Schema) -> str:
 def _schemas() -> Schema:
     read: list[type[BaseModel]] = [ChatRequest, CompletionRequest]
     written: list[type[BaseModel]] = [
-        wire.ChatCompletion,
-        wire.ChatCompletionChunk,
-        wire.TextCompletion,
-        wire.ModelInfo,
-        wire.ModelCard,
-        wire.ModelList,
-        wire.ErrorBody,
-        wire.Status,
+        ChatCompletion,
+        ChatCompletionChunk,
+        TextCompletion,
+        ModelInfo,
+        ModelCard,
+        ModelList,
+        ErrorBody,
+        Status,
         UsageReport,
     ]
     modes: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
-        *((each, "validation") for each in read),
-        *((each, "serialization") for each in written),
+        *((kind, "validation") for kind in read),
+        *((kind, "serialization") for kind in written),
     ]
-    _, found = models_json_schema(modes, ref_template="#/components/schemas/{model}")
-    schemas: Schema = found["$defs"]
+    _, generated = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+    schemas: Schema = generated["$defs"]
     return schemas
 
 
@@ -200,8 +205,8 @@ def _models() -> Schema:
     paths["/usage"]["get"]["responses"] |= _failures(422)
     for path in MODEL_PATHS:
         paths[path] = _get(path, "The models that are served: one.", "ModelList")
-        one = f"{path}/{{model_id}}"
-        paths[one] = _get(one, "The model of this name.", "ModelCard")
+        card = f"{path}/{{model_id}}"
+        paths[card] = _get(card, "The model of this name.", "ModelCard")
     return paths
 
 

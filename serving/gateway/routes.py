@@ -1,20 +1,20 @@
-"""The routes: which path is answered by what. `openapi` describes them; a test compares the two.
+"""The routes: the path of each operation. `openapi` describes them; a test compares the two.
 
-The same is offered under the paths of several APIs, for clients append theirs to whatever address
-they are given. Azure's own paths are strict about parameters that its API does not list, as Azure
-is; the others take what their clients send.
+The same operations are offered under the paths of several APIs, because clients append their paths
+to whatever address they are given. Azure's own paths are strict about parameters that its API does
+not list, as Azure is; the others ignore them.
 """
-
-import re
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from serving.errors import InvalidRequest, NotFound
-from serving.gateway.answering import Gateway
+from serving.errors import NotFound
+from serving.gateway.answering import CHAT, TEXT, Gateway
 from serving.gateway.auth import require
-from serving.gateway.dialect.chat import response as reply
-from serving.gateway.dialect.chat.request import Extras
+from serving.gateway.dialect import models
+from serving.gateway.dialect.azure import ExtraParameters, check_api_version
+from serving.gateway.dialect.fields import Described
+from serving.gateway.dialect.openai import ignore_unknown
 from serving.gateway.usage_route import report_usage
 
 AZURE_PREFIXES = ("", "/models")
@@ -25,16 +25,21 @@ MODEL_PATHS = ("/v1/models", "/openai/v1/models", "/openai/models", "/models")
 INFO_PATHS = ("/info", "/models/info")
 EMBEDDINGS = ("/embeddings", "/images/embeddings")
 
-# Azure's versions are dates; its newest clients say "preview" or "latest".
-_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(-preview)?|preview|latest")
+
+class Status(Described):
+    """The answer of a health check."""
+
+    status: str
+    """`live` or `ready`."""
 
 
 def add_routes(app: FastAPI) -> None:
-    """Has the application answer all of them.
+    """Adds all routes to the application.
 
-    Its state holds `gateway`, `access`, `model_type`, `created`, `document` and `page`.
+    Its state must hold `gateway`, `access`, `accounts`, `model_type`, `created`, `document` and
+    `page`.
     """
-    guarded = [Depends(_let_in)]
+    guarded = [Depends(_check)]
     for prefix in AZURE_PREFIXES:
         path = f"{prefix}/chat/completions"
         app.add_api_route(path, azure_chat, methods=["POST"], dependencies=guarded)
@@ -52,9 +57,9 @@ def add_routes(app: FastAPI) -> None:
     for path in INFO_PATHS:
         app.add_api_route(path, info, methods=reading, dependencies=guarded)
     for path in MODEL_PATHS:
-        app.add_api_route(path, models, methods=reading, dependencies=guarded)
-        one = f"{path}/{{model_id:path}}"  # a name may hold slashes
-        app.add_api_route(one, model_card, methods=reading, dependencies=guarded)
+        app.add_api_route(path, list_models, methods=reading, dependencies=guarded)
+        card = f"{path}/{{model_id:path}}"  # a name may hold slashes
+        app.add_api_route(card, get_model, methods=reading, dependencies=guarded)
     app.add_api_route("/usage", report_usage, methods=reading, dependencies=guarded)
     app.add_api_route("/health/live", live, methods=reading)
     app.add_api_route("/health/ready", ready, methods=reading)
@@ -63,25 +68,26 @@ def add_routes(app: FastAPI) -> None:
 
 
 async def azure_chat(request: Request) -> Response:
-    """A chat on Azure's paths."""
+    """Answers a chat on Azure's paths."""
     headers = request.headers
-    # The shorter name is the one in Microsoft's own sample for JavaScript.
-    policy = headers.get("extra-parameters") or headers.get("extra-params")
-    return await _gateway(request).chat(request, Extras.from_header(policy))
+    # The shorter name stands in Microsoft's own sample for JavaScript.
+    header = headers.get("extra-parameters") or headers.get("extra-params")
+    extra = ExtraParameters.from_header(header)
+    return await _gateway(request).answer(request, CHAT, extra.apply)
 
 
 async def openai_chat(request: Request) -> Response:
-    """A chat on the paths of OpenAI's and Mistral's clients, which send what they like."""
-    return await _gateway(request).chat(request, Extras.LENIENT)
+    """Answers a chat on the paths of OpenAI's and Mistral's clients."""
+    return await _gateway(request).answer(request, CHAT, ignore_unknown)
 
 
 async def completions(request: Request) -> Response:
-    """A text completion."""
-    return await _gateway(request).complete(request)
+    """Answers a text completion."""
+    return await _gateway(request).answer(request, TEXT, ignore_unknown)
 
 
 async def embeddings(request: Request) -> Response:
-    """What a chat model cannot do, in Azure's words."""
+    """Refuses, in Azure's words, because a chat model makes no embeddings."""
     raise NotFound(
         f"Modality not supported by the model: {request.url.path[:200]} was not found, for this "
         "endpoint serves a chat model; send chats to POST /chat/completions"
@@ -89,53 +95,50 @@ async def embeddings(request: Request) -> Response:
 
 
 async def info(request: Request) -> Response:
-    """Which model is served, as Azure's clients ask."""
+    """Returns the served model as Azure's clients ask for it."""
     model = await _gateway(request).service.model()
-    return JSONResponse(reply.model_info(model, request.app.state.model_type).model_dump())
+    return JSONResponse(models.model_info(model, request.app.state.model_type).model_dump())
 
 
-async def models(request: Request) -> Response:
-    """Which model is served, as OpenAI's and Mistral's clients ask."""
-    card = reply.model_card(await _gateway(request).service.model(), request.app.state.created)
+async def list_models(request: Request) -> Response:
+    """Returns the list of served models, which has one entry."""
+    card = models.model_card(await _gateway(request).service.model(), request.app.state.created)
     return JSONResponse({"object": "list", "data": [card.model_dump()]})
 
 
-async def model_card(request: Request) -> Response:
-    """One model of the list, which has one."""
-    card = reply.model_card(await _gateway(request).service.model(), request.app.state.created)
+async def get_model(request: Request) -> Response:
+    """Returns a model of the list by its name; raises NotFound for every other name."""
+    card = models.model_card(await _gateway(request).service.model(), request.app.state.created)
     if (asked := request.path_params["model_id"]) != card.id:
         raise NotFound(f"the model '{asked[:200]}' was not found; this endpoint serves '{card.id}'")
     return JSONResponse(card.model_dump())
 
 
 async def live() -> Response:
-    """200 for as long as the process lives."""
-    return JSONResponse({"status": "live"})
+    """Returns 200 for as long as the process lives."""
+    return JSONResponse(Status(status="live").model_dump())
 
 
 async def ready(request: Request) -> Response:
-    """200 if the model service serves, 503 until then."""
+    """Returns 200 if the model service serves; raises Unavailable if it does not."""
     await _gateway(request).service.check_ready()
-    return JSONResponse({"status": "ready"})
+    return JSONResponse(Status(status="ready").model_dump())
 
 
 async def openapi(request: Request) -> Response:
-    """What is offered, for programs."""
+    """Returns the OpenAPI document."""
     return JSONResponse(request.app.state.document)
 
 
 async def docs(request: Request) -> Response:
-    """What is offered, for people."""
+    """Returns the document as a page for people."""
     return HTMLResponse(request.app.state.page)
 
 
-async def _let_in(request: Request) -> None:
+async def _check(request: Request) -> None:
+    """Lets the caller in, then checks the version in the query."""
     await require(request)
-    version = request.query_params.get("api-version")
-    if version is not None and not _VERSION.fullmatch(version):
-        raise InvalidRequest(
-            f"api-version is '{version[:40]}'; leave it out, or give a date like 2024-05-01-preview"
-        )
+    check_api_version(request.query_params.get("api-version"))
 
 
 def _gateway(request: Request) -> Gateway:

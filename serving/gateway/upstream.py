@@ -2,9 +2,9 @@
 
 Behind the channel there may be any number of replicas (serving/channel.py).
 
-A failed call becomes an error of serving/errors.py. What the service said on purpose (it then names
-the error in `mixtral-error`) is passed on; what gRPC says about addresses and sockets is for the
-operator's log and never reaches a client.
+A failed call becomes an error of serving/errors.py. An error that the service itself has named, in
+the metadata `mixtral-error`, is passed on. Texts of gRPC about addresses and sockets are for the
+operator's log, and never reach a client.
 """
 
 import asyncio
@@ -17,17 +17,22 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serving.accounting.answer_tokens import Tally
+from serving.accounting.answer_tokens import AnswerTokens
 from serving.errors import ERROR_METADATA, EngineFailure, ServingError, Unavailable, from_grpc
+from serving.gateway.http.request_record import ModelCall, RequestRecord
+from serving.gateway.joined_answers import JoinedAnswers, RunningAnswer
+from serving.observe.tracing import CLIENT
 from serving.proto import inference_pb2, inference_pb2_grpc
 
 # Seconds for calls that the service answers from memory.
 SHORT_CALL_SECONDS = 3.0
 # Chunks that are kept of an answer whose reader is slow. More of them wait in the service.
 READ_AHEAD = 64
+# Characters of a model's name in a span; clients ask for any name.
+_MAX_NAME_LENGTH = 200
 
-# Said by gRPC itself, these mean that no willing model service is there, for the moment.
-_NOT_THERE = {
+# Statuses without a name of ours: gRPC has found no willing model service for the moment.
+_UNREACHABLE = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
@@ -39,16 +44,23 @@ logger = logging.getLogger(__name__)
 
 
 class ModelService:
-    """The calls that the gateway makes, each with the gateway's key. Lives as long as `channel`."""
+    """Calls the model service with the gateway's key.
 
-    def __init__(self, channel: grpc.aio.Channel, key: str) -> None:
+    Args:
+        channel: An open channel to the service or its replicas.
+        key: The key that the service is shown.
+        target: The service as gRPC names it, for spans.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, key: str, target: str = "") -> None:
         self._inference = inference_pb2_grpc.InferenceStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._model: inference_pb2.ModelInfo | None = None
+        self._server = _server_attributes(target)
 
     async def model(self) -> inference_pb2.ModelInfo:
-        """Which model is served; asked once, then remembered."""
+        """Returns the served model; asked for once, then remembered. Raises ServingError."""
         if self._model is None:
             try:
                 self._model = await self._inference.GetModelInfo(
@@ -73,43 +85,88 @@ class ModelService:
         if answer.status != health_pb2.HealthCheckResponse.SERVING:
             raise Unavailable("the model service is not ready; try again shortly")
 
+    def ask(
+        self,
+        requests: Sequence[inference_pb2.GenerateRequest],
+        record: RequestRecord,
+        operation: str,
+        asked_model: str | None,
+        model: str,
+    ) -> RunningAnswer:
+        """Asks the service, a call for each prompt, and writes the calls into the record.
+
+        Args:
+            requests: The calls; their answers are joined in this order.
+            record: The record of the HTTP request, whose id and trace go with the calls.
+            operation: "chat" or "text_completion", as OpenTelemetry names them.
+            asked_model: The model that the client asked for.
+            model: The served name.
+
+        Returns:
+            The answer, which the caller must `cancel()` in the end, however it ends.
+        """
+        asked_model = (asked_model or model)[:_MAX_NAME_LENGTH]
+        answers: list[Answer] = []
+        try:
+            for request in requests:
+                span = record.span.child(f"{operation} {asked_model}", kind=CLIENT)
+                if span.is_recording:
+                    span.set(self._server | _attributes(operation, asked_model, request))
+                answer = self.generate(request, (("x-request-id", record.id), *span.carrier()))
+                answers.append(answer)
+                (tokens,) = answer.tokens
+                if record.keeps_texts:
+                    tokens.texts = {}
+                record.calls.append(ModelCall(model, request, tokens, span))
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return answers[0] if len(answers) == 1 else JoinedAnswers(answers, requests[0].n or 1)
+
     def generate(
         self,
         request: inference_pb2.GenerateRequest,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> "Answer":
-        """Starts an answer. The caller must `cancel()` it in the end, however it ends.
+        """Starts an answer, which the caller must `cancel()` in the end, however it ends.
 
-        `metadata` goes with the call beside the gateway's key, such as a request's id and trace.
+        Args:
+            request: The call.
+            metadata: Goes with the call beside the gateway's key, such as a request's id and trace.
         """
         return Answer(self._inference.Generate(request, metadata=(*self._metadata, *metadata)))
 
 
 class Answer:
-    """One running Generate call, read by a task of its own as fast as its reader takes it."""
+    """A running Generate call, read by a task of its own up to READ_AHEAD chunks ahead.
+
+    Args:
+        call: The call of gRPC's stub.
+    """
 
     def __init__(self, call: Any) -> None:
-        self.tally = Tally()
+        self.tokens = (AnswerTokens(),)
         self._call = call
         self._arrived: deque[inference_pb2.GenerateChunk] = deque()
         self._has_ended = False
         self._failure: ServingError | None = None  # that ended it
         self._news = asyncio.Event()
         self._room = asyncio.Event()
-        # Cancelling a read cancels the call, so that it must not be one of who waits with patience.
+        # Cancelling gRPC's read cancels the call, so that no wait with a timeout may contain it.
         self._reading = asyncio.create_task(self._read_ahead())
 
-    async def has_news(self, patience: float | None = None) -> bool:
-        """Waits until a read will return at once: True, or False after `patience` seconds."""
+    async def has_news(self, seconds: float | None = None) -> bool:
+        """Waits until a read will return at once; returns False if `seconds` pass before."""
         if not (self._arrived or self._has_ended):
             self._news.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(seconds):
                     await self._news.wait()
         return bool(self._arrived) or self._has_ended
 
     async def read(self) -> inference_pb2.GenerateChunk | None:
-        """The next chunk, None after the last one; raises the ServingError that ended the call."""
+        """Returns the next chunk, None after the last; raises the ServingError that ended it."""
         await self.has_news()
         if self._arrived:
             self._room.set()
@@ -119,7 +176,11 @@ class Answer:
         return None
 
     async def read_all(self) -> list[inference_pb2.GenerateChunk]:
-        """What has arrived, at least one chunk; [] after the last one; raises as `read`."""
+        """Returns the chunks that have arrived, at least one; [] after the last one.
+
+        Raises:
+            ServingError: The error that ended the call.
+        """
         first = await self.read()
         if first is None:
             return []
@@ -128,7 +189,7 @@ class Answer:
         return chunks
 
     def cancel(self) -> None:
-        """Frees all that the answer holds in the service; nothing happens if it has ended."""
+        """Frees everything that the answer holds in the service. May be called again."""
         self._reading.cancel()
         self._call.cancel()
 
@@ -136,8 +197,8 @@ class Answer:
         is_whole = False
         try:
             while isinstance(chunk := await self._call.read(), inference_pb2.GenerateChunk):
-                self.tally.add(chunk)
-                is_whole = chunk.HasField("usage")  # so the last chunk of all choices is known
+                self.tokens[0].add(chunk)
+                is_whole = chunk.HasField("usage")  # only the last chunk of all choices has it
                 self._arrived.append(chunk)
                 self._news.set()
                 while len(self._arrived) >= READ_AHEAD:
@@ -158,17 +219,59 @@ class Answer:
             self._news.set()
 
 
+def _server_attributes(target: str) -> dict[str, str | int]:
+    """Returns the attributes of a span that name the server, by gRPC's name of it."""
+    address, _, port = target.rpartition(":")
+    if port.isdecimal() and "," not in target:
+        return {"server.address": address, "server.port": int(port)}
+    return {"server.address": target}
+
+
+def _attributes(
+    operation: str, asked_model: str, message: inference_pb2.GenerateRequest
+) -> dict[str, str | int | float | bool | Sequence[str]]:
+    """Returns a span's attributes, by OpenTelemetry's conventions for generative AI.
+
+    Stop texts are left out, because no text of a request is in a span.
+
+    https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
+    """
+    attributes: dict[str, str | int | float | bool | Sequence[str]] = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "mixtral_jax",
+        "gen_ai.output.type": "text",
+        "gen_ai.request.model": asked_model,
+    }
+    if message.HasField("max_tokens"):
+        attributes["gen_ai.request.max_tokens"] = message.max_tokens
+    if message.n > 1:
+        attributes["gen_ai.request.choice.count"] = message.n
+    sampling = message.sampling
+    for name in ("temperature", "top_p", "seed"):
+        if sampling.HasField(name):
+            attributes[f"gen_ai.request.{name}"] = _short(getattr(sampling, name))
+    for name in ("top_k", "presence_penalty", "frequency_penalty"):
+        if value := getattr(sampling, name):
+            attributes[f"gen_ai.request.{name}"] = _short(value)
+    return attributes
+
+
+def _short(value: float) -> float:
+    """Returns a float32 as the client wrote it: 0.7, where the proto has 0.699999988."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
 def _error_of(failure: grpc.aio.AioRpcError) -> ServingError:
     code = failure.code()
     trailing: Any = failure.trailing_metadata() or ()  # pairs, which the stubs do not know
     name = next((str(value) for key, value in trailing if key == ERROR_METADATA), None)
     if code == grpc.StatusCode.UNAUTHENTICATED:
-        # The client's key was right, or it would not have come so far: this is the operator's.
+        # The client's key was right, or the request would not have come so far.
         logger.error("the model service refuses the gateway's key: give both the same one")
         return Unavailable("the model service is not available to this gateway")
     if name is not None:
         return from_grpc(code.name, name, failure.details() or "")
     logger.warning("call of the model service failed: %s: %s", code.name, failure.details())
-    if code in _NOT_THERE:
+    if code in _UNREACHABLE:
         return Unavailable("the model service cannot be reached; try again shortly")
     return from_grpc(code.name, None, "the model service failed; its log says why")

@@ -1,4 +1,4 @@
-"""GET /usage: what the caller has used, by day."""
+"""GET /usage: the tokens that the caller has used, by day."""
 
 from typing import Annotated, Literal
 
@@ -6,20 +6,20 @@ from fastapi import Query, Request
 from pydantic import BaseModel
 
 from serving.access.keyring import DEFAULT
+from serving.accounting.accounts import Accounts
 from serving.errors import Forbidden
-from serving.gateway.config import Books
-from serving.gateway.http.request_record import Exchange
+from serving.gateway.http.request_record import RequestRecord
 
 
 class UsageOfDay(BaseModel):
-    """What one caller used on one day."""
+    """The use of one caller on one day."""
 
     caller: str
-    """The name of its key."""
+    """The name of the caller's key."""
     day: str
     """In UTC, such as 2026-11-22."""
     requests: int
-    """That were answered, also in part."""
+    """Requests that were answered, also those answered in part."""
     prompt_tokens: int
     """Tokens of rendered prompts."""
     completion_tokens: int
@@ -32,21 +32,25 @@ class UsageReport(BaseModel):
     object: Literal["list"] = "list"
     """Always `list`."""
     data: list[UsageOfDay]
-    """By caller and day."""
+    """The use by caller and day."""
 
 
 async def report_usage(
     request: Request,
     everybody: Annotated[
-        bool, Query(alias="all", description="Of every caller; for the operator's own key.")
+        bool, Query(alias="all", description="The use of every caller; for the operator's own key.")
     ] = False,
 ) -> UsageReport:
-    """What the caller has used, by day."""
-    books: Books = request.app.state.books
-    caller = Exchange.of(request).caller
+    """Returns what the caller has used, by day.
+
+    Raises:
+        Forbidden: `all` is asked for with another key than the operator's.
+    """
+    accounts: Accounts = request.app.state.accounts
+    caller = RequestRecord.of(request).caller
     if everybody and caller != DEFAULT:
         raise Forbidden("the usage of everybody is for the operator's own key; leave out 'all'")
-    rows = await books.accounts.report(None if everybody else caller)
+    rows = await accounts.report(None if everybody else caller)
     return UsageReport(
         data=[
             UsageOfDay(

@@ -88,8 +88,6 @@ STARTS_WITHOUT_JAX = [
 TO_BE_SPLIT: set[tuple[str, str]] = {
     ("mixtral_jax.kernels.gpu.attention", "mixtral_jax.model.layers"),
     ("mixtral_jax.kernels.tpu.attention", "mixtral_jax.model.layers"),
-    ("serving.gateway.http.access_log", "serving.gateway.config"),
-    ("serving.gateway.http.request_record", "serving.gateway.upstream"),
 }
 
 

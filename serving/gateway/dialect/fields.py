@@ -1,8 +1,8 @@
-"""The parameters that every kind of request has, and what they mean in the proto.
+"""The fields that every kind of request has, and what they mean in the proto.
 
 The types take what the clients of Azure, OpenAI and Mistral really send: numbers and booleans as
-strings, null for anything optional. What a parameter asks for and we do not have is refused by
-name (`only`), never dropped in silence.
+strings, null for anything optional. A feature that a field asks for and we do not have is refused
+by name (`only`), never dropped in silence.
 """
 
 from typing import Annotated, Any
@@ -14,17 +14,32 @@ from serving.errors import UnsupportedParameter
 from serving.proto import inference_pb2
 
 # The kind of a problem that is a feature we do not have, rather than a mistake.
-NOT_HAD = UnsupportedParameter.azure_code
+NOT_SUPPORTED = UnsupportedParameter.azure_code
+
+
+class Described(BaseModel):
+    """A type whose attributes' docstrings are their descriptions in the OpenAPI document."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+
+
+def is_none(value: object) -> bool:
+    """Returns whether a value is None, for keys that must then be absent rather than null."""
+    return value is None
 
 
 def only(*harmless: object) -> AfterValidator:
-    """Of a feature we do not have: lets pass None and the values that do not ask for it."""
+    """Returns a check for a feature we do not have, which passes values that do not ask for it.
+
+    Args:
+        harmless: These values, beside None. All others are refused as UnsupportedParameter.
+    """
 
     def check(value: object, info: ValidationInfo) -> object:
         if value is None or value in harmless:
             return value
         raise PydanticCustomError(
-            NOT_HAD,
+            NOT_SUPPORTED,
             "{parameter} is not supported yet with this value; leave it out",
             {"parameter": info.field_name},
         )
@@ -50,22 +65,18 @@ StopTexts = Annotated[
 Never = Annotated[Any, only()]
 
 
-class StreamOptions(BaseModel):
-    """OpenAI's wishes for a stream."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+class StreamOptions(Described):
+    """OpenAI's options of a stream."""
 
     include_usage: bool | None = None
     """Moves the usage from the last chunk into one of its own, without choices."""
 
 
-class Parameters(BaseModel):
-    """What may be asked of an answer, whatever it answers."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+class Parameters(Described):
+    """The fields that a request of any kind may have."""
 
     model: str | None = None
-    """Accepted for the sake of clients; the endpoint serves one model."""
+    """Accepted for the sake of clients; the endpoint serves a single model."""
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     """0 takes the likeliest token. Azure's range ends at 1, OpenAI's at 2."""
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
@@ -81,33 +92,33 @@ class Parameters(BaseModel):
     stream: bool | None = None
     """Whether the answer comes as server-sent events."""
     stream_options: StreamOptions | None = None
-    """OpenAI's wishes for a stream."""
+    """OpenAI's options of a stream."""
     presence_penalty: Penalty | None = None
     """Taken off the logit of a token that the answer holds already."""
     frequency_penalty: Penalty | None = None
-    """Taken off for each time that the answer holds it."""
+    """Taken off the logit of a token for each time that the answer holds it."""
 
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    """Choices to generate; one where absent. The service may allow fewer."""
+    """Choices to generate; 1 where absent. The service may allow fewer."""
     logit_bias: (
         Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)]
         | None
     ) = None
     """Token id to a number added to its logit."""
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
-    """vLLM's: keeps so many of the likeliest tokens; -1 or 0 keeps all."""
+    """vLLM's: the number of likeliest tokens to keep; -1 or 0 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """vLLM's: keeps tokens of at least this part of the likeliest one's probability."""
+    """vLLM's: keeps tokens of at least this share of the likeliest token's probability."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     """vLLM's: divides the positive logits of tokens in prompt and answer."""
     min_tokens: TokenCount | None = None
-    """vLLM's: the model does not end its answer before so many tokens."""
+    """vLLM's: the number of tokens before which the model does not end its answer."""
     ignore_eos: bool | None = None
     """vLLM's: goes on where the model would end its answer."""
     stop_token_ids: list[TokenId] | None = None
     """vLLM's: ids of tokens after which the answer ends."""
     guided_json: Never = None
-    """vLLM's; not for now, as the four that follow."""
+    """vLLM's; not for now, like the four that follow."""
     guided_regex: Never = None
     """vLLM's."""
     guided_choice: Never = None
@@ -119,7 +130,7 @@ class Parameters(BaseModel):
 
     @property
     def choices(self) -> int:
-        """How many answers are asked for."""
+        """The number of choices that are asked for, for each prompt."""
         return self.n or 1
 
     @property
@@ -127,8 +138,12 @@ class Parameters(BaseModel):
         """Whether the usage shall come in a chunk of its own."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def to_proto(self) -> inference_pb2.GenerateRequest:
-        """The request without its prompt; what the client left out stays absent."""
+    def protos(self) -> list[inference_pb2.GenerateRequest]:
+        """Returns the calls of the model service that answer the request, one for each prompt."""
+        raise NotImplementedError
+
+    def without_prompt(self) -> inference_pb2.GenerateRequest:
+        """Returns the call without its prompt; fields that the client left out stay absent."""
         return inference_pb2.GenerateRequest(
             sampling=inference_pb2.SamplingParams(
                 temperature=self.temperature,

@@ -4,45 +4,61 @@ What a refusal shows of the body is bounded, whatever was sent: it names a few p
 shortens the names that the client chose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from serving.errors import InvalidParameter, InvalidRequest, Problem, UnsupportedParameter
-from serving.gateway.dialect.fields import NOT_HAD
+from serving.gateway.dialect.fields import NOT_SUPPORTED
 
-# Problems that one refusal names.
+# The number of problems that one refusal names.
 MAX_PROBLEMS = 10
 # Characters of a name that the client chose.
 _NAME_LENGTH = 100
 
 Request = TypeVar("Request", bound=BaseModel)
+# A vendor's rule for fields that its API does not have: from the fields of the body and the names
+# that the request's type knows to the fields that are to be read, or an error.
+UnknownFields = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
 
-def json_object(body: bytes, required: str) -> dict[str, Any]:
-    """The object that a body holds; raises InvalidRequest for anything else."""
+def read(body: bytes, kind: type[Request], unknown: UnknownFields) -> Request:
+    """Returns the request that the bytes of a body hold.
+
+    Args:
+        body: JSON.
+        kind: The type of the request.
+        unknown: The vendor's rule for fields that it does not have.
+
+    Raises:
+        InvalidRequest: The body is no JSON object, or the vendor's rule refuses it.
+        InvalidParameter: A field is missing, or its value is wrong.
+        UnsupportedParameter: All that is wrong is that it asks for features we do not have.
+    """
     try:
         values = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
+        required = next(name for name, field in kind.model_fields.items() if field.is_required())
         raise InvalidRequest(f"the body must be a JSON object with the key '{required}'")
-    return values
-
-
-def checked(kind: type[Request], values: dict[str, Any]) -> Request:
-    """The request that the values make; raises InvalidParameter or UnsupportedParameter."""
+    values = unknown(values, kind.model_fields)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        raise refusal(found, ("body",)) from error
+        problems = error.errors(include_url=False, include_context=False)
+        raise refusal(problems, ("body",)) from error
 
 
 def forbidden(names: list[str], values: dict[str, Any]) -> InvalidParameter:
-    """The refusal of parameters that the model does not know, in the words of Azure's models."""
+    """Returns the refusal of fields that the model does not know, in the words of Azure's models.
+
+    Args:
+        names: The fields' names.
+        values: The fields of the body.
+    """
     message = "Extra inputs are not permitted"
     return InvalidParameter(
         message,
@@ -54,19 +70,24 @@ def forbidden(names: list[str], values: dict[str, Any]) -> InvalidParameter:
 
 
 def shortened(name: str) -> str:
-    """A name that the client chose, of a length that an answer can hold."""
+    """Returns a name that the client chose, cut to a length that an answer can hold."""
     return name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."
 
 
-def refusal(found: Sequence[Any], place: tuple[str, ...] = ()) -> InvalidParameter:
-    """The error that names what pydantic found wrong at a place of the request."""
-    problems = [_problem(details, place) for details in found[:MAX_PROBLEMS]]
-    is_feature = all(problem.kind == NOT_HAD for problem in problems)
-    leaf = UnsupportedParameter if is_feature else InvalidParameter
-    return leaf("; ".join(problem.message for problem in problems), problems)
+def refusal(problems: Sequence[Any], place: tuple[str, ...] = ()) -> InvalidParameter:
+    """Returns the error that names what pydantic has found wrong.
+
+    Args:
+        problems: pydantic's list of errors.
+        place: The place in the request that their paths begin at, such as ("body",).
+    """
+    shown = [_problem(details, place) for details in problems[:MAX_PROBLEMS]]
+    is_feature = all(problem.kind == NOT_SUPPORTED for problem in shown)
+    kind = UnsupportedParameter if is_feature else InvalidParameter
+    return kind("; ".join(problem.message for problem in shown), shown)
 
 
 def _problem(details: ErrorDetails, place: tuple[str, ...]) -> Problem:
-    # Upstream's own sample code joins the path with dots, so all of it must be text.
+    # Microsoft's own sample code joins the path with dots, so all of it must be text.
     path = (*place, *(shortened(str(step)) for step in details["loc"]))
     return Problem(details["type"], path, details["msg"], details["input"])

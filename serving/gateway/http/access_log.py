@@ -1,58 +1,66 @@
-"""Tells of every request when it is over: a line in the log, metrics, a span, its caller's account.
+"""The access log: a line in the log, metrics and a span for every request when it is over.
 
-An ASGI application around the gateway's own. No text of a request or an answer is told, unless the
-operator asked for it (`--log-prompts`).
+An ASGI application around the gateway's own. No text of a request or an answer is logged, unless
+the operator asked for it (`--log-prompts`). The lines have the logger `LOGGER`.
 
-A request ends in one of three ways: `whole`; `dropped`, as its client went; `broken`, as it failed
-when its answer had begun. Its tokens are charged in all three, as far as they were computed.
+A request ends in one of three ways: `whole`; `dropped`, as its client went away; `broken`, as it
+failed when its answer had begun.
 """
 
 import logging
+import re
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ServingError
-from serving.gateway.config import Books
-from serving.gateway.http.request_record import Exchange, headers_of, prompt_of
+from serving.gateway.http.metrics import GatewayMetrics
+from serving.gateway.http.request_record import RequestRecord, prompt_of
 from serving.observe.logs import fields
-from serving.observe.tracing import Span
+from serving.observe.tracing import Span, Traces
 
+LOGGER = "serving.gateway.http.access_log"
 WHOLE, DROPPED, BROKEN = "whole", "dropped", "broken"
-OTHER = "other"  # the route, to metrics, of a request for which there is none
-_CLIENT_WENT = 499  # nginx's status, which nobody reads
-_LONGEST_PATH = 200  # that is told
-_UNTOLD = "/health/"  # asked several times a second: for metrics only
+OTHER = "other"  # the route, in metrics, of a request for which there is none
+CLIENT_CLOSED_REQUEST = 499  # nginx's status, which no client reads
+# Health checks come several times a second: they are counted, but not logged or traced.
+UNLOGGED_PREFIX = "/health/"
+_MAX_PATH_LENGTH = 200
+_CLIENT_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(LOGGER)
 
 
-class Journal:
-    """See above.
+class AccessLog:
+    """Records every request, gives its answer the request's id, and logs it when it is over.
 
     Args:
         app: The application.
-        books: Where to tell.
-        target: The model service, as gRPC names it.
+        metrics: The metrics that count requests.
+        traces: The traces that requests' spans begin in.
+        log_prompts: Whether the texts of prompts and answers are logged.
     """
 
-    def __init__(self, app: ASGIApp, books: Books, target: str) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: GatewayMetrics, traces: Traces, log_prompts: bool = False
+    ) -> None:
         self._app = app
-        self._books = books
-        address, _, port = target.rpartition(":")
-        self._server: dict[str, str | int] = {"server.address": target}
-        if port.isdecimal() and "," not in target:
-            self._server = {"server.address": address, "server.port": int(port)}
+        self._metrics = metrics
+        self._traces = traces
+        self._log_prompts = log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        metrics, exchange = self._books.metrics, self._begin(scope)
+        metrics, record = self._metrics, self._begin(scope)
 
         async def note(message: Message) -> None:
-            was_stream = exchange.is_stream
-            exchange.note(message)
-            if exchange.is_stream and not was_stream:
+            was_stream = record.is_stream
+            if message["type"] == "http.response.start":
+                _add_ids(message, scope, record.id)
+            record.note(message)
+            if record.is_stream and not was_stream:
                 metrics.open_streams.inc()
             await send(message)
 
@@ -60,110 +68,114 @@ class Journal:
         metrics.open_requests.inc()
         try:
             await self._app(scope, receive, note)
-            if exchange.is_whole and exchange.status != _CLIENT_WENT:
+            if record.is_whole and record.status != CLIENT_CLOSED_REQUEST:
                 outcome = WHOLE
         except Exception as error:
             cause = error.__cause__ or error
             if not isinstance(cause, ClientDisconnect):
                 outcome = BROKEN
-                exchange.error, exchange.reason = _told_of(cause)
+                record.error, record.reason = error_fields(cause)
             raise
         finally:
             metrics.open_requests.dec()
-            metrics.open_streams.dec(exchange.is_stream)
-            self._close(scope, exchange, outcome)
+            metrics.open_streams.dec(record.is_stream)
+            self._close(scope, record, outcome)
 
-    def _begin(self, scope: Scope) -> Exchange:
+    def _begin(self, scope: Scope) -> RequestRecord:
         span = Span({})
-        if not scope["path"].startswith(_UNTOLD):
-            # The method is the server's to check, and its name is short; the path may be anything.
-            span = self._books.traces.begin(scope["method"], headers_of(scope))
-        return Exchange(
-            scope,
-            self._books.accounts,
-            span,
-            self._server,
-            keeps_texts=self._books.log_prompts,
-        )
+        if not scope["path"].startswith(UNLOGGED_PREFIX):
+            # The server has checked the method, and its name is short; the path may be anything.
+            span = self._traces.begin(scope["method"], Headers(scope=scope))
+        return RequestRecord(scope, span, keeps_texts=self._log_prompts)
 
-    def _close(self, scope: Scope, exchange: Exchange, outcome: str) -> None:
-        status = exchange.status or (500 if outcome == BROKEN else _CLIENT_WENT)
-        self._books.metrics.ended(
-            exchange.route or OTHER, status, outcome, exchange.first_byte, exchange.seconds
+    def _close(self, scope: Scope, record: RequestRecord, outcome: str) -> None:
+        status = record.status or (500 if outcome == BROKEN else CLIENT_CLOSED_REQUEST)
+        self._metrics.ended(
+            record.route or OTHER, status, outcome, record.first_byte, record.seconds
         )
-        if exchange.calls and (exchange.first_token is not None or outcome == DROPPED):
-            prompt, completion = exchange.prompt_tokens, exchange.completion_tokens
-            self._books.metrics.tokens(prompt, completion)
-            if exchange.caller is not None:
-                self._books.accounts.charge(exchange.caller, prompt, completion)
-        if not scope["path"].startswith(_UNTOLD):
-            self._log(scope, exchange, status, outcome)
-            _end_spans(scope, exchange, status, outcome)
+        if record.calls and (record.first_token is not None or outcome == DROPPED):
+            self._metrics.tokens(record.prompt_tokens, record.completion_tokens)
+        if not scope["path"].startswith(UNLOGGED_PREFIX):
+            self._log(scope, record, status, outcome)
+            _end_spans(scope, record, status, outcome)
 
-    def _log(self, scope: Scope, exchange: Exchange, status: int, outcome: str) -> None:
-        calls = exchange.calls
-        told: dict[str, object] = {
-            "id": exchange.id,
-            "caller": exchange.caller,
+    def _log(self, scope: Scope, record: RequestRecord, status: int, outcome: str) -> None:
+        calls = record.calls
+        line: dict[str, object] = {
+            "id": record.id,
+            "caller": record.caller,
             "method": scope["method"],
-            "path": scope["path"][:_LONGEST_PATH],
+            "path": scope["path"][:_MAX_PATH_LENGTH],
             "status": status,
             "outcome": outcome,
-            "error": exchange.error,
-            "reason": exchange.reason,
-            "seconds": round(exchange.seconds, 4),
+            "error": record.error,
+            "reason": record.reason,
+            "seconds": round(record.seconds, 4),
         }
         if calls:
-            first = exchange.first_token
-            told |= {
+            first = record.first_token
+            reasons = [reason for call in calls for reason in call.tokens.finish_reasons]
+            line |= {
                 "model": calls[0].model,
-                "prompt_tokens": exchange.prompt_tokens,
-                "completion_tokens": exchange.completion_tokens,
+                "prompt_tokens": record.prompt_tokens,
+                "completion_tokens": record.completion_tokens,
                 "first_token_seconds": None if first is None else round(first, 4),
-                "finish": ",".join(each for call in calls for each in call.tally.finish_reasons),
+                "finish": ",".join(reasons),
             }
-            if self._books.log_prompts:
-                told["prompts"] = [prompt_of(call.message) for call in calls]
-                told["answers"] = [list((call.tally.texts or {}).values()) for call in calls]
+            if self._log_prompts:
+                line["prompts"] = [prompt_of(call.message) for call in calls]
+                line["answers"] = [list((call.tokens.texts or {}).values()) for call in calls]
         level = logging.WARNING if status >= 500 or outcome == BROKEN else logging.INFO
-        logger.log(level, "request", extra=fields(**told))
+        logger.log(level, "request", extra=fields(**line))
 
 
-def _end_spans(scope: Scope, exchange: Exchange, status: int, outcome: str) -> None:
-    failure = None if outcome == WHOLE and status < 500 else exchange.error or outcome
-    for call in exchange.calls:
-        tally, span = call.tally, call.span
+def error_fields(error: BaseException) -> tuple[str, str | None]:
+    """Returns the log's `error` and `reason`: Azure's code and the message of an error of ours.
+
+    Any other exception is a bug, of which the server logs the traceback: its name alone.
+    """
+    if isinstance(error, ServingError):
+        return error.azure_code, str(error)
+    return type(error).__name__, None
+
+
+def _add_ids(message: Message, scope: Scope, request_id: str) -> None:
+    """Gives the answer the request's id, and the client's own if Azure's client has sent one."""
+    headers = MutableHeaders(scope=message)
+    headers["x-request-id"] = request_id
+    client_id = Headers(scope=scope).get("x-ms-client-request-id", "")
+    if _CLIENT_REQUEST_ID.fullmatch(client_id):
+        headers["x-ms-client-request-id"] = client_id
+
+
+def _end_spans(scope: Scope, record: RequestRecord, status: int, outcome: str) -> None:
+    failure = None if outcome == WHOLE and status < 500 else record.error or outcome
+    for call in record.calls:
+        tokens, span = call.tokens, call.span
         span.set(
             {
                 "gen_ai.response.model": call.model,
-                "gen_ai.response.finish_reasons": tally.finish_reasons,
-                "gen_ai.usage.input_tokens": tally.prompt_tokens,
-                "gen_ai.usage.output_tokens": tally.completion_tokens,
+                "gen_ai.response.finish_reasons": tokens.finish_reasons,
+                "gen_ai.usage.input_tokens": tokens.prompt_tokens,
+                "gen_ai.usage.output_tokens": tokens.completion_tokens,
             }
         )
         if failure or status >= 400:
-            span.fail(failure or exchange.error or str(status))
+            span.fail(failure or record.error or str(status))
         span.end()
-    span, method = exchange.span, scope["method"]
-    if exchange.route:
-        span.rename(f"{method} {exchange.route}")
-        span.set({"http.route": exchange.route})
+    span, method = record.span, scope["method"]
+    if record.route:
+        span.rename(f"{method} {record.route}")
+        span.set({"http.route": record.route})
     span.set(
         {
             "http.request.method": method,
             "http.response.status_code": status,
-            "url.path": scope["path"][:_LONGEST_PATH],
+            "url.path": scope["path"][:_MAX_PATH_LENGTH],
             "url.scheme": scope["scheme"],
-            "mixtral.request.id": exchange.id,
+            "mixtral.request.id": record.id,
         }
     )
     if failure:
         span.fail(failure)
     span.end()
-
-
-def _told_of(error: BaseException) -> tuple[str, str | None]:
-    """Azure's code and the reason; of what is a bug, its name, for the server logs the rest."""
-    if isinstance(error, ServingError):
-        return error.azure_code, str(error)
-    return type(error).__name__, None

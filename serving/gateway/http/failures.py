@@ -17,10 +17,10 @@ from serving.errors import (
     Unauthenticated,
     Unavailable,
 )
-from serving.gateway.dialect.chat import response as reply
+from serving.gateway.dialect.error_body import error_body
 from serving.gateway.dialect.parsing import refusal
 from serving.gateway.http.body import BodyTooSlow, Lingering
-from serving.gateway.http.request_record import Exchange
+from serving.gateway.http.request_record import RequestRecord
 
 
 def answer_failures(app: FastAPI) -> None:
@@ -53,7 +53,7 @@ def answer_to(error: ServingError) -> Response:
         headers["ms-azureml-model-error-statuscode"] = "500"
     # What the client has not sent yet shall not be waited for.
     kind = Lingering if isinstance(error, (RequestTooLarge, BodyTooSlow)) else JSONResponse
-    return kind(reply.error_body(error).model_dump(), error.http_status, headers)
+    return kind(error_body(error).model_dump(), error.http_status, headers)
 
 
 async def _on_serving_error(request: Request, error: Exception) -> Response:
@@ -90,5 +90,5 @@ async def _on_bug(request: Request, error: Exception) -> Response:
     """An exception that is nobody's but ours; the server logs its traceback."""
     response = answer_to(ServingError("the gateway failed; its log says why"))
     # It is answered outside of what adds it to all other answers.
-    response.headers["x-request-id"] = Exchange.of(request).id
+    response.headers["x-request-id"] = RequestRecord.of(request).id
     return response

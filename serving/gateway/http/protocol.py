@@ -10,7 +10,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.errors import DeadlineExceeded, InvalidRequest, ServingError
-from serving.gateway.dialect.chat import response as reply
+from serving.gateway.dialect.error_body import error_body
 
 HEAD_LIMIT = 64 * 2**10
 HEAD_SECONDS = 30.0
@@ -76,7 +76,7 @@ class Protocol(HttpToolsProtocol):
         self._expect_nothing()
         if self.transport.is_closing():
             return
-        body = reply.error_body(error).model_dump_json().encode()
+        body = error_body(error).model_dump_json().encode()
         head = (
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
             f"x-ms-error-code: {error.azure_code}\r\nconnection: close\r\n\r\n"

@@ -6,17 +6,25 @@ from typing import Any
 import pytest
 
 from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from serving.gateway.dialect.azure import ExtraParameters
 from serving.gateway.dialect.chat.messages import SAFETY_PROMPT
-from serving.gateway.dialect.chat.request import Extras, read_chat, to_proto
-from serving.gateway.dialect.parsing import MAX_PROBLEMS
+from serving.gateway.dialect.chat.request import ChatRequest
+from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.parsing import MAX_PROBLEMS, UnknownFields, read
 from serving.proto import inference_pb2
 
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def asked(extras: Extras = Extras.REFUSE, **parameters: Any) -> inference_pb2.GenerateRequest:
+REFUSE = ExtraParameters.REFUSE.apply
+DROP = ExtraParameters.DROP.apply
+PASS = ExtraParameters.PASS.apply
+
+
+def asked(unknown: UnknownFields = REFUSE, **parameters: Any) -> inference_pb2.GenerateRequest:
     body = json.dumps({"messages": HELLO} | parameters).encode()
-    return to_proto(read_chat(body, extras))
+    (request,) = read(body, ChatRequest, unknown).protos()
+    return request
 
 
 def test_what_is_left_out_stays_absent() -> None:
@@ -68,13 +76,13 @@ def test_every_extra_arrives() -> None:
         stop_token_ids=[5, 7],
         top_logprobs=2,
     )
-    for extras in (Extras.PASS, Extras.LENIENT):
-        assert asked(extras, **asked_for) == expected
+    for unknown in (PASS, ignore_unknown):
+        assert asked(unknown, **asked_for) == expected
     with pytest.raises(InvalidRequest, match="Extra parameters"):
         asked(**asked_for)
-    assert asked(Extras.LENIENT, logprobs=1).top_logprobs == 0
-    assert asked(Extras.LENIENT, logprobs=1).HasField("top_logprobs")
-    assert asked(Extras.LENIENT, top_k=-1) == asked()  # vLLM's way to say all
+    assert asked(ignore_unknown, logprobs=1).top_logprobs == 0
+    assert asked(ignore_unknown, logprobs=1).HasField("top_logprobs")
+    assert asked(ignore_unknown, top_k=-1) == asked()  # vLLM's way to say all
 
 
 def test_the_names_of_other_dialects() -> None:
@@ -85,7 +93,7 @@ def test_the_names_of_other_dialects() -> None:
 
 
 def test_strings_stand_for_numbers_and_booleans() -> None:
-    chat = read_chat(
+    chat = read(
         json.dumps(
             {
                 "messages": HELLO,
@@ -96,10 +104,11 @@ def test_strings_stand_for_numbers_and_booleans() -> None:
                 "presence_penalty": "0",
             }
         ).encode(),
-        Extras.REFUSE,
+        ChatRequest,
+        REFUSE,
     )
     assert chat.stream is True
-    request = to_proto(chat)
+    (request,) = chat.protos()
     assert (request.sampling.temperature, request.max_tokens, request.sampling.seed) == (0.5, 7, 9)
 
 
@@ -107,10 +116,10 @@ def test_null_means_absent_everywhere() -> None:
     names = "model temperature top_p max_tokens max_completion_tokens stop seed random_seed stream"
     names += " stream_options presence_penalty frequency_penalty response_format tools tool_choice"
     names += " modalities"
-    assert asked(Extras.REFUSE, **dict.fromkeys(names.split())) == asked()
+    assert asked(REFUSE, **dict.fromkeys(names.split())) == asked()
     extras = "n logprobs top_logprobs logit_bias safe_prompt top_k min_p repetition_penalty"
     extras += " min_tokens ignore_eos stop_token_ids"
-    assert asked(Extras.PASS, **dict.fromkeys(extras.split())) == asked()
+    assert asked(PASS, **dict.fromkeys(extras.split())) == asked()
 
 
 def test_features_that_are_not_asked_for() -> None:
@@ -122,9 +131,9 @@ def test_features_that_are_not_asked_for() -> None:
         stream_options={"include_usage": False},
     ) == asked(response_format={"type": {"type": "text"}})
     harmless = {"logprobs": 0, "top_logprobs": 0, "logit_bias": {}, "safe_prompt": False}
-    assert asked(Extras.PASS, **harmless) == asked()
+    assert asked(PASS, **harmless) == asked()
     calls: dict[str, Any] = {"functions": [], "function_call": "none", "audio": None}
-    assert asked(Extras.LENIENT, **calls) == asked()
+    assert asked(ignore_unknown, **calls) == asked()
 
 
 def test_what_the_linked_notebooks_send_unasked_needs_no_header() -> None:
@@ -171,7 +180,7 @@ def test_what_a_refusal_shows_of_the_request_is_bounded() -> None:
         {"logit_bias": {f"{long}{i}": 0 for i in range(100)}},
     ):
         with pytest.raises(InvalidParameter) as caught:
-            asked(Extras.LENIENT, **parameters)
+            asked(ignore_unknown, **parameters)
         assert len(caught.value.problems) == MAX_PROBLEMS
         assert sum(len(step) for each in caught.value.problems for step in each.path) < 2_000
 
@@ -256,7 +265,7 @@ def test_roles_and_contents() -> None:
 )
 def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidParameter) as caught:
-        asked(Extras.PASS, **parameters)
+        asked(PASS, **parameters)
     assert type(caught.value) is InvalidParameter
     assert [".".join(problem.path) for problem in caught.value.problems] == [path]
 
@@ -286,9 +295,9 @@ def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:
     ],
 )
 def test_features_we_do_not_have_are_named(parameters: dict[str, Any], path: str) -> None:
-    for extras in (Extras.PASS, Extras.LENIENT):
+    for unknown in (PASS, ignore_unknown):
         with pytest.raises(UnsupportedParameter) as caught:
-            asked(extras, **parameters)
+            asked(unknown, **parameters)
         assert [".".join(problem.path) for problem in caught.value.problems] == [path]
 
 
@@ -318,7 +327,7 @@ def test_a_mistake_beside_a_missing_feature_is_a_mistake() -> None:
 )
 def test_what_is_no_json_object_is_malformed(body: bytes) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read_chat(body, Extras.LENIENT)
+        read(body, ChatRequest, ignore_unknown)
     assert type(caught.value) is InvalidRequest
 
 
@@ -333,10 +342,10 @@ def test_extras_are_refused_in_microsofts_words() -> None:
 
 
 def test_extras_that_nobody_knows_are_dropped_ignored_or_forbidden() -> None:
-    assert asked(Extras.DROP, wine="red", n=2) == asked()
-    assert asked(Extras.LENIENT, wine="red") == asked()
+    assert asked(DROP, wine="red", n=2) == asked()
+    assert asked(ignore_unknown, wine="red") == asked()
     with pytest.raises(InvalidParameter) as caught:
-        asked(Extras.PASS, wine="red", logprobs=True)
+        asked(PASS, wine="red", logprobs=True)
     (problem,) = caught.value.problems
     assert (problem.kind, problem.path, problem.message, problem.value) == (
         "extra_forbidden",
@@ -349,23 +358,23 @@ def test_extras_that_nobody_knows_are_dropped_ignored_or_forbidden() -> None:
 @pytest.mark.parametrize(
     ("header", "policy"),
     [
-        (None, Extras.REFUSE),
-        ("", Extras.REFUSE),
-        ("error", Extras.REFUSE),
-        ("drop", Extras.DROP),
-        ("ignore", Extras.DROP),
-        ("pass-through", Extras.PASS),
-        ("Pass-Through", Extras.PASS),
-        ("allow", Extras.PASS),
+        (None, ExtraParameters.REFUSE),
+        ("", ExtraParameters.REFUSE),
+        ("error", ExtraParameters.REFUSE),
+        ("drop", ExtraParameters.DROP),
+        ("ignore", ExtraParameters.DROP),
+        ("pass-through", ExtraParameters.PASS),
+        ("Pass-Through", ExtraParameters.PASS),
+        ("allow", ExtraParameters.PASS),
     ],
 )
-def test_the_header_decides(header: str | None, policy: Extras) -> None:
-    assert Extras.from_header(header) is policy
+def test_the_header_decides(header: str | None, policy: ExtraParameters) -> None:
+    assert ExtraParameters.from_header(header) is policy
 
 
 @pytest.mark.parametrize("header", ["lenient", "passthrough", "true"])
 def test_a_header_that_says_nothing_known_is_malformed(header: str) -> None:
     with pytest.raises(InvalidRequest, match="extra-parameters") as caught:
-        Extras.from_header(header)
+        ExtraParameters.from_header(header)
     # LiteLLM takes the first bracket of a body for the list of parameters.
     assert "[" not in str(caught.value)

@@ -6,7 +6,10 @@ import math
 import pytest
 
 from serving.errors import LEAVES, InvalidParameter, Problem, ServingError
-from serving.gateway.dialect.chat import response as reply
+from serving.gateway.dialect.chat.response import chat_completion
+from serving.gateway.dialect.chunks import Identity
+from serving.gateway.dialect.error_body import error_body
+from serving.gateway.dialect.text.response import text_completion
 from serving.proto import inference_pb2
 
 LAST = inference_pb2.GenerateChunk(
@@ -14,20 +17,20 @@ LAST = inference_pb2.GenerateChunk(
     finish_reason=inference_pb2.FINISH_REASON_STOP,
     usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=2),
 )
-IDENTITY = reply.Identity(id="0" * 32, created=7, model="m")
+IDENTITY = Identity(id="0" * 32, created=7, model="m")
 
 
 def test_an_identity_is_32_hexadecimal_digits_and_whole_seconds() -> None:
-    identity = reply.Identity.new("m")
+    identity = Identity.new("m")
     assert len(identity.id) == 32
     assert set(identity.id) <= set("0123456789abcdef")
     assert isinstance(identity.created, int)
-    assert identity.id != reply.Identity.new("m").id
-    assert reply.Identity.new("m", "a request's").id == "a request's"
+    assert identity.id != Identity.new("m").id
+    assert Identity.new("m", "a request's").id == "a request's"
 
 
 def test_a_completion_joins_its_chunks() -> None:
-    answer = reply.chat_completion(IDENTITY, [inference_pb2.GenerateChunk(text="hi"), LAST])
+    answer = chat_completion(IDENTITY, [inference_pb2.GenerateChunk(text="hi"), LAST])
     assert answer.model_dump() == {
         "id": "0" * 32,
         "object": "chat.completion",
@@ -51,9 +54,7 @@ def test_a_text_completion_counts_the_characters_before_its_tokens() -> None:
         one = inference_pb2.TokenLogprob(token=text.encode(), logprob=logprob, top=[top])
         return inference_pb2.GenerateChunk(text=text, logprobs=[one])
 
-    answer = reply.text_completion(
-        IDENTITY, [chunk("na\u00efve", -1), chunk(" a", -math.inf), LAST]
-    )
+    answer = text_completion(IDENTITY, [chunk("na\u00efve", -1), chunk(" a", -math.inf), LAST])
     assert answer.model_dump() == {
         "id": "0" * 32,
         "object": "text_completion",
@@ -78,7 +79,7 @@ def test_a_text_completion_counts_the_characters_before_its_tokens() -> None:
 
 @pytest.mark.parametrize("leaf", [ServingError, *LEAVES.values()])
 def test_an_error_says_the_same_wherever_a_client_looks(leaf: type[ServingError]) -> None:
-    body = reply.error_body(leaf("what is wrong")).model_dump()
+    body = error_body(leaf("what is wrong")).model_dump()
     inner = body.pop("error")
     detail = body.pop("detail")
     assert inner == body
@@ -108,5 +109,5 @@ def test_an_error_says_the_same_wherever_a_client_looks(leaf: type[ServingError]
 )
 def test_only_short_values_are_shown_back(value: object, shown: object) -> None:
     error = InvalidParameter("m", [Problem("kind", ("body", "wine"), "m", value)])
-    (detail,) = reply.error_body(error).model_dump()["detail"]
+    (detail,) = error_body(error).model_dump()["detail"]
     assert detail == {"type": "kind", "loc": ["body", "wine"], "msg": "m", "input": shown}

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from serving.errors import EngineFailure
-from serving.gateway.dialect import response_types as wire
-from serving.gateway.dialect.chat import response as reply
-from serving.gateway.dialect.sse import ChatEvents, Events, TextEvents
+from serving.gateway.dialect.chat.stream import ChatCompletionChunk, ChatEvents
+from serving.gateway.dialect.chunks import Identity
+from serving.gateway.dialect.sse import Events
+from serving.gateway.dialect.text.response import TextCompletion
+from serving.gateway.dialect.text.stream import TextEvents
 from serving.proto import inference_pb2
 
-IDENTITY = reply.Identity(id="0" * 32, created=7, model='m"')
+IDENTITY = Identity(id="0" * 32, created=7, model='m"')
 STOP = inference_pb2.FINISH_REASON_STOP
 USAGE = inference_pb2.Usage(prompt_tokens=3, completion_tokens=2)
 TOKEN = inference_pb2.TokenLogprob(token_id=9, token=b"\xc3", logprob=-0.5)
@@ -26,7 +28,7 @@ def events_of(written: bytes) -> list[dict[str, Any]]:
 
 
 def chat(chunk: inference_pb2.GenerateChunk, include_usage: bool = False) -> list[dict[str, Any]]:
-    return events_of(ChatEvents(IDENTITY, include_usage).of([chunk]))
+    return events_of(ChatEvents(IDENTITY, include_usage).write([chunk]))
 
 
 def test_text_in_the_last_chunk_comes_before_the_end() -> None:
@@ -73,7 +75,7 @@ def test_offsets_of_a_text_go_on_from_chunk_to_chunk() -> None:
     for choice, text, offset in ((0, "a", 0), (1, "bcd", 0), (0, "e", 1), (1, "f", 3)):
         one = inference_pb2.TokenLogprob(token=text.encode(), logprob=-1)
         chunk = inference_pb2.GenerateChunk(text=text, logprobs=[one], choice=choice)
-        (event,) = events_of(events.of([chunk]))
+        (event,) = events_of(events.write([chunk]))
         assert event["choices"][0]["logprobs"]["text_offset"] == [offset]
 
 
@@ -105,10 +107,10 @@ def test_every_event_is_what_its_type_says(
         ],
     )
     events = kind(IDENTITY, include_usage)
-    shape: type[BaseModel] = wire.ChatCompletionChunk
+    shape: type[BaseModel] = ChatCompletionChunk
     if kind is TextEvents:
-        shape = wire.TextCompletion
-    written = events.opening(2) + events.of([chunk, chunk]) + events.heartbeat()
+        shape = TextCompletion
+    written = events.opening(2) + events.write([chunk, chunk]) + events.heartbeat()
     written += events.failure(EngineFailure("why"))
     assert written.isascii()
     for line in written.split(b"\n\n")[:-1]:

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 
 from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
-from serving.gateway.dialect.text.request import read_completion, to_protos
+from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.parsing import read
+from serving.gateway.dialect.text.request import CompletionRequest
 from serving.proto import inference_pb2
 
 
 def asked(**body: Any) -> list[inference_pb2.GenerateRequest]:
-    return to_protos(read_completion(json.dumps(body).encode()))
+    return read(json.dumps(body).encode(), CompletionRequest, ignore_unknown).protos()
 
 
 @pytest.mark.parametrize(
@@ -79,4 +81,4 @@ def test_mistakes() -> None:
     with pytest.raises(InvalidParameter):
         asked(prompt="a", logprobs=21)
     with pytest.raises(InvalidRequest, match="the key 'prompt'"):
-        read_completion(b"[]")
+        read(b"[]", CompletionRequest, ignore_unknown)

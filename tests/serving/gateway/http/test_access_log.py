@@ -20,8 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
 from serving.accounting.accounts import Accounts
-from serving.accounting.rate_limits import Rates
+from serving.accounting.rate_limits import RateLimits
 from serving.gateway.config import Books
+from serving.gateway.http.access_log import LOGGER
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.observe.logs import JsonFormatter
 from serving.observe.tracing import Traces
@@ -79,7 +80,7 @@ def watched(request: pytest.FixtureRequest) -> Iterator[Watched]:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     books = Books(
-        accounts=Accounts(Rates(**wishes.get("rates", {}))),
+        accounts=Accounts(RateLimits(**wishes.get("rates", {}))),
         metrics=GatewayMetrics(),
         traces=Traces(provider),
         log_prompts=wishes.get("log_prompts", False),
@@ -100,7 +101,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
             found.append(json.loads(formatter.format(record)))
 
     reader = Reader()
-    logger = logging.getLogger("serving.gateway.http.access_log")
+    logger = logging.getLogger(LOGGER)
     with caplog.at_level(logging.INFO, logger.name):
         logger.addHandler(reader)
         yield found

@@ -1,0 +1,79 @@
+"""A chat's answer as a stream: text comes in deltas, and the role before it."""
+
+import json
+from typing import Literal
+
+from pydantic import Field
+
+from serving.gateway.dialect.chat.response import Logprobs, chat_logprobs
+from serving.gateway.dialect.chunks import Usage
+from serving.gateway.dialect.error_body import ErrorDetail
+from serving.gateway.dialect.fields import Described, is_none
+from serving.gateway.dialect.sse import Events
+from serving.proto import inference_pb2
+
+
+class Delta(Described):
+    """The text that a chunk adds."""
+
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=is_none)
+    """In the first chunk only."""
+    content: str
+    """The new text; empty in the first and the last chunk, never null."""
+
+
+class ChunkChoice(Described):
+    """The news of one answer."""
+
+    index: int
+    """Its place among the choices."""
+    delta: Delta
+    """The new text."""
+    finish_reason: str | None = None
+    """`stop` or `length` in the last chunk, null before."""
+    logprobs: Logprobs | None = None
+    """Log-probabilities of the same tokens, where they were asked for."""
+
+
+class ChatCompletionChunk(Described):
+    """One event of a stream."""
+
+    id: str
+    """32 hexadecimal digits, the same in all chunks."""
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    """Always `chat.completion.chunk`."""
+    created: int
+    """Seconds since 1970, the same in all chunks."""
+    model: str
+    """The name of the served model."""
+    choices: list[ChunkChoice]
+    """One choice; none in a heartbeat, a chunk of usage, a failure."""
+    usage: Usage | None = Field(default=None, exclude_if=is_none)
+    """Tokens spent, in one chunk at the end."""
+    error: ErrorDetail | None = Field(default=None, exclude_if=is_none)
+    """Why the stream breaks off after this chunk."""
+
+
+class ChatEvents(Events):
+    """Writes the events of a chat, whose type is `ChatCompletionChunk`."""
+
+    kind = "chat.completion.chunk"
+
+    def opening(self, choices: int) -> bytes:
+        """Returns an event for each choice, with its role and no text yet."""
+        return "".join(
+            f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":""}},'
+            '"finish_reason":null,"logprobs":null}]}\n\n'
+            for index in range(choices)
+        ).encode()
+
+    def _event(
+        self, index: int, text: str, logprobs: str, reason: str = "null", usage: str = ""
+    ) -> str:
+        return (
+            f'{self._head}{{"index":{index},"delta":{{"content":{json.dumps(text)}}},'
+            f'"finish_reason":{reason},"logprobs":{logprobs}}}]{usage}}}\n\n'
+        )
+
+    def _logprobs(self, chunk: inference_pb2.GenerateChunk) -> str:
+        return json.dumps({"content": chat_logprobs(chunk)}, separators=(",", ":"))

@@ -1,0 +1,117 @@
+"""A text completion's answer at once, and the log-probabilities of its tokens.
+
+text_completion   GenerateChunks, all -> TextCompletion
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field
+
+from serving.gateway.dialect.chunks import (
+    Chunks,
+    Identity,
+    Usage,
+    by_choice,
+    finish_reason,
+    finite_logprob,
+    token_text,
+    usage,
+)
+from serving.gateway.dialect.error_body import ErrorDetail
+from serving.gateway.dialect.fields import Described, is_none
+from serving.proto import inference_pb2
+
+
+class TextLogprobs(Described):
+    """The log-probabilities of a text completion: lists with an entry for each token."""
+
+    tokens: list[str]
+    """Their texts."""
+    token_logprobs: list[float]
+    """The natural logarithms of their probabilities."""
+    top_logprobs: list[dict[str, float]]
+    """The likeliest tokens in their places, text to logarithm."""
+    text_offset: list[int]
+    """Where they begin in the answer, in characters."""
+
+
+class TextChoice(Described):
+    """One continuation of a prompt, or a piece of one in a stream."""
+
+    text: str
+    """The text that follows the prompt."""
+    index: int
+    """Its place among the choices; those of the first prompt come first."""
+    logprobs: TextLogprobs | None = None
+    """Log-probabilities of the tokens, where they were asked for."""
+    finish_reason: str | None
+    """`stop` or `length`; null in a stream until the last chunk."""
+
+
+class TextCompletion(Described):
+    """The answer to a text completion request, or a chunk of it in a stream."""
+
+    id: str
+    """32 hexadecimal digits."""
+    object: Literal["text_completion"] = "text_completion"
+    """Always `text_completion`."""
+    created: int
+    """Seconds since 1970."""
+    model: str
+    """The name of the served model, whatever name was asked for."""
+    choices: list[TextChoice]
+    """As many as were asked for, in order; in a stream one, or none as in a chat's."""
+    usage: Usage | None = Field(default=None, exclude_if=is_none)
+    """Tokens spent; in a stream in one chunk at the end."""
+    error: ErrorDetail | None = Field(default=None, exclude_if=is_none)
+    """Why the stream breaks off after this chunk."""
+
+
+def text_completion(identity: Identity, chunks: Chunks) -> TextCompletion:
+    """Returns the answer that the chunks make up; the last one of them ends it."""
+    return TextCompletion(
+        id=identity.id,
+        created=identity.created,
+        model=identity.model,
+        choices=[
+            TextChoice(
+                text="".join(chunk.text for chunk in own),
+                index=index,
+                logprobs=_logprobs(own),
+                finish_reason=finish_reason(own[-1]),
+            )
+            for index, own in by_choice(chunks)
+        ],
+        usage=usage(chunks[-1]),
+    )
+
+
+def text_logprobs(chunk: inference_pb2.GenerateChunk, offset: int) -> dict[str, list[Any]]:
+    """Returns the log-probabilities of a chunk's tokens as the columns of `TextLogprobs`.
+
+    Args:
+        chunk: A chunk of one choice.
+        offset: The character of the answer at which its first token begins.
+    """
+    columns: dict[str, list[Any]] = {
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
+        "text_offset": [],
+    }
+    for token in chunk.logprobs:
+        text = token_text(token)
+        columns["tokens"].append(text)
+        columns["token_logprobs"].append(finite_logprob(token))
+        columns["top_logprobs"].append({token_text(top): finite_logprob(top) for top in token.top})
+        columns["text_offset"].append(offset)
+        offset += len(text)
+    return columns
+
+
+def _logprobs(chunks: Iterable[inference_pb2.GenerateChunk]) -> TextLogprobs | None:
+    merged = inference_pb2.GenerateChunk()
+    for chunk in chunks:
+        merged.logprobs.extend(chunk.logprobs)
+    return TextLogprobs(**text_logprobs(merged, 0)) if merged.logprobs else None

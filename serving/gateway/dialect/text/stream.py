@@ -1,0 +1,32 @@
+"""A text completion's answer as a stream. Its chunks have the type of the whole answer."""
+
+import json
+
+from serving.gateway.dialect.chunks import Identity
+from serving.gateway.dialect.sse import Events
+from serving.gateway.dialect.text.response import text_logprobs
+from serving.proto import inference_pb2
+
+
+class TextEvents(Events):
+    """Writes the events of a text completion, whose type is `TextCompletion`."""
+
+    kind = "text_completion"
+
+    def __init__(self, identity: Identity, include_usage: bool) -> None:
+        super().__init__(identity, include_usage)
+        self._lengths: dict[int, int] = {}  # characters of the tokens seen so far, by choice
+
+    def _event(
+        self, index: int, text: str, logprobs: str, reason: str = "null", usage: str = ""
+    ) -> str:
+        return (
+            f'{self._head}{{"text":{json.dumps(text)},"index":{index},"logprobs":{logprobs},'
+            f'"finish_reason":{reason}}}]{usage}}}\n\n'
+        )
+
+    def _logprobs(self, chunk: inference_pb2.GenerateChunk) -> str:
+        offset = self._lengths.get(chunk.choice, 0)
+        columns = text_logprobs(chunk, offset)
+        self._lengths[chunk.choice] = offset + sum(map(len, columns["tokens"]))
+        return json.dumps(columns, separators=(",", ":"))
