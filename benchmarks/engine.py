@@ -36,9 +36,10 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.moe import MoE, route
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sampling_params import SamplingParams
 from serving.bench.report import facts
 from serving.engine.engine import Engine, compile_steps
-from serving.scheduling.request import Request, SamplingParams
+from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
 ROWS = 8

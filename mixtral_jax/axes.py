@@ -43,6 +43,7 @@ ChoiceWeights = Float[Array, "T X"]
 # The cache.
 Pages = Float[Array, "P Y C H"] | Int8[Array, "P Y C _"]  # int8: see cache.py
 PageTable = Int[Array, "S W"]
+PagePairs = Int[Array, "S 2"]  # source and destination
 FlatTokens = Int[Array, " T"]
 Lengths = Int[Array, " S"]
 QueryStarts = Int[Array, "S+1"]

@@ -2,6 +2,8 @@
 compiles before its first request, never after."""
 
 import os
+from collections import OrderedDict
+from collections.abc import Hashable
 from pathlib import Path
 
 import jax
@@ -20,6 +22,46 @@ def compiled_folder(kind: str) -> Path:
     """Where what was compiled is kept: under $MIXTRAL_JAX_CACHE, else the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("MIXTRAL_JAX_CACHE") or home / "mixtral-jax") / kind
+
+
+class CompiledPrograms:
+    """Compiled programs of one model, by what fixed their shapes; a Transformer has one of these.
+
+    They are no part of what the model is: any two of these objects are equal, so that models share
+    what JAX compiles for them, and a copy of a model begins without any.
+
+    Args:
+        limit: number of entries; the one that was not asked for the longest is dropped.
+    """
+
+    def __init__(self, limit: int = 8) -> None:
+        self._limit = limit
+        self._kept = OrderedDict[Hashable, object]()
+
+    def get(self, key: Hashable) -> object | None:
+        """Returns what was kept under the key, or None."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def keep(self, key: Hashable, programs: object) -> None:
+        """Keeps programs under the key, in place of those that were there."""
+        self._kept[key] = programs
+        self._kept.move_to_end(key)
+        while len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CompiledPrograms)
+
+    def __hash__(self) -> int:
+        return hash(CompiledPrograms)
+
+    def __repr__(self) -> str:
+        return f"CompiledPrograms({len(self._kept)} kept)"
+
+    def __reduce__(self) -> tuple[type["CompiledPrograms"], tuple[int]]:
+        return CompiledPrograms, (self._limit,)
 
 
 class CompilationCount:

@@ -7,6 +7,7 @@ command line prints it in one line; any other exception is a fault of ours and k
     UserError
       ConfigError      a config that is not understood, or numbers that do not fit together
       ChatError        a chat that a tokenizer cannot render
+      SamplingError    parameters of an answer that have the wrong type or are out of range
       TopologyError    devices or a mesh that do not exist or do not fit
       (convert adds ConversionError and PullError, planning CompileError, serving its own leaves)
 """
@@ -22,6 +23,10 @@ class ConfigError(UserError):
 
 class ChatError(UserError):
     """A chat that cannot be rendered: unknown roles, no template, or a template that refuses."""
+
+
+class SamplingError(UserError):
+    """A parameter of an answer that has the wrong type, is out of range or contradicts another."""
 
 
 class TopologyError(UserError):

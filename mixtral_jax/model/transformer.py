@@ -25,6 +25,7 @@ from mixtral_jax.axes import (
     Tokens,
 )
 from mixtral_jax.cache import PagedCache, RaggedBatch
+from mixtral_jax.compilation import CompiledPrograms
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import (
@@ -102,6 +103,7 @@ class Transformer(nnx.Module):
             self.layout.rules.check(config, mesh)
         between = activation_dtype(dtype) if activations is None else activations
         self.config = config
+        self.programs = CompiledPrograms()
         self.embed = Embedding(config, dtype, rngs, self.layout)
         self.layers = nnx.List(
             [Block(config, dtype, between, rngs, self.layout) for _ in range(config.num_layers)]

@@ -26,9 +26,9 @@ from mixtral_jax.planning.topology import absent_devices, environment
 from mixtral_jax.planning.traffic import program_traffic
 from mixtral_jax.planning.workload import activation_dtype
 from mixtral_jax.sharding import ShardingRules, make_mesh
-from mixtral_jax.step.programs import Programs, Steps, StepSizes, compile_buckets
-
-_MAX_BIASES = 320  # as the engine has
+from mixtral_jax.step.buckets import Steps, compile_buckets
+from mixtral_jax.step.inputs import StepSizes
+from mixtral_jax.step.programs import Programs
 
 
 class CompileError(UserError):
@@ -151,7 +151,6 @@ def compile_step(
         page_size=job.page_size,
         max_sequences=job.sequences,
         max_context=job.context,
-        max_biases=_MAX_BIASES,
     )
     prefill_tokens = max(job.prefill_tokens, job.sequences)
     rows = {job.sequences: job.sequences, prefill_tokens: job.sequences}
@@ -168,15 +167,15 @@ def _memory(model: Transformer, steps: Steps) -> dict[str, int]:
     buckets = list(steps.buckets.values())
     layers = model.config.num_layers
     block = buckets[0].block
-    sizes = block.memory_analysis()
+    sizes = _memory_analysis(block)
     _, x, rotary, pages_of_block, batch = _argument_bytes(block)
     # Pages are the only arguments that a block gives back in place.
     pages = sizes.alias_size_in_bytes or pages_of_block
     weights = sizes.argument_size_in_bytes - pages - x - rotary - batch
     distinct = {id(p): p for b in buckets for p in (b.embed, b.block, b.pick, b.draw)}.values()
-    analyses = [program.memory_analysis() for program in distinct]
+    analyses = [_memory_analysis(program) for program in distinct]
     # One program runs at a time, but those behind it have the place for their results already.
-    results = max(b.block.memory_analysis().output_size_in_bytes for b in buckets) - pages
+    results = max(_memory_analysis(b.block).output_size_in_bytes for b in buckets) - pages
     inputs = max(
         sum(_argument_bytes(b.embed)[1:]) + sum(_argument_bytes(b.draw)[1:]) for b in buckets
     )
@@ -187,6 +186,20 @@ def _memory(model: Transformer, steps: Steps) -> dict[str, int]:
         "temporary_bytes": largest + layers * max(results, 0) + inputs,
         "program_bytes": sum(analysis.generated_code_size_in_bytes for analysis in analyses),
     }
+
+
+def _memory_analysis(program: jax.stages.Compiled) -> Any:
+    """Returns the compiler's figures of a program's memory, by the names that XLA gives them."""
+    figures = program.memory_analysis()
+    assert figures is not None, "XLA has figures for every program that it compiled"
+    return figures
+
+
+def _text(program: jax.stages.Compiled) -> str:
+    """Returns the program as XLA's text."""
+    text = program.as_text()
+    assert text is not None, "XLA has a text of every program that it compiled"
+    return text
 
 
 def _argument_bytes(program: Any) -> list[int]:
@@ -223,8 +236,8 @@ def _step_cost(bucket: Programs, job: CompileJob, chosen_share: float) -> StepCo
     model = job.model
     experts = model.num_experts // job.mesh[1] if model.is_moe else 0
     layers = model.num_layers
-    block = program_traffic(bucket.block.as_text(), chosen_share, experts)
-    ends = [program_traffic(p.as_text()) for p in (bucket.embed, bucket.pick, bucket.draw)]
+    block = program_traffic(_text(bucket.block), chosen_share, experts)
+    ends = [program_traffic(_text(p)) for p in (bucket.embed, bucket.pick, bucket.draw)]
     counts = [p.cost_analysis() for p in (bucket.block, bucket.embed, bucket.pick, bucket.draw)]
 
     def total(name: str) -> float | None:

@@ -33,8 +33,8 @@ from mixtral_jax.axes import (
     RowHistory,
     Rows,
 )
+from mixtral_jax.sampling_params import MAX_TOP_LOGPROBS
 
-MAX_TOP_LOGPROBS = 20
 NO_ID = 2**31 - 1  # pads ids: no vocabulary has it
 _BLOCK = 256  # divides the vocabularies of all presets
 
@@ -123,6 +123,20 @@ class Draws(NamedTuple):
     logprobs: HostRowFloats
     top_ids: HostTopIds  # likeliest first; where the vocabulary is smaller, logprobs of -inf
     top_logprobs: HostTopLogprobs
+
+    def of_row(
+        self, row: int, top_logprobs: int | None
+    ) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
+        """Returns a row's token, its logprob, and (token id, logprob) of the likeliest tokens.
+
+        `top_logprobs` is what the row asked for; with None there are no logprobs at all.
+        """
+        token = int(self.tokens[row])
+        if top_logprobs is None:
+            return token, None, ()
+        ids, values = self.top_ids[row, :top_logprobs], self.top_logprobs[row, :top_logprobs]
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return token, float(self.logprobs[row]), top
 
 
 def unpack(packed: HostPackedDraws) -> Draws:
@@ -264,13 +278,6 @@ def _blocks(x: FlatLogits, fill: float) -> jax.Array:
 def _block(blocks: jax.Array, block: Rows) -> jax.Array:
     """Each row's own block: [R _BLOCK]."""
     return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-
-
-def _pick(mass: jax.Array, luck: RowFloats) -> Rows:
-    """The first place whose cumulative mass exceeds that part of the whole; never an empty one."""
-    reached = jnp.where(mass > 0, jnp.cumsum(mass, axis=-1), 0.0)
-    goal = luck * jnp.max(reached, axis=-1)
-    return jnp.argmax(reached > goal[:, None], axis=-1).astype(jnp.int32)
 
 
 def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> PackedDraws:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from mixtral_jax.checkpoint.pretrained import open_pretrained
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sampling_params import SamplingParams
 from serving.bench.load import Answer, Level, Progress, summary
 from serving.engine.engine import Engine, compile_steps
-from serving.scheduling.request import Request, SamplingParams
+from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
 _PAGE_SIZE = 16

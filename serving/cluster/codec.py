@@ -3,8 +3,8 @@
 One function for each kind and direction. A step of 32 sequences takes a fraction of a millisecond.
 """
 
+from mixtral_jax.sampling_params import SamplingParams
 from serving.proto import group_pb2 as pb
-from serving.scheduling.request import SamplingParams
 from serving.scheduling.step_plan import Chunk, Limits, Plan
 
 
@@ -98,8 +98,8 @@ def _sampling_message(sampling: SamplingParams) -> pb.Sampling:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
-        bias_ids=[token_id for token_id, _ in sampling.logit_bias],
-        bias_values=[value for _, value in sampling.logit_bias],
+        bias_ids=list(sampling.logit_bias),
+        bias_values=list(sampling.logit_bias.values()),
         seed=sampling.seed,
         top_logprobs=sampling.top_logprobs,
     )
@@ -114,7 +114,7 @@ def _sampling_of(message: pb.Sampling) -> SamplingParams:
         presence_penalty=message.presence_penalty,
         frequency_penalty=message.frequency_penalty,
         repetition_penalty=message.repetition_penalty,
-        logit_bias=tuple(zip(message.bias_ids, message.bias_values, strict=True)),
-        seed=message.seed,
+        logit_bias=dict(zip(message.bias_ids, message.bias_values, strict=True)),
+        seed=message.seed if message.HasField("seed") else None,
         top_logprobs=message.top_logprobs if message.HasField("top_logprobs") else None,
     )

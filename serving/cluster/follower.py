@@ -21,7 +21,7 @@ from serving.cluster.codec import limits_message, limits_of, plans_of
 from serving.cluster.leader import JOIN, GroupError, connect
 from serving.cluster.rank import Place
 from serving.engine.build import prepare
-from serving.engine.engine import runner
+from serving.engine.runner import Runner
 from serving.parent import end_process, tell_parent
 from serving.proto import group_pb2 as pb
 from serving.scheduling.step_plan import Limits, Plan
@@ -73,12 +73,12 @@ def follow(
     connect(place)
     keep_programs()
     prepared = prepare(options, pretrained, say, membership.agree)
-    steps = runner(prepared.model, prepared.limits, prepared.steps)
+    runner = Runner(prepared.model, prepared.steps)
     membership.ready()
     say(f"process {place.id} of {place.count} is ready, as one of {place.coordinator}")
     tell_parent()
     for plans in membership.plans():
-        steps.launch(plans)
+        runner.launch(plans)
     say(f"{membership.reason}; the group has ended")
 
 

@@ -20,7 +20,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.cpu import native
 from mixtral_jax.model.transformer import Transformer, held_bytes
 from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
-from mixtral_jax.step.programs import Steps
+from mixtral_jax.step.buckets import Steps
 from serving.engine.cache_memory import cache_bytes
 from serving.engine.engine import compile_steps
 from serving.scheduling.step_plan import Limits

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from jax.typing import DTypeLike
 
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.step.programs import Steps, StepSizes, compile_buckets
+from mixtral_jax.step.buckets import Steps, compile_buckets
+from mixtral_jax.step.inputs import StepSizes
 from serving.engine.runner import Launched, Runner
 from serving.scheduling.partitions import Shares
 from serving.scheduling.request import Event, Request
 from serving.scheduling.step_plan import Limits, Plan
 
-MAX_BIASES = 320  # of one request: logit_bias and ids that may not be drawn yet
 _FEW_ROWS = 8
 
 
@@ -45,7 +45,7 @@ def compile_steps(
     model: Transformer,
     limits: Limits,
     progress: Callable[[str], None] = lambda line: None,
-    cache_dtype: DTypeLike | None = None,
+    kv_dtype: DTypeLike | None = None,
 ) -> Steps:
     """`compile_buckets` for an engine of these limits, which are those of one part."""
     sizes = StepSizes(
@@ -53,10 +53,9 @@ def compile_steps(
         page_size=limits.page_size,
         max_sequences=limits.max_sequences,
         max_context=limits.max_context,
-        max_biases=MAX_BIASES,
     )
     rows = {bucket: rows_of(bucket, limits) for bucket in buckets(limits)}
-    return compile_buckets(model, sizes, rows, progress, cache_dtype)
+    return compile_buckets(model, sizes, rows, progress, kv_dtype)
 
 
 class Engine:
@@ -76,8 +75,8 @@ class Engine:
         steps: Steps,
         broadcast: Callable[[tuple[Plan, ...]], None] | None = None,
     ) -> None:
-        self.scheduler = Shares(limits, steps.num_parts)
-        self._runner = runner(model, limits, steps)
+        self.scheduler = Shares(limits, steps.num_sequence_groups)
+        self._runner = Runner(model, steps)
         self._broadcast = broadcast
         self._launched: Launched | None = None
 
@@ -107,8 +106,3 @@ class Engine:
         if before is not None:
             events += self.scheduler.commit(before.plans, before.drawn())
         return events
-
-
-def runner(model: Transformer, limits: Limits, steps: Steps) -> Runner:
-    """What launches the steps that `compile_steps` made with these limits."""
-    return Runner(model, steps, lambda bucket: rows_of(bucket, limits))

@@ -6,33 +6,13 @@ Token ids only. Text, templates and stop strings live on the caller's side.
 from dataclasses import dataclass, field
 from enum import Enum
 
+from mixtral_jax.sampling_params import SamplingParams
+
 
 class FinishReason(Enum):
     STOP = "stop"  # the model ended its answer, or a stop id or stop text appeared
     LENGTH = "length"  # max_tokens or the end of the context
     DEADLINE = "deadline"  # the request's time was up
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How tokens are drawn; ranges are checked where requests come in.
-
-    The order is that of Hugging Face: penalties and bias change the logits, temperature divides
-    them, then top_k, top_p and min_p take away.
-    """
-
-    temperature: float = 0.7  # 0 takes the likeliest token
-    top_p: float = 1.0  # in (0, 1]
-    top_k: int = 0  # the likeliest so many; 0 means all
-    min_p: float = 0.0  # in [0, 1], of the likeliest token's probability
-    presence_penalty: float = 0.0  # taken off once for a token that was generated (OpenAI)
-    frequency_penalty: float = 0.0  # taken off for each time it was generated (OpenAI)
-    repetition_penalty: float = 1.0  # > 0; of prompt and answer (arXiv:1909.05858)
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
-    seed: int = 0  # in [0, 2^31); choice i of a request draws with seed + i
-    # None: no logprobs. 0: the drawn token's. Up to 20: also those of so many likeliest tokens.
-    # They are of the model's own distribution, before everything above.
-    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,10 +39,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from secrets import randbits
 
 from serving.errors import ContextTooLong, Overloaded
 from serving.scheduling.pages import PagePool, PageTable
-from serving.scheduling.request import Drawn, Event, FinishReason, Request, SamplingParams
+from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.step_plan import Chunk, Limits, Plan
 
 
@@ -53,6 +54,7 @@ class _Sequence:
     request: Request
     choice: int
     arrival: int
+    seed: int  # of choice 0
     limit: int  # tokens of prompt and answer that end it
     tokens: list[int]  # prompt and what was generated, as far as committed
     table: PageTable
@@ -105,16 +107,11 @@ class _Sequence:
             follows=follows,
             samples=samples,
             sampling=sampling,
-            seed=(sampling.seed + self.choice) & 0x7FFFFFFF,
+            seed=(self.seed + self.choice) & 0x7FFFFFFF,
             prompt_length=prompt_length,
-            history=tuple(self.tokens[: end - 1]) if samples and _penalizes(sampling) else (),
+            history=tuple(self.tokens[: end - 1]) if samples and sampling.has_penalties else (),
             forbidden=self.request.eos_ids if too_early_to_end else frozenset(),
         )
-
-
-def _penalizes(sampling: SamplingParams) -> bool:
-    added = sampling.presence_penalty or sampling.frequency_penalty
-    return bool(added) or sampling.repetition_penalty != 1
 
 
 def _age(sequence: _Sequence) -> tuple[int, int]:
@@ -176,7 +173,9 @@ class Scheduler:
                 f"{len(self._waiting)} requests are waiting already; try again shortly"
             )
         self._arrivals += 1
-        self._waiting.append(self._sequence(request, 0, self._arrivals))
+        seed = request.sampling.seed
+        seed = randbits(31) if seed is None else seed
+        self._waiting.append(self._sequence(request, 0, self._arrivals, seed))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forgets a request, or one choice of it that has had a token, and frees its pages.
@@ -257,11 +256,12 @@ class Scheduler:
                 sequence.table.slide(self.limits.visible(chunk.end))
         return events
 
-    def _sequence(self, request: Request, choice: int, arrival: int) -> _Sequence:
+    def _sequence(self, request: Request, choice: int, arrival: int, seed: int) -> _Sequence:
         return _Sequence(
             request=request,
             choice=choice,
             arrival=arrival,
+            seed=seed,
             limit=min(len(request.prompt_ids) + request.max_tokens, self.limits.room),
             tokens=list(request.prompt_ids),
             table=PageTable(self._pool),
@@ -359,7 +359,7 @@ class Scheduler:
 
     def _fork(self, first: _Sequence, choice: int) -> None:
         """Starts another choice beside the first one, or queues it where its age puts it."""
-        fork = self._sequence(first.request, choice, first.arrival)
+        fork = self._sequence(first.request, choice, first.arrival, first.seed)
         fork.counted, fork.seated = True, first.seated
         overtakes = bool(self._waiting) and self._waiting[0].age < fork.age
         free_row = len(self._running) < self.limits.max_sequences

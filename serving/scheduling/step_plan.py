@@ -5,7 +5,7 @@ The scheduler decides by `Limits` and writes a `Plan`; the engine computes it.
 
 from dataclasses import dataclass
 
-from serving.scheduling.request import SamplingParams
+from mixtral_jax.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,20 +7,17 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 
-from mixtral_jax.errors import ChatError
+from mixtral_jax.errors import ChatError, SamplingError
+from mixtral_jax.sampling_params import MAX_BIASES, MAX_LOGIT_BIAS, SamplingFields, SamplingParams
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-from serving.engine.engine import MAX_BIASES
 from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb
-from serving.scheduling.request import Request, SamplingParams
+from serving.scheduling.request import Request
 
-DEFAULT_TEMPERATURE = 0.7  # azure-ai-inference's documented default
 # The queue counts a request once, whatever its choices: so many of them one caller may have at the
 # cost of one.
 MAX_CHOICES = 16
-MAX_TOP_LOGPROBS = 20  # OpenAI's, and what a step computes
-MAX_LOGIT_BIAS = 300  # entries; OpenAI's
 # Until min_tokens the ids that end a choice are biased too.
 MAX_STOP_IDS = 16
 _NO_LIMIT = 2**31
@@ -91,39 +88,32 @@ class Translator:
         return pb.Text(text=self._tokenizer.decode(message.ids))
 
     def _sampling(self, message: pb.GenerateRequest) -> SamplingParams:
+        """Translates the parameters of the wire; raises InvalidParameter naming the wrong one."""
         given = message.sampling
-        temperature = given.temperature if given.HasField("temperature") else DEFAULT_TEMPERATURE
-        top_p = given.top_p if given.HasField("top_p") else 1.0
-        repetition = given.repetition_penalty if given.HasField("repetition_penalty") else 1.0
-        seed = given.seed if given.HasField("seed") else secrets.randbits(31)
-        top_logprobs = message.top_logprobs if message.HasField("top_logprobs") else None
-        _check("temperature", temperature, 0, 2)
-        _check("top_p", top_p, 0, 1)
-        _check("min_p", given.min_p, 0, 1)
-        _check("presence_penalty", given.presence_penalty, -2, 2)
-        _check("frequency_penalty", given.frequency_penalty, -2, 2)
-        _check("repetition_penalty", repetition, 0.01, 100)
-        _check("top_logprobs", top_logprobs or 0, 0, MAX_TOP_LOGPROBS)
-        if len(given.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidParameter(
-                f"logit_bias has {len(given.logit_bias)} entries; give at most {MAX_LOGIT_BIAS}"
-            )
-        self._check_ids("logit_bias", given.logit_bias)
-        for token_id, bias in given.logit_bias.items():
-            _check(f"logit_bias of {token_id}", bias, -100, 100)
-        return SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
+        fields: SamplingFields = {
             # What is beyond the vocabulary is all of it, and must fit 31 bits.
-            top_k=min(given.top_k, self._info.vocab_size),
-            min_p=given.min_p,
-            presence_penalty=given.presence_penalty,
-            frequency_penalty=given.frequency_penalty,
-            repetition_penalty=repetition,
-            logit_bias=tuple(sorted(given.logit_bias.items())),
-            seed=seed & 0x7FFFFFFF,
-            top_logprobs=top_logprobs,
-        )
+            "top_k": min(given.top_k, self._info.vocab_size),
+            "min_p": given.min_p,
+            "presence_penalty": given.presence_penalty,
+            "frequency_penalty": given.frequency_penalty,
+            "logit_bias": dict(given.logit_bias),
+        }
+        if given.HasField("temperature"):
+            fields["temperature"] = given.temperature
+        if given.HasField("top_p"):
+            fields["top_p"] = given.top_p
+        if given.HasField("repetition_penalty"):
+            fields["repetition_penalty"] = given.repetition_penalty
+        if given.HasField("seed"):
+            fields["seed"] = given.seed
+        if message.HasField("top_logprobs"):
+            fields["top_logprobs"] = message.top_logprobs
+        try:
+            sampling = SamplingParams(**fields)
+            sampling.check_vocabulary(self._info.vocab_size)
+        except SamplingError as error:
+            raise InvalidParameter(str(error)) from None
+        return sampling
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         largest = max(ids, default=0)

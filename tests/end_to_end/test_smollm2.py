@@ -12,8 +12,9 @@ import mixtral_jax
 from convert.convert import convert
 from mixtral_jax.checkpoint import folder as checkpoint
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sampling_params import SamplingParams
 from serving.engine.engine import Engine, compile_steps
-from serving.scheduling.request import Request, SamplingParams
+from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
 pytestmark = pytest.mark.slow

@@ -144,17 +144,17 @@ def test_greedy_with_penalties_equals_transformers() -> None:
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (dict(temperature=2.1), r"temperature=2.1 must be within 0 and 2"),
-        (dict(temperature=math.nan), r"temperature=nan must be within 0 and 2"),
-        (dict(top_p=-0.5), r"top_p=-0.5 must be within 0 and 1"),
-        (dict(top_k=-1), r"top_k=-1 must be within 0 and"),
-        (dict(min_p=1.5), r"min_p=1.5 must be within 0 and 1"),
-        (dict(presence_penalty=3.0), r"presence_penalty=3 must be within -2 and 2"),
-        (dict(frequency_penalty=-3.0), r"frequency_penalty=-3 must be within -2 and 2"),
-        (dict(repetition_penalty=0.0), r"repetition_penalty=0 must be within 0.01 and 100"),
-        (dict(min_tokens=-1), r"min_tokens=-1 must be within 0 and inf"),
-        (dict(logit_bias={VOCAB: 1.0}), r"logit_bias: there is no token 61 among 61"),
-        (dict(logit_bias={3: 101.0}), r"logit_bias: 101 of token 3 must be within -100 and 100"),
+        (dict(temperature=2.1), r"temperature is 2.1; it must be within 0 and 2"),
+        (dict(temperature=math.nan), r"temperature is nan; it must be within 0 and 2"),
+        (dict(top_p=-0.5), r"top_p is -0.5; it must be within 0 and 1"),
+        (dict(top_k=-1), r"top_k is -1; it must be within 0 and 2147483647"),
+        (dict(min_p=1.5), r"min_p is 1.5; it must be within 0 and 1"),
+        (dict(presence_penalty=3.0), r"presence_penalty is 3; it must be within -2 and 2"),
+        (dict(frequency_penalty=-3.0), r"frequency_penalty is -3; it must be within -2 and 2"),
+        (dict(repetition_penalty=0.0), r"repetition_penalty is 0; it must be within 0.01 and 100"),
+        (dict(min_tokens=-1), r"min_tokens is -1; it must be 0 or more"),
+        (dict(logit_bias={VOCAB: 1.0}), r"logit_bias holds 61; ids are below 61"),
+        (dict(logit_bias={3: 101.0}), r"logit_bias of 3 is 101; it must be within -100 and 100"),
     ],
 )
 def test_parameters_out_of_range(flat: Transformer, sampling: Any, message: str) -> None:
@@ -163,8 +163,8 @@ def test_parameters_out_of_range(flat: Transformer, sampling: Any, message: str)
 
 
 def test_other_parameters(flat: Transformer) -> None:
-    with pytest.raises(ValueError, match="top_logprobs=21 must be within 0 and 20"):
-        next(generate_draws(flat, [1], max_tokens=1, top_logprobs=21))
+    with pytest.raises(ValueError, match="top_logprobs is 21; it must be within 0 and 20"):
+        generate_draws(flat, [1], max_tokens=1, top_logprobs=21)
     with pytest.raises(TypeError, match="there is no parameter 'top_q'"):
         tokens(flat, 1, top_q=1.0)
 

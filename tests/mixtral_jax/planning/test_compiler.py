@@ -9,7 +9,7 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.planning.compiler import CompileError, CompileJob, compile_in_subprocess
 from mixtral_jax.planning.plan import with_compiler
 from mixtral_jax.sharding import ShardingRules, make_mesh
-from mixtral_jax.step.programs import Parts
+from mixtral_jax.step.programs import SplitModel
 from tests.support.plan_workload import DENSE, SMALL, job_on_cpu, workload_of
 
 
@@ -27,8 +27,8 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
         mesh=mesh,
         rules=ShardingRules.of(job.model, mesh, job.dp_attention),
     )
-    parts = Parts.of(model)
-    layers = parts.empty(parts.pages(job.num_pages, job.page_size))
+    split = SplitModel.of(model)
+    layers = split.empty_pages(split.pages(job.num_pages, job.page_size))
 
     def each(tree: object) -> set[int]:
         totals = dict.fromkeys(jax.devices(), 0)

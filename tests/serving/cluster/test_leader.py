@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtral_jax.sampling_params import SamplingParams
 from serving.cluster.codec import limits_message, limits_of, plans_of, step_message
 from serving.cluster.follower import Membership
 from serving.cluster.leader import GroupError, Leader
 from serving.cluster.rank import Place
 from serving.proto import group_pb2 as pb
-from serving.scheduling.request import SamplingParams
 from serving.scheduling.step_plan import Chunk, Limits, Plan
 from tests.support.servers import free_ports
 
@@ -35,18 +35,17 @@ LIMITS = Limits(
 
 _ids = st.integers(0, 2**31 - 1)
 _tuples = st.lists(_ids, max_size=6).map(tuple)
-_numbers = st.floats(allow_nan=False)
 _samplings = st.builds(
     SamplingParams,
-    temperature=_numbers,
-    top_p=_numbers,
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0, 1),
     top_k=_ids,
-    min_p=_numbers,
-    presence_penalty=_numbers,
-    frequency_penalty=_numbers,
-    repetition_penalty=_numbers,
-    logit_bias=st.lists(st.tuples(_ids, _numbers), max_size=4).map(tuple),
-    seed=_ids,
+    min_p=st.floats(0, 1),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0.01, 100),
+    logit_bias=st.dictionaries(_ids, st.floats(-100, 100), max_size=4),
+    seed=st.none() | _ids,
     top_logprobs=st.none() | st.integers(0, 20),
 )
 _chunks = st.builds(

@@ -14,8 +14,9 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.generation import generate_draws, generate_tokens
 from mixtral_jax.kernels.cpu import native
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sampling_params import SamplingParams
 from serving.engine.engine import Engine, buckets, compile_steps
-from serving.scheduling.request import Drawn, Request, SamplingParams
+from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
 
 VOCAB = 61
@@ -52,8 +53,8 @@ def model(request: pytest.FixtureRequest) -> Transformer:
     return toy(None, request.param)
 
 
-def engine_of(model: Transformer, limits: Limits, cache_dtype: str | None = None) -> Engine:
-    return Engine(model, limits, compile_steps(model, limits, cache_dtype=cache_dtype))
+def engine_of(model: Transformer, limits: Limits, kv_dtype: str | None = None) -> Engine:
+    return Engine(model, limits, compile_steps(model, limits, kv_dtype=kv_dtype))
 
 
 def random_requests(count: int, seed: int = 4) -> list[Request]:
@@ -76,7 +77,7 @@ def random_requests(count: int, seed: int = 4) -> list[Request]:
                 presence_penalty=dice.choice([0.0, 0.0, 1.5]),
                 frequency_penalty=dice.choice([0.0, 0.0, 0.5]),
                 repetition_penalty=dice.choice([1.0, 1.0, 1.3]),
-                logit_bias=dice.choice([(), ((dice.randrange(VOCAB), 5.0),)]),
+                logit_bias=dice.choice([{}, {dice.randrange(VOCAB): 5.0}]),
                 seed=dice.randrange(2**31 - 4),
                 top_logprobs=dice.choice([None, None, 0, 3]),
             ),
@@ -90,27 +91,18 @@ def random_requests(count: int, seed: int = 4) -> list[Request]:
 
 
 def alone(
-    model: Transformer, request: Request, choice: int, cache_dtype: str | None = None
+    model: Transformer, request: Request, choice: int, kv_dtype: str | None = None
 ) -> list[Drawn]:
     """What the plain loop gives."""
-    sampling = request.sampling
+    assert request.sampling.seed is not None
     draws = generate_draws(
         model,
         request.prompt_ids,
+        replace(request.sampling, seed=request.sampling.seed + choice),
         max_tokens=request.max_tokens,
-        temperature=sampling.temperature,
-        top_logprobs=sampling.top_logprobs,
-        eos_ids=request.eos_ids,
         min_tokens=request.min_tokens,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        logit_bias=dict(sampling.logit_bias),
-        seed=sampling.seed + choice,
-        cache_dtype=cache_dtype,
+        eos_ids=request.eos_ids,
+        kv_dtype=kv_dtype,
     )
     return [
         Drawn(token_id=d.token_id, logprob=d.logprob, top_logprobs=d.top_logprobs) for d in draws
@@ -177,7 +169,7 @@ def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) 
 def test_int8_pages_equal_the_plain_loop_with_int8_pages() -> None:
     """Preempted, forked and found again: what was rounded once is the same rounded later."""
     model = toy(None, "float32")
-    engine = engine_of(model, SMALL, cache_dtype="int8")
+    engine = engine_of(model, SMALL, kv_dtype="int8")
     requests = random_requests(30)
     out, _ = serve(engine, requests, seed=5)
     assert engine.scheduler.preemptions > 10
@@ -258,6 +250,6 @@ def test_the_plain_loop_equals_the_full_form(model: Transformer) -> None:
 
 def test_prompts_that_do_not_fit(model: Transformer) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
-        next(generate_tokens(model, [], max_tokens=1))
+        generate_tokens(model, [], max_tokens=1)
     with pytest.raises(ValueError, match="96 tokens, the context of this model holds 96"):
-        next(generate_tokens(model, [1] * 96, max_tokens=1))
+        generate_tokens(model, [1] * 96, max_tokens=1)

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.generation import generate_draws
 from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh
 from serving.engine.engine import Engine, compile_steps
 from serving.scheduling.partitions import Shares
-from serving.scheduling.request import Drawn, Request, SamplingParams
+from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
 
 VOCAB = 64
@@ -106,8 +107,8 @@ def requests_of(count: int, seed: int) -> list[Request]:
 Answers = dict[tuple[str, int], list[Drawn]]
 
 
-def answers(model: Transformer, requests: list[Request], cache_dtype: Any = None) -> Answers:
-    engine = Engine(model, LIMITS, compile_steps(model, LIMITS, cache_dtype=cache_dtype))
+def answers(model: Transformer, requests: list[Request], kv_dtype: Any = None) -> Answers:
+    engine = Engine(model, LIMITS, compile_steps(model, LIMITS, kv_dtype=kv_dtype))
     for request in requests:
         engine.add(request)
     found: Answers = {}

@@ -16,10 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import mixtral_jax
 from mixtral_jax.compilation import CompilationCount
+from mixtral_jax.sampling_params import SamplingParams
 from serving.engine.engine import Engine, compile_steps
 from serving.engine.metrics import FINISHED, Finished, Metrics
 from serving.engine.worker import EngineWorker
-from serving.scheduling.request import Request, SamplingParams
+from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
 ROOT = Path(__file__).parents[3]
@@ -81,7 +82,7 @@ def requests_of_many_shapes() -> list[Request]:
                 presence_penalty=dice.choice([0.0, 1.0]),
                 frequency_penalty=dice.choice([0.0, 1.0]),
                 repetition_penalty=dice.choice([1.0, 1.2]),
-                logit_bias=tuple((i, 1.0) for i in range(dice.choice([0, 5]))),
+                logit_bias={i: 1.0 for i in range(dice.choice([0, 5]))},
                 top_logprobs=dice.choice([None, 0, 5]),
                 seed=number,
             ),

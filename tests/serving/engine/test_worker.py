@@ -7,10 +7,11 @@ from contextlib import aclosing
 
 import pytest
 
+from mixtral_jax.sampling_params import SamplingParams
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
 from serving.errors import ContextTooLong, DeadlineExceeded, EngineFailure, Unavailable
-from serving.scheduling.request import Drawn, Event, FinishReason, Request, SamplingParams
+from serving.scheduling.request import Drawn, Event, FinishReason, Request
 
 
 class CountingEngine:

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtral_jax.sampling_params import SamplingParams
 from serving.errors import ContextTooLong, Overloaded
-from serving.scheduling.request import Drawn, Event, FinishReason, Request, SamplingParams
+from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.scheduler import Scheduler
 from serving.scheduling.step_plan import Chunk, Limits, Plan
 

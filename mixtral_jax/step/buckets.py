@@ -1,0 +1,74 @@
+"""Steps of every size that a caller needs, compiled before the first of them runs.
+
+XLA compiles for fixed shapes, so a step is padded to the smallest bucket that holds its tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+from jax.stages import Compiled
+from jax.typing import DTypeLike
+
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.step.inputs import StepInputs, StepSizes
+from mixtral_jax.step.programs import Programs, SplitModel
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All programs that an engine, or the plain loop, ever runs for one model."""
+
+    pages: jax.ShapeDtypeStruct  # of each layer, all sequence groups together
+    buckets: Mapping[int, Programs]  # by the tokens of one group
+    rows: Mapping[int, int]  # sequences of one group, by its tokens
+    copy: Compiled  # (pages, pairs) -> pages; pages are donated
+    sizes: StepSizes
+    groups: int | None  # sequence groups; None without a mesh
+
+    @property
+    def num_sequence_groups(self) -> int:
+        """Number of groups that the mesh splits the sequences into; 1 without a mesh."""
+        return self.groups or 1
+
+    def bucket(self, num_tokens: int) -> int:
+        """Returns the smallest bucket that holds so many tokens in each group."""
+        return min(bucket for bucket in self.buckets if bucket >= num_tokens)
+
+    def blank(self, bucket: int, *, with_history: bool = False) -> StepInputs:
+        """Returns inputs of that bucket to be filled in; see `StepInputs.blank`."""
+        rows = self.rows[bucket]
+        return StepInputs.blank(bucket, rows, self.sizes, self.groups, with_history=with_history)
+
+
+def compile_buckets(
+    model: Transformer,
+    sizes: StepSizes,
+    rows_of: Mapping[int, int],
+    progress: Callable[[str], None] = lambda line: None,
+    kv_dtype: DTypeLike | None = None,
+) -> Steps:
+    """Compiles the step of every bucket.
+
+    Args:
+        model: may be abstract, because only shapes matter.
+        sizes: of one sequence group.
+        rows_of: sequences by tokens, of one sequence group.
+        progress: is called with a line that names what is being compiled.
+        kv_dtype: of keys and values, such as int8; None for the model's own.
+    """
+    split = SplitModel.of(model)
+    pages = split.pages(sizes.num_pages, sizes.page_size, kv_dtype)
+    groups = None if model.layout is None else split.num_sequence_groups
+    num_drawn = split.num_sequence_groups * sizes.max_sequences
+    # One after the other: the compiler itself uses all cores.
+    draw: dict[int, Compiled] = {}
+    programs: dict[int, Programs] = {}
+    for number, (size, rows) in enumerate(sorted(rows_of.items()), start=1):
+        progress(f"compiling step {number} of {len(rows_of)}: {size} tokens")
+        inputs = StepInputs.blank(size, rows, sizes, groups)
+        if rows not in draw:
+            draw[rows] = split.compile_draw(inputs, num_drawn)
+        programs[size] = Programs(*split.compile_walk(pages, inputs, num_drawn), draw[rows])
+    copy = split.compile_copy(pages, sizes.max_sequences)
+    return Steps(pages, programs, dict(rows_of), copy, sizes, groups)

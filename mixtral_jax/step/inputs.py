@@ -1,0 +1,226 @@
+"""Inputs of one step: numpy arrays on the host, filled in before the step is launched.
+
+The engine and the plain loop write them by the same two calls: `GroupInputs.add` for the tokens of
+a sequence, and `GroupInputs.sample` for the parameters by which its next token is drawn.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixtral_jax.axes import FlatTokens, Rows
+from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.sampling_params import MAX_BIASES, SamplingParams
+from mixtral_jax.step.sampling import NO_ID, Biases, History, SamplingArrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """Numbers that fix the shapes of a step's arrays; all of one sequence group."""
+
+    num_pages: int
+    page_size: int  # tokens
+    max_sequences: int
+    max_context: int  # tokens of one sequence
+
+
+class StepInputs(NamedTuple):
+    """Everything that the host gives to one step.
+
+    A mesh may split the sequences into groups, each with its own pages. The arrays hold the groups
+    one behind the other; `batch.num_decodes` and `batch.num_sequences` have an element for each
+    group, and are scalars without a mesh.
+    """
+
+    batch: RaggedBatch
+    follows: FlatTokens  # [T] i32, index into the previous step's `Sampled.tokens`, or -1
+    last: Rows  # [R] i32, place of each sequence's last token in its group's flat row
+    sampling: SamplingArrays
+
+    @classmethod
+    def blank(
+        cls,
+        num_tokens: int,
+        rows: int,
+        sizes: StepSizes,
+        groups: int | None,
+        *,
+        with_history: bool = False,
+    ) -> "StepInputs":
+        """Returns inputs without a sequence: every row is padding that draws the likeliest token.
+
+        Args:
+            num_tokens: T of each group.
+            rows: sequences of each group.
+            sizes: the same for all steps of an engine.
+            groups: number of sequence groups; None without a mesh.
+            with_history: makes the tokens of `sampling.history` writable. Otherwise they are a
+                read-only view of a single number, because for long contexts they take megabytes
+                that most steps do not need.
+        """
+        all_rows = (groups or 1) * rows
+        batch = RaggedBatch(
+            tokens=host_array((groups or 1) * num_tokens, 0),
+            positions=host_array((groups or 1) * num_tokens, 0),
+            lengths=host_array(all_rows, 0),
+            query_starts=host_array((groups or 1) * (rows + 1), 0),
+            page_table=host_array((all_rows, -(-sizes.max_context // sizes.page_size)), 0),
+            num_decodes=host_array(() if groups is None else groups, 0),
+            num_sequences=host_array(() if groups is None else groups, 0),
+        )
+        follows = host_array((groups or 1) * num_tokens, -1)
+        sampling = _blank_sampling(all_rows, sizes.max_context, with_history)
+        return cls(batch, follows, host_array(all_rows, 0), sampling)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of sequence groups; 1 without a mesh."""
+        return int(np.size(self.batch.num_decodes))
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of places for tokens in each group."""
+        return len(self.follows) // self.num_groups
+
+    @property
+    def num_rows(self) -> int:
+        """Number of places for sequences in each group."""
+        return len(self.last) // self.num_groups
+
+    @property
+    def has_history(self) -> bool:
+        """True if the tokens of the history were made to be written, and so must be sent."""
+        return bool(np.asarray(self.sampling.history.tokens).flags.writeable)
+
+    def replace_history(self, tokens: Any) -> "StepInputs":
+        """Returns the same inputs with another array of the history's tokens."""
+        history = self.sampling.history._replace(tokens=tokens)
+        return self._replace(sampling=self.sampling._replace(history=history))
+
+
+class GroupInputs:
+    """Writes the sequences of one group into its part of a step's arrays.
+
+    Args:
+        inputs: blank ones; the arrays are changed.
+        group: index of the sequence group.
+        max_sequences: rows of `Sampled.tokens` that each group has.
+    """
+
+    def __init__(self, inputs: StepInputs, group: int, max_sequences: int) -> None:
+        rows, size = inputs.num_rows, inputs.num_tokens
+        self._inputs = inputs
+        self._group = group
+        self._first_row, self._first_token = group * rows, group * size
+        self._first_drawn = group * max_sequences
+        starts: Any = inputs.batch.query_starts
+        self._starts = starts[group * (rows + 1) : (group + 1) * (rows + 1)]
+        self._row = self._place = self._num_decodes = 0
+
+    def add(
+        self, token_ids: Sequence[int], start: int, pages: Sequence[int], follows: int | None = None
+    ) -> int:
+        """Adds new tokens of one sequence and returns its row. Those of one token come first.
+
+        Args:
+            token_ids: the new tokens, at positions `start`, `start + 1` ...
+            start: number of tokens whose keys and values are cached already.
+            pages: pages of all tokens up to the last new one.
+            follows: row of this group in the previous step whose drawn token replaces the first
+                of `token_ids`; None if they are all known.
+        """
+        batch: Any = self._inputs.batch
+        first, row = self._first_token, self._row
+        count, place = len(token_ids), self._place
+        end = place + count
+        batch.tokens[first + place : first + end] = token_ids
+        batch.positions[first + place : first + end] = range(start, start + count)
+        self._starts[row + 1] = end
+        at = self._first_row + row
+        batch.lengths[at] = start + count
+        batch.page_table[at, : len(pages)] = pages
+        self._inputs.last[at] = end - 1
+        if follows is not None:
+            self._inputs.follows[first + place] = self._first_drawn + follows
+        self._row, self._place = row + 1, end
+        self._num_decodes += count == 1
+        group = self._group if batch.num_decodes.ndim else ...
+        batch.num_decodes[group], batch.num_sequences[group] = self._num_decodes, self._row
+        return row
+
+    def sample(
+        self,
+        row: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        position: int,
+        prompt_length: int,
+        history: Sequence[int] = (),
+        forbidden: Collection[int] = (),
+    ) -> None:
+        """Sets the parameters by which a sequence's next token is drawn.
+
+        Args:
+            row: as `add` returned it.
+            params: temperature, penalties and so on; `params.seed` is not read.
+            seed: in [0, 2^31), of this choice.
+            position: of the token to be drawn, in its sequence.
+            prompt_length: tokens from this position on were generated.
+            history: all tokens before the last one, where `params` has penalties; the inputs must
+                then be made `with_history`.
+            forbidden: ids that must not be drawn.
+        """
+        at, arrays = self._first_row + row, self._inputs.sampling
+        values: Any = arrays
+        values.temperature[at] = params.temperature
+        values.top_k[at] = params.top_k
+        values.top_p[at] = params.top_p
+        values.min_p[at] = params.min_p
+        values.presence_penalty[at] = params.presence_penalty
+        values.frequency_penalty[at] = params.frequency_penalty
+        values.repetition_penalty[at] = params.repetition_penalty
+        values.seed[at] = seed
+        values.position[at] = position
+        values.top_logprobs[at] = -1 if params.top_logprobs is None else params.top_logprobs
+        values.history.prompt_length[at] = prompt_length
+        if history:
+            values.history.tokens[at, : len(history)] = history
+        if params.logit_bias or forbidden:
+            # An id of both must be written once: minus infinity wins.
+            biases = {**params.logit_bias, **dict.fromkeys(forbidden, -np.inf)}
+            values.biases.ids[at, : len(biases)] = [*biases]
+            values.biases.values[at, : len(biases)] = [*biases.values()]
+
+
+def host_array(shape: int | tuple[int, ...], value: int, dtype: type = np.int32) -> Any:
+    """Returns a numpy array, as compiled programs take it in place of one of jax's."""
+    return np.full(shape, value, dtype)
+
+
+def _blank_sampling(rows: int, width: int, with_history: bool) -> SamplingArrays:
+    """Returns the parameters of rows that take the likeliest token; `width` is S of the history."""
+    tokens: Any = np.broadcast_to(np.int32(NO_ID), (rows, width))
+    return SamplingArrays(
+        temperature=host_array(rows, 0, np.float32),
+        top_k=host_array(rows, 0),
+        top_p=host_array(rows, 1, np.float32),
+        min_p=host_array(rows, 0, np.float32),
+        presence_penalty=host_array(rows, 0, np.float32),
+        frequency_penalty=host_array(rows, 0, np.float32),
+        repetition_penalty=host_array(rows, 1, np.float32),
+        seed=host_array(rows, 0),
+        position=host_array(rows, 0),
+        top_logprobs=host_array(rows, -1),
+        history=History(
+            tokens=tokens.copy() if with_history else tokens,
+            last=host_array(rows, 0),  # replaced on the device, where alone it is known
+            prompt_length=host_array(rows, 0),
+        ),
+        biases=Biases(
+            ids=host_array((rows, MAX_BIASES), NO_ID),
+            values=host_array((rows, MAX_BIASES), 0, np.float32),
+        ),
+    )

@@ -1,0 +1,72 @@
+"""Launches compiled steps: one model's parameters and pages on the devices, arrays in and out.
+
+The engine and the plain loop each have one. It decides nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mixtral_jax.axes import PackedDraws, Rows
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.step.buckets import Steps
+from mixtral_jax.step.inputs import StepInputs, host_array
+from mixtral_jax.step.programs import SplitModel
+
+
+class StepLauncher:
+    """Parameters, pages, and the tokens that the last step drew. Used by one thread.
+
+    Args:
+        model: the parameters; must not be changed afterwards.
+        steps: what `compile_buckets` made for a model of the same shapes.
+    """
+
+    def __init__(self, model: Transformer, steps: Steps) -> None:
+        self.steps = steps
+        self._model = SplitModel.of(model)
+        self._layers = self._model.empty_pages(steps.pages)
+        # By number of rows, on the devices: histories of steps in which no row needs one.
+        self._no_history: dict[int, jax.Array] = {}
+        num_drawn = steps.num_sequence_groups * steps.sizes.max_sequences
+        self._tokens: Rows | Any = np.zeros(num_drawn, np.int32)
+
+    def launch(self, inputs: StepInputs) -> PackedDraws:
+        """Starts one step and returns its draws, which `unpack` reads, without waiting for them.
+
+        Rows that draw nothing hold values without a meaning.
+        """
+        if not inputs.has_history:
+            inputs = inputs.replace_history(self._blank_history(inputs))
+        programs, batch = self.steps.buckets[inputs.num_tokens], inputs.batch
+        rest = self._model.rest
+        batch, x, rotary = programs.embed(rest, batch, inputs.follows, self._tokens)
+        for i, block in enumerate(self._model.blocks):
+            x, self._layers[i] = programs.block(block, x, rotary, self._layers[i], batch)
+        x, last = programs.pick(x, batch.tokens, inputs.last)
+        sampled = programs.draw(rest, x, last, inputs.sampling)
+        self._tokens = sampled.tokens
+        packed: PackedDraws = sampled.packed
+        return packed
+
+    def copy_pages(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Copies pages before the next step writes: (source, destination) pairs by group."""
+        width, pages = self.steps.sizes.max_sequences, self.steps.sizes.num_pages
+        for start in range(0, max(map(len, copies)), width):
+            # Pairs that are not filled in have a destination out of range and copy nothing.
+            pairs = host_array((len(copies), width, 2), pages)
+            for group, wanted in enumerate(copies):
+                now = wanted[start : start + width]
+                pairs[group, : len(now)] = np.reshape(now, (-1, 2))
+            for i, layer in enumerate(self._layers):
+                self._layers[i] = self.steps.copy(layer, pairs.reshape(-1, 2))
+
+    def _blank_history(self, inputs: StepInputs) -> jax.Array:
+        """Returns the empty history for as many rows as the inputs have; made once for each."""
+        rows = inputs.num_rows
+        if rows not in self._no_history:
+            blank = np.ascontiguousarray(inputs.sampling.history.tokens)
+            self._no_history[rows] = self._model.replicate(blank)
+        return self._no_history[rows]
