@@ -72,13 +72,13 @@ class SamplingParams:
             if not low <= round(value, 6) <= high:
                 raise SamplingError(f"{name} is {value:g}; it must be within {low:g} and {high:g}")
             object.__setattr__(self, name, value)
-        for name, (least, most) in _WHOLE_RANGES.items():
+        for name, (least, largest) in _WHOLE_RANGES.items():
             value = getattr(self, name)
             if value is None and name == "top_logprobs":
                 continue
             value = whole_number(name, value)
-            if not least <= value <= most:
-                raise SamplingError(f"{name} is {value}; it must be within {least} and {most}")
+            if not least <= value <= largest:
+                raise SamplingError(f"{name} is {value}; it must be within {least} and {largest}")
             object.__setattr__(self, name, value)
         if self.seed is not None:
             object.__setattr__(self, "seed", whole_number("seed", self.seed) & _MASK)

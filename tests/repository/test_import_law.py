@@ -23,7 +23,7 @@ MOST_FILES = 15  # in one folder: a folder that holds more is two subjects
 _LAW_TEXT = """
 mixtral_jax.errors
 mixtral_jax.paths
-mixtral_jax.sampling_params
+mixtral_jax.sampling_params  | mixtral_jax.errors
 mixtral_jax.axes             | mixtral_jax.sampling_params*
 mixtral_jax.config           | mixtral_jax.axes*
 mixtral_jax.hf_config        | mixtral_jax.config*

@@ -44,7 +44,6 @@ TO_BE_READ = {
     "mixtral_jax/cli",
     "mixtral_jax/compilation.py",
     "mixtral_jax/config.py",
-    "mixtral_jax/generation.py",
     "mixtral_jax/kernels/cpu",
     "mixtral_jax/kernels/gpu",
     "mixtral_jax/kernels/tpu",
