@@ -27,7 +27,7 @@ import numpy as np
 import typer
 
 from convert.export import INDEX_FILE, cut
-from convert.name_table import rows
+from convert.name_table import name_table
 from mixtral_jax.config import CONFIG_FILE, ModelConfig
 from mixtral_jax.hf_config import to_hf
 
@@ -49,7 +49,9 @@ def mixtral(size: int) -> ModelConfig:
     config = replace(ModelConfig.mixtral_8x7b_v01(), num_layers=1)
 
     def nbytes(layers: int) -> int:
-        return 2 * sum(row.size for row in rows(replace(config, num_layers=layers), "hf"))
+        return 2 * sum(
+            row.size for row in name_table(replace(config, num_layers=layers), "hf").rows
+        )
 
     one = nbytes(2) - nbytes(1)
     return replace(config, num_layers=max(1, round((size - nbytes(1)) / one) + 1))
@@ -61,7 +63,7 @@ def generate(folder: Path, config: ModelConfig) -> tuple[int, int]:
     Bits come from one random block, at an offset of each tensor's own: there is no compression
     that could profit from it, and drawing each bit anew would take longer than all the rest.
     """
-    shapes = {row.source: row.shape for row in rows(config, "hf")}
+    shapes = {row.source: row.shape for row in name_table(config, "hf").rows}
     sizes = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items()}
     shards = cut(shapes, 2, _SHARD_BYTES)
     generator = np.random.default_rng(0)

@@ -33,15 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.convert_memory import mixtral
-from mixtral_jax.checkpoint.folder import (
-    Card,
-    ParameterReader,
-    ParameterWriter,
-    chunk_shape,
-    finished_at,
-    load,
-    parameter_shapes,
-)
+from mixtral_jax.checkpoint.folder import Card, finished_at
+from mixtral_jax.checkpoint.parameters import chunk_shape, parameter_shapes
+from mixtral_jax.checkpoint.restore import load
+from mixtral_jax.checkpoint.writer import ParameterReader, ParameterWriter
 from mixtral_jax.model.transformer import named_parameters
 from mixtral_jax.sharding import make_mesh
 

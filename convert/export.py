@@ -8,7 +8,6 @@ dtype comes back bit for bit, under Hugging Face's names, experts one by one.
 import json
 import math
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,18 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from convert.check import check_space
 from convert.errors import ConversionError
-from convert.name_table import Row, rows
-from convert.pieces import (
-    Piece,
-    check_space,
-    filled,
-    overlaps,
-    pieces,
-    total_bytes,
-)
+from convert.name_table import NameTable, name_table
+from convert.pieces import ParameterPiece, filled, overlaps, pieces
 from convert.progress import Progress
-from mixtral_jax.checkpoint.folder import Card, ParameterReader, finished_at, parameter_shapes
+from mixtral_jax.checkpoint.folder import Card, finished_at
+from mixtral_jax.checkpoint.parameters import CHUNK_BYTES, parameter_shapes, stored_bytes
+from mixtral_jax.checkpoint.writer import ParameterReader
 from mixtral_jax.config import CONFIG_FILE
 from mixtral_jax.hf_config import to_hf
 from mixtral_jax.tokenization import tokenizer
@@ -43,7 +38,8 @@ def export(
     destination: Path,
     *,
     shard_bytes: int = 5_000_000_000,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Card:
     """Writes a checkpoint folder as a Hugging Face folder: safetensors, config and tokenizer.
 
@@ -52,6 +48,7 @@ def export(
         destination: a folder that does not exist or is empty.
         shard_bytes: a file is closed before it would hold more; a larger tensor is alone in one.
         progress: called with bytes written and bytes in all.
+        chunk_bytes: that of the checkpoint; pieces of another size cost more to read.
 
     Raises ConfigError if `checkpoint` is none, ConversionError if it is int8 or there is no room
     for it, and FileExistsError if `destination` is not empty. Nothing is left there then.
@@ -64,15 +61,15 @@ def export(
                 "for; convert the weights with --dtype bfloat16 and export that"
             ]
         )
-    table = rows(card.model, "hf")
-    total = total_bytes(parameter_shapes(card.model, card.dtype))
-    check_space(total, destination)
-    shapes = {row.source: row.shape for row in table}
+    table = name_table(card.model, "hf")
+    stored = parameter_shapes(card.model, card.dtype)
+    check_space(stored, destination)
+    shapes = {row.source: row.shape for row in table.rows}
     shards = cut(shapes, np.dtype(card.dtype).itemsize, shard_bytes)
     with finished_at(destination) as partial:
-        _write_shards(checkpoint, card, table, shards, partial, progress or (lambda d, t: None))
+        _write_shards(checkpoint, card, table, shards, partial, progress, chunk_bytes)
         index = {
-            "metadata": {"total_size": total},
+            "metadata": {"total_size": stored_bytes(stored)},
             "weight_map": {name: shard.file for shard in shards for name in shard.offsets},
         }
         _write_json(partial / INDEX_FILE, index)
@@ -132,21 +129,19 @@ def cut(shapes: Mapping[str, Sequence[int]], itemsize: int, shard_bytes: int) ->
 def _write_shards(
     checkpoint: Path,
     card: Card,
-    table: list[Row],
+    table: NameTable,
     shards: list[Shard],
     folder: Path,
     progress: Progress,
+    chunk_bytes: int,
 ) -> None:
     shapes = parameter_shapes(card.model, card.dtype)
-    by_parameter = defaultdict(list)
-    for row in table:
-        by_parameter[row.parameter].append(row)
     reader = ParameterReader(checkpoint)
 
-    def fill(piece: Piece, out: np.ndarray) -> None:
+    def fill(piece: ParameterPiece, out: np.ndarray) -> None:
         reader.read(piece.parameter, piece.index, out.reshape(piece.shape))
 
-    done, total = 0, total_bytes(shapes)
+    done, total = 0, stored_bytes(shapes)
     progress(done, total)
     with ExitStack() as stack:
         places: dict[str, tuple[FileIO, int]] = {}
@@ -156,8 +151,8 @@ def _write_shards(
             file.write(header)
             for name, offset in shard.offsets.items():
                 places[name] = (file, len(header) + offset)
-        for piece, values in filled(pieces(shapes), np.dtype(card.dtype), fill):
-            for row, start, within in overlaps(piece, by_parameter[piece.parameter]):
+        for piece, values in filled(pieces(shapes, chunk_bytes), np.dtype(card.dtype), fill):
+            for row, start, within in overlaps(piece, table.by_parameter[piece.parameter]):
                 # Under these names, a row is all of its tensor.
                 file, offset = places[row.source]
                 _write_at(file, offset + start * values.itemsize, values[within])
@@ -173,4 +168,4 @@ def _write_at(file: FileIO, offset: int, values: np.ndarray) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

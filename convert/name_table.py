@@ -19,9 +19,13 @@ Sources of the names:
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from mixtral_jax.config import ModelConfig
+
+# Experts per token of an upcycled model. Their weights sum to 1, and all experts are equal.
+UPCYCLED_EXPERTS_PER_TOKEN = 2
 
 
 class Line(NamedTuple):
@@ -178,59 +182,90 @@ class Row:
     interleaved: bool
 
 
-def rows(config: ModelConfig, dialect: str, names: Collection[str] = ()) -> list[Row]:
-    """The whole table for one model.
+@dataclass(frozen=True)
+class NameTable:
+    """The rows of one source, and the config of the model that they fill.
 
-    `names` are the source's tensors: where a dialect has several ways of storing experts, they
-    tell which one it is. Whether they are complete is for the caller to check.
+    `config` differs from the source's where the model becomes a mixture of experts, or gets a head
+    of its own. Parameters without rows are initialised at random: the routers of such a mixture.
     """
-    table = DIALECTS[dialect]
-    found: list[Row] = []
-    for line in table.top:
+
+    config: ModelConfig
+    rows: tuple[Row, ...]
+    embedding: str  # the source's name for it
+    head: str  # likewise; a source may store it though it is tied
+    ignored: frozenset[str]  # names that a source may have and that no parameter needs
+
+    @cached_property
+    def by_parameter(self) -> dict[str, list[Row]]:
+        """The rows of each parameter."""
+        grouped: dict[str, list[Row]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.parameter, []).append(row)
+        return grouped
+
+
+def name_table(
+    config: ModelConfig,
+    dialect: str,
+    names: Collection[str] = (),
+    *,
+    upcycle_experts: int = 0,
+    own_head: bool = False,
+) -> NameTable:
+    """Returns the table for one source.
+
+    Args:
+        config: the source's.
+        dialect: a key of DIALECTS.
+        names: the source's tensors, complete or not. Where a dialect has several ways of storing
+            experts, they tell which one it is.
+        upcycle_experts: put a dense model's feed-forward matrices into each of so many experts
+            (arXiv:2212.05055, sparse upcycling). A number that makes no sense is left to `check`.
+        own_head: give a model with tied embeddings a copy of them as its head.
+    """
+    dialect_lines = DIALECTS[dialect]
+    table = _rows(config, dialect_lines, names)
+    top = {line.ours: line.theirs for line in dialect_lines.top}
+    embedding, head = top["embed.weight"], top["head.weight"]
+    if config.tied_embeddings and embedding not in names and head in names:
+        # Of two names for one tensor, safetensors keeps the first: here the head's.
+        table = [replace(row, source=head) if row.source == embedding else row for row in table]
+        embedding = head
+    if upcycle_experts >= UPCYCLED_EXPERTS_PER_TOKEN and not config.is_moe:
+        table = [
+            replace(row, index=expert)
+            for row in table
+            for expert in range(upcycle_experts if ".feed_forward." in row.parameter else 1)
+        ]
+        config = replace(
+            config, num_experts=upcycle_experts, experts_per_token=UPCYCLED_EXPERTS_PER_TOKEN
+        )
+    if own_head and config.tied_embeddings:
+        copies = [row for row in table if row.parameter == "embed.weight"]
+        table += [replace(row, parameter="head.weight") for row in copies]
+        config = replace(config, tied_embeddings=False)
+    layers = range(config.num_layers)
+    ignored = {
+        dialect_lines.prefix.format(i=i) + name for name in dialect_lines.ignored for i in layers
+    }
+    return NameTable(config, tuple(table), embedding, head, frozenset(ignored))
+
+
+def _rows(config: ModelConfig, dialect: Dialect, names: Collection[str]) -> list[Row]:
+    table: list[Row] = []
+    for line in dialect.top:
         if line.ours != "head.weight" or not config.tied_embeddings:
-            found += _expand(line, config, "", "")
-    lines = table.layer + (_variant(table, names) if config.is_moe else table.dense)
+            table += _expand(line, config, "", "")
+    lines = dialect.layer + (_variant(dialect, names) if config.is_moe else dialect.dense)
     for i in range(config.num_layers):
         for line in lines:
-            found += _expand(line, config, f"layers.{i}.", table.prefix.format(i=i))
-    return found
-
-
-def ignored(config: ModelConfig, dialect: str) -> set[str]:
-    """Names that a source may have and that no parameter needs."""
-    table = DIALECTS[dialect]
-    layers = range(config.num_layers)
-    return {table.prefix.format(i=i) + name for name in table.ignored for i in layers}
-
-
-def tied_pair(dialect: str) -> tuple[str, str]:
-    """Source names of the embedding and of the head, which may be stored though it is tied."""
-    names = {line.ours: line.theirs for line in DIALECTS[dialect].top}
-    return names["embed.weight"], names["head.weight"]
-
-
-def upcycled(table: list[Row], experts: int) -> list[Row]:
-    """Rows that put a dense model's feed-forward matrices into each of E experts.
-
-    Routers get no row: there is nothing to copy. (arXiv:2212.05055, sparse upcycling)
-    """
-    return [
-        replace(row, index=e)
-        for row in table
-        for e in range(experts if ".feed_forward." in row.parameter else 1)
-    ]
-
-
-def untied(table: list[Row]) -> list[Row]:
-    """The table of a model with tied embeddings, and a copy of them as its head."""
-    copies = [
-        replace(row, parameter="head.weight") for row in table if row.parameter == "embed.weight"
-    ]
-    return table + copies
+            table += _expand(line, config, f"layers.{i}.", dialect.prefix.format(i=i))
+    return table
 
 
 def _variant(table: Dialect, names: Collection[str]) -> tuple[Line, ...]:
-    """The way of storing experts of which the first layer has most names."""
+    """Returns the way of storing experts of which the first layer has most names."""
     prefix = table.prefix.format(i=0)
     return max(
         table.experts,

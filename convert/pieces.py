@@ -1,29 +1,28 @@
 """Pieces: parameters cut as the checkpoint stores them, moved one at a time through two buffers.
 
 A piece is one stored chunk, so it is read or written once and whole. It is also one run of elements
-of the flattened parameter, so what belongs to which tensor elsewhere is arithmetic on ranges. Both
-ways through, from a source and to an export, work on pieces; neither ever holds more than two.
+of the flattened parameter, so its place in tensors elsewhere is arithmetic on ranges. Conversion
+and export both work on pieces; neither ever holds more than two.
 """
 
 import itertools
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from convert.errors import ConversionError
 from convert.name_table import Row
-from mixtral_jax.checkpoint.folder import chunk_shape
+from convert.progress import Progress
+from mixtral_jax.checkpoint.parameters import CHUNK_BYTES, chunk_shape, stored_bytes
+from mixtral_jax.checkpoint.writer import ParameterWriter
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterPiece:
     """One stored chunk of a parameter."""
 
     parameter: str
@@ -33,7 +32,12 @@ class Piece:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
+
+
+Fill = Callable[[ParameterPiece, np.ndarray], None]
+"""Puts the elements of a piece into a flat array."""
 
 
 class Overlap(NamedTuple):
@@ -44,27 +48,15 @@ class Overlap(NamedTuple):
     within: slice  # of the flattened piece
 
 
-def total_bytes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """What the parameters take, stored."""
-    return sum(array.size * np.dtype(array.dtype).itemsize for array in shapes.values())
+def pieces(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[ParameterPiece]:
+    """Yields all pieces of all parameters in the order of their elements.
 
-
-def check_space(nbytes: int, destination: Path) -> None:
-    """Raises ConversionError if that many bytes do not fit where `destination` will be."""
-    folder = destination.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise ConversionError(
-            [f"{destination} needs {nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there"]
-        )
-
-
-def pieces(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Piece]:
-    """All pieces of all parameters in the order of their elements."""
+    `chunk_bytes` is that of the checkpoint, see `chunk_shape`.
+    """
     for name, array in shapes.items():
-        chunk = chunk_shape(array)
+        chunk = chunk_shape(array, chunk_bytes)
         strides = [math.prod(array.shape[axis + 1 :]) for axis in range(len(chunk))]
         grid = [range(0, size, step) for size, step in zip(array.shape, chunk, strict=True)]
         for corner in itertools.product(*grid):
@@ -72,7 +64,7 @@ def pieces(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Piece]:
                 min(begin + step, size)
                 for begin, step, size in zip(corner, chunk, array.shape, strict=True)
             ]
-            yield Piece(
+            yield ParameterPiece(
                 name,
                 tuple(map(slice, corner, ends)),
                 tuple(end - begin for begin, end in zip(corner, ends, strict=True)),
@@ -80,8 +72,8 @@ def pieces(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Piece]:
             )
 
 
-def overlaps(piece: Piece, rows: Iterable[Row]) -> Iterator[Overlap]:
-    """What each of a parameter's rows has in common with one of its pieces."""
+def overlaps(piece: ParameterPiece, rows: Iterable[Row]) -> Iterator[Overlap]:
+    """Yields the elements that a piece has in common with each of its parameter's rows."""
     for row in rows:
         first = row.index * row.size
         begin = max(first, piece.start)
@@ -91,9 +83,9 @@ def overlaps(piece: Piece, rows: Iterable[Row]) -> Iterator[Overlap]:
 
 
 def filled(
-    cut: Iterable[Piece], dtype: np.dtype, fill: Callable[[Piece, np.ndarray], None]
-) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Each piece with its elements, flat, while another thread fills the next one.
+    cut: Iterable[ParameterPiece], dtype: np.dtype, fill: Fill
+) -> Iterator[tuple[ParameterPiece, np.ndarray]]:
+    """Yields each piece with its elements, flat, while another thread fills the next one.
 
     `fill` puts a piece's elements into the flat array that it is given. An array is valid until
     the next one is asked for: there are two of them, used in turn, because fresh memory costs as
@@ -101,7 +93,7 @@ def filled(
     """
     buffers = [np.empty(0, dtype), np.empty(0, dtype)]
 
-    def run(piece: Piece, turn: int) -> tuple[Piece, np.ndarray]:
+    def run(piece: ParameterPiece, turn: int) -> tuple[ParameterPiece, np.ndarray]:
         if buffers[turn].size < piece.size:
             buffers[turn] = np.empty(piece.size, dtype)
         out = buffers[turn][: piece.size]
@@ -117,3 +109,13 @@ def filled(
             pending = following
         if pending is not None:
             yield pending.result()
+
+
+def write_pieces(writer: ParameterWriter, dtype: np.dtype, fill: Fill, progress: Progress) -> None:
+    """Writes all parameters of a checkpoint of the float `dtype`, with the elements of `fill`."""
+    done, total = 0, stored_bytes(writer.shapes)
+    progress(done, total)
+    for piece, values in filled(pieces(writer.shapes, writer.chunk_bytes), dtype, fill):
+        writer.write(piece.parameter, piece.index, values.reshape(piece.shape))
+        done += values.nbytes
+        progress(done, total)

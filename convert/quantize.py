@@ -24,7 +24,7 @@ So memory grows with a model's width alone, by the activations of at most 2,048 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.pieces import Piece, filled, pieces, total_bytes
+from convert.pieces import Fill, ParameterPiece, filled, pieces
 from convert.progress import Progress
-from mixtral_jax.checkpoint.folder import ParameterWriter, parameter_shapes
+from mixtral_jax.checkpoint.parameters import parameter_shapes, stored_bytes
+from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.layers import RMSNorm, Rotary, Scaled
 from mixtral_jax.model.moe import route
@@ -44,13 +45,10 @@ _TOKENS = 2048  # of the text
 _WINDOW = 512  # at most so many of them see each other
 _FLOAT = np.dtype(np.float32)
 
-Fill = Callable[[Piece, np.ndarray], None]
-"""Puts the elements of a piece of a float32 parameter into a flat array."""
-
 
 def calibration_text() -> str:
     """Prose, dialogue, code, a chat: 8,000 characters that were written for this."""
-    return Path(__file__).with_name("calibration.txt").read_text()
+    return Path(__file__).with_name("calibration.txt").read_text(encoding="utf-8")
 
 
 def quantize(
@@ -122,7 +120,7 @@ class _Walk:
         self.progress = progress
         self.alpha = alpha
         self.floats = parameter_shapes(config, "float32")
-        self.done, self.total = 0, total_bytes(writer.shapes)
+        self.done, self.total = 0, stored_bytes(writer.shapes)
         progress(self.done, self.total)
 
     def run(self, ids: list[int]) -> None:
@@ -228,11 +226,13 @@ class _Walk:
         name += ".weight"
         shape = self.floats[name].shape
         start = expert * (math.prod(shape) // experts)
-        cut = pieces({name: jax.ShapeDtypeStruct(shape if experts == 1 else shape[1:], _FLOAT)})
+        of_one = jax.ShapeDtypeStruct(shape if experts == 1 else shape[1:], _FLOAT)
+        cut = pieces({name: of_one}, self.writer.chunk_bytes)
         if experts > 1:
             index = slice(expert, expert + 1)
             cut = (
-                Piece(p.parameter, (index, *p.index), (1, *p.shape), start + p.start) for p in cut
+                ParameterPiece(p.parameter, (index, *p.index), (1, *p.shape), start + p.start)
+                for p in cut
             )
         for piece, values in filled(cut, _FLOAT, self.fill):
             first = (piece.start - start) // inputs
@@ -281,7 +281,7 @@ class _Walk:
 class _Block(NamedTuple):
     """Some rows of a matrix."""
 
-    piece: Piece
+    piece: ParameterPiece
     rows: slice
     values: np.ndarray  # [R I] f32, valid until the next one is asked for
 

@@ -1,8 +1,7 @@
 """The header of a GGUF file: metadata, and where its tensors are.
 
 The gguf package reads headers too, but value by value through a memory map: a vocabulary takes it
-many seconds, this a fraction of one. Decoding stays with the package (see
-safetensors.py).
+many seconds, this a fraction of one. Decoding stays with the package (see read.py).
 
     magic, version, number of tensors, number of metadata values
     metadata     name, type, value; a string is its length and UTF-8, an array its type and length
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.source.safetensors import Tensor
+from convert.source.read import Tensor
 
 _VERSIONS = (2, 3)
 _SCALARS: dict[int, np.dtype[Any]] = {

@@ -11,21 +11,27 @@ A single file of these kinds may be given too; its config is looked for beside i
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.name_table import tied_pair
 from convert.source import configs
 from convert.source.gguf import gguf_header
-from convert.source.safetensors import Tensor, safetensors_header
+from convert.source.read import Tensor
+from convert.source.safetensors import safetensors_header
 from mixtral_jax.config import CONFIG_FILE, ModelConfig, is_checkpoint
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
 
 PARAMS_FILE = "params.json"
+WHOLE_FILE = "model.safetensors"
+# The head of a GGUF file; llama.cpp ties it to the embedding where the file lacks it.
+_GGUF_HEAD = "output.weight"
+# A file of a model that was cut into several.
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 @dataclass
@@ -72,15 +78,15 @@ def open_source(path: Path) -> Source:
         raise ConversionError([f"{path} is a mixtral-jax checkpoint already"])
     if path.is_file():
         return _open_file(path)
-    shards = sorted(path.glob("*.safetensors"))
+    shards = _files(path, "*.safetensors")
     consolidated = [file for file in shards if file.name.startswith("consolidated")]
     shards = [file for file in shards if file not in consolidated]
     indexes = [
         file
-        for file in sorted(path.glob("*.safetensors.index.json"))
+        for file in _files(path, "*.safetensors.index.json")
         if not file.name.startswith("consolidated")
     ]
-    gguf_files = sorted(path.glob("*.gguf"))
+    gguf_files = _files(path, "*.gguf")
     if (path / CONFIG_FILE).is_file() and (shards or indexes):
         return _open_hf(path, path, shards, indexes)
     if (path / PARAMS_FILE).is_file() and consolidated:
@@ -91,6 +97,14 @@ def open_source(path: Path) -> Source:
         names = ", ".join(file.name for file in gguf_files[:5])
         raise ConversionError([f"{path} holds several GGUF files; name one of them: {names}"])
     raise ConversionError([_nothing_found(path, shards, consolidated)])
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Returns the files of a pattern in their order, without hidden ones.
+
+    macOS puts a hidden "._NAME" beside NAME on disks that cannot hold its attributes.
+    """
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def _open_file(path: Path) -> Source:
@@ -111,24 +125,46 @@ def _open_hf(path: Path, folder: Path, shards: Sequence[Path], indexes: Sequence
     if len(indexes) > 1:
         names = " and ".join(file.name for file in indexes)
         source.problems.append(f"{path} has two indexes, {names}; remove one")
-    if indexes:
-        _add_indexed(source, indexes[0])
-        return source
-    for file in shards:
-        # Beside a whole model.safetensors, other files are adapters or variants.
-        if file.name == "model.safetensors" or folder / "model.safetensors" not in shards:
+    placed = _read_index(source, indexes[0]) if indexes else None
+    whole = folder / WHOLE_FILE
+    if whole in shards and (placed is None or WHOLE_FILE not in placed.values()):
+        _open_whole(source, whole, shards, set((placed or {}).values()))
+    elif placed is not None:
+        _add_indexed(source, indexes[0], placed)
+    elif not indexes:
+        for file in shards:
             source.add(file)
     return source
 
 
-def _add_indexed(source: Source, index: Path) -> None:
-    """Takes in the files that an index names, and compares it with what they hold."""
+def _open_whole(source: Source, whole: Path, shards: Sequence[Path], placed: Set[str]) -> None:
+    """Takes in a whole model.safetensors, unless shards of another model are there too.
+
+    An index whose shards are gone, as when a model is saved over another one, says nothing. Files
+    that are neither shards nor indexed are adapters or variants.
+    """
+    others = [file.name for file in shards if file.name in placed or _SHARD.fullmatch(file.name)]
+    if others:
+        source.fail(
+            f"{source.path} holds both {whole.name} and shards such as {others[0]}, which may be "
+            "another model; remove or move one of the two"
+        )
+    else:
+        source.add(whole)
+
+
+def _read_index(source: Source, index: Path) -> dict[str, str] | None:
+    """Returns the file of each tensor by an index; None, and a problem, if it is malformed."""
     try:
-        content = json.loads(index.read_text())
-        placed = {str(name): str(file) for name, file in content["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        return {str(name): str(file) for name, file in content["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         source.fail(f"{index} is malformed: {error!r}")
-        return
+        return None
+
+
+def _add_indexed(source: Source, index: Path, placed: Mapping[str, str]) -> None:
+    """Takes in the files that an index names, and compares it with their content."""
     for name in sorted(set(placed.values())):
         file = index.parent / name
         if Path(name).name != name or not file.is_file():
@@ -141,7 +177,7 @@ def _add_indexed(source: Source, index: Path) -> None:
         held = source.tensors.get(name)
         if held is None or held.file.name != wanted:
             source.problems.append(f"{index.name} places {name} in {wanted}, which lacks it")
-            # Once is enough: it need not be reported as missing as well.
+            # The tensor need not be reported as missing as well.
             source.whole = False
 
 
@@ -160,7 +196,7 @@ def _open_gguf(path: Path) -> Source:
     except (ConversionError, OSError) as error:
         source.fail(error)
         return source
-    tied = tied_pair("gguf")[1] not in source.tensors
+    tied = _GGUF_HEAD not in source.tensors
     try:
         source.config = configs.from_gguf(source.metadata, tied_embeddings=tied)
     except ConfigError as error:
@@ -170,14 +206,14 @@ def _open_gguf(path: Path) -> Source:
 
 def _read_config(source: Source, file: Path, translate: Any) -> ModelConfig | None:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it is no json object")
         config: ModelConfig = translate(content)
         return config
     except FileNotFoundError:
         source.problems.append(f"{file} is missing; it says how the tensors are to be read")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         source.problems.append(f"{file}: {error}")
     return None
 
@@ -188,7 +224,7 @@ def _nothing_found(path: Path, shards: Sequence[Path], consolidated: Sequence[Pa
     if consolidated:
         return f"{path} has consolidated safetensors but no {PARAMS_FILE}"
     for pattern in ("pytorch_model*.bin", "consolidated*.pth", "*.bin", "*.pth", "*.pt"):
-        for file in sorted(path.glob(pattern)):
+        for file in _files(path, pattern):
             return _pickled(file)
     return (
         f"{path} holds no weights that can be read; looked for {CONFIG_FILE} with *.safetensors, "

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mixtral_jax.checkpoint import folder as checkpoint
+from mixtral_jax.checkpoint import parameters, restore
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
@@ -39,7 +39,7 @@ class Pretrained:
         `rules` and `activations` are those of Transformer.
         """
         if self.folder is not None:
-            return checkpoint.load(self.folder, mesh, dtype, rules, activations)[0]
+            return restore.load(self.folder, mesh, dtype, rules, activations)[0]
         return Transformer(
             self.card.model,
             dtype=self.loadable_dtype(dtype),
@@ -52,8 +52,8 @@ class Pretrained:
     def loadable_dtype(self, dtype: DTypeLike | None) -> str:
         """What `load(dtype=dtype)` gives; raises ConfigError as that does, at once."""
         if self.folder is None:
-            return checkpoint.checked_dtype(dtype or self.card.dtype)
-        return checkpoint.loadable_dtype(self.folder, self.card, dtype)
+            return parameters.checked_dtype(dtype or self.card.dtype)
+        return parameters.loadable_dtype(self.folder, self.card, dtype)
 
 
 def open_pretrained(path: str | Path) -> Pretrained:

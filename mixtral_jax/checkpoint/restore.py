@@ -1,7 +1,7 @@
 """Reads stored arrays straight onto the shards of their devices, within a bound of memory.
 
-A process holds the parts of its own devices, once, and `_IN_FLIGHT` bytes of chunks on their way;
-where devices have a memory of their own, the host has the parts of two parameters at most.
+A process holds the shards of its own devices, once, and `BYTES_IN_FLIGHT` of chunks that are being
+read; where devices have a memory of their own, the host holds the shards of two parameters at most.
 
 Orbax's own `load` begins all shards at once, reads each into an array of the host and copies that
 to the device: each of four processes that restore 6 GB together takes up to 4 GiB more than its
@@ -9,8 +9,8 @@ part. Its `read_concurrent_bytes` does not help, as it refuses a shard whose chu
 that in all, and where the inputs of experts are split those are the whole matrix of a layer.
 
 On CPU the array of the host becomes that of the device: XLA takes aligned memory as it is. A device
-that holds the same part as another shares its memory then. Files are mapped, so that what is on its
-way was not copied from the page cache first.
+that holds the same shard as another shares its memory then. Files are mapped into memory, so that
+chunks that are being read are not copied from the page cache first.
 """
 
 import math
@@ -23,36 +23,90 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore as ts
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
 
-# Bytes of chunks that are on their way at once: enough to keep a disk and the cores busy.
-_IN_FLIGHT = 256 << 20
+from mixtral_jax.checkpoint.folder import Card
+from mixtral_jax.checkpoint.parameters import PARAMS, kvstore, loadable_dtype
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sharding import ShardingRules
+
+# Bytes of chunks that are read at once: enough to keep a disk and the cores busy.
+BYTES_IN_FLIGHT = 256 << 20
 # Keeps a compressed chunk that several shards of this process touch until all have it.
-_CACHE = 64 << 20
-# Of memory that XLA:CPU takes over without a copy.
+_CACHE_BYTES = 64 << 20
+# XLA:CPU takes over memory that is aligned to so many bytes without a copy.
 _ALIGNMENT = 64
 
 Box = tuple[tuple[int, int], ...]  # start and end in each dimension
 
 
-def kvstore(params: Path, path: str) -> dict[str, str]:
-    """Where Orbax keeps arrays; `path` is the name of one and a slash, or nothing."""
-    return {"driver": "ocdbt", "base": f"file://{params}/state/", "path": path}
+def load(
+    folder: Path,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    rules: ShardingRules | None = None,
+    activations: DTypeLike | None = None,
+    *,
+    bytes_in_flight: int = BYTES_IN_FLIGHT,
+) -> tuple[Transformer, Card]:
+    """Restores a checkpoint straight onto the devices of `mesh`, or onto the default device.
+
+    Args:
+        folder: a checkpoint folder.
+        mesh: the devices that the model is split over.
+        dtype: overrides the stored one, except from or to int8.
+        rules: those of Transformer.
+        activations: those of Transformer.
+        bytes_in_flight: a bound on the host's memory, see `restore`.
+
+    Raises ConfigError if the folder is no checkpoint, or cannot be loaded as `dtype`.
+    """
+    card = Card.read(folder)
+    dtype = loadable_dtype(folder, card, dtype)
+    model = Transformer(
+        card.model, dtype=dtype, activations=activations, rngs=None, mesh=mesh, rules=rules
+    )
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    one_device = SingleDeviceSharding(jax.devices()[0])
+    wanted: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, variable in flat:
+        want = variable.get_value()
+        if mesh is None:
+            want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=one_device)
+        wanted[".".join(map(str, path))] = want
+    restored = restore((folder / PARAMS).absolute(), wanted, bytes_in_flight)
+    filled = [
+        (path, variable.replace(array))
+        for (path, variable), array in zip(flat, restored.values(), strict=True)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled)), card
 
 
-def restore(params: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """All arrays of an Orbax checkpoint by their dotted names, each on its own sharding.
+def restore(
+    params: Path,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    bytes_in_flight: int = BYTES_IN_FLIGHT,
+) -> dict[str, jax.Array]:
+    """Reads all arrays of an Orbax checkpoint by their dotted names, each onto its own sharding.
 
-    What is stored as another dtype is cast on its way. Raises ValueError if the names and shapes
-    are not those of the checkpoint, or a file of it is damaged.
+    An array that is stored as another dtype is cast while it is read. `bytes_in_flight` bounds the
+    chunks that are read at once, in stored bytes; one chunk is always read.
+
+    Raises ValueError if the names and shapes are not those of the checkpoint, or a file of it is
+    damaged.
     """
     context = ts.Context(
-        {"cache_pool": {"total_bytes_limit": _CACHE}, "file_io_mode": {"mode": "memmap"}}
+        {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}, "file_io_mode": {"mode": "memmap"}}
     )
     stored_names = _names(params, context)
-    if odd := sorted(stored_names ^ set(wanted)):
-        fault = "has" if odd[0] in stored_names else "lacks"
-        raise ValueError(f"{params} {fault} {odd[0]}, unlike the model; {len(odd)} such names")
-    # All are opened at once, as each waits for the disk.
+    if unmatched := sorted(stored_names ^ set(wanted)):
+        name = unmatched[0]
+        fault = "has" if name in stored_names else "lacks"
+        raise ValueError(f"{params} {fault} {name}, unlike the model; {len(unmatched)} such names")
+    # All are opened at once, because opening waits for the disk.
     opened = {name: _open(params, name, context) for name in wanted}
     arrays: dict[str, jax.Array] = {}
     before = None
@@ -61,19 +115,19 @@ def restore(params: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
         if stored.shape != want.shape:
             raise ValueError(f"{params}: {name} has the shape {stored.shape}, not {want.shape}")
         try:
-            arrays[name] = _read(stored, want)
+            arrays[name] = _read(stored, want, bytes_in_flight)
         except ValueError as error:  # as tensorstore says it, such as of a file cut short
             raise ValueError(
                 f"{params}: {name} is damaged; copy the checkpoint or convert it again ({error})"
             ) from error
-        # A device takes its part while the next is read; then the host's is free.
+        # A device copies its shard while the next array is read; then the host's copy is freed.
         jax.block_until_ready(before)
         before = arrays[name]
     return arrays
 
 
 def _names(params: Path, context: ts.Context) -> set[str]:
-    """Of all arrays that are stored."""
+    """Returns the names of all arrays that are stored."""
     end = b"/zarr.json"
     keys = ts.KvStore.open(kvstore(params, ""), context=context).result().list().result()
     return {key.removesuffix(end).decode() for key in keys if key.endswith(end)}
@@ -89,49 +143,50 @@ def _open(params: Path, name: str, context: ts.Context) -> Any:
     return ts.open(spec, context=context, read=True)
 
 
-def _read(stored: Any, want: jax.ShapeDtypeStruct) -> jax.Array:
-    """One array: chunk by chunk, each into all shards of this process that it touches."""
+def _read(stored: Any, want: jax.ShapeDtypeStruct, bytes_in_flight: int) -> jax.Array:
+    """Reads an array chunk by chunk, each into all shards of this process that it touches."""
     devices: dict[Box, list[jax.Device]] = {}
     for device, index in want.sharding.addressable_devices_indices_map(want.shape).items():
-        bounds = [part.indices(size)[:2] for part, size in zip(index, want.shape, strict=True)]
+        bounds = [extent.indices(size)[:2] for extent, size in zip(index, want.shape, strict=True)]
         devices.setdefault(tuple(bounds), []).append(device)
     shards = {box: _aligned(box, want.dtype) for box in devices}
-    chunk = stored.chunk_layout.read_chunk.shape
+    chunk_shape = stored.chunk_layout.read_chunk.shape
     touched: dict[Box, list[Box]] = {}
     for box in shards:
-        for cell in _cells(box, chunk):
-            touched.setdefault(cell, []).append(box)
-    most = max(1, _IN_FLIGHT // (math.prod(chunk) * stored.dtype.numpy_dtype.itemsize))
+        for chunk in _chunks(box, chunk_shape):
+            touched.setdefault(chunk, []).append(box)
+    chunk_bytes = math.prod(chunk_shape) * stored.dtype.numpy_dtype.itemsize
+    max_pending = max(1, bytes_in_flight // chunk_bytes)
     source = ts.cast(stored, want.dtype) if stored.dtype.numpy_dtype != want.dtype else stored
-    coming: deque[list[Any]] = deque()
-    for cell in sorted(touched):
-        if len(coming) == most:
-            _finish(coming.popleft())
-        coming.append([_copy(source, cell, box, shards[box]) for box in touched[cell]])
-    for copies in coming:
+    pending_reads: deque[list[Any]] = deque()
+    for chunk in sorted(touched):
+        if len(pending_reads) == max_pending:
+            _finish(pending_reads.popleft())
+        pending_reads.append([_copy(source, chunk, box, shards[box]) for box in touched[chunk]])
+    for copies in pending_reads:
         _finish(copies)
-    parts = [jax.device_put(shards[box], device) for box in devices for device in devices[box]]
-    return jax.make_array_from_single_device_arrays(want.shape, want.sharding, parts)
+    arrays = [jax.device_put(shards[box], device) for box in devices for device in devices[box]]
+    return jax.make_array_from_single_device_arrays(want.shape, want.sharding, arrays)
 
 
-def _cells(box: Box, chunk: Sequence[int]) -> Iterator[Box]:
-    """The stored chunks that a box touches."""
+def _chunks(box: Box, shape: Sequence[int]) -> Iterator[Box]:
+    """Yields the stored chunks, of the given shape, that a box touches."""
     starts = [
         range(start - start % size, end, size)
-        for (start, end), size in zip(box, chunk, strict=True)
+        for (start, end), size in zip(box, shape, strict=True)
     ]
     for corner in product(*starts):
-        yield tuple((start, start + size) for start, size in zip(corner, chunk, strict=True))
+        yield tuple((start, start + size) for start, size in zip(corner, shape, strict=True))
 
 
-def _copy(source: Any, cell: Box, box: Box, shard: np.ndarray) -> Any:
-    """Begins to copy what a chunk and a shard have in common: a future."""
-    both = [
+def _copy(source: Any, chunk: Box, box: Box, shard: np.ndarray) -> Any:
+    """Begins to copy the overlap of a chunk and a shard; returns a future."""
+    overlap = tuple(
         slice(max(start, first), min(end, last))
-        for (start, end), (first, last) in zip(cell, box, strict=True)
-    ]
+        for (start, end), (first, last) in zip(chunk, box, strict=True)
+    )
     target = ts.array(shard, copy=False)[ts.d[:].translate_to[[start for start, _ in box]]]
-    return target[tuple(both)].write(source[tuple(both)])
+    return target[overlap].write(source[overlap])
 
 
 def _finish(copies: list[Any]) -> None:
@@ -140,7 +195,7 @@ def _finish(copies: list[Any]) -> None:
 
 
 def _aligned(box: Box, dtype: Any) -> np.ndarray:
-    """Memory for a shard."""
+    """Allocates memory for a shard."""
     shape = [end - start for start, end in box]
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(nbytes + _ALIGNMENT, np.uint8)

@@ -108,7 +108,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Show what a checkpoint holds."""
-    from mixtral_jax.checkpoint.folder import Card, count_parameters
+    from mixtral_jax.checkpoint.folder import Card
+    from mixtral_jax.checkpoint.parameters import count_parameters
     from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
 
     toy = str(checkpoint) == TINY_RANDOM

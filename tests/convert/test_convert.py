@@ -20,11 +20,13 @@ from gguf import GGMLQuantizationType as Q
 from gguf import quants
 from safetensors.numpy import load_file, save_file
 
-from convert import convert as module
 from convert.convert import convert
 from convert.errors import ConversionError
-from mixtral_jax.checkpoint import folder as checkpoint
-from mixtral_jax.checkpoint.folder import Card, ParameterReader, ParameterWriter
+from convert.source.read import Reader
+from mixtral_jax.checkpoint import restore
+from mixtral_jax.checkpoint.folder import Card
+from mixtral_jax.checkpoint.parameters import CHUNK_BYTES
+from mixtral_jax.checkpoint.writer import ParameterReader, ParameterWriter
 from mixtral_jax.config import ModelConfig, is_checkpoint
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.tokenization import tokenizer
@@ -35,12 +37,9 @@ CONFIGS = {"dense": sources.DENSE, "moe": sources.MOE}
 
 
 @pytest.fixture(params=["whole", "cut small"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def chunk_bytes(request: pytest.FixtureRequest) -> int:
     """Checkpoints of one chunk a parameter, and of several: 3, 3 and 2 of 8 heads in f32."""
-    if request.param == "cut small":
-        monkeypatch.setattr(
-            "mixtral_jax.checkpoint.folder._CHUNK_BYTES", 3 * 4 * sources.H * sources.D
-        )
+    return 3 * 4 * sources.H * sources.D if request.param == "cut small" else CHUNK_BYTES
 
 
 def source(folder: Path, form: str, config: dict[str, Any], dtype: Any) -> tuple[Path, Any]:
@@ -74,12 +73,11 @@ def source(folder: Path, form: str, config: dict[str, Any], dtype: Any) -> tuple
         ("consolidated", "moe"),
     ],
 )
-@pytest.mark.usefixtures("chunks")
 def test_every_form_gives_the_same_parameters(
-    tmp_path: Path, form: str, kind: str, dtype: np.dtype
+    tmp_path: Path, form: str, kind: str, dtype: np.dtype, chunk_bytes: int
 ) -> None:
     path, hf = source(tmp_path / "src", form, CONFIGS[kind], dtype)
-    card = convert(path, tmp_path / "dst")
+    card = convert(path, tmp_path / "dst", chunk_bytes=chunk_bytes)
     assert card.model == from_hf(CONFIGS[kind])
     assert card.dtype == dtype.name
     assert card == Card.read(tmp_path / "dst")
@@ -87,10 +85,9 @@ def test_every_form_gives_the_same_parameters(
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.usefixtures("chunks")
-def test_gguf(tmp_path: Path, kind: str) -> None:
+def test_gguf(tmp_path: Path, kind: str, chunk_bytes: int) -> None:
     path, hf = source(tmp_path / "src", "gguf", CONFIGS[kind], np.float32)
-    card = convert(path, tmp_path / "dst")
+    card = convert(path, tmp_path / "dst", chunk_bytes=chunk_bytes)
     assert card.model == from_hf(CONFIGS[kind])
     sources.assert_same(sources.parameters(tmp_path / "dst"), sources.ours(hf))
 
@@ -225,7 +222,7 @@ def test_upcycled_equals_dense(tmp_path: Path) -> None:
     convert(path, tmp_path / "dense")
     card = convert(path, tmp_path / "moe", upcycle_experts=4, seed=1)
     assert (card.model.num_experts, card.model.experts_per_token) == (4, 2)
-    dense, moe = (checkpoint.load(tmp_path / name)[0] for name in ("dense", "moe"))
+    dense, moe = (restore.load(tmp_path / name)[0] for name in ("dense", "moe"))
     gate = np.asarray(moe.layers[1].feed_forward.gate.weight[...])
     for expert in range(4):
         np.testing.assert_array_equal(gate[expert], hf["model.layers.1.mlp.gate_proj.weight"])
@@ -445,7 +442,7 @@ def test_nothing_is_left_when_reading_fails_halfway(
             raise OSError("the disk is gone")
         out[...] = 0
 
-    monkeypatch.setattr(module.Reader, "read", fail)
+    monkeypatch.setattr(Reader, "read", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         convert(path, tmp_path / "dst")
     assert list(tmp_path.iterdir()) == [path]
@@ -516,7 +513,7 @@ def test_the_real_smollm2_computes_what_transformers_computes(
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     )
-    model, card = checkpoint.load(smollm2)
+    model, card = restore.load(smollm2)
     assert card.model == ModelConfig.smollm2_135m()
     words = tokenizer.load(smollm2)
     ids = np.asarray([words.encode("The quick brown fox jumps over the lazy")], np.int32)

@@ -14,8 +14,9 @@ from convert.convert import convert
 from convert.errors import ConversionError
 from convert.export import INDEX_FILE, cut, export
 from convert.source.safetensors import safetensors_header
-from mixtral_jax.checkpoint import folder as checkpoint
-from mixtral_jax.checkpoint.folder import Card, ParameterReader
+from mixtral_jax.checkpoint import writer
+from mixtral_jax.checkpoint.folder import Card
+from mixtral_jax.checkpoint.writer import ParameterReader
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.transformer import Transformer, named_parameters
@@ -38,16 +39,15 @@ def everything(folder: Path) -> sources.Tensors:
 @pytest.mark.parametrize("form", ["experts one by one", "fused", "dense", "tied"])
 @pytest.mark.parametrize("chunk_bytes", [1 << 25, 3 * 4 * sources.H * sources.D])
 def test_there_and_back_is_bit_equal(
-    tmp_path: Path, form: str, dtype: Any, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, form: str, dtype: Any, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr("mixtral_jax.checkpoint.folder._CHUNK_BYTES", chunk_bytes)
     tie = dict(tie_word_embeddings=form == "tied")
     config = (sources.DENSE if form in ("dense", "tied") else sources.MOE) | tie
     hf = sources.tensors(config, dtype)
     source = sources.fused(hf) if form == "fused" else hf
     sources.write_hf(tmp_path / "src", config, source, shards=2)
-    convert(tmp_path / "src", tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "back", shard_bytes=40_000)
+    convert(tmp_path / "src", tmp_path / "ours", chunk_bytes=chunk_bytes)
+    export(tmp_path / "ours", tmp_path / "back", shard_bytes=40_000, chunk_bytes=chunk_bytes)
     sources.assert_same(everything(tmp_path / "back"), hf)
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert from_hf(back) == from_hf(config)
@@ -76,7 +76,7 @@ def test_a_model_saved_from_memory(tmp_path: Path) -> None:
     config = from_hf(sources.MOE)
     model = Transformer(config, dtype="bfloat16", rngs=nnx.Rngs(0))
     card = Card(model=config, dtype="bfloat16", name="mine", provider="me")
-    checkpoint.save(tmp_path / "ours", model, card, [])
+    writer.save(tmp_path / "ours", model, card, [])
     assert export(tmp_path / "ours", tmp_path / "hf") == card
     convert(tmp_path / "hf", tmp_path / "again")
     want = {name: np.asarray(v.get_value()) for name, v in named_parameters(model).items()}
@@ -91,7 +91,7 @@ def ours(tmp_path: Path) -> Path:
     card = Card(model=config, dtype="float32", name="mine", provider="me")
     (tmp_path / "words").mkdir()
     ByteTokenizer().save(tmp_path / "words")
-    checkpoint.save(tmp_path / "ours", model, card, tokenizer.files(tmp_path / "words"))
+    writer.save(tmp_path / "ours", model, card, tokenizer.files(tmp_path / "words"))
     return tmp_path / "ours"
 
 

@@ -9,7 +9,7 @@ import pytest
 from convert import name_table as mapping
 from convert.served_name import served_as
 from convert.source.configs import from_gguf, from_params
-from mixtral_jax.checkpoint.folder import parameter_shapes
+from mixtral_jax.checkpoint.parameters import parameter_shapes
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
@@ -33,7 +33,7 @@ def names(dialect: str, variant: int) -> set[str]:
 def test_every_element_comes_from_one_place(
     config: ModelConfig, dialect: str, variant: int
 ) -> None:
-    table = mapping.rows(config, dialect, names(dialect, variant))
+    table = mapping.name_table(config, dialect, names(dialect, variant).rows)
     shapes = parameter_shapes(config, "float32")
     assert {row.parameter for row in table} == shapes.keys()
     taken: dict[str, list[tuple[int, int]]] = {}
@@ -56,7 +56,7 @@ def test_names_and_shapes_are_those_of_the_files(config: dict[str, Any]) -> None
     ours = from_hf(config)
     forms = {"hf": hf, "mistral": sources.consolidated(hf), "gguf": sources.ggml(hf)}
     for dialect, tensors in forms.items():
-        table = mapping.rows(ours, dialect, tensors)
+        table = mapping.name_table(ours, dialect, tensors).rows
         assert {row.source: row.shape for row in table} == {
             name: value.shape for name, value in tensors.items()
         }
@@ -65,7 +65,7 @@ def test_names_and_shapes_are_those_of_the_files(config: dict[str, Any]) -> None
 def test_fused_experts() -> None:
     """E=3 experts of 2F=192 rows of D=32: expert 1's up half begins after 1*6144 + 3072."""
     fused = sources.fused(sources.tensors(sources.MOE))
-    table = mapping.rows(MOE, "hf", fused)
+    table = mapping.name_table(MOE, "hf", fused).rows
     assert {row.source for row in table} == fused.keys()
     (row,) = [r for r in table if r.parameter == "layers.2.feed_forward.up.weight" and r.index == 1]
     assert row.source == "model.layers.2.mlp.experts.gate_up_proj"
@@ -74,7 +74,7 @@ def test_fused_experts() -> None:
 
 def test_only_queries_and_keys_are_reordered() -> None:
     def reordered(dialect: str) -> set[str]:
-        return {r.parameter for r in mapping.rows(MOE, dialect) if r.interleaved}
+        return {r.parameter for r in mapping.name_table(MOE, dialect).rows if r.interleaved}
 
     heads = {f"layers.{i}.attention.{part}.weight" for i in range(3) for part in "qk"}
     assert reordered("hf") == set()
@@ -82,7 +82,7 @@ def test_only_queries_and_keys_are_reordered() -> None:
 
 
 def test_upcycled_puts_the_dense_matrices_into_every_expert() -> None:
-    table = mapping.upcycled(mapping.rows(DENSE, "hf"), 4)
+    table = mapping.name_table(DENSE, "hf", upcycle_experts=4).rows
     gate = [row for row in table if row.parameter == "layers.1.feed_forward.gate.weight"]
     assert [row.index for row in gate] == [0, 1, 2, 3]
     assert {row.source for row in gate} == {"model.layers.1.mlp.gate_proj.weight"}

@@ -18,12 +18,14 @@ from convert import quantize as module
 from convert.convert import convert
 from convert.errors import ConversionError
 from convert.export import export
-from convert.pieces import Piece
+from convert.pieces import ParameterPiece
 from convert.quantize import ALPHA, quantize, smoothing
 from mixtral_jax.cache import PagedCache, RaggedBatch
-from mixtral_jax.checkpoint import folder as checkpoint
-from mixtral_jax.checkpoint.folder import Card, ParameterWriter, count_parameters, parameter_shapes
+from mixtral_jax.checkpoint import restore
+from mixtral_jax.checkpoint.folder import Card
+from mixtral_jax.checkpoint.parameters import CHUNK_BYTES, count_parameters, parameter_shapes
 from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
+from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.layers import Rotary
@@ -78,23 +80,27 @@ def random_model(kind: str, outliers: float = 1) -> Transformer:
 
 
 def written(
-    model: Transformer, folder: Path, dtype: str, alpha: float | None = ALPHA
+    model: Transformer,
+    folder: Path,
+    dtype: str,
+    alpha: float | None = ALPHA,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Transformer:
     """The model after `quantize`, from its checkpoint; with float32, only smoothed."""
     arrays = {name: np.asarray(v.get_value()) for name, v in named_parameters(model).items()}
 
-    def fill(piece: Piece, out: np.ndarray) -> None:
+    def fill(piece: ParameterPiece, out: np.ndarray) -> None:
         out[...] = arrays[piece.parameter].reshape(-1)[piece.start : piece.start + piece.size]
 
     folder.mkdir()
     shapes = parameter_shapes(model.config, dtype)
     calls: list[tuple[int, int]] = []
-    writer = ParameterWriter(folder, shapes)
+    writer = ParameterWriter(folder, shapes, chunk_bytes)
     quantize(model.config, fill, IDS, writer, lambda *call: calls.append(call), alpha)
     total = sum(array.size * array.dtype.itemsize for array in shapes.values())
     assert (calls[0], calls[-1]) == ((0, total), (total, total))
     Card(model=model.config, dtype=dtype, name="toy", provider="nobody").write(folder)
-    return checkpoint.load(folder)[0]
+    return restore.load(folder)[0]
 
 
 def logits(model: Transformer) -> np.ndarray:
@@ -109,12 +115,9 @@ def error(found: Transformer, want: Transformer) -> float:
 
 @both
 @pytest.mark.parametrize("chunk_bytes", [1 << 25, 3 * 4 * sources.H * sources.D])
-def test_smoothing_alone_changes_no_logits(
-    tmp_path: Path, kind: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mixtral_jax.checkpoint.folder._CHUNK_BYTES", chunk_bytes)
+def test_smoothing_alone_changes_no_logits(tmp_path: Path, kind: str, chunk_bytes: int) -> None:
     model = random_model(kind, outliers=30)
-    smooth = written(model, tmp_path / "smooth", "float32")
+    smooth = written(model, tmp_path / "smooth", "float32", chunk_bytes=chunk_bytes)
     np.testing.assert_allclose(logits(smooth), logits(model), rtol=0, atol=1e-4)
     changed = {
         name
@@ -197,7 +200,7 @@ def test_converted_to_int8_and_loaded(tmp_path: Path, tied: bool) -> None:
     assert isinstance(tokenizer, ByteTokenizer)
     assert model.layers[0].feed_forward.down.weight.get_value().dtype == jnp.int8
     convert(source, tmp_path / "float")
-    assert error(model, checkpoint.load(tmp_path / "float")[0]) < 0.2
+    assert error(model, restore.load(tmp_path / "float")[0]) < 0.2
     assert not list(tmp_path.glob(".*"))
 
 
@@ -205,7 +208,7 @@ def test_upcycled_and_quantised(tmp_path: Path) -> None:
     source = hugging_face(tmp_path / "src", sources.DENSE)
     convert(source, tmp_path / "float")
     convert(source, tmp_path / "int8", dtype="int8", upcycle_experts=4)
-    found, want = (checkpoint.load(tmp_path / name)[0] for name in ("int8", "float"))
+    found, want = (restore.load(tmp_path / name)[0] for name in ("int8", "float"))
     assert found.config.num_experts == 4
     assert error(found, want) < 0.1
 

@@ -10,7 +10,7 @@ import pytest
 
 import mixtral_jax
 from convert.convert import convert
-from mixtral_jax.checkpoint import folder as checkpoint
+from mixtral_jax.checkpoint import restore
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from serving.engine.engine import Engine, compile_steps
@@ -93,7 +93,7 @@ def test_upcycled_tokens_equal_dense(
     """
     folder = tmp_path / "upcycled"
     convert(smollm2_gguf, folder, dtype="float32", upcycle_experts=4)
-    model, _ = checkpoint.load(folder)
+    model, _ = restore.load(folder)
     assert model.config.num_experts == 4
 
     @jax.jit

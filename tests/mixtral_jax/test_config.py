@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.checkpoint.folder import parameter_shapes
+from mixtral_jax.checkpoint.parameters import parameter_shapes
 from mixtral_jax.config import ModelConfig, is_checkpoint
 
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from mixtral_jax.checkpoint import folder as checkpoint
+from mixtral_jax.checkpoint import restore
 from mixtral_jax.model.transformer import named_parameters
 
 Tensors = dict[str, np.ndarray]
@@ -280,7 +280,7 @@ def write_gguf(
 
 def parameters(folder: Path) -> Tensors:
     """All parameters of a checkpoint folder of ours, loaded as a model loads them."""
-    model, _ = checkpoint.load(folder)
+    model, _ = restore.load(folder)
     return {name: np.asarray(p.get_value()) for name, p in named_parameters(model).items()}
 
 

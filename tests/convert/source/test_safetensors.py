@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from convert.errors import ConversionError
 from convert.source.gguf import gguf_header
-from convert.source.safetensors import Reader, Tensor, is_readable, is_same, safetensors_header
+from convert.source.read import Reader, Tensor, is_readable, is_same
+from convert.source.safetensors import safetensors_header
 from tests.support import sources
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": sources.BF16}
@@ -27,15 +28,12 @@ def random() -> np.ndarray:
 
 @pytest.mark.parametrize("stored", DTYPES)
 @pytest.mark.parametrize("wanted", ["F32", "BF16"])
-def test_any_run_of_elements(
-    tmp_path: Path, random: np.ndarray, stored: str, wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("convert.source.safetensors._STEP", 7)  # several steps, the last one short
+def test_any_run_of_elements(tmp_path: Path, random: np.ndarray, stored: str, wanted: str) -> None:
     value = random.astype(DTYPES[stored])
     save_file({"before": random, "it": value, "after": random}, tmp_path / "a.safetensors")
     tensor = safetensors_header(tmp_path / "a.safetensors")["it"]
     assert (tensor.shape, tensor.encoding, tensor.nbytes) == ((4, 5, 6), stored, value.nbytes)
-    with Reader() as reader:
+    with Reader(decoded_at_a_time=7) as reader:  # several steps, the last one short
         for start, size in ((0, 120), (0, 1), (119, 1), (37, 50), (60, 0)):
             out = np.empty(size, DTYPES[wanted])
             reader.read(tensor, start, out)

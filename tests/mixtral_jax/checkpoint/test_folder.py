@@ -9,15 +9,10 @@ import pytest
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from mixtral_jax.checkpoint.folder import (
-    Card,
-    ParameterWriter,
-    chunk_shape,
-    finished_at,
-    load,
-    parameter_shapes,
-    save,
-)
+from mixtral_jax.checkpoint.folder import Card, finished_at
+from mixtral_jax.checkpoint.parameters import chunk_shape, parameter_shapes
+from mixtral_jax.checkpoint.restore import load
+from mixtral_jax.checkpoint.writer import ParameterWriter, save
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer

@@ -12,16 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.checkpoint import folder as checkpoint
-from mixtral_jax.checkpoint import restore as shards
-from mixtral_jax.checkpoint.folder import (
-    Card,
-    ParameterWriter,
-    finished_at,
-    load,
-    parameter_shapes,
-    save,
-)
+from mixtral_jax.checkpoint.folder import Card, finished_at
+from mixtral_jax.checkpoint.parameters import parameter_shapes
+from mixtral_jax.checkpoint.restore import load, restore
+from mixtral_jax.checkpoint.writer import ParameterWriter, save
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.sharding import make_mesh
@@ -34,11 +28,8 @@ CONFIG = replace(
 Expected = dict[str, np.ndarray]
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks that are smaller than shards, and larger, and end within them; few at a time."""
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 3000)
-    monkeypatch.setattr(shards, "_IN_FLIGHT", 10_000)
+# Chunks that are smaller than shards, and larger, and end within them; few at a time.
+CHUNK_BYTES, IN_FLIGHT = 3000, 10_000
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "int8"])
@@ -57,7 +48,7 @@ def written(dtype: str, expected: Expected, tmp_path: Path) -> Path:
     """As a conversion writes it."""
     folder = tmp_path / "written"
     with finished_at(folder) as partial:
-        writer = ParameterWriter(partial, parameter_shapes(CONFIG, dtype))
+        writer = ParameterWriter(partial, parameter_shapes(CONFIG, dtype), CHUNK_BYTES)
         for name, value in expected.items():
             writer.write(name, ..., value)
         Card(model=CONFIG, dtype=dtype, name="toy", provider="nobody").write(partial)
@@ -87,7 +78,7 @@ def check(model: Transformer, expected: Expected, mesh: tuple[int, int, int]) ->
 
 def test_what_was_converted_loads_onto_any_mesh(written: Path, expected: Expected) -> None:
     for mesh in MESHES:
-        check(load(written, make_mesh(*mesh))[0], expected, mesh)
+        check(load(written, make_mesh(*mesh), bytes_in_flight=IN_FLIGHT)[0], expected, mesh)
 
 
 @pytest.mark.parametrize(
@@ -100,15 +91,15 @@ def test_what_was_converted_loads_onto_any_mesh(written: Path, expected: Expecte
 def test_what_one_mesh_saved_loads_onto_any_other(
     source: tuple[int, int, int], written: Path, expected: Expected, tmp_path: Path
 ) -> None:
-    model, card = load(written, make_mesh(*source))
+    model, card = load(written, make_mesh(*source), bytes_in_flight=IN_FLIGHT)
     saved = tmp_path / "saved"
-    save(saved, model, card, [])
+    save(saved, model, card, [], CHUNK_BYTES)
     for mesh in MESHES:
-        check(load(saved, make_mesh(*mesh))[0], expected, mesh)
+        check(load(saved, make_mesh(*mesh), bytes_in_flight=IN_FLIGHT)[0], expected, mesh)
 
 
 def test_one_device_holds_all(written: Path, expected: Expected) -> None:
-    for name, variable in named_parameters(load(written)[0]).items():
+    for name, variable in named_parameters(load(written, bytes_in_flight=IN_FLIGHT)[0]).items():
         array = variable.get_value()
         assert array.devices() == {jax.devices()[0]}
         assert np.asarray(array).tobytes() == expected[name].tobytes()
@@ -120,7 +111,7 @@ def test_a_float_is_cast_on_its_way(tmp_path: Path) -> None:
     writer.write("a", ..., value)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.ShapeDtypeStruct(value.shape, jax.numpy.bfloat16, sharding=sharding)
-    found = shards.restore(tmp_path / "params", {"a": wanted})["a"]
+    found = restore(tmp_path / "params", {"a": wanted})["a"]
     np.testing.assert_array_equal(found, value.astype(jax.numpy.bfloat16))
 
 
@@ -133,7 +124,7 @@ def test_a_file_cut_short_is_named_with_its_array(tmp_path: Path) -> None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     with pytest.raises(ValueError, match="params: a is damaged; copy the checkpoint or convert"):
-        shards.restore(tmp_path / "params", {"a": wanted})
+        restore(tmp_path / "params", {"a": wanted})
 
 
 def test_another_models_checkpoint_is_refused(written: Path) -> None:
@@ -148,11 +139,11 @@ def test_another_models_checkpoint_is_refused(written: Path) -> None:
         }
 
     with pytest.raises(ValueError, match="params lacks layers.1.attention"):
-        shards.restore(params, wanted(replace(CONFIG, num_layers=2)))
+        restore(params, wanted(replace(CONFIG, num_layers=2)))
     with pytest.raises(ValueError, match="params has head.*, unlike the model"):
-        shards.restore(params, wanted(replace(CONFIG, tied_embeddings=True)))
+        restore(params, wanted(replace(CONFIG, tied_embeddings=True)))
     with pytest.raises(ValueError, match=r"has the shape \(32,.*, not \(64,"):
-        shards.restore(params, wanted(replace(CONFIG, vocab_size=64)))
+        restore(params, wanted(replace(CONFIG, vocab_size=64)))
 
 
 @pytest.mark.soak

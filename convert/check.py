@@ -1,0 +1,121 @@
+"""The account of a source's tensors against the table: all that is wrong, before data is read.
+
+Every tensor that the table names must be there, of its shape, in an encoding that can be read; no
+tensor may be left over; the tokenizer must fit the model; the result must fit on the disk.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from convert.errors import ConversionError
+from convert.name_table import REFUSED, UPCYCLED_EXPERTS_PER_TOKEN, NameTable
+from convert.source.open import Source
+from convert.source.read import is_readable, is_same
+from mixtral_jax.checkpoint.parameters import stored_bytes
+
+
+def check(
+    source: Source,
+    table: NameTable,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    destination: Path,
+    dtype: str,
+    upcycle_experts: int = 0,
+    num_ids: int | None = None,
+) -> None:
+    """Raises ConversionError with everything that is wrong with a source and its tokenizer.
+
+    Args:
+        source: what there is, and what was wrong with its files.
+        table: what there should be.
+        shapes: of the parameters that will be written.
+        destination: where they will be.
+        dtype: in which they will be; int8 needs a tokenizer.
+        upcycle_experts: as in `name_table`.
+        num_ids: how many ids the tokenizer has; None where there is none.
+    """
+    problems = [
+        *source.problems,
+        *_missing_or_misshapen(source, table),
+        *_left_over(source, table),
+    ]
+    if upcycle_experts:
+        problems += _upcycling(source, upcycle_experts)
+    if num_ids is None and dtype == "int8":
+        problems.append(
+            "int8 is calibrated with a text, which needs the model's tokenizer; fetch it"
+        )
+    if num_ids is not None and num_ids > table.config.vocab_size:
+        problems.append(
+            f"the tokenizer in {source.folder} has {num_ids} ids where the model has "
+            f"{table.config.vocab_size}; it belongs to another model"
+        )
+    if problems:
+        raise ConversionError(problems)
+    check_space(shapes, destination)
+
+
+def check_space(shapes: Mapping[str, jax.ShapeDtypeStruct], destination: Path) -> None:
+    """Raises ConversionError if arrays of these shapes do not fit where `destination` will be."""
+    nbytes = stored_bytes(shapes)
+    folder = destination.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise ConversionError(
+            [f"{destination} needs {nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there"]
+        )
+
+
+def _missing_or_misshapen(source: Source, table: NameTable) -> Iterator[str]:
+    for name, shape in {row.source: row.shape for row in table.rows}.items():
+        tensor = source.tensors.get(name)
+        if tensor is None:
+            if source.whole:
+                is_head = name == table.head
+                hint = "; if embeddings are tied, the config must say so" if is_head else ""
+                yield f"tensor {name} is missing{hint}"
+        elif tensor.shape != shape:
+            yield (
+                f"tensor {name} has shape {list(tensor.shape)} where the config asks for "
+                f"{list(shape)} ({tensor.file.name})"
+            )
+        elif not is_readable(tensor.encoding):
+            yield (
+                f"tensor {name} is stored as {tensor.encoding}, which is not supported; fetch the "
+                f"weights as bf16, f16 or f32 ({tensor.file.name})"
+            )
+
+
+def _left_over(source: Source, table: NameTable) -> Iterator[str]:
+    expected = {row.source for row in table.rows} | table.ignored
+    embedding = source.tensors.get(table.embedding)
+    for name, tensor in source.tensors.items():
+        if name in expected:
+            continue
+        if name in REFUSED:
+            yield f"tensor {name}: {REFUSED[name]}"
+        elif name == table.head and embedding is not None:
+            if not is_same(tensor, embedding):
+                yield (
+                    f"tensor {name} differs from {table.embedding} though the config says that "
+                    "they are tied; correct tie_word_embeddings"
+                )
+        else:
+            yield (
+                f"tensor {name} is not known for a model of this config, and refusing to leave it "
+                f"out ({tensor.file.name})"
+            )
+
+
+def _upcycling(source: Source, experts: int) -> Iterator[str]:
+    if source.config is not None and source.config.is_moe:
+        yield "upcycle_experts: the source is a mixture of experts already"
+    elif experts < UPCYCLED_EXPERTS_PER_TOKEN:
+        yield (
+            f"upcycle_experts={experts}: at least {UPCYCLED_EXPERTS_PER_TOKEN} experts are needed"
+        )

@@ -1,0 +1,110 @@
+"""Parameters as a checkpoint stores them: names, shapes, dtypes, and the chunks of each array.
+
+Arrays are stored unstacked, one per layer and matrix, in chunks, so that each device reads its own
+part only. Orbax's format is public: a Zarr v3 array per leaf in one OCDBT key-value store
+(orbax.readthedocs.io, "Checkpoint Format Guide").
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from mixtral_jax.checkpoint.folder import Card
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
+from mixtral_jax.model.transformer import Transformer, named_parameters
+
+PARAMS = "params"
+DTYPES = ("float32", "bfloat16", "int8")
+# Bytes of one stored chunk: small enough to bound memory, large enough to stream.
+CHUNK_BYTES = 32 << 20
+
+
+def parameter_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of every parameter by its dotted name."""
+    named = named_parameters(Transformer(config, dtype=dtype, rngs=None))
+    return {name: variable.get_value() for name, variable in named.items()}
+
+
+def count_parameters(config: ModelConfig, dtype: DTypeLike) -> tuple[int, int]:
+    """Returns the number of weights, and the bytes that they and the scales of int8 take."""
+    shapes = parameter_shapes(config, dtype)
+    weights = sum(array.size for name, array in shapes.items() if not name.endswith(".scale"))
+    return weights, stored_bytes(shapes)
+
+
+def stored_bytes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Returns the bytes that arrays of these shapes take."""
+    return sum(array.size * np.dtype(array.dtype).itemsize for array in shapes.values())
+
+
+def checked_dtype(dtype: Any) -> str:
+    """Returns the name of a dtype that models are computed in; raises ConfigError for others."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}")
+    return name
+
+
+def loadable_dtype(folder: Path, card: Card, dtype: Any) -> str:
+    """Returns what a checkpoint is loaded as when `dtype` is asked for; None asks for the stored.
+
+    Raises ConfigError for what is no dtype of models, and from or to int8.
+    """
+    name = checked_dtype(dtype or card.dtype)
+    if name != card.dtype and "int8" in (name, card.dtype):
+        raise ConfigError(
+            f"{folder} is stored as {card.dtype} and cannot be loaded as {name}; convert the "
+            f"weights anew with --dtype {name}"
+        )
+    return name
+
+
+def chunk_shape(array: jax.ShapeDtypeStruct, chunk_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
+    """Returns the shape of the chunks in which an array is stored.
+
+    Trailing axes stay whole; leading axes are cut into equal parts until a chunk is small enough.
+    Parts are equal because Zarr stores the last chunk in full size even where the array ends
+    inside it. An int8 array is cut as the float32 that it is made of.
+    """
+    shape = list(array.shape)
+    itemsize = 4 if array.dtype == jnp.int8 else np.dtype(array.dtype).itemsize
+    for axis, size in enumerate(shape):
+        rest = math.prod(shape[axis + 1 :]) * itemsize
+        limit = max(1, chunk_bytes // rest)
+        parts = -(-size // limit)
+        shape[axis] = -(-size // parts)
+        if limit > 1:
+            break
+    return tuple(shape)
+
+
+def kvstore(params: Path, path: str) -> dict[str, str]:
+    """Returns tensorstore's spec of Orbax's key-value store.
+
+    Args:
+        params: the checkpoint's folder of parameters.
+        path: the dotted name of an array and a slash, or "" for all of them.
+    """
+    return {"driver": "ocdbt", "base": f"file://{params}/state/", "path": path}
+
+
+def nested(named: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tree of dicts whose leaves have the given dotted names."""
+    tree: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *parents, last = name.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = leaf
+    return tree
