@@ -33,7 +33,7 @@ def names(dialect: str, variant: int) -> set[str]:
 def test_every_element_comes_from_one_place(
     config: ModelConfig, dialect: str, variant: int
 ) -> None:
-    table = mapping.name_table(config, dialect, names(dialect, variant).rows)
+    table = mapping.name_table(config, dialect, names(dialect, variant)).rows
     shapes = parameter_shapes(config, "float32")
     assert {row.parameter for row in table} == shapes.keys()
     taken: dict[str, list[tuple[int, int]]] = {}
