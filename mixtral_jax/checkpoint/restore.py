@@ -38,6 +38,7 @@ BYTES_IN_FLIGHT = 256 << 20
 _CACHE_BYTES = 64 << 20
 # XLA:CPU takes over memory that is aligned to so many bytes without a copy.
 _ALIGNMENT = 64
+_REMEDY = "copy the checkpoint or convert it again"
 
 Box = tuple[tuple[int, int], ...]  # start and end in each dimension
 
@@ -101,7 +102,10 @@ def restore(
     context = ts.Context(
         {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}, "file_io_mode": {"mode": "memmap"}}
     )
-    stored_names = _names(params, context)
+    try:
+        stored_names = _names(params, context)
+    except ValueError as error:
+        raise ValueError(f"{params} is damaged; {_REMEDY} ({error})") from error
     if unmatched := sorted(stored_names ^ set(wanted)):
         name = unmatched[0]
         fault = "has" if name in stored_names else "lacks"
@@ -111,15 +115,14 @@ def restore(
     arrays: dict[str, jax.Array] = {}
     before = None
     for name, want in wanted.items():
-        stored = opened[name].result()
+        try:
+            stored = opened[name].result()
+            if stored.shape == want.shape:
+                arrays[name] = _read(stored, want, bytes_in_flight)
+        except ValueError as error:  # tensorstore's, such as of a file cut short
+            raise ValueError(f"{params}: {name} is damaged; {_REMEDY} ({error})") from error
         if stored.shape != want.shape:
             raise ValueError(f"{params}: {name} has the shape {stored.shape}, not {want.shape}")
-        try:
-            arrays[name] = _read(stored, want, bytes_in_flight)
-        except ValueError as error:  # as tensorstore says it, such as of a file cut short
-            raise ValueError(
-                f"{params}: {name} is damaged; copy the checkpoint or convert it again ({error})"
-            ) from error
         # A device copies its shard while the next array is read; then the host's copy is freed.
         jax.block_until_ready(before)
         before = arrays[name]

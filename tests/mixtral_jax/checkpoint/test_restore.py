@@ -115,9 +115,11 @@ def test_a_float_is_cast_on_its_way(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, value.astype(jax.numpy.bfloat16))
 
 
-def test_a_file_cut_short_is_named_with_its_array(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1 << 25, 3000], ids=["with its index", "values only"])
+def test_a_file_cut_short_is_named_with_its_array(tmp_path: Path, chunk_bytes: int) -> None:
     value = np.arange(100_000, dtype=np.float32)
-    writer = ParameterWriter(tmp_path, {"a": jax.ShapeDtypeStruct(value.shape, value.dtype)})
+    shapes = {"a": jax.ShapeDtypeStruct(value.shape, value.dtype)}
+    writer = ParameterWriter(tmp_path, shapes, chunk_bytes)
     writer.write("a", ..., value)
     file = max((tmp_path / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
@@ -125,6 +127,14 @@ def test_a_file_cut_short_is_named_with_its_array(tmp_path: Path) -> None:
     wanted = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     with pytest.raises(ValueError, match="params: a is damaged; copy the checkpoint or convert"):
         restore(tmp_path / "params", {"a": wanted})
+
+
+def test_a_store_without_its_beginning_is_called_damaged(tmp_path: Path) -> None:
+    ParameterWriter(tmp_path, {"a": jax.ShapeDtypeStruct((3,), np.dtype(np.float32))})
+    (manifest,) = (tmp_path / "params").rglob("state/manifest.ocdbt")
+    os.truncate(manifest, 10)
+    with pytest.raises(ValueError, match="params is damaged; copy the checkpoint or convert"):
+        restore(tmp_path / "params", {})
 
 
 def test_another_models_checkpoint_is_refused(written: Path) -> None:
