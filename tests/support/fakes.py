@@ -181,6 +181,7 @@ def running_stack(
     access: Access | None = None,
     books: Books | None = None,
     limits: Limits | None = None,
+    protocol: type[Protocol] = Protocol,
     **settings: Any,
 ) -> Iterator[Stack]:
     """Runs a gateway before the scripted service, or before `target`, in a thread of its own.
@@ -213,7 +214,7 @@ def running_stack(
             **settings,
         )
         web = uvicorn.Server(
-            uvicorn.Config(app, http=Protocol, log_config=None, log_level="warning", ws="none")
+            uvicorn.Config(app, http=protocol, log_config=None, log_level="warning", ws="none")
         )
         serving = asyncio.create_task(web.serve(sockets=[listener]))
         while not web.started:

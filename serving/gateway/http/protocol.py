@@ -1,7 +1,10 @@
-"""HTTP/1.1 as the gateway listens: uvicorn's fast parser, which of itself has no limits.
+"""HTTP/1.1 as the gateway speaks it: uvicorn's fast parser, with limits that it does not have.
 
-A head that is too long or too slow ends its connection, and what is no HTTP is told so in the one
-shape of errors. Bodies have limits of their own (body).
+A head that is too long or too slow ends its connection. Bytes that are no HTTP get an error in the
+same shape as all others. Bodies have limits of their own (body.py).
+
+A client that closes its sending side is taken to have gone away, because TCP shows nothing else
+when a client drops, and the answer of a dropped client must not go on being computed.
 """
 
 import asyncio
@@ -12,68 +15,74 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from serving.errors import DeadlineExceeded, InvalidRequest, ServingError
 from serving.gateway.dialect.error_body import error_body
 
-HEAD_LIMIT = 64 * 2**10
-HEAD_SECONDS = 30.0
-
 
 class Protocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        head_limit: Bytes that a request's head may have.
+        head_seconds: Seconds that a head may take to arrive.
+    """
+
+    head_limit = 64 * 2**10
+    head_seconds = 30.0
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._waiting: asyncio.TimerHandle | None = None  # for the head that is under way
+        self._head_timer: asyncio.TimerHandle | None = None  # set while a head is awaited
         self._head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client that connects must send a head."""
+        """Starts waiting for the first head."""
         super().connection_made(transport)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
-        self._expect_nothing()
+        """Ends all waiting."""
+        self._stop_waiting()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        """The next head begins."""
+        """Starts waiting for the rest of the next head."""
         super().on_message_begin()
         self._expect_head()
 
     def on_headers_complete(self) -> None:
-        """It is whole."""
-        self._expect_nothing()
+        """Ends the waiting, because the head is whole."""
+        self._stop_waiting()
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        """Reads on; a head that is still not whole must not be endless."""
+        """Reads on, and refuses a head that is longer than `head_limit`."""
         super().data_received(data)
-        if self._waiting is None:
+        if self._head_timer is None:
             return
         self._head_bytes += len(data)
-        if self._head_bytes > HEAD_LIMIT:
-            self._refuse(InvalidRequest(f"the headers have more than {HEAD_LIMIT:,} bytes"))
+        if self._head_bytes > self.head_limit:
+            self._refuse(InvalidRequest(f"the headers have more than {self.head_limit:,} bytes"))
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn says of something that it cannot read."""
+        """Refuses bytes that uvicorn cannot read."""
         self._refuse(InvalidRequest("this is not a request in HTTP/1.1"))
 
     def _expect_head(self) -> None:
-        self._expect_nothing()
+        self._stop_waiting()
         self._head_bytes = 0
-        self._waiting = self.loop.call_later(HEAD_SECONDS, self._refuse_slow)
+        self._head_timer = self.loop.call_later(self.head_seconds, self._refuse_slow)
 
-    def _expect_nothing(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _refuse_slow(self) -> None:
-        if self._head_bytes == 0:  # a connection kept ready: nothing was asked that could fail
+        if self._head_bytes == 0:  # an idle connection: there is no request that could fail
             return self.transport.close()
-        self._refuse(DeadlineExceeded(f"the headers did not arrive in {HEAD_SECONDS:g} seconds"))
+        seconds = self.head_seconds
+        self._refuse(DeadlineExceeded(f"the headers did not arrive in {seconds:g} seconds"))
 
     def _refuse(self, error: ServingError) -> None:
-        self._expect_nothing()
+        self._stop_waiting()
         if self.transport.is_closing():
             return
         body = error_body(error).model_dump_json().encode()

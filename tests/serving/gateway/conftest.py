@@ -1,0 +1,28 @@
+"""A gateway for the tests of a file, before a service whose answers are worked out by hand."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.support.fakes import PATIENCE, Stack, running_stack
+from tests.support.gateway import BEARER
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Stack]:
+    with running_stack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(shared: Stack) -> Stack:
+    shared.service.reset()
+    shared.set_serving(True)
+    return shared
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=stack.url, headers=BEARER, timeout=PATIENCE) as client:
+        yield client

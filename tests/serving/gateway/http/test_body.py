@@ -1,0 +1,33 @@
+"""Bodies that are too large or too slow."""
+
+import socket
+
+from serving.gateway.answering import Limits
+from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
+from tests.support.gateway import address
+
+
+def test_a_body_that_is_too_large_is_not_read(stack: Stack) -> None:
+    head = f"POST /chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+    for framing in (f"content-length: {2**40}", "transfer-encoding: chunked"):
+        with socket.create_connection(address(stack), timeout=PATIENCE) as connection:
+            connection.sendall(f"{head}{framing}\r\n\r\n".encode())
+            if "chunked" in framing:
+                half = b"200000\r\n" + b" " * 2**21 + b"\r\n"
+                connection.sendall(half + half + b"1\r\n \r\n")
+            answer = connection.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b'"code":"RequestEntityTooLarge"' in answer
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    head = f"POST /chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+    with (
+        running_stack(limits=Limits(body_seconds=0.05)) as stack,
+        socket.create_connection(address(stack), timeout=PATIENCE) as connection,
+    ):
+        connection.sendall(f"{head}content-length: 10\r\n\r\n{{".encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nconnection: close\r\n" in answer
+    assert b'"code":"RequestTimeout"' in answer

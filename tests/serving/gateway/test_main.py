@@ -1,0 +1,64 @@
+"""The command `python -m serving.gateway`."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from serving.access.config import KEY_VARIABLE
+from serving.gateway.__main__ import main
+from tests.support.fakes import KEY, PATIENCE, Stack
+from tests.support.gateway import BEARER, chat_body
+
+
+def test_the_command_serves_logs_a_line_and_ends_in_peace(stack: Stack) -> None:
+    command = [sys.executable, "-m", "serving.gateway", "--port", "0", "--target", stack.target]
+    with subprocess.Popen(
+        command, env=os.environ | {KEY_VARIABLE: KEY}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
+            assert url is not None
+            with httpx.Client(base_url=url[0], headers=BEARER, timeout=PATIENCE) as client:
+                assert client.get("/health/ready").status_code == 200
+                for _ in range(2):
+                    with pytest.raises(httpx.RemoteProtocolError):
+                        client.post(
+                            "/chat/completions",
+                            json=chat_body("one !fail:EngineFailure", stream=True),
+                        )
+            process.send_signal(signal.SIGTERM)
+            log = process.stderr.read()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    lines = log.splitlines()
+    assert len(lines) == 2, log
+    told = 'outcome=broken error=ModelError reason="EngineFailure was asked for"'
+    assert all(told in line for line in lines)
+
+
+def test_what_is_wrong_before_the_start_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert main(["--port", "0"]) == 1
+    assert KEY_VARIABLE in capsys.readouterr().err
+    monkeypatch.setenv(KEY_VARIABLE, "two words")
+    assert main(["--port", "0"]) == 1
+    assert KEY_VARIABLE in capsys.readouterr().err
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        assert main(["--port", str(port)]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"error: port {port} of 127\.0\.0\.1 is in use; .*--port\n", said)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--port", "99999"])
+    assert "--port" in capsys.readouterr().err
