@@ -1,4 +1,4 @@
-"""Bodies of requests: what is taken, what it means in the proto, what is refused and how."""
+"""The body of a chat: what is taken, what it means in the proto, what is refused and how."""
 
 import json
 from typing import Any
@@ -6,25 +6,11 @@ from typing import Any
 import pytest
 
 from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
-from serving.gateway.dialect.azure import ExtraParameters
-from serving.gateway.dialect.chat.messages import SAFETY_PROMPT
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.openai import ignore_unknown
-from serving.gateway.dialect.parsing import MAX_PROBLEMS, UnknownFields, read
+from serving.gateway.dialect.parsing import read
 from serving.proto import inference_pb2
-
-HELLO = [{"role": "user", "content": "hello"}]
-
-
-REFUSE = ExtraParameters.REFUSE.apply
-DROP = ExtraParameters.DROP.apply
-PASS = ExtraParameters.PASS.apply
-
-
-def asked(unknown: UnknownFields = REFUSE, **parameters: Any) -> inference_pb2.GenerateRequest:
-    body = json.dumps({"messages": HELLO} | parameters).encode()
-    (request,) = read(body, ChatRequest, unknown).protos()
-    return request
+from tests.support.chats import HELLO, PASS, REFUSE, asked
 
 
 def test_what_is_left_out_stays_absent() -> None:
@@ -136,78 +122,12 @@ def test_features_that_are_not_asked_for() -> None:
     assert asked(ignore_unknown, **calls) == asked()
 
 
-def test_what_the_linked_notebooks_send_unasked_needs_no_header() -> None:
-    request = asked(safe_prompt=False, random_seed=3, max_completion_tokens=5, stream_options={})
-    assert (request.sampling.seed, request.max_tokens) == (3, 5)
-
-
-def test_a_safe_prompt_begins_with_mistrals_own() -> None:
-    def said(**parameters: Any) -> list[tuple[str, str]]:
-        chat = asked(safe_prompt=True, **parameters).chat
-        return [(message.role, message.content) for message in chat.messages]
-
-    assert SAFETY_PROMPT.startswith("Always assist with care, respect, and truth.")
-    assert said() == [("system", SAFETY_PROMPT), ("user", "hello")]
-    with_system = [{"role": "system", "content": "be brief"}, *HELLO]
-    assert said(messages=with_system) == [
-        ("system", f"{SAFETY_PROMPT}\n\nbe brief"),
-        ("user", "hello"),
-    ]
-
-
-def test_a_prefix_is_the_beginning_of_the_answer() -> None:
-    begun = {"role": "assistant", "content": "Once", "prefix": True}
-    chat = asked(messages=[*HELLO, begun]).chat
-    assert chat.continue_last
-    assert chat.messages[-1].content == "Once"
-    assert not asked(messages=[*HELLO, begun | {"prefix": False}]).chat.continue_last
-
-
-def test_messages_may_carry_what_clients_keep_in_them() -> None:
-    """A delta that was stored as it came, and what LangChain and .NET add."""
-    stored = {"role": "assistant", "content": None, "tool_calls": [], "index": 0, "name": None}
-    request = asked(messages=[*HELLO, stored, {"role": "user", "content": "b", "wine": "red"}])
-    assert [message.content for message in request.chat.messages] == ["hello", "", "b"]
-
-
-def test_what_a_refusal_shows_of_the_request_is_bounded() -> None:
-    long = "x" * 10_000
-    with pytest.raises(InvalidRequest) as refused:
-        asked(**{f"{long}{i}": 1 for i in range(100)})
-    assert len(str(refused.value)) < 5_000
-    for parameters in (
-        {"messages": [{"role": "wizard", "content": "a"}] * 1_000},
-        {"logit_bias": {f"{long}{i}": 0 for i in range(100)}},
-    ):
-        with pytest.raises(InvalidParameter) as caught:
-            asked(ignore_unknown, **parameters)
-        assert len(caught.value.problems) == MAX_PROBLEMS
-        assert sum(len(step) for each in caught.value.problems for step in each.path) < 2_000
-
-
 @pytest.mark.parametrize(
     ("stop", "texts"),
     [("a", ["a"]), (["a"], ["a"]), ([], []), ("", []), (["", "a"], ["a"]), (list("abcde"),) * 2],
 )
 def test_stop(stop: object, texts: list[str]) -> None:
     assert asked(stop=stop).stop == texts
-
-
-def test_roles_and_contents() -> None:
-    request = asked(
-        messages=[
-            {"role": "developer", "content": "be brief"},
-            {
-                "role": "user",
-                "name": None,
-                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
-            },
-            {"role": "assistant", "tool_calls": None},
-            {"role": "system", "content": ""},
-        ]
-    )
-    said = [(message.role, message.content) for message in request.chat.messages]
-    assert said == [("system", "be brief"), ("user", "a\nb"), ("assistant", ""), ("system", "")]
 
 
 @pytest.mark.parametrize(
@@ -299,82 +219,3 @@ def test_features_we_do_not_have_are_named(parameters: dict[str, Any], path: str
         with pytest.raises(UnsupportedParameter) as caught:
             asked(unknown, **parameters)
         assert [".".join(problem.path) for problem in caught.value.problems] == [path]
-
-
-def test_a_mistake_beside_a_missing_feature_is_a_mistake() -> None:
-    with pytest.raises(InvalidParameter) as caught:
-        asked(tools=[{}], top_p=2)
-    assert type(caught.value) is InvalidParameter
-    assert {problem.path for problem in caught.value.problems} == {
-        ("body", "top_p"),
-        ("body", "tools"),
-    }
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b'"hello"',
-        b"null",
-        b"\xff",
-        b'{"messages": NaN}',
-        b'{"messages": "\\ud800"}',
-        b"[" * 100_000,
-    ],
-)
-def test_what_is_no_json_object_is_malformed(body: bytes) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        read(body, ChatRequest, ignore_unknown)
-    assert type(caught.value) is InvalidRequest
-
-
-def test_extras_are_refused_in_microsofts_words() -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        asked(wine="red", n=1, temperature=99)
-    assert type(caught.value) is InvalidRequest
-    assert str(caught.value) == (
-        "Extra parameters ['wine', 'n'] are not allowed when extra-parameters is not set or set to"
-        " be 'error'. Set extra-parameters to 'pass-through' to pass to the model."
-    )
-
-
-def test_extras_that_nobody_knows_are_dropped_ignored_or_forbidden() -> None:
-    assert asked(DROP, wine="red", n=2) == asked()
-    assert asked(ignore_unknown, wine="red") == asked()
-    with pytest.raises(InvalidParameter) as caught:
-        asked(PASS, wine="red", logprobs=True)
-    (problem,) = caught.value.problems
-    assert (problem.kind, problem.path, problem.message, problem.value) == (
-        "extra_forbidden",
-        ("body", "wine"),
-        "Extra inputs are not permitted",
-        "red",
-    )
-
-
-@pytest.mark.parametrize(
-    ("header", "policy"),
-    [
-        (None, ExtraParameters.REFUSE),
-        ("", ExtraParameters.REFUSE),
-        ("error", ExtraParameters.REFUSE),
-        ("drop", ExtraParameters.DROP),
-        ("ignore", ExtraParameters.DROP),
-        ("pass-through", ExtraParameters.PASS),
-        ("Pass-Through", ExtraParameters.PASS),
-        ("allow", ExtraParameters.PASS),
-    ],
-)
-def test_the_header_decides(header: str | None, policy: ExtraParameters) -> None:
-    assert ExtraParameters.from_header(header) is policy
-
-
-@pytest.mark.parametrize("header", ["lenient", "passthrough", "true"])
-def test_a_header_that_says_nothing_known_is_malformed(header: str) -> None:
-    with pytest.raises(InvalidRequest, match="extra-parameters") as caught:
-        ExtraParameters.from_header(header)
-    # LiteLLM takes the first bracket of a body for the list of parameters.
-    assert "[" not in str(caught.value)

@@ -1,0 +1,54 @@
+"""Malformed bodies, and what a refusal shows of them."""
+
+import pytest
+
+from serving.errors import InvalidParameter, InvalidRequest
+from serving.gateway.dialect.chat.request import ChatRequest
+from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.parsing import MAX_PROBLEMS, read
+from tests.support.chats import asked
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"hello"',
+        b"null",
+        b"\xff",
+        b'{"messages": NaN}',
+        b'{"messages": "\\ud800"}',
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_no_json_object_is_malformed(body: bytes) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read(body, ChatRequest, ignore_unknown)
+    assert type(caught.value) is InvalidRequest
+
+
+def test_a_mistake_beside_a_missing_feature_is_a_mistake() -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        asked(tools=[{}], top_p=2)
+    assert type(caught.value) is InvalidParameter
+    assert {problem.path for problem in caught.value.problems} == {
+        ("body", "top_p"),
+        ("body", "tools"),
+    }
+
+
+def test_what_a_refusal_shows_of_the_request_is_bounded() -> None:
+    long = "x" * 10_000
+    with pytest.raises(InvalidRequest) as refused:
+        asked(**{f"{long}{i}": 1 for i in range(100)})
+    assert len(str(refused.value)) < 5_000
+    for parameters in (
+        {"messages": [{"role": "wizard", "content": "a"}] * 1_000},
+        {"logit_bias": {f"{long}{i}": 0 for i in range(100)}},
+    ):
+        with pytest.raises(InvalidParameter) as caught:
+            asked(ignore_unknown, **parameters)
+        assert len(caught.value.problems) == MAX_PROBLEMS
+        assert sum(len(step) for each in caught.value.problems for step in each.path) < 2_000
