@@ -1,7 +1,8 @@
 """HTTP/1.1 as the gateway speaks it: uvicorn's fast parser, with limits that it does not have.
 
 A head that is too long or too slow ends its connection. Bytes that are no HTTP get an error in the
-same shape as all others. Bodies have limits of their own (body.py).
+same shape as all others. Bodies have limits of their own (body.py). A stream that was asked for in
+HTTP/1.0, which has no chunks, ends with its connection.
 
 A client that closes its sending side is taken to have gone away, because TCP shows nothing else
 when a client drops, and the answer of a dropped client must not go on being computed.
@@ -10,7 +11,12 @@ when a client drops, and the answer of a dropped client must not go on being com
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import Message
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from serving.errors import DeadlineExceeded, InvalidRequest, ServingError
 from serving.gateway.dialect.error_body import error_body
@@ -51,6 +57,9 @@ class Protocol(HttpToolsProtocol):
         """Ends the waiting, because the head is whole."""
         self._stop_waiting()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            # Its task has been created, but has not begun to run.
+            self.cycle.__class__ = _CycleUntilClose
 
     def data_received(self, data: bytes) -> None:
         """Reads on, and refuses a head that is longer than `head_limit`."""
@@ -92,3 +101,38 @@ class Protocol(HttpToolsProtocol):
         )
         self.transport.write(STATUS_LINE[error.http_status] + head.encode() + body)
         self.transport.close()
+
+
+class _CycleUntilClose(RequestResponseCycle):
+    """A request in HTTP/1.0: an answer without a length is sent as it is, and ends by closing.
+
+    RFC 9112, section 6.1: a server must not send Transfer-Encoding to a client of HTTP/1.0.
+    """
+
+    _has_length = True
+
+    async def send(self, message: Message) -> None:  # type: ignore[override]
+        """Sends a message of ASGI."""
+        is_start = message["type"] == "http.response.start"
+        if is_start:
+            names = {name.lower() for name, _ in message["headers"]}
+            self._has_length = b"content-length" in names or self.scope["method"] == "HEAD"
+        if self._has_length:
+            return await super().send(message)  # type: ignore[arg-type]
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        if is_start:
+            self.response_started = True
+            self.waiting_for_100_continue = False
+            headers = [*self.default_headers, *message["headers"], (b"connection", b"close")]
+            lines = [b"%s: %s\r\n" % header for header in headers]
+            self.transport.write(STATUS_LINE[message["status"]] + b"".join(lines) + b"\r\n")
+            return
+        self.transport.write(message.get("body", b""))
+        if not message.get("more_body", False):
+            self.response_complete = True
+            self.message_event.set()
+            self.transport.close()
+            self.on_response()
