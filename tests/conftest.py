@@ -1,6 +1,14 @@
-"""Settings that must stand before anything uses jax, and the real weights."""
+"""Settings that must stand before anything uses jax, and the real weights.
 
+Variables: MIXTRAL_JAX_TEST_PLATFORM=gpu (or tpu) runs on that platform instead of the CPU, so that
+`MIXTRAL_JAX_TEST_PLATFORM=gpu python -m pytest -m device` tries the kernels for real; PARITY=1
+refuses to start without torch, so that no comparison with transformers can be skipped;
+MIXTRAL_JAX_SOAK=1 takes in the tests that are marked `soak`.
+"""
+
+import importlib.metadata
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +20,8 @@ from tests.support.servers import Server, running, serve_command
 
 # A mesh of eight devices on any machine; tests that need no mesh use the first.
 jax.config.update("jax_num_cpu_devices", 8)
-if "MIXTRAL_JAX_TEST_PLATFORM" not in os.environ:
+TEST_PLATFORM = os.environ.get("MIXTRAL_JAX_TEST_PLATFORM", "cpu")
+if TEST_PLATFORM == "cpu":
     jax.config.update("jax_platforms", "cpu")
     # And in servers under test: libtpu is installed, as a compiler, and would say so on stderr.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,13 +37,50 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_configure() -> None:
+    """Refuses to start with PARITY=1 where torch is missing."""
+    if os.environ.get("PARITY") == "1" and _version("torch") == "none":
+        raise pytest.UsageError(
+            "PARITY=1 asks for comparisons with transformers, which need torch; on Python "
+            f"{platform.python_version()} it is not installed: see the extra `test`"
+        )
+
+
+def pytest_report_header() -> str:
+    """Names what ran: the gate's log must show it."""
+    packages = ("jax", "flax", "orbax-checkpoint", "numpy", "torch", "transformers")
+    versions = ", ".join(f"{package} {_version(package)}" for package in packages)
+    return f"mixtral-jax on Python {platform.python_version()}, {TEST_PLATFORM}: {versions}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked `soak`, but with MIXTRAL_JAX_SOAK=1."""
-    if "MIXTRAL_JAX_SOAK" in os.environ:
-        return
-    left_out = [item for item in items if item.get_closest_marker("soak")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("soak")]
+    """Leaves out what is marked `soak`, but with MIXTRAL_JAX_SOAK=1, and other devices' tests."""
+
+    def runs(item: pytest.Item) -> bool:
+        if item.get_closest_marker("soak") and "MIXTRAL_JAX_SOAK" not in os.environ:
+            return False
+        device = item.get_closest_marker("device")
+        return device is None or TEST_PLATFORM in ("cpu", *device.args)
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
+
+
+@pytest.fixture
+def interpret(request: pytest.FixtureRequest) -> bool:
+    """Tells a kernel's test whether to interpret the kernel: False on the platform it is for.
+
+    The test is marked with that platform: `@pytest.mark.device("gpu")`.
+    """
+    device = request.node.get_closest_marker("device")
+    return device is None or TEST_PLATFORM not in device.args
 
 
 @pytest.fixture(scope="session")

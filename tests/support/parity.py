@@ -58,9 +58,17 @@ def huggingface(kind: str) -> Any:
 
 
 def twin(model: Any) -> Transformer:
-    """The same weights in ours, copied by hand here so that the converter is not trusted."""
+    """Builds ours with a transformers model's weights."""
     source = {k: v.detach().numpy() for k, v in model.state_dict().items()}
-    config = from_hf(model.config.to_dict())
+    return twin_of(source, model.config.to_dict())
+
+
+def twin_of(source: dict[str, np.ndarray], hf_config: dict[str, Any]) -> Transformer:
+    """Builds ours from weights by transformers' names.
+
+    They are copied by hand here, so that the converter is not trusted.
+    """
+    config = from_hf(hf_config)
     ours = Transformer(config, rngs=nnx.Rngs(0))
     names = {
         "embed.weight": "model.embed_tokens.weight",
