@@ -1,6 +1,9 @@
 # Every target makes and reuses a virtual environment of its own; nothing else needs installing.
 PYTHON ?= python3
-SMOKE_PYTHON ?= $(PYTHON)
+# The newest Python that is here, in the path or among pyenv's; nothing where there is none.
+NEWEST_PYTHON ?= $(shell for python in python3.13 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.13.*/bin/python; do \
+	$$python -c '' 2>/dev/null && echo $$python && break; done)
+SMOKE_PYTHON ?= $(or $(NEWEST_PYTHON),$(PYTHON))
 VENV ?= .venv
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8000
@@ -13,13 +16,13 @@ SOURCES := mixtral_jax convert serving tests benchmarks
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto serving/proto/group.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat quick test soak check format proto docs dist smoke bench \
+.PHONY: help install serve chat quick test newest soak check format proto docs dist smoke bench \
 	plan-matrix notebooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: PYTHON SMOKE_PYTHON VENV MODEL PORT GRPC_PORT ARGS   (make serve MODEL=... PORT=8080)"
+	@echo "  Variables: PYTHON NEWEST_PYTHON SMOKE_PYTHON VENV MODEL PORT GRPC_PORT ARGS   (make serve MODEL=... PORT=8080)"
 
 install: $(VENV)/.installed ## Install into .venv (PYTHON= chooses the interpreter)
 
@@ -37,6 +40,15 @@ quick: $(VENV)/.tested ## Formatting, lint, types and the fast tests, a few minu
 
 test: $(VENV)/.tested ## Run all tests, the slow ones too (ARGS='-m "not slow"' leaves them out)
 	$(BIN)/python -m pytest -n 2 --durations 60 $(ARGS)
+
+newest: ## Run the fast tests of the library on Python 3.13 with the newest jax, if that Python is here
+	@if [ -z "$(NEWEST_PYTHON)" ]; then echo "no Python 3.13 here: make newest does nothing"; else \
+		$(MAKE) --no-print-directory library-tests VENV=.venv-newest PYTHON=$(NEWEST_PYTHON); fi
+
+library-tests: $(VENV)/.library
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests/mixtral_jax/kernels tests/mixtral_jax/model \
+		tests/mixtral_jax/step tests/mixtral_jax/checkpoint tests/mixtral_jax/tokenization \
+		tests/mixtral_jax/test_*.py tests/convert $(ARGS)
 
 soak: $(VENV)/.tested ## Run all tests and those that CI has no time for, an hour or more
 	MIXTRAL_JAX_SOAK=1 $(BIN)/python -m pytest -n 2 --durations 20 $(ARGS)
@@ -93,7 +105,7 @@ notebooks: $(VENV)/.tested ## Execute the notebooks on this machine
 	$(BIN)/python -m pytest tests/end_to_end/test_smollm2.py -k notebook $(ARGS)
 
 clean: ## Remove what was built here; checkpoints and caches stay
-	rm -rf build dist *.egg-info $(VENV)
+	rm -rf build dist *.egg-info $(VENV) .venv-newest
 
 $(CHECKPOINT)/config.json: | install
 	$(BIN)/mixtral-jax convert $(MODEL) $(CHECKPOINT)
@@ -113,3 +125,9 @@ $(VENV)/.tested: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV) with what the tests need, a few minutes the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.library: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) with what the library's tests need, a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[test-library]'
+	@touch $@

@@ -117,6 +117,7 @@ def test_all_is_everything_that_needs_no_accelerator() -> None:
         "notebook",
         "plan-gpu",
         "test",
+        "test-library",
         "tpu",
     }
 
