@@ -6,6 +6,7 @@ command line prints it in one line; any other exception is a fault of ours and k
 
     UserError
       ConfigError      a config that is not understood, or numbers that do not fit together
+      TokenizerError   tokenizer files that cannot be read, or that contradict each other
       ChatError        a chat that a tokenizer cannot render
       SamplingError    parameters of an answer that have the wrong type or are out of range
       TopologyError    devices or a mesh that do not exist or do not fit
@@ -19,6 +20,10 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A model's config that cannot be read, or whose values contradict each other."""
+
+
+class TokenizerError(UserError):
+    """A checkpoint's tokenizer files cannot be read or followed; its weights may still load."""
 
 
 class ChatError(UserError):

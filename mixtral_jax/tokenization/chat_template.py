@@ -13,7 +13,7 @@ from typing import NoReturn
 import jinja2
 import jinja2.sandbox
 
-from mixtral_jax.errors import ChatError
+from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.messages import Message
 
 # Put behind a message to find its end in what a template wrote: a noncharacter, which Unicode
@@ -25,7 +25,7 @@ class ChatTemplate:
     """A Jinja chat template and the special tokens that it may name, such as bos_token."""
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        """Compile `source`. Raises ValueError if it is no valid template.
+        """Compile `source`. Raises TokenizerError if it is no valid template.
 
         Args:
             source: the Jinja source.
@@ -42,7 +42,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is no valid Jinja template: {error}") from error
+            raise TokenizerError(
+                f"the chat template is no valid Jinja template: {error}"
+            ) from error
 
     def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> str:
         """The chat as text, up to where the assistant's answer begins or, with `continue_last`,
@@ -63,7 +65,7 @@ class ChatTemplate:
                 add_generation_prompt=not continue_last,
                 **self.tokens,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template computes, and may fail like any program
             raise ChatError(f"the model's chat template refuses this chat: {error}") from error
         return _cut_at_mark(text, said) if continue_last else text
 
@@ -84,7 +86,7 @@ class ChatTemplate:
     def respelled(self, spelling: Mapping[str, str]) -> "ChatTemplate":
         """The same template writing other text for some words, given as {word: new spelling}.
 
-        Raises ValueError if a word is still written after that, because the template puts it
+        Raises TokenizerError if a word is still written after that, because the template puts it
         together from parts.
         """
         if not spelling:
@@ -99,7 +101,7 @@ class ChatTemplate:
         tokens = {name: respell(text) for name, text in self.tokens.items()}
         template = ChatTemplate(respell(self.source), tokens)
         if left := words.search(template.sample()):
-            raise ValueError(
+            raise TokenizerError(
                 f"the chat template puts the control token {left[0]} together from parts, so it "
                 "cannot be told from the same text in a message: write it out in the template"
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from mixtral_jax.errors import ChatError
+from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.chat_template import ChatTemplate
 from mixtral_jax.tokenization.messages import Message, check_text, checked
 from mixtral_jax.tokenization.vocabulary import Vocabulary, byte_level_bytes, spm_bytes
@@ -40,10 +40,10 @@ class TemplateTokenizer(Vocabulary):
         """Read `tokenizer.json` and, where present, `tokenizer_config.json`,
         `chat_template.jinja` and `generation_config.json`.
 
-        Raises FileNotFoundError without the first, ValueError for contents that this class
-        cannot follow faithfully.
+        Raises FileNotFoundError without the first, TokenizerError for contents that the library
+        `tokenizers` cannot read or that this class cannot follow faithfully.
         """
-        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        spec = _read_spec(folder / "tokenizer.json")
         named = _named_tokens(folder)
         source = template_source(folder)
         template = ChatTemplate(source, named) if source is not None else None
@@ -98,11 +98,39 @@ def template_source(folder: Path) -> str | None:
     """The chat template's source: its own file, else the one in `tokenizer_config.json`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _read_text(file)
     templates = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(templates, list):
-        templates = {entry["name"]: entry["template"] for entry in templates}.get("default")
+        named = [entry for entry in templates if isinstance(entry, dict)]
+        templates = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    if templates is not None and not isinstance(templates, str):
+        raise TokenizerError(f"chat_template in {folder / 'tokenizer_config.json'} is no text")
     return templates
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    """Return a `tokenizer.json` as the library `tokenizers` writes it anew.
+
+    Files of older releases lack fields (`model.type` before 0.9); the library fills them in.
+    Raises TokenizerError for what it cannot read.
+    """
+    text = _read_text(path)
+    try:
+        text = tokenizers.Tokenizer.from_str(text).to_str()
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(
+            f"{path} cannot be read by tokenizers {tokenizers.__version__}: {error}. Fetch the "
+            "file again, or update that library if the file is newer"
+        ) from error
+    spec: dict[str, Any] = json.loads(text)
+    return spec
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _respell(spec: dict[str, Any], spelling: Mapping[str, str]) -> None:
@@ -133,15 +161,23 @@ def _decoding(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes]
         return byte_level_bytes, False
     if "ByteFallback" in steps:
         return spm_bytes, "Strip" in steps
-    raise ValueError(
+    raise TokenizerError(
         f"tokenizer.json decodes by {steps}; supported are ByteLevel, and the steps of a "
         "sentencepiece model with ByteFallback"
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the object in a JSON file; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds no JSON object")
+    return content
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:
@@ -160,7 +196,7 @@ def _eos_ids(folder: Path, named: Mapping[str, str], controls: Mapping[str, int]
     ids = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
     if eos := named.get("eos_token"):
         if eos not in controls:
-            raise ValueError(
+            raise TokenizerError(
                 f"eos_token is {eos!r} in tokenizer_config.json, which is no added token of "
                 "tokenizer.json: add it there, or correct the name"
             )

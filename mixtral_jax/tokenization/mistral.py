@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtral_jax.errors import ChatError
+from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.messages import Message, check_text, checked
 from mixtral_jax.tokenization.vocabulary import Vocabulary, spm_bytes
 
@@ -31,8 +31,8 @@ class MistralTokenizer(Vocabulary):
     def __init__(self, path: Path) -> None:
         """Read `path`, a `tokenizer.model`, `tokenizer.model.v1`, `.v2` or `.v3`.
 
-        Raises FileNotFoundError without it, ValueError if the file is none of those, or not what
-        its name says.
+        Raises FileNotFoundError without it, TokenizerError if the file is none of those, or
+        not what its name says.
         """
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}")
@@ -46,7 +46,7 @@ class MistralTokenizer(Vocabulary):
             # The version only labels this object; the pieces, read first, say which one it is.
             pieces = SentencePieceTokenizer(path, TokenizerVersion.v1).vocab()
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
+            raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
         version = TokenizerVersion(_mistral_version(path, pieces))
         self._model = SentencePieceTokenizer(path, version)
         super().__init__(
@@ -113,7 +113,7 @@ def _mistral_version(path: Path, pieces: Sequence[str]) -> str:
     if suffix := re.search(r"\.model\.(v\w+)$", path.name):
         version = suffix[1]
         if (version == "v1") == has_instruct:
-            raise ValueError(
+            raise TokenizerError(
                 f"{path.name} calls itself {version}, but its pieces are not: "
                 f"[INST] {'is' if has_instruct else 'is not'} one of them. Rename the file"
             )
@@ -122,7 +122,7 @@ def _mistral_version(path: Path, pieces: Sequence[str]) -> str:
     else:
         version = "v3" if has_instruct else "v1"
     if version not in _MISTRAL_VERSIONS:
-        raise ValueError(
+        raise TokenizerError(
             f"{path.name} is a Mistral tokenizer of version {version}; "
             f"supported are {', '.join(_MISTRAL_VERSIONS)}"
         )

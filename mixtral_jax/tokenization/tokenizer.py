@@ -79,7 +79,7 @@ def load(folder: Path) -> Tokenizer:
     But models tuned from Mistral's keep its `tokenizer.model` and may speak otherwise: where a
     chat template does not write [INST], template and `tokenizer.json` decide.
 
-    Raises FileNotFoundError where there is none, ValueError where one cannot be followed.
+    Raises FileNotFoundError where there is none, TokenizerError where one cannot be followed.
     """
     versioned = sorted(folder.glob("*.model.v*"))
     if versioned:

@@ -35,6 +35,12 @@ def test_a_template_may_refuse_a_chat(tmp_path: Path) -> None:
         tokenizer.chat([say("system", "a")])
 
 
+def test_a_template_that_fails_refuses_the_chat(tmp_path: Path) -> None:
+    tokenizer = load(write(tmp_path, template="{{ messages[0].content + 1 }}"))
+    with pytest.raises(ChatError, match="refuses this chat: can only concatenate str"):
+        tokenizer.chat(turns("a"))
+
+
 def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
     template = "{{ messages.append(1) if messages[0].content == 'go' }}"
     tokenizer = load(write(tmp_path, template=template))

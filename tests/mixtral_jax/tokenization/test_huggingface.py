@@ -1,7 +1,9 @@
 """Ids of a `tokenizer.json` and its template are those of transformers and tokenizers."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -10,7 +12,7 @@ from tokenizers import (
     models,
 )
 
-from mixtral_jax.errors import ChatError
+from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.tokenizer import load
 from tests.support.tokenizers import CHATML, INST, SPECS, TEXTS, control_ids, say, turns, write
 
@@ -166,3 +168,65 @@ def test_unknown_ways_of_decoding_are_refused(tmp_path: Path) -> None:
     spec = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(ValueError, match="decodes by"):
         load(write(tmp_path, spec, config={}))
+
+
+def change_spec(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the tokenizer.json of a folder as the content of a file."""
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(spec)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec.update(normalizer={"type": "Newest"}),
+        lambda spec: spec.update(pre_tokenizer={"type": "Newest"}),
+        lambda spec: spec.update(decoder={"type": "Newest"}),
+        lambda spec: spec["model"].update(type="Newest"),
+        lambda spec: spec["model"].update(merges=[["not", "there"]]),
+        lambda spec: spec.pop("model"),
+        lambda spec: spec["added_tokens"][0].pop("special"),
+        lambda spec: spec["added_tokens"][0].update(id=-1),
+    ],
+)
+def test_a_file_that_the_library_cannot_read_is_named(
+    change: Callable[[dict[str, Any]], object], tmp_path: Path
+) -> None:
+    change_spec(write(tmp_path), change)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read by tokenizers \d"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("tokenizer.json", b"", "cannot be read"),
+        ("tokenizer.json", b"[]", "cannot be read"),
+        ("tokenizer.json", b"\xff\xfe{", "not UTF-8"),
+        ("tokenizer_config.json", b"[]", "no JSON object"),
+        ("tokenizer_config.json", b"[" * 100_000, "not valid JSON"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template in .* is no text"),
+        ("tokenizer_config.json", b'{"chat_template": [3, {"name": "default"}], "e"}', "not valid"),
+        ("generation_config.json", b"null", "no JSON object"),
+        ("chat_template.jinja", b"\xff", "not UTF-8"),
+    ],
+)
+def test_files_that_are_damaged_are_named(
+    name: str, content: bytes, complaint: str, tmp_path: Path
+) -> None:
+    write(tmp_path, template=None)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=rf"{name}.*{complaint}|{complaint}"):
+        load(tmp_path)
+
+
+def test_files_of_releases_before_model_type_are_read(tmp_path: Path) -> None:
+    chat = turns("Hello world")
+    expected = load(write(tmp_path)).chat(chat)
+    change_spec(tmp_path, lambda spec: spec["model"].pop("type"))
+    assert load(tmp_path).chat(chat) == expected
+    # Without added tokens there is nothing that could end a turn: what the config names is missing.
+    change_spec(tmp_path, lambda spec: spec.pop("added_tokens"))
+    with pytest.raises(TokenizerError, match=r"eos_token is '<\|im_end\|>'"):
+        load(tmp_path)
