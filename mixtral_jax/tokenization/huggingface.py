@@ -14,6 +14,13 @@ import tokenizers
 from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.chat_template import ChatTemplate
 from mixtral_jax.tokenization.messages import Message, check_text, checked
+from mixtral_jax.tokenization.special_tokens import (
+    eos_ids,
+    extra_special_tokens,
+    named_tokens,
+    read_text,
+    template_source,
+)
 from mixtral_jax.tokenization.vocabulary import Vocabulary, byte_level_bytes, spm_bytes
 
 _RESERVED = "\U0010ffff"  # a noncharacter: Unicode keeps it out of exchanged text
@@ -32,28 +39,29 @@ class TemplateTokenizer(Vocabulary):
     text never holds U+10FFFF (it becomes U+FFFD), and no other spelling of a control id is left.
     The template sees the messages as they are, whatever it does with them.
 
-    Control tokens are the added tokens that are marked special, or named in
-    `tokenizer_config.json`, or written around messages by the template.
+    Control tokens are the added tokens that are marked special, or listed as special in
+    `tokenizer_config.json` or `special_tokens_map.json`, or written around messages by the
+    template.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read `tokenizer.json` and, where present, `tokenizer_config.json`,
-        `chat_template.jinja` and `generation_config.json`.
+        """Read `tokenizer.json` and the files of `special_tokens` beside it.
 
         Raises FileNotFoundError without the first, TokenizerError for contents that the library
         `tokenizers` cannot read or that this class cannot follow faithfully.
         """
         spec = _read_spec(folder / "tokenizer.json")
-        named = _named_tokens(folder)
+        named = named_tokens(folder)
         source = template_source(folder)
         template = ChatTemplate(source, named) if source is not None else None
+        special = extra_special_tokens(folder).union(named.values())
         written = set(_MARKUP.findall(template.sample())) if template else set()
         controls: dict[str, int] = {
             token["content"]: token["id"]
             for token in spec["added_tokens"]
-            if token["special"] or token["content"] in written.union(named.values())
+            if token["special"] or token["content"] in written | special
         }
-        eos_ids = _eos_ids(folder, named, controls)
+        ends = eos_ids(folder) | _named_end(named, controls)
         to_bytes, dummy_space = _decoding(spec["decoder"])
 
         spelling = {text: _RESERVED + chr(0xE000 + n) for n, text in enumerate(controls)}
@@ -66,7 +74,7 @@ class TemplateTokenizer(Vocabulary):
         for piece, token_id in vocabulary.items():
             if not piece.startswith(_RESERVED):
                 pieces[token_id] = to_bytes(piece)
-        super().__init__(pieces, eos_ids, dummy_space=dummy_space)
+        super().__init__(pieces, ends, dummy_space=dummy_space)
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, with what `tokenizer.json` puts around them (bos, for most).
@@ -94,27 +102,13 @@ class TemplateTokenizer(Vocabulary):
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def template_source(folder: Path) -> str | None:
-    """The chat template's source: its own file, else the one in `tokenizer_config.json`."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return _read_text(file)
-    templates = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(templates, list):
-        named = [entry for entry in templates if isinstance(entry, dict)]
-        templates = {entry.get("name"): entry.get("template") for entry in named}.get("default")
-    if templates is not None and not isinstance(templates, str):
-        raise TokenizerError(f"chat_template in {folder / 'tokenizer_config.json'} is no text")
-    return templates
-
-
 def _read_spec(path: Path) -> dict[str, Any]:
     """Return a `tokenizer.json` as the library `tokenizers` writes it anew.
 
     Files of older releases lack fields (`model.type` before 0.9); the library fills them in.
     Raises TokenizerError for what it cannot read.
     """
-    text = _read_text(path)
+    text = read_text(path)
     try:
         text = tokenizers.Tokenizer.from_str(text).to_str()
     except Exception as error:  # the library raises nothing narrower
@@ -124,13 +118,6 @@ def _read_spec(path: Path) -> dict[str, Any]:
         ) from error
     spec: dict[str, Any] = json.loads(text)
     return spec
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _respell(spec: dict[str, Any], spelling: Mapping[str, str]) -> None:
@@ -167,38 +154,14 @@ def _decoding(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes]
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds no JSON object")
-    return content
-
-
-def _named_tokens(folder: Path) -> dict[str, str]:
-    """bos_token, eos_token and the like of `tokenizer_config.json`, as text."""
-    named: dict[str, str] = {}
-    for name, token in _read_json(folder / "tokenizer_config.json").items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(text, str):
-            named[name] = text
-    return named
-
-
-def _eos_ids(folder: Path, named: Mapping[str, str], controls: Mapping[str, int]) -> set[int]:
-    """The ids that end an answer, from `generation_config.json` and eos_token together."""
-    listed = _read_json(folder / "generation_config.json").get("eos_token_id")
-    ids = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
-    if eos := named.get("eos_token"):
-        if eos not in controls:
-            raise TokenizerError(
-                f"eos_token is {eos!r} in tokenizer_config.json, which is no added token of "
-                "tokenizer.json: add it there, or correct the name"
-            )
-        ids.add(controls[eos])
-    return ids
+def _named_end(named: Mapping[str, str], controls: Mapping[str, int]) -> set[int]:
+    """Return the id of eos_token, if there is one."""
+    eos = named.get("eos_token")
+    if eos is None:
+        return set()
+    if eos not in controls:
+        raise TokenizerError(
+            f"eos_token is {eos!r} in tokenizer_config.json or special_tokens_map.json, which is "
+            "no added token of tokenizer.json: add it there, or correct the name"
+        )
+    return {controls[eos]}

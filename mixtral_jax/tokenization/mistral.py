@@ -5,7 +5,7 @@ messages and differ in spaces.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mixtral_jax.errors import ChatError, TokenizerError
@@ -28,8 +28,12 @@ class MistralTokenizer(Vocabulary):
     for every byte, so no text needs it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eos_ids: Iterable[int] = ()) -> None:
         """Read `path`, a `tokenizer.model`, `tokenizer.model.v1`, `.v2` or `.v3`.
+
+        Args:
+            path: the file.
+            eos_ids: ids that end an answer beside </s>.
 
         Raises FileNotFoundError without it, TokenizerError if the file is none of those, or
         not what its name says.
@@ -54,7 +58,7 @@ class MistralTokenizer(Vocabulary):
                 b"" if self._model.is_special(i) or i == self._model.unk_id else spm_bytes(piece)
                 for i, piece in enumerate(pieces)
             ],
-            eos_ids=[self._model.eos_id],
+            eos_ids={self._model.eos_id, *eos_ids},
             dummy_space=True,
         )
         formats = {

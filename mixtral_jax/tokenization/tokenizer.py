@@ -13,14 +13,25 @@ One promise holds for all of them: text from outside, be it a prompt or a messag
 tokens only. The ids that end a turn or open another role come from the format alone.
 """
 
+import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from mixtral_jax.tokenization.detokenizer import Detokenizer
-from mixtral_jax.tokenization.huggingface import TemplateTokenizer, template_source
+from mixtral_jax.tokenization.huggingface import TemplateTokenizer
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.mistral import MistralTokenizer
+from mixtral_jax.tokenization.special_tokens import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    eos_ids,
+    read_object,
+    template_source,
+)
 from mixtral_jax.tokenization.toy_bytes import TOY_FILE, ByteTokenizer
 
 
@@ -60,16 +71,33 @@ _FILES = (
     "*.model.v*",
     "tokenizer.model",
     "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
     TOY_FILE,
 )
 
 
 def files(folder: Path) -> list[Path]:
-    """The files in a folder that `load` may read: a copy of them loads the same tokenizer."""
+    """Return the files of a folder that `load` may read and that belong to the tokenizer alone."""
     return sorted(path for pattern in _FILES for path in folder.glob(pattern) if path.is_file())
+
+
+def copy(source: Path, destination: Path) -> None:
+    """Copy the tokenizer of one folder into another, where `load` then makes the same one of it.
+
+    The ids that end an answer may stand in the model's config.json alone, which is not copied:
+    they are written into generation_config.json then.
+    """
+    for file in files(source):
+        shutil.copy(file, destination)
+    ends = eos_ids(source)
+    if ends and not eos_ids(destination):
+        generation = destination / GENERATION_CONFIG
+        content = {**read_object(generation), "eos_token_id": sorted(ends)}
+        generation.unlink(missing_ok=True)  # a copy of a read-only file is read-only too
+        generation.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path) -> Tokenizer:
@@ -83,9 +111,9 @@ def load(folder: Path) -> Tokenizer:
     """
     versioned = sorted(folder.glob("*.model.v*"))
     if versioned:
-        return MistralTokenizer(versioned[-1])
+        return MistralTokenizer(versioned[-1], eos_ids(folder))
     if (folder / "tokenizer.model").is_file() and "[INST]" in (template_source(folder) or "[INST]"):
-        return MistralTokenizer(folder / "tokenizer.model")
+        return MistralTokenizer(folder / "tokenizer.model", eos_ids(folder))
     if (folder / "tokenizer.json").is_file():
         return TemplateTokenizer(folder)
     if (folder / TOY_FILE).is_file():

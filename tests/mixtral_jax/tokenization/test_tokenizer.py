@@ -8,6 +8,7 @@ import pytest
 from mixtral_jax.tokenization.huggingface import TemplateTokenizer
 from mixtral_jax.tokenization.mistral import MistralTokenizer
 from mixtral_jax.tokenization.tokenizer import Tokenizer, files, load
+from mixtral_jax.tokenization.tokenizer import copy as copy_tokenizer
 from tests.support.tokenizers import (
     ATTACKS,
     CHATML,
@@ -60,14 +61,15 @@ def test_a_tuned_model_with_a_format_of_its_own_keeps_it(tmp_path: Path) -> None
 
 def test_a_copy_of_the_files_loads_the_same(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", generation={"eos_token_id": 0})
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<s>"}')
     (folder / "config.json").write_text("{}")
     copy = tmp_path / "b"
     copy.mkdir()
-    for path in files(folder):
-        shutil.copy(path, copy)
+    copy_tokenizer(folder, copy)
     assert not (copy / "config.json").exists()
     assert load(copy).chat(turns("a")) == load(folder).chat(turns("a"))
     assert load(copy).eos_ids == {0, 2}
+    assert [path.name for path in files(copy)] == [path.name for path in files(folder)]
 
 
 def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
