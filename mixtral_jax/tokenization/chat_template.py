@@ -1,16 +1,19 @@
 """ChatTemplate: a Jinja chat template as published beside a tokenizer.
 
 The template gets the surroundings that transformers documents: a sandboxed environment,
-`raise_exception`, `strftime_now`, `tojson` and loop controls.
+`raise_exception`, `strftime_now`, `tojson`, loop controls and the tag `{% generation %}`.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 from mixtral_jax.errors import ChatError, TokenizerError
@@ -19,6 +22,26 @@ from mixtral_jax.tokenization.messages import Message
 # Put behind a message to find its end in what a template wrote: a noncharacter, which Unicode
 # keeps out of exchanged text. Should text hold it all the same, the last one counts.
 _END_MARK = "\U0010fffe"
+
+
+class _Generation(jinja2.ext.Extension):
+    """The tag `{% generation %}` ... `{% endgeneration %}`, whose body is rendered as it stands.
+
+    Templates mark with it what the assistant says, for software that trains on that alone. As in
+    transformers, the body is a block of its own: variables set in it end with it.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """Read the tag, whose name the parser stands on, up to its end tag."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_rendered")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _rendered(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 class ChatTemplate:
@@ -34,7 +57,9 @@ class ChatTemplate:
         self.source = source
         self.tokens = dict(tokens)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now

@@ -1,12 +1,36 @@
 """Templates render in a sandbox, and may refuse a chat."""
 
+import re
 from pathlib import Path
 
 import pytest
+import transformers
 
-from mixtral_jax.errors import ChatError
+from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.tokenizer import load
 from tests.support.tokenizers import CHATML, byte_level_spec, say, turns, write
+
+GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}\n"
+    "  {% generation %}\n{{ m.content }}{%- if loop.last %} last{% endif %}<|im_end|>"
+    "{%- endgeneration %}\n{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_the_tag_for_trainers_writes_what_it_encloses(tmp_path: Path) -> None:
+    marked = load(write(tmp_path / "a", template=GENERATION))
+    plain = re.sub(r"{%(-?) (end)?generation %}", r"{%\1 if true %}", GENERATION)
+    plain = plain.replace("{%- if true %}\n{% else", "{%- endif %}\n{% else")
+    unmarked = load(write(tmp_path / "b", template=plain))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "a")
+    for chat in (turns("Hi"), turns("Hi", "Yo"), turns("Hi", "Yo", "Bye"), turns("", " a ", "\n")):
+        expected = theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
+        assert marked.chat(chat) == unmarked.chat(chat) == expected
+
+
+def test_a_tag_that_is_not_closed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="no valid Jinja template.*endgeneration"):
+        load(write(tmp_path, template="{% generation %}{{ messages }}"))
 
 
 def test_a_template_that_changes_the_last_message_cannot_continue_it(tmp_path: Path) -> None:
