@@ -82,7 +82,7 @@ class TemplateTokenizer(Vocabulary):
         Raises ValueError for text that is not Unicode.
         """
         check_text(text, "the text")
-        return self._tokenizer.encode(text.replace(_RESERVED, "\ufffd")).ids
+        return self._ids(text.replace(_RESERVED, "\ufffd"), add_special_tokens=True)
 
     def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
         """The chat as the template writes it, with its generation prompt or, with
@@ -99,7 +99,14 @@ class TemplateTokenizer(Vocabulary):
         for message in chat:
             message["content"] = message["content"].replace(_RESERVED, "\ufffd")
         text = self._template.render(chat, continue_last=continue_last)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # `encode` holds the interpreter's lock while it works; the call for a batch releases it.
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        return encoding.ids
 
 
 def _read_spec(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Ids of a `tokenizer.json` and its template are those of transformers and tokenizers."""
 
 import json
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -230,3 +232,26 @@ def test_files_of_releases_before_model_type_are_read(tmp_path: Path) -> None:
     change_spec(tmp_path, lambda spec: spec.pop("added_tokens"))
     with pytest.raises(TokenizerError, match=r"eos_token is '<\|im_end\|>'"):
         load(tmp_path)
+
+
+def test_other_threads_run_while_a_text_is_encoded(tmp_path: Path) -> None:
+    tokenizer = load(write(tmp_path))
+    done = threading.Event()
+    pauses: list[float] = []
+
+    def tick() -> None:
+        before = time.perf_counter()
+        while not done.is_set():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            pauses.append(now - before)
+            before = now
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begin = time.perf_counter()
+    tokenizer.encode("1a " * 100_000)
+    seconds = time.perf_counter() - begin
+    done.set()
+    thread.join()
+    assert max(pauses) < seconds / 2
