@@ -5,6 +5,7 @@ published `config.json` files, which `mixtral_jax.hf_config` reads and writes.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -41,7 +42,8 @@ class ModelConfig:
             least = 0 if field.name in ("num_experts", "experts_per_token") else 1
             if field.type is int and (type(value) is not int or value < least):
                 raise ConfigError(f"{field.name}={value!r} must be an integer of at least {least}")
-            if field.type is float and (type(value) not in (int, float) or not value > 0):
+            is_number = type(value) in (int, float) and 0 < value < math.inf
+            if field.type is float and not is_number:
                 raise ConfigError(f"{field.name}={value!r} must be a positive number")
         if self.sliding_window is not None and type(self.sliding_window) is not int:
             raise ConfigError(f"sliding_window={self.sliding_window!r} must be an integer or null")

@@ -13,7 +13,7 @@ from mixtral_jax.errors import ConfigError
 # Defaults of the config classes of transformers, for fields that a file leaves out.
 _KV_HEADS = {"mistral": 8, "mixtral": 8, "llama": None}
 _ROPE_THETA = {"mistral": 10_000.0, "mixtral": 1e6, "llama": 10_000.0}
-_MISTRAL_EPS = {"mistral": 1e-6, "mixtral": 1e-5}
+_NORM_EPS = {"mistral": 1e-6, "mixtral": 1e-5, "llama": 1e-6}
 _MAX_POSITIONS = {"mistral": 4096 * 32, "mixtral": 4096 * 32, "llama": 2048}
 
 # Fields that change what is computed, with the only values that we compute.
@@ -23,7 +23,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, 0, None),
     "router_jitter_noise": (0.0, 0, None),
-    "rope_scaling": (None,),
     "pretraining_tp": (1, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -48,7 +47,7 @@ _SILENT = frozenset(
 _SHAPE = frozenset(
     """
     vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    intermediate_size rope_theta rope_parameters rms_norm_eps sliding_window
+    intermediate_size rope_theta rope_parameters rope_scaling rms_norm_eps sliding_window
     max_position_embeddings tie_word_embeddings
     """.split()  # noqa: SIM905
 )
@@ -67,25 +66,24 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             f"model_type={kind!r} is not supported; use a mistral, mixtral or llama model"
         )
     _refuse_unknown(hf, kind)
-    heads = _required(hf, "num_attention_heads")
-    hidden = _required(hf, "hidden_size")
+    heads = _count(hf, "num_attention_heads")
+    hidden = _count(hf, "hidden_size")
+    is_moe = kind == "mixtral"
     return ModelConfig(
-        vocab_size=_required(hf, "vocab_size"),
+        vocab_size=_count(hf, "vocab_size"),
         hidden_size=hidden,
-        num_layers=_required(hf, "num_hidden_layers"),
+        num_layers=_count(hf, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=_optional(hf, "num_key_value_heads", _KV_HEADS[kind] or heads),
-        head_size=_optional(hf, "head_dim", hidden // heads),
-        feed_forward_size=_required(hf, "intermediate_size"),
-        num_experts=_optional(hf, "num_local_experts", 8) if kind == "mixtral" else 0,
-        experts_per_token=_optional(hf, "num_experts_per_tok", 2) if kind == "mixtral" else 0,
+        num_kv_heads=_count(hf, "num_key_value_heads", _KV_HEADS[kind] or heads),
+        head_size=_count(hf, "head_dim", hidden // heads),
+        feed_forward_size=_count(hf, "intermediate_size"),
+        num_experts=_count(hf, "num_local_experts", 8) if is_moe else 0,
+        experts_per_token=_count(hf, "num_experts_per_tok", 2) if is_moe else 0,
         rope_theta=_rope_theta(hf, _ROPE_THETA[kind]),
-        norm_eps=_optional(hf, "rms_norm_eps", 1e-6 if kind == "llama" else _MISTRAL_EPS[kind]),
-        # A mistral config without the key means transformers' class default of 4096; null
-        # means no window.
-        sliding_window=hf.get("sliding_window", 4096 if kind == "mistral" else None),
-        max_context=_optional(hf, "max_position_embeddings", _MAX_POSITIONS[kind]),
-        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        norm_eps=_number("rms_norm_eps", _optional(hf, "rms_norm_eps", _NORM_EPS[kind])),
+        sliding_window=_sliding_window(hf, kind),
+        max_context=_count(hf, "max_position_embeddings", _MAX_POSITIONS[kind]),
+        tied_embeddings=_flag(hf, "tie_word_embeddings"),
     )
 
 
@@ -135,9 +133,9 @@ def _refuse_unknown(hf: Mapping[str, Any], kind: str) -> None:
             )
 
 
-def _required(hf: Mapping[str, Any], name: str) -> int:
-    value = hf.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _count(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = _optional(hf, name, default)
+    if type(value) is not int or value < 1:
         raise ConfigError(f"config field {name} must be a positive integer, got {value!r}")
     return value
 
@@ -147,14 +145,64 @@ def _optional(hf: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
+def _sliding_window(hf: Mapping[str, Any], kind: str) -> int | None:
+    """Return the window; null is none, and a mistral config without the field means 4096."""
+    if "sliding_window" not in hf:
+        return 4096 if kind == "mistral" else None
+    return None if hf["sliding_window"] is None else _count(hf, "sliding_window")
+
+
 def _rope_theta(hf: Mapping[str, Any], default: float) -> float:
-    """transformers 5 moved `rope_theta` into `rope_parameters`; older files have it at the root."""
-    rope = hf.get("rope_parameters")
-    if rope is None:
-        return float(_optional(hf, "rope_theta", default))
+    """Return the base of the rotary embedding, wherever the file has it.
+
+    Files have `rope_theta` at the root; transformers 5 writes it into `rope_parameters`, which it
+    also calls `rope_scaling`, and takes the root's where it lacks one.
+    """
+    stated = {}
+    if (root := hf.get("rope_theta")) is not None:
+        stated["rope_theta"] = _number("rope_theta", root)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(name)
+        if rope is None:
+            continue
+        _refuse_other_rope(name, rope)
+        if "rope_theta" in rope:
+            field = f"{name}.rope_theta"
+            stated[field] = _number(field, rope["rope_theta"])
+    if len(set(stated.values())) > 1:
+        values = ", ".join(f"{field}={value!r}" for field, value in stated.items())
+        raise ConfigError(f"config fields {values} contradict each other; remove the wrong one")
+    return next(iter(stated.values()), default)
+
+
+def _refuse_other_rope(name: str, rope: Any) -> None:
+    """Raise ConfigError unless `rope` describes the plain rotary embedding of whole heads."""
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"config field {name}={rope!r} must be an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(
+            f"config field {name}={dict(rope)!r} is not supported: rotary embeddings of type "
+            f"{kind!r} are scaled for longer contexts, and only unscaled ones are computed"
+        )
     unknown = set(rope) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    if unknown or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ConfigError(f"config field rope_parameters={rope!r} is not supported")
+    if unknown:
+        raise ConfigError(
+            f"config field {name}={dict(rope)!r} is not supported: {', '.join(sorted(unknown))} "
+            "is not known"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"config field rope_parameters={rope!r}: only a full rotary is supported")
-    return float(rope.get("rope_theta", default))
+        raise ConfigError(f"config field {name}={dict(rope)!r}: only a full rotary is supported")
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ConfigError(f"config field {name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _flag(hf: Mapping[str, Any], name: str) -> bool:
+    value = _optional(hf, name, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config field {name} must be true or false, got {value!r}")
+    return value

@@ -1,6 +1,8 @@
 """Hugging Face's config.json: read as published, written as transformers reads it, or refused."""
 
+import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -62,17 +64,101 @@ def test_to_hf_is_the_inverse_and_transformers_reads_it(config: ModelConfig) -> 
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"logit_softcap": 30.0}, "logit_softcap=30.0 is not known"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling="),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters="),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling=.*type 'linear' are scaled",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters=.*'yarn'"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "full_attention is not known",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only a full rotary"),
+        ({"rope_parameters": ["default"]}, "must be an object"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number, got '1e-5'"),
+        ({"rms_norm_eps": math.inf}, "norm_eps=inf"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"hidden_size": "4096"}, "hidden_size must be a positive integer"),
         ({"vocab_size": None}, "vocab_size must be a positive integer"),
         ({"num_key_value_heads": 5}, "num_heads=32 is not a multiple of num_kv_heads=5"),
         ({"num_experts_per_tok": 9}, "experts_per_token=9"),
         ({"head_dim": 127}, "head_size=127 is odd"),
-        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"sliding_window": 0}, "sliding_window must be a positive integer, got 0"),
+        ({"sliding_window": "4096"}, "sliding_window must be a positive integer"),
+        ({"max_position_embeddings": "32768"}, "max_position_embeddings must be a positive"),
+        ({"num_experts_per_tok": True}, "num_experts_per_tok must be a positive integer"),
     ],
 )
 def test_what_is_not_computed_is_refused(change: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         from_hf({**MIXTRAL, **change})
+
+
+MISTRAL = {**MIXTRAL, "model_type": "mistral"}
+for field in ("num_local_experts", "num_experts_per_tok", "rope_theta"):
+    del MISTRAL[field]
+LLAMA = {**MISTRAL, "model_type": "llama"}
+SOURCES = {"mistral": MISTRAL, "mixtral": {**MIXTRAL}, "llama": LLAMA}
+del SOURCES["mixtral"]["rope_theta"]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    ("fields", "theta"),
+    [
+        ({"rope_theta": 5e5}, 5e5),
+        ({"rope_theta": 500_000}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": None}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": {}}, 5e5),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 500_000}}, 5e5),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),
+        ({"rope_scaling": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),
+    ],
+)
+def test_rope_theta_is_read_wherever_it_stands(
+    kind: str, fields: dict[str, Any], theta: float
+) -> None:
+    hf = {**SOURCES[kind], **fields}
+    assert from_hf(hf).rope_theta == theta
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(hf))
+    assert theirs.rope_parameters["rope_theta"] == theta
+
+
+@pytest.mark.parametrize(("kind", "theta"), [("mistral", 1e4), ("mixtral", 1e6), ("llama", 1e4)])
+def test_rope_theta_that_is_nowhere_is_the_default_of_transformers(kind: str, theta: float) -> None:
+    for fields in ({}, {"rope_theta": None}, {"rope_parameters": {"rope_type": "default"}}):
+        assert from_hf({**SOURCES[kind], **fields}).rope_theta == theta
+    assert transformers.AutoConfig.for_model(**SOURCES[kind]).rope_parameters["rope_theta"] == theta
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        (
+            {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5}},
+            r"rope_theta=1000000.0, rope_parameters.rope_theta=500000.0 contradict",
+        ),
+        (
+            {"rope_theta": 1e6, "rope_scaling": {"rope_theta": 5e5}},
+            r"rope_theta=1000000.0, rope_scaling.rope_theta=500000.0 contradict",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": None}},
+            r"rope_parameters\.rope_theta must be a",
+        ),
+        ({"rope_parameters": {"rope_theta": "1e6"}}, r"rope_parameters\.rope_theta .* '1e6'"),
+        ({"rope_theta": "1e6"}, "rope_theta must be a number, got '1e6'"),
+        ({"rope_theta": True}, "rope_theta must be a number, got True"),
+        ({"rope_theta": 0}, r"rope_theta=0\.0 must be a positive number"),
+        ({"rope_theta": math.nan}, "rope_theta=nan"),
+    ],
+)
+@pytest.mark.parametrize("kind", SOURCES)
+def test_rope_thetas_that_differ_or_are_no_numbers_are_refused(
+    kind: str, fields: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        from_hf({**SOURCES[kind], **fields})
