@@ -27,6 +27,14 @@ from typing import ClassVar
 ERROR_METADATA = "mixtral-error"
 
 
+class SetupError(ValueError):
+    """Root of what an operator can get wrong before anything is served.
+
+    Its leaves stand in the rooms that raise them: access, cluster, launch, gateway, observe and
+    bench. A command prints the message in one line, which names the thing and the remedy.
+    """
+
+
 class ServingError(Exception):
     """Root of the tree. The message is written for the caller: it names thing and remedy."""
 

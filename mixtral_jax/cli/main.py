@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +16,14 @@ from mixtral_jax.cli import extras
 from mixtral_jax.cli import keys as key_commands
 from mixtral_jax.cli import plan as plan_command
 from mixtral_jax.cli import serve as serve_command
-from mixtral_jax.cli.serve import Dtype, ModelOption
+from mixtral_jax.errors import UserError
+from serving import flags
+from serving.command_line import USER_ERRORS, run
 
 # Heavy imports stand inside the commands: `--help` should not wait for a compiler to load.
+
+ModelOption = Annotated[str, flags.MODEL.option()]
+Dtype = Annotated[str | None, flags.DTYPE.option()]
 
 app = typer.Typer(
     help="Mistral-7B and Mixtral in JAX: convert, look at, chat with and serve them.",
@@ -293,24 +297,8 @@ def _levels(text: str) -> list[int]:
 
 
 def main() -> None:
-    """Runs the command; what the user can mend is told in one line, with status 1."""
-    try:
-        app()
-    except Exception as error:
-        if not _is_for_the_user(error):
-            raise
-        sys.exit(f"mixtral-jax: {error}")
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether the message was written for the one who typed the command.
-
-    So is that of every ValueError that our own code raises, and the system's about its files.
-    """
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    ours = package in ("mixtral_jax", "convert", "serving")
-    return isinstance(error, OSError) or (ours and isinstance(error, (ValueError, RuntimeError)))
+    """Runs the command and ends the process with its status."""
+    sys.exit(run(app, errors=(UserError, *USER_ERRORS)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import jwt
 
+from serving.access.errors import AccessError
 from serving.access.jwks import Issuer, SigningKey, check_address
 from serving.errors import Forbidden, Unauthenticated
 
@@ -49,7 +50,7 @@ class TokenVerifier:
         authority: Where the tenants' OpenID metadata are.
         clock: Seconds that only grow, for the age of the keys.
 
-    Raises ValueError for what is not of that form.
+    Raises AccessError for what is not of that form.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ def _claimed(token: str) -> tuple[str, str, str]:
 
 def _guid(text: str, what: str) -> str:
     if not _GUID.fullmatch(text.lower()):
-        raise ValueError(f"{text!r} is no {what}: give a GUID")
+        raise AccessError(f"{text!r} is no {what}: give a GUID")
     return text.lower()
 
 

@@ -7,7 +7,6 @@ strangers can make up key ids. While a fetch fails, what is known stays in use.
 
 import asyncio
 import http.client
-import ipaddress
 import json
 import logging
 import time
@@ -20,6 +19,8 @@ from urllib.parse import urlsplit
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
+from serving.access.errors import AccessError
+from serving.access.loopback import is_loopback
 from serving.errors import Unavailable
 
 KEEP_SECONDS = 24 * 3600.0
@@ -118,25 +119,18 @@ def fetch(metadata: str) -> Published:
 
 
 def check_address(url: str) -> None:
-    """Raises ValueError unless nobody can change on its way what comes from there."""
+    """Raises AccessError unless nobody can change on its way what comes from there."""
     parts = urlsplit(url)
     if parts.scheme == "https" and parts.hostname:
         return
-    if not (parts.scheme == "http" and _is_local(parts.hostname or "")):
-        raise ValueError(f"{url!r} must begin with https:// (http:// on 127.0.0.1 only)")
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+        raise AccessError(f"{url!r} must begin with https:// (http:// on 127.0.0.1 only)")
 
 
 def _read_json(url: str) -> dict[str, Any]:
     check_address(url)
     handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-    if _is_local(urlsplit(url).hostname or ""):
+    if is_loopback(urlsplit(url).hostname or ""):
         handlers.append(urllib.request.ProxyHandler({}))  # proxies are for other hosts
     opener = urllib.request.build_opener(*handlers)
     with opener.open(url, timeout=FETCH_SECONDS) as answer:

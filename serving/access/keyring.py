@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from serving.access.errors import AccessError
+
 # Callers that are not in a file; theirs are the names of log lines and accounts, too.
 DEFAULT, GATEWAY, ANONYMOUS = "default", "gateway", "anonymous"
 # The file is looked at so often at most, and only when somebody asks.
@@ -52,10 +54,10 @@ class KeyFile:
         self.path = path
 
     def read(self) -> list[StoredKey]:
-        """What the file holds; raises OSError, or ValueError if the file is not as written here."""
+        """Returns what the file holds; raises OSError, or AccessError for any other content."""
         with self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & 0o022:
-                raise ValueError(f"{self.path}: others may write it; run chmod 600 on it")
+                raise AccessError(f"{self.path}: others may write it; run chmod 600 on it")
             content = file.read()
         try:
             keys = [StoredKey(**entry) for entry in json.loads(content)["keys"]]
@@ -63,15 +65,15 @@ class KeyFile:
                 return keys
         except (ValueError, TypeError, KeyError):
             pass
-        raise ValueError(f"{self.path}: not a file of keys; `mixtral-jax keys add` makes one")
+        raise AccessError(f"{self.path}: not a file of keys; `mixtral-jax keys add` makes one")
 
     def add(self, name: str) -> str:
         """Makes a key of that name and returns it; it is found nowhere afterwards.
 
-        Raises ValueError for a name that is taken or malformed.
+        Raises AccessError for a name that is taken or malformed.
         """
         if not _may_name(name):
-            raise ValueError(
+            raise AccessError(
                 f"{name!r} cannot name a key: give up to 64 letters, digits and . _ @ -, but not "
                 f"{DEFAULT}, {GATEWAY} or {ANONYMOUS}"
             )
@@ -79,17 +81,19 @@ class KeyFile:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         with self._changing() as keys:
             if any(known.name == name for known in keys):
-                raise ValueError(f"{self.path} has a key {name!r}; remove it first, or add another")
+                raise AccessError(
+                    f"{self.path} has a key {name!r}; remove it first, or add another"
+                )
             keys.append(StoredKey(name, _digest(key).hex(), created))
         return key
 
     def remove(self, name: str) -> None:
-        """Takes a key away; raises ValueError if there is none of that name."""
+        """Takes a key away; raises AccessError if there is none of that name."""
         with self._changing() as keys:
             left = [key for key in keys if key.name != name]
             if len(left) == len(keys):
                 known = ", ".join(key.name for key in keys) or "none"
-                raise ValueError(f"{self.path} has no key {name!r}; its keys: {known}")
+                raise AccessError(f"{self.path} has no key {name!r}; its keys: {known}")
             keys[:] = left
 
     @contextmanager
@@ -129,8 +133,8 @@ class Keyring:
 
     Args:
         fixed: Keys that hold as long as the process, by the names of their callers. Raises
-            ValueError for one that no header could carry.
-        file: More of them, read now and again whenever it changes. Raises OSError or ValueError if
+            AccessError for one that no header could carry.
+        file: More of them, read now and again whenever it changes. Raises OSError or AccessError if
             it cannot be read now. Later, what was read last stays in force until it can be.
         clock: Seconds that only grow.
     """
@@ -185,11 +189,13 @@ class Keyring:
         self._stored = [(key.digest, key.name) for key in file.read()]
 
 
-def check_key(key: str) -> None:
-    """Raises ValueError for a key that no header could carry."""
+def check_key(key: str, source: str = "the key") -> None:
+    """Raises AccessError for a key that no header could carry; `source` says where it stands."""
     # A header's value is visible ASCII; with a space inside, the scheme could not be told.
     if not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError("a key must be visible ASCII characters without spaces")
+        raise AccessError(
+            f"{source} cannot be used: a key must be visible ASCII characters without spaces"
+        )
 
 
 def _may_name(name: str) -> bool:

@@ -1,15 +1,16 @@
 """Certificates from files: of the gateway before its clients, and of both ends of gRPC.
 
-Files are PEM, and are read when a server starts. Whatever is wrong with one is a ValueError that
+Files are PEM, and are read when a server starts. Whatever is wrong with one is an AccessError that
 names its flag.
 """
 
-import argparse
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
+from serving.access.errors import AccessError
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,13 @@ class Certificate:
     key: Path
 
     @classmethod
-    def of_flags(cls, prefix: str, chain: str | None, key: str | None) -> "Certificate | None":
+    def of_flags(cls, prefix: str, chain: Path | None, key: Path | None) -> "Certificate | None":
         """What `--PREFIX-cert` and `--PREFIX-key` name, checked; None without them."""
         if chain is None and key is None:
             return None
         if chain is None or key is None:
-            raise ValueError(f"--{prefix}-cert and --{prefix}-key need one another; give both")
-        one = cls(Path(chain), Path(key))
+            raise AccessError(f"--{prefix}-cert and --{prefix}-key need one another; give both")
+        one = cls(chain, key)
         _read(one.chain, f"--{prefix}-cert")
         _read(one.key, f"--{prefix}-key")
         try:
@@ -34,7 +35,7 @@ class Certificate:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key, password="")
         except ssl.SSLError as error:
             why = "the two do not belong together" if "MISMATCH" in str(error.reason) else None
-            raise ValueError(
+            raise AccessError(
                 f"--{prefix}-cert {chain} and --{prefix}-key {key}: "
                 f"{why or 'they are no certificate and key in PEM without a password'}"
             ) from None
@@ -54,13 +55,13 @@ class ServerTls:
 
     @classmethod
     def of_flags(
-        cls, chain: str | None, key: str | None, client_ca: str | None
+        cls, chain: Path | None, key: Path | None, client_ca: Path | None
     ) -> "ServerTls | None":
         """What `--tls-cert`, `--tls-key` and `--tls-client-ca` name; None without them."""
         certificate = Certificate.of_flags("tls", chain, key)
         if certificate is None:
             if client_ca is not None:
-                raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+                raise AccessError("--tls-client-ca needs --tls-cert and --tls-key")
             return None
         return cls(certificate, _authority(client_ca, "--tls-client-ca"))
 
@@ -84,14 +85,14 @@ class ServiceTls:
 
     @classmethod
     def of_flags(
-        cls, ca: str | None, chain: str | None, key: str | None, name: str | None
+        cls, ca: Path | None, chain: Path | None, key: Path | None, name: str | None
     ) -> "ServiceTls | None":
         """What `--service-ca`, `-cert`, `-key` and `-name` say; None without them."""
         certificate = Certificate.of_flags("service", chain, key)
         path = _authority(ca, "--service-ca")
         if path is None:
             if certificate is not None or name is not None:
-                raise ValueError("--service-cert and --service-name need --service-ca")
+                raise AccessError("--service-cert and --service-name need --service-ca")
             return None
         return cls(path, certificate, name)
 
@@ -104,35 +105,19 @@ class ServiceTls:
         return [("grpc.ssl_target_name_override", self.name)] if self.name else []
 
 
-def add_certificate_flags(parser: argparse.ArgumentParser) -> None:
-    """`--tls-cert` and `--tls-key`, of whatever server it is."""
-    parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain; makes it TLS")
-    parser.add_argument("--tls-key", metavar="FILE", help="its private key, without a password")
-
-
-def add_service_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of who calls a service."""
-    parser.add_argument("--service-ca", metavar="FILE", help="who vouches for the service: TLS")
-    parser.add_argument("--service-cert", metavar="FILE", help="shown to the service (mTLS)")
-    parser.add_argument("--service-key", metavar="FILE", help="its private key")
-    parser.add_argument(
-        "--service-name", metavar="NAME", help="in the service's certificate, if not its address"
-    )
-
-
-def _authority(file: str | None, flag: str) -> Path | None:
+def _authority(file: Path | None, flag: str) -> Path | None:
     if file is None:
         return None
-    _read(Path(file), flag)
+    _read(file, flag)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
     except ssl.SSLError:
-        raise ValueError(f"{flag} {file}: no certificate in PEM") from None
-    return Path(file)
+        raise AccessError(f"{flag} {file}: no certificate in PEM") from None
+    return file
 
 
 def _read(path: Path, flag: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}") from None
+        raise AccessError(f"{flag} {path}: {error.strerror}") from None

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from serving.errors import SetupError
+
 IN_MEMORY = ":memory:"  # SQLite's name for no file
 _WRITE_SECONDS = 0.5
 _LOCK_SECONDS = 5.0  # the longest wait for another process that has locked the file
@@ -80,7 +82,7 @@ class UsageLedger:
         clock: Returns seconds since 1970, like time.time.
 
     Raises:
-        ValueError: The file cannot be used.
+        SetupError: The file cannot be used.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ def _open(file: str | Path) -> sqlite3.Connection:
             database.close()
             raise
     except (OSError, sqlite3.Error) as error:
-        raise ValueError(
+        raise SetupError(
             f"usage cannot be kept in {file} ({error}); choose another file with --usage-db"
         ) from None
     return database

@@ -4,7 +4,6 @@ It serves nobody and reads no results. When it learns that the leader is gone it
 supervisor starts it again; it then waits for the leader to come back.
 """
 
-import argparse
 import signal
 import socket
 import threading
@@ -19,8 +18,9 @@ from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.compilation import keep_programs
 from serving.cluster.codec import limits_message, limits_of, plans_of
 from serving.cluster.leader import JOIN, GroupError, connect
-from serving.cluster.rank import Place
+from serving.cluster.rank import Rank
 from serving.engine.build import prepare
+from serving.engine.config import EngineConfig
 from serving.engine.runner import Runner
 from serving.parent import end_process, tell_parent
 from serving.proto import group_pb2 as pb
@@ -43,8 +43,8 @@ _IN_VAIN = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED
 
 
 def follow(
-    options: argparse.Namespace,
-    place: Place,
+    config: EngineConfig,
+    rank: Rank,
     facts: Mapping[str, str],
     pretrained: Pretrained,
     say: Callable[[str], None],
@@ -59,10 +59,11 @@ def follow(
 
     def lost() -> None:
         once.acquire()  # never released: who comes second waits for the end
-        say(f"process 0 of {place.count} at {place.coordinator} was lost; the group starts again")
+        leader = f"process 0 of {rank.num_processes} at {rank.coordinator}"
+        say(f"{leader} was lost; the group starts again")
         end_process(1)
 
-    membership = Membership(place, facts, say, lost)
+    membership = Membership(rank, facts, say, lost)
     membership.join()
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -70,12 +71,12 @@ def follow(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
-    connect(place)
+    connect(rank)
     keep_programs()
-    prepared = prepare(options, pretrained, say, membership.agree)
+    prepared = prepare(config, pretrained, say, membership.agree)
     runner = Runner(prepared.model, prepared.steps)
     membership.ready()
-    say(f"process {place.id} of {place.count} is ready, as one of {place.coordinator}")
+    say(f"process {rank.process_id} of {rank.num_processes} is ready, as one of {rank.coordinator}")
     tell_parent()
     for plans in membership.plans():
         runner.launch(plans)
@@ -90,7 +91,7 @@ class Membership:
     """A follower's half of the channel.
 
     Args:
-        place: of this process.
+        rank: of this process.
         facts: what must be the same everywhere, by name.
         say: is told what happens, a line at a time.
         on_loss: called, from another thread, when the leader is gone after its Start.
@@ -98,14 +99,17 @@ class Membership:
 
     def __init__(
         self,
-        place: Place,
+        rank: Rank,
         facts: Mapping[str, str],
         say: Callable[[str], None],
         on_loss: Callable[[], None],
     ) -> None:
-        self._place, self._say, self._on_loss = place, say, on_loss
+        self._rank, self._say, self._on_loss = rank, say, on_loss
         self._hello = pb.Hello(
-            process_id=place.id, num_processes=place.count, host=socket.gethostname(), facts=facts
+            process_id=rank.process_id,
+            num_processes=rank.num_processes,
+            host=socket.gethostname(),
+            facts=facts,
         )
         self._reports: SimpleQueue[pb.Report | None] = SimpleQueue()
         self._orders: Iterator[pb.Order] = iter(())
@@ -113,11 +117,12 @@ class Membership:
 
     def join(self) -> None:
         """Waits for the leader, and for its Start. Raises GroupError if it is not to be had."""
-        self._say(f"process {self._place.id} of {self._place.count} joins {self._place.target}")
-        deadline = time.monotonic() + self._place.timeout
+        rank = self._rank
+        self._say(f"process {rank.process_id} of {rank.num_processes} joins {rank.target}")
+        deadline = time.monotonic() + self._rank.coordinator_timeout
         said = ""
         while True:
-            channel = grpc.insecure_channel(self._place.target, options=_CHANNEL_OPTIONS)
+            channel = grpc.insecure_channel(self._rank.target, options=_CHANNEL_OPTIONS)
             began = time.monotonic()
             try:
                 self._open(channel)
@@ -131,16 +136,16 @@ class Membership:
                 channel.close()
                 reason = "it ended before all had come"
             if time.monotonic() - began > 2 * _RETRY_SECONDS:  # it was there, and is gone
-                deadline = time.monotonic() + self._place.timeout
+                deadline = time.monotonic() + self._rank.coordinator_timeout
             if time.monotonic() >= deadline:
                 raise GroupError(
-                    f"process 0 of {self._place.count} did not take this one in at "
-                    f"{self._place.target} within {self._place.timeout:g} s ({reason}); start it, "
-                    "or give --coordinator-timeout"
+                    f"process 0 of {self._rank.num_processes} did not take this one in at "
+                    f"{rank.target} within {rank.coordinator_timeout:g} s ({reason}); start it, or "
+                    "give --coordinator-timeout"
                 )
             if not said:
                 said = reason
-                self._say(f"waiting for process 0 of {self._place.count} ({reason})")
+                self._say(f"waiting for process 0 of {self._rank.num_processes} ({reason})")
             time.sleep(_RETRY_SECONDS)
 
     def agree(self, limits: Limits) -> Limits:
@@ -175,7 +180,7 @@ class Membership:
         """Says hello and waits for Start; raises grpc.RpcError."""
         reports = self._reports = SimpleQueue()
         reports.put(pb.Report(hello=self._hello))
-        key = self._place.key
+        key = self._rank.group_key
         metadata = (("authorization", f"Bearer {key}"),) if key else ()
         join = channel.stream_stream(
             JOIN, pb.Report.SerializeToString, response_deserializer=pb.Order.FromString

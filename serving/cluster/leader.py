@@ -28,7 +28,8 @@ import grpc
 import jax
 
 from serving.cluster.codec import limits_message, limits_of, step_message
-from serving.cluster.rank import Place
+from serving.cluster.rank import Rank
+from serving.errors import SetupError
 from serving.proto import group_pb2 as pb
 from serving.scheduling.step_plan import Limits, Plan
 
@@ -49,11 +50,11 @@ _NEWS_SECONDS = 5.0  # after a step failed, the stream that tells why breaks wit
 _FAREWELL_SECONDS = 2.0
 
 
-class GroupError(RuntimeError):
+class GroupError(SetupError):
     """Why a group did not come together; for the user."""
 
 
-def connect(place: Place) -> None:
+def connect(rank: Rank) -> None:
     """Makes the devices of all processes one set. All call it at about the same time, before they
     use any device."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -62,13 +63,13 @@ def connect(place: Place) -> None:
     # Else the others are aborted when one is lost, before they can say so.
     jax.config.update("jax_enable_recoverability", True)
     jax.distributed.initialize(
-        place.coordinator,
-        place.count,
-        place.id,
+        rank.coordinator,
+        rank.num_processes,
+        rank.process_id,
         cluster_detection_method="deactivate",
-        initialization_timeout=max(1, int(place.timeout)),
+        initialization_timeout=max(1, int(rank.coordinator_timeout)),
         # By default it listens on all interfaces.
-        coordinator_bind_address=place.coordinator if place.is_local else None,
+        coordinator_bind_address=rank.coordinator if rank.is_local else None,
     )
 
 
@@ -87,7 +88,7 @@ class Leader:
     """Process 0's view of the others. Listens as soon as it is made.
 
     Args:
-        place: of this process.
+        rank: of this process.
         facts: what must be the same everywhere, by name.
         say: is told what happens, a line at a time.
         on_loss: called once, from a thread of its own, when a follower is gone after the start.
@@ -98,21 +99,23 @@ class Leader:
 
     def __init__(
         self,
-        place: Place,
+        rank: Rank,
         facts: Mapping[str, str],
         say: Callable[[str], None],
         on_loss: Callable[[str], None],
         on_leave: Callable[[str], object],
     ) -> None:
         self.on_loss, self.on_leave = on_loss, on_leave
-        self._place, self._facts, self._say = place, dict(facts), say
+        self._rank, self._facts, self._say = rank, dict(facts), say
         self._members: dict[int, _Member] = {}
         self._changed = threading.Condition()
         self._has_started = self._is_over = False
         self._lost = threading.Event()
         self._loss = self._leaving = ""
         # A thread for each stream, and some for those that are refused.
-        self._server = grpc.server(ThreadPoolExecutor(place.count + 8), options=_SERVER_OPTIONS)
+        self._server = grpc.server(
+            ThreadPoolExecutor(rank.num_processes + 8), options=_SERVER_OPTIONS
+        )
         # Orders are written once, not once for each follower.
         join = grpc.stream_stream_rpc_method_handler(
             self._join, pb.Report.FromString, response_serializer=None
@@ -120,7 +123,7 @@ class Leader:
         service, _, method = JOIN.removeprefix("/").partition("/")
         handler = grpc.method_handlers_generic_handler(service, {method: join})
         self._server.add_generic_rpc_handlers((handler,))
-        address = place.target if place.is_local else f"[::]:{place.port + 1}"
+        address = rank.target if rank.is_local else f"[::]:{rank.port + 1}"
         try:
             self._server.add_insecure_port(address)
         except RuntimeError:
@@ -132,7 +135,7 @@ class Leader:
 
     def gather(self) -> None:
         """Waits until all have come, and has them start. Raises GroupError after the timeout."""
-        deadline = time.monotonic() + self._place.timeout
+        deadline = time.monotonic() + self._rank.coordinator_timeout
         said: list[int] = []
         with self._changed:
             while absent := self._without(lambda member: True):
@@ -141,11 +144,12 @@ class Leader:
                     self._say(f"waiting for {self._named(absent)}")
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise GroupError(
-                        f"{self._named(absent)} did not come to {self._place.target} within "
-                        f"{self._place.timeout:g} s; start them, or give --coordinator-timeout"
+                        f"{self._named(absent)} did not come to {self._rank.target} within "
+                        f"{self._rank.coordinator_timeout:g} s; start them, or give "
+                        "--coordinator-timeout"
                     )
             self._has_started = True
-        self._say(f"all {self._place.count} processes are there")
+        self._say(f"all {self._rank.num_processes} processes are there")
         self._tell(pb.Order(start=pb.Start()))
 
     def agree(self, limits: Limits) -> Limits:
@@ -187,7 +191,7 @@ class Leader:
 
     @property
     def name(self) -> str:
-        return f"process 0 of {self._place.count} at {self._place.coordinator}"
+        return f"process 0 of {self._rank.num_processes} at {self._rank.coordinator}"
 
     def loss_soon(self) -> str | None:
         """The same for who saw a step fail, which may be sooner than the broken stream shows."""
@@ -205,11 +209,11 @@ class Leader:
 
     def _without(self, is_done: Callable[[_Member], bool]) -> list[int]:
         done = {member.id for member in self._members.values() if is_done(member)}
-        return [i for i in range(1, self._place.count) if i not in done]
+        return [i for i in range(1, self._rank.num_processes) if i not in done]
 
     def _named(self, ids: list[int]) -> str:
         word = "process" if len(ids) == 1 else "processes"
-        return f"{word} {', '.join(map(str, ids))} of {self._place.count}"
+        return f"{word} {', '.join(map(str, ids))} of {self._rank.num_processes}"
 
     def _join(self, reports: Iterator[pb.Report], context: grpc.ServicerContext) -> Iterable[bytes]:
         """One follower's stream; runs in a thread of its own."""
@@ -242,13 +246,13 @@ class Leader:
         yield from iter(member.orders.get, None)
 
     def _may_join(self, metadata: Mapping[str, str | bytes]) -> bool:
-        if self._place.key is None:
+        if self._rank.group_key is None:
             return True
         shown = str(metadata.get("authorization", ""))
-        return hmac.compare_digest(shown.encode(), f"Bearer {self._place.key}".encode())
+        return hmac.compare_digest(shown.encode(), f"Bearer {self._rank.group_key}".encode())
 
     def _difference(self, hello: pb.Hello) -> str | None:
-        count = self._place.count
+        count = self._rank.num_processes
         if hello.num_processes != count:
             return f"--num-processes is {hello.num_processes} there and {count} in process 0"
         if not 0 < hello.process_id < count:
@@ -276,7 +280,7 @@ class Leader:
                     self.on_leave(self._leaving)
 
     def _of(self, member: _Member) -> str:
-        return f"process {member.id} of {self._place.count} at {member.host}"
+        return f"process {member.id} of {self._rank.num_processes} at {member.host}"
 
     def _parted(self, member: _Member) -> None:
         member.orders.put(None)

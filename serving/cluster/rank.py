@@ -1,136 +1,129 @@
-"""Which process of how many this is, where one model runs on several hosts: the flags, checked.
+"""The rank of a process, where several processes run one model.
 
 All processes are given the same coordinator, HOST:PORT of process 0. At PORT JAX finds the devices
-of all; at the next port the leader tells its followers what to launch (serving/group.py). Both, and
-the collectives, are for a network that nobody else is in: nothing of them is encrypted. The key of
-the group keeps out who should not join by mistake or from next door.
+of all processes; at the next port the leader tells its followers what to launch
+(serving/cluster/leader.py). Both, and the collectives, are for a network that nobody else is in:
+nothing on them is encrypted. The key of the group refuses processes that should not join.
 """
 
-import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from serving.access.config import is_loopback
 from serving.access.keyring import check_key
+from serving.access.loopback import is_loopback
+from serving.errors import SetupError
 
-GROUP_KEY_VARIABLE = "MIXTRAL_JAX_GROUP_KEY"
 TIMEOUT = 300.0
+"""Seconds that processes wait for one another by default."""
+
+
+class RankError(SetupError):
+    """Flags of a group that do not fit together; the message names the flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A process of a group of at least two."""
+class Rank:
+    """A process of a group of at least two. Raises RankError for values that make no group."""
 
-    host: str  # of process 0, as given; an IPv6 address without brackets
-    port: int
-    count: int
-    id: int
-    timeout: float = TIMEOUT  # seconds that processes wait for one another
-    key: str | None = None
+    coordinator: str
+    """HOST:PORT of process 0; the next port is used too."""
+    num_processes: int
+    process_id: int
+    """Number of this process, from 0; process 0 leads."""
+    coordinator_timeout: float = TIMEOUT
+    """Seconds that processes wait for one another."""
+    group_key: str | None = field(default=None, repr=False)
+    """Key that followers show to the leader."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self.num_processes, self.process_id)
+        _host_and_port(self.coordinator)
+        if self.group_key is None and not self.is_local:
+            raise RankError(
+                "MIXTRAL_JAX_GROUP_KEY is not set; where processes are on several hosts it holds "
+                "a key, the same for all, that a process must show to join"
+            )
+        if self.group_key is not None:
+            check_key(self.group_key, "MIXTRAL_JAX_GROUP_KEY")
 
     @classmethod
     def of_flags(
         cls,
+        *,
         coordinator: str | None,
-        count: int | None,
+        num_processes: int | None,
         process_id: int | None,
-        timeout: float | None,
-        environment: Mapping[str, str],
-    ) -> "Place | None":
-        """What the flags say; None without them, or for a single process, which needs no others.
-
-        Raises ValueError, which names the flag.
-        """
+        coordinator_timeout: float | None,
+        group_key: str | None,
+    ) -> "Rank | None":
+        """Makes a rank of flags; None without flags, or for a group of a single process."""
         if coordinator is None:
             given = {
-                "--num-processes": count,
+                "--num-processes": num_processes,
                 "--process-id": process_id,
-                "--coordinator-timeout": timeout,
+                "--coordinator-timeout": coordinator_timeout,
             }
             for flag, value in given.items():
                 if value is not None:
-                    raise ValueError(f"{flag} needs --coordinator HOST:PORT, of process 0")
+                    raise RankError(f"{flag} needs --coordinator HOST:PORT, of process 0")
             return None
-        if count is None or process_id is None:
-            raise ValueError(
+        if num_processes is None or process_id is None:
+            raise RankError(
                 "--coordinator needs --num-processes and --process-id: how many processes there "
                 "are, and which of them this is"
             )
-        if count < 1:
-            raise ValueError(f"--num-processes is {count}; it must be at least 1")
-        if not 0 <= process_id < count:
-            raise ValueError(
-                f"--process-id is {process_id}; with --num-processes {count} it is one of 0 to "
-                f"{count - 1}"
-            )
-        host, port = _host_and_port(coordinator)
-        if count == 1:
+        _check_numbers(num_processes, process_id)
+        _host_and_port(coordinator)
+        if num_processes == 1:
             return None
-        key = environment.get(GROUP_KEY_VARIABLE) or None
-        if key is None and not is_loopback(host):
-            raise ValueError(
-                f"{GROUP_KEY_VARIABLE} is not set; where processes are on several hosts it holds "
-                "a key, the same for all, that those must show who join"
-            )
-        if key is not None:
-            try:
-                check_key(key)
-            except ValueError as error:
-                raise ValueError(f"{GROUP_KEY_VARIABLE} cannot be used: {error}") from None
-        seconds = TIMEOUT if timeout is None else timeout
-        return cls(host=host, port=port, count=count, id=process_id, timeout=seconds, key=key)
+        return cls(
+            coordinator=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            coordinator_timeout=TIMEOUT if coordinator_timeout is None else coordinator_timeout,
+            group_key=group_key,
+        )
+
+    @property
+    def host(self) -> str:
+        """Host of process 0; an IPv6 address stands without brackets."""
+        return _host_and_port(self.coordinator)[0]
+
+    @property
+    def port(self) -> int:
+        """Port of process 0 at which JAX finds the devices of all processes."""
+        return _host_and_port(self.coordinator)[1]
 
     @property
     def is_leader(self) -> bool:
-        return self.id == 0
+        """True for process 0."""
+        return self.process_id == 0
 
     @property
     def is_local(self) -> bool:
-        """Whether all processes are on this machine."""
+        """True if all processes are on this machine."""
         return is_loopback(self.host)
 
     @property
-    def coordinator(self) -> str:
-        return f"{self._written_host}:{self.port}"
-
-    @property
     def target(self) -> str:
-        """Where the leader tells what to launch."""
-        return f"{self._written_host}:{self.port + 1}"
-
-    @property
-    def _written_host(self) -> str:
-        return f"[{self.host}]" if ":" in self.host else self.host
+        """HOST:PORT at which the leader tells its followers what to launch."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port + 1}"
 
 
-def add_place_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--coordinator", metavar="HOST:PORT", help="of process 0; it takes the next port too")
-    add("--num-processes", type=int, metavar="N", help="that the model runs in")
-    add("--process-id", type=int, metavar="I", help="which of them this is; 0 serves")
-    add(
-        "--coordinator-timeout",
-        type=float,
-        metavar="SECONDS",
-        help=f"processes wait so long for one another; default: {TIMEOUT:.0f}",
-    )
-
-
-def place_of(options: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:
-    """What the flags of `add_place_flags` say; errors as `Place.of_flags`."""
-    return Place.of_flags(
-        options.coordinator,
-        options.num_processes,
-        options.process_id,
-        options.coordinator_timeout,
-        environment,
-    )
+def _check_numbers(num_processes: int, process_id: int) -> None:
+    if num_processes < 1:
+        raise RankError(f"--num-processes is {num_processes}; it must be at least 1")
+    if not 0 <= process_id < num_processes:
+        raise RankError(
+            f"--process-id is {process_id}; with --num-processes {num_processes} it is one of 0 to "
+            f"{num_processes - 1}"
+        )
 
 
 def _host_and_port(coordinator: str) -> tuple[str, int]:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16 - 1:
-        raise ValueError(
+        raise RankError(
             f"--coordinator is {coordinator!r}; give HOST:PORT of process 0, where the port after "
             "it is free too"
         )

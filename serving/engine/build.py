@@ -1,187 +1,183 @@
-"""The engine's flags, and what they come to: mesh, limits, programs and parameters.
+"""From an EngineConfig to a loaded model, its limits and its compiled programs.
 
-With several hosts every process has the same flags, and so prepares the same.
+In a group of processes all have the same config, and so prepare the same.
 """
 
-import argparse
 import dataclasses
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mixtral_jax.cache import PAGE_SIZES, token_bytes
 from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.kernels.cpu import native
 from mixtral_jax.model.transformer import Transformer, held_bytes
 from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
 from mixtral_jax.step.buckets import Steps
 from serving.engine.cache_memory import cache_bytes
+from serving.engine.config import EngineConfig
 from serving.engine.engine import compile_steps
 from serving.scheduling.step_plan import Limits
 
-
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--dtype", help="float32, bfloat16 or int8; default: as stored")
-    add(
-        "--mesh",
-        default="auto",
-        metavar="SIZES",
-        help="how devices share the model, such as data=1,expert=8,tensor=1; default: auto",
-    )
-    add(
-        "--dp-attention",
-        action="store_true",
-        help="split sequences, not heads, over the mesh's expert axis",
-    )
-    add("--max-sequences", type=_positive, default=32, help="sequences per step")
-    add("--max-step-tokens", type=_positive, default=128, help="tokens per step")
-    add("--max-waiting", type=_positive, default=256, help="requests in the queue")
-    add(
-        "--kv-memory",
-        type=_positive,
-        help="MiB of keys and values on each device; default: most of what the weights leave of an "
-        "accelerator, half of what they leave of a CPU's memory and at most 2048",
-    )
-    add(
-        "--kv-dtype",
-        choices=["int8"],
-        help="int8: keys and values take a quarter of float32's memory, half of bfloat16's; "
-        "default: as they are computed",
-    )
-    add("--no-prefix-reuse", action="store_true", help="compute every prompt from its beginning")
-    add("--deterministic", action="store_true", help="equal answers whatever runs beside them")
+# Each process may have the checkpoint elsewhere, and its own memory.
+_OF_ONE_PROCESS = {"model", "kv_memory"}
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def facts(options: argparse.Namespace, pretrained: Pretrained) -> dict[str, str]:
-    """What must be the same in all processes of a group, by the name that a user knows it by."""
+def facts(config: EngineConfig, pretrained: Pretrained) -> dict[str, str]:
+    """Returns what must be the same in all processes of a group, by the name that users know."""
     card = pretrained.card
-    flags = ("mesh", "dp_attention", "max_sequences", "max_step_tokens", "max_waiting", "kv_dtype")
-    switches = ("no_prefix_reuse", "deterministic")
+    values = dataclasses.asdict(config)
+    values["dtype"] = pretrained.loadable_dtype(config.dtype)
+    values["no_prefix_reuse"] = not values.pop("prefix_reuse")
     return {
         "mixtral-jax": version("mixtral-jax"),
         "jax": jax.__version__,
         "the model": card.name,
         "the model's config": hashlib.sha256(repr(card.model).encode()).hexdigest()[:16],
-        "--dtype": pretrained.loadable_dtype(options.dtype),
         **{
-            f"--{name.replace('_', '-')}": str(given)
-            for name in flags + switches
-            if (given := getattr(options, name)) is not None
+            f"--{name.replace('_', '-')}": str(value)
+            for name, value in values.items()
+            if name not in _OF_ONE_PROCESS and value is not None
         },
     }
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an engine, or a runner, is made of."""
+    """A loaded model and its compiled programs, of which an engine or a runner is made."""
 
     model: Transformer
-    limits: Limits  # of one part of the sequences
+    limits: Limits
+    """Limits of one partition of the sequences."""
     steps: Steps
-    mesh: str | None  # as `mesh_text` writes it
+    mesh: str | None
+    """The mesh as `mesh_text` writes it; None on one device."""
+
+
+class _Placement(NamedTuple):
+    """Where the model stands: its mesh and what follows from the kind of device."""
+
+    mesh: jax.sharding.Mesh | None
+    rules: ShardingRules | None
+    activations: DTypeLike | None
+    page_size: int
 
 
 def prepare(
-    options: argparse.Namespace,
+    config: EngineConfig,
     pretrained: Pretrained,
     say: Callable[[str], None],
     agree: Callable[[Limits], Limits] = lambda limits: limits,
 ) -> Prepared:
-    """Loads and compiles, and says what it does. Raises ValueError for what cannot be.
+    """Loads the model and compiles its programs.
 
-    With several hosts `agree` turns what this process has room for into what all have.
+    Args:
+        config: What the operator asked for.
+        pretrained: The checkpoint.
+        say: Called with a line for each stage.
+        agree: In a group of processes, turns the limits that this process has room for into those
+            that all have room for.
+
+    Raises UserError if the model cannot be run so.
     """
-    config = pretrained.card.model
-    dtype = pretrained.loadable_dtype(options.dtype)
-    platform = jax.default_backend()
-    mesh = mesh_for(config, options.mesh, options.dp_attention)
-    if jax.process_count() > 1 and (mesh is None or mesh.size != jax.device_count()):
-        raise ValueError(
-            f"the mesh has {1 if mesh is None else mesh.size} devices; with several processes it "
-            f"must have all {jax.device_count()} of them"
-        )
-    if options.deterministic:
-        _check_deterministic(dtype, config, is_split=mesh is not None)
-    if options.kv_dtype and platform == "tpu":
-        raise ValueError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
-    # Between weights of int8, CPU computes in float32 and accelerators in bfloat16.
-    activations = jnp.bfloat16 if dtype == "int8" and platform != "cpu" else None
-    rules = None if mesh is None else ShardingRules.of(config, mesh, options.dp_attention)
+    dtype = pretrained.loadable_dtype(config.dtype)
+    mesh, rules, activations, page_size = _placement(config, pretrained.card.model, dtype)
     abstract = Transformer(
-        config, dtype=dtype, activations=activations, rngs=None, mesh=mesh, rules=rules
+        pretrained.card.model,
+        dtype=dtype,
+        activations=activations,
+        rngs=None,
+        mesh=mesh,
+        rules=rules,
     )
-    limits = agree(_limits(abstract, options))
+    limits = agree(_limits(abstract, config, page_size))
     if mesh is not None:
         say(f"{mesh.size} devices: {mesh_text(mesh)}")
     # Reading the weights and compiling for their shapes do not wait for one another.
     with ThreadPoolExecutor(1) as pool:
-        say(f"loading {options.model}")
+        say(f"loading {config.model}")
         model = pool.submit(pretrained.load, mesh, dtype, rules, activations)
         parts = 1 if abstract.layout is None else abstract.layout.parts
         tokens = parts * limits.num_pages * limits.page_size
         say(f"room for {tokens:,} tokens of all requests together")
-        steps = compile_steps(abstract, limits, say, options.kv_dtype)
-        named = None if mesh is None else mesh_text(mesh)
-        return Prepared(model.result(), limits, steps, named)
+        steps = compile_steps(abstract, limits, say, config.kv_dtype)
+        text = None if mesh is None else mesh_text(mesh)
+        return Prepared(model.result(), limits, steps, text)
+
+
+def _placement(config: EngineConfig, model: ModelConfig, dtype: str) -> _Placement:
+    """Decides everything that depends on the devices. Raises UserError if they cannot be used."""
+    platform = jax.default_backend()
+    mesh = mesh_for(model, config.mesh, config.dp_attention)
+    if jax.process_count() > 1 and (mesh is None or mesh.size != jax.device_count()):
+        raise TopologyError(
+            f"the mesh has {1 if mesh is None else mesh.size} devices; with several processes it "
+            f"must have all {jax.device_count()} of them"
+        )
+    if config.deterministic:
+        _check_deterministic(dtype, model, is_split=mesh is not None)
+    if config.kv_dtype and platform == "tpu":
+        raise ConfigError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
+    # Between weights of int8, CPU computes in float32 and accelerators in bfloat16.
+    activations = jnp.bfloat16 if dtype == "int8" and platform != "cpu" else None
+    rules = None if mesh is None else ShardingRules.of(model, mesh, config.dp_attention)
+    # Without a mesh the kernels are those of CPU.
+    page_size = PAGE_SIZES["cpu" if mesh is None else platform]
+    return _Placement(mesh, rules, activations, page_size)
 
 
 def _check_deterministic(dtype: str, config: ModelConfig, is_split: bool) -> None:
-    """Raises ValueError where equal bits are not promised."""
+    """Raises ConfigError if equal bits are not promised for this model on these devices."""
     if is_split:
-        raise ValueError("--deterministic is promised on one device; leave out the flag or --mesh")
+        raise ConfigError("--deterministic is promised on one device; leave out the flag or --mesh")
     if jax.default_backend() != "cpu" or dtype not in ("float32", "int8"):
-        raise ValueError(
+        raise ConfigError(
             f"--deterministic is promised on CPU for float32 and int8; this is {dtype} on "
             f"{jax.default_backend()}: leave the flag out, or give --dtype float32"
         )
     if config.head_size % native.LANES:
-        raise ValueError(
+        raise ConfigError(
             f"--deterministic needs heads of a multiple of {native.LANES} values; this model's "
             f"have {config.head_size}: leave the flag out"
         )
     if not native.available():
-        raise ValueError(
+        raise ConfigError(
             "--deterministic needs the CPU kernels, which were not built; install a C++ compiler"
         )
 
 
-def _limits(model: Transformer, options: argparse.Namespace) -> Limits:
-    """Of one part of the sequences; the flags are those of all parts together."""
-    config, layout = model.config, model.layout
+def _limits(model: Transformer, config: EngineConfig, page_size: int) -> Limits:
+    """Returns the limits of one partition of the sequences; `config` has those of all together."""
+    layout = model.layout
     parts, heads = 1, 1
     if layout is not None:
         parts, heads = layout.parts, layout.rules.ways("K", layout.mesh)
-    per_token = token_bytes(config, options.kv_dtype or model.dtype) // heads
-    max_sequences = -(-options.max_sequences // parts)
-    if options.kv_memory is not None:
-        memory = options.kv_memory << 20
+    per_token = token_bytes(model.config, config.kv_dtype or model.dtype) // heads
+    max_sequences = -(-config.max_sequences // parts)
+    if config.kv_memory is not None:
+        memory = config.kv_memory << 20
     else:
         memory = cache_bytes(held_bytes(model))
-    page_size = PAGE_SIZES["cpu" if layout is None else layout.platform]
-    num_pages = max(1, min(max_sequences * config.max_context, memory // per_token) // page_size)
+    max_context = model.config.max_context
+    num_pages = max(1, min(max_sequences * max_context, memory // per_token) // page_size)
     limits = Limits(
         num_pages=num_pages,
         page_size=page_size,
         max_sequences=max_sequences,
-        max_step_tokens=max(-(-options.max_step_tokens // parts), max_sequences),
-        max_context=config.max_context,
-        max_waiting=-(-options.max_waiting // parts),
-        window=config.sliding_window,
-        prefix_reuse=not options.no_prefix_reuse,
-        deterministic=options.deterministic,
+        max_step_tokens=max(-(-config.max_step_tokens // parts), max_sequences),
+        max_context=max_context,
+        max_waiting=-(-config.max_waiting // parts),
+        window=model.config.sliding_window,
+        prefix_reuse=config.prefix_reuse,
+        deterministic=config.deterministic,
     )
     return dataclasses.replace(limits, max_context=limits.room)

@@ -4,14 +4,14 @@ Where the meaning is the same, names and the label `model_name` are vLLM's, so t
 for it work; what it does not have is called mixtral_*. What vLLM calls a request is here one choice
 of a request, as it is there.
 
-`python -m serving --metrics-port` serves them on 127.0.0.1; without it they are counted all the
-same, and nobody reads them.
+`python -m serving --metrics-port` serves them (serving/observe/metrics_port.py); without it they
+are counted all the same, and nobody reads them.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -124,14 +124,6 @@ class Metrics:
         them may be of two moments.
         """
         self.registry.register(_EngineFigures(scheduler, compilations, self._model_name))
-
-    def serve(self, port: int) -> int:
-        """Serves them at http://127.0.0.1:PORT/metrics from a thread; returns the port.
-
-        Port 0 chooses one. Raises OSError if it is taken.
-        """
-        server, _ = start_http_server(port, addr="127.0.0.1", registry=self.registry)
-        return int(server.server_port)
 
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
         family = Histogram(name, what, [_LABEL], buckets=buckets, registry=self.registry)

@@ -6,7 +6,7 @@ admitted, asked of the service and answered (answering.py). Every failure on the
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -15,54 +15,66 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serving.access.credentials import Access
 from serving.access.tls import ServiceTls
+from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
+from serving.accounting.ledger import UsageLedger
+from serving.accounting.rate_limits import RateLimits
 from serving.channel import options_for
 from serving.gateway.answering import Gateway, Limits
-from serving.gateway.config import Books
+from serving.gateway.config import GatewayConfig
 from serving.gateway.http.access_log import AccessLog
 from serving.gateway.http.failures import answer_failures
+from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.openapi import document, page
 from serving.gateway.routes import add_routes
 from serving.gateway.upstream import ModelService
+from serving.observe.tracing import Traces
 
 # What scripts of other origins may read of an answer.
 _EXPOSED = ["x-request-id", "x-ms-client-request-id", "x-ms-error-code", "retry-after"]
 
 
 def create_app(
-    target: str,
+    config: GatewayConfig,
     access: Access,
     *,
-    service_key: str,
-    service_tls: ServiceTls | None = None,
-    books: Books | None = None,
-    limits: Limits = Limits(),
-    model_type: str | None = None,
-    cors_origins: Sequence[str] = (),
+    accounts: Accounts | None = None,
+    metrics: GatewayMetrics | None = None,
+    traces: Traces | None = None,
+    limits: Limits | None = None,
 ) -> FastAPI:
-    """The gateway as an ASGI application.
+    """Returns the gateway as an ASGI application.
 
     Args:
-        target: The model service as gRPC names it, such as "127.0.0.1:50051".
+        config: Its settings.
         access: Who may ask.
-        service_key: The key that the service is shown.
-        service_tls: How the service is known over TLS; without it the connection is plain.
-        books: Where requests are told of; they are closed with the application.
-        limits: What it puts up with.
-        model_type: What /info says in the place of the service's "chat-completions".
-        cors_origins: Of pages in browsers that may ask; "*" stands for all.
+        accounts: What callers may use and have used; by default as `config` says.
+        metrics: The figures of this process.
+        traces: Where spans begin; by default as `config` says.
+        limits: Bounds of a request; by default with the heartbeat of `config`.
+
+    Accounts and traces are closed with the application.
+
+    Raises SetupError if what `config` names cannot be used.
     """
-    books = books or Books()
+    service_tls = config.service_tls()
+    metrics = metrics or GatewayMetrics()
+    traces = traces or Traces.exported(config.otlp_endpoint, "gateway")
+    if accounts is None:
+        rates = RateLimits(config.max_requests_per_minute, config.max_tokens_per_minute)
+        accounts = Accounts(rates, UsageLedger(config.usage_db))
+    limits = limits or Limits(heartbeat_seconds=config.heartbeat_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            async with open_channel(target, service_tls) as channel:
-                service = ModelService(channel, service_key, target)
-                app.state.gateway = Gateway(service, Admission(books.accounts), limits)
+            async with open_channel(config.address, service_tls) as channel:
+                service = ModelService(channel, config.gateway_key, config.address)
+                app.state.gateway = Gateway(service, Admission(accounts), limits)
                 yield
         finally:
-            books.close()
+            accounts.close()
+            traces.close()
 
     app = FastAPI(
         title="mixtral-jax",
@@ -75,24 +87,22 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.access = access
-    app.state.accounts = books.accounts
-    app.state.model_type = model_type
+    app.state.accounts = accounts
+    app.state.model_type = config.model_type
     app.state.created = int(time.time())
     app.state.document = document()
     app.state.page = page(app.state.document)
     add_routes(app)
     answer_failures(app)
-    if cors_origins:
+    if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=cors_origins,
+            allow_origins=config.cors_origin,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(
-        AccessLog, metrics=books.metrics, traces=books.traces, log_prompts=books.log_prompts
-    )
+    app.add_middleware(AccessLog, metrics=metrics, traces=traces, log_prompts=config.log_prompts)
     return app
 
 

@@ -1,84 +1,69 @@
-"""Where the gateway keeps what it knows of requests, and the flags that say so."""
+"""The settings of a gateway, as the operator said them."""
 
-import argparse
-import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from serving.accounting.accounts import Accounts
-from serving.accounting.ledger import IN_MEMORY, UsageLedger
-from serving.accounting.rate_limits import RateLimits
-from serving.gateway.http.metrics import GatewayMetrics
-from serving.observe.logs import FORMATS
-from serving.observe.tracing import Traces
+from serving.access.tls import ServiceTls
+from serving.channel import target_of
+from serving.errors import SetupError
+
+
+class GatewayError(SetupError):
+    """Settings that a gateway cannot work with; the message names the flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Books:
-    """All of it: by default in memory, where it is lost at the end."""
+class GatewayConfig:
+    """Says which service a gateway asks, and what it does with requests.
 
-    accounts: Accounts = field(default_factory=Accounts)
-    metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
-    traces: Traces = field(default_factory=Traces)
-    log_prompts: bool = False
-
-    def close(self) -> None:
-        """Writes and sends what waits to be."""
-        self.accounts.close()
-        self.traces.close()
-
-
-def add_book_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds them; `books_of` reads all but --log-format."""
-    parser.add_argument(
-        "--metrics-port", type=int, help="for Prometheus, on 127.0.0.1; 0: any; default: none"
-    )
-    parser.add_argument("--otlp-endpoint", metavar="URL", help="where traces go; default: nowhere")
-    parser.add_argument("--log-format", choices=FORMATS, default="text", help="of lines on stderr")
-    parser.add_argument(
-        "--log-prompts", action="store_true", help="log what is asked and answered, all of it"
-    )
-    parser.add_argument(
-        "--usage-db",
-        metavar="FILE",
-        default=IN_MEMORY,
-        help="SQLite, where the usage of each caller is kept; default: in memory",
-    )
-    for what in ("requests", "tokens"):
-        parser.add_argument(
-            f"--max-{what}-per-minute",
-            type=_positive,
-            metavar="N",
-            help="of each caller, then 429; default: no limit",
-        )
-
-
-def books_of(options: argparse.Namespace) -> Books:
-    """What the flags ask for, and serves the metrics if they do.
-
-    Raises ValueError where that cannot be had.
+    Raises GatewayError if the targets cannot be used together.
     """
-    rates = RateLimits(options.max_requests_per_minute, options.max_tokens_per_minute)
-    traces = Traces.exported(options.otlp_endpoint, "gateway")
-    metrics = GatewayMetrics()
-    if options.metrics_port is not None:
+
+    target: tuple[str, ...]
+    """Addresses of the model service, as `serving.channel.target_of` reads them."""
+    gateway_key: str = field(repr=False)
+    """Key that is presented to the service."""
+    service_ca: Path | None
+    service_cert: Path | None
+    service_key: Path | None
+    """Private key of `service_cert`."""
+    service_name: str | None
+    port: int
+    """Port of HTTP; 0 takes any."""
+    heartbeat_seconds: float
+    """Silence after which a stream sends a chunk without choices."""
+    drain_seconds: float
+    """Time that running answers may take to finish after a signal to end."""
+    model_type: str | None
+    """Type of the model in /info; None: as the service says."""
+    cors_origin: tuple[str, ...]
+    """Origins whose pages in browsers may ask; "*" stands for all."""
+    max_requests_per_minute: int | None
+    max_tokens_per_minute: int | None
+    metrics_port: int | None
+    """Port of 127.0.0.1 for Prometheus; None: no metrics are served."""
+    otlp_endpoint: str | None
+    """URL of the collector that traces are sent to."""
+    log_format: str
+    """One of serving.observe.logs.FORMATS."""
+    log_prompts: bool
+    """Log the full text of prompts and answers."""
+    usage_db: str
+    """SQLite file of each caller's usage, or ":memory:"."""
+
+    def __post_init__(self) -> None:
         try:
-            port = metrics.serve(options.metrics_port)
-        except OSError as error:
-            raise ValueError(
-                f"cannot listen on 127.0.0.1:{options.metrics_port} ({error.strerror}); stop what "
-                "runs there or choose another with --metrics-port"
-            ) from None
-        print(f"gateway: metrics on http://127.0.0.1:{port}/metrics", file=sys.stderr, flush=True)
-    return Books(
-        accounts=Accounts(rates, UsageLedger(options.usage_db)),
-        metrics=metrics,
-        traces=traces,
-        log_prompts=options.log_prompts,
-    )
+            target_of(self.target)
+        except ValueError as error:
+            raise GatewayError(f"--target cannot be used: {error}") from None
 
+    @property
+    def address(self) -> str:
+        """All targets as the one that gRPC takes."""
+        return target_of(self.target)
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    def service_tls(self) -> ServiceTls | None:
+        """Reads the certificates of the connection to the service. Raises AccessError."""
+        return ServiceTls.of_flags(
+            self.service_ca, self.service_cert, self.service_key, self.service_name
+        )

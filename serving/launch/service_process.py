@@ -1,35 +1,31 @@
-"""`python -m serving`: one engine behind gRPC, until SIGTERM or SIGINT.
+"""The process of `python -m serving`: one engine behind gRPC, until SIGTERM or SIGINT."""
 
-Prints one line for each stage of the start, and `ready` when it answers. Keys come from the
-environment: MIXTRAL_JAX_API_KEY is one that clients present, MIXTRAL_JAX_SERVICE_KEY the gateway's,
-MIXTRAL_JAX_GROUP_KEY that of a model on several hosts. There process 0 serves, and the others
-follow it until it ends.
-"""
-
-import argparse
 import asyncio
-import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained
 from mixtral_jax.compilation import CompilationCount, keep_programs
-from serving.access.config import access_of, add_access_flags
+from mixtral_jax.errors import UserError
+from serving.access.config import AccessConfig
 from serving.access.credentials import Access
-from serving.access.keyring import DEFAULT, GATEWAY
-from serving.access.tls import ServerTls, add_certificate_flags
+from serving.access.tls import ServerTls
 from serving.cluster.follower import follow
-from serving.cluster.leader import GroupError, Leader, connect
-from serving.cluster.rank import Place, add_place_flags, place_of
-from serving.engine.build import add_engine_flags, facts, prepare
+from serving.cluster.leader import Leader, connect
+from serving.cluster.rank import Rank
+from serving.command_line import USER_ERRORS, Errors, app_of, command, exit_status, run
+from serving.engine.build import facts, prepare
+from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
-from serving.errors import ServingError, Unavailable
-from serving.observe.logs import FORMATS, set_up
+from serving.errors import ServingError, SetupError, Unavailable
+from serving.flags import SERVICE, record
+from serving.launch.config import ServiceConfig
+from serving.observe.logs import set_up
+from serving.observe.metrics_port import serve_metrics
 from serving.observe.tracing import Traces
 from serving.parent import end_process, end_with_parent
 from serving.proto import inference_pb2 as pb
@@ -37,81 +33,61 @@ from serving.scheduling.step_plan import Limits
 from serving.service.call_record import Calls
 from serving.service.service import InferenceService, create_server, set_serving
 
+_ERRORS: Errors = (UserError, *USER_ERRORS)
 _PART_LOST = Unavailable("a part of the server was lost; it starts again")
 
 
-def main() -> None:
-    options = _options()
-    try:
-        place = place_of(options, os.environ)
-    except ValueError as error:
-        sys.exit(f"mixtral-jax: {error}")
-    if place is None:
-        _lead(options, None)
-    elif place.is_leader:
-        _end_after(lambda: _lead(options, place))
-    else:
-        _end_after(lambda: _follow(options, place))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until a signal ends it; returns the exit status."""
+    return run(app_of(command(_serve, SERVICE)), arguments, _ERRORS, "python -m serving")
 
 
-def _end_after(work: Callable[[], None]) -> NoReturn:
-    """Works in a group, then ends the process: JAX would wait for others, who may be gone."""
-    status = 1
-    try:
-        work()
-        status = 0
-    except SystemExit as error:
-        print(error, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    end_process(status)
+def _serve(given: dict[str, Any]) -> None:
+    """Serve one engine over gRPC until SIGTERM or SIGINT.
 
+    Prints a line for each stage of the start, and `ready` when it answers.
 
-def _follow(options: argparse.Namespace, place: Place) -> None:
+    Keys come from the environment: MIXTRAL_JAX_API_KEY holds one that clients present,
+    MIXTRAL_JAX_SERVICE_KEY the gateway's. Where several processes run one model, process 0 serves
+    and the others follow it until it ends; MIXTRAL_JAX_GROUP_KEY holds the key of the group.
+    """
+    engine, service = record(EngineConfig, given), record(ServiceConfig, given)
+    rank = record(Rank.of_flags, given)
     end_with_parent()
-    set_up("serving", options.log_format)
-    try:
-        pretrained = open_pretrained(options.model)
-        follow(options, place, facts(options, pretrained), pretrained, _say)
-    except (ValueError, FileNotFoundError, GroupError) as error:
-        sys.exit(f"mixtral-jax: {error}")
+    set_up("serving", service.log_format)
+    if rank is None:
+        _lead(engine, service, record(AccessConfig, given, admits_gateway=True), None)
+        return
+
+    def work() -> None:
+        if rank.is_leader:
+            _lead(engine, service, record(AccessConfig, given, admits_gateway=True), rank)
+        else:
+            pretrained = open_pretrained(engine.model)
+            follow(engine, rank, facts(engine, pretrained), pretrained, _say)
+
+    # JAX would wait for the other processes at the exit, and they may be gone.
+    end_process(exit_status(work, _ERRORS))
 
 
-def _lead(options: argparse.Namespace, place: Place | None) -> None:
-    """Serves; with a place, at the head of its group."""
-    try:
-        access = access_of(options, os.environ, (DEFAULT, GATEWAY))
-        tls = ServerTls.of_flags(options.tls_cert, options.tls_key, options.tls_client_ca)
-    except ValueError as error:
-        sys.exit(f"mixtral-jax: {error}")
-    end_with_parent()
-    set_up("serving", options.log_format)
-    try:
-        pretrained = open_pretrained(options.model)
-        traces = Traces.exported(options.otlp_endpoint, "service")
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"mixtral-jax: {error}")
+def _lead(
+    engine: EngineConfig, service: ServiceConfig, access: AccessConfig, rank: Rank | None
+) -> None:
+    """Serves; with a rank, as the leader of its group."""
+    door, tls = access.access(), access.server_tls()
+    pretrained = open_pretrained(engine.model)
+    traces = Traces.exported(service.otlp_endpoint, "service")
     metrics = Metrics(pretrained.card.name)
-    if options.metrics_port is not None:
-        try:
-            port = metrics.serve(options.metrics_port)
-        except OSError as error:
-            sys.exit(
-                f"mixtral-jax: cannot listen on 127.0.0.1:{options.metrics_port} "
-                f"({error.strerror}); stop what runs there or choose another with --metrics-port"
-            )
+    if service.metrics_port is not None:
+        port = serve_metrics(metrics.registry, service.metrics_port)
         _say(f"metrics on http://127.0.0.1:{port}/metrics")
-    try:
-        leader = None if place is None else _leader(options, place, pretrained)
-        worker, service = _build(options, pretrained, metrics, traces, leader)
-    except (ValueError, FileNotFoundError, GroupError) as error:
-        sys.exit(f"mixtral-jax: {error}")
+    leader = None if rank is None else _gathered(engine, rank, pretrained)
+    worker, inference = _build(engine, pretrained, metrics, traces, leader)
     worker.start()
     try:
-        address = f"{options.host}:{options.port}"
-        asyncio.run(_serve(address, worker, service, access, tls, options.drain_seconds, leader))
-    except OSError as error:
-        sys.exit(f"mixtral-jax: {error}")
+        address = f"{access.host}:{service.port}"
+        server = _Server(worker, inference, leader, service.drain_seconds)
+        asyncio.run(server.run(address, door, tls))
     finally:
         if leader is not None:
             if leader.loss is not None:
@@ -122,63 +98,31 @@ def _lead(options: argparse.Namespace, place: Place | None) -> None:
     if leader is not None and not worker.has_failed:
         leader.end(leader.leaving or f"{leader.name} was told to end")
     if worker.has_failed:
-        sys.exit("mixtral-jax: the engine failed")
+        sys.exit("the engine failed")
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder, or tiny-random")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=50051)
-    add_engine_flags(parser)
-    add_place_flags(parser)
-    parser.add_argument("--metrics-port", type=int, help="for Prometheus, on 127.0.0.1; 0: any")
-    parser.add_argument("--otlp-endpoint", metavar="URL", help="where traces go; default: nowhere")
-    parser.add_argument("--log-format", choices=FORMATS, default="text", help="of lines on stderr")
-    parser.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=30.0,
-        help="at the end, answers under way may take so long",
-    )
-    add_access_flags(parser)
-    add_certificate_flags(parser)
-    parser.add_argument(
-        "--tls-client-ca", metavar="FILE", help="who must vouch for the certificates of clients"
-    )
-    return parser.parse_args()
-
-
-def _say(text: str) -> None:
-    print(f"engine: {text}", file=sys.stderr, flush=True)
-
-
-def _start_again(loss: str) -> NoReturn:
-    _say(f"{loss}; the group starts again")
-    end_process(1)
-
-
-def _leader(options: argparse.Namespace, place: Place, pretrained: Pretrained) -> Leader:
-    """Of a group that has come together."""
+def _gathered(engine: EngineConfig, rank: Rank, pretrained: Pretrained) -> Leader:
+    """Returns the leader of a group whose processes have all come and connected their devices."""
 
     def end(reason: str) -> None:
         leader.end(reason)
         _say(f"{reason}; the group has ended")
         end_process(0)
 
-    leader = Leader(place, facts(options, pretrained), _say, _start_again, end)
+    leader = Leader(rank, facts(engine, pretrained), _say, _start_again, end)
     leader.gather()
-    connect(place)
+    connect(rank)
     return leader
 
 
 def _build(
-    options: argparse.Namespace,
+    config: EngineConfig,
     pretrained: Pretrained,
     metrics: Metrics,
     traces: Traces,
     leader: Leader | None,
 ) -> tuple[EngineWorker, InferenceService]:
+    """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service."""
     keep_programs()
     card = pretrained.card
 
@@ -188,7 +132,7 @@ def _build(
     def explain() -> ServingError | None:
         return _PART_LOST if leader is not None and leader.loss_soon() else None
 
-    prepared = prepare(options, pretrained, _say, agree)
+    prepared = prepare(config, pretrained, _say, agree)
     broadcast = None if leader is None else leader.broadcast
     engine = Engine(prepared.model, prepared.limits, prepared.steps, broadcast)
     if leader is not None:
@@ -201,48 +145,73 @@ def _build(
         vocab_size=card.model.vocab_size,
     )
     worker = EngineWorker(engine, metrics, explain)
-    service = InferenceService(worker, pretrained.tokenizer, info, Calls(metrics, traces))
+    inference = InferenceService(worker, pretrained.tokenizer, info, Calls(metrics, traces))
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value)
-    return worker, service
+    return worker, inference
 
 
-async def _serve(
-    address: str,
-    worker: EngineWorker,
-    service: InferenceService,
-    access: Access,
-    tls: ServerTls | None,
-    drain_seconds: float,
-    leader: Leader | None,
-) -> None:
-    """Serves until a signal, Drain, the engine's or a follower's end; then lets streams finish."""
-    server, port, checks = await create_server(address, service, access, tls)
-    _say(f"ready on {address.rpartition(':')[0]}:{port}")
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if leader is not None:
-        leader.on_leave = lambda reason: loop.call_soon_threadsafe(stop.set)
-        leader.on_loss = lambda reason: worker.abandon(_PART_LOST)
-    reasons = [
-        asyncio.create_task(stop.wait()),
-        asyncio.create_task(service.was_told_to_end.wait()),
-        asyncio.create_task(_ended(worker)),
-    ]
-    await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
-    for task in reasons:
-        task.cancel()
-    # First health, so that others get the new requests; those that come all the same are refused.
-    await set_serving(checks, False)
-    worker.drain()
-    deadline = loop.time() + drain_seconds
-    while worker.num_under_way and loop.time() < deadline:
-        await asyncio.sleep(0.05)
-    await server.stop(1.0)  # calls that watch its health would go on for ever
+class _Server:
+    """Serves gRPC until a signal, Drain, or the end of the engine or of a follower."""
+
+    def __init__(
+        self,
+        worker: EngineWorker,
+        inference: InferenceService,
+        leader: Leader | None,
+        drain_seconds: float,
+    ) -> None:
+        self._worker = worker
+        self._inference = inference
+        self._leader = leader
+        self._drain_seconds = drain_seconds
+
+    async def run(self, address: str, access: Access, tls: ServerTls | None) -> None:
+        """Serves at `address`; returns when running answers have finished or their time is up."""
+        try:
+            server, port, checks = await create_server(address, self._inference, access, tls)
+        except OSError as error:
+            raise SetupError(str(error)) from None
+        _say(f"ready on {address.rpartition(':')[0]}:{port}")
+        await self._until_told()
+        # Health comes first, so that load balancers send new requests elsewhere; requests that
+        # come all the same are refused.
+        await set_serving(checks, False)
+        self._worker.drain()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._drain_seconds
+        while self._worker.num_under_way and loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        await server.stop(1.0)  # calls that watch its health would go on for ever
+
+    async def _until_told(self) -> None:
+        """Waits for the first reason to end."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        if self._leader is not None:
+            self._leader.on_leave = lambda reason: loop.call_soon_threadsafe(stop.set)
+            self._leader.on_loss = lambda reason: self._worker.abandon(_PART_LOST)
+        reasons = [
+            asyncio.create_task(stop.wait()),
+            asyncio.create_task(self._inference.was_told_to_end.wait()),
+            asyncio.create_task(self._engine_ended()),
+        ]
+        await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        for task in reasons:
+            task.cancel()
+
+    async def _engine_ended(self) -> None:
+        while not self._worker.ended.is_set():
+            await asyncio.sleep(0.1)
 
 
-async def _ended(worker: EngineWorker) -> None:
-    while not worker.ended.is_set():
-        await asyncio.sleep(0.1)
+def _say(text: str) -> None:
+    print(f"engine: {text}", file=sys.stderr, flush=True)
+
+
+def _start_again(loss: str) -> NoReturn:
+    """Ends this process of a group that lost a member; its supervisor starts it again."""
+    _say(f"{loss}; the group starts again")
+    end_process(1)

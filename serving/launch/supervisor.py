@@ -29,16 +29,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from serving.errors import SetupError
+from serving.flags import KEY_VARIABLE, SERVICE_KEY_VARIABLE
 from serving.parent import PARENT_VARIABLE, READY_VARIABLE
 
-KEY_VARIABLE = "MIXTRAL_JAX_API_KEY"  # a client's
-SERVICE_KEY_VARIABLE = "MIXTRAL_JAX_SERVICE_KEY"  # the gateway's, for the service
-DRAIN_SECONDS = 30.0
 _STOP_SECONDS = 10.0  # that a process may take after its drain
 _MOST_FAILURES = 4  # starts in a row that nobody was served by
 
 
-class SupervisorError(RuntimeError):
+class SupervisorError(SetupError):
     """A server that did not start, or died; the message names it and the remedy."""
 
 
@@ -102,27 +101,16 @@ def run(
     gateway_options: Sequence[str],
     ready: Callable[[], None],
     *,
-    drain_seconds: float = DRAIN_SECONDS,
+    drain_seconds: float,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; calls `ready` when the first request can come.
+    """Serves until SIGINT, SIGTERM or SIGHUP; calls `ready` when the first request can come.
 
     Raises SupervisorError if a process fails for good.
     """
     addresses.check()
     environment = {**environment, PARENT_VARIABLE: str(os.getpid())}
-    drain = f"--drain-seconds={drain_seconds}"
-    service = _Child(
-        "service",
-        ["serving", "--host", addresses.grpc_host, "--port", str(addresses.grpc_port)]
-        + [drain, *service_options],
-        environment,
-    )
-    gateway = _Child(
-        "gateway",
-        ["serving.gateway", "--host", addresses.host, "--port", str(addresses.port)]
-        + ["--target", addresses.target, drain, *gateway_options],
-        environment,
-    )
+    service = _Child("service", ["serving", *service_options], environment)
+    gateway = _Child("gateway", ["serving.gateway", *gateway_options], environment)
     children = (service, gateway)
     with _Signals() as signals:
         try:
@@ -147,16 +135,15 @@ def run_follower(
     options: Sequence[str],
     ready: Callable[[], None],
     *,
-    drain_seconds: float = DRAIN_SECONDS,
+    drain_seconds: float,
 ) -> None:
-    """Keeps a follower running until SIGINT or SIGTERM, or until its group ends; calls `ready` when
-    it is in the group. Raises SupervisorError if it fails for good.
+    """Keeps a follower running until SIGINT, SIGTERM or SIGHUP, or until its group ends; calls
+    `ready` when it is in the group. Raises SupervisorError if it fails for good.
     """
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     variables = {PARENT_VARIABLE: str(os.getpid()), READY_VARIABLE: str(writing)}
-    command = ["serving", f"--drain-seconds={drain_seconds}", *options]
-    child = _Child("follower", command, {**environment, **variables}, (writing,))
+    child = _Child("follower", ["serving", *options], {**environment, **variables}, (writing,))
     with _Signals() as signals:
         try:
             announced = False
@@ -239,11 +226,11 @@ class _Child:
 
 
 class _Signals:
-    """Notes SIGINT and SIGTERM instead of being interrupted by them; a second one kills."""
+    """Notes SIGINT, SIGTERM and SIGHUP instead of being interrupted by them; a second one kills."""
 
     def __enter__(self) -> "_Signals":
         self.received = False
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from serving.errors import SetupError
+
 if TYPE_CHECKING:  # they may not be installed
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
@@ -117,7 +119,7 @@ class Traces:
         """Sends the spans of a process to `endpoint`, such as http://127.0.0.1:4318.
 
         Without an endpoint the environment's is taken, where there is one and the extra is
-        installed; else tracing is off. Raises ValueError if an endpoint is given without the extra.
+        installed; else tracing is off. Raises SetupError if an endpoint is given without the extra.
         """
         if endpoint is None and not any(os.environ.get(name) for name in _VARIABLES):
             return cls()
@@ -129,11 +131,11 @@ class Traces:
         except ImportError:
             if endpoint is None:
                 return cls()
-            raise ValueError(
+            raise SetupError(
                 "--otlp-endpoint needs OpenTelemetry: pip install 'mixtral-jax[otel]'"
             ) from None
         if endpoint is not None and not re.match(r"https?://[^/]", endpoint):
-            raise ValueError(
+            raise SetupError(
                 f"--otlp-endpoint is {endpoint!r}; give a URL such as http://127.0.0.1:4318"
             )
         name = os.environ.get("OTEL_SERVICE_NAME") or f"mixtral-jax-{process}"

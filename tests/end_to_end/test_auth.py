@@ -265,5 +265,5 @@ def test_flags_that_contradict_or_open_too_much(
     assert main(["--port", "0", *flags]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert said.startswith("error: ")
+    assert said.startswith("mixtral-jax: ")
     assert re.search(words, said), said

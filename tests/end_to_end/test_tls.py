@@ -119,7 +119,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def test_https_before_and_mtls_behind_the_gateway(authority: Authority, tmp_path: Path) -> None:
     web, service, gateway = (authority.issue(name) for name in ("web", "service", "gateway"))
     stranger = Authority(tmp_path, "stranger").issue("gateway")
-    server_tls = ServerTls.of_flags(str(service.cert), str(service.key), str(authority.ca))
+    server_tls = ServerTls.of_flags(service.cert, service.key, authority.ca)
     assert server_tls is not None
 
     async def info(port: int, shown: Files | None, ca: Path = authority.ca) -> int:
@@ -224,17 +224,17 @@ def test_the_python_client_shows_and_checks_certificates(authority: Authority) -
 
 def test_what_is_wrong_with_files_names_the_flag(authority: Authority, tmp_path: Path) -> None:
     one, other = authority.issue("one"), authority.issue("other")
-    nowhere, nonsense, locked = (str(tmp_path / name) for name in ("no", "nonsense", "locked"))
-    Path(nonsense).write_text("nonsense")
+    nowhere, nonsense, locked = (tmp_path / name for name in ("no", "nonsense", "locked"))
+    nonsense.write_text("nonsense")
     secret = serialization.BestAvailableEncryption(b"secret")
-    Path(locked).write_bytes(private_pem(ec.generate_private_key(ec.SECP256R1()), secret))
-    cert, key, ca = str(one.cert), str(one.key), str(authority.ca)
+    locked.write_bytes(private_pem(ec.generate_private_key(ec.SECP256R1()), secret))
+    cert, key, ca = one.cert, one.key, authority.ca
     wrong: list[tuple[Callable[[], object], str]] = [
         (lambda: Certificate.of_flags("tls", cert, None), "--tls-cert and --tls-key need one"),
         (lambda: Certificate.of_flags("tls", None, key), "--tls-cert and --tls-key need one"),
         (lambda: Certificate.of_flags("tls", nowhere, key), f"--tls-cert {nowhere}: No such file"),
         (lambda: Certificate.of_flags("tls", cert, nowhere), f"--tls-key {nowhere}: No such file"),
-        (lambda: Certificate.of_flags("tls", cert, str(other.key)), "do not belong together"),
+        (lambda: Certificate.of_flags("tls", cert, other.key), "do not belong together"),
         (lambda: Certificate.of_flags("tls", nonsense, key), "no certificate and key in PEM"),
         (lambda: Certificate.of_flags("tls", cert, nonsense), "no certificate and key in PEM"),
         (lambda: Certificate.of_flags("tls", cert, locked), "without a password"),

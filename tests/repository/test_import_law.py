@@ -47,6 +47,7 @@ serving.channel
 serving.parent
 serving.flags
 serving.proto
+serving.command_line         | serving.errors serving.flags
 serving.observe              | serving.errors
 serving.access               | serving.errors
 serving.accounting           | serving.errors serving.proto serving.access
@@ -58,8 +59,8 @@ serving.client               | serving.proto serving.errors serving.channel
 serving.bench                | serving.engine serving.scheduling serving.errors mixtral_jax.planning* mixtral_jax
 serving.gateway.dialect      | serving.proto serving.errors
 serving.gateway.http         | serving.gateway.dialect serving.accounting serving.observe serving.proto serving.errors
-serving.gateway              | serving.gateway.dialect serving.gateway.http serving.access serving.accounting serving.observe serving.channel serving.parent serving.flags serving.proto serving.errors
-serving.launch               | serving.errors serving.channel serving.parent serving.flags serving.proto serving.observe serving.access serving.accounting serving.scheduling serving.engine serving.service serving.cluster serving.client mixtral_jax.planning* mixtral_jax
+serving.gateway              | serving.gateway.dialect serving.gateway.http serving.access serving.accounting serving.observe serving.channel serving.parent serving.flags serving.command_line serving.proto serving.errors
+serving.launch               | serving.errors serving.channel serving.parent serving.flags serving.command_line serving.proto serving.observe serving.access serving.accounting serving.scheduling serving.engine serving.service serving.cluster serving.client mixtral_jax.planning* mixtral_jax
 serving                      | serving.launch
 mixtral_jax.cli              | everything
 benchmarks                   | everything
@@ -69,13 +70,19 @@ tests                        | everything
 
 # Two files whose row is shorter than their room's.
 _FILES = {
-    "serving.launch.supervisor": {"serving.parent", "serving.flags"},
+    "serving.launch.supervisor": {"serving.parent", "serving.flags", "serving.errors"},
 }
 STARTS_WITHOUT_JAX = [
     "mixtral_jax",
     "mixtral_jax.cli.main",
     "mixtral_jax.tokenization.tokenizer",
     "serving.scheduling.scheduler",
+    "serving.flags",
+    "serving.command_line",
+    "serving.engine.config",
+    "serving.cluster.rank",
+    "serving.launch.config",
+    "serving.gateway.config",
     "serving.access.credentials",
     "serving.access.config",
     "serving.accounting.ledger",

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ import grpc
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from serving import errors
+from serving import errors, flags
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
 from serving.channel import INFERENCE
 from serving.gateway.answering import Limits
 from serving.gateway.app import create_app
-from serving.gateway.config import Books
+from serving.gateway.config import GatewayConfig
 from serving.gateway.http.protocol import Protocol
 from serving.proto import inference_pb2, inference_pb2_grpc
 
@@ -173,20 +173,26 @@ class Stack:
             asyncio.run_coroutine_threadsafe(change, self.loop).result(PATIENCE)
 
 
+def gateway_config(**changes: Any) -> GatewayConfig:
+    """The settings of a gateway without flags, but for `changes`."""
+    given = flags.defaults(flags.GATEWAY, gateway_key=KEY)
+    return flags.record(GatewayConfig, given | changes)
+
+
 @contextlib.contextmanager
 def running_stack(
     key: str = KEY,
     target: str | None = None,
     heartbeat_seconds: float = 60.0,
     access: Access | None = None,
-    books: Books | None = None,
     limits: Limits | None = None,
     protocol: type[Protocol] = Protocol,
+    parts: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[Stack]:
     """Runs a gateway before the scripted service, or before `target`, in a thread of its own.
 
-    `settings` are those of `create_app`.
+    `parts` are keywords of `create_app`, and `settings` fields of GatewayConfig.
 
     Both live in one event loop: gRPC's poller serves several loops of one process badly.
     """
@@ -206,12 +212,15 @@ def running_stack(
         own = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         app = create_app(
-            target or own,
+            gateway_config(
+                target=(target or own,),
+                gateway_key=key,
+                heartbeat_seconds=heartbeat_seconds,
+                **settings,
+            ),
             access or Access(Keyring({"default": key})),
-            service_key=key,
-            books=books,
-            limits=limits or Limits(heartbeat_seconds=heartbeat_seconds),
-            **settings,
+            limits=limits,
+            **(parts or {}),
         )
         web = uvicorn.Server(
             uvicorn.Config(app, http=protocol, log_config=None, log_level="warning", ws="none")

@@ -1,10 +1,10 @@
 """What a gateway process tells Prometheus: requests, their times, and their tokens.
 
-`python -m serving.gateway --metrics-port` serves them on 127.0.0.1; without it they are counted all
-the same, and nobody reads them.
+`python -m serving.gateway --metrics-port` serves them (serving/observe/metrics_port.py); without it
+they are counted all the same, and nobody reads them.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 # Seconds. A first byte takes from milliseconds to the minutes of a full queue.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -62,11 +62,3 @@ class GatewayMetrics:
         """An answer has cost so many."""
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("completion").inc(completion)
-
-    def serve(self, port: int) -> int:
-        """Serves them at http://127.0.0.1:PORT/metrics from a thread; returns the port.
-
-        Port 0 chooses one. Raises OSError if it is taken.
-        """
-        server, _ = start_http_server(port, addr="127.0.0.1", registry=self.registry)
-        return int(server.server_port)

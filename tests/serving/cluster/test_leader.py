@@ -17,7 +17,8 @@ from mixtral_jax.sampling_params import SamplingParams
 from serving.cluster.codec import limits_message, limits_of, plans_of, step_message
 from serving.cluster.follower import Membership
 from serving.cluster.leader import GroupError, Leader
-from serving.cluster.rank import Place
+from serving.cluster.rank import Rank
+from serving.errors import SetupError
 from serving.proto import group_pb2 as pb
 from serving.scheduling.step_plan import Chunk, Limits, Plan
 from tests.support.servers import free_ports
@@ -119,13 +120,14 @@ class Log:
     left: list[str] = field(default_factory=list)
 
 
-def place(process_id: int, port: int, count: int = 2, **changes: Any) -> Place:
-    values: dict[str, Any] = {"timeout": PATIENCE, **changes}
-    return Place(host="127.0.0.1", port=port, count=count, id=process_id, **values)
+def rank(process_id: int, port: int, count: int = 2, **changes: Any) -> Rank:
+    values: dict[str, Any] = {"coordinator_timeout": PATIENCE, **changes}
+    coordinator = f"127.0.0.1:{port}"
+    return Rank(coordinator=coordinator, num_processes=count, process_id=process_id, **values)
 
 
 @contextmanager
-def leading(one: Place) -> Iterator[tuple[Leader, Log]]:
+def leading(one: Rank) -> Iterator[tuple[Leader, Log]]:
     log = Log()
     leader = Leader(one, FACTS, log.said.append, log.lost.append, log.left.append)
     try:
@@ -134,7 +136,7 @@ def leading(one: Place) -> Iterator[tuple[Leader, Log]]:
         leader.end("over")
 
 
-def follower(one: Place, log: Log, **facts: str) -> Membership:
+def follower(one: Rank, log: Log, **facts: str) -> Membership:
     return Membership(one, {**FACTS, **facts}, log.said.append, lambda: log.lost.append("leader"))
 
 
@@ -148,8 +150,8 @@ def eventually(holds: Callable[[], object]) -> None:
 def test_a_step_reaches_every_follower_in_order() -> None:
     port, _ = free_ports(2)
     log = Log()
-    with leading(place(0, port, 3)) as (leader, said), ThreadPoolExecutor(3) as pool:
-        followers = [follower(place(i, port, 3), log) for i in (1, 2)]
+    with leading(rank(0, port, 3)) as (leader, said), ThreadPoolExecutor(3) as pool:
+        followers = [follower(rank(i, port, 3), log) for i in (1, 2)]
         joins = [pool.submit(one.join) for one in followers]
         leader.gather()
         for join in joins:
@@ -174,8 +176,11 @@ def test_a_step_reaches_every_follower_in_order() -> None:
 
 def test_a_leader_tells_who_is_missing() -> None:
     port, _ = free_ports(2)
-    with ThreadPoolExecutor(1) as pool, leading(place(0, port, 4, timeout=0.5)) as (leader, log):
-        pool.submit(follower(place(2, port, 4, timeout=0.1), Log()).join)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        leading(rank(0, port, 4, coordinator_timeout=0.5)) as (leader, log),
+    ):
+        pool.submit(follower(rank(2, port, 4, coordinator_timeout=0.1), Log()).join)
         with pytest.raises(GroupError, match=r"processes 1, 3 of 4 did not come to .* within"):
             while True:
                 leader.gather()
@@ -186,7 +191,7 @@ def test_a_follower_tells_that_nobody_is_there() -> None:
     port, _ = free_ports(2)
     log = Log()
     with pytest.raises(GroupError, match="process 0 of 2 did not take this one in at 127.0.0.1"):
-        follower(place(1, port, timeout=0.1), log).join()
+        follower(rank(1, port, coordinator_timeout=0.1), log).join()
     assert log.said[1].startswith("waiting for process 0 of 2 (")
 
 
@@ -196,16 +201,16 @@ def test_a_follower_tells_that_nobody_is_there() -> None:
         ({"count": 3}, {}, "--num-processes is 3 there and 2 in process 0"),
         ({}, {"--dtype": "int8"}, "--dtype is int8 in process 1 and float32 in process 0"),
         ({}, {"--mesh": "auto"}, "--mesh is auto in process 1 and not given in process 0"),
-        ({"key": "other"}, {}, "the key of this process is not that of process 0"),
-        ({"key": None}, {}, "the key of this process is not that of process 0"),
+        ({"group_key": "other"}, {}, "the key of this process is not that of process 0"),
+        ({"group_key": None}, {}, "the key of this process is not that of process 0"),
     ],
 )
 def test_who_differs_is_refused(
     changes: dict[str, Any], facts: dict[str, str], message: str
 ) -> None:
     port, _ = free_ports(2)
-    with leading(place(0, port, key="secret")) as (leader, log):
-        one = follower(place(1, port, **{"key": "secret", **changes}), Log(), **facts)
+    with leading(rank(0, port, group_key="secret")) as (leader, log):
+        one = follower(rank(1, port, **{"group_key": "secret", **changes}), Log(), **facts)
         with pytest.raises(GroupError, match=message):
             one.join()
         assert not log.lost
@@ -213,16 +218,16 @@ def test_who_differs_is_refused(
 
 def test_a_second_process_of_one_number_waits() -> None:
     port, _ = free_ports(2)
-    with ThreadPoolExecutor(1) as pool, leading(place(0, port, 3)) as (leader, _):
-        pool.submit(follower(place(1, port, 3, timeout=0.1), Log()).join)
+    with ThreadPoolExecutor(1) as pool, leading(rank(0, port, 3)) as (leader, _):
+        pool.submit(follower(rank(1, port, 3, coordinator_timeout=0.1), Log()).join)
         eventually(lambda: leader._members)
         with pytest.raises(GroupError, match="there is a process 1 already"):
-            follower(place(1, port, 3, timeout=0.1), Log()).join()
+            follower(rank(1, port, 3, coordinator_timeout=0.1), Log()).join()
 
 
 def test_a_lost_follower_is_noticed_once() -> None:
     port, _ = free_ports(2)
-    with leading(place(0, port)) as (leader, log):
+    with leading(rank(0, port)) as (leader, log):
         gathered = threading.Thread(target=leader.gather)
         gathered.start()
         channel = grpc.insecure_channel(f"127.0.0.1:{port + 1}")
@@ -252,13 +257,13 @@ def test_a_lost_follower_is_noticed_once() -> None:
 def test_a_lost_leader_is_noticed_and_one_that_never_started_is_waited_for() -> None:
     port, _ = free_ports(2)
     log = Log()
-    one = follower(place(1, port), log)
+    one = follower(rank(1, port), log)
     with ThreadPoolExecutor(1) as pool:
         joined = pool.submit(one.join)
-        with leading(place(0, port)) as (leader, _):
+        with leading(rank(0, port)) as (leader, _):
             eventually(lambda: leader._members)
             leader._server.stop(0).wait()  # as if it were killed before the start
-        with leading(place(0, port)) as (leader, _):
+        with leading(rank(0, port)) as (leader, _):
             leader.gather()
             joined.result(PATIENCE)
             assert not log.lost
@@ -270,8 +275,8 @@ def test_a_lost_leader_is_noticed_and_one_that_never_started_is_waited_for() -> 
 
 def test_a_follower_can_ask_for_the_end() -> None:
     port, _ = free_ports(2)
-    with ThreadPoolExecutor(1) as pool, leading(place(0, port)) as (leader, log):
-        one = follower(place(1, port), Log())
+    with ThreadPoolExecutor(1) as pool, leading(rank(0, port)) as (leader, log):
+        one = follower(rank(1, port), Log())
         joined = pool.submit(one.join)
         leader.gather()
         joined.result(PATIENCE)
@@ -287,13 +292,26 @@ def test_a_follower_can_ask_for_the_end() -> None:
 def test_a_taken_port_is_told() -> None:
     port, _ = free_ports(2)
     with (
-        leading(place(0, port)),
+        leading(rank(0, port)),
         pytest.raises(GroupError, match=f"cannot listen on 127.0.0.1:{port + 1}, the port after"),
     ):
-        Leader(place(0, port), FACTS, print, print, print)
+        Leader(rank(0, port), FACTS, print, print, print)
 
 
-FLAGS = ("coordinator", "count", "process_id", "timeout")
+def of_flags(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: float | None = None,
+    key: str | None = None,
+) -> Rank | None:
+    return Rank.of_flags(
+        coordinator=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        coordinator_timeout=timeout,
+        group_key=key,
+    )
 
 
 @pytest.mark.parametrize(
@@ -309,21 +327,29 @@ FLAGS = ("coordinator", "count", "process_id", "timeout")
         (("127.0.0.1", 2, 0, None), "--coordinator is '127.0.0.1'; give HOST:PORT"),
         (("127.0.0.1:65535", 2, 0, None), "the port after it is free too"),
         (("host-0:1234", 2, 0, None), "MIXTRAL_JAX_GROUP_KEY is not set"),
+        (("host-0:1234", 2, 0, None, "two words"), "MIXTRAL_JAX_GROUP_KEY cannot be used"),
     ],
 )
 def test_flags_that_make_no_sense(flags: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Place.of_flags(*flags, {})
+    with pytest.raises(SetupError, match=message):
+        of_flags(*flags)
 
 
 def test_flags_that_do() -> None:
-    assert Place.of_flags(None, None, None, None, {}) is None
-    assert Place.of_flags("host-0:1234", 1, 0, None, {}) is None  # alone
-    key = {"MIXTRAL_JAX_GROUP_KEY": "secret"}
-    one = Place.of_flags("host-0:1234", 4, 3, 10.0, key)
-    assert one == Place(host="host-0", port=1234, count=4, id=3, timeout=10.0, key="secret")
+    assert of_flags() is None
+    assert of_flags("host-0:1234", 1, 0) is None  # alone
+    one = of_flags("host-0:1234", 4, 3, 10.0, "secret")
+    assert one == Rank(
+        coordinator="host-0:1234",
+        num_processes=4,
+        process_id=3,
+        coordinator_timeout=10.0,
+        group_key="secret",
+    )
+    assert (one.host, one.port) == ("host-0", 1234)
     assert (one.coordinator, one.target, one.is_leader) == ("host-0:1234", "host-0:1235", False)
-    local = Place.of_flags("[::1]:1234", 2, 0, None, {})
+    assert "secret" not in repr(one)
+    local = of_flags("[::1]:1234", 2, 0)
     assert local is not None and local.is_local and local.target == "[::1]:1235"
 
 
@@ -331,8 +357,8 @@ def test_a_step_is_told_in_less_than_a_millisecond() -> None:
     """From the leader's thread; 32 sequences of 512 tokens. The best of many: others run too."""
     port, _ = free_ports(2)
     step = (Plan(chunks=tuple(chunk(1, 32) for _ in range(32))),)
-    with ThreadPoolExecutor(1) as pool, leading(place(0, port)) as (leader, _):
-        one = follower(place(1, port), Log())
+    with ThreadPoolExecutor(1) as pool, leading(rank(0, port)) as (leader, _):
+        one = follower(rank(1, port), Log())
         joined = pool.submit(one.join)
         leader.gather()
         joined.result(PATIENCE)

@@ -20,6 +20,7 @@ from mixtral_jax.sampling_params import SamplingParams
 from serving.engine.engine import Engine, compile_steps
 from serving.engine.metrics import FINISHED, Finished, Metrics
 from serving.engine.worker import EngineWorker
+from serving.observe.metrics_port import serve_metrics
 from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
@@ -38,7 +39,7 @@ class Running:
         self.compilations = CompilationCount()
         metrics = Metrics("tiny-random")
         metrics.watch(self.engine.scheduler, lambda: self.compilations.value)
-        self.url = f"http://127.0.0.1:{metrics.serve(0)}/metrics"
+        self.url = f"http://127.0.0.1:{serve_metrics(metrics.registry, 0)}/metrics"
         self.worker = EngineWorker(self.engine, metrics)
         self.worker.start()
 

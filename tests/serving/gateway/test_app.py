@@ -21,7 +21,7 @@ def test_pages_of_other_origins_may_ask_if_they_are_allowed(client: httpx.Client
     asks = {"origin": "https://a.example", "access-control-request-method": "POST"}
     asks["access-control-request-headers"] = "authorization,content-type"
     check_error(client.options("/chat/completions", headers=asks), 405, "MethodNotAllowed")
-    with running_stack(cors_origins=["https://a.example"]) as stack:
+    with running_stack(cors_origin=("https://a.example",)) as stack:
         url = f"{stack.url}/chat/completions"
         allowed = httpx.options(url, headers=asks)
         assert allowed.status_code == 200

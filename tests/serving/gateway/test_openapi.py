@@ -10,7 +10,7 @@ from serving.access.credentials import Access
 from serving.access.keyring import Keyring
 from serving.gateway.app import create_app
 from serving.gateway.openapi import document, page
-from tests.support.fakes import KEY, running_stack
+from tests.support.fakes import KEY, gateway_config, running_stack
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def told() -> dict[str, Any]:
 
 
 def test_every_route_is_described_and_no_other(told: dict[str, Any]) -> None:
-    app = create_app("127.0.0.1:1", Access(Keyring({"default": KEY})), service_key=KEY)
+    app = create_app(gateway_config(target=("127.0.0.1:1",)), Access(Keyring({"default": KEY})))
     offered = {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes

@@ -128,7 +128,7 @@ def test_a_follower_says_itself_that_it_has_served(
     )
     monkeypatch.chdir(folder)
     ready: list[str] = []
-    run_follower(dict(os.environ), [], lambda: ready.append("ready"))
+    run_follower(dict(os.environ), [], lambda: ready.append("ready"), drain_seconds=5)
     assert ready == ["ready"]
     said = capfd.readouterr().err.splitlines()
     assert said == ["mixtral-jax: the follower ended with status 1; it is started again now"]

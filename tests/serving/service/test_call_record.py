@@ -23,12 +23,12 @@ from serving.engine.engine import Engine, compile_steps
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
 from serving.gateway.app import create_app
-from serving.gateway.config import Books
 from serving.observe.tracing import Traces
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.step_plan import Limits
 from serving.service.call_record import Calls
 from serving.service.service import InferenceService, create_server
+from tests.support.fakes import gateway_config
 
 PATIENCE = 10.0
 STEP = 32  # tokens
@@ -100,8 +100,8 @@ async def endpoint(toy: Toy) -> AsyncIterator[httpx.AsyncClient]:
     calls = Calls(toy.metrics, toy.traces())
     service = InferenceService(toy.worker, tokenizer, info, calls)
     server, port, _ = await create_server("127.0.0.1:0", service, access)
-    books = Books(traces=toy.traces())
-    app = create_app(f"127.0.0.1:{port}", access, service_key="secret", books=books)
+    config = gateway_config(target=(f"127.0.0.1:{port}",), gateway_key="secret")
+    app = create_app(config, access, traces=toy.traces())
     listener = socket.create_server(("127.0.0.1", 0))
     web = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", ws="none"))
     running = asyncio.create_task(web.serve(sockets=[listener]))

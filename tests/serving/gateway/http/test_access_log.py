@@ -21,7 +21,6 @@ from serving.access.credentials import Access
 from serving.access.keyring import Keyring
 from serving.accounting.accounts import Accounts
 from serving.accounting.rate_limits import RateLimits
-from serving.gateway.config import Books
 from serving.gateway.http.access_log import LOGGER
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.observe.logs import JsonFormatter
@@ -37,9 +36,11 @@ SECRET = "pineapple"
 class Watched:
     """A stack, and everything that it tells."""
 
-    def __init__(self, stack: Stack, books: Books, exporter: InMemorySpanExporter) -> None:
+    def __init__(
+        self, stack: Stack, metrics: GatewayMetrics, exporter: InMemorySpanExporter
+    ) -> None:
         self.stack = stack
-        self.books = books
+        self.metrics = metrics
         self._exporter = exporter
 
     def post(self, path: str, /, *, headers: dict[str, str] = ALICE, **body: Any) -> httpx.Response:
@@ -58,7 +59,7 @@ class Watched:
     def figures(self) -> dict[tuple[str, ...], float]:
         """Value by (name, label values...), all but buckets and the times of creation."""
         names = ("route", "status", "outcome", "kind")
-        text = generate_latest(self.books.metrics.registry).decode()
+        text = generate_latest(self.metrics.registry).decode()
         return {
             (
                 sample.name.removeprefix("mixtral_gateway_"),
@@ -79,15 +80,16 @@ def watched(request: pytest.FixtureRequest) -> Iterator[Watched]:
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    books = Books(
-        accounts=Accounts(RateLimits(**wishes.get("rates", {}))),
-        metrics=GatewayMetrics(),
-        traces=Traces(provider),
-        log_prompts=wishes.get("log_prompts", False),
-    )
+    parts = {
+        "accounts": Accounts(RateLimits(**wishes.get("rates", {}))),
+        "metrics": (metrics := GatewayMetrics()),
+        "traces": Traces(provider),
+    }
     access = Access(Keyring({"default": KEY, "alice": "alices-key"}))
-    with running_stack(access=access, books=books) as stack:
-        yield Watched(stack, books, exporter)
+    with running_stack(
+        access=access, parts=parts, log_prompts=wishes.get("log_prompts", False)
+    ) as stack:
+        yield Watched(stack, metrics, exporter)
 
 
 @pytest.fixture

@@ -1,0 +1,364 @@
+"""Every flag of `mixtral-jax serve`, `python -m serving` and `python -m serving.gateway`, once.
+
+A flag has a name, a type, a default, a help text and a panel of `--help`. A secret has the name of
+an environment variable instead, because lists of processes show command lines. `SERVE`, `SERVICE`
+and `GATEWAY` are the flags of the three commands, in the order of their help.
+
+A command turns the given values into frozen records with `record`: the fields of a record have the
+names of flags. `arguments` writes records as the command line of a child process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+KEY_VARIABLE = "MIXTRAL_JAX_API_KEY"
+"""Environment variable of a key that clients present."""
+SERVICE_KEY_VARIABLE = "MIXTRAL_JAX_SERVICE_KEY"
+"""Environment variable of the key that the gateway presents to the service."""
+GROUP_KEY_VARIABLE = "MIXTRAL_JAX_GROUP_KEY"
+"""Environment variable of the key that the processes of one model present to process 0."""
+SECRETS = {
+    "api_key": KEY_VARIABLE,
+    "gateway_key": SERVICE_KEY_VARIABLE,
+    "group_key": GROUP_KEY_VARIABLE,
+}
+"""Names of fields of records, and the environment variables that hold their values."""
+
+REQUIRED = ...
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of the command line."""
+
+    name: str
+    """Name of the value and of the fields of records that hold it, such as `max_sequences`."""
+    type: Any
+    """A type that typer reads: str, int, float, bool, Path, a Literal, or a list of these."""
+    default: Any
+    """Value without the flag. A switch with the default True is turned off by `--no-NAME`."""
+    help: str
+    metavar: str | None = None
+    min: float | None = None
+    max: float | None = None
+    panel: str | None = None
+
+    @property
+    def spelling(self) -> str:
+        """The flag as it is typed, such as `--max-sequences` or `--no-prefix-reuse`."""
+        return f"--{'no-' if self.default is True else ''}{self.name.replace('_', '-')}"
+
+    def option(self) -> Any:
+        """Returns the flag in the form of typer."""
+        # A space before the slash declares a switch that can only be turned off.
+        declaration = f" /{self.spelling}" if self.default is True else self.spelling
+        return typer.Option(
+            declaration,
+            help=self.help,
+            metavar=self.metavar,
+            min=self.min,
+            max=self.max,
+            rich_help_panel=self.panel,
+            show_default=self.default not in (None, False, True, [], REQUIRED),
+        )
+
+
+def _panel(title: str, *flags: Flag) -> tuple[Flag, ...]:
+    """Returns the flags with the panel of the help that they are shown in."""
+    return tuple(replace(flag, panel=title) for flag in flags)
+
+
+MODEL = Flag(
+    "model", str, REQUIRED, "Checkpoint folder, or tiny-random, which needs no files.", "FOLDER"
+)
+DTYPE = Flag(
+    "dtype",
+    str | None,
+    None,
+    "Type of the weights: float32, bfloat16, or int8 if the checkpoint is stored as int8; default: "
+    "as stored.",
+)
+_HOST = Flag("host", str, "127.0.0.1", "Address to listen on.")
+_PORT = Flag("port", int, 8000, "Port of HTTP; 0: any.", min=0, max=65535)
+_GRPC_PORT = Flag("grpc_port", int, 50051, "Port of gRPC.", min=1, max=65535)
+_MODEL_TYPE = Flag(
+    "model_type",
+    str | None,
+    None,
+    "Type of the model in /info, for clients that expect another one than chat-completions.",
+)
+_DRAIN_SECONDS = Flag(
+    "drain_seconds",
+    float,
+    30.0,
+    "Seconds that running answers may take to finish after a signal to end.",
+    min=0,
+)
+_ENGINE = _panel(
+    "Engine",
+    Flag(
+        "mesh",
+        str,
+        "auto",
+        "How devices share the model, such as data=1,expert=8,tensor=1, or auto.",
+        "SIZES",
+    ),
+    Flag(
+        "dp_attention", bool, False, "Split sequences instead of heads over the mesh's expert axis."
+    ),
+    Flag("max_sequences", int, 32, "Maximum number of sequences in a step.", min=1),
+    Flag("max_step_tokens", int, 128, "Maximum number of new tokens in a step.", min=1),
+    Flag(
+        "max_waiting",
+        int,
+        256,
+        "Maximum number of requests in the queue; more are refused with status 429.",
+        min=1,
+    ),
+    Flag(
+        "kv_memory",
+        int | None,
+        None,
+        "MiB of keys and values on each device; default: most of what the weights leave of an "
+        "accelerator's memory, half of what they leave of a CPU's and at most 2048.",
+        "MIB",
+        min=1,
+    ),
+    Flag(
+        "kv_dtype",
+        Literal["int8"] | None,
+        None,
+        "Type of keys and values: int8 takes a quarter of float32's memory and half of "
+        "bfloat16's; default: as they are computed.",
+    ),
+    Flag("prefix_reuse", bool, True, "Compute every prompt from its beginning."),
+    Flag("deterministic", bool, False, "Answer equal requests equally, whatever runs beside them."),
+)
+_GROUP = _panel(
+    "Several hosts",
+    Flag(
+        "coordinator",
+        str | None,
+        None,
+        "Address of process 0, the same for all processes; the next port is used too.",
+        "HOST:PORT",
+    ),
+    Flag("num_processes", int | None, None, "Number of processes that run the model.", "N"),
+    Flag("process_id", int | None, None, "Number of this process, from 0; process 0 serves.", "I"),
+    Flag(
+        "coordinator_timeout",
+        float | None,
+        None,
+        "Seconds that processes wait for one another; default: 300.",
+        "SECONDS",
+    ),
+)
+_METRICS_PORT = Flag(
+    "metrics_port",
+    int | None,
+    None,
+    "Port of 127.0.0.1 for Prometheus; 0: any; default: none.",
+    min=0,
+    max=65535,
+)
+_TRACES_AND_LOGS = (
+    Flag(
+        "otlp_endpoint",
+        str | None,
+        None,
+        "Collector that traces are sent to; default: none.",
+        "URL",
+    ),
+    Flag("log_format", Literal["text", "json"], "text", "Format of log lines on stderr."),
+)
+_LOG_PROMPTS = Flag("log_prompts", bool, False, "Log the full text of prompts and answers.")
+_USAGE_DB = Flag(
+    "usage_db", str, ":memory:", "SQLite file that keeps the usage of each caller.", "FILE"
+)
+_ACCESS = _panel(
+    "Authentication and limits",
+    Flag(
+        "keys",
+        Path | None,
+        None,
+        "File of more keys, made by `mixtral-jax keys`; its changes take effect at once.",
+        "FILE",
+    ),
+    Flag(
+        "entra_tenant",
+        list[str],
+        [],
+        "Tenant of Microsoft Entra ID whose tokens are accepted; repeatable.",
+        "GUID",
+    ),
+    Flag(
+        "entra_allow",
+        list[str],
+        [],
+        "Object id or client id that may ask, or * for the whole tenant; repeatable; without it "
+        "tokens open nothing.",
+        "ID",
+    ),
+    Flag(
+        "entra_audience",
+        list[str],
+        [],
+        "Audience that tokens must have; repeatable; default: https://ml.azure.com and "
+        "https://cognitiveservices.azure.com.",
+        "URI",
+    ),
+    Flag(
+        "entra_authority",
+        str | None,
+        None,
+        "Where tenants publish their keys; default: https://login.microsoftonline.com.",
+        "URL",
+    ),
+    Flag("no_auth", bool, False, "Let everybody in; allowed on a loopback --host only."),
+    Flag("tls_cert", Path | None, None, "Certificate chain in PEM; turns TLS on.", "FILE"),
+    Flag(
+        "tls_key", Path | None, None, "Private key of the certificate, without a password.", "FILE"
+    ),
+    Flag(
+        "tls_client_ca",
+        Path | None,
+        None,
+        "Authority of the certificates that clients must show.",
+        "FILE",
+    ),
+)
+_LIMITS = _panel(
+    "Authentication and limits",
+    Flag(
+        "max_requests_per_minute",
+        int | None,
+        None,
+        "Requests of a caller in a minute; more are refused with status 429; default: no limit.",
+        "N",
+        min=1,
+    ),
+    Flag(
+        "max_tokens_per_minute",
+        int | None,
+        None,
+        "The same for tokens of prompts and answers together.",
+        "N",
+        min=1,
+    ),
+    Flag(
+        "cors_origin",
+        list[str],
+        [],
+        "Origin whose pages in browsers may ask, such as https://example.org, or *; repeatable.",
+        "ORIGIN",
+    ),
+)
+_UPSTREAM = _panel(
+    "TLS to the service",
+    Flag("service_ca", Path | None, None, "Authority of its certificate; turns TLS on.", "FILE"),
+    Flag("service_cert", Path | None, None, "Certificate that is shown to it (mTLS).", "FILE"),
+    Flag("service_key", Path | None, None, "Private key of that certificate.", "FILE"),
+    Flag(
+        "service_name",
+        str | None,
+        None,
+        "Name in its certificate, if that is not its address.",
+        "NAME",
+    ),
+)
+
+SERVICE = (
+    *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
+    *(_DRAIN_SECONDS, *_ENGINE, *_GROUP),
+    *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS),
+    *_ACCESS,
+)
+GATEWAY = (
+    Flag(
+        "target",
+        list[str],
+        ["127.0.0.1:50051"],
+        "Address of a model service; repeat it for replicas, or give dns:///NAME:PORT.",
+        "HOST:PORT",
+    ),
+    *(_HOST, _PORT),
+    Flag(
+        "heartbeat_seconds",
+        float,
+        15.0,
+        "Seconds of silence after which a stream sends a chunk without choices.",
+    ),
+    *(_MODEL_TYPE, _DRAIN_SECONDS),
+    *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS, _LOG_PROMPTS, _USAGE_DB),
+    *(*_LIMITS, *_ACCESS[:-1], *_UPSTREAM),
+)
+SERVE = (
+    *(MODEL, replace(_HOST, help="Address of both servers.")),
+    *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
+    *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, *_ENGINE, *_GROUP),
+    *_panel(
+        "Monitoring",
+        replace(_METRICS_PORT, min=1, help="Port of 127.0.0.1 for Prometheus; default: none."),
+        replace(
+            _METRICS_PORT, name="gateway_metrics_port", min=1, help="The same for the gateway."
+        ),
+        *(*_TRACES_AND_LOGS, _LOG_PROMPTS),
+        replace(
+            _USAGE_DB,
+            type=str | None,
+            default=None,
+            help="SQLite file that keeps the usage of each caller; default: in ~/.local/state.",
+        ),
+    ),
+    *(*_LIMITS, *_ACCESS[:-1]),
+)
+_CHILDREN = {flag.name: flag for flag in (*SERVICE, *GATEWAY)}
+
+
+def defaults(flags: Sequence[Flag], **given: Any) -> dict[str, Any]:
+    """Returns the values of flags of which only `given` are on the command line."""
+    return {flag.name: flag.default for flag in flags} | given
+
+
+def secrets(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Returns the secrets of the environment by the names of their fields; empty ones are None."""
+    return {name: environment.get(variable) or None for name, variable in SECRETS.items()}
+
+
+def record(make: Callable[..., R], given: Mapping[str, Any], **others: Any) -> R:
+    """Calls a record's class, or a function, with the values that are named as its parameters."""
+    names = inspect.signature(make).parameters
+    values = {name: value for name, value in given.items() if name in names} | others
+    # Records are frozen and compared: a repeatable flag is a tuple in them.
+    return make(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def arguments(*records: DataclassInstance | None) -> list[str]:
+    """Writes records as flags for a child process.
+
+    Secrets and fields that are no flags are left out. None stands for a record without flags.
+    """
+    written = []
+    for values in records:
+        for field in dataclasses.fields(values) if values is not None else ():
+            flag, value = _CHILDREN.get(field.name), getattr(values, field.name)
+            if flag is None or value is None or (flag.type is bool and value == flag.default):
+                continue
+            elif flag.type is bool:
+                written.append(flag.spelling)
+            else:
+                items = value if isinstance(value, tuple) else (value,)
+                written += [f"{flag.spelling}={item}" for item in items]
+    return written

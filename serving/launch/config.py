@@ -1,0 +1,19 @@
+"""The settings of the service's process that belong to no other room."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """Says where the service listens, how it is watched, and how it ends."""
+
+    port: int
+    """Port of gRPC; 0 takes any."""
+    drain_seconds: float
+    """Time that running answers may take to finish after a signal to end."""
+    metrics_port: int | None
+    """Port of 127.0.0.1 for Prometheus; None: no metrics are served."""
+    otlp_endpoint: str | None
+    """URL of the collector that traces are sent to."""
+    log_format: str
+    """One of serving.observe.logs.FORMATS."""
