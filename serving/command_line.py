@@ -65,7 +65,7 @@ def command(run: Callable[[dict[str, Any]], None], flags: Sequence[Flag]) -> Cal
         for flag in flags
     ]
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {each.name: each.annotation for each in parameters}
+    called.__annotations__ = {item.name: item.annotation for item in parameters}
     called.__name__, called.__doc__ = run.__name__.lstrip("_"), run.__doc__
     return called
 
