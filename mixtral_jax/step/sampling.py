@@ -2,9 +2,11 @@
 
 The order is that of Hugging Face's `generate`:
 
-    repetition penalty -> presence and frequency penalty -> biases (forbidden ids are -inf)
+    biases (forbidden ids are -inf) -> repetition penalty -> presence and frequency penalty
     -> the likeliest token where temperature is 0, else
     temperature -> top_k -> top_p -> min_p -> a draw
+
+vLLM has the same order but for min_p, which it applies before top_k and top_p.
 
 Logprobs are of the logits as they came, before all of this.
 
@@ -150,8 +152,8 @@ def sample(logits: FlatLogits, params: SamplingArrays) -> Sampled:
     p = params
     penalised = (p.repetition_penalty != 1) | (p.presence_penalty != 0) | (p.frequency_penalty != 0)
     # One after the other, each skipped if no row asks.
-    scores = jax.lax.cond(jnp.any(penalised), _penalise, _as_is, logits, p)
-    scores = jax.lax.cond(jnp.any(p.biases.ids < logits.shape[-1]), _bias, _as_is, scores, p)
+    scores = jax.lax.cond(jnp.any(p.biases.ids < logits.shape[-1]), _bias, _as_is, logits, p)
+    scores = jax.lax.cond(jnp.any(penalised), _penalise, _as_is, scores, p)
     tokens = jax.lax.cond(jnp.any(p.temperature > 0), _draw, _likeliest, scores, p)
     packed = jax.lax.cond(jnp.any(p.top_logprobs >= 0), _logprobs, _no_logprobs, logits, tokens, p)
     return Sampled(tokens, packed)

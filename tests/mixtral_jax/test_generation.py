@@ -141,6 +141,30 @@ def test_greedy_with_penalties_equals_transformers() -> None:
     assert len(answer) == 13 and answer[-1] == end and len(set(answer)) > 3
 
 
+def test_biases_of_the_size_of_the_logits_and_penalties_equal_transformers() -> None:
+    """Half of the biased tokens stand in the prompt, so the order of the two decides."""
+    theirs = huggingface("llama")
+    import torch
+
+    model, prompt = twin(theirs), [5, 9, 2, 5, 77, 31]
+    for bias in (1.0, 2.0, 3.0):
+        biases = {5: bias, 9: bias, 77: -bias, 31: bias, 33: bias, 12: bias}
+        want = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=20,
+            repetition_penalty=1.3,
+            sequence_bias={(token,): value for token, value in biases.items()},
+            eos_token_id=40,
+            pad_token_id=0,
+        )
+        ours = generate_tokens(
+            model, prompt, max_tokens=20, repetition_penalty=1.3, logit_bias=biases
+        )
+        assert list(ours) == want[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [

@@ -134,6 +134,35 @@ def test_biases_by_hand() -> None:
     assert draw(logits, rows).tokens.tolist() == [2, 0]
 
 
+def test_biases_come_before_penalties() -> None:
+    """Token 0 was seen: (2 + 6) / 2 is less than 5. The other order would give 2 / 2 + 6 = 7."""
+    rows = arrays(
+        1,
+        repetition_penalty=2.0,
+        position=1,
+        history=history([], last=[0], prompt_length=[1]),
+        biases=biases({0: 6.0}),
+    )
+    assert draw(jnp.asarray([[2.0, 5.0, 0.0]]), rows).tokens.tolist() == [1]
+
+
+def test_penalties_leave_forbidden_tokens_forbidden() -> None:
+    """Token 0 was seen; a reward, a subtraction and a division of minus infinity are infinite."""
+    rows = arrays(
+        1,
+        repetition_penalty=0.01,
+        presence_penalty=-2.0,
+        frequency_penalty=-2.0,
+        position=2,
+        history=history([0], last=[0], prompt_length=[0]),
+        biases=biases({0: -np.inf}),
+    )
+    logits = jnp.asarray([[30.0, 1.0, 0.0]])
+    scores = penalise(_bias(logits, rows), rows)
+    np.testing.assert_array_equal(scores, [[-np.inf, 1.0, 0.0]])
+    assert draw(logits, rows).tokens.tolist() == [1]
+
+
 def test_what_was_forbidden_is_never_drawn() -> None:
     rows = arrays(500, temperature=2.0, seed=np.arange(500), biases=biases(*[{0: -np.inf}] * 500))
     drawn = draw(jnp.asarray([[30.0, 0.0, 0.0]] * 500), rows).tokens
