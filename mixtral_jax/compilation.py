@@ -65,14 +65,24 @@ class CompiledPrograms:
 
 
 class CompilationCount:
-    """Counts what this process compiles from now on, for as long as it lives.
+    """Counts the programs that this process compiles, from its construction until `close`.
 
-    A program that the persistent cache spares counts as well: it was not ready.
+    A program that the persistent cache spares counts as well, because it was not ready.
     """
 
     def __init__(self) -> None:
         self.value = 0
         jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def close(self) -> None:
+        """Ends the count; `value` stays as it is."""
+        jax.monitoring.unregister_event_duration_listener(self._note)
+
+    def __enter__(self) -> "CompilationCount":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _note(self, event: str, duration_secs: float, **facts: str | int) -> None:
         self.value += event == _COMPILED

@@ -218,7 +218,11 @@ def _keep_top_k(mass: FlatLogits, params: SamplingArrays) -> FlatLogits:
 
 
 def _keep_top_p(mass: FlatLogits, params: SamplingArrays) -> FlatLogits:
-    """Keeps the likeliest that together reach top_p of the whole (arXiv:1904.09751)."""
+    """Keeps the likeliest tokens that together reach top_p of the whole (arXiv:1904.09751).
+
+    Tokens as likely as the last of them are all kept, so that a row does not depend on the order of
+    its tokens. transformers and vLLM keep as many as reach top_p: of ten equal tokens and 0.1 one.
+    """
     threshold = _threshold(mass, mass, params.top_p * jnp.sum(mass, axis=-1))
     threshold = jnp.where(params.top_p < 1, threshold, 0.0)
     return jnp.where(mass >= threshold[:, None], mass, 0.0)
