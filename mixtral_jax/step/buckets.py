@@ -15,13 +15,14 @@ from mixtral_jax.step.inputs import StepInputs, StepSizes
 from mixtral_jax.step.programs import Programs, SplitModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Steps:
     """All programs that an engine, or the plain loop, ever runs for one model."""
 
     pages: jax.ShapeDtypeStruct  # of each layer, all sequence groups together
     buckets: Mapping[int, Programs]  # by the tokens of one group
     rows: Mapping[int, int]  # sequences of one group, by its tokens
+    empty: Compiled  # () -> pages
     copy: Compiled  # (pages, pairs) -> pages; pages are donated
     sizes: StepSizes
     groups: int | None  # sequence groups; None without a mesh
@@ -70,5 +71,12 @@ def compile_buckets(
         if rows not in draw:
             draw[rows] = split.compile_draw(inputs, num_drawn)
         programs[size] = Programs(*split.compile_walk(pages, inputs, num_drawn), draw[rows])
-    copy = split.compile_copy(pages, sizes.max_sequences)
-    return Steps(pages, programs, dict(rows_of), copy, sizes, groups)
+    return Steps(
+        pages=pages,
+        buckets=programs,
+        rows=dict(rows_of),
+        empty=split.compile_empty(pages),
+        copy=split.compile_copy(pages, sizes.max_sequences),
+        sizes=sizes,
+        groups=groups,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.axes import PackedDraws, Rows
+from mixtral_jax.axes import PackedDraws, Pages, Rows
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepInputs, host_array
@@ -27,7 +27,7 @@ class StepLauncher:
     def __init__(self, model: Transformer, steps: Steps) -> None:
         self.steps = steps
         self._model = SplitModel.of(model)
-        self._layers = self._model.empty_pages(steps.pages)
+        self._layers: list[Pages] = [steps.empty() for _ in self._model.blocks]
         # By number of rows, on the devices: histories of steps in which no row needs one.
         self._no_history: dict[int, jax.Array] = {}
         num_drawn = steps.num_sequence_groups * steps.sizes.max_sequences

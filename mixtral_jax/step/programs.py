@@ -136,11 +136,6 @@ class SplitModel:
         sharding = NamedSharding(self.layout.mesh, _REPLICATED)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    def empty_pages(self, pages: jax.ShapeDtypeStruct) -> list[Pages]:
-        """Allocates pages of this shape, filled with zeros, for every layer."""
-        make = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=pages.sharding)
-        return [make() for _ in self.blocks]
-
     def compile_walk(
         self, pages: jax.ShapeDtypeStruct, inputs: StepInputs, num_drawn: int
     ) -> tuple[Compiled, Compiled, Compiled]:
@@ -226,6 +221,11 @@ class SplitModel:
         program = self._jit(copy, (places, _REPLICATED), places, donate=(0,))
         pairs = jax.ShapeDtypeStruct((self.num_sequence_groups * max_sequences, 2), jnp.int32)
         return program.lower(pages, pairs).compile()
+
+    def compile_empty(self, pages: jax.ShapeDtypeStruct) -> Compiled:
+        """Compiles () -> pages: allocates one layer's pages, filled with zeros."""
+        program = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=pages.sharding)
+        return program.lower().compile()
 
     def _spec(self, letters: str) -> PartitionSpec:
         return _REPLICATED if self.layout is None else self.layout.rules.spec(letters)

@@ -5,13 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
 
+from mixtral_jax.compilation import CompilationCount
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import SamplingError, UserError
 from mixtral_jax.generation import generate, generate_draws, generate_tokens
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sampling_params import SamplingParams
 from tests.support.parity import huggingface, twin
 
 VOCAB = 61
@@ -191,6 +195,82 @@ def test_other_parameters(flat: Transformer) -> None:
         generate_draws(flat, [1], max_tokens=1, top_logprobs=21)
     with pytest.raises(TypeError, match="there is no parameter 'top_q'"):
         tokens(flat, 1, top_q=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(prompt_ids=[]), "the prompt is empty; give at least one token"),
+        (dict(prompt_ids=[7, VOCAB]), "the prompt holds the id 61; ids are 0 or more and below 61"),
+        (dict(prompt_ids=[-5]), "the prompt holds the id -5; ids are 0 or more and below 61"),
+        (dict(prompt_ids=[1.0]), "an id of the prompt is 1.0; give a whole number"),
+        (dict(prompt_ids=[True]), "an id of the prompt is True; give a whole number"),
+        (dict(prompt_ids=[None]), "an id of the prompt is None; give a whole number"),
+        (dict(eos_ids={VOCAB}), "eos_ids holds the id 61; ids are 0 or more and below 61"),
+        (dict(max_tokens=-3), "max_tokens is -3; ask for at least 1 token"),
+        (dict(max_tokens=0), "max_tokens is 0; ask for at least 1 token"),
+        (dict(max_tokens=2.0), "max_tokens is 2.0; give a whole number"),
+        (dict(max_tokens=None), "max_tokens is None; give a whole number"),
+        (dict(min_tokens=None), "min_tokens is None; give a whole number"),
+        (dict(top_p=None), "top_p is None; give a number within 0 and 1"),
+        (dict(top_k=2.7), "top_k is 2.7; give a whole number"),
+    ],
+)
+@pytest.mark.parametrize("function", [generate_draws, generate_tokens])
+def test_wrong_arguments_are_refused_at_the_call(
+    flat: Transformer,
+    function: Any,
+    arguments: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The iterator is never asked for anything."""
+    # Annotations are checked in tests alone: outside, values of any type arrive.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(SamplingError) as caught:
+        function(flat, **{"prompt_ids": [1], "max_tokens": 1, **arguments})
+    assert str(caught.value).startswith(message)
+
+
+def test_ids_of_numpy_are_ids(flat: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    ids: Any = np.asarray([7, 7, 9, 7], np.int64)
+    biases = {7: 10.0}
+    assert list(generate_tokens(flat, ids, max_tokens=2, logit_bias=biases)) == [7, 7]
+
+
+def test_biases_and_ends_have_room_together() -> None:
+    model = Transformer(ModelConfig.tiny(vocab_size=400), rngs=None)
+    biases = dict.fromkeys(range(300), 1.0)
+    with pytest.raises(SamplingError, match="have 321 entries together; give at most 320"):
+        generate_tokens(model, [1], max_tokens=1, logit_bias=biases, eos_ids=frozenset(range(21)))
+
+
+def test_parameters_as_a_record_or_as_keywords(flat: Transformer) -> None:
+    record = SamplingParams(temperature=1.0, seed=5, logit_bias={7: 4.0, 9: 4.0})
+    keywords: Any = dict(temperature=1.0, seed=5, logit_bias={7: 4.0, 9: 4.0})
+    prompt = [7, 7, 9, 7]
+    answer = list(generate_tokens(flat, prompt, record, max_tokens=12))
+    assert answer == tokens(flat, 12, **keywords)
+    # A keyword changes one field of the record.
+    assert list(generate_tokens(flat, prompt, record, max_tokens=12, seed=6)) != answer
+
+
+def test_generate_checks_at_the_call() -> None:
+    import mixtral_jax
+
+    model, tokenizer = mixtral_jax.load("tiny-random")
+    with pytest.raises(SamplingError, match="temperature is 3"):
+        generate(model, tokenizer, "ab", temperature=3.0)
+    with pytest.raises(UserError, match="role 'king'"):
+        generate(model, tokenizer, [{"role": "king", "content": "x"}])
+
+
+def test_a_second_answer_compiles_nothing(flat: Transformer) -> None:
+    tokens(flat, 3)
+    with CompilationCount() as count:
+        tokens(flat, 5, temperature=1.0, presence_penalty=1.0, logit_bias={3: 1.0})
+    assert count.value == 0
 
 
 def test_generate_passes_everything_on() -> None:

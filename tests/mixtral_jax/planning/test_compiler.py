@@ -28,7 +28,8 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
         rules=ShardingRules.of(job.model, mesh, job.dp_attention),
     )
     split = SplitModel.of(model)
-    layers = split.empty_pages(split.pages(job.num_pages, job.page_size))
+    empty = split.compile_empty(split.pages(job.num_pages, job.page_size))
+    layers = [empty() for _ in split.blocks]
 
     def each(tree: object) -> set[int]:
         totals = dict.fromkeys(jax.devices(), 0)
