@@ -10,7 +10,8 @@ request. Nothing else crosses: the engine is touched by the thread alone.
 Steps overlap in the engine, so a step's events come with the next one; the engine has work until it
 has given them all. A cancelled request gives its pages back before the next step is planned.
 
-If a step raises, every request under way ends with EngineFailure, and so does every later one.
+If a step raises, every request under way ends with EngineFailure, and so does every later one. If
+taking in a request raises, that request alone ends with it.
 """
 
 import asyncio
@@ -185,6 +186,10 @@ class EngineWorker:
                         self._mailboxes[request.id] = mailbox
                     except ServingError as error:
                         mailbox.put(error)
+                    except Exception:
+                        # A fault of ours in one request must not end the others.
+                        _log.exception("the engine could not take in request %s", request.id)
+                        mailbox.put(EngineFailure("the request failed; see the server's log"))
                 case _Cancel(request_id, choice):
                     self._cancel(request_id, choice)
                 case _Stop():

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from itertools import chain
 from secrets import randbits
 
-from serving.errors import ContextTooLong, Overloaded
+from serving.errors import ContextTooLong, InvalidRequest, Overloaded
 from serving.scheduling.pages import PagePool, PageTable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.step_plan import Chunk, Limits, Plan
@@ -157,12 +157,18 @@ class Scheduler:
         return self._pool.num_cached
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises ContextTooLong if it can never fit, Overloaded if too many wait.
+        """Queues a request.
 
         The prompt must leave room for at least one token; the answer is cut at the context's end.
+
+        Raises:
+            InvalidRequest: the prompt is empty.
+            ContextTooLong: it can never fit.
+            Overloaded: too many requests wait already.
         """
         prompt, room = len(request.prompt_ids), self.limits.room
-        assert prompt > 0
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; give at least one token")
         if prompt >= room:
             raise ContextTooLong(
                 f"the prompt has {prompt} tokens; this server holds {room} tokens of prompt and "

@@ -123,9 +123,15 @@ class Translator:
     def _prompt_ids(self, message: pb.GenerateRequest) -> Sequence[int]:
         match message.WhichOneof("prompt"):
             case "chat":
-                return self._chat_ids(message.chat)
+                ids: Sequence[int] = self._chat_ids(message.chat)
+                if not ids:
+                    raise InvalidRequest(
+                        "the model's chat template makes no text of these messages; "
+                        "add a message of the user"
+                    )
+                return ids
             case "text":
-                ids: Sequence[int] = self._text_ids(message.text)
+                ids = self._text_ids(message.text)
                 if not ids:
                     raise InvalidRequest("text is empty; give at least one character")
                 return ids

@@ -17,6 +17,8 @@ from serving.scheduling.request import Drawn, Event, FinishReason, Request
 class CountingEngine:
     """Answers every request with 0, 1, 2, ...; breaks at token 13, refuses an empty prompt.
 
+    A prompt that begins with 99 meets an assertion when it is added.
+
     Choice i gives i tokens more than max_tokens. Events come a step late, as from a real engine.
     """
 
@@ -32,6 +34,7 @@ class CountingEngine:
     def add(self, request: Request) -> None:
         if not request.prompt_ids:
             raise ContextTooLong("no")
+        assert request.prompt_ids[0] != 99
         self.running[request.id] = (request, 0)
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -118,6 +121,24 @@ def test_requests_side_by_side() -> None:
         assert await asyncio.gather(*many) == [list(range(n)) for n in range(1, 6)]
 
     asyncio.run(run())
+    worker.stop()
+
+
+def test_an_assertion_in_one_request_ends_that_one_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    worker, _ = started()
+
+    async def run() -> None:
+        other = asyncio.create_task(tokens(worker, request("other", 9)))
+        with pytest.raises(EngineFailure, match="the request failed; see the server's log"):
+            await tokens(worker, request("bad", 3, prompt=(99,)))
+        assert await other == list(range(9))
+        assert await tokens(worker, request("next", 3)) == [0, 1, 2]
+
+    asyncio.run(run())
+    assert not worker.has_failed
+    assert "could not take in request bad" in caplog.text
     worker.stop()
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtral_jax.sampling_params import SamplingParams
-from serving.errors import ContextTooLong, Overloaded
+from serving.errors import ContextTooLong, InvalidRequest, Overloaded
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.scheduler import Scheduler
 from serving.scheduling.step_plan import Chunk, Limits, Plan
@@ -39,7 +39,7 @@ def request(name: str, prompt: int | Sequence[int], max_tokens: int, **changes: 
     """A prompt of so many tokens, unlike those of other names, or of these tokens."""
     if isinstance(prompt, int):
         prompt = [1000 * ord(name) + i for i in range(prompt)]
-    values: dict[str, Any] = dict(sampling=SamplingParams(), eos_ids=frozenset({EOS}))
+    values: dict[str, Any] = dict(sampling=SamplingParams(seed=0), eos_ids=frozenset({EOS}))
     return Request(
         id=name, prompt_ids=tuple(prompt), max_tokens=max_tokens, **{**values, **changes}
     )
@@ -153,6 +153,9 @@ def test_half_to_the_oldest_prompt_and_the_rest_to_the_shortest() -> None:
 
 def test_what_can_never_fit_and_what_is_too_much() -> None:
     scheduler = scheduler_of(num_pages=4)
+    with pytest.raises(InvalidRequest, match="the prompt is empty"):
+        scheduler.add(request("A", 0, 1))
+    assert not scheduler.has_work
     with pytest.raises(ContextTooLong, match="17 tokens; this server holds 16"):
         scheduler.add(request("A", 17, 1))
     for name in "ABC":
@@ -348,6 +351,21 @@ def test_seeds_of_choices_stay_in_31_bits() -> None:
     scheduler = scheduler_of(request("A", 2, 9, sampling=sampling, n=2))
     step(scheduler)
     assert [chunk.seed for chunk in scheduler.plan().chunks] == [2**31 - 1, 0]
+
+
+def test_without_a_seed_each_request_draws_with_another() -> None:
+    sampling = SamplingParams()
+    scheduler = scheduler_of(
+        *(request(name, 2, 9, sampling=sampling, n=2) for name in "ABC"),
+        max_sequences=6,
+        num_pages=99,
+    )
+    step(scheduler)
+    seeds = [(chunk.choice, chunk.seed) for chunk in scheduler.plan().chunks]
+    firsts = [seed for choice, seed in seeds if choice == 0]
+    assert len(set(firsts)) == 3 and all(0 <= seed < 2**31 for seed in firsts)
+    seconds = [seed for choice, seed in seeds if choice == 1]
+    assert sorted(seconds) == sorted((seed + 1) % 2**31 for seed in firsts)
 
 
 @pytest.mark.parametrize("prefix_reuse", [True, False])

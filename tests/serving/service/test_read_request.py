@@ -1,0 +1,78 @@
+"""A request of the wire becomes a Request of the engine, or an error that names the field."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from mixtral_jax.sampling_params import SamplingParams
+from mixtral_jax.tokenization.messages import Message
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+from serving.errors import InvalidParameter, InvalidRequest
+from serving.proto import inference_pb2 as pb
+from serving.service.read_request import Translator
+
+INFO = pb.ModelInfo(max_context=512, vocab_size=261)
+
+
+class OfUsersAlone(ByteTokenizer):
+    """Its template renders the messages of users and nothing else."""
+
+    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+        users = [message["content"] for message in messages if message["role"] == "user"]
+        return [ord(letter) for letter in "".join(users)]
+
+
+def asking(**fields: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2]), **fields)
+
+
+def test_a_chat_that_renders_to_nothing_is_refused() -> None:
+    translator = Translator(OfUsersAlone(), INFO)
+    system = pb.ChatMessage(role="system", content="Be brief.")
+    with pytest.raises(InvalidRequest, match="makes no text of these messages; add a message"):
+        translator.request(pb.GenerateRequest(chat=pb.Chat(messages=[system])), None)
+    chat = pb.Chat(messages=[system, pb.ChatMessage(role="user", content="A")])
+    assert translator.request(pb.GenerateRequest(chat=chat), None).prompt_ids == (65,)
+
+
+def test_absent_parameters_have_the_defaults_of_the_library() -> None:
+    request = Translator(ByteTokenizer(), INFO).request(asking(), None)
+    assert request.sampling == SamplingParams()
+    assert request.sampling.temperature == 0.7  # azure-ai-inference's documented default
+
+
+def test_present_parameters_arrive() -> None:
+    sampling = pb.SamplingParams(
+        temperature=0,
+        top_p=0.5,
+        top_k=2**32 - 1,
+        min_p=0.25,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        repetition_penalty=2,
+        logit_bias={9: 1.5, 4: -100},
+        seed=2**40 + 3,
+    )
+    request = Translator(ByteTokenizer(), INFO).request(
+        asking(sampling=sampling, top_logprobs=0), None
+    )
+    assert request.sampling == SamplingParams(
+        temperature=0.0,
+        top_p=0.5,
+        top_k=261,  # more than the vocabulary is all of it
+        min_p=0.25,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        repetition_penalty=2.0,
+        logit_bias={4: -100.0, 9: 1.5},
+        seed=3,
+        top_logprobs=0,
+    )
+
+
+def test_the_wrong_parameter_is_named() -> None:
+    translator = Translator(ByteTokenizer(), INFO)
+    with pytest.raises(InvalidParameter, match="^top_p is 1.5; it must be within 0 and 1$"):
+        translator.request(asking(sampling=pb.SamplingParams(top_p=1.5)), None)
+    with pytest.raises(InvalidParameter, match="^logit_bias holds 261; ids are below 261$"):
+        translator.request(asking(sampling=pb.SamplingParams(logit_bias={261: 1})), None)
