@@ -36,6 +36,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.moe import MoE, route
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.placement import Placement
 from mixtral_jax.sampling_params import SamplingParams
 from serving.bench.report import facts
 from serving.engine.engine import Engine, compile_steps
@@ -66,10 +67,15 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1))
 
 
+def _model(config: ModelConfig, dtype: str) -> Transformer:
+    """A model with random weights on one device."""
+    return Transformer(config, Placement.of(config, dtype, mesh=None), rngs=nnx.Rngs(0))
+
+
 def context(dtype: str, repeats: int) -> dict[str, float]:
     """The cost of long contexts. Milliseconds and GB/s."""
     config = ModelConfig.smollm2_135m()
-    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = _model(config, dtype)
     token_bytes = 2 * config.num_kv_heads * config.head_size * jnp.dtype(model.dtype).itemsize
     engine = _engine(model, LONG + 512)
     short, long, bandwidth, ratios = [], [], [], []
@@ -90,7 +96,7 @@ def context(dtype: str, repeats: int) -> dict[str, float]:
 
 def prefix(dtype: str, repeats: int) -> dict[str, float]:
     """The gain of a prefix that was seen before. Milliseconds."""
-    model = Transformer(ModelConfig.smollm2_135m(), dtype=dtype, rngs=nnx.Rngs(0))
+    model = _model(ModelConfig.smollm2_135m(), dtype)
     engine = _engine(model, 2048)
     first, second = [], []
     for number in range(repeats + 1):
@@ -115,9 +121,9 @@ def experts(dtype: str, repeats: int) -> dict[str, float]:
     """The cost of eight experts against one feed-forward. Milliseconds and bytes."""
     config = ModelConfig.smollm2_135m()
     mixed = replace(config, num_experts=8, experts_per_token=2)
-    sparse = Transformer(mixed, dtype=dtype, rngs=nnx.Rngs(0))
+    sparse = _model(mixed, dtype)
     touched = _touched(sparse)
-    dense = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+    dense = _model(config, dtype)
     matrix = config.hidden_size * config.feed_forward_size * 3
     around = (
         sum(x.size for x in jax.tree.leaves(nnx.state(dense, nnx.Param)) if x.ndim > 1)

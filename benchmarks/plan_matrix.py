@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from mixtral_jax.cache import PAGE_SIZES
+from mixtral_jax.kernels import kernels_for
 from mixtral_jax.planning.chips import GIB, topologies
 from mixtral_jax.planning.plan import Plan
 from mixtral_jax.planning.search import Search, known_model
@@ -47,7 +47,7 @@ def row(title: str, dtype: str, chips: str) -> str | None:
         batch=BATCH,
         context=CONTEXT,
         prefill_tokens=PREFILL_TOKENS,
-        page_size=PAGE_SIZES[sizes[0].platform],
+        page_size=kernels_for(sizes[0].platform).page_size,
     )
 
     def note(line: str) -> None:

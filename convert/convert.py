@@ -31,8 +31,9 @@ from convert.source import gguf_tokenizer
 from convert.source.open import Source, open_source
 from convert.source.read import is_readable
 from mixtral_jax.checkpoint.folder import Card, finished_at
-from mixtral_jax.checkpoint.parameters import CHUNK_BYTES, DTYPES, parameter_shapes
+from mixtral_jax.checkpoint.parameters import CHUNK_BYTES, parameter_shapes
 from mixtral_jax.checkpoint.writer import ParameterWriter
+from mixtral_jax.placement import DTYPES
 from mixtral_jax.tokenization import tokenizer
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 

@@ -37,8 +37,10 @@ from convert.progress import Progress
 from mixtral_jax.checkpoint.parameters import parameter_shapes, stored_bytes
 from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.model.layers import RMSNorm, Rotary, Scaled
+from mixtral_jax.kernels.xla import products as xla
+from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.moe import route
+from mixtral_jax.weight import Weight
 
 ALPHA = 0.5  # the paper's, for most models
 _TOKENS = 2048  # of the text
@@ -199,9 +201,8 @@ class _Walk:
 
     def _normed(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
         """[B T D] -> [R D]."""
-        norm = RMSNorm(self.config, jnp.float32, None)
-        norm.weight.set_value(jnp.asarray(weight))
-        return np.asarray(norm.full(jnp.asarray(x))).reshape(-1, x.shape[-1])
+        normed = xla.norm(jnp.asarray(x), jnp.asarray(weight), self.config.norm_eps)
+        return np.asarray(normed).reshape(-1, x.shape[-1])
 
     def _product(self, name: str, x: np.ndarray, expert: int = 0) -> _Seen:
         """x [R I] with the weight of that name."""
@@ -256,7 +257,7 @@ class _Walk:
                 values = block.values * columns[expert]
                 own = scale[expert, block.rows]
                 if rounds:
-                    rounded = Scaled.quantized(jnp.asarray(values))
+                    rounded = Weight.quantized(jnp.asarray(values))
                     values, own[...] = np.asarray(rounded.values), own * np.asarray(rounded.scale)
                 else:
                     values *= own[:, None]

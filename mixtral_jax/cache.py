@@ -30,11 +30,9 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.axes import FlatKeys, FlatTokens, Lengths, Pages, PageTable, QueryStarts, Scalar
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.weight import round_rows
 
 _SCALE_BYTES = 4
-# Tokens of a page. Prompts share whole pages, so small ones are found again more often; but a
-# kernel fetches page by page, and an accelerator's memory wants to be asked for kilobytes at once.
-PAGE_SIZES = {"cpu": 16, "gpu": 64, "tpu": 128}
 
 
 class RaggedBatch(NamedTuple):
@@ -110,17 +108,14 @@ def write(pages: Pages, k: FlatKeys, v: FlatKeys, batch: RaggedBatch) -> Pages:
     # A place out of range is dropped by the scatter.
     page = jnp.where(in_use, page, num_pages)
     both = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])
-    both = rounded(both) if pages.dtype == jnp.int8 else both.astype(pages.dtype)
+    both = round_heads(both) if pages.dtype == jnp.int8 else both.astype(pages.dtype)
     return pages.at[page, batch.positions % page_size].set(both, mode="drop")
 
 
-def rounded(heads: jax.Array) -> jax.Array:
-    """Heads [T C H] as pages of int8 hold them, [T C H+4]."""
-    wide = heads.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
-    inverse = jnp.where(scale > 0, 1 / jnp.maximum(scale, 1e-38), 0)
-    values = jnp.round(wide * inverse).astype(jnp.int8)
-    scale_bytes = jax.lax.bitcast_convert_type(scale[..., 0], jnp.int8)
+def round_heads(heads: jax.Array) -> jax.Array:
+    """Rounds heads [T C H] as pages of int8 hold them: [T C H+4]."""
+    values, scale = round_rows(heads)
+    scale_bytes = jax.lax.bitcast_convert_type(scale, jnp.int8)
     return jnp.concatenate([values, scale_bytes], axis=-1)
 
 

@@ -31,9 +31,6 @@ from mixtral_jax.step.sampling import unpack
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
-_PAGE_SIZE = 16  # tokens
-_CHUNK = 128  # tokens of a prompt in one step
-
 
 class Draw(NamedTuple):
     """A token, and logprobs of the model's own distribution, before sampling parameters act."""
@@ -167,18 +164,19 @@ def steps_for(model: Transformer, length: int, kv_dtype: DTypeLike | None = None
     Room is made for a power of two of pages, so that sequences of similar length share one
     compilation, which the model keeps.
     """
-    num_pages = 1 << (-(-length // _PAGE_SIZE) - 1).bit_length()
+    placement = model.placement
+    num_pages = 1 << (-(-length // placement.page_size) - 1).bit_length()
     sizes = StepSizes(
         num_pages=num_pages,
-        page_size=_PAGE_SIZE,
+        page_size=placement.page_size,
         max_sequences=1,
-        max_context=num_pages * _PAGE_SIZE,
+        max_context=num_pages * placement.page_size,
     )
     arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
     key = sizes, str(kv_dtype), *((array.shape, str(array.dtype)) for array in arrays)
     steps = model.programs.get(key)
     if not isinstance(steps, Steps):
-        steps = compile_buckets(model, sizes, {1: 1, _CHUNK: 1}, kv_dtype=kv_dtype)
+        steps = compile_buckets(model, sizes, {1: 1, placement.step_tokens: 1}, kv_dtype=kv_dtype)
         model.programs.keep(key, steps)
     return steps
 

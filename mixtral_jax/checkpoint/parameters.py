@@ -19,16 +19,16 @@ from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.placement import Placement, checked_dtype
 
 PARAMS = "params"
-DTYPES = ("float32", "bfloat16", "int8")
 # Bytes of one stored chunk: small enough to bound memory, large enough to stream.
 CHUNK_BYTES = 32 << 20
 
 
 def parameter_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape and dtype of every parameter by its dotted name."""
-    named = named_parameters(Transformer(config, dtype=dtype, rngs=None))
+    named = named_parameters(Transformer(config, Placement.of(config, dtype, mesh=None), rngs=None))
     return {name: variable.get_value() for name, variable in named.items()}
 
 
@@ -42,17 +42,6 @@ def count_parameters(config: ModelConfig, dtype: DTypeLike) -> tuple[int, int]:
 def stored_bytes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
     """Returns the bytes that arrays of these shapes take."""
     return sum(array.size * np.dtype(array.dtype).itemsize for array in shapes.values())
-
-
-def checked_dtype(dtype: Any) -> str:
-    """Returns the name of a dtype that models are computed in; raises ConfigError for others."""
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}")
-    return name
 
 
 def loadable_dtype(folder: Path, card: Card, dtype: Any) -> str:

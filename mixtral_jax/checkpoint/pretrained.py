@@ -11,7 +11,7 @@ from mixtral_jax.checkpoint import parameters, restore
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.sharding import ShardingRules
+from mixtral_jax.placement import Placement, checked_dtype
 from mixtral_jax.tokenization import tokenizer
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
@@ -27,32 +27,25 @@ class Pretrained:
     tokenizer: Tokenizer
     folder: Path | None  # None for the toy
 
-    def load(
+    def placement(
         self,
-        mesh: Mesh | None = None,
         dtype: DTypeLike | None = None,
-        rules: ShardingRules | None = None,
-        activations: DTypeLike | None = None,
-    ) -> Transformer:
-        """The weights, straight onto the devices of `mesh`, or onto the default device.
+        mesh: Mesh | str | None = "auto",
+        dp_attention: bool = False,
+    ) -> Placement:
+        """Places the model on devices; `dtype` None keeps the stored one. See `Placement.of`."""
+        return Placement.of(self.card.model, self.loadable_dtype(dtype), mesh, dp_attention)
 
-        `rules` and `activations` are those of Transformer.
-        """
+    def load(self, placement: Placement) -> Transformer:
+        """Reads the weights straight onto the devices of a placement."""
         if self.folder is not None:
-            return restore.load(self.folder, mesh, dtype, rules, activations)[0]
-        return Transformer(
-            self.card.model,
-            dtype=self.loadable_dtype(dtype),
-            activations=activations,
-            rngs=nnx.Rngs(0),
-            mesh=mesh,
-            rules=rules,
-        )
+            return restore.load_placed(self.folder, self.card, placement)
+        return Transformer(self.card.model, placement, rngs=nnx.Rngs(0))
 
     def loadable_dtype(self, dtype: DTypeLike | None) -> str:
         """What `load(dtype=dtype)` gives; raises ConfigError as that does, at once."""
         if self.folder is None:
-            return parameters.checked_dtype(dtype or self.card.dtype)
+            return checked_dtype(dtype or self.card.dtype)
         return parameters.loadable_dtype(self.folder, self.card, dtype)
 
 
@@ -71,13 +64,24 @@ def open_pretrained(path: str | Path) -> Pretrained:
 
 
 def load(
-    path: str | Path, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+    path: str | Path,
+    mesh: Mesh | str | None = "auto",
+    dtype: DTypeLike | None = None,
+    dp_attention: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
-    """Loads a checkpoint folder: the model, straight onto the devices of `mesh`, and its tokenizer.
+    """Loads a checkpoint folder: the model, straight onto its devices, and its tokenizer.
 
-    `path` may also be "tiny-random", a toy that needs no files. `dtype` is float32 or bfloat16;
-    None keeps the stored one, and int8 is for what is stored so, or the toy. Raises ConfigError (a
-    ValueError) where `path` is not a checkpoint, or not of a dtype that can become `dtype`.
+    Args:
+        path: a folder that `mixtral-jax convert` made, or "tiny-random", a toy without files.
+        mesh: "auto" for all devices, a text such as "expert=8,tensor=1", a mesh, or None for one
+            device.
+        dtype: float32 or bfloat16; None keeps the stored one. int8 is for what is stored so, or
+            the toy.
+        dp_attention: splits sequences, not heads, over the mesh's expert axis.
+
+    Raises ConfigError (a ValueError) where `path` is not a checkpoint, or not of a dtype that can
+    become `dtype`, or where the model cannot be split over the mesh.
     """
     pretrained = open_pretrained(path)
-    return pretrained.load(mesh, dtype), pretrained.tokenizer
+    placement = pretrained.placement(dtype, mesh, dp_attention)
+    return pretrained.load(placement), pretrained.tokenizer

@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.checkpoint.parameters import PARAMS, kvstore, loadable_dtype
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.sharding import ShardingRules
+from mixtral_jax.placement import Placement
 
 # Bytes of chunks that are read at once: enough to keep a disk and the cores busy.
 BYTES_IN_FLIGHT = 256 << 20
@@ -44,38 +44,34 @@ Box = tuple[tuple[int, int], ...]  # start and end in each dimension
 
 
 def load(
-    folder: Path,
-    mesh: Mesh | None = None,
-    dtype: DTypeLike | None = None,
-    rules: ShardingRules | None = None,
-    activations: DTypeLike | None = None,
-    *,
-    bytes_in_flight: int = BYTES_IN_FLIGHT,
+    folder: Path, mesh: Mesh | str | None = None, dtype: DTypeLike | None = None
 ) -> tuple[Transformer, Card]:
-    """Restores a checkpoint straight onto the devices of `mesh`, or onto the default device.
+    """Restores a checkpoint onto the devices of `mesh`; None takes the first device.
 
-    Args:
-        folder: a checkpoint folder.
-        mesh: the devices that the model is split over.
-        dtype: overrides the stored one, except from or to int8.
-        rules: those of Transformer.
-        activations: those of Transformer.
-        bytes_in_flight: a bound on the host's memory, see `restore`.
-
-    Raises ConfigError if the folder is no checkpoint, or cannot be loaded as `dtype`.
+    Raises ConfigError if the folder is no checkpoint, cannot be loaded as `dtype`, or its model
+    cannot be split over the mesh.
     """
     card = Card.read(folder)
-    dtype = loadable_dtype(folder, card, dtype)
-    model = Transformer(
-        card.model, dtype=dtype, activations=activations, rngs=None, mesh=mesh, rules=rules
-    )
+    placement = Placement.of(card.model, loadable_dtype(folder, card, dtype), mesh)
+    return load_placed(folder, card, placement), card
+
+
+def load_placed(
+    folder: Path, card: Card, placement: Placement, bytes_in_flight: int = BYTES_IN_FLIGHT
+) -> Transformer:
+    """Restores a checkpoint's weights straight onto the devices of a placement.
+
+    `bytes_in_flight` bounds the host's memory, see `restore`. Raises ValueError if a file of the
+    checkpoint is damaged.
+    """
+    model = Transformer(card.model, placement, rngs=None)
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     one_device = SingleDeviceSharding(jax.devices()[0])
     wanted: dict[str, jax.ShapeDtypeStruct] = {}
     for path, variable in flat:
         want = variable.get_value()
-        if mesh is None:
+        if placement.layout is None:
             want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=one_device)
         wanted[".".join(map(str, path))] = want
     restored = restore((folder / PARAMS).absolute(), wanted, bytes_in_flight)
@@ -83,7 +79,8 @@ def load(
         (path, variable.replace(array))
         for (path, variable), array in zip(flat, restored.values(), strict=True)
     ]
-    return nnx.merge(graph, nnx.from_flat_state(filled)), card
+    merged: Transformer = nnx.merge(graph, nnx.from_flat_state(filled))
+    return merged
 
 
 def restore(

@@ -69,7 +69,7 @@ def plan(
     TPUs need libtpu, GPUs the CUDA plugins of jax (the extras `plan` and `plan-gpu`); without them
     the answer is arithmetic, and says so. Speeds are estimates: nothing runs.
     """
-    from mixtral_jax.cache import PAGE_SIZES
+    from mixtral_jax.kernels import kernels_for
     from mixtral_jax.planning.search import Search
     from mixtral_jax.planning.workload import Workload
 
@@ -80,7 +80,8 @@ def plan(
             f"{checkpoint} is stored as {stored}; to plan for {dtype}, convert the weights with "
             f"--dtype {dtype}, or give --model"
         )
-    if kv_dtype and sizes[0].platform == "tpu":
+    kernels = kernels_for(sizes[0].platform)
+    if kv_dtype and kv_dtype not in kernels.kv_dtypes:
         raise ValueError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
     workload = Workload(
         model=config,
@@ -89,7 +90,7 @@ def plan(
         batch=batch,
         context=context,
         prefill_tokens=prefill_tokens,
-        page_size=PAGE_SIZES[sizes[0].platform],
+        page_size=kernels.page_size,
     )
     notes = Console(stderr=True, highlight=False)
 

@@ -1,0 +1,190 @@
+"""One meaning, several makers: the operations of a model for each kind of device.
+
+`kernels_for(platform)` makes the choice, once for each Placement, and it is the only place where a
+platform decides what is computed how. Modules hold the record and call its functions. Each maker is
+a folder beside this file:
+
+    xla   any backend; the meaning of each operation, to which tests hold the others
+    cpu   C++ by JAX's foreign function interface, where a compiler is there; else xla
+    gpu   Pallas by way of Triton
+    tpu   JAX's own collection of kernels, and a grouped product of ours for int8
+
+A maker's function computes by `xla` itself where its tiles do not fit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries
+from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.layout import Layout
+from mixtral_jax.weight import Weight
+
+Attended = tuple[FlatQueries, Pages]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The operations of a model on one kind of device, and the numbers that come with them.
+
+    Every function stands at the top of a module, so two records of one platform are equal, and
+    `nnx.split` gives equal graphs for models that were made apart.
+    """
+
+    platform: str  # cpu, gpu or tpu; "xla" for the forms that any backend computes
+    # (x [R I], weights [O I]) -> one [R O] for each weight
+    linear: Callable[[jax.Array, Sequence[Weight]], list[jax.Array]]
+    # (x [M I], sizes [E], weight [E O I]) -> [M O]: rows in groups, each against its own expert
+    grouped: Callable[[jax.Array, jax.Array, Weight], jax.Array]
+    # (x [R D], weight [D], eps) -> [R D]
+    norm: Callable[[jax.Array, jax.Array, float], jax.Array]
+    # (gate [R F], up [R F]) -> [R F]
+    swiglu: Callable[[jax.Array, jax.Array], jax.Array]
+    # (q [T N H], k, v [T K H], pages, batch, window) -> [T N H] and the pages with k and v
+    attend: Callable[
+        [FlatQueries, FlatKeys, FlatKeys, Pages, RaggedBatch, int | None],
+        tuple[FlatQueries, Pages],
+    ]
+    # (q [B T N H], k, v [B T K H], window, layout) -> [B T N H]: causal, whole arrays
+    full_attention: Callable[[RowQueries, RowKeys, RowKeys, int | None, Layout | None], RowQueries]
+    # (x [T D]) -> [T D]: the rows that the router multiplies
+    router_input: Callable[[jax.Array], jax.Array]
+    # (rows, room, starts, sizes, places, arriving, axis) -> room: see xla/moves.py
+    move_rows: Callable[
+        [jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, str], jax.Array
+    ]
+    can_move_rows: Callable[[Mesh], bool]
+    # Names of the functions above through which jax.grad goes.
+    differentiable: frozenset[str]
+    # Up to so many tokens every expert computes every token: an accelerator reads an expert's
+    # weights for longer than it computes with them, so sorting tokens by expert gains nothing.
+    max_dense_tokens: int
+    # Tokens of a page. Prompts share whole pages, so small ones are found again more often; but a
+    # kernel fetches page by page, and an accelerator's memory wants kilobytes at once.
+    page_size: int
+    # The dtype of what flows between int8 weights.
+    activation_dtype_between_int8: str
+    # Dtypes of cached keys and values beside the activations' own.
+    kv_dtypes: frozenset[str]
+    # Heads of a multiple of so many values give a row the same bits whatever runs beside it;
+    # None where that is not promised.
+    deterministic_heads: int | None
+
+    def activation_dtype(self, dtype: str) -> str:
+        """The dtype of what flows between weights of `dtype`."""
+        return self.activation_dtype_between_int8 if dtype == "int8" else dtype
+
+    def with_gradients(self) -> "Kernels":
+        """The same record with XLA's form for every function that has no gradient."""
+        oracle = kernels_for("xla")
+        changed: dict[str, Any] = {
+            field.name: getattr(oracle, field.name)
+            for field in fields(self)
+            if callable(getattr(self, field.name)) and field.name not in self.differentiable
+        }
+        return replace(self, **changed)
+
+
+def kernels_for(platform: str) -> Kernels:
+    """Makes the record for devices of a platform, as JAX names it: cpu, gpu (cuda, rocm) or tpu.
+
+    "xla" gives the forms that any backend computes. Raises ValueError for another name. On CPU the
+    kernels are compiled here, if they were not before; no other platform compiles C++.
+    """
+    from mixtral_jax.kernels.xla import attention, moves, products
+
+    oracle = Kernels(
+        platform="xla",
+        linear=products.linear,
+        grouped=products.grouped,
+        norm=products.norm,
+        swiglu=products.swiglu,
+        attend=attention.attend,
+        full_attention=attention.full_attention,
+        router_input=products.router_input,
+        move_rows=moves.move_rows,
+        can_move_rows=moves.can_move_rows,
+        differentiable=frozenset(
+            {
+                *("linear", "grouped", "norm", "swiglu", "full_attention"),
+                *("router_input", "move_rows", "can_move_rows"),
+            }
+        ),
+        max_dense_tokens=0,
+        page_size=16,
+        activation_dtype_between_int8="float32",
+        kv_dtypes=frozenset({"int8"}),
+        deterministic_heads=None,
+    )
+    match platform:
+        case "xla":
+            return oracle
+        case "cpu":
+            return _cpu(oracle)
+        case "gpu" | "cuda" | "rocm":
+            return _gpu(oracle)
+        case "tpu":
+            return _tpu(oracle)
+    raise ValueError(f"there are no kernels for {platform!r}; choose cpu, gpu, tpu or xla")
+
+
+def _cpu(oracle: Kernels) -> Kernels:
+    from mixtral_jax.kernels.cpu import attention, build, products
+
+    plain = replace(oracle, platform="cpu")
+    if not build.available():
+        return plain
+    return replace(
+        plain,
+        linear=products.linear,
+        grouped=products.grouped,
+        norm=products.norm,
+        swiglu=products.swiglu,
+        attend=attention.attend,
+        differentiable=plain.differentiable - {"linear", "grouped", "norm", "swiglu"},
+        deterministic_heads=attention.LANES,
+    )
+
+
+def _gpu(oracle: Kernels) -> Kernels:
+    from mixtral_jax.kernels.gpu import attention, products
+    from mixtral_jax.kernels.xla import moves
+
+    return replace(
+        oracle,
+        platform="gpu",
+        grouped=products.grouped,
+        attend=attention.attend,
+        router_input=products.router_input,
+        move_rows=moves.move_rows_ragged,
+        can_move_rows=moves.can_move_rows_ragged,
+        differentiable=oracle.differentiable - {"grouped"},
+        max_dense_tokens=128,
+        page_size=64,
+        activation_dtype_between_int8="bfloat16",
+    )
+
+
+def _tpu(oracle: Kernels) -> Kernels:
+    from mixtral_jax.kernels.tpu import attention, products
+    from mixtral_jax.kernels.xla import moves
+
+    return replace(
+        oracle,
+        platform="tpu",
+        grouped=products.grouped,
+        attend=attention.attend,
+        full_attention=attention.full_attention,
+        move_rows=moves.move_rows_ragged,
+        can_move_rows=moves.can_move_rows_ragged,
+        differentiable=oracle.differentiable - {"grouped"},
+        max_dense_tokens=128,
+        page_size=128,
+        activation_dtype_between_int8="bfloat16",
+        # An int8 page's rows of H + 4 bytes take more room here than bfloat16's, not less.
+        kv_dtypes=frozenset(),
+    )

@@ -9,129 +9,104 @@ has room for all tokens of all others, of which a grouped product computes those
     received  n blocks of room for T rows, one for each sender
     returned  the partial sums, on the same way back, where they are added up
 
-Who sends what is a function of everybody's choices, which are small and gathered first; so no
-offsets need to be exchanged.
+The choices of all devices are small and gathered first. Sizes and offsets follow from them on every
+device, so none need to be exchanged.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Bool
 
 from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden
+from mixtral_jax.kernels import Kernels
 
 AXIS = "expert"
-# Larger slices of such chips lack links that ragged_all_to_all wants: the compiler refuses it.
-_LIMITED = ("TPU v5 lite", 16)
 
 
-def is_possible(mesh: Mesh) -> bool:
-    """Whether the mesh's devices can exchange rows so."""
-    kind, most = _LIMITED
-    return mesh.devices.flat[0].device_kind != kind or mesh.size <= most
+class Dispatched(NamedTuple):
+    """The tokens that came to a device, and what `combine` needs to send their sums back.
 
-
-class Exchange:
-    """The journeys of one device's tokens, and of those that come to it; in a `shard_map`.
-
-    Args:
-        choice: experts of each of this device's tokens [T X].
-        weights: of these [T X].
-        held: experts of each device, which are in order.
-        devices: size of the mesh axis.
-        platform: of the devices; CPU lacks the primitive and takes `exchanged`.
+    Of n devices with T tokens each.
     """
 
-    def __init__(
-        self, choice: Choice, weights: ChoiceWeights, held: int, devices: int, platform: str
-    ) -> None:
-        tokens, picks = choice.shape
-        self._tokens, self._devices, self._platform = tokens, devices, platform
-        me = jax.lax.axis_index(AXIS)
-        choices = jax.lax.all_gather(choice, AXIS)  # [n T X], by sender
-        goes = _destinations(choices, held, devices)  # [n T n]
-        sizes = jnp.sum(goes, axis=1, dtype=jnp.int32)  # [n n], by sender and destination
-        starts = jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes
-        self._sizes, self._starts, self._me = sizes, starts, me
+    rows: jax.Array  # [n*T D], a block of T for each sender, filled from its start
+    choice: Choice  # [n*T X], experts of this device; the number it holds where none is meant
+    weights: ChoiceWeights  # [n*T X]
+    source: jax.Array  # [T*min(X, n)] i32: of each row that was sent, its token here
+    is_sent: jax.Array  # [T*min(X, n)] bool: whether such a row was sent at all
+    sizes: jax.Array  # [n n] i32: rows by sender and destination
+    starts: jax.Array  # [n n] i32: where a sender's rows for a destination begin
 
-        # Of this device's rows: (destination, token) pairs, as far as there are any.
-        most = tokens * min(picks, devices)
-        (pairs,) = jnp.nonzero(goes[me].T.reshape(-1), size=most, fill_value=tokens * devices)
-        self._is_sent = pairs < tokens * devices
-        self._row = (pairs % tokens).astype(jnp.int32)
 
-        # Of the rows that come: each sender's in the order of its tokens, then unused room.
-        to_me = goes[:, :, me]
-        order = jnp.argsort(~to_me, axis=1, stable=True)[:, :, None]
-        is_used = jnp.arange(tokens, dtype=jnp.int32)[None] < sizes[:, me, None]
-        chosen = jnp.take_along_axis(choices, order, axis=1) - held * me
-        is_mine = is_used[:, :, None] & (chosen >= 0) & (chosen < held)
-        all_weights = jax.lax.all_gather(weights, AXIS)
-        self.choice = jnp.where(is_mine, chosen, held).reshape(-1, picks)
-        self.weights = jnp.take_along_axis(all_weights, order, axis=1).reshape(-1, picks)
+def dispatch(
+    x: FlatHidden,
+    choice: Choice,
+    weights: ChoiceWeights,
+    held: int,
+    devices: int,
+    kernels: Kernels,
+) -> Dispatched:
+    """Sends this device's tokens [T D] to the devices of their experts; in a `shard_map`.
 
-    def send(self, x: FlatHidden) -> jax.Array:
-        """This device's tokens [T D] -> those that come to it [n*T D], as `choice` says."""
-        blocks = jnp.full(self._devices, self._me * self._tokens, jnp.int32)
-        room = jnp.zeros((self._devices * self._tokens, x.shape[1]), x.dtype)
-        me = self._me
-        return self._move(
-            x[self._row], room, self._starts[me], self._sizes[me], blocks, self._sizes[:, me]
-        )
+    Args:
+        x: this device's tokens [T D].
+        choice: experts of each of them [T X].
+        weights: of these [T X].
+        held: number of experts of each device, which are in order.
+        devices: size n of the mesh axis.
+        kernels: its `move_rows` moves them.
+    """
+    tokens, picks = choice.shape
+    me = jax.lax.axis_index(AXIS)
+    choices = jax.lax.all_gather(choice, AXIS)  # [n T X], by sender
+    goes = _destinations(choices, held, devices)  # [n T n]
+    sizes = jnp.sum(goes, axis=1, dtype=jnp.int32)  # [n n], by sender and destination
+    starts = jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes
 
-    def give_back(self, sums: FlatHidden) -> jax.Array:
-        """Sums of the rows that came [n*T D] -> sums of this device's own tokens [T D]."""
-        blocks = jnp.arange(self._devices, dtype=jnp.int32) * self._tokens
-        room = jnp.zeros((len(self._row), sums.shape[1]), sums.dtype)
-        me = self._me
-        back = self._move(
-            sums, room, blocks, self._sizes[:, me], self._starts[:, me], self._sizes[me]
-        )
-        back = jnp.where(self._is_sent[:, None], back, jnp.zeros((), back.dtype))
-        own = jnp.zeros((self._tokens, sums.shape[1]), sums.dtype)
-        return own.at[self._row].add(back)
+    # This device's rows as (destination, token) pairs, as far as there are any.
+    num_pairs = tokens * min(picks, devices)
+    (pairs,) = jnp.nonzero(goes[me].T.reshape(-1), size=num_pairs, fill_value=tokens * devices)
+    source = (pairs % tokens).astype(jnp.int32)
+    blocks = jnp.full(devices, me * tokens, jnp.int32)
+    room = jnp.zeros((devices * tokens, x.shape[1]), x.dtype)
+    rows = kernels.move_rows(x[source], room, starts[me], sizes[me], blocks, sizes[:, me], AXIS)
 
-    def _move(
-        self,
-        rows: jax.Array,
-        room: jax.Array,
-        starts: jax.Array,
-        sizes: jax.Array,
-        places: jax.Array,
-        comes: jax.Array,
-    ) -> jax.Array:
-        if self._platform == "cpu":
-            return exchanged(rows, room, starts, sizes, places, AXIS)
-        moved: jax.Array = jax.lax.ragged_all_to_all(
-            rows, room, starts, sizes, places, comes, axis_name=AXIS
-        )
-        return moved
+    # The rows that come: each sender's in the order of its tokens, then unused room.
+    to_me = goes[:, :, me]
+    order = jnp.argsort(~to_me, axis=1, stable=True)[:, :, None]
+    is_used = jnp.arange(tokens, dtype=jnp.int32)[None] < sizes[:, me, None]
+    chosen = jnp.take_along_axis(choices, order, axis=1) - held * me
+    is_mine = is_used[:, :, None] & (chosen >= 0) & (chosen < held)
+    all_weights = jax.lax.all_gather(weights, AXIS)
+    return Dispatched(
+        rows=rows,
+        choice=jnp.where(is_mine, chosen, held).reshape(-1, picks),
+        weights=jnp.take_along_axis(all_weights, order, axis=1).reshape(-1, picks),
+        source=source,
+        is_sent=pairs < tokens * devices,
+        sizes=sizes,
+        starts=starts,
+    )
+
+
+def combine(sums: jax.Array, dispatched: Dispatched, kernels: Kernels) -> FlatHidden:
+    """Sends the sums of the rows that came [n*T D] back, and adds them up by token: [T D]."""
+    me = jax.lax.axis_index(AXIS)
+    sizes, starts = dispatched.sizes, dispatched.starts
+    devices = len(sizes)
+    tokens = len(sums) // devices
+    blocks = jnp.arange(devices, dtype=jnp.int32) * tokens
+    room = jnp.zeros((len(dispatched.source), sums.shape[1]), sums.dtype)
+    returned = kernels.move_rows(sums, room, blocks, sizes[:, me], starts[:, me], sizes[me], AXIS)
+    zero = jnp.zeros((), returned.dtype)
+    returned = jnp.where(dispatched.is_sent[:, None], returned, zero)
+    own = jnp.zeros((tokens, sums.shape[1]), sums.dtype)
+    return own.at[dispatched.source].add(returned)
 
 
 def _destinations(choices: jax.Array, held: int, devices: int) -> Bool[jax.Array, "n T n"]:
-    """Which devices each token goes to."""
+    """The devices that each token goes to."""
     owner = choices // held
     return jnp.any(jax.nn.one_hot(owner, devices, dtype=jnp.bool_), axis=2)
-
-
-def exchanged(
-    rows: jax.Array,
-    room: jax.Array,
-    starts: jax.Array,
-    sizes: jax.Array,
-    places: jax.Array,
-    axis: str,
-) -> jax.Array:
-    """What jax.lax.ragged_all_to_all gives, by gathering everything: its oracle, and for CPU.
-
-    `rows[starts[d] : starts[d] + sizes[d]]` goes to device d, to its `room[places[d] : ...]`.
-    """
-    me = jax.lax.axis_index(axis)
-    place = jnp.arange(room.shape[0], dtype=jnp.int32)
-    everybody = [jax.lax.all_gather(part, axis) for part in (rows, starts, sizes, places)]
-    for sent, start, size, first in zip(*everybody, strict=True):
-        offset = place - first[me]
-        is_here = (offset >= 0) & (offset < size[me])
-        source = jnp.clip(start[me] + offset, 0, rows.shape[0] - 1)
-        room = jnp.where(is_here[:, None], sent[source], room)
-    return room

@@ -1,15 +1,13 @@
 """The small layers: RMSNorm, rotary embedding, Linear, Embedding, FeedForward.
 
 Weights keep the `[out, in]` order that Hugging Face stores, so a converter copies bytes, and
-matrix products contract the weight's last axes, which is the fast order on CPU.
+matrix products contract the weight's last axes, which is the fast order on CPU. With dtype int8
+everything between the products, and small weights (norms, routers), stays in the placement's
+activation dtype.
 
-With dtype int8 (W8A8) a weight is int8 with one float32 scale for each output, and the rows that
-meet it are rounded to int8 as they come, with one scale for each row; the product is exact in
-int32. Everything between the products, and small weights (norms, routers), stays float32.
-
-Layers have two forms, as attention has: full (any backend, differentiable) and paged (serving; on
-CPU by the kernels of native.py). Under a mesh the full form sees whole arrays, and the compiler
-splits them; the paged form runs on one device's parts of them, and sums up by `Layout`.
+Every layer has two forms: `full` (XLA, differentiable) for whole sequences, and `paged` (serving)
+by the placement's kernels. Under a mesh the full form sees whole arrays, and the compiler splits
+them; the paged form runs on one device's parts of them, and sums up by `Layout`.
 """
 
 import math
@@ -22,8 +20,9 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.axes import FlatHidden, Hidden, Positions
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.cpu import native
-from mixtral_jax.sharding import Layout
+from mixtral_jax.kernels.xla import products as xla
+from mixtral_jax.placement import Placement
+from mixtral_jax.weight import Weight
 
 
 def parameter(axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> nnx.Param:
@@ -39,27 +38,22 @@ def parameter(axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs |
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, normalised in f32 (arXiv:1910.07467)."""
+    """x / rms(x) * weight, normalised in float32 (arXiv:1910.07467)."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
-        self.weight = parameter("D", config, dtype, rngs)
+    def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
+        self.weight = parameter("D", config, placement.activation_dtype, rngs)
         if rngs is not None:
-            self.weight.set_value(jnp.ones(config.hidden_size, dtype))
+            self.weight.set_value(jnp.ones(config.hidden_size, placement.activation_dtype))
         self.eps = config.norm_eps
+        self.kernels = placement.kernels
 
     def full(self, x: Hidden) -> Hidden:
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (wide * scale).astype(x.dtype) * weight
+        """Normalises the last axis of x [*R D]."""
+        return xla.norm(x, self.weight[...], self.eps)
 
     def paged(self, x: FlatHidden) -> FlatHidden:
-        def on_cpu() -> jax.Array:
-            return native.norm(x, self.weight[...], self.eps)
-
-        if x.dtype != jnp.float32:
-            return self.full(x)
-        return native.on_cpu(on_cpu, lambda: self.full(x))
+        """Normalises rows [T D] by the placement's kernel."""
+        return self.kernels.norm(x, self.weight[...], self.eps)
 
 
 class Rotary(NamedTuple):
@@ -73,6 +67,7 @@ class Rotary(NamedTuple):
 
     @classmethod
     def at(cls, positions: Positions, config: ModelConfig) -> "Rotary":
+        """Makes the rotation of positions [*R], in float32."""
         half = config.head_size // 2
         frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
         angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(
@@ -90,49 +85,6 @@ class Rotary(NamedTuple):
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-class Scaled(NamedTuple):
-    """A weight [*O I] for products over its last axis, as arrays."""
-
-    values: jax.Array  # float, or int8
-    scale: jax.Array | None  # [*O] f32 for int8: weight = values * scale
-
-    @classmethod
-    def quantized(cls, weight: jax.Array) -> "Scaled":
-        """Rounds a float weight to int8, symmetrically, the largest of each output to 127."""
-        wide = weight.astype(jnp.float32)
-        scale = jnp.max(jnp.abs(wide), axis=-1) / 127
-        values = jnp.round(wide / jnp.maximum(scale, 1e-30)[..., None])
-        return cls(values.astype(jnp.int8), scale)
-
-    @classmethod
-    def of(cls, weight: nnx.Param, scale: nnx.Param | None) -> "Scaled":
-        """What `weight_parameters` made."""
-        return cls(weight[...], None if scale is None else scale[...])
-
-    @property
-    def arrays(self) -> tuple[jax.Array, ...]:
-        return (self.values,) if self.scale is None else (self.values, self.scale)
-
-    def product(self, x: jax.Array) -> jax.Array:
-        """x [R I] -> [R O] for a weight of two axes, in the dtype of x."""
-        if self.scale is None:
-            return jnp.einsum("RI,OI->RO", x, self.values)
-        rows, x_scale = quantize_rows(x)
-        # XLA:CPU has no fast path for fewer than eight rows of int8.
-        rows = jnp.pad(rows, ((0, max(0, 8 - x.shape[0])), (0, 0)))
-        total = jnp.einsum("RI,OI->RO", rows, self.values, preferred_element_type=jnp.int32)
-        total = total[: x.shape[0]].astype(jnp.float32)
-        return (total * (x_scale[:, None] * self.scale[None, :])).astype(x.dtype)
-
-
-def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows [R I] as int8 and one f32 scale [R] each: x = values * scale, up to rounding."""
-    wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
-    inverse = jnp.where(scale > 0, 1 / jnp.maximum(scale, 1e-38), 0)
-    return jnp.round(wide * inverse[:, None]).astype(jnp.int8), scale
-
-
 class Linear(nnx.Module):
     """y = x @ weight^T for a weight whose letters are `outputs` + `inputs`; no bias."""
 
@@ -141,53 +93,48 @@ class Linear(nnx.Module):
         outputs: str,
         inputs: str,
         config: ModelConfig,
-        dtype: DTypeLike,
+        placement: Placement,
         rngs: nnx.Rngs | None,
+        dtype: DTypeLike | None = None,
     ) -> None:
+        dtype = placement.dtype if dtype is None else dtype
         self.weight, self.scale = weight_parameters(outputs, inputs, config, dtype, rngs)
         self.num_inputs = len(inputs)
+        self.kernels = placement.kernels
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def full(self, x: jax.Array) -> jax.Array:
         """x [*R inputs] -> [*R outputs]."""
         rows = x.shape[: x.ndim - self.num_inputs]
         # One axis in and one out: on CPU two contracted axes take a path that is twice as slow.
         flat = x.reshape(math.prod(rows), -1)
-        return self.shaped(self.scaled.product(flat), rows)
+        return self._shaped(xla.product(flat, self.flat_weight), rows)
+
+    def paged(self, x: jax.Array) -> jax.Array:
+        """x [T inputs] -> [T outputs], by the placement's kernel."""
+        return paged_together(x, self)[0]
 
     @property
-    def scaled(self) -> Scaled:
-        """The weight as [O I], its axes on either side made one."""
+    def flat_weight(self) -> Weight:
+        """The weight as [O I]: its axes on either side made one."""
         outputs = math.prod(self.weight.shape[: -self.num_inputs])
         scale = None if self.scale is None else self.scale[...].reshape(outputs)
-        return Scaled(self.weight[...].reshape(outputs, -1), scale)
+        return Weight(self.weight[...].reshape(outputs, -1), scale)
 
-    def shaped(self, y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+    def _shaped(self, y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
         return y.reshape(*rows, *self.weight.shape[: -self.num_inputs])
 
 
-def products(x: jax.Array, *weights: Scaled) -> list[jax.Array]:
-    """What each weight gives for the same rows [R I]; `Scaled.product`, on CPU by our kernel."""
-
-    def xla() -> list[jax.Array]:
-        return [weight.product(x) for weight in weights]
-
-    def on_cpu() -> list[jax.Array]:
-        return native.linear(x, [weight.arrays for weight in weights])
-
-    # The kernels compute in float32; a bfloat16 model on CPU is for trying things out.
-    return native.on_cpu(on_cpu, xla) if x.dtype == jnp.float32 else xla()
-
-
-def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:
-    """The paged form of Linear, for several that share their rows: x [T inputs] -> [T outputs]."""
-    out = products(x.reshape(x.shape[0], -1), *(linear.scaled for linear in linears))
-    return [linear.shaped(y, x.shape[:1]) for linear, y in zip(linears, out, strict=True)]
+def paged_together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """The paged form of several layers for the same rows: x [T inputs] -> [T outputs] of each."""
+    weights = [linear.flat_weight for linear in linears]
+    products = linears[0].kernels.linear(x.reshape(x.shape[0], -1), weights)
+    return [linear._shaped(y, x.shape[:1]) for linear, y in zip(linears, products, strict=True)]
 
 
 def weight_parameters(
     outputs: str, inputs: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None
 ) -> tuple[nnx.Param, nnx.Param | None]:
-    """A weight and, for int8, the scales of its outputs."""
+    """Makes a weight and, for int8, the float32 scales of its outputs."""
     if jnp.dtype(dtype) != jnp.int8:
         return parameter(outputs + inputs, config, dtype, rngs), None
     weight = parameter(outputs + inputs, config, jnp.float32, rngs)
@@ -195,83 +142,64 @@ def weight_parameters(
     if rngs is None:
         weight.set_value(jax.ShapeDtypeStruct(weight.shape, jnp.int8))
         return weight, scale
-    flat = weight[...].reshape(*weight.shape[: len(outputs)], -1)
-    scaled = Scaled.quantized(flat)
-    weight.set_value(scaled.values.reshape(weight.shape))
-    scale.set_value(scaled.scale)
+    rounded = Weight.quantized(weight[...].reshape(*weight.shape[: len(outputs)], -1))
+    weight.set_value(rounded.values.reshape(weight.shape))
+    scale.set_value(rounded.scale)
     return weight, scale
 
 
-def activation_dtype(dtype: DTypeLike) -> DTypeLike:
-    """The dtype between the products of a model: its own, or float32 for int8."""
-    return jnp.float32 if jnp.dtype(dtype) == jnp.int8 else dtype
+def weight_of(weight: nnx.Param, scale: nnx.Param | None) -> Weight:
+    """The arrays of what `weight_parameters` made."""
+    return Weight(weight[...], None if scale is None else scale[...])
 
 
 class Embedding(nnx.Module):
     """Rows of a table for tokens, and, where embeddings are tied, the head that scores them."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs | None,
-        layout: Layout | None = None,
-    ) -> None:
-        self.weight, self.scale = weight_parameters("V", "D", config, dtype, rngs)
-        self.layout = layout
+    def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
+        self.weight, self.scale = weight_parameters("V", "D", config, placement.dtype, rngs)
+        self.layout = placement.layout
 
-    def paged(self, tokens: jax.Array) -> FlatHidden:
-        """tokens [T] -> [T D]; each device looks up what its part of the vocabulary has."""
-        if self.layout is None or not self.layout.axes("V"):
-            return self(tokens)
-        held = self.weight.shape[0]
-        mine = self.layout.gather(tokens, "V") - held * self.layout.index("V")
-        rows = self(jnp.clip(mine, 0, held - 1))
-        is_held = (mine >= 0) & (mine < held)
-        return self.layout.total(jnp.where(is_held[:, None], rows, jnp.zeros((), rows.dtype)), "V")
-
-    def __call__(self, tokens: jax.Array) -> Hidden:
+    def full(self, tokens: jax.Array) -> Hidden:
+        """tokens [*R] -> [*R D]; float32 where the table is int8."""
         rows = self.weight[...][tokens]
         if self.scale is None:
             return rows
         return rows.astype(jnp.float32) * self.scale[...][tokens][..., None]
 
+    def paged(self, tokens: jax.Array) -> FlatHidden:
+        """tokens [T] -> [T D]; each device looks up what its part of the vocabulary has."""
+        if self.layout is None or not self.layout.axes("V"):
+            return self.full(tokens)
+        held = self.weight.shape[0]
+        mine = self.layout.gather(tokens, "V") - held * self.layout.index("V")
+        rows = self.full(jnp.clip(mine, 0, held - 1))
+        is_held = (mine >= 0) & (mine < held)
+        return self.layout.total(jnp.where(is_held[:, None], rows, jnp.zeros((), rows.dtype)), "V")
+
     @property
-    def scaled(self) -> Scaled:
-        return Scaled.of(self.weight, self.scale)
+    def flat_weight(self) -> Weight:
+        """The table as a weight [V D]."""
+        return weight_of(self.weight, self.scale)
 
 
 class FeedForward(nnx.Module):
     """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs | None,
-        layout: Layout | None = None,
-    ) -> None:
-        self.layout = layout
-        self.gate = Linear("F", "D", config, dtype, rngs)
-        self.up = Linear("F", "D", config, dtype, rngs)
-        self.down = Linear("D", "F", config, dtype, rngs)
+    def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
+        self.layout, self.kernels = placement.layout, placement.kernels
+        self.gate = Linear("F", "D", config, placement, rngs)
+        self.up = Linear("F", "D", config, placement, rngs)
+        self.down = Linear("D", "F", config, placement, rngs)
 
     def full(self, x: Hidden) -> Hidden:
-        down: jax.Array = self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-        return down
+        """x [*R D] -> [*R D]."""
+        return self.down.full(xla.swiglu(self.gate.full(x), self.up.full(x)))
 
     def paged(self, x: FlatHidden) -> FlatHidden:
+        """x [T D] -> [T D]."""
         if self.layout is not None:
             x = self.layout.gather(x, "F")
-        gate, up = project(x, self.gate, self.up)
-
-        def on_cpu() -> jax.Array:
-            return native.swiglu(gate, up)
-
-        def xla() -> jax.Array:
-            return jax.nn.silu(gate) * up
-
-        # XLA:CPU gives it one thread, and takes a twelfth of a prompt's time for it.
-        hidden = native.on_cpu(on_cpu, xla) if x.dtype == jnp.float32 else xla()
-        out = project(hidden, self.down)[0]
+        gate, up = paged_together(x, self.gate, self.up)
+        out = self.down.paged(self.kernels.swiglu(gate, up))
         return out if self.layout is None else self.layout.total(out, "F")

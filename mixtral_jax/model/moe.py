@@ -1,47 +1,35 @@
 """Mixture of experts (arXiv:2401.04088): a router sends each token to X of E SwiGLU experts.
 
-One sum, three equal forms:
-    dense    every expert computes every token, the router's weights pick; the oracle
-    ragged   tokens sorted by expert, one grouped product per matrix; one device
-    sharded  experts split over the mesh: each device runs the ragged form on the experts that it
-             holds, for the tokens that it sees, and a psum adds up
+One sum, four equal forms:
+    dense      every expert computes every token, the router's weights pick; the oracle
+    ragged     tokens sorted by expert, one grouped product per matrix
+    local      one device's side under a mesh: the ragged form (or, for few tokens, the dense one)
+               on the experts that it holds, for the tokens that it sees; the sums are added up
+    exchanged  the same for many tokens, which travel to their experts and back
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, Hidden
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.cpu import native
-from mixtral_jax.kernels.gpu import attention as gpu
-from mixtral_jax.kernels.tpu import attention as tpu
-from mixtral_jax.model import expert_exchange as exchange
-from mixtral_jax.model.layers import Linear, Scaled, project, quantize_rows, weight_parameters
-from mixtral_jax.sharding import Layout
+from mixtral_jax.kernels import Kernels
+from mixtral_jax.kernels.xla import products as xla
+from mixtral_jax.layout import Layout
+from mixtral_jax.model import expert_exchange
+from mixtral_jax.model.layers import Linear, weight_of, weight_parameters
+from mixtral_jax.placement import Placement
+from mixtral_jax.weight import Weight
 
 Form = Literal["dense", "ragged"]
-Product = Callable[[jax.Array, jax.Array, Scaled], jax.Array]  # as `grouped`
+Experts = tuple[Weight, Weight, Weight]  # gate "EFD", up "EFD", down "EDF"
 
-# So few tokens that an accelerator reads an expert's weights for longer than it computes with them
-# for all tokens: sorting tokens by expert gains nothing, and one product less waits for another.
-# (Peak rate over bandwidth is 240 multiply-adds a byte for TPU v5e and more for all others.)
-FEW_TOKENS = 128
-# Of one device, from which on the exchange moves less than its own overhead is worth.
-_MANY_TOKENS = 64
-
-# y[M, out] = x[M, in] @ w[E, out, in]^T, rows of x in E groups: contracts the weight's last axis.
-_GROUPED = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
+# Tokens of one device from which on the exchange moves less than its own overhead is worth.
+_MIN_EXCHANGED = 64
 
 
 def route(logits: jax.Array, experts_per_token: int) -> tuple[Choice, ChoiceWeights]:
@@ -57,51 +45,45 @@ def route(logits: jax.Array, experts_per_token: int) -> tuple[Choice, ChoiceWeig
 class MoE(nnx.Module):
     """Router and experts of one layer."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: DTypeLike,
-        activations: DTypeLike,
-        rngs: nnx.Rngs | None,
-        layout: Layout | None,
-    ) -> None:
-        self.router = Linear("Q", "D", config, activations, rngs)
-        self.gate = Experts("EF", "D", config, dtype, rngs)
-        self.up = Experts("EF", "D", config, dtype, rngs)
-        self.down = Experts("ED", "F", config, dtype, rngs)
+    def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
+        between = placement.activation_dtype
+        self.router = Linear("Q", "D", config, placement, rngs, dtype=between)
+        self.gate = ExpertMatrix("EF", "D", config, placement, rngs)
+        self.up = ExpertMatrix("EF", "D", config, placement, rngs)
+        self.down = ExpertMatrix("ED", "F", config, placement, rngs)
         self.experts_per_token = config.experts_per_token
-        self.layout = layout
+        self.layout, self.kernels = placement.layout, placement.kernels
 
     def full(self, x: Hidden, form: Form = "ragged") -> Hidden:
         """x [*R D] -> [*R D]. `form` chooses between dense and ragged; a mesh means sharded."""
         flat = x.reshape(-1, x.shape[-1])
-        choice, weights = route(self.router(flat), self.experts_per_token)
+        kernels = self.kernels.with_gradients()
+        choice, weights = route(self.router.full(flat), self.experts_per_token)
         if self.layout is not None:
-            flat = moe_sharded(flat, choice, weights, self._experts, self.layout)
+            flat = moe_sharded(flat, choice, weights, self.experts, self.layout, kernels)
         elif form == "dense":
-            flat = moe_dense(flat, choice, weights, self._experts)
+            flat = moe_dense(flat, choice, weights, self.experts)
         else:
-            flat = moe_ragged(flat, choice, weights, self._experts)
+            flat = moe_ragged(flat, choice, weights, self.experts, kernels)
         return flat.reshape(x.shape)
 
     def paged(self, x: FlatHidden) -> FlatHidden:
-        routed = x
-        if self.layout is not None and self.layout.platform == "gpu":
-            # Else XLA makes one product of the router's and the first expert's, and so copies the
-            # expert's weights in every step.
-            routed = jax.lax.optimization_barrier(x)
-        choice, weights = route(project(routed, self.router)[0], self.experts_per_token)
+        """x [T D] -> [T D]."""
+        logits = self.router.paged(self.kernels.router_input(x))
+        choice, weights = route(logits, self.experts_per_token)
         if self.layout is not None:
-            product = partial(grouped, platform=self.layout.platform)
-            return moe_local(x, choice, weights, self._experts, self.layout, product)
-        return moe_ragged(x, choice, weights, self._experts, grouped)
+            return moe_local(x, choice, weights, self.experts, self.layout, self.kernels)
+        if x.shape[0] <= self.kernels.max_dense_tokens:
+            return moe_dense(x, choice, weights, self.experts)
+        return moe_ragged(x, choice, weights, self.experts, self.kernels)
 
     @property
-    def _experts(self) -> "Weights":
-        return self.gate.scaled, self.up.scaled, self.down.scaled
+    def experts(self) -> Experts:
+        """The arrays of gate, up and down."""
+        return self.gate.arrays, self.up.arrays, self.down.arrays
 
 
-class Experts(nnx.Module):
+class ExpertMatrix(nnx.Module):
     """One matrix of every expert."""
 
     def __init__(
@@ -109,79 +91,39 @@ class Experts(nnx.Module):
         outputs: str,
         inputs: str,
         config: ModelConfig,
-        dtype: DTypeLike,
+        placement: Placement,
         rngs: nnx.Rngs | None,
     ) -> None:
-        self.weight, self.scale = weight_parameters(outputs, inputs, config, dtype, rngs)
+        self.weight, self.scale = weight_parameters(outputs, inputs, config, placement.dtype, rngs)
 
     @property
-    def scaled(self) -> Scaled:
-        return Scaled.of(self.weight, self.scale)
-
-
-Weights = tuple[Scaled, Scaled, Scaled]  # gate "EFD", up "EFD", down "EDF"
+    def arrays(self) -> Weight:
+        """The matrices [E O I] with their scales."""
+        return weight_of(self.weight, self.scale)
 
 
 def moe_dense(
-    x: FlatHidden, choice: Choice, weights: ChoiceWeights, experts: Weights
+    x: FlatHidden, choice: Choice, weights: ChoiceWeights, experts: Experts
 ) -> FlatHidden:
     """Every expert on every token: E/X times the work, and nothing to get wrong.
 
     A choice >= the number of experts held here adds nothing.
     """
 
-    def expert(gate: Scaled, up: Scaled, down: Scaled) -> jax.Array:
-        return down.product(jax.nn.silu(gate.product(x)) * up.product(x))
+    def expert(gate: Weight, up: Weight, down: Weight) -> jax.Array:
+        return xla.product(xla.swiglu(xla.product(x, gate), xla.product(x, up)), down)
 
-    each = jax.vmap(expert)(*experts)
-    shares = jax.nn.one_hot(choice, each.shape[0], dtype=jnp.float32) * weights[..., None]
-    return jnp.einsum("ETD,TE->TD", each, jnp.sum(shares, axis=1).astype(x.dtype))
-
-
-def grouped_xla(x: jax.Array, sizes: jax.Array, weight: Scaled) -> jax.Array:
-    """Rows in E groups, each against its own expert: x [M I], sizes [E], weight [E O I] -> [M O].
-
-    Unspecified for rows behind the last group.
-    """
-    if weight.scale is None:
-        return jax.lax.ragged_dot_general(x, weight.values, sizes, _GROUPED)
-    rows, x_scale = quantize_rows(x)
-    total = jax.lax.ragged_dot_general(
-        rows, weight.values, sizes, _GROUPED, preferred_element_type=jnp.int32
-    )
-    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
-    scale = weight.scale[jnp.minimum(expert, sizes.shape[0] - 1)]
-    return (total.astype(jnp.float32) * (x_scale[:, None] * scale)).astype(x.dtype)
-
-
-def grouped(
-    x: jax.Array, sizes: jax.Array, weight: Scaled, platform: str | None = None
-) -> jax.Array:
-    """`grouped_xla`, on CPU by our kernel: there XLA's computes every expert for every row.
-
-    `platform` is what the mesh is of; without a mesh, None, only CPU has kernels.
-    """
-
-    if platform == "tpu" and tpu.fits_grouped(x, weight):
-        return tpu.grouped(x, sizes, weight)
-    if platform == "gpu" and gpu.fits_grouped(weight):
-        return gpu.grouped(x, sizes, weight)
-
-    def xla() -> jax.Array:
-        return grouped_xla(x, sizes, weight)
-
-    def on_cpu() -> jax.Array:
-        return native.grouped(x, sizes.astype(jnp.int32), weight.arrays)
-
-    return native.on_cpu(on_cpu, xla) if x.dtype == jnp.float32 else xla()
+    outputs = jax.vmap(expert)(*experts)
+    shares = jax.nn.one_hot(choice, outputs.shape[0], dtype=jnp.float32) * weights[..., None]
+    return jnp.einsum("ETD,TE->TD", outputs, jnp.sum(shares, axis=1).astype(x.dtype))
 
 
 def moe_ragged(
     x: FlatHidden,
     choice: Choice,
     weights: ChoiceWeights,
-    experts: Weights,
-    product: Product = grouped_xla,
+    experts: Experts,
+    kernels: Kernels,
 ) -> FlatHidden:
     """Each token's experts only. A choice >= the number of experts held here adds nothing.
 
@@ -194,8 +136,8 @@ def moe_ragged(
     order = jnp.argsort(pair_expert, stable=True)
     rows = x[order // picks]
     sizes = jnp.bincount(pair_expert, length=num_experts)
-    hidden = jax.nn.silu(product(rows, sizes, gate)) * product(rows, sizes, up)
-    out = product(hidden, sizes, down)
+    hidden = kernels.swiglu(kernels.grouped(rows, sizes, gate), kernels.grouped(rows, sizes, up))
+    out = kernels.grouped(hidden, sizes, down)
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     # Rows of experts held elsewhere are behind the last group, where the product is unspecified.
     out = jnp.where((pair_expert < num_experts)[:, None], out, jnp.zeros((), out.dtype))
@@ -207,26 +149,26 @@ def moe_local(
     x: FlatHidden,
     choice: Choice,
     weights: ChoiceWeights,
-    experts: Weights,
+    experts: Experts,
     layout: Layout,
-    product: Product = grouped_xla,
+    kernels: Kernels,
 ) -> FlatHidden:
     """One device's side of the sharded form: its tokens, its experts, inside a `shard_map`.
 
     Tokens that are split over devices with other experts are gathered, and the sums scattered; many
     tokens travel to their experts instead (`moe_exchanged`).
     """
-    is_split = layout.shared("EF") == (exchange.AXIS,)
-    if is_split and x.shape[0] >= _MANY_TOKENS and exchange.is_possible(layout.mesh):
-        return moe_exchanged(x, choice, weights, experts, layout, product)
-    x, choice, weights = (layout.gather(part, "EF") for part in (x, choice, weights))
+    is_split = layout.shared("EF") == (expert_exchange.AXIS,)
+    if is_split and x.shape[0] >= _MIN_EXCHANGED and kernels.can_move_rows(layout.mesh):
+        return moe_exchanged(x, choice, weights, experts, layout, kernels)
+    x, choice, weights = (layout.gather(array, "EF") for array in (x, choice, weights))
     held = experts[0].values.shape[0]
     mine = choice - held * layout.index("E")
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
-    if layout.platform != "cpu" and x.shape[0] <= FEW_TOKENS:
+    if x.shape[0] <= kernels.max_dense_tokens:
         sums = moe_dense(x, mine, weights, experts)
     else:
-        sums = moe_ragged(x, mine, weights, experts, product)
+        sums = moe_ragged(x, mine, weights, experts, kernels)
     return layout.total(sums, "EF")
 
 
@@ -234,33 +176,38 @@ def moe_exchanged(
     x: FlatHidden,
     choice: Choice,
     weights: ChoiceWeights,
-    experts: Weights,
+    experts: Experts,
     layout: Layout,
-    product: Product = grouped_xla,
+    kernels: Kernels,
 ) -> FlatHidden:
-    """The same where tokens and experts are split over the axis `expert`, and nothing else."""
-    held, devices = experts[0].values.shape[0], layout.mesh.shape[exchange.AXIS]
-    way = exchange.Exchange(choice, weights, held, devices, layout.platform)
-    sums = moe_ragged(way.send(x), way.choice, way.weights, experts, product)
+    """`moe_local` where tokens and experts are split over the axis `expert`, and nothing else."""
+    held, devices = experts[0].values.shape[0], layout.mesh.shape[expert_exchange.AXIS]
+    dispatched = expert_exchange.dispatch(x, choice, weights, held, devices, kernels)
+    sums = moe_ragged(dispatched.rows, dispatched.choice, dispatched.weights, experts, kernels)
     # Parts of a sum over F go back unsummed: there are fewer rows at home.
     rest = Layout(layout.mesh, replace(layout.rules, E=()))
-    return rest.total(way.give_back(sums), "F")
+    return rest.total(expert_exchange.combine(sums, dispatched, kernels), "F")
 
 
 def moe_sharded(
-    x: FlatHidden, choice: Choice, weights: ChoiceWeights, experts: Weights, layout: Layout
+    x: FlatHidden,
+    choice: Choice,
+    weights: ChoiceWeights,
+    experts: Experts,
+    layout: Layout,
+    kernels: Kernels,
 ) -> FlatHidden:
     """`moe_local` on every device of the mesh, for whole arrays."""
-    if x.shape[0] % layout.parts:  # then all are computed everywhere
+    if x.shape[0] % layout.parts:  # then all tokens are computed everywhere
         layout = Layout(layout.mesh, replace(layout.rules, B=()))
     rows = layout.rules.spec("BD")
 
-    def local(x: jax.Array, choice: jax.Array, weights: jax.Array, *experts: Scaled) -> jax.Array:
-        return moe_local(x, choice, weights, (experts[0], experts[1], experts[2]), layout)
+    def local(x: jax.Array, choice: jax.Array, weights: jax.Array, *experts: Weight) -> jax.Array:
+        return moe_local(x, choice, weights, (experts[0], experts[1], experts[2]), layout, kernels)
 
-    def spec(weight: Scaled, letters: str) -> Scaled:
+    def spec(weight: Weight, letters: str) -> Weight:
         scale = None if weight.scale is None else layout.rules.spec(letters[:2])
-        return Scaled(layout.rules.spec(letters), scale)  # type: ignore[arg-type]
+        return Weight(layout.rules.spec(letters), scale)  # type: ignore[arg-type]
 
     specs = (spec(experts[0], "EFD"), spec(experts[1], "EFD"), spec(experts[2], "EDF"))
     sharded = jax.shard_map(

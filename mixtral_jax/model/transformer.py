@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from mixtral_jax.axes import (
     DrawnHidden,
@@ -27,6 +25,8 @@ from mixtral_jax.axes import (
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.compilation import CompiledPrograms
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels.xla import products as xla
+from mixtral_jax.layout import Layout
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import (
     Embedding,
@@ -34,40 +34,31 @@ from mixtral_jax.model.layers import (
     Linear,
     RMSNorm,
     Rotary,
-    activation_dtype,
-    products,
 )
 from mixtral_jax.model.moe import MoE
-from mixtral_jax.sharding import Layout, ShardingRules
+from mixtral_jax.placement import Placement
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: DTypeLike,
-        activations: DTypeLike,
-        rngs: nnx.Rngs | None,
-        layout: Layout | None,
-    ) -> None:
-        self.attention_norm = RMSNorm(config, activations, rngs)
-        self.attention = Attention(config, dtype, rngs, layout)
-        self.feed_forward_norm = RMSNorm(config, activations, rngs)
+    def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
+        self.attention_norm = RMSNorm(config, placement, rngs)
+        self.attention = Attention(config, placement, rngs)
+        self.feed_forward_norm = RMSNorm(config, placement, rngs)
         self.feed_forward = (
-            MoE(config, dtype, activations, rngs, layout)
-            if config.is_moe
-            else FeedForward(config, dtype, rngs, layout)
+            MoE(config, placement, rngs) if config.is_moe else FeedForward(config, placement, rngs)
         )
 
     def full(self, x: RowHidden, rotary: Rotary) -> RowHidden:
+        """Whole rows: x [B T D] -> [B T D]."""
         x = x + self.attention.full(self.attention_norm.full(x), rotary)
         return x + self.feed_forward.full(self.feed_forward_norm.full(x))
 
     def paged(
         self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch
     ) -> tuple[FlatHidden, Pages]:
+        """New tokens against this layer's pages: x [T D] -> [T D] and the pages."""
         mixed, pages = self.attention.paged(self.attention_norm.paged(x), rotary, pages, batch)
         x = x + mixed
         return x + self.feed_forward.paged(self.feed_forward_norm.paged(x)), pages
@@ -78,38 +69,18 @@ class Transformer(nnx.Module):
 
     Args:
         config: shape and mathematics.
-        dtype: of weights and activations, bfloat16 or float32; or int8 for W8A8 weights.
-        activations: of what flows between int8 weights, and of cached keys and values; None for
-            float32. Else it must be `dtype`.
+        placement: devices, dtypes and kernels; `Placement.of(config, ...)` makes it.
         rngs: source of the random initial weights; None for an abstract model, whose parameters
             are ShapeDtypeStructs.
-        mesh: where the model is split; None for one device.
-        rules: how axis letters map to the mesh; None for `ShardingRules.of`.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        activations: DTypeLike | None = None,
-        rngs: nnx.Rngs | None,
-        mesh: Mesh | None = None,
-        rules: ShardingRules | None = None,
-    ) -> None:
-        self.layout = None
-        if mesh is not None:
-            self.layout = Layout(mesh, rules or ShardingRules.of(config, mesh))
-            self.layout.rules.check(config, mesh)
-        between = activation_dtype(dtype) if activations is None else activations
-        self.config = config
+    def __init__(self, config: ModelConfig, placement: Placement, *, rngs: nnx.Rngs | None) -> None:
+        self.config, self.placement = config, placement
         self.programs = CompiledPrograms()
-        self.embed = Embedding(config, dtype, rngs, self.layout)
-        self.layers = nnx.List(
-            [Block(config, dtype, between, rngs, self.layout) for _ in range(config.num_layers)]
-        )
-        self.norm = RMSNorm(config, between, rngs)
-        self.head = None if config.tied_embeddings else Linear("V", "D", config, dtype, rngs)
+        self.embed = Embedding(config, placement, rngs)
+        self.layers = nnx.List([Block(config, placement, rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config, placement, rngs)
+        self.head = None if config.tied_embeddings else Linear("V", "D", config, placement, rngs)
         if self.layout is not None:
             for variable in named_parameters(self).values():
                 variable.set_value(_placed(variable.get_value(), variable, self.layout))
@@ -121,7 +92,7 @@ class Transformer(nnx.Module):
         """
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         rotary = Rotary.at(positions, self.config)
-        x = self.embed(tokens).astype(self.dtype)
+        x = self.embed.full(tokens).astype(self.dtype)
         for block in self.layers:
             x = block.full(x, rotary)
         return self.logits(self.norm.full(x))
@@ -155,18 +126,24 @@ class Transformer(nnx.Module):
     def logits(self, x: Hidden) -> jax.Array:
         """Hidden states [*R D] -> logits [*R V] f32."""
         flat = x.reshape(-1, x.shape[-1])
-        scores = self._head.scaled.product(flat).astype(jnp.float32)
+        scores = xla.product(flat, self._head.flat_weight).astype(jnp.float32)
         return scores.reshape(*x.shape[:-1], -1)
 
     def paged_logits(self, x: DrawnHidden) -> FlatLogits:
-        """The same for rows [R D] that every device has."""
-        scores = products(x, self._head.scaled)[0].astype(jnp.float32)
+        """The same for rows [R D] that every device has, by the placement's kernel."""
+        products = self.placement.kernels.linear(x, [self._head.flat_weight])
+        scores = products[0].astype(jnp.float32)
         return scores if self.layout is None else self.layout.whole(scores, "V", 1)
 
     @property
-    def dtype(self) -> Any:
-        """Of activations and of cached keys and values."""
-        return self.norm.weight.get_value().dtype
+    def layout(self) -> Layout | None:
+        """The mesh and the rules on it; None for one device."""
+        return self.placement.layout
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of activations and of cached keys and values."""
+        return jnp.dtype(self.placement.activation_dtype)
 
     @property
     def _head(self) -> Embedding | Linear:

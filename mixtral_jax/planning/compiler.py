@@ -20,12 +20,12 @@ import jax
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import UserError
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.placement import Placement
 from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.topology import absent_devices, environment
 from mixtral_jax.planning.traffic import program_traffic
-from mixtral_jax.planning.workload import activation_dtype
-from mixtral_jax.sharding import ShardingRules, make_mesh
+from mixtral_jax.sharding import make_mesh
 from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import StepSizes
 from mixtral_jax.step.programs import Programs
@@ -129,14 +129,8 @@ def abstract_model(job: CompileJob, devices: Sequence[jax.Device]) -> Transforme
     """The job's model on these devices, with shapes and shardings but without values."""
     data, expert, tensor, copies = job.mesh
     mesh = make_mesh(data, expert, tensor * copies, devices, copies)
-    return Transformer(
-        job.model,
-        dtype=job.dtype,
-        activations=activation_dtype(job.dtype, job.topology.partition(":")[0]),
-        rngs=None,
-        mesh=mesh,
-        rules=ShardingRules.of(job.model, mesh, job.dp_attention),
-    )
+    placement = Placement.of(job.model, job.dtype, mesh, job.dp_attention)
+    return Transformer(job.model, placement, rngs=None)
 
 
 def compile_step(

@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 
 from mixtral_jax.cache import token_bytes
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.model.moe import FEW_TOKENS
+from mixtral_jax.kernels import Kernels, kernels_for
 from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.placement import Placement
 from mixtral_jax.planning.chips import Topology
 from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.expert_load import busiest_experts, busiest_pairs
 from mixtral_jax.planning.split import Split
-from mixtral_jax.planning.workload import Workload, activation_dtype
+from mixtral_jax.planning.workload import Workload
 from mixtral_jax.sharding import ShardingRules
 
 
@@ -71,10 +72,15 @@ class Estimate:
         """Number of sequences of one group."""
         return -(-self.workload.batch // self.num_groups)
 
+    @cached_property
+    def kernels(self) -> Kernels:
+        """The kernels of the topology's devices, which the model's step will call."""
+        return kernels_for(self.topology.platform)
+
     @property
     def activation_dtype(self) -> str:
         """Dtype of the activations."""
-        return activation_dtype(self.workload.dtype, self.topology.platform)
+        return self.kernels.activation_dtype(self.workload.dtype)
 
     @property
     def activation_bytes(self) -> int:
@@ -97,9 +103,13 @@ class Estimate:
         """Bytes of the parameters that one chip holds."""
         model = self.workload.model
         one_layer = ModelConfig.from_json({**model.to_json(), "num_layers": 1})
-        abstract = Transformer(
-            one_layer, dtype=self.workload.dtype, activations=self.activation_dtype, rngs=None
+        placement = Placement(
+            dtype=self.workload.dtype,
+            activation_dtype=self.activation_dtype,
+            layout=None,
+            kernels=self.kernels,
         )
+        abstract = Transformer(one_layer, placement, rngs=None)
         nbytes = {"experts": 0, "rest_of_layers": 0, "embedding": 0, "head": 0}
         for name, variable in named_parameters(abstract).items():
             array, letters = variable.get_value(), variable.get_metadata("axes")
@@ -144,9 +154,8 @@ class Estimate:
         This is the dense form of `model.moe.moe_local`, which also reads experts that no token
         chose.
         """
-        model = self.workload.model
-        is_accelerator = self.topology.platform != "cpu"
-        return model.is_moe and is_accelerator and self._tokens_met(tokens) <= FEW_TOKENS
+        few = self._tokens_met(tokens) <= self.kernels.max_dense_tokens
+        return self.workload.model.is_moe and few
 
     def least_bytes(self, tokens: int, sequences: int) -> float:
         """Bytes that any program must move in a step on the busiest chip.

@@ -51,13 +51,3 @@ class Workload:
     def attended_tokens(self) -> int:
         """Number of tokens that the last token of a sequence attends to."""
         return min(self.context, self.model.sliding_window or self.context)
-
-
-def activation_dtype(dtype: str, platform: str) -> str:
-    """Dtype of the activations between weights of `dtype` on cpu, tpu or gpu.
-
-    Between weights of int8, CPU computes in float32 and accelerators in bfloat16.
-    """
-    if dtype != "int8":
-        return dtype
-    return "float32" if platform == "cpu" else "bfloat16"

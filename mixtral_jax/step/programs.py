@@ -29,9 +29,9 @@ from jax.typing import DTypeLike
 from mixtral_jax.axes import DrawnHidden, FlatHidden, FlatTokens, PagePairs, Pages, Rows
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.layout import Layout
 from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.sharding import Layout
 from mixtral_jax.step.inputs import StepInputs
 from mixtral_jax.step.sampling import Sampled, SamplingArrays, sample
 

@@ -8,8 +8,6 @@ import random
 import time
 from dataclasses import dataclass, field
 
-import jax.numpy as jnp
-
 from mixtral_jax.checkpoint.pretrained import open_pretrained
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.transformer import Transformer
@@ -50,7 +48,7 @@ class OfflineEngine:
         keep_programs()
         pretrained = open_pretrained(model)
         card = pretrained.card
-        kind = jnp.dtype(pretrained.loadable_dtype(dtype))
+        placement = pretrained.placement(dtype, mesh=None)
         longest = prompt_tokens + answer_tokens
         if longest > card.model.max_context:
             raise ValueError(
@@ -66,8 +64,8 @@ class OfflineEngine:
             max_waiting=concurrency,
             window=card.model.sliding_window,
         )
-        steps = compile_steps(Transformer(card.model, dtype=kind, rngs=None), limits)
-        self._engine = Engine(pretrained.load(dtype=kind), limits, steps)
+        steps = compile_steps(Transformer(card.model, placement, rngs=None), limits)
+        self._engine = Engine(pretrained.load(placement), limits, steps)
         self._vocabulary = card.model.vocab_size
         self._lengths = prompt_tokens, answer_tokens
         self._shared = min(shared_prefix, prompt_tokens)

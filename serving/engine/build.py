@@ -9,19 +9,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from mixtral_jax.cache import PAGE_SIZES, token_bytes
+from mixtral_jax.cache import token_bytes
 from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ConfigError, TopologyError
-from mixtral_jax.kernels.cpu import native
+from mixtral_jax.errors import TopologyError
 from mixtral_jax.model.transformer import Transformer, held_bytes
-from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
+from mixtral_jax.placement import Placement
 from mixtral_jax.step.buckets import Steps
 from serving.engine.cache_memory import cache_bytes
 from serving.engine.config import EngineConfig
@@ -63,15 +59,6 @@ class Prepared:
     """The mesh as `mesh_text` writes it; None on one device."""
 
 
-class _Placement(NamedTuple):
-    """Where the model stands: its mesh and what follows from the kind of device."""
-
-    mesh: jax.sharding.Mesh | None
-    rules: ShardingRules | None
-    activations: DTypeLike | None
-    page_size: int
-
-
 def prepare(
     config: EngineConfig,
     pretrained: Pretrained,
@@ -89,73 +76,37 @@ def prepare(
 
     Raises UserError if the model cannot be run so.
     """
-    dtype = pretrained.loadable_dtype(config.dtype)
-    mesh, rules, activations, page_size = _placement(config, pretrained.card.model, dtype)
-    abstract = Transformer(
-        pretrained.card.model,
-        dtype=dtype,
-        activations=activations,
-        rngs=None,
-        mesh=mesh,
-        rules=rules,
-    )
-    limits = agree(_limits(abstract, config, page_size))
-    if mesh is not None:
-        say(f"{mesh.size} devices: {mesh_text(mesh)}")
+    placement = pretrained.placement(config.dtype, config.mesh, config.dp_attention)
+    _check(placement, config, pretrained.card.model)
+    abstract = Transformer(pretrained.card.model, placement, rngs=None)
+    limits = agree(_limits(abstract, config))
+    if placement.layout is not None:
+        say(f"{placement.layout.mesh.size} devices: {placement.mesh_text}")
     # Reading the weights and compiling for their shapes do not wait for one another.
     with ThreadPoolExecutor(1) as pool:
         say(f"loading {config.model}")
-        model = pool.submit(pretrained.load, mesh, dtype, rules, activations)
-        parts = 1 if abstract.layout is None else abstract.layout.parts
-        tokens = parts * limits.num_pages * limits.page_size
+        model = pool.submit(pretrained.load, placement)
+        tokens = placement.sequence_groups * limits.num_pages * limits.page_size
         say(f"room for {tokens:,} tokens of all requests together")
         steps = compile_steps(abstract, limits, say, config.kv_dtype)
-        text = None if mesh is None else mesh_text(mesh)
-        return Prepared(model.result(), limits, steps, text)
+        return Prepared(model.result(), limits, steps, placement.mesh_text)
 
 
-def _placement(config: EngineConfig, model: ModelConfig, dtype: str) -> _Placement:
-    """Decides everything that depends on the devices. Raises UserError if they cannot be used."""
-    platform = jax.default_backend()
-    mesh = mesh_for(model, config.mesh, config.dp_attention)
-    if jax.process_count() > 1 and (mesh is None or mesh.size != jax.device_count()):
+def _check(placement: Placement, config: EngineConfig, model: ModelConfig) -> None:
+    """Raises UserError if the model cannot be served so on these devices."""
+    layout = placement.layout
+    num_devices = 1 if layout is None else layout.mesh.size
+    if jax.process_count() > 1 and num_devices != jax.device_count():
         raise TopologyError(
-            f"the mesh has {1 if mesh is None else mesh.size} devices; with several processes it "
-            f"must have all {jax.device_count()} of them"
+            f"the mesh has {num_devices} devices; with several processes it must have all "
+            f"{jax.device_count()} of them"
         )
     if config.deterministic:
-        _check_deterministic(dtype, model, is_split=mesh is not None)
-    if config.kv_dtype and platform == "tpu":
-        raise ConfigError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
-    # Between weights of int8, CPU computes in float32 and accelerators in bfloat16.
-    activations = jnp.bfloat16 if dtype == "int8" and platform != "cpu" else None
-    rules = None if mesh is None else ShardingRules.of(model, mesh, config.dp_attention)
-    # Without a mesh the kernels are those of CPU.
-    page_size = PAGE_SIZES["cpu" if mesh is None else platform]
-    return _Placement(mesh, rules, activations, page_size)
+        placement.check_deterministic(model)
+    placement.checked_kv_dtype(config.kv_dtype)
 
 
-def _check_deterministic(dtype: str, config: ModelConfig, is_split: bool) -> None:
-    """Raises ConfigError if equal bits are not promised for this model on these devices."""
-    if is_split:
-        raise ConfigError("--deterministic is promised on one device; leave out the flag or --mesh")
-    if jax.default_backend() != "cpu" or dtype not in ("float32", "int8"):
-        raise ConfigError(
-            f"--deterministic is promised on CPU for float32 and int8; this is {dtype} on "
-            f"{jax.default_backend()}: leave the flag out, or give --dtype float32"
-        )
-    if config.head_size % native.LANES:
-        raise ConfigError(
-            f"--deterministic needs heads of a multiple of {native.LANES} values; this model's "
-            f"have {config.head_size}: leave the flag out"
-        )
-    if not native.available():
-        raise ConfigError(
-            "--deterministic needs the CPU kernels, which were not built; install a C++ compiler"
-        )
-
-
-def _limits(model: Transformer, config: EngineConfig, page_size: int) -> Limits:
+def _limits(model: Transformer, config: EngineConfig) -> Limits:
     """Returns the limits of one partition of the sequences; `config` has those of all together."""
     layout = model.layout
     parts, heads = 1, 1
@@ -167,7 +118,7 @@ def _limits(model: Transformer, config: EngineConfig, page_size: int) -> Limits:
         memory = config.kv_memory << 20
     else:
         memory = cache_bytes(held_bytes(model))
-    max_context = model.config.max_context
+    max_context, page_size = model.config.max_context, model.placement.page_size
     num_pages = max(1, min(max_sequences * max_context, memory // per_token) // page_size)
     limits = Limits(
         num_pages=num_pages,

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 from convert.convert import convert
@@ -19,10 +18,11 @@ from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.checkpoint.writer import ParameterReader
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
-from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.model.transformer import named_parameters
 from mixtral_jax.tokenization import tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.support import parity, sources
+from tests.support.models import model_of
 
 
 def everything(folder: Path) -> sources.Tensors:
@@ -74,7 +74,7 @@ def test_transformers_computes_the_same(tmp_path: Path, kind: str) -> None:
 def test_a_model_saved_from_memory(tmp_path: Path) -> None:
     """As training saves it: Orbax chose the chunks, and compressed them."""
     config = from_hf(sources.MOE)
-    model = Transformer(config, dtype="bfloat16", rngs=nnx.Rngs(0))
+    model = model_of(config, dtype="bfloat16")
     card = Card(model=config, dtype="bfloat16", name="mine", provider="me")
     writer.save(tmp_path / "ours", model, card, [])
     assert export(tmp_path / "ours", tmp_path / "hf") == card
@@ -87,7 +87,7 @@ def test_a_model_saved_from_memory(tmp_path: Path) -> None:
 def ours(tmp_path: Path) -> Path:
     vocab_size = ByteTokenizer().vocab_size
     config = from_hf(sources.MOE | dict(vocab_size=vocab_size))
-    model = Transformer(config, dtype="float32", rngs=nnx.Rngs(0))
+    model = model_of(config, dtype="float32")
     card = Card(model=config, dtype="float32", name="mine", provider="me")
     (tmp_path / "words").mkdir()
     ByteTokenizer().save(tmp_path / "words")

@@ -24,7 +24,7 @@ from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.checkpoint import restore
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.checkpoint.parameters import CHUNK_BYTES, count_parameters, parameter_shapes
-from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
+from mixtral_jax.checkpoint.pretrained import TINY_RANDOM
 from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
@@ -32,6 +32,7 @@ from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.support import sources
+from tests.support.models import model_of
 
 CONFIGS = {
     "dense": from_hf(sources.DENSE),
@@ -51,7 +52,7 @@ def random_model(kind: str, outliers: float = 1) -> Transformer:
     `outliers` makes a few channels larger in all activations that smoothing is about, and the
     weights behind them smaller: the model computes the same.
     """
-    model = Transformer(CONFIGS[kind], rngs=nnx.Rngs(0))
+    model = model_of(CONFIGS[kind])
     generator = np.random.default_rng(1)
     for variable in named_parameters(model).values():
         value = np.array(variable.get_value())
@@ -196,7 +197,7 @@ def test_converted_to_int8_and_loaded(tmp_path: Path, tied: bool) -> None:
     assert card == Card.read(tmp_path / "int8")
     # A tied head could not be smoothed: it gets weights of its own.
     assert (card.dtype, card.model.tied_embeddings) == ("int8", False)
-    model, tokenizer = mixtral_jax.load(tmp_path / "int8")
+    model, tokenizer = mixtral_jax.load(tmp_path / "int8", mesh=None)
     assert isinstance(tokenizer, ByteTokenizer)
     assert model.layers[0].feed_forward.down.weight.get_value().dtype == jnp.int8
     convert(source, tmp_path / "float")
@@ -225,13 +226,13 @@ def test_no_way_from_one_kind_to_the_other_but_converting(tmp_path: Path) -> Non
     for dtype in ("int8", "float32"):
         convert(source, tmp_path / dtype, dtype=dtype)
     with pytest.raises(ConfigError, match="stored as int8 .* anew with --dtype bfloat16"):
-        mixtral_jax.load(tmp_path / "int8", dtype="bfloat16")
+        mixtral_jax.load(tmp_path / "int8", dtype="bfloat16", mesh=None)
     with pytest.raises(ConfigError, match="stored as float32 .* anew with --dtype int8"):
-        mixtral_jax.load(tmp_path / "float32", dtype="int8")
-    mixtral_jax.load(tmp_path / "int8", dtype=jnp.int8)
+        mixtral_jax.load(tmp_path / "float32", dtype="int8", mesh=None)
+    mixtral_jax.load(tmp_path / "int8", dtype=jnp.int8, mesh=None)
     with pytest.raises(ConversionError, match="stored as int8, .* with --dtype bfloat16"):
         export(tmp_path / "int8", tmp_path / "hf")
-    toy = open_pretrained(TINY_RANDOM).load(dtype="int8")
+    toy = mixtral_jax.load(TINY_RANDOM, mesh=None, dtype="int8")[0]
     assert toy.embed.weight.get_value().dtype == jnp.int8
 
 
@@ -274,7 +275,7 @@ def perplexity(
     folder: Path, text: str, logits: Callable[[Transformer, jax.Array], jax.Array] = full
 ) -> tuple[float, int]:
     """Over windows of 512 tokens, and how many tokens there were."""
-    model, tokenizer = mixtral_jax.load(folder)
+    model, tokenizer = mixtral_jax.load(folder, mesh=None)
     ids = tokenizer.encode(text)
     windows = np.asarray(ids[: len(ids) // 512 * 512], np.int32).reshape(-1, 1, 512)
 

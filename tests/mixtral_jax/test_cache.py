@@ -38,7 +38,7 @@ def test_write_puts_tokens_where_the_table_says() -> None:
 def test_int8_pages_hold_each_head_with_its_scale() -> None:
     """The largest of a head becomes 127; what is read is within half a step of what was written."""
     heads = jnp.asarray([[[1.0, -2.0, 0.5, 0.0], [254.0, 2.0, -100.0, 3.0], [0.0] * 4]])
-    pages = cache.rounded(heads)
+    pages = cache.round_heads(heads)
     assert pages.dtype == jnp.int8 and pages.shape == (1, 3, 8)
     assert pages[0, :, :4].tolist() == [[64, -127, 32, 0], [127, 1, -50, 2], [0, 0, 0, 0]]
     step = np.asarray([[[2 / 127], [2.0], [0.0]]])

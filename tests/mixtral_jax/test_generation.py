@@ -16,6 +16,7 @@ from mixtral_jax.errors import SamplingError, UserError
 from mixtral_jax.generation import generate, generate_draws, generate_tokens
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
+from tests.support.models import model_of
 from tests.support.parity import huggingface, twin
 
 VOCAB = 61
@@ -24,7 +25,7 @@ VOCAB = 61
 @pytest.fixture(scope="module")
 def flat() -> Transformer:
     """All logits are 0, so that biases decide."""
-    model = Transformer(ModelConfig.tiny(vocab_size=VOCAB), rngs=nnx.Rngs(0))
+    model = model_of(ModelConfig.tiny(vocab_size=VOCAB))
     assert model.head is not None
     model.head.weight.set_value(jnp.zeros_like(model.head.weight.get_value()))
     return model
@@ -33,7 +34,7 @@ def flat() -> Transformer:
 @pytest.fixture(scope="module")
 def sharp() -> Transformer:
     """Weights of ten times the usual size: logits that differ."""
-    graph, state = nnx.split(Transformer(ModelConfig.tiny(vocab_size=VOCAB), rngs=nnx.Rngs(1)))
+    graph, state = nnx.split(model_of(ModelConfig.tiny(vocab_size=VOCAB), seed=1))
     return nnx.merge(graph, jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, state))
 
 
@@ -259,7 +260,7 @@ def test_parameters_as_a_record_or_as_keywords(flat: Transformer) -> None:
 def test_generate_checks_at_the_call() -> None:
     import mixtral_jax
 
-    model, tokenizer = mixtral_jax.load("tiny-random")
+    model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
     with pytest.raises(SamplingError, match="temperature is 3"):
         generate(model, tokenizer, "ab", temperature=3.0)
     with pytest.raises(UserError, match="role 'king'"):
@@ -276,7 +277,7 @@ def test_a_second_answer_compiles_nothing(flat: Transformer) -> None:
 def test_generate_passes_everything_on() -> None:
     import mixtral_jax
 
-    model, tokenizer = mixtral_jax.load("tiny-random")
+    model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
     end = min(tokenizer.eos_ids)
     letter = tokenizer.encode("ab")[-1]
     bias = {end: 100.0, letter: 90.0}

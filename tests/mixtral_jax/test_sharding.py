@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
-from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.placement import Placement
 from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh, mesh_for, mesh_text
+from tests.support.models import model_of, split_over
 
 RULES = ShardingRules()
 # Eight heads in four groups, so that a mesh of eight must copy key/value heads.
@@ -38,9 +38,9 @@ def test_what_does_not_divide_is_refused() -> None:
     three = replace(MOE, num_experts=3)
     mesh = make_mesh(expert=2)
     with pytest.raises(ConfigError, match="3 experts cannot be split 2 ways"):
-        Transformer(three, rngs=None, mesh=mesh)
+        Placement.of(three, "float32", mesh)
     with pytest.raises(ConfigError, match="8 experts cannot be split 3 ways"):
-        Transformer(MOE, rngs=None, mesh=make_mesh(expert=3))
+        Placement.of(MOE, "float32", make_mesh(expert=3))
     with pytest.raises(ValueError, match="needs 9 devices, there are 8"):
         make_mesh(expert=9)
     with pytest.raises(ValueError, match="tensor=2 cannot hold 4 copies"):
@@ -58,16 +58,6 @@ def mesh_of(config: ModelConfig, shape: tuple[int, int, int]) -> jax.sharding.Me
     return make_mesh(*shape, copies=copies_of(config, *shape[1:]))
 
 
-def shard(model: Transformer, mesh: jax.sharding.Mesh, rules: ShardingRules) -> Transformer:
-    """The same values, laid out over a mesh as the rules say."""
-    target = Transformer(model.config, rngs=None, mesh=mesh, rules=rules)
-    values = named_parameters(model)
-    for name, variable in named_parameters(target).items():
-        sharding = variable.get_value().sharding
-        variable.set_value(jax.device_put(values[name].get_value(), sharding))
-    return target
-
-
 @pytest.mark.parametrize("dp_attention", [False, True])
 @pytest.mark.parametrize(
     ("config", "shape"),
@@ -81,14 +71,14 @@ def shard(model: Transformer, mesh: jax.sharding.Mesh, rules: ShardingRules) -> 
 def test_full_form_under_a_mesh_equals_one_device(
     config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool
 ) -> None:
-    one = Transformer(config, rngs=nnx.Rngs(1))
+    one = model_of(config, seed=1)
     tokens = jax.random.randint(jax.random.key(0), (8, 20), 0, 32)
     want = jax.jit(lambda model, tokens: model(tokens))(one, tokens)
     assert jnp.abs(want).max() > 1e-3
 
     mesh = mesh_of(config, shape)
     rules = ShardingRules.of(config, mesh, dp_attention)
-    many = shard(one, mesh, rules)
+    many = split_over(one, mesh, dp_attention)
     if config.is_moe:
         held = many.layers[0].feed_forward.gate.weight.get_value().addressable_shards[0]
         assert held.data.shape == (8 // shape[1], 96 // shape[2], 64)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.transformer import Transformer, named_parameters
+from tests.support.models import model_of
 
 # Every value differs from the default of the class that reads it.
 SHAPE: dict[str, Any] = dict(
@@ -38,7 +39,7 @@ MODELS = {
 def random_model(kind: str) -> Transformer:
     """Ours alone, with weights large enough for logits that differ."""
     config = from_hf(MODELS[kind]().to_dict())
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = model_of(config)
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, state))
 
@@ -69,7 +70,7 @@ def twin_of(source: dict[str, np.ndarray], hf_config: dict[str, Any]) -> Transfo
     They are copied by hand here, so that the converter is not trusted.
     """
     config = from_hf(hf_config)
-    ours = Transformer(config, rngs=nnx.Rngs(0))
+    ours = model_of(config)
     names = {
         "embed.weight": "model.embed_tokens.weight",
         "norm.weight": "model.norm.weight",

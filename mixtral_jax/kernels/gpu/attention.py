@@ -1,16 +1,13 @@
-"""Kernels for GPU, in Pallas by way of Triton: what XLA lacks there.
+"""Attention over pages on GPU, in Pallas by way of Triton.
 
     decode   attention of one new token of each sequence over its pages: every program walks over
              a part of one sequence's pages for one key/value head, and the parts are put together
              (arXiv:2205.14135; split as in Flash-Decoding)
     prefill  the same for sequences that bring many tokens: every program takes a tile of queries of
              one sequence, and the heads that share a key/value head stand in it row by row
-    grouped  rows in groups against one expert each: XLA's ragged product computes every expert for
-             every row on NVIDIA
 
-Each has an equal XLA form beside it (attention.py, moe.py), which is taken where a kernel's limits
-are not met. Products of float32 are as precise as jax makes them on that GPU
-(`jax_default_matmul_precision`; by default TF32, as XLA's).
+The XLA form is taken where a kernel's limits are not met. Products of float32 are as precise as jax
+makes them on that GPU (`jax_default_matmul_precision`; by default TF32, as XLA's).
 """
 
 import functools
@@ -19,21 +16,38 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32
 
-from mixtral_jax.axes import FlatQueries, Lengths, Pages, PageTable
+from mixtral_jax import cache
+from mixtral_jax.axes import FlatKeys, FlatQueries, Lengths, Pages, PageTable
 from mixtral_jax.cache import RaggedBatch
-from mixtral_jax.model.layers import Scaled, quantize_rows
+from mixtral_jax.kernels.xla import attention as xla
 
 _KEYS_PER_BLOCK = 64
 _SPLITS = 8  # of a sequence, so that few sequences occupy all of a GPU
 _LEAST = 16  # rows of a tensor core's product
 _QUERIES = 128  # rows of a tile of queries: tokens x heads
-_ROWS, _OUTPUTS, _INPUTS = 64, 128, 64  # of a tile
 _NOTHING = -1e30  # finite, so that what has seen nothing stays free of inf - inf
 
 
-def fits_attention(pages: Pages) -> bool:
+def attend(
+    q: FlatQueries,
+    k: FlatKeys,
+    v: FlatKeys,
+    pages: Pages,
+    batch: RaggedBatch,
+    window: int | None,
+    *,
+    interpret: bool = False,
+) -> tuple[FlatQueries, Pages]:
+    """`xla.attend`: writes k and v [T K H], then attends: q [T N H] -> [T N H] and the pages."""
+    if not fits(pages):
+        return xla.attend(q, k, v, pages, batch, window)
+    written = cache.write(pages, k, v, batch)
+    return paged_attention(q, written, batch, window, interpret=interpret), written
+
+
+def fits(pages: Pages) -> bool:
     """Whether the kernel takes such pages: floats, heads and blocks of powers of two."""
     page_size, size = pages.shape[1], pages.shape[3]
     floats = pages.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -52,19 +66,18 @@ def paged_attention(
     *,
     interpret: bool = False,
 ) -> FlatQueries:
-    """`attention.paged_attention`; unused places are zero."""
+    """`xla.paged_attention`; unused places of the batch are zero."""
     tokens, rows = q.shape[0], batch.lengths.shape[0]
-    scaled = q * jnp.asarray(q.shape[2] ** -0.5, q.dtype)
     first, lengths = batch.seen_by_decodes(window)
     room = max(tokens, rows)
-    one_each = jnp.pad(scaled, ((0, room - tokens), (0, 0), (0, 0)))[:rows]
+    one_each = jnp.pad(q, ((0, room - tokens), (0, 0), (0, 0)))[:rows]
     out = decode(one_each, pages, batch.page_table, first, lengths, interpret=interpret)
     out = jnp.pad(out, ((0, room - rows), (0, 0), (0, 0)))[:tokens]
     if tokens > 1:
         place = jnp.arange(tokens, dtype=jnp.int32)[:, None, None]
         is_prompt = place >= batch.num_decodes
         is_prompt &= place < batch.query_starts[batch.num_sequences]
-        prompts = prefill(scaled, pages, batch, window, interpret=interpret)
+        prompts = prefill(q, pages, batch, window, interpret=interpret)
         out = jnp.where(is_prompt, prompts, out)
     return out.astype(q.dtype)
 
@@ -80,7 +93,7 @@ def decode(
 ) -> Float32[jax.Array, "S N H"]:
     """Attention of one token of each sequence over its positions first .. lengths - 1.
 
-    q is scaled already. Sequences of length 0 give zeros.
+    Sequences of length 0 give zeros.
     """
     rows, heads, size = q.shape
     page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
@@ -152,7 +165,7 @@ def prefill(
 ) -> Float32[jax.Array, "T N H"]:
     """Attention of the tokens of sequences that bring many; other places are not written.
 
-    q is scaled already. The sequence's keys and values, those of its new tokens included, are in
+    The sequence's keys and values, those of its new tokens included, are in
     its pages.
     """
     tokens, heads, size = q.shape
@@ -248,6 +261,7 @@ def _attend(state, queries, keys, values, seen, is_written):  # type: ignore[no-
     scores = jax.lax.dot_general(
         queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
+    scores *= queries.shape[1] ** -0.5  # in float32: 1/sqrt(128) is no bfloat16
     scores = jnp.where(seen, scores, _NOTHING)
     higher = jnp.maximum(peak, jnp.max(scores, axis=1))
     weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
@@ -259,72 +273,3 @@ def _attend(state, queries, keys, values, seen, is_written):  # type: ignore[no-
         preferred_element_type=jnp.float32,
     )
     return mixed * shrink[:, None] + added, higher, total * shrink + jnp.sum(weights, axis=1)
-
-
-def fits_grouped(weight: Scaled) -> bool:
-    """Whether the kernel takes such weights: whole tiles."""
-    outputs, inputs = weight.values.shape[1:]
-    return outputs % _OUTPUTS == 0 == inputs % _INPUTS
-
-
-def grouped(
-    x: Float[jax.Array, "M I"],
-    sizes: Int[jax.Array, " E"],
-    weight: Scaled,
-    *,
-    interpret: bool = False,
-) -> Float[jax.Array, "M O"]:
-    """`moe.grouped_xla`: rows in E groups, each against its own expert of weight [E O I]."""
-    rows, experts = x.shape[0], sizes.shape[0]
-    outputs = weight.values.shape[1]
-    dtype = x.dtype
-    scales: tuple[jax.Array, ...] = ()  # of rows, and of outputs by expert
-    if weight.scale is not None:
-        x, x_scale = quantize_rows(x)
-        scales = (x_scale, weight.scale)
-    ends = jnp.cumsum(sizes.astype(jnp.int32))
-    # Each group takes whole tiles of rows; the last one of it reaches into the next group, whose
-    # rows it does not write.
-    tiles = -(-sizes.astype(jnp.int32) // _ROWS)
-    last_tile = jnp.cumsum(tiles)
-    tile = jnp.arange(-(-rows // _ROWS) + experts, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(last_tile, tile, side="right"), experts - 1)
-    expert = expert.astype(jnp.int32)
-    first = (ends - sizes)[expert] + (tile - (last_tile - tiles)[expert]) * _ROWS
-    out: jax.Array = pl.pallas_call(
-        _grouped_tile,
-        out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
-        grid=(len(tile), outputs // _OUTPUTS),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name="grouped_product",
-    )(x, weight.values, expert, first.astype(jnp.int32), ends[expert], *scales)
-    return out
-
-
-def _grouped_tile(x, weight, expert, first, end, *scales_and_out):  # type: ignore[no-untyped-def]
-    *scales, out = scales_and_out
-    tile, column = pl.program_id(0), pl.program_id(1)
-    here = pl.ds(first[tile], _ROWS)
-    is_mine = first[tile] + jnp.arange(_ROWS, dtype=jnp.int32) < end[tile]
-    columns = pl.ds(column * _OUTPUTS, _OUTPUTS)
-    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-
-    def step(i, total):  # type: ignore[no-untyped-def]
-        inputs = pl.ds(i * _INPUTS, _INPUTS)
-        rows = plgpu.load(x.at[here, inputs], mask=is_mine[:, None], other=0)
-        part = weight[expert[tile], columns, inputs]
-        return total + jax.lax.dot_general(
-            rows, part, (((1,), (1,)), ((), ())), preferred_element_type=kind
-        )
-
-    @pl.when(first[tile] < end[tile])
-    def _() -> None:
-        total = jnp.zeros((_ROWS, _OUTPUTS), kind)
-        total = jax.lax.fori_loop(0, x.shape[1] // _INPUTS, step, total)
-        if scales:
-            x_scale, scale = scales
-            of_row = plgpu.load(x_scale.at[here], mask=is_mine, other=0)
-            of_column = scale[expert[tile], columns]
-            total = total.astype(jnp.float32) * (of_row[:, None] * of_column[None, :])
-        plgpu.store(out.at[here, columns], total.astype(out.dtype), mask=is_mine[:, None])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from mixtral_jax.checkpoint.folder import Card, finished_at
@@ -17,6 +16,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sharding import make_mesh
+from tests.support.models import model_of
 
 CONFIG = ModelConfig.tiny(vocab_size=32)
 CARD = Card(model=CONFIG, dtype="float32", name="toy", provider="nobody")
@@ -25,7 +25,7 @@ TOKENS = jnp.arange(24).reshape(2, 12)
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return Transformer(CONFIG, rngs=nnx.Rngs(2))
+    return model_of(CONFIG, seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from mixtral_jax.checkpoint.folder import Card, finished_at
 from mixtral_jax.checkpoint.parameters import parameter_shapes
@@ -19,6 +18,7 @@ from mixtral_jax.checkpoint.writer import ParameterWriter, save
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.sharding import make_mesh
+from tests.support.models import model_of
 
 ROOT = Path(__file__).parents[3]
 MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
@@ -39,7 +39,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def expected(dtype: str) -> Expected:
-    model = Transformer(CONFIG, dtype=dtype, rngs=nnx.Rngs(3))
+    model = model_of(CONFIG, dtype=dtype, seed=3)
     return {name: np.asarray(v.get_value()) for name, v in named_parameters(model).items()}
 
 

@@ -20,11 +20,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.cache import RaggedBatch
-from mixtral_jax.model.attention import paged_attention, write_and_attend
-from mixtral_jax.model.layers import Scaled
-from mixtral_jax.model.moe import grouped
+from mixtral_jax.kernels import kernels_for
+from mixtral_jax.kernels.xla.attention import paged_attention
 from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.topology import absent_devices, environment, installed
+from mixtral_jax.weight import Weight
 
 # Query heads, key/value heads, window; of one device.
 HEADS = {
@@ -122,6 +122,7 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
     mesh = Mesh(np.array(absent_devices(topology)[:1]), ("all",))
     whole = NamedSharding(mesh, PartitionSpec())
     bf16, i32 = jnp.bfloat16, jnp.int32
+    kernels = kernels_for(topology.platform)
 
     def array(*shape: int, dtype: Any = bf16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
@@ -153,9 +154,7 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
             def attend(
                 q: Any, k: Any, v: Any, pages: Any, *batch: Any, window: Any = window
             ) -> Any:
-                return write_and_attend(
-                    q, k, v, pages, RaggedBatch(*batch), window, topology.platform
-                )
+                return kernels.attend(q, k, v, pages, RaggedBatch(*batch), window)
 
             found[f"{heads}, {tokens} tokens"] = facts(
                 attend,
@@ -175,7 +174,7 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
     for experts, (held, inputs, outputs) in EXPERTS.items():
 
         def product(x: Any, sizes: Any, *arrays: Any) -> Any:
-            return grouped(x, sizes, Scaled(*arrays), topology.platform)
+            return kernels.grouped(x, sizes, Weight(*arrays))
 
         given = array(512, inputs), array(held, dtype=i32)
         weights = held, outputs, inputs

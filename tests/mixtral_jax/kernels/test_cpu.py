@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.cache import RaggedBatch, read, rounded, write
+from mixtral_jax.cache import RaggedBatch, read, round_heads, write
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.cpu import native
-from mixtral_jax.model.attention import paged_attention
-from mixtral_jax.model.layers import RMSNorm, Scaled
-from mixtral_jax.model.moe import grouped_xla
+from mixtral_jax.kernels import kernels_for
+from mixtral_jax.kernels.cpu import attention, build, products
+from mixtral_jax.kernels.xla import products as xla
+from mixtral_jax.kernels.xla.attention import paged_attention
+from mixtral_jax.model.layers import RMSNorm
+from mixtral_jax.placement import Placement
+from mixtral_jax.weight import Weight
 
 pytestmark = pytest.mark.skipif(
-    not native.available(), reason="no C++ compiler: the kernels are not used on this machine"
+    not build.available(), reason="no C++ compiler: the kernels are not used on this machine"
 )
 
 
@@ -22,9 +25,9 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def weight(seed: int, dtype: str, *shape: int) -> Scaled:
+def weight(seed: int, dtype: str, *shape: int) -> Weight:
     values = normal(seed, *shape)
-    return Scaled.quantized(values) if dtype == "int8" else Scaled(values, None)
+    return Weight.quantized(values) if dtype == "int8" else Weight(values, None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -33,35 +36,36 @@ def weight(seed: int, dtype: str, *shape: int) -> Scaled:
 def test_linear_equals_xla(rows: int, outs: int, n: int, dtype: str) -> None:
     """Sizes that fill the registers and that leave something over on every side."""
     x, first, second = normal(0, rows, n), weight(1, dtype, outs, n), weight(2, dtype, 2 * outs, n)
-    got = jax.jit(lambda: native.linear(x, [first.arrays, second.arrays]))()
+    got = jax.jit(lambda: products.linear(x, [first, second]))()
     for y, w in zip(got, (first, second), strict=True):
         # sums of n products of about 1, in another order
-        np.testing.assert_allclose(y, w.product(x), rtol=1e-5, atol=1e-6 * n**0.5 * 3)
+        np.testing.assert_allclose(y, xla.product(x, w), rtol=1e-5, atol=1e-6 * n**0.5 * 3)
 
 
 def test_linear_by_hand() -> None:
     """One row (1, -2) with scale 2/127: it becomes 64 and -127 (63.5 rounds to even)."""
-    scaled = Scaled(jnp.asarray([[10, 1]], jnp.int8), jnp.asarray([0.5]))
-    (y,) = native.linear(jnp.asarray([[1.0, -2.0]]), [scaled.arrays])
+    scaled = Weight(jnp.asarray([[10, 1]], jnp.int8), jnp.asarray([0.5]))
+    (y,) = products.linear(jnp.asarray([[1.0, -2.0]]), [scaled])
     np.testing.assert_allclose(y, [[(10 * 64 - 127) * (2 / 127) * 0.5]], rtol=1e-6)
 
 
 def test_a_row_of_zeros_gives_zeros() -> None:
-    (y,) = native.linear(jnp.zeros((3, 16)), [weight(0, "int8", 4, 16).arrays])
+    (y,) = products.linear(jnp.zeros((3, 16)), [weight(0, "int8", 4, 16)])
     assert y.tolist() == [[0.0] * 4] * 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_linear_rows_do_not_feel_each_other(dtype: str) -> None:
     x, w = normal(0, 130, 576), weight(1, dtype, 50, 576)
-    (together,) = native.linear(x, [w.arrays])
+    (together,) = products.linear(x, [w])
     for rows in (slice(0, 1), slice(5, 8), slice(64, 129)):
-        (alone,) = native.linear(x[rows], [w.arrays])
+        (alone,) = products.linear(x[rows], [w])
         assert jnp.array_equal(alone, together[rows])
 
 
 def test_norm_equals_xla() -> None:
-    norm = RMSNorm(ModelConfig.smollm2_135m(), jnp.float32, nnx.Rngs(0))
+    config = ModelConfig.smollm2_135m()
+    norm = RMSNorm(config, Placement.of(config, mesh=None), nnx.Rngs(0))
     norm.weight.set_value(normal(1, 576))
     x = normal(0, 40, 576) * 3
     together = norm.paged(x)
@@ -72,9 +76,9 @@ def test_norm_equals_xla() -> None:
 def test_swiglu_equals_xla() -> None:
     """Both signs, far out, and a size that leaves something over."""
     gate, up = jnp.linspace(-120, 120, 3 * 5003).reshape(3, 5003), normal(0, 3, 5003)
-    got = native.swiglu(gate, up)
+    got = products.swiglu(gate, up)
     np.testing.assert_allclose(got, jax.nn.silu(gate) * up, rtol=1e-5, atol=1e-30)
-    np.testing.assert_array_equal(native.swiglu(gate[1:2], up[1:2]), got[1:2])
+    np.testing.assert_array_equal(products.swiglu(gate[1:2], up[1:2]), got[1:2])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -83,8 +87,8 @@ def test_grouped_equals_xla(sizes: list[int], dtype: str) -> None:
     """Experts without rows, and rows behind the last group, which give zeros."""
     x, w = normal(0, 9, 48), weight(1, dtype, 4, 20, 48)
     groups, used = jnp.asarray(sizes, jnp.int32), sum(sizes)
-    got = native.grouped(x, groups, w.arrays)
-    np.testing.assert_allclose(got[:used], grouped_xla(x, groups, w)[:used], rtol=1e-5, atol=1e-5)
+    got = products.grouped(x, groups, w)
+    np.testing.assert_allclose(got[:used], xla.grouped(x, groups, w)[:used], rtol=1e-5, atol=1e-5)
     assert not jnp.any(got[used:])
 
 
@@ -109,7 +113,7 @@ def batch_of(lengths: list[int], news: list[int], page_size: int) -> RaggedBatch
 def pages_of(batch: RaggedBatch, dtype: str) -> jax.Array:
     """Pages [P 16 4 24] full of what was there before."""
     old = normal(0, batch.page_table.size, 16, 4, 24)
-    return old if dtype == "float32" else rounded(old)
+    return old if dtype == "float32" else round_heads(old)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -119,7 +123,7 @@ def test_paged_equals_xla(window: int | None, dtype: str) -> None:
     batch = batch_of([1, 700, 1300, 9, 1100], [1, 1, 1, 9, 90], page_size=16)
     tokens, pages = batch.tokens.shape[0], pages_of(batch, dtype)
     q, k, v = normal(1, tokens, 6, 24), normal(2, tokens, 2, 24), normal(3, tokens, 2, 24)
-    mixed, written = jax.jit(lambda: native.paged(q, k, v, pages, batch, window))()
+    mixed, written = jax.jit(lambda: attention.attend(q, k, v, pages, batch, window))()
     want_pages = write(pages, k, v, batch)
     differ = written != want_pages
     if dtype == "float32":
@@ -141,7 +145,7 @@ def test_paged_rows_do_not_feel_each_other(dtype: str) -> None:
     for new in (90, 3, 1):  # the first puts into the pages what the others find there
         batch = batch_of([1300], [new], page_size=16)
         q = jnp.tile(normal(1, 1, 6, 24), (new, 1, 1))
-        mixed, pages = native.paged(q, k[-new:], v[-new:], pages, batch, None)
+        mixed, pages = attention.attend(q, k[-new:], v[-new:], pages, batch, None)
         last.append(np.asarray(mixed[-1]))
     np.testing.assert_array_equal(last[0], last[1])
     np.testing.assert_array_equal(last[0], last[2])
@@ -153,11 +157,22 @@ def test_the_pages_stay_where_they_are() -> None:
     pages = normal(0, 64, 16, 4, 24)
     before = pages.unsafe_buffer_pointer()
     q, k = normal(1, 1, 6, 24), normal(2, 1, 2, 24)
-    step = jax.jit(lambda pages: native.paged(q, k, k, pages, batch, None), donate_argnums=0)
+    step = jax.jit(lambda pages: attention.attend(q, k, k, pages, batch, None), donate_argnums=0)
     _, after = step(pages)
     assert after.unsafe_buffer_pointer() == before
 
 
-def test_without_the_kernels_the_xla_form_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "available", lambda: False)
-    assert native.on_cpu(lambda: "kernel", lambda: "xla") == "xla"
+def test_without_the_kernels_the_xla_forms_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "available", lambda: False)
+    plain = kernels_for("cpu")
+    assert plain.linear is xla.linear
+    assert plain.deterministic_heads is None
+
+
+def test_no_cpp_is_compiled_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise AssertionError("the C++ compiler was called")
+
+    monkeypatch.setattr(build, "available", refuse)
+    for platform in ("gpu", "cuda", "tpu", "xla"):
+        kernels_for(platform)

@@ -7,9 +7,10 @@ import pytest
 
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.kernels.gpu import attention as gpu
-from mixtral_jax.model import attention
-from mixtral_jax.model.layers import Scaled
-from mixtral_jax.model.moe import grouped_xla
+from mixtral_jax.kernels.gpu import products
+from mixtral_jax.kernels.xla import attention as xla_attention
+from mixtral_jax.kernels.xla.products import grouped as grouped_xla
+from mixtral_jax.weight import Weight
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -18,12 +19,12 @@ def test_grouped(sizes: list[int], dtype: str) -> None:
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (130, 128))
     values = jax.random.normal(keys[1], (3, 256, 128))
-    weight = Scaled.quantized(values) if dtype == "int8" else Scaled(values, None)
-    assert gpu.fits_grouped(weight)
+    weight = Weight.quantized(values) if dtype == "int8" else Weight(values, None)
+    assert products._fits(weight)
     groups = jnp.asarray(sizes, jnp.int32)
     want = grouped_xla(x, groups, weight)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        got = gpu.grouped(x, groups, weight, interpret=True)
+        got = products.grouped(x, groups, weight, interpret=True)
     used = sum(sizes)
     np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=1e-4)
 
@@ -47,12 +48,12 @@ def test_decode(window: int | None) -> None:
         held = np.asarray(pages)[index]
         for head in range(kv_heads * group):
             kv = head // group
-            scores = held[:, 2 * kv] @ q[row, head]
+            scores = held[:, 2 * kv] @ q[row, head] / np.sqrt(size)
             if len(places):
                 weights = np.exp(scores - scores.max())
                 want[row, head] = weights @ held[:, 2 * kv + 1] / weights.sum()
     pages = jnp.where(seen[:, :, None, None], pages, jnp.nan)
-    assert gpu.fits_attention(pages)
+    assert gpu.fits(pages)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         got = gpu.decode(q, pages, table, first, lengths, interpret=True)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
@@ -87,7 +88,7 @@ def test_paged_attention(group: int, window: int | None) -> None:
     pages = jnp.where(written[:, :, None, None], pages, jnp.nan)
     q = jax.random.normal(keys[2], (tokens, kv_heads * group, size))
     q = jnp.where((jnp.arange(tokens) < 407)[:, None, None], q, jnp.nan)
-    want = attention.paged_attention(q, pages, batch, window)
+    want = xla_attention.paged_attention(q, pages, batch, window)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         got = gpu.paged_attention(q, pages, batch, window, interpret=True)
     np.testing.assert_allclose(got[:407], want[:407], rtol=0, atol=2e-5)

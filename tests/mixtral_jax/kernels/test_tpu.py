@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels.tpu import attention as tpu
-from mixtral_jax.model.layers import Scaled
-from mixtral_jax.model.moe import grouped_xla
+from mixtral_jax.kernels.tpu import products
+from mixtral_jax.kernels.xla.products import grouped as grouped_xla
+from mixtral_jax.weight import Weight
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -18,10 +19,10 @@ def test_grouped(sizes: list[int], dtype: str) -> None:
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (130, 128))
     values = jax.random.normal(keys[1], (3, 256, 128))
-    weight = Scaled.quantized(values) if dtype == "int8" else Scaled(values, None)
-    assert tpu.fits_grouped(x, weight)
+    weight = Weight.quantized(values) if dtype == "int8" else Weight(values, None)
+    assert products._fits(weight)
     want = grouped_xla(x, jnp.asarray(sizes, jnp.int32), weight)
-    got = tpu.grouped(x, jnp.asarray(sizes, jnp.int32), weight, interpret=True)
+    got = products.grouped(x, jnp.asarray(sizes, jnp.int32), weight, interpret=True)
     used = sum(sizes)
     np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=1e-4)
 
@@ -34,11 +35,11 @@ def test_full_attention(window: int | None) -> None:
         jax.random.normal(key, (2, 256, heads, 128))
         for key, heads in zip(keys, (4, 2, 2), strict=True)
     )
-    assert tpu.fits_full(q)
-    assert not tpu.fits_full(q[:, :250])
+    assert tpu._fits_rows(q)
+    assert not tpu._fits_rows(q[:, :250])
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return tpu.full_attention(q, k, v, window, interpret=True)
+        return tpu.splash_attention(q, k, v, window, interpret=True)
 
     def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         before = None if window is None else (window - 1, 0)

@@ -7,11 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.model.layers import Scaled
+from mixtral_jax.kernels import kernels_for
+from mixtral_jax.layout import Layout
 from mixtral_jax.model.moe import MoE, moe_dense, moe_exchanged, route
-from mixtral_jax.sharding import Layout, ShardingRules, make_mesh
+from mixtral_jax.placement import Placement
+from mixtral_jax.sharding import ShardingRules, make_mesh
+from mixtral_jax.weight import Weight
+
+
+def moe_of(
+    config: ModelConfig,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    dp_attention: bool = False,
+) -> MoE:
+    return MoE(config, Placement.of(config, dtype, mesh, dp_attention), nnx.Rngs(3))
 
 
 def test_route_takes_the_two_likeliest_and_weighs_them_by_softmax() -> None:
@@ -24,7 +37,7 @@ def test_route_takes_the_two_likeliest_and_weighs_them_by_softmax() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_dense_equals_ragged_equals_paged(tokens: int, dtype: str) -> None:
     config = ModelConfig.tiny(vocab_size=8)
-    layer = MoE(config, dtype, jnp.float32, nnx.Rngs(3), None)
+    layer = moe_of(config, dtype)
     layer.router.weight.set_value(layer.router.weight.get_value() * 50)  # uneven choices
     x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
     dense = layer.full(x, form="dense")
@@ -36,7 +49,7 @@ def test_dense_equals_ragged_equals_paged(tokens: int, dtype: str) -> None:
 def test_one_expert_of_one_is_its_feed_forward() -> None:
     """X = E = 1: the weight is 1 and the sum is the expert itself."""
     config = replace(ModelConfig.tiny(vocab_size=8), num_experts=1, experts_per_token=1)
-    layer = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(0), None)
+    layer = moe_of(config)
     x = jax.random.normal(jax.random.key(0), (5, config.hidden_size))
     gate, up, down = (part.weight[...][0] for part in (layer.gate, layer.up, layer.down))
     want = (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
@@ -59,10 +72,8 @@ def test_sharded_equals_dense(tokens: int, shape: tuple[int, int, int], dtype: s
     """Token counts that the data axis divides and that it does not."""
     config = ModelConfig.tiny(vocab_size=8)
     mesh = make_mesh(*shape)
-    one = MoE(config, dtype, jnp.float32, nnx.Rngs(3), None)
-    many = MoE(
-        config, dtype, jnp.float32, nnx.Rngs(3), Layout(mesh, ShardingRules.of(config, mesh))
-    )
+    one = moe_of(config, dtype)
+    many = moe_of(config, dtype, mesh)
     x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
     sharded = jax.jit(lambda layer, x: layer.full(x))(many, x)
     np.testing.assert_allclose(sharded, one.full(x, form="dense"), rtol=0, atol=1e-5)
@@ -79,22 +90,24 @@ def skewed(tokens: int, config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.
 @pytest.mark.parametrize("tokens", [8, 48])
 def test_exchanged_equals_dense(tokens: int, shape: tuple[int, int, int]) -> None:
     config = ModelConfig.tiny(vocab_size=8)
-    layer = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(3), None)
+    layer = moe_of(config)
     x, choice, weights = skewed(tokens, config)
     mesh = make_mesh(*shape)
     layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention=True))
     rows = layout.rules.spec("BD")
-    specs = [Scaled(layout.rules.spec(axes), None) for axes in ("EFD", "EFD", "EDF")]
+    specs = [Weight(layout.rules.spec(axes), None) for axes in ("EFD", "EFD", "EDF")]
     spread = jax.shard_map(
-        lambda x, choice, weights, *experts: moe_exchanged(x, choice, weights, experts, layout),
+        lambda x, choice, weights, *experts: moe_exchanged(
+            x, choice, weights, experts, layout, kernels_for("cpu")
+        ),
         mesh=mesh,
         in_specs=(rows, rows, rows, *specs),
         out_specs=rows,
         check_vma=False,
     )
-    want = moe_dense(x, choice, weights, layer._experts)
+    want = moe_dense(x, choice, weights, layer.experts)
     assert jnp.abs(want).max() > 1e-4
-    got = jax.jit(spread)(x, choice, weights, *layer._experts)
+    got = jax.jit(spread)(x, choice, weights, *layer.experts)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -102,9 +115,8 @@ def test_many_tokens_of_a_device_are_exchanged() -> None:
     """The full form under a mesh takes the exchange by itself, and nothing is different."""
     config = ModelConfig.tiny(vocab_size=8)
     mesh = make_mesh(1, 4, 2)
-    layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention=True))
-    one = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(3), None)
-    many = MoE(config, jnp.float32, jnp.float32, nnx.Rngs(3), layout)
+    one = moe_of(config)
+    many = moe_of(config, mesh=mesh, dp_attention=True)
     x = jax.random.normal(jax.random.key(1), (4 * 64, config.hidden_size))
     spread = jax.jit(lambda layer, x: layer.full(x)).lower(many, x)
     assert "all_gather" in spread.as_text()  # the exchange, as CPU does it

@@ -1,5 +1,7 @@
 """The full form equals transformers; the paged form equals the full form."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 from flax import nnx
 
 from mixtral_jax.cache import PagedCache, RaggedBatch
-from mixtral_jax.kernels.cpu import native
+from mixtral_jax.kernels import kernels_for
+from mixtral_jax.kernels.cpu import build
 from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.placement import Placement
 from tests.support import parity
 
 LENGTH = 64
@@ -96,14 +100,20 @@ def paged_logits(
     return [np.concatenate(rows) for rows in out]
 
 
-@pytest.fixture(params=["native", "xla"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels of native.py, or the XLA forms in their place."""
-    if request.param == "xla":
-        monkeypatch.setattr(native, "available", lambda: False)
-    elif not native.available():
+@pytest.fixture(params=["cpu", "xla"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The platform whose kernels are used: C++, or the XLA forms in their place."""
+    if request.param == "cpu" and not build.available():
         pytest.skip("no C++ compiler: the kernels are not used on this machine")
     return str(request.param)
+
+
+def with_kernels(model: Transformer, platform: str) -> Transformer:
+    """A model with the same values that is placed with another platform's kernels."""
+    placement = replace(model.placement, kernels=kernels_for(platform))
+    graph, _ = nnx.split(Transformer(model.config, placement, rngs=None))
+    changed: Transformer = nnx.merge(graph, nnx.state(model))
+    return changed
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7])
@@ -113,7 +123,8 @@ def test_paged_form_equals_full_form(ours: Transformer, chunk: int, kernels: str
     sequences = [ids[0].tolist(), ids[1, :50].tolist(), ids[2, :9].tolist()]
     whole = full(ours, jnp.asarray(ids))
     assert jnp.abs(whole).max() > 1
-    for i, logits in enumerate(paged_logits(ours, sequences, chunk, page_size=4)):
+    model = with_kernels(ours, kernels)
+    for i, logits in enumerate(paged_logits(model, sequences, chunk, page_size=4)):
         np.testing.assert_allclose(logits, whole[i, : len(sequences[i])], rtol=0, atol=1e-4)
 
 
@@ -123,7 +134,9 @@ def test_long_prompt_spans_query_and_key_blocks(chunk: int, kernels: str) -> Non
     for kind in ("mistral", "llama"):
         ours = parity.random_model(kind)
         ids = np.random.default_rng(1).integers(0, 131, (1, 700), np.int32)
-        (logits,) = paged_logits(ours, [ids[0].tolist()], chunk, page_size=16)
+        (logits,) = paged_logits(
+            with_kernels(ours, kernels), [ids[0].tolist()], chunk, page_size=16
+        )
         np.testing.assert_allclose(logits, full(ours, jnp.asarray(ids))[0], rtol=0, atol=1e-4)
 
 
@@ -136,8 +149,9 @@ def test_padding_on_the_right_changes_nothing() -> None:
 
 def test_bfloat16_is_near_float32() -> None:
     wide = parity.random_model("mistral")
-    graph, state = nnx.split(wide)
-    narrow = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
+    placement = Placement.of(wide.config, "bfloat16", mesh=None)
+    graph, _ = nnx.split(Transformer(wide.config, placement, rngs=None))
+    narrow = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(wide)))
     ids = jnp.asarray(tokens(1, 131))
     difference = jax.nn.log_softmax(full(narrow, ids)) - jax.nn.log_softmax(full(wide, ids))
     # eight bits of mantissa through three layers with logits of about 5

@@ -5,11 +5,11 @@ import pytest
 from flax import nnx
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.planning.compiler import CompileError, CompileJob, compile_in_subprocess
 from mixtral_jax.planning.plan import with_compiler
-from mixtral_jax.sharding import ShardingRules, make_mesh
+from mixtral_jax.sharding import make_mesh
 from mixtral_jax.step.programs import SplitModel
+from tests.support.models import model_of
 from tests.support.plan_workload import DENSE, SMALL, job_on_cpu, workload_of
 
 
@@ -20,13 +20,7 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
     """
     data, expert, tensor, copies = job.mesh
     mesh = make_mesh(data, expert, tensor * copies, copies=copies)
-    model = Transformer(
-        job.model,
-        dtype=job.dtype,
-        rngs=nnx.Rngs(0),
-        mesh=mesh,
-        rules=ShardingRules.of(job.model, mesh, job.dp_attention),
-    )
+    model = model_of(job.model, job.dtype, mesh=mesh, dp_attention=job.dp_attention)
     split = SplitModel.of(model)
     empty = split.compile_empty(split.pages(job.num_pages, job.page_size))
     layers = [empty() for _ in split.blocks]

@@ -4,7 +4,6 @@ import pytest
 
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.planning.search import known_model
-from mixtral_jax.planning.workload import activation_dtype
 from tests.support.plan_workload import SMALL, workload_of
 
 
@@ -28,17 +27,3 @@ def test_a_context_beyond_the_models_is_refused() -> None:
 def test_nothing_is_less_than_one(name: str) -> None:
     with pytest.raises(ConfigError, match="must be at least 1"):
         workload_of(SMALL, **{name: 0})
-
-
-@pytest.mark.parametrize(
-    ("dtype", "platform", "expected"),
-    [
-        ("int8", "cpu", "float32"),
-        ("int8", "tpu", "bfloat16"),
-        ("int8", "gpu", "bfloat16"),
-        ("float32", "tpu", "float32"),
-        ("bfloat16", "cpu", "bfloat16"),
-    ],
-)
-def test_activations_between_weights(dtype: str, platform: str, expected: str) -> None:
-    assert activation_dtype(dtype, platform) == expected

@@ -12,12 +12,13 @@ from flax import nnx
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.generation import generate_draws, generate_tokens
-from mixtral_jax.kernels.cpu import native
+from mixtral_jax.kernels.cpu import build
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from serving.engine.engine import Engine, buckets, compile_steps
 from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
+from tests.support.models import model_of
 
 VOCAB = 61
 SMALL = Limits(
@@ -38,7 +39,7 @@ def toy(window: int | None, dtype: str, max_context: int = 96) -> Transformer:
     config = replace(
         ModelConfig.tiny(vocab_size=VOCAB), sliding_window=window, max_context=max_context
     )
-    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = model_of(config, dtype=dtype)
     graph, state = nnx.split(model)
 
     def larger(x: jax.Array) -> jax.Array:
@@ -165,7 +166,7 @@ def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) 
     assert engine.scheduler.num_free_pages == SMALL.num_pages
 
 
-@pytest.mark.skipif(not native.available(), reason="another program may round the other way")
+@pytest.mark.skipif(not build.available(), reason="another program may round the other way")
 def test_int8_pages_equal_the_plain_loop_with_int8_pages() -> None:
     """Preempted, forked and found again: what was rounded once is the same rounded later."""
     model = toy(None, "float32")
@@ -206,7 +207,7 @@ def test_a_window_needs_no_more_pages_than_two_windows() -> None:
     assert engine.scheduler.num_free_pages == narrow.num_pages
 
 
-@pytest.mark.skipif(not native.available(), reason="promised with the kernels only")
+@pytest.mark.skipif(not build.available(), reason="promised with the kernels only")
 def test_the_same_bits_alone_and_among_63_others(model: Transformer) -> None:
     """Tokens and logprobs, whatever the batch, chunks, prefix hits and preemptions."""
     requests = [

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import Mesh
 
 from mixtral_jax.config import ModelConfig
@@ -21,6 +20,7 @@ from serving.engine.engine import Engine, compile_steps
 from serving.scheduling.partitions import Shares
 from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
+from tests.support.models import split_over
 
 VOCAB = 64
 # Eight heads in four groups, so that a mesh of eight must copy key/value heads.
@@ -53,26 +53,14 @@ LIMITS = Limits(
 )
 
 
-def model_of(config: ModelConfig, dtype: str) -> Transformer:
+def large_model_of(config: ModelConfig, dtype: str) -> Transformer:
     """Ten times the usual values: logits that differ enough for greedy to be stable."""
-    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = large_model_of(config, dtype=dtype)
     for variable in named_parameters(model).values():
         value = variable.get_value()
         if value.ndim > 1 and value.dtype != jnp.int8:
             variable.set_value(value * 10)
     return model
-
-
-def spread(model: Transformer, mesh: Mesh, dp_attention: bool) -> Transformer:
-    """The same values on a mesh."""
-    dtype = model.embed.weight.get_value().dtype
-    rules = ShardingRules.of(model.config, mesh, dp_attention)
-    target = Transformer(model.config, dtype=dtype, rngs=None, mesh=mesh, rules=rules)
-    values = named_parameters(model)
-    for name, variable in named_parameters(target).items():
-        sharding = variable.get_value().sharding
-        variable.set_value(jax.device_put(values[name].get_value(), sharding))
-    return target
 
 
 def mesh_of(config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool) -> Mesh:
@@ -130,7 +118,7 @@ def check_equal(got: Answers, want: Answers, tolerance: float) -> None:
 
 @functools.cache
 def on_one_device(config: ModelConfig) -> tuple[Transformer, list[Request], Answers]:
-    model, requests = model_of(config, "float32"), requests_of(12, 1)
+    model, requests = large_model_of(config, "float32"), requests_of(12, 1)
     return model, requests, answers(model, requests)
 
 
@@ -141,20 +129,20 @@ def test_the_step_under_a_mesh_equals_one_device(
 ) -> None:
     model, requests, want = on_one_device(config)
     mesh = mesh_of(config, shape, dp_attention)
-    check_equal(answers(spread(model, mesh, dp_attention), requests), want, 1e-5)
+    check_equal(answers(split_over(model, mesh, dp_attention), requests), want, 1e-5)
 
 
 @pytest.mark.slow
 def test_100_requests_under_a_mesh_equal_one_device() -> None:
     """More than fit: they wait, give way, and find one another's prefixes, on each side its own."""
-    model, requests = model_of(MOE, "float32"), requests_of(100, 2)
+    model, requests = large_model_of(MOE, "float32"), requests_of(100, 2)
     mesh = mesh_of(MOE, (1, 4, 2), False)
-    check_equal(answers(spread(model, mesh, False), requests), answers(model, requests), 1e-5)
+    check_equal(answers(split_over(model, mesh, False), requests), answers(model, requests), 1e-5)
 
 
 def test_the_plain_loop_under_a_mesh_equals_one_device() -> None:
-    model = model_of(MOE, "float32")
-    many = spread(model, mesh_of(MOE, (2, 2, 2), False), False)
+    model = large_model_of(MOE, "float32")
+    many = split_over(model, mesh_of(MOE, (2, 2, 2), False), False)
     ids = [3, 1, 4, 1, 5]
     want = list(generate_draws(model, ids, max_tokens=10))
     got = list(generate_draws(many, ids, max_tokens=10))
@@ -186,8 +174,8 @@ def test_int8_under_a_mesh_is_as_near_to_float_as_on_one_device(
 ) -> None:
     """Where a product is cut along its inputs, each part of a row is rounded with a scale of its
     own: not the same bits, but no further from what the int8 weights would give unrounded."""
-    one = Transformer(config, dtype="int8", rngs=nnx.Rngs(0))
-    exact = Transformer(config, rngs=nnx.Rngs(0))
+    one = large_model_of(config, dtype="int8")
+    exact = large_model_of(config)
     values = named_parameters(one)
     for name, variable in named_parameters(exact).items():
         value = values[name].get_value()
@@ -201,7 +189,7 @@ def test_int8_under_a_mesh_is_as_near_to_float_as_on_one_device(
     want = forward(exact, tokens)
     mesh = mesh_of(config, shape, False)
     rows = jax.device_put(tokens, ShardingRules.of(config, mesh).sharding("BT", mesh))
-    many = spread(one, mesh, False)
+    many = split_over(one, mesh, False)
     apart = rms(forward(one, tokens) - want)
     assert 0 < apart < 0.03 * rms(want)
     assert rms(forward(many, rows) - want) < 1.2 * apart

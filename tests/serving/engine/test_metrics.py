@@ -34,7 +34,7 @@ class Running:
     """A started engine whose metrics are served."""
 
     def __init__(self) -> None:
-        model, _ = mixtral_jax.load("tiny-random")
+        model, _ = mixtral_jax.load("tiny-random", mesh=None)
         self.engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
         self.compilations = CompilationCount()
         metrics = Metrics("tiny-random")

@@ -1,0 +1,83 @@
+"""The CPU kernels' shared library: compiled from native.cc on first use and kept.
+
+`available()` compiles it with the machine's C++ compiler (a few seconds, kept in the user's cache)
+and registers its functions with JAX's foreign function interface. Without a compiler, or with
+MIXTRAL_JAX_NATIVE=0 in the environment, the answer is False, and `kernels_for("cpu")` gives the XLA
+forms, which compute the same more slowly. Nothing here runs in a process whose model is placed on
+an accelerator.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+
+from mixtral_jax.compilation import compiled_folder
+
+_SOURCE = Path(__file__).with_name("native.cc")
+_FLAGS = (
+    "-O3",
+    "-funroll-loops",
+    "-march=native",
+    "-ffp-contract=off",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-w",
+)
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can be used in this process; compiles and registers them if need be."""
+    if os.environ.get("MIXTRAL_JAX_NATIVE") == "0":
+        return False
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        _log.warning("no C++ compiler was found: CPU steps are several times slower; install g++")
+        return False
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        _log.warning("the CPU kernels cannot be built, steps are slower: %s", str(detail)[:500])
+        return False
+    for name in ("linear", "grouped", "norm", "swiglu", "paged"):
+        handler = getattr(library, f"mixtral_jax_{name}")
+        jax.ffi.register_ffi_target(f"mixtral_jax_{name}", jax.ffi.pycapsule(handler), "cpu")
+    return True
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library, compiled unless this source was compiled here before."""
+    include = jax.ffi.include_dir()
+    key = hashlib.sha256(_SOURCE.read_bytes())
+    for part in (compiler, *_FLAGS, include, jax.__version__, platform.machine(), _processor()):
+        key.update(part.encode())
+    library = compiled_folder("native") / f"{key.hexdigest()[:32]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as place:
+            made = Path(place) / "native.so"
+            command = [compiler, *_FLAGS, "-isystem", include, str(_SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.rename(library)  # in one piece, whoever else compiles at the same time
+    return library
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,8 @@
+"""Sizes of the tiles that a TPU's kernels work in."""
+
+LANES = 128  # the last axis of a tile
+
+
+def largest_tile(size: int, most: int) -> int:
+    """The largest multiple of LANES up to `most` that divides `size` evenly."""
+    return next(tile for tile in range(most, 0, -LANES) if size % tile == 0)

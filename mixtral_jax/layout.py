@@ -1,0 +1,65 @@
+"""Layout: a mesh with a model's rules on it, and the collectives of a serving step.
+
+Inside the step's `shard_map` an array's first dimension is the flat tokens, of which each device
+holds those of its part of `B`. The model writes out every collective by the methods here, so that
+nothing but activations can ever travel.
+"""
+
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from mixtral_jax.sharding import MESH_AXES, MeshAxes, ShardingRules
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules of a model on it; its collectives, for use inside the serving step.
+
+    There an array's first dimension is the flat tokens, of which each device holds those of its
+    part of `B`.
+    """
+
+    mesh: Mesh
+    rules: ShardingRules
+
+    @property
+    def parts(self) -> int:
+        """Groups of sequences, each with pages of its own."""
+        return self.rules.ways("B", self.mesh)
+
+    def sharding(self, axes: str) -> NamedSharding:
+        return self.rules.sharding(axes, self.mesh)
+
+    def axes(self, letters: str) -> MeshAxes:
+        """Mesh axes, of more than one device, that any of the letters is split over."""
+        names = {axis for letter in letters for axis in getattr(self.rules, letter)}
+        return tuple(axis for axis in MESH_AXES if axis in names and self.mesh.shape[axis] > 1)
+
+    def index(self, letter: str) -> jax.Array | int:
+        """Which part of a split dimension this device holds."""
+        axes = self.axes(letter)
+        return jax.lax.axis_index(axes) if axes else 0
+
+    def shared(self, letters: str) -> MeshAxes:
+        """Mesh axes that split both the tokens and one of the letters."""
+        rows = self.axes("B")
+        return tuple(axis for axis in self.axes(letters) if axis in rows)
+
+    def gather(self, x: jax.Array, letters: str) -> jax.Array:
+        """The tokens of all devices that hold other parts of the letters: [T ...] -> [T' ...]."""
+        axes = self.shared(letters)
+        return jax.lax.all_gather(x, axes, tiled=True) if axes else x
+
+    def total(self, x: jax.Array, letters: str) -> jax.Array:
+        """Sums what each device computed with its part of the letters: undoes `gather`."""
+        if shared := self.shared(letters):
+            x = jax.lax.psum_scatter(x, shared, tiled=True)
+        rest = tuple(axis for axis in self.axes(letters) if axis not in shared)
+        return jax.lax.psum(x, rest) if rest else x
+
+    def whole(self, x: jax.Array, letter: str, dimension: int) -> jax.Array:
+        """All parts of a dimension that is split by `letter`."""
+        axes = self.axes(letter)
+        return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x

@@ -1,0 +1,136 @@
+"""Placement: a model placed on devices, by one function for load, generate, plan, serve and train.
+
+A placement holds everything that follows from the config, the dtype and the devices: the mesh with
+its rules, the dtypes, the kernels, the size of a page, the sizes of a step. Whoever runs a model
+takes these from its placement, so what is planned is what is served.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
+from mixtral_jax.kernels import Kernels, kernels_for
+from mixtral_jax.layout import Layout
+from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where and how a model runs. Equal placements give models whose programs are shared."""
+
+    dtype: str  # of weights: float32, bfloat16, or int8 with float32 scales
+    activation_dtype: str  # of what flows between the products, and of cached keys and values
+    layout: Layout | None  # the mesh and the rules on it; None for one device
+    kernels: Kernels
+    step_tokens: int = 128  # new tokens of a step; a longer prompt comes in several
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        dtype: DTypeLike = "float32",
+        mesh: Mesh | str | None = "auto",
+        dp_attention: bool = False,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Placement":
+        """Places a model on devices, which may be absent ones that programs are compiled for.
+
+        Args:
+            config: the model.
+            dtype: of its weights: float32, bfloat16 or int8.
+            mesh: a mesh, "auto" for all devices, or a text such as "data=1,expert=8,tensor=1"; None
+                for one device. A text also makes the copies of key/value heads that it needs.
+            dp_attention: splits sequences, not heads, over the mesh's expert axis.
+            devices: those that a text is about; None for all of this process group's.
+
+        Raises ConfigError for a dtype that models do not have, or a mesh that the model cannot be
+        split over.
+        """
+        name = checked_dtype(dtype)
+        if isinstance(mesh, str):
+            mesh = mesh_for(config, mesh, dp_attention, devices)
+        if mesh is not None:
+            layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention))
+            layout.rules.check(config, mesh)
+            device = mesh.devices.flat[0]
+        else:
+            layout = None
+            device = (jax.devices() if devices is None else list(devices))[0]
+        kernels = kernels_for(device.platform)
+        return cls(
+            dtype=name,
+            activation_dtype=kernels.activation_dtype(name),
+            layout=layout,
+            kernels=kernels,
+        )
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page of keys and values."""
+        return self.kernels.page_size
+
+    @property
+    def sequence_groups(self) -> int:
+        """Groups of sequences that the mesh splits, each with pages of its own."""
+        return 1 if self.layout is None else self.layout.parts
+
+    @property
+    def mesh_text(self) -> str | None:
+        """The mesh as `--mesh` takes it; None for one device."""
+        return None if self.layout is None else mesh_text(self.layout.mesh)
+
+    def checked_kv_dtype(self, dtype: str | None) -> str:
+        """The dtype of cached keys and values; None asks for the activations' own.
+
+        Raises ConfigError for one that these devices gain nothing from.
+        """
+        if dtype is None or dtype == self.activation_dtype:
+            return self.activation_dtype
+        if dtype not in self.kernels.kv_dtypes:
+            raise ConfigError(
+                f"keys and values of {dtype} are for CPU and GPU: on {self.kernels.platform} they "
+                f"take more room than {self.activation_dtype}, not less; leave --kv-dtype out"
+            )
+        return dtype
+
+    def check_deterministic(self, config: ModelConfig) -> None:
+        """Raises ConfigError where a row's bits may depend on the rows beside it."""
+        if self.layout is not None:
+            raise ConfigError(
+                "--deterministic is promised on one device; leave out the flag or --mesh"
+            )
+        if self.kernels.platform != "cpu" or self.dtype not in ("float32", "int8"):
+            raise ConfigError(
+                f"--deterministic is promised on CPU for float32 and int8; this is {self.dtype} on "
+                f"{self.kernels.platform}: leave the flag out, or give --dtype float32"
+            )
+        lanes = self.kernels.deterministic_heads
+        if lanes is None:
+            raise ConfigError(
+                "--deterministic needs the CPU kernels, which were not built; install a C++ "
+                "compiler"
+            )
+        if config.head_size % lanes:
+            raise ConfigError(
+                f"--deterministic needs heads of a multiple of {lanes} values; this model's have "
+                f"{config.head_size}: leave the flag out"
+            )
+
+
+def checked_dtype(dtype: DTypeLike) -> str:
+    """The name of a dtype that a model's weights can have; raises ConfigError for any other."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}")
+    return name

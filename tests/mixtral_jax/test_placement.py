@@ -1,0 +1,82 @@
+"""A placement holds what follows from config, dtype and devices."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+from flax import nnx
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
+from mixtral_jax.kernels import kernels_for
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.placement import Placement
+from mixtral_jax.sharding import make_mesh
+
+CONFIG = ModelConfig.tiny(vocab_size=32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "expected"),
+    [
+        ("int8", "cpu", "float32"),
+        ("int8", "tpu", "bfloat16"),
+        ("int8", "gpu", "bfloat16"),
+        ("float32", "tpu", "float32"),
+        ("bfloat16", "cpu", "bfloat16"),
+    ],
+)
+def test_activations_between_weights(dtype: str, platform: str, expected: str) -> None:
+    assert kernels_for(platform).activation_dtype(dtype) == expected
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu", "xla"])
+def test_records_made_apart_are_equal(platform: str) -> None:
+    """Otherwise models made apart would have unequal graphs, and compile twice."""
+    assert kernels_for(platform) == kernels_for(platform)
+    assert hash(kernels_for(platform)) == hash(kernels_for(platform))
+
+
+def test_models_of_equal_placements_share_their_graph() -> None:
+    graphs = [
+        nnx.split(Transformer(CONFIG, Placement.of(CONFIG, mesh=make_mesh(tensor=2)), rngs=None))[0]
+        for _ in range(2)
+    ]
+    assert graphs[0] == graphs[1]
+
+
+def test_an_unknown_platform_is_refused() -> None:
+    with pytest.raises(ValueError, match="no kernels for 'npu'; choose cpu, gpu, tpu or xla"):
+        kernels_for("npu")
+
+
+def test_auto_takes_all_devices_with_the_copies_that_they_need() -> None:
+    """Two key/value heads over eight devices: each head is held by four."""
+    dense = replace(CONFIG, num_experts=0, experts_per_token=0, num_heads=8, num_kv_heads=2)
+    mesh = Placement.of(dense).layout.mesh
+    assert mesh.size == len(jax.devices()) == 8
+    assert mesh.shape["copy"] == 4
+    assert Placement.of(dense, mesh="tensor=4").layout.mesh.shape["copy"] == 2
+
+
+def test_one_device_has_no_mesh() -> None:
+    assert Placement.of(CONFIG, mesh=None).layout is None
+    assert Placement.of(CONFIG, devices=jax.devices()[:1]).layout is None
+
+
+def test_the_page_follows_the_platform() -> None:
+    pages = {platform: kernels_for(platform).page_size for platform in ("cpu", "gpu", "tpu")}
+    assert pages == {"cpu": 16, "gpu": 64, "tpu": 128}
+
+
+def test_dtypes_that_models_do_not_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match="dtype 'float16' is not supported; use float32"):
+        Placement.of(CONFIG, "float16", mesh=None)
+
+
+def test_int8_pages_are_refused_where_they_gain_nothing() -> None:
+    placement = Placement.of(CONFIG, mesh=None)
+    assert placement.checked_kv_dtype(None) == "float32"
+    assert placement.checked_kv_dtype("int8") == "int8"
+    with pytest.raises(ConfigError, match="on tpu they take more room"):
+        replace(placement, kernels=kernels_for("tpu")).checked_kv_dtype("int8")

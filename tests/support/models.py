@@ -1,0 +1,35 @@
+"""Models with random weights, on one device or split over a mesh."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.placement import Placement
+
+
+def model_of(
+    config: ModelConfig,
+    dtype: Any = "float32",
+    *,
+    seed: int = 0,
+    mesh: Mesh | str | None = None,
+    dp_attention: bool = False,
+) -> Transformer:
+    """A model with weights drawn from `seed`; on one device without a mesh."""
+    placement = Placement.of(config, dtype, mesh, dp_attention)
+    return Transformer(config, placement, rngs=nnx.Rngs(seed))
+
+
+def split_over(model: Transformer, mesh: Mesh, dp_attention: bool = False) -> Transformer:
+    """A model with the same values, laid out over a mesh."""
+    placement = Placement.of(model.config, model.placement.dtype, mesh, dp_attention)
+    target = Transformer(model.config, placement, rngs=None)
+    values = named_parameters(model)
+    for name, variable in named_parameters(target).items():
+        sharding = variable.get_value().sharding
+        variable.set_value(jax.device_put(values[name].get_value(), sharding))
+    return target
