@@ -44,7 +44,10 @@ Box = tuple[tuple[int, int], ...]  # start and end in each dimension
 
 
 def load(
-    folder: Path, mesh: Mesh | str | None = None, dtype: DTypeLike | None = None
+    folder: Path,
+    mesh: Mesh | str | None = None,
+    dtype: DTypeLike | None = None,
+    bytes_in_flight: int = BYTES_IN_FLIGHT,
 ) -> tuple[Transformer, Card]:
     """Restores a checkpoint onto the devices of `mesh`; None takes the first device.
 
@@ -53,7 +56,7 @@ def load(
     """
     card = Card.read(folder)
     placement = Placement.of(card.model, loadable_dtype(folder, card, dtype), mesh)
-    return load_placed(folder, card, placement), card
+    return load_placed(folder, card, placement, bytes_in_flight), card
 
 
 def load_placed(
