@@ -15,21 +15,18 @@ from mixtral_jax.sharding import MESH_AXES, MeshAxes, ShardingRules
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules of a model on it; its collectives, for use inside the serving step.
-
-    There an array's first dimension is the flat tokens, of which each device holds those of its
-    part of `B`.
-    """
+    """A mesh and a model's sharding rules on it."""
 
     mesh: Mesh
     rules: ShardingRules
 
     @property
     def parts(self) -> int:
-        """Groups of sequences, each with pages of its own."""
+        """Number of groups of sequences, each with pages of its own."""
         return self.rules.ways("B", self.mesh)
 
     def sharding(self, axes: str) -> NamedSharding:
+        """The sharding of an array whose dimensions are the letters of `axes`."""
         return self.rules.sharding(axes, self.mesh)
 
     def axes(self, letters: str) -> MeshAxes:
@@ -38,7 +35,7 @@ class Layout:
         return tuple(axis for axis in MESH_AXES if axis in names and self.mesh.shape[axis] > 1)
 
     def index(self, letter: str) -> jax.Array | int:
-        """Which part of a split dimension this device holds."""
+        """The number of the part of a split dimension that this device holds, counted from 0."""
         axes = self.axes(letter)
         return jax.lax.axis_index(axes) if axes else 0
 
@@ -60,6 +57,6 @@ class Layout:
         return jax.lax.psum(x, rest) if rest else x
 
     def whole(self, x: jax.Array, letter: str, dimension: int) -> jax.Array:
-        """All parts of a dimension that is split by `letter`."""
+        """x with its dimension `letter` complete on every device (all-gather)."""
         axes = self.axes(letter)
         return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x

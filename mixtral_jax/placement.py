@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where and how a model runs. Equal placements give models whose programs are shared."""
+    """A model's devices, dtypes and kernels. Models of equal placements share their programs."""
 
     dtype: str  # of weights: float32, bfloat16, or int8 with float32 scales
     activation_dtype: str  # of what flows between the products, and of cached keys and values

@@ -150,7 +150,7 @@ class _PagedAttention(NamedTuple):
             scores *= size**-0.5
             position = i * self.block + jnp.arange(self.block, dtype=jnp.int32)[None, :]
             seen = (position < lengths[:, None]) & (position >= first_seen[:, None])
-            # What stands in an unseen place may be anything, and 0 x NaN is NaN.
+            # An unseen place may hold anything, and 0 x NaN is NaN.
             v = jnp.where(seen[:, :, None, None], kv[:, :, :, 1], 0)
             return softmax.add(scores, seen, "RKGS,RSKH->RKGH", v)
 
