@@ -14,7 +14,7 @@ from flax import nnx
 from mixtral_jax.checkpoint.parameters import parameter_shapes
 from mixtral_jax.config import ModelConfig, is_checkpoint
 from mixtral_jax.generation import generate_tokens
-from mixtral_jax.model.transformer import Transformer
+from tests.support.models import model_of
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def logits(config: ModelConfig) -> np.ndarray:
     """Return the logits [T V] of the prompt; weights are random, and equal for equal shapes."""
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = model_of(config)
     graph, state = nnx.split(model)
     # Ten times larger weights, for logits that differ by more than rounding.
     model = nnx.merge(graph, jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, state))
@@ -122,6 +122,6 @@ def test_fields_that_are_mathematics_change_the_logits() -> None:
 
 @pytest.mark.parametrize("max_context", [len(PROMPT), len(PROMPT) - 1])
 def test_a_model_knows_how_long_a_context_it_has_room_for(max_context: int) -> None:
-    model = Transformer(replace(SMALL, max_context=max_context), rngs=nnx.Rngs(0))
+    model = model_of(replace(SMALL, max_context=max_context))
     with pytest.raises(ValueError, match=rf"7 tokens.*\b{max_context}\b"):
         list(generate_tokens(model, PROMPT, max_tokens=5))

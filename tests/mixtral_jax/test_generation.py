@@ -241,7 +241,7 @@ def test_ids_of_numpy_are_ids(flat: Transformer, monkeypatch: pytest.MonkeyPatch
 
 
 def test_biases_and_ends_have_room_together() -> None:
-    model = Transformer(ModelConfig.tiny(vocab_size=400), rngs=None)
+    model = model_of(ModelConfig.tiny(vocab_size=400))
     biases = dict.fromkeys(range(300), 1.0)
     with pytest.raises(SamplingError, match="have 321 entries together; give at most 320"):
         generate_tokens(model, [1], max_tokens=1, logit_bias=biases, eos_ids=frozenset(range(21)))
