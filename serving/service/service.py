@@ -12,7 +12,6 @@ from typing import TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
@@ -26,6 +25,7 @@ from serving.service.call_record import Call, Calls
 from serving.service.choice_text import Choice
 from serving.service.interceptor import AccessInterceptor
 from serving.service.read_request import Translator
+from serving.service.reflection import add_reflection
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _OPTIONS = (
@@ -171,8 +171,7 @@ async def create_server(
     rpc.add_InferenceServicer_to_server(service, server)
     checks = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    add_reflection((SERVICE_NAME, health.SERVICE_NAME), server)
     try:
         if tls is None:
             port = server.add_insecure_port(address)

@@ -326,6 +326,29 @@ def test_reflection_shows_the_contract(running: Running) -> None:
         ]
 
 
+@pytest.mark.parametrize(
+    ("symbol", "answer"),
+    [
+        ("mixtral.v1.Inference", "file_descriptor_response"),
+        ("mixtral.v1.Inference.Generate", "file_descriptor_response"),
+        ("mixtral.v1.Inference.Drain", "file_descriptor_response"),
+        ("mixtral.v1.Usage.prompt_tokens", "file_descriptor_response"),
+        ("grpc.health.v1.Health.Watch", "file_descriptor_response"),
+        ("mixtral.v1.Inference.Nothing", "error_response"),
+        ("nothing", "error_response"),
+    ],
+)
+def test_reflection_describes_every_symbol(running: Running, symbol: str, answer: str) -> None:
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    with grpc.insecure_channel(running.target) as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        question = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+        metadata = (("api-key", "user"),)
+        (found,) = stub.ServerReflectionInfo(iter([question]), metadata=metadata, timeout=PATIENCE)
+        assert found.WhichOneof("message_response") == answer
+
+
 def test_the_client_needs_no_jax() -> None:
     code = (
         "import serving.client, sys; "
