@@ -1,4 +1,4 @@
-"""What a process owes to the one that started it, if that one says so."""
+"""Duties of a process to the supervisor that started it; without a supervisor they do nothing."""
 
 import os
 import signal
@@ -8,14 +8,14 @@ import time
 from typing import NoReturn
 
 PARENT_VARIABLE = "MIXTRAL_JAX_PARENT"
-READY_VARIABLE = "MIXTRAL_JAX_READY_FD"  # of a pipe, for those that nobody can ask
+READY_VARIABLE = "MIXTRAL_JAX_READY_FD"  # of a pipe, for processes that open no port
 
 
 def end_with_parent() -> None:
-    """From now on, this process gets SIGTERM when the process that PARENT_VARIABLE names is gone.
+    """Makes this process get SIGTERM when the process that PARENT_VARIABLE names is gone.
 
-    A killed parent sends no signal; its children are handed to another process, which shows. Who
-    starts a server by hand sets no such variable, and may leave.
+    A killed parent sends no signal, but its children get another parent, which a thread looks for
+    every second. Without the variable, as in a server started by hand, nothing happens.
     """
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None:
@@ -30,14 +30,14 @@ def end_with_parent() -> None:
 
 
 def tell_parent() -> None:
-    """Tells it, by a byte in the pipe that READY_VARIABLE names, that this process works."""
+    """Tells the parent that this process works, by a byte in the pipe that READY_VARIABLE names."""
     pipe = os.environ.get(READY_VARIABLE)
     if pipe is not None:
         os.write(int(pipe), b"1")
 
 
 def end_process(status: int) -> NoReturn:
-    """Ends this process at once, whatever its other threads are stuck in. Nothing is cleaned up."""
+    """Ends this process at once, even if its other threads are stuck. Nothing is cleaned up."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

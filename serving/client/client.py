@@ -4,10 +4,12 @@
         for delta in client.chat([{"role": "user", "content": "Hello!"}], max_tokens=40):
             print(delta.text, end="")
 
-Leaving an iterator, by `break` or by an exception, cancels its call, and the server computes no
-more of it. (An iterator that something else still holds is left by its `close`.) What fails raises
-the errors of serving/errors.py, and wrong arguments raise TypeError or ValueError before anything
-is sent. Needs grpcio and protobuf alone, never jax.
+Leaving an iterator, by `break` or by an exception, cancels its call, and the server stops computing
+it. (An iterator that another variable still holds must be closed by `close`.) A failed call raises
+an error of serving/errors.py; wrong arguments raise TypeError or ValueError before anything is
+sent.
+
+This module needs grpcio and protobuf alone, never jax.
 """
 
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -38,11 +40,11 @@ from serving.proto import inference_pb2_grpc as rpc
 
 __all__ = ["AsyncClient", "Client"]
 
-SHORT_CALL_SECONDS = 30.0  # for all that the server need not compute
+SHORT_CALL_SECONDS = 30.0  # the deadline of calls for which the model computes nothing
 
 
 class _Connection:
-    """Where to, as whom, and how secret: what both clients make their channel of."""
+    """The target, key and certificates that both clients make their channel of."""
 
     def __init__(
         self,
@@ -64,23 +66,26 @@ class _Connection:
                 self.options.append(("grpc.ssl_target_name_override", server_name))
 
     def open(self, module: Any) -> Any:
-        """A channel of `grpc` or of `grpc.aio`."""
+        """Returns an open channel of `module`, which is `grpc` or `grpc.aio`."""
         if self.credentials is None:
             return module.insecure_channel(self.target, options=self.options)
         return module.secure_channel(self.target, self.credentials, options=self.options)
 
 
 class Client:
-    """Calls a model service, or several replicas of one in turn.
+    """Calls a model service, or several replicas of it in turn.
+
+    All methods raise an error of serving/errors.py if the call fails. `options` are those of
+    `serving.client.types.Options`.
 
     Args:
-        targets: HOST:PORT, 127.0.0.1:50051 by default; see `serving.channel.target_of` for more.
-        key: An API key of the server, or a token that it takes.
-        tls: Whether the server shows a certificate; without `root_certificates`, one that the
-            authorities known to gRPC vouch for.
-        root_certificates: PEM of those who vouch for it otherwise. Implies `tls`.
-        certificate: Private key and certificate chain, PEM, where the server wants to see one.
-        server_name: The name in the server's certificate, where that is not its address.
+        targets: HOST:PORT, 127.0.0.1:50051 by default; `serving.channel.target_of` has more forms.
+        key: An API key of the server, or a token that it accepts.
+        tls: Whether the connection is encrypted. Without `root_certificates` the server's
+            certificate must be signed by an authority that gRPC knows.
+        root_certificates: PEM of the authorities that sign the server's certificate; implies `tls`.
+        certificate: Private key and certificate chain in PEM, for a server that asks for them.
+        server_name: The name in the server's certificate, if that is not its address.
     """
 
     def __init__(
@@ -104,43 +109,46 @@ class Client:
         continue_last: bool = False,
         **options: Unpack[Options],
     ) -> Iterator[Delta]:
-        """The answer to a chat as it comes.
+        """Yields the answer to a chat as it comes.
 
-        With `continue_last` the last message, an assistant's, is the beginning of the answer.
+        Args:
+            messages: The chat.
+            continue_last: Whether the last message, an assistant's, is the beginning of the answer.
+            options: How to answer.
         """
         return self._stream(request_of(messages, continue_last, options), options)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Delta]:
-        """What continues a text or token ids, or the answer to a chat, as it comes."""
+        """Yields what continues a text or token ids, or the answer to a chat, as it comes."""
         return self._stream(request_of(prompt, False, options), options)
 
     def complete(
         self, prompt: Prompt, *, continue_last: bool = False, **options: Unpack[Options]
     ) -> Completion:
-        """The whole answer to a chat, or what continues a text or token ids."""
+        """Returns the whole answer to a chat, or what continues a text or token ids."""
         return completion_of(self._stream(request_of(prompt, continue_last, options), options))
 
     def tokenize(self, prompt: Sequence[Message] | str, *, continue_last: bool = False) -> Tokens:
-        """The ids that the model would read."""
+        """Returns the ids that the model would read."""
         return tokens_of(self._ask("Tokenize", tokenize_request_of(prompt, continue_last)))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """Returns the text of ids."""
         return str(self._ask("Detokenize", pb.DetokenizeRequest(ids=ids)).text)
 
     def info(self) -> ModelInfo:
-        """Which model is served, and what it can hold."""
+        """Returns the served model's name and sizes."""
         return info_of(self._ask("GetModelInfo", pb.GetModelInfoRequest()))
 
     def drain(self) -> int:
-        """Ends a server after the answers under way, of which it returns the number.
+        """Ends a server when the answers under way have ended; returns their number.
 
-        For the operator's own key. With several targets, whichever of them is next.
+        It needs the operator's own key. Of several targets it ends the next in turn.
         """
         return int(self._ask("Drain", pb.DrainRequest()).running)
 
     def close(self) -> None:
-        """Cancels what is under way and closes the connection."""
+        """Cancels the calls under way and closes the connection."""
         self._channel.close()
 
     def __enter__(self) -> "Client":
@@ -175,7 +183,10 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio. To be made, used and closed in one event loop."""
+    """Does for asyncio what `Client` does, with the same arguments.
+
+    It must be made, used and closed in the same event loop.
+    """
 
     def __init__(
         self,
@@ -198,40 +209,40 @@ class AsyncClient:
         continue_last: bool = False,
         **options: Unpack[Options],
     ) -> AsyncIterator[Delta]:
-        """As `Client.chat`."""
+        """Yields the answer to a chat as it comes, like `Client.chat`."""
         return self._stream(request_of(messages, continue_last, options), options)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[Delta]:
-        """As `Client.generate`."""
+        """Yields what continues a prompt as it comes, like `Client.generate`."""
         return self._stream(request_of(prompt, False, options), options)
 
     async def complete(
         self, prompt: Prompt, *, continue_last: bool = False, **options: Unpack[Options]
     ) -> Completion:
-        """As `Client.complete`."""
+        """Returns the whole answer, like `Client.complete`."""
         deltas = self._stream(request_of(prompt, continue_last, options), options)
         return completion_of([delta async for delta in deltas])
 
     async def tokenize(
         self, prompt: Sequence[Message] | str, *, continue_last: bool = False
     ) -> Tokens:
-        """As `Client.tokenize`."""
+        """Returns the ids that the model would read, like `Client.tokenize`."""
         return tokens_of(await self._ask("Tokenize", tokenize_request_of(prompt, continue_last)))
 
     async def detokenize(self, ids: Sequence[int]) -> str:
-        """As `Client.detokenize`."""
+        """Returns the text of ids, like `Client.detokenize`."""
         return str((await self._ask("Detokenize", pb.DetokenizeRequest(ids=ids))).text)
 
     async def info(self) -> ModelInfo:
-        """As `Client.info`."""
+        """Returns the served model's name and sizes, like `Client.info`."""
         return info_of(await self._ask("GetModelInfo", pb.GetModelInfoRequest()))
 
     async def drain(self) -> int:
-        """As `Client.drain`."""
+        """Ends a server when the answers under way have ended, like `Client.drain`."""
         return int((await self._ask("Drain", pb.DrainRequest())).running)
 
     async def close(self) -> None:
-        """Cancels what is under way and closes the connection."""
+        """Cancels the calls under way and closes the connection."""
         await self._channel.close(None)
 
     async def __aenter__(self) -> "AsyncClient":
@@ -270,7 +281,7 @@ def _error_of(failure: grpc.RpcError) -> ServingError:
     name = next((str(value) for key, value in trailing if key == ERROR_METADATA), None)
     status, details = failure.code(), failure.details() or ""
     if name is None and status is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return RequestTooLarge(details)  # said by gRPC itself, of a message
+        return RequestTooLarge(details)  # gRPC's own refusal of a message
     if name is None and status is grpc.StatusCode.CANCELLED:
         return Unavailable("the connection was closed before the answer was complete")
     return from_grpc(status.name, name, details)

@@ -1,4 +1,4 @@
-"""What the Python client takes and gives: plain data, and its translation to the wire and back."""
+"""Types of the Python client: plain data, and its translation to protobuf and back."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +15,14 @@ _FINISH: dict[int, FinishReason] = {
 
 
 class Message(TypedDict):
-    """One turn of a chat."""
+    """One turn of a chat.
 
-    role: str  # "system", "user" or "assistant"
+    Attributes:
+        role: "system", "user" or "assistant".
+        content: The text.
+    """
+
+    role: str
     content: str
 
 
@@ -25,7 +30,10 @@ Prompt = Sequence[Message] | str | Sequence[int]  # a chat, a text to be continu
 
 
 class Options(TypedDict, total=False):
-    """How to answer; serving/proto/inference.proto has meanings and ranges. None: left out."""
+    """Options of an answer, whose meanings and ranges stand in serving/proto/inference.proto.
+
+    An option that is None counts as left out. `timeout` is in seconds, for the whole answer.
+    """
 
     max_tokens: int | None
     temperature: float | None
@@ -43,7 +51,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool | None
     stop_token_ids: Sequence[int] | None
     top_logprobs: int | None
-    timeout: float | None  # seconds for the whole answer
+    timeout: float | None
 
 
 _SAMPLING = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
@@ -51,13 +59,22 @@ _SAMPLING = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
+    """Tokens that an answer has cost: those of its rendered prompt, and those generated."""
+
     prompt_tokens: int
     completion_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Logprob:
-    """The natural logarithm of a token's probability, and of the likeliest in its place."""
+    """The log-probability of a token.
+
+    Attributes:
+        token_id: Its id.
+        token: Its bytes, which may be only a piece of a character.
+        logprob: The natural logarithm of its probability.
+        top: The likeliest tokens in its place, likeliest first.
+    """
 
     token_id: int
     token: bytes
@@ -67,18 +84,29 @@ class Logprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What was added to one choice of an answer."""
+    """An addition to one choice of an answer.
+
+    Attributes:
+        text: The new text.
+        token_ids: The ids of the new tokens.
+        choice: The number of the choice.
+        finish_reason: On the last delta of each choice.
+        usage: On the last delta of all.
+        logprobs: An entry for each of `token_ids`, where `top_logprobs` was asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     choice: int
-    finish_reason: FinishReason | None  # on the last of each choice
-    usage: Usage | None  # on the last of all
-    logprobs: tuple[Logprob, ...]  # one for each of token_ids, with top_logprobs
+    finish_reason: FinishReason | None
+    usage: Usage | None
+    logprobs: tuple[Logprob, ...]
 
 
 @dataclass(kw_only=True)
 class Choice:
+    """One choice of a whole answer."""
+
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -94,31 +122,49 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """That of the first choice."""
+        """Returns the text of the first choice."""
         return self.choices[0].text
 
     @property
     def finish_reason(self) -> FinishReason | None:
+        """Returns the finish reason of the first choice."""
         return self.choices[0].finish_reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
+    """The tokens of a prompt.
+
+    Attributes:
+        ids: Their ids.
+        pieces: The bytes that each of them adds to a text; b"" for control tokens.
+    """
+
     ids: tuple[int, ...]
-    pieces: tuple[bytes, ...]  # what each adds to a text; b"" for control tokens
+    pieces: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
+    """The served model.
+
+    Attributes:
+        name: The served name.
+        type: The kind of requests that it answers: "chat-completions".
+        provider: The maker of the model.
+        max_context: Tokens that prompt and answer may have together.
+        vocab_size: The number of token ids.
+    """
+
     name: str
     type: str
     provider: str
-    max_context: int  # tokens of prompt and answer together
+    max_context: int
     vocab_size: int
 
 
 def check_names(options: Mapping[str, object]) -> None:
-    """Raises TypeError for an option that there is not."""
+    """Raises TypeError for an option that does not exist."""
     known = get_type_hints(Options)
     for name in options:
         if name not in known:
@@ -126,7 +172,7 @@ def check_names(options: Mapping[str, object]) -> None:
 
 
 def request_of(prompt: Prompt, continue_last: bool, options: Options) -> pb.GenerateRequest:
-    """The message for the wire. Raises TypeError or ValueError naming what is wrong."""
+    """Returns the message for the wire; raises TypeError or ValueError that names the mistake."""
     check_names(options)
     content: Any = prompt
     match _kind(prompt):
@@ -145,13 +191,14 @@ def request_of(prompt: Prompt, continue_last: bool, options: Options) -> pb.Gene
 
 
 def tokenize_request_of(prompt: Prompt, continue_last: bool) -> pb.TokenizeRequest:
-    """As `request_of`."""
+    """Returns the message for the wire; raises TypeError that names the mistake."""
     if _kind(prompt) == "text":
         return pb.TokenizeRequest(text=str(prompt))
     return pb.TokenizeRequest(chat=_chat(prompt, continue_last))
 
 
 def delta_of(chunk: pb.GenerateChunk) -> Delta:
+    """Returns a chunk of the wire as a Delta."""
     usage = None
     if chunk.HasField("usage"):
         usage = Usage(
@@ -169,7 +216,7 @@ def delta_of(chunk: pb.GenerateChunk) -> Delta:
 
 
 def completion_of(deltas: Iterable[Delta]) -> Completion:
-    """Puts an answer together. Raises EngineFailure if its end is missing."""
+    """Joins the deltas of an answer; raises EngineFailure if its end is missing."""
     choices: dict[int, Choice] = {}
     usage = None
     for delta in deltas:
@@ -185,10 +232,12 @@ def completion_of(deltas: Iterable[Delta]) -> Completion:
 
 
 def tokens_of(tokens: pb.Tokens) -> Tokens:
+    """Returns a message of the wire as Tokens."""
     return Tokens(ids=tuple(tokens.ids), pieces=tuple(tokens.pieces))
 
 
 def info_of(info: pb.ModelInfo) -> ModelInfo:
+    """Returns a message of the wire as a ModelInfo."""
     return ModelInfo(
         name=info.name,
         type=info.type,
@@ -201,7 +250,7 @@ def info_of(info: pb.ModelInfo) -> ModelInfo:
 def _kind(prompt: Any) -> Literal["chat", "text", "token_ids"]:
     if isinstance(prompt, str):
         return "text"
-    if all(isinstance(part, int) for part in prompt) and len(prompt):
+    if all(isinstance(token, int) for token in prompt) and len(prompt):
         return "token_ids"
     return "chat"
 
@@ -232,10 +281,10 @@ def _set(message: Any, name: str, value: Any) -> None:
         raise type(error)(f"{name} cannot be {value!r}: {error}") from None
 
 
-def _logprob_of(one: pb.TokenLogprob) -> Logprob:
+def _logprob_of(token: pb.TokenLogprob) -> Logprob:
     return Logprob(
-        token_id=one.token_id,
-        token=one.token,
-        logprob=one.logprob,
-        top=tuple(map(_logprob_of, one.top)),
+        token_id=token.token_id,
+        token=token.token,
+        logprob=token.logprob,
+        top=tuple(map(_logprob_of, token.top)),
     )

@@ -30,7 +30,7 @@ from serving.gateway.routes import add_routes
 from serving.gateway.upstream import ModelService
 from serving.observe.tracing import Traces
 
-# What scripts of other origins may read of an answer.
+# Headers of an answer that scripts of other origins may read.
 _EXPOSED = ["x-request-id", "x-ms-client-request-id", "x-ms-error-code", "retry-after"]
 
 

@@ -1,4 +1,4 @@
-"""Who may ask, as a dependency of the routes: serving/access.py decides."""
+"""Authentication as a dependency of the routes; serving/access decides who may ask."""
 
 from fastapi import Request
 
@@ -6,9 +6,12 @@ from serving.access.credentials import Access
 
 
 async def require(request: Request) -> None:
-    """Lets the request in and notes the Caller as `request.state.caller`, or raises.
+    """Lets the request in, and sets its Caller as `request.state.caller`.
 
-    It is a coroutine, so that no thread is taken for it. The application's `state.access` decides.
+    The application's `state.access` decides. It is a coroutine, so that no thread is taken for it.
+
+    Raises:
+        ServingError: The caller may not ask, or that cannot be found out now.
     """
     access: Access = request.app.state.access
     request.state.caller = await access.admit(request.headers)

@@ -130,12 +130,12 @@ class Parameters(Described):
 
     @property
     def choices(self) -> int:
-        """The number of choices that are asked for, for each prompt."""
+        """The number of choices that are asked for with each prompt."""
         return self.n or 1
 
     @property
     def include_usage(self) -> bool:
-        """Whether the usage shall come in a chunk of its own."""
+        """Returns whether a stream's usage is wanted in a chunk of its own."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:

@@ -1,4 +1,4 @@
-"""What is OpenAI's alone: its clients, and Mistral's, send fields of their own that we ignore."""
+"""Rules that only OpenAI's API has: its clients, and Mistral's, send fields that we ignore."""
 
 from collections.abc import Collection
 from typing import Any

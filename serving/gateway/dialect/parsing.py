@@ -1,6 +1,6 @@
-"""From the bytes of a body to a checked request: malformed JSON is 400, a wrong value 422.
+"""Reading of a body: from its bytes to a checked request. Malformed JSON is 400, a wrong value 422.
 
-What a refusal shows of the body is bounded, whatever was sent: it names a few problems, and
+A refusal shows a bounded amount of the body, whatever was sent: it names a few problems, and
 shortens the names that the client chose.
 """
 

@@ -16,14 +16,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ServingError
 from serving.gateway.http.metrics import GatewayMetrics
-from serving.gateway.http.request_record import RequestRecord, prompt_of
+from serving.gateway.http.request_record import (
+    CLIENT_CLOSED_REQUEST,
+    RequestRecord,
+    prompt_of,
+)
 from serving.observe.logs import fields
 from serving.observe.tracing import Span, Traces
 
 LOGGER = "serving.gateway.http.access_log"
 WHOLE, DROPPED, BROKEN = "whole", "dropped", "broken"
 OTHER = "other"  # the route, in metrics, of a request for which there is none
-CLIENT_CLOSED_REQUEST = 499  # nginx's status, which no client reads
 # Health checks come several times a second: they are counted, but not logged or traced.
 UNLOGGED_PREFIX = "/health/"
 _MAX_PATH_LENGTH = 200

@@ -1,7 +1,7 @@
-"""Reading the body of a request: what is not JSON, too large or too slow is refused early.
+"""Reading of a request's body. A body that is no JSON, too large or too slow is refused early.
 
-What is refused before it was read is still taken off the wire for a while (`Lingering`): closed at
-once, the connection would be reset, and the client would meet that instead of the reason.
+The rest of a refused body is still read for a while (`Lingering`). If the connection were closed at
+once, it would be reset, and the client would see that instead of the reason.
 """
 
 import asyncio
@@ -15,20 +15,25 @@ from serving.errors import DeadlineExceeded, RequestTooLarge, UnsupportedMedia
 
 LIMIT = 4 * 2**20
 SECONDS = 30.0
-# A refused client may go on sending so many bytes, and pause for so many seconds.
+# A refused client may go on sending, up to these bytes, and pause between them.
 _LINGER_BYTES = 8 * 2**20
 _LINGER_SECONDS = 0.5
 
 
 class BodyTooSlow(DeadlineExceeded):
-    """The rest of the body will not be waited for."""
+    """The body has not arrived in time, and its rest will not be waited for."""
 
 
 async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECONDS) -> bytes:
-    """The whole body.
+    """Returns the whole body.
+
+    Args:
+        request: The request, of which nothing has been read.
+        limit: The bytes that a body may have.
+        seconds: The time that it may take to arrive.
 
     Raises:
-        UnsupportedMedia: It says that it is not JSON, or is compressed.
+        UnsupportedMedia: The headers say that it is not JSON, or is compressed.
         RequestTooLarge: It has more bytes than `limit`.
         BodyTooSlow: It took longer than `seconds`.
     """
@@ -39,8 +44,8 @@ async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECON
     body = bytearray()
     try:
         async with asyncio.timeout(seconds):
-            async for piece in request.stream():
-                body += piece
+            async for chunk in request.stream():
+                body += chunk
                 if len(body) > limit:
                     raise too_large
     except TimeoutError:
@@ -63,19 +68,19 @@ def _check_type(request: Request) -> None:
 
 
 class Lingering(JSONResponse):
-    """An answer after which the connection closes, but not before the client had time to read."""
+    """An answer after which the connection closes, when the client has had time to read it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.headers["connection"] = "close"
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        left = _LINGER_BYTES
+        remaining = _LINGER_BYTES
         with suppress(TimeoutError):
-            while left > 0:
+            while remaining > 0:
                 async with asyncio.timeout(_LINGER_SECONDS):
                     message = await receive()
-                left -= len(message.get("body", b""))
+                remaining -= len(message.get("body", b""))
                 if not message.get("more_body"):
                     break
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,8 +1,8 @@
-"""Ending the gateway without breaking anything off.
+"""Draining: the gateway ends without breaking off the answers under way.
 
-After the first SIGTERM or SIGINT it still listens: requests under way go on, and new ones are told
-503, which sends a client to another gateway sooner than a refused connection does. It ends when the
-last answer has, or after the time that it may take. A second signal ends it at once.
+After the first SIGTERM or SIGINT it still listens: requests under way go on, and new ones get 503,
+which sends a client to another gateway sooner than a refused connection does. It ends when the last
+answer has ended, or when the time for draining is over. A second signal ends it at once.
 """
 
 import time
@@ -11,38 +11,39 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-LIVE = "/health/live"  # answered to the end
+LIVE = "/health/live"  # answered while draining too
 
 
 class Drain:
-    """An ASGI application around another, which counts what is under way and can close the door.
+    """An ASGI application around another, which counts requests and can refuse new ones.
 
     Args:
         app: The application.
-        refuse: The one that answers in its place after `begin`.
-        seconds: How long answers may take after `begin`.
+        refuse: The application that answers in its place after `begin`.
+        seconds: The time that answers may take after `begin`.
     """
 
     def __init__(self, app: ASGIApp, refuse: ASGIApp, seconds: float) -> None:
         self._app = app
         self._refuse = refuse
         self._seconds = seconds
-        self._under_way = 0
+        self._running = 0
         self._deadline: float | None = None  # time.monotonic(); set by `begin`
 
     @property
     def has_begun(self) -> bool:
+        """Returns whether new requests are refused."""
         return self._deadline is not None
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is under way any more, or the time is up."""
+        """Returns whether the last answer has ended, or the time for it."""
         if self._deadline is None:
             return False
-        return self._under_way == 0 or time.monotonic() > self._deadline
+        return self._running == 0 or time.monotonic() > self._deadline
 
     def begin(self) -> None:
-        """From now on requests are refused."""
+        """Starts to refuse new requests."""
         self._deadline = time.monotonic() + self._seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,27 +51,32 @@ class Drain:
             return await self._app(scope, receive, send)
         if self.has_begun and scope["path"] != LIVE:
             return await self._refuse(scope, receive, send)
-        self._under_way += 1
+        self._running += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._under_way -= 1
+            self._running -= 1
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, which of itself stops listening at the first signal."""
+    """uvicorn's server, which drains at the first signal instead of closing its port.
+
+    Args:
+        config: Its configuration, whose application is `drain`.
+        drain: The drain to begin.
+    """
 
     def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
         super().__init__(config)
         self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins the drain; at the second signal, ends."""
+        """Begins the drain at the first signal; ends at the second."""
         if self._drain.has_begun:
             super().handle_exit(sig, frame)
         else:
             self._drain.begin()
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end; uvicorn asks ten times a second."""
+        """Returns whether to end; uvicorn asks ten times a second."""
         return await super().on_tick(counter) or self._drain.is_over

@@ -20,11 +20,11 @@ from serving.errors import (
 from serving.gateway.dialect.error_body import error_body
 from serving.gateway.dialect.parsing import refusal
 from serving.gateway.http.body import BodyTooSlow, Lingering
-from serving.gateway.http.request_record import RequestRecord
+from serving.gateway.http.request_record import CLIENT_CLOSED_REQUEST, RequestRecord
 
 
 def answer_failures(app: FastAPI) -> None:
-    """Has the application answer every failure in the one shape."""
+    """Makes the application answer every failure in the same shape."""
     app.add_exception_handler(ServingError, _on_serving_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_query)
@@ -33,7 +33,7 @@ def answer_failures(app: FastAPI) -> None:
 
 
 async def refuse_while_draining(scope: Scope, receive: Receive, send: Send) -> None:
-    """The answer to whoever comes when the gateway is about to end."""
+    """Answers a request that comes while the gateway drains: 503. An ASGI application."""
     error = Unavailable("this server is shutting down; send the request again, to another one")
     response = answer_to(error)
     response.headers["connection"] = "close"
@@ -41,17 +41,17 @@ async def refuse_while_draining(scope: Scope, receive: Receive, send: Send) -> N
 
 
 def answer_to(error: ServingError) -> Response:
-    """The answer that tells a client of an error."""
+    """Returns the answer that shows an error to a client: its body, status and headers."""
     headers = {"x-ms-error-code": error.azure_code}
     if error.retry_after is not None:
-        # Clients of Azure's repeat whatever carries this header, so nothing else may.
+        # Azure's clients repeat every request whose answer has it, so no other answer may have it.
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, EngineFailure):
         headers["ms-azureml-model-error-reason"] = "model_error"
         headers["ms-azureml-model-error-statuscode"] = "500"
-    # What the client has not sent yet shall not be waited for.
+    # The rest of such a body must not be waited for.
     kind = Lingering if isinstance(error, (RequestTooLarge, BodyTooSlow)) else JSONResponse
     return kind(error_body(error).model_dump(), error.http_status, headers)
 
@@ -62,33 +62,34 @@ async def _on_serving_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """The router's own errors."""
+    """Answers the router's own errors."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path[:200]}"
-    ours: ServingError = InvalidRequest(str(error.detail))
+    operation = f"{request.method} {request.url.path[:200]}"
+    answered: ServingError = InvalidRequest(str(error.detail))
     if error.status_code == MethodNotAllowed.http_status:
-        ours = MethodNotAllowed(f"{what}: method not allowed here")
+        answered = MethodNotAllowed(f"{operation}: method not allowed here")
     if error.status_code == NotFound.http_status:
-        ours = NotFound(f"{what}: not found; chats go to POST /chat/completions, and GET /docs")
-    response = answer_to(ours)
+        text = "not found; chats go to POST /chat/completions, and GET /docs"
+        answered = NotFound(f"{operation}: {text}")
+    response = answer_to(answered)
     response.headers.update(error.headers or {})
     return response
 
 
 async def _on_query(request: Request, error: Exception) -> Response:
-    """A value in the query that FastAPI itself has read."""
+    """Answers a wrong value in the query, which FastAPI itself has read."""
     assert isinstance(error, RequestValidationError)
     return answer_to(refusal(error.errors()))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
-    """Nobody is there to read it."""
-    return Response(status_code=499)
+    """Ends a request whose client has gone away; nobody reads this answer."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    """An exception that is nobody's but ours; the server logs its traceback."""
+    """Answers an exception that is a bug of ours; the server logs its traceback."""
     response = answer_to(ServingError("the gateway failed; its log says why"))
-    # It is answered outside of what adds it to all other answers.
+    # The access log adds the id to all other answers, but this one is made outside of it.
     response.headers["x-request-id"] = RequestRecord.of(request).id
     return response

@@ -1,12 +1,12 @@
-"""What a gateway process tells Prometheus: requests, their times, and their tokens.
+"""Metrics of a gateway process, for Prometheus: requests, their times, and their tokens.
 
-`python -m serving.gateway --metrics-port` serves them (serving/observe/metrics_port.py); without it
-they are counted all the same, and nobody reads them.
+`python -m serving.gateway --metrics-port` serves them (serving/observe/metrics_port.py); without that
+flag they are counted, but not served.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-# Seconds. A first byte takes from milliseconds to the minutes of a full queue.
+# Bounds of the histograms in seconds: from milliseconds to the minutes of a full queue.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -14,7 +14,7 @@ class GatewayMetrics:
     """Counts and times requests. Routes are those of the application: no client can add one."""
 
     def __init__(self) -> None:
-        # Its own registry: a second gateway in one process, as in tests, is no second series.
+        # A registry of its own keeps two gateways in one process apart, as in tests.
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "mixtral_gateway_requests",
@@ -52,13 +52,21 @@ class GatewayMetrics:
     def ended(
         self, route: str, status: int, outcome: str, first_byte: float | None, seconds: float
     ) -> None:
-        """A request has ended; `first_byte` is None where there was none."""
+        """Counts a request that has ended.
+
+        Args:
+            route: The route's path as the application wrote it.
+            status: The HTTP status.
+            outcome: "whole", "dropped" or "broken".
+            first_byte: Seconds to the first byte of the answer's body; None if there was none.
+            seconds: Seconds to the end.
+        """
         self._requests.labels(route, str(status), outcome).inc()
         self._whole.labels(route).observe(seconds)
         if first_byte is not None:
             self._first_byte.labels(route).observe(first_byte)
 
     def tokens(self, prompt: int, completion: int) -> None:
-        """An answer has cost so many."""
+        """Counts the tokens of an answer that has ended."""
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("completion").inc(completion)

@@ -18,6 +18,7 @@ from serving.accounting.answer_tokens import AnswerTokens
 from serving.observe.tracing import Span
 from serving.proto import inference_pb2
 
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for it, which no client reads
 _STATE = "record"  # its name in the request's state
 
 
