@@ -54,8 +54,6 @@ TO_BE_READ = {
     "serving/bench",
     "serving/cluster",
     "serving/engine",
-    "serving/gateway/__main__.py",
-    "serving/gateway/config.py",
     "serving/launch",
     "serving/observe",
     "serving/scheduling",

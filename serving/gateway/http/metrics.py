@@ -1,7 +1,7 @@
 """Metrics of a gateway process, for Prometheus: requests, their times, and their tokens.
 
-`python -m serving.gateway --metrics-port` serves them (serving/observe/metrics_port.py); without that
-flag they are counted, but not served.
+`python -m serving.gateway --metrics-port` serves them (serving/observe/metrics_port.py); without
+that flag they are counted, but not served.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
