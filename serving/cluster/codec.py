@@ -5,16 +5,16 @@ One function for each kind and direction. A step of 32 sequences takes a fractio
 
 from mixtral_jax.sampling_params import SamplingParams
 from serving.proto import group_pb2 as pb
-from serving.scheduling.step_plan import Chunk, Limits, Plan
+from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 
-def step_message(plans: tuple[Plan, ...]) -> pb.Step:
+def step_message(plans: tuple[StepPlan, ...]) -> pb.Step:
     return pb.Step(plans=[_plan_message(plan) for plan in plans])
 
 
-def plans_of(step: pb.Step) -> tuple[Plan, ...]:
+def plans_of(step: pb.Step) -> tuple[StepPlan, ...]:
     return tuple(
-        Plan(
+        StepPlan(
             chunks=tuple(_chunk_of(chunk) for chunk in plan.chunks),
             copies=tuple(zip(plan.copies[::2], plan.copies[1::2], strict=True)),
         )
@@ -50,7 +50,7 @@ def limits_of(message: pb.Limits) -> Limits:
     )
 
 
-def _plan_message(plan: Plan) -> pb.Plan:
+def _plan_message(plan: StepPlan) -> pb.Plan:
     copies = [page for pair in plan.copies for page in pair]
     return pb.Plan(chunks=[_chunk_message(chunk) for chunk in plan.chunks], copies=copies)
 

@@ -24,7 +24,7 @@ from serving.engine.config import EngineConfig
 from serving.engine.runner import Runner
 from serving.parent import end_process, tell_parent
 from serving.proto import group_pb2 as pb
-from serving.scheduling.step_plan import Limits, Plan
+from serving.scheduling.step_plan import Limits, StepPlan
 
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -160,7 +160,7 @@ class Membership:
         """Asks for the end of the group, which comes when answers under way are complete."""
         self._reports.put(pb.Report(leaving=pb.Leaving()))
 
-    def plans(self) -> Iterator[tuple[Plan, ...]]:
+    def plans(self) -> Iterator[tuple[StepPlan, ...]]:
         """Each step's, until the end."""
         while not (order := self._next()).HasField("end"):
             yield plans_of(order.step)

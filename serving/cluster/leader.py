@@ -31,7 +31,7 @@ from serving.cluster.codec import limits_message, limits_of, step_message
 from serving.cluster.rank import Rank
 from serving.errors import SetupError
 from serving.proto import group_pb2 as pb
-from serving.scheduling.step_plan import Limits, Plan
+from serving.scheduling.step_plan import Limits, StepPlan
 
 JOIN = "/mixtral.group.v1.Group/Join"
 _SERVER_OPTIONS = (
@@ -164,7 +164,7 @@ class Leader:
         """Waits until all have loaded and compiled."""
         self._await(lambda member: member.is_ready)
 
-    def broadcast(self, plans: tuple[Plan, ...]) -> None:
+    def broadcast(self, plans: tuple[StepPlan, ...]) -> None:
         """Has all followers launch a step; does not wait for them."""
         self._tell(pb.Order(step=step_message(plans)))
 

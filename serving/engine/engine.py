@@ -15,9 +15,9 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import StepSizes
 from serving.engine.runner import Launched, Runner
-from serving.scheduling.partitions import Shares
+from serving.scheduling.partitions import Partitions
 from serving.scheduling.request import Event, Request
-from serving.scheduling.step_plan import Limits, Plan
+from serving.scheduling.step_plan import Limits, StepPlan
 
 _FEW_ROWS = 8
 
@@ -73,9 +73,9 @@ class Engine:
         model: Transformer,
         limits: Limits,
         steps: Steps,
-        broadcast: Callable[[tuple[Plan, ...]], None] | None = None,
+        broadcast: Callable[[tuple[StepPlan, ...]], None] | None = None,
     ) -> None:
-        self.scheduler = Shares(limits, steps.num_sequence_groups)
+        self.scheduler = Partitions(limits, steps.num_sequence_groups)
         self._runner = Runner(model, steps)
         self._broadcast = broadcast
         self._launched: Launched | None = None

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.scheduling.partitions import Shares
+from serving.scheduling.partitions import Partitions
 
 # Seconds. A first token takes from milliseconds to the minutes of a full queue.
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -117,7 +117,7 @@ class Metrics:
         """So many choices of a request ended with `abort` or `error`."""
         self._ended[reason].inc(choices)
 
-    def watch(self, scheduler: Shares, compilations: Callable[[], int]) -> None:
+    def watch(self, scheduler: Partitions, compilations: Callable[[], int]) -> None:
         """From now on the figures of an engine are among them; to be called once, when it is ready.
 
         They are read from another thread than the engine's, one by one: each is right, but two of
@@ -131,7 +131,9 @@ class Metrics:
 
 
 class _EngineFigures(Collector):
-    def __init__(self, scheduler: Shares, compilations: Callable[[], int], model_name: str) -> None:
+    def __init__(
+        self, scheduler: Partitions, compilations: Callable[[], int], model_name: str
+    ) -> None:
         self._scheduler = scheduler
         self._compilations = compilations
         self._model_name = model_name

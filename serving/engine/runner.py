@@ -16,7 +16,7 @@ from mixtral_jax.step.inputs import GroupInputs
 from mixtral_jax.step.launcher import StepLauncher
 from mixtral_jax.step.sampling import unpack
 from serving.scheduling.request import Drawn
-from serving.scheduling.step_plan import Plan
+from serving.scheduling.step_plan import StepPlan
 
 
 class Runner:
@@ -31,7 +31,7 @@ class Runner:
         self._steps = steps
         self._launcher = StepLauncher(model, steps)
 
-    def launch(self, plans: Sequence[Plan]) -> "Launched":
+    def launch(self, plans: Sequence[StepPlan]) -> "Launched":
         """Starts one step: a plan for each sequence group, at least one of them with chunks."""
         steps = self._steps
         bucket = steps.bucket(max(plan.num_tokens for plan in plans))
@@ -47,7 +47,7 @@ class Runner:
 class Launched:
     """A step that the devices compute."""
 
-    plans: tuple[Plan, ...]
+    plans: tuple[StepPlan, ...]
     rows: int  # of each sequence group
     packed: PackedDraws
 
@@ -67,7 +67,7 @@ class Launched:
         return drawn
 
 
-def _write(plan: Plan, inputs: GroupInputs) -> None:
+def _write(plan: StepPlan, inputs: GroupInputs) -> None:
     """Writes the plan of one sequence group into the arrays of a step."""
     for chunk in plan.chunks:
         row = inputs.add(chunk.token_ids, chunk.start, chunk.pages, chunk.follows)

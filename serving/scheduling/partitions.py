@@ -1,80 +1,99 @@
-"""One scheduler for each part of the sequences, where a mesh splits them; usually there is one.
+"""Schedulers of the partitions that a mesh splits the sequences into; usually there is one.
 
-A request goes to the part with the fewest sequences and stays there, with all its choices: their
-pages are there. Each part has its own rows, pages, prefixes and queue, which `limits` says for one.
+A request goes to the partition with the fewest sequences and stays there, with all its choices,
+because their pages are there. Each partition has its own rows, pages, prefixes and queue, whose
+sizes are those of `limits`.
 """
 
 from collections.abc import Iterable, Sequence
 
 from serving.scheduling.request import Drawn, Event, Request
 from serving.scheduling.scheduler import Scheduler
-from serving.scheduling.step_plan import Limits, Plan
+from serving.scheduling.step_plan import Limits, StepPlan
 
 
-class Shares:
-    """As a Scheduler, but with a plan for each part. Not thread-safe."""
+class Partitions:
+    """Does what a Scheduler does, with a plan for each partition. Not thread-safe.
 
-    def __init__(self, limits: Limits, parts: int = 1) -> None:
+    Args:
+        limits: of one partition.
+        count: number of partitions.
+    """
+
+    def __init__(self, limits: Limits, count: int = 1) -> None:
         self.limits = limits
-        self._parts = [Scheduler(limits) for _ in range(parts)]
+        self._schedulers = [Scheduler(limits) for _ in range(count)]
 
     def add(self, request: Request) -> None:
-        """As `Scheduler.add`."""
-        min(self._parts, key=lambda part: part.num_running + part.num_waiting).add(request)
+        """Queues a request where the fewest sequences are; errors as of `Scheduler.add`."""
+        min(
+            self._schedulers, key=lambda scheduler: scheduler.num_running + scheduler.num_waiting
+        ).add(request)
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
-        """As `Scheduler.cancel`."""
-        for part in self._parts:
-            part.cancel(request_id, choice)
+        """Forgets a request, or one choice of it; see `Scheduler.cancel`."""
+        for scheduler in self._schedulers:
+            scheduler.cancel(request_id, choice)
 
     def expire(self, now: float) -> list[Event]:
-        """As `Scheduler.expire`."""
-        return [event for part in self._parts for event in part.expire(now)]
+        """Ends every request whose deadline is before `now`; see `Scheduler.expire`."""
+        return [event for scheduler in self._schedulers for event in scheduler.expire(now)]
 
-    def plan(self) -> tuple[Plan, ...]:
-        """As `Scheduler.plan`; some of the plans may be empty."""
-        return tuple(part.plan() for part in self._parts)
+    def plan(self) -> tuple[StepPlan, ...]:
+        """Plans the next step of every partition; some of the plans may be empty."""
+        return tuple(scheduler.plan() for scheduler in self._schedulers)
 
-    def commit(self, plans: Iterable[Plan], drawn: Iterable[Sequence[Drawn | None]]) -> list[Event]:
-        """As `Scheduler.commit`."""
+    def commit(
+        self, plans: Iterable[StepPlan], drawn: Iterable[Sequence[Drawn | None]]
+    ) -> list[Event]:
+        """Records a step of all partitions; see `Scheduler.commit`."""
         events = []
-        for part, plan, tokens in zip(self._parts, plans, drawn, strict=True):
+        for scheduler, plan, tokens in zip(self._schedulers, plans, drawn, strict=True):
             if plan.chunks:
-                events += part.commit(plan, tokens)
+                events += scheduler.commit(plan, tokens)
         return events
 
     @property
     def has_work(self) -> bool:
-        return any(part.has_work for part in self._parts)
+        """True if any request has not ended, or any plan is open."""
+        return any(scheduler.has_work for scheduler in self._schedulers)
 
     @property
     def num_pages(self) -> int:
-        return self.limits.num_pages * len(self._parts)
+        """Number of pages of all partitions."""
+        return self.limits.num_pages * len(self._schedulers)
 
     @property
     def num_running(self) -> int:
-        return sum(part.num_running for part in self._parts)
+        """Number of sequences that have a row."""
+        return sum(scheduler.num_running for scheduler in self._schedulers)
 
     @property
     def num_waiting(self) -> int:
-        return sum(part.num_waiting for part in self._parts)
+        """Number of sequences in the queues."""
+        return sum(scheduler.num_waiting for scheduler in self._schedulers)
 
     @property
     def num_free_pages(self) -> int:
-        return sum(part.num_free_pages for part in self._parts)
+        """Number of pages that no sequence holds, those of the prefix caches among them."""
+        return sum(scheduler.num_free_pages for scheduler in self._schedulers)
 
     @property
     def num_cached_pages(self) -> int:
-        return sum(part.num_cached_pages for part in self._parts)
+        """Number of free pages whose content can still be found."""
+        return sum(scheduler.num_cached_pages for scheduler in self._schedulers)
 
     @property
     def preemptions(self) -> int:
-        return sum(part.preemptions for part in self._parts)
+        """Number of times that a sequence lost its pages and went back to the queue."""
+        return sum(scheduler.preemptions for scheduler in self._schedulers)
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(part.prompt_tokens for part in self._parts)
+        """Number of prompt tokens of the requests that were admitted."""
+        return sum(scheduler.prompt_tokens for scheduler in self._schedulers)
 
     @property
     def prefix_hit_tokens(self) -> int:
-        return sum(part.prefix_hit_tokens for part in self._parts)
+        """Number of those prompt tokens that the prefix caches had."""
+        return sum(scheduler.prefix_hit_tokens for scheduler in self._schedulers)

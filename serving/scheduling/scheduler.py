@@ -44,7 +44,7 @@ from secrets import randbits
 from serving.errors import ContextTooLong, InvalidRequest, Overloaded
 from serving.scheduling.pages import PagePool, PageTable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
-from serving.scheduling.step_plan import Chunk, Limits, Plan
+from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 
 @dataclass(kw_only=True, eq=False)
@@ -130,7 +130,7 @@ class Scheduler:
         self._pool = PagePool(limits.num_pages, limits.page_size, limits.prefix_reuse)
         self._waiting: list[_Sequence] = []  # both from the oldest to the youngest
         self._running: list[_Sequence] = []
-        self._open = deque[tuple[Plan, list[_Sequence]]]()  # plans that are not committed
+        self._open = deque[tuple[StepPlan, list[_Sequence]]]()  # plans that are not committed
         self._arrivals = 0
         self._now = 0.0
 
@@ -216,7 +216,7 @@ class Scheduler:
             for choice in sequence.choices
         ]
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """The next step. At most one earlier plan may be open, that is, not committed.
 
         Empty if there is no work, or none before the open plan is committed: with a plan open
@@ -229,7 +229,7 @@ class Scheduler:
             self._claim(sequence, 1, draft)
         self._claim_prompts(self.limits.max_step_tokens - len(draft), draft)
         order = sorted(draft, key=lambda sequence: draft[sequence] > 1)
-        plan = Plan(
+        plan = StepPlan(
             chunks=tuple(sequence.advance(draft[sequence], i) for i, sequence in enumerate(order)),
             copies=tuple(copy for sequence in order if (copy := sequence.table.settle())),
         )
@@ -237,7 +237,7 @@ class Scheduler:
             self._open.append((plan, order))
         return plan
 
-    def commit(self, plan: Plan, drawn: Sequence[Drawn | None]) -> list[Event]:
+    def commit(self, plan: StepPlan, drawn: Sequence[Drawn | None]) -> list[Event]:
         """Records the oldest open plan: `drawn[i]` counts where chunk i samples.
 
         Sequences that have ended since `plan`, by cancel or by the commit before, are passed over.

@@ -1,6 +1,6 @@
 """What a step computes, and the sizes that bound it: plain data.
 
-The scheduler decides by `Limits` and writes a `Plan`; the engine computes it.
+The scheduler decides by `Limits` and writes a `StepPlan`; the engine computes it.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StepPlan:
     """One step: plain data. Chunks of one token come first."""
 
     chunks: tuple[Chunk, ...]

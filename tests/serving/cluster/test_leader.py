@@ -20,7 +20,7 @@ from serving.cluster.leader import GroupError, Leader
 from serving.cluster.rank import Rank
 from serving.errors import SetupError
 from serving.proto import group_pb2 as pb
-from serving.scheduling.step_plan import Chunk, Limits, Plan
+from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 from tests.support.servers import free_ports
 
 PATIENCE = 20.0
@@ -65,7 +65,7 @@ _chunks = st.builds(
     forbidden=st.frozensets(_ids, max_size=4),
 )
 _plans = st.builds(
-    Plan,
+    StepPlan,
     chunks=st.lists(_chunks, max_size=3).map(tuple),
     copies=st.lists(st.tuples(_ids, _ids), max_size=3).map(tuple),
 )
@@ -73,7 +73,7 @@ _plans = st.builds(
 
 @given(st.lists(_plans, max_size=3).map(tuple))
 @settings(max_examples=100, deadline=None)
-def test_plans_arrive_as_they_were_sent(plans: tuple[Plan, ...]) -> None:
+def test_plans_arrive_as_they_were_sent(plans: tuple[StepPlan, ...]) -> None:
     written = step_message(plans).SerializeToString()
     assert plans_of(pb.Step.FromString(written)) == plans
 
@@ -163,7 +163,7 @@ def test_a_step_reaches_every_follower_in_order() -> None:
         for one in followers:
             one.ready()
         leader.await_ready()
-        steps = [(Plan(chunks=(chunk(i, 3),)),) for i in range(20)]
+        steps = [(StepPlan(chunks=(chunk(i, 3),)),) for i in range(20)]
         for step in steps:
             leader.broadcast(step)
         leader.end("it was told to")
@@ -356,7 +356,7 @@ def test_flags_that_do() -> None:
 def test_a_step_is_told_in_less_than_a_millisecond() -> None:
     """From the leader's thread; 32 sequences of 512 tokens. The best of many: others run too."""
     port, _ = free_ports(2)
-    step = (Plan(chunks=tuple(chunk(1, 32) for _ in range(32))),)
+    step = (StepPlan(chunks=tuple(chunk(1, 32) for _ in range(32))),)
     with ThreadPoolExecutor(1) as pool, leading(rank(0, port)) as (leader, _):
         one = follower(rank(1, port), Log())
         joined = pool.submit(one.join)

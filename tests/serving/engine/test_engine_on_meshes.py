@@ -17,7 +17,6 @@ from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh
 from serving.engine.engine import Engine, compile_steps
-from serving.scheduling.partitions import Shares
 from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
 from tests.support.models import split_over
@@ -150,14 +149,6 @@ def test_the_plain_loop_under_a_mesh_equals_one_device() -> None:
     np.testing.assert_allclose(
         [draw.logprob for draw in got], [draw.logprob for draw in want], rtol=0, atol=1e-5
     )
-
-
-def test_requests_are_shared_out_evenly() -> None:
-    shares = Shares(LIMITS, 3)
-    for request in requests_of(7, 3):
-        shares.add(request)
-    assert [part.num_waiting for part in shares._parts] == [3, 2, 2]
-    assert shares.num_pages == 180
 
 
 @pytest.mark.parametrize(

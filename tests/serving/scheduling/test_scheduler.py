@@ -18,7 +18,7 @@ from mixtral_jax.sampling_params import SamplingParams
 from serving.errors import ContextTooLong, InvalidRequest, Overloaded
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.scheduler import Scheduler
-from serving.scheduling.step_plan import Chunk, Limits, Plan
+from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 EOS = 99
 
@@ -52,12 +52,12 @@ def scheduler_of(*requests: Request, **changes: Any) -> Scheduler:
     return scheduler
 
 
-def shape(plan: Plan) -> list[tuple[str, int, int, bool]]:
+def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
     return [(c.request_id, c.start, len(c.token_ids), c.samples) for c in plan.chunks]
 
 
 def commit(
-    scheduler: Scheduler, plan: Plan, tokens: Iterable[int | None] | int = 50
+    scheduler: Scheduler, plan: StepPlan, tokens: Iterable[int | None] | int = 50
 ) -> list[Event]:
     """Commits with these tokens, or always the same one."""
     if isinstance(tokens, int):
@@ -66,7 +66,7 @@ def commit(
     return scheduler.commit(plan, [Drawn(token_id=t) if c.samples else None for c, t in drawn])
 
 
-def step(scheduler: Scheduler, tokens: Iterable[int] | int = 50) -> Plan:
+def step(scheduler: Scheduler, tokens: Iterable[int] | int = 50) -> StepPlan:
     plan = scheduler.plan()
     commit(scheduler, plan, tokens)
     return plan
@@ -86,7 +86,7 @@ def test_the_example_of_the_module() -> None:
     assert [chunk.pages for chunk in second.chunks] == [(0,), (1, 2, 3)]
     assert [(c.token_ids[0], c.follows) for c in second.chunks] == [(0, 0), (66005, None)]
     assert told(commit(scheduler, first)) == [("A", 0, 50, None)]
-    assert scheduler.plan() == Plan(chunks=())  # both are at their last token
+    assert scheduler.plan() == StepPlan(chunks=())  # both are at their last token
     assert told(commit(scheduler, second, [60, 61])) == [
         ("A", 0, 60, FinishReason.LENGTH),
         ("B", 0, 61, FinishReason.LENGTH),
@@ -264,7 +264,7 @@ def test_while_a_plan_is_open_nobody_gives_way() -> None:
     step(scheduler)
     second = scheduler.plan()
     assert shape(second) == [("A", 7, 1, True), ("B", 7, 1, True)]
-    assert scheduler.plan() == Plan(chunks=())
+    assert scheduler.plan() == StepPlan(chunks=())
     commit(scheduler, second)
     assert shape(scheduler.plan()) == [("A", 8, 1, True)]
     assert scheduler.preemptions == 1
@@ -320,7 +320,7 @@ def test_a_token_that_is_not_known_yet_can_be_planned() -> None:
     ]
     assert scheduler.num_free_pages == 7
     # A's chunk of the third plan is passed over; B's was its last, and nothing is planned behind.
-    assert scheduler.plan() == Plan(chunks=())
+    assert scheduler.plan() == StepPlan(chunks=())
     assert told(commit(scheduler, third, [70, 71])) == [("B", 0, 71, FinishReason.LENGTH)]
     assert not scheduler.has_work
 
@@ -471,7 +471,7 @@ class Device:
             [None] * limits.page_size for _ in range(limits.num_pages)
         ]
         self.ends = {request.id: request.eos_ids for request in requests}
-        self.plans: list[Plan] = []
+        self.plans: list[StepPlan] = []
         self.drawn: list[int | None] = []  # by the last plan
         self.full = {
             (request.id, choice): plain_loop(request, choice, limits.room)
@@ -479,7 +479,7 @@ class Device:
             for choice in range(request.n)
         }
 
-    def run(self, plan: Plan) -> list[int | None]:
+    def run(self, plan: StepPlan) -> list[int | None]:
         sources, destinations = {s for s, _ in plan.copies}, [d for _, d in plan.copies]
         assert len({*destinations}) == len(destinations)
         assert sources.isdisjoint(destinations)
@@ -535,7 +535,7 @@ def drive(
 ) -> list[Event]:
     """Steps until there is no work. Where `goes_on`, the next plan is made before the commit."""
     events: list[Event] = []
-    pending: tuple[Plan, list[int | None]] | None = None
+    pending: tuple[StepPlan, list[int | None]] | None = None
     for now in range(3000):
         events += scheduler.expire(now)
         plan = scheduler.plan()
