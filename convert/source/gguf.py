@@ -11,6 +11,7 @@ many seconds, this a fraction of one. Decoding stays with the package (see read.
 Numbers are little-endian. (github.com/ggml-org/ggml, docs/gguf.md, versions 2 and 3)
 """
 
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -40,7 +41,10 @@ _MOST_DIMENSIONS = 4
 
 
 def gguf_header(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and metadata as plain values: numbers, bools, strings, lists of them.
+    """Reads a file's tensors by name, and its metadata as numbers, bools, strings, lists of them.
+
+    Tensors of a type that the gguf package does not know are let through, as of the encoding
+    "GGML type 31", for the tensor may not be needed.
 
     Raises ConversionError for a file that is no GGUF file of version 2 or 3, or that is not whole.
     """
@@ -63,14 +67,14 @@ def gguf_header(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class _Cursor:
-    """A place in a header that moves on with everything that is read."""
+    """A position in a header, which moves on with everything that is read."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.at = 4
+        self.position = 4
 
     def header(self, path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, Any]]:
-        """All tensors, each with the offset of its end, and all metadata."""
+        """Reads all tensors, each with the offset of its end, and all metadata."""
         (version,) = self.unpack("<I")
         if version not in _VERSIONS:
             raise ValueError(f"version {version}; only versions 2 and 3 in little-endian are read")
@@ -82,18 +86,23 @@ class _Cursor:
                 raise ValueError(f"{name} is there twice")
             metadata[name] = self.value(self.unpack("<I")[0])
         entries = [self.tensor() for _ in range(num_tensors)]
-        align = metadata.get("general.alignment", 32)
-        start = -(-self.at // align) * align
-        found = {}
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {alignment!r} where a power of two is needed")
+        start = -(-self.position // alignment) * alignment
+        tensors: dict[str, tuple[Tensor, int]] = {}
         for name, shape, encoding, offset, nbytes in entries:
-            if name in found:
+            if name in tensors:
                 raise ValueError(f"tensor {name} is there twice")
             tensor = Tensor(path, start + offset, shape, encoding)
-            found[name] = (tensor, tensor.offset + nbytes)
-        return found, metadata
+            tensors[name] = (tensor, tensor.offset + nbytes)
+        return tensors, metadata
 
     def tensor(self) -> tuple[str, tuple[int, ...], str, int, int]:
-        """Name, shape with the outermost size first, encoding, offset, bytes."""
+        """Reads a tensor's name, shape (outermost size first), encoding, offset and bytes.
+
+        The bytes of a type that is not known count as 0.
+        """
         import gguf
 
         name = self.string()
@@ -102,31 +111,36 @@ class _Cursor:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
         sizes = self.unpack(f"<{dimensions}Q")
         number, offset = self.unpack("<IQ")
-        kind = gguf.GGMLQuantizationType(number)
-        elements, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = size
-        for each in sizes:
-            nbytes *= each
+        shape = tuple(reversed(sizes))
+        try:
+            kind = gguf.GGMLQuantizationType(number)
+            elements, size = gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            return name, shape, f"GGML type {number}", offset, 0
         if sizes and sizes[0] % elements:
             raise ValueError(f"tensor {name} has rows that {kind.name} cannot hold")
-        return name, tuple(reversed(sizes)), kind.name, offset, nbytes // elements
+        return name, shape, kind.name, offset, math.prod(sizes) * size // elements
 
     def unpack(self, form: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(form, self.data, self.at)
-        self.at += struct.calcsize(form)
+        """Reads numbers by a format of `struct`."""
+        values = struct.unpack_from(form, self.data, self.position)
+        self.position += struct.calcsize(form)
         return values
 
     def string(self) -> str:
+        """Reads a length and so many bytes of UTF-8."""
         (length,) = self.unpack("<Q")
         return self.take(length).decode("utf-8")
 
     def take(self, length: int) -> bytes:
-        if length > len(self.data) - self.at:
+        """Reads so many bytes."""
+        if length > len(self.data) - self.position:
             raise ValueError("a length reaches beyond the end of the file")
-        self.at += length
-        return self.data[self.at - length : self.at]
+        self.position += length
+        return self.data[self.position - length : self.position]
 
     def value(self, kind: int) -> Any:
+        """Reads a metadata value of a type, by the type's number."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -137,6 +151,9 @@ class _Cursor:
         return self.numbers(kind, count)
 
     def numbers(self, kind: int, count: int) -> list[Any]:
-        dtype = _SCALARS[kind]
+        """Reads so many numbers, or bools, of a type."""
+        dtype = _SCALARS.get(kind)
+        if dtype is None:
+            raise ValueError(f"{kind} is no type of metadata that is known")
         numbers: list[Any] = np.frombuffer(self.take(dtype.itemsize * count), dtype).tolist()
         return numbers

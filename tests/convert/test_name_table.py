@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 
 from convert import name_table as mapping
-from convert.served_name import served_as
-from convert.source.configs import from_gguf, from_params
 from mixtral_jax.checkpoint.parameters import parameter_shapes
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
 from tests.support import sources
 
@@ -89,96 +86,3 @@ def test_upcycled_puts_the_dense_matrices_into_every_expert() -> None:
     assert len([row for row in table if row.parameter == "layers.1.attention.q.weight"]) == 1
     norms = [row for row in table if row.parameter == "layers.1.feed_forward_norm.weight"]
     assert len(norms) == 1
-
-
-def test_params_say_the_same_as_the_config() -> None:
-    assert from_params(sources.PARAMS) == DENSE
-    assert from_params(sources.MOE_PARAMS) == MOE
-    # As published beside consolidated.safetensors: rope_theta only where it is not the default.
-    published = dict(dim=4096, n_layers=32, head_dim=128, hidden_dim=14_336, n_heads=32)
-    published |= dict(n_kv_heads=8, norm_eps=1e-5)
-    windowed = from_params(published | dict(vocab_size=32_000, sliding_window=4096))
-    assert windowed == ModelConfig.mistral_7b_v01()
-    assert from_params(published | dict(vocab_size=32_768)) == ModelConfig.mistral_7b_instruct_v03()
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("rope_scaling", {"factor": 8.0}),
-        ("quantization", {"qformat_weight": "fp8_e4m3"}),
-        ("model_type", "mamba"),
-        ("sliding_window", [5, 7]),
-        ("moe", {"num_experts": 3, "num_experts_per_tok": 2, "num_shared_experts": 1}),
-        ("n_heads", None),
-        ("norm_eps", "small"),
-        ("brand_new", 1),
-    ],
-)
-def test_params_that_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match="num_shared_experts" if field == "moe" else field):
-        from_params(sources.PARAMS | {field: value})
-
-
-SMOLLM2 = {
-    "general.architecture": "llama",
-    "general.name": "whatever",
-    "tokenizer.ggml.model": "gpt2",
-    "llama.block_count": 30,
-    "llama.context_length": 8192,
-    "llama.embedding_length": 576,
-    "llama.feed_forward_length": 1536,
-    "llama.attention.head_count": 9,
-    "llama.attention.head_count_kv": 3,
-    "llama.rope.freq_base": 100_000.0,
-    "llama.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
-    "llama.vocab_size": 49_152,
-    "llama.rope.dimension_count": 64,
-}
-
-
-def test_gguf_metadata() -> None:
-    assert from_gguf(SMOLLM2, tied_embeddings=True) == ModelConfig.smollm2_135m()
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("general.architecture", "qwen2"),
-        ("general.type", "adapter"),
-        ("split.count", 3),
-        ("llama.rope.scaling.type", "yarn"),
-        ("llama.rope.dimension_count", 32),
-        ("llama.attention.head_count_kv", [3, 1]),
-        ("llama.brand_new", 1),
-    ],
-)
-def test_gguf_metadata_that_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=field.removeprefix("llama.")):
-        from_gguf(SMOLLM2 | {field: value}, tied_embeddings=True)
-
-
-@pytest.mark.parametrize(
-    "path, name, provider",
-    [
-        ("Mistral-7B-Instruct-v0.1", "mistralai-Mistral-7B-Instruct-v01", "MistralAI"),
-        ("Mixtral-8x22B-Instruct-v0.1", "mistralai-Mixtral-8x22B-Instruct-v0-1", "MistralAI"),
-        (
-            "hub/models--mistralai--Mixtral-8x7B-v0.1/snapshots/abc",
-            "mistralai-Mixtral-8x7B-v01",
-            "MistralAI",
-        ),
-        ("mistral-7b-instruct-v0.2.Q4_K_M.gguf", "mistralai-Mistral-7B-Instruct-v02", "MistralAI"),
-        ("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct", "HuggingFaceTB"),
-        ("tuned/model.safetensors", "tuned", "unknown"),
-        ("my.model-v1.5", "my.model-v1.5", "unknown"),
-    ],
-)
-def test_what_a_model_is_served_as(tmp_path: Any, path: str, name: str, provider: str) -> None:
-    place = tmp_path / path
-    if place.suffix in (".gguf", ".safetensors"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()
-    else:
-        place.mkdir(parents=True)
-    assert served_as(place) == (name, provider)
