@@ -5,7 +5,7 @@ Files are written by the libraries of those who publish such files.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,22 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write(folder: Path, form: str, config: dict[str, Any], dtype: Any) -> tuple[Path, Any]:
+    """Writes a source in the given form; returns its path, and the tensors that it was made of."""
+    hf = tensors(config, dtype)
+    params = MOE_PARAMS if config is MOE else PARAMS
+    makers: dict[str, Callable[[], Path]] = {
+        "one file": lambda: write_hf(folder, config, hf) / "model.safetensors",
+        "folder": lambda: write_hf(folder, config, hf),
+        "index": lambda: write_hf(folder, config, hf, shards=4),
+        "shards": lambda: write_hf(folder, config, hf, shards=3, index=False),
+        "fused": lambda: write_hf(folder, config, fused(hf), shards=2),
+        "consolidated": lambda: write_consolidated(folder, params, hf),
+        "gguf": lambda: write_gguf(folder / "a.gguf", hf, llama__attention__sliding_window=5),
+    }
+    return makers[form](), hf
 
 
 def parameters(folder: Path) -> Tensors:
