@@ -114,6 +114,22 @@ def test_derived_constants_and_copies_of_tied_embeddings_are_passed_over(tmp_pat
     sources.assert_same(sources.parameters(tmp_path / "dst"), sources.ours(hf))
 
 
+@pytest.mark.parametrize("form", ["hf", "consolidated"])
+def test_tied_embeddings_may_be_stored_as_the_head(tmp_path: Path, form: str) -> None:
+    """Of two names for one tensor, safetensors keeps the first in the alphabet: lm_head.weight."""
+    config = sources.DENSE | dict(tie_word_embeddings=True)
+    hf = sources.tensors(config)
+    want = sources.ours(hf)
+    hf["lm_head.weight"] = hf.pop("model.embed_tokens.weight")
+    if form == "hf":
+        path = sources.write_hf(tmp_path / "src", config, hf, shards=2)
+    else:
+        params = sources.PARAMS | dict(tied_embeddings=True)
+        path = sources.write_consolidated(tmp_path / "src", params, hf)
+    assert convert(path, tmp_path / "dst").model.tied_embeddings
+    sources.assert_same(sources.parameters(tmp_path / "dst"), want)
+
+
 def test_upcycled_equals_dense(tmp_path: Path) -> None:
     path, hf = sources.write(tmp_path / "src", "index", sources.DENSE, np.float32)
     convert(path, tmp_path / "dense")

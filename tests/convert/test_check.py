@@ -131,6 +131,22 @@ def pickles(folder: Path) -> None:
     (folder / "pytorch_model-00001-of-00002.bin").touch()
 
 
+def ggml_type(folder: Path) -> None:
+    """A tensor of a type that was removed from GGML, Q4_0_4_4."""
+    shutil.rmtree(folder)
+    path = sources.write_gguf(folder / "a.gguf", sources.tensors(sources.DENSE))
+    name = b"blk.1.attn_q.weight"
+    content = path.read_bytes()
+    place = content.index(name) + len(name) + 4 + 2 * 8
+    path.write_bytes(content[:place] + (31).to_bytes(4, "little") + content[place + 4 :])
+
+
+def only_head_untied(folder: Path) -> None:
+    name = "model.embed_tokens.weight"
+    change(folder, holding(folder, name), lambda c: c.pop(name))
+    edit_json(folder, INDEX, lambda c: c["weight_map"].pop(name))
+
+
 def nothing(folder: Path) -> None:
     shutil.rmtree(folder)
 
@@ -169,6 +185,8 @@ def rope_freqs(folder: Path) -> None:
         (pickles, r"pytorch_model-00001-of-00002\.bin is a pickle, .* as safetensors"),
         (nothing, r"does not exist"),
         (two_ggufs, r"several GGUF files; name one of them: a\.gguf, b\.gguf"),
+        (ggml_type, r"tensor blk\.1\.attn_q\.weight is stored as GGML type 31, .* fetch the"),
+        (only_head_untied, r"tensor model\.embed_tokens\.weight is missing"),
         (rope_freqs, r"rope_freqs\.weight: it rescales the rotary frequencies"),
     ],
 )

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from convert.convert import convert
+from mixtral_jax.checkpoint.folder import is_checkpoint
 from mixtral_jax.checkpoint.writer import ParameterWriter
-from mixtral_jax.config import is_checkpoint
 from tests.support import sources
 
 FILES, WEIGHTS = "file operations", "pieces of weights"
