@@ -28,7 +28,8 @@ import typer
 
 from convert.export import INDEX_FILE, cut
 from convert.name_table import name_table
-from mixtral_jax.config import CONFIG_FILE, ModelConfig
+from mixtral_jax.checkpoint.folder import CONFIG_FILE
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.hf_config import to_hf
 
 GIB = 1 << 30

@@ -22,10 +22,9 @@ from convert.errors import ConversionError
 from convert.name_table import NameTable, name_table
 from convert.pieces import ParameterPiece, filled, overlaps, pieces
 from convert.progress import Progress
-from mixtral_jax.checkpoint.folder import Card, finished_at
+from mixtral_jax.checkpoint.folder import CONFIG_FILE, Card, finished_at
 from mixtral_jax.checkpoint.parameters import CHUNK_BYTES, parameter_shapes, stored_bytes
 from mixtral_jax.checkpoint.writer import ParameterReader
-from mixtral_jax.config import CONFIG_FILE
 from mixtral_jax.hf_config import to_hf
 from mixtral_jax.tokenization import tokenizer
 

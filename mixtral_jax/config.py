@@ -4,17 +4,12 @@ Nothing below the config has a default for what the config owns. Presets carry t
 published `config.json` files, which `mixtral_jax.hf_config` reads and writes.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from mixtral_jax.errors import ConfigError
-
-CONFIG_FILE = "config.json"
-FORMAT = "mixtral-jax/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +175,3 @@ class ModelConfig:
             wrong = sorted(known ^ set(values))
             raise ConfigError(f"model config has unknown or missing fields: {', '.join(wrong)}")
         return cls(**values)
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of ours, by its config file."""
-    try:
-        content = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT

@@ -22,7 +22,8 @@ from convert.source import configs
 from convert.source.gguf import gguf_header
 from convert.source.read import Tensor
 from convert.source.safetensors import safetensors_header
-from mixtral_jax.config import CONFIG_FILE, ModelConfig, is_checkpoint
+from mixtral_jax.checkpoint.folder import CONFIG_FILE, is_checkpoint
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
 

@@ -23,9 +23,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_jax.config import CONFIG_FILE, FORMAT, ModelConfig, is_checkpoint
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, UserError
 
+CONFIG_FILE = "config.json"
+FORMAT = "mixtral-jax/1"
 _DAY_S = 86_400
 
 
@@ -72,6 +74,15 @@ class Card:
             raise ConfigError(
                 f"{folder / CONFIG_FILE} lacks {missing}; convert the model anew"
             ) from None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Returns true if a folder is a checkpoint of ours, by its `config.json`."""
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.checkpoint.folder import Card, finished_at
+from mixtral_jax.checkpoint.folder import Card, finished_at, is_checkpoint
 from mixtral_jax.checkpoint.restore import load
 from mixtral_jax.checkpoint.writer import save
 from mixtral_jax.config import ModelConfig
@@ -175,6 +175,15 @@ def test_what_is_finished_has_the_usual_permissions(tmp_path: Path) -> None:
     with finished_at(tmp_path / "new"):
         pass
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_only_our_own_folders_are_checkpoints(tmp_path: Path) -> None:
+    assert not is_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    assert not is_checkpoint(tmp_path)
+    for text in ("{", "[]", "[" * 200_000):
+        (tmp_path / "config.json").write_text(text)
+        assert not is_checkpoint(tmp_path)
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
