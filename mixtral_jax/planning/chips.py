@@ -1,17 +1,22 @@
-"""Chips and the slices that they come in, by the figures that their makers publish. No jax.
+"""Figures of chips, and the topologies that they are sold in. No jax.
 
-A topology is named `tpu:v5e:2x4`, `gpu:h100:8` or `cpu:8`; without its last part (`tpu:v5e`) it
-stands for all sizes, from small to large. Sources:
+A topology is named like `tpu:v5e:2x4`, `gpu:h100:8` or `cpu:8`. Without its last part, `tpu:v5e`
+names all sizes, from small to large. Nothing here was measured; whatever is computed from these
+figures is an estimate. Sources:
 
-    TPU   cloud.google.com/tpu/docs/v5e, /v5p, /v6e: memory, peak rates, and the bidirectional
-          interconnect a chip, of which a ring takes the links of one axis: a half (v5e, v6e) or a
-          third (v5p). What of the memory programs can have is what the compiler itself names when
-          a program does not fit.
-    GPU   NVIDIA's data sheets of A100, H100 and H200 (SXM; dense, without sparsity); NVLink in one
-          direction. 1 GiB of the memory is left to CUDA, NCCL and cuBLAS.
-    CPU   the machine's memory in equal parts and a nominal desktop's rates: for trying things out.
+    TPU   Memory bandwidth, peak rates and interconnect are those of Google's pages
+          docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. The interconnect is published as the sum
+          of all links of a chip in both directions (400, 1200 and 800 GB/s); a ring sends over the
+          two links of one axis of the torus, which is a quarter of that on v5e and v6e (two axes)
+          and a sixth on v5p (three axes). The memory is what the compiler names as available when a
+          program does not fit.
+    GPU   NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM: dense rates, without
+          sparsity; NVLink in one direction. 1 GiB of the memory is left to CUDA, NCCL and cuBLAS.
+    CPU   The machine's memory is divided evenly, and the rates are those of a nominal desktop, so
+          that plans can be tried out on virtual devices.
 
-Nothing of it was measured here; what is computed from it is an estimate.
+The latencies are round numbers of the order that is seen on such networks; no vendor publishes
+them.
 """
 
 import math
@@ -25,23 +30,37 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device; rates a second."""
+    """Figures of one device.
 
-    memory: int  # bytes that a program can have
-    bandwidth: float  # bytes of that memory
-    bf16: float  # floating-point operations, a multiply-add being two
+    Attributes:
+        memory: bytes that programs can use.
+        bandwidth: bytes a second of that memory.
+        bf16: peak operations a second in bfloat16; a multiply-add counts as two.
+        int8: peak operations a second in int8.
+        network: bytes a second that one chip sends in a ring of chips.
+        latency: seconds that a collective takes from one chip to the next.
+        slices: sizes that can be had, from small to large.
+        name: the vendor's name.
+    """
+
+    memory: int
+    bandwidth: float
+    bf16: float
     int8: float
-    network: float  # bytes that a ring passes on
-    latency: float  # seconds of a collective's step from chip to chip
-    slices: tuple[str, ...]  # by their chips
+    network: float
+    latency: float
+    slices: tuple[str, ...]
     name: str
 
     def peak(self, dtype: str) -> float:
-        """Operations a second in products of weights of this dtype."""
+        """Peak operations a second in products with weights of this dtype.
+
+        Products in float32 are taken to run at half the rate of bfloat16.
+        """
         return self.int8 if dtype == "int8" else self.bf16 / (2 if dtype == "float32" else 1)
 
 
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_GRIDS = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _SERVERS = ("1", "2", "4", "8")
 
@@ -55,7 +74,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
             int8=393e12,
             network=100e9,
             latency=1e-6,
-            slices=_FLAT,
+            slices=_GRIDS,
         ),
         "v5p": Chip(
             name="TPU v5p",
@@ -75,7 +94,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
             int8=1836e12,
             network=200e9,
             latency=1e-6,
-            slices=_FLAT,
+            slices=_GRIDS,
         ),
     },
     "gpu": {
@@ -114,7 +133,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
 
 
 def _cpu(devices: int) -> Chip:
-    """A part of this machine as a virtual device."""
+    """One of `devices` virtual devices that share this machine evenly."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Chip(
         name="virtual CPU device",
@@ -130,23 +149,31 @@ def _cpu(devices: int) -> Chip:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """So many chips of a kind, joined as the slice's name says."""
+    """A number of chips of one kind that are connected with each other.
 
-    platform: str  # tpu, gpu or cpu
-    kind: str  # v5e, h100, ...; empty for cpu
-    slice: str  # 2x4, 8
+    Attributes:
+        platform: tpu, gpu or cpu.
+        kind: the chip's short name, such as v5e or h100; empty for cpu.
+        slice: the size: 2x4 for chips in a grid, 8 for chips in one server.
+        chip: figures of the chip.
+    """
+
+    platform: str
+    kind: str
+    slice: str
     chip: Chip
 
     @property
     def chips(self) -> int:
-        return math.prod(int(part) for part in self.slice.split("x"))
+        """Number of chips."""
+        return math.prod(int(size) for size in self.slice.split("x"))
 
     def __str__(self) -> str:
-        return ":".join(part for part in (self.platform, self.kind, self.slice) if part)
+        return ":".join(word for word in (self.platform, self.kind, self.slice) if word)
 
 
 def topologies(name: str) -> list[Topology]:
-    """What a name stands for: one topology, or all sizes of a chip from small to large.
+    """Topologies that a name stands for: one, or all sizes of a chip from small to large.
 
     Raises TopologyError for a chip or a slice that does not exist.
     """
@@ -160,9 +187,9 @@ def topologies(name: str) -> list[Topology]:
         raise TopologyError(f"topology {name!r} is of no known platform; give {_examples()}")
     kinds = CHIPS[platform]
     if not rest or rest[0] not in kinds:
-        what = rest[0] if rest else "nothing"
+        kind = rest[0] if rest else "nothing"
         raise TopologyError(
-            f"topology {name!r}: {what} is no known {platform} chip; known are {', '.join(kinds)}"
+            f"topology {name!r}: {kind} is no known {platform} chip; known are {', '.join(kinds)}"
         )
     chip = kinds[rest[0]]
     sizes = rest[1:] or chip.slices

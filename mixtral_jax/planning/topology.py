@@ -1,8 +1,8 @@
-"""Devices that are not there: compilers take them, and nothing can run on them.
+"""Absent devices: chips that compilers can compile for although nothing can run on them here.
 
-The compilers are optional: `libtpu` for TPUs, jax's CUDA plugins for GPUs; `installed` says whether
-one is here. What they read from the environment must stand there before jax starts, so a program is
-compiled in a process of its own, with `environment` (ahead.py).
+The compilers are optional packages: `libtpu` for TPUs, jax's CUDA plugins for GPUs. They read
+variables of the environment when jax starts, so programs are compiled in a process of its own with
+the variables of `environment` (see compiler.py).
 """
 
 import importlib.util
@@ -15,7 +15,9 @@ import jax
 from mixtral_jax.errors import TopologyError
 from mixtral_jax.planning.chips import Topology
 
-# A GPU as the compiler sees it: what fixes tiles, registers and which instructions there are.
+# Figures of a GPU from which the compiler chooses tiles, registers and instructions: the compute
+# capability, streaming multiprocessors, bytes of shared memory of each and of a block that asks for
+# more, and GHz. They are those of NVIDIA's CUDA programming guide and data sheets.
 _GPUS: dict[str, dict[str, Any]] = {
     "a100-80": {"major": 8, "cores": 108, "shared": 167936, "optin": 166912, "clock": 1.41},
     "h100": {"major": 9, "cores": 132, "shared": 233472, "optin": 232448, "clock": 1.98},
@@ -25,13 +27,16 @@ _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugi
 
 
 def installed(platform: str) -> bool:
-    """Whether programs for this platform can be compiled here."""
+    """True if a compiler for this platform (tpu, gpu or cpu) is installed."""
     names = _COMPILERS.get(platform)
     return names is None or any(importlib.util.find_spec(name) is not None for name in names)
 
 
 def environment(topology: Topology, given: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables for the process that compiles for a topology; without those of our own devices."""
+    """Environment variables for the process that compiles for a topology.
+
+    They are the `given` ones, by default this process's, without those about its own devices.
+    """
     kept = {
         name: value
         for name, value in (os.environ if given is None else given).items()
@@ -40,20 +45,23 @@ def environment(topology: Topology, given: Mapping[str, str] | None = None) -> d
     kept["JAX_PLATFORMS"] = "cpu"
     if topology.platform == "cpu":
         return kept | {"JAX_NUM_CPU_DEVICES": topology.slice}
-    # The kernels for CPU are not needed, and take time to be compiled.
+    # Kernels for CPU are not needed, and compiling them takes time.
     kept["MIXTRAL_JAX_NATIVE"] = "0"
     if topology.platform == "tpu":
         kept |= {
-            "TPU_SKIP_MDS_QUERY": "1",  # asks nobody what this machine is
+            "TPU_SKIP_MDS_QUERY": "1",  # no query of Google Cloud's metadata service
             "TPU_ACCELERATOR_TYPE": "v5litepod-8",
             "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several may compile at once: none has a chip
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is in use, so processes may overlap
         }
     return kept
 
 
 def absent_devices(topology: Topology) -> Sequence[jax.Device]:
-    """The topology's devices, for meshes whose programs are compiled and never run."""
+    """The topology's devices, for meshes whose programs are compiled and never run.
+
+    Raises TopologyError if the compiler does not know the topology.
+    """
     if topology.platform == "cpu":
         return jax.devices("cpu")[: topology.chips]
     from jax.experimental import topologies
@@ -69,14 +77,14 @@ def absent_devices(topology: Topology) -> Sequence[jax.Device]:
         options["topology"] = f"1x1x{topology.chips}"
     platform = "cuda" if topology.platform == "gpu" else topology.platform
     try:
-        found = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
+        description = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
     except Exception as error:
         raise TopologyError(f"the compiler does not know {topology}: {error}") from error
-    return list(found.devices)
+    return list(description.devices)
 
 
 def _target_config(topology: Topology) -> str:
-    """As XLA's GpuTargetConfigProto, in text."""
+    """Text of XLA's GpuTargetConfigProto for one chip of the topology."""
     gpu = _GPUS[topology.kind]
     facts = {
         "threads_per_block_limit": 1024,

@@ -46,7 +46,6 @@ TO_BE_READ = {
     "mixtral_jax/kernels/gpu",
     "mixtral_jax/kernels/tpu",
     "mixtral_jax/model",
-    "mixtral_jax/planning",
     "mixtral_jax/sharding.py",
     "mixtral_jax/step",
     "mixtral_jax/tokenization",
