@@ -1,4 +1,4 @@
-"""Attention on CPU over pages, by the kernel of native.cc."""
+"""Attention on CPU over pages, by the kernel of attention.cc."""
 
 import jax
 import jax.numpy as jnp

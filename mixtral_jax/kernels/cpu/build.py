@@ -1,4 +1,4 @@
-"""The CPU kernels' shared library: compiled from native.cc on first use and kept.
+"""The CPU kernels' shared library: compiled from the C++ files here on first use and kept.
 
 `available()` compiles it with the machine's C++ compiler (a few seconds, kept in the user's cache)
 and registers its functions with JAX's foreign function interface. Without a compiler, or with
@@ -22,7 +22,7 @@ import jax
 
 from mixtral_jax.compilation import compiled_folder
 
-_SOURCE = Path(__file__).with_name("native.cc")
+_FOLDER = Path(__file__).parent
 _FLAGS = (
     "-O3",
     "-funroll-loops",
@@ -31,7 +31,9 @@ _FLAGS = (
     "-std=c++17",
     "-shared",
     "-fPIC",
-    "-w",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
 )
 _log = logging.getLogger(__name__)
 
@@ -57,20 +59,28 @@ def available() -> bool:
     return True
 
 
+def build_command(compiler: str, library: Path) -> list[str]:
+    """The command that compiles the C++ files of this folder into a shared library."""
+    sources = [str(source) for source in sorted(_FOLDER.glob("*.cc"))]
+    return [compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), *sources, "-o", str(library)]
+
+
 def _compiled(compiler: str) -> Path:
-    """The shared library, compiled unless this source was compiled here before."""
-    include = jax.ffi.include_dir()
-    key = hashlib.sha256(_SOURCE.read_bytes())
-    for part in (compiler, *_FLAGS, include, jax.__version__, platform.machine(), _processor()):
-        key.update(part.encode())
+    """The shared library, compiled unless these files were compiled here before."""
+    key = hashlib.sha256()
+    for source in sorted([*_FOLDER.glob("*.cc"), *_FOLDER.glob("*.h")]):
+        key.update(source.name.encode() + source.read_bytes())
+    versions = (jax.ffi.include_dir(), jax.__version__, platform.machine(), _processor())
+    for word in (compiler, *_FLAGS, *versions):
+        key.update(word.encode())
     library = compiled_folder("native") / f"{key.hexdigest()[:32]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as place:
-            made = Path(place) / "native.so"
-            command = [compiler, *_FLAGS, "-isystem", include, str(_SOURCE), "-o", str(made)]
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            unfinished = Path(folder) / "kernels.so"
+            command = build_command(compiler, unfinished)
             subprocess.run(command, check=True, capture_output=True, text=True)
-            made.rename(library)  # in one piece, whoever else compiles at the same time
+            unfinished.rename(library)  # whole at once, whoever else compiles at the same time
     return library
 
 

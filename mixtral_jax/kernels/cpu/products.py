@@ -1,4 +1,4 @@
-"""Products, norm and SwiGLU on CPU, by the kernels of native.cc.
+"""Products, norm and SwiGLU on CPU, by the kernels of products.cc.
 
 The kernels take and give float32; weights are float32, or int8 with a float32 scale per output.
 Other dtypes are computed by the XLA forms: a bfloat16 model on CPU is for trying things out.

@@ -1,0 +1,75 @@
+"""The C++ of the CPU kernels compiles without a warning and runs clean under the sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtral_jax.kernels.cpu import build
+
+COMPILER = shutil.which("g++")
+HERE = Path(__file__).parent
+CODE = Path(build.__file__).parent
+WARNINGS = ("-Wall", "-Wextra", "-Wshadow")
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+
+
+def output_of(command: list[str], **environment: str) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow  # the whole library is compiled, as for its users
+def test_the_library_compiles_without_a_warning(tmp_path: Path) -> None:
+    command = build.build_command(str(COMPILER), tmp_path / "kernels.so")
+    assert set(WARNINGS) <= set(command)
+    assert "-w" not in command
+    output_of([*command, "-Werror"])
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_the_worker_pool_runs_every_task_once(tmp_path: Path, sanitizer: str) -> None:
+    """10,000 small jobs of two threads; a race or a bad access ends the program."""
+    program = tmp_path / "driver"
+    sources = [str(CODE / "worker_pool.cc"), str(HERE / "worker_pool_driver.cc")]
+    flags = ["-std=c++17", "-O1", "-g", f"-I{CODE}", "-pthread", "-Werror", *WARNINGS]
+    checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    output_of([str(COMPILER), *flags, *checks, *sources, "-o", str(program)])
+    assert output_of([str(program)]) == "0 jobs were wrong\n"
+
+
+@pytest.mark.soak  # minutes: every kernel runs many times slower
+def test_the_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
+    """The tests of test_cpu.py with a library that ends at a bad access or undefined behaviour."""
+    compiler = tmp_path / "sanitizing-g++"
+    compiler.write_text(
+        f'#!/bin/sh\nexec {COMPILER} "$@" -O1 -g -fno-omit-frame-pointer '
+        "-fsanitize=address,undefined -fno-sanitize-recover=all\n",
+        encoding="utf-8",
+    )
+    compiler.chmod(0o755)
+    # The sanitizer must be loaded before the interpreter's libraries, and with it the library
+    # whose exceptions it watches.
+    libraries = [
+        output_of([str(COMPILER), f"-print-file-name={name}"]).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    report = output_of(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_cpu.py")],
+        CXX=str(compiler),
+        MIXTRAL_JAX_CACHE=str(tmp_path / "cache"),
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",  # the interpreter frees nothing at its end
+    )
+    assert " passed" in report
+    assert "skipped" not in report
+    (library,) = (tmp_path / "cache" / "native").glob("*.so")
+    assert b"__asan_report_load" in library.read_bytes()
