@@ -1,35 +1,45 @@
 """MistralTokenizer: Mistral's own tokenizer files, whose chats mistral-common renders.
 
-That library defines the format. The templates published beside the same weights refuse system
+That library defines the formats. The templates published beside the same weights refuse system
 messages and differ in spaces.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.messages import Message, check_text, checked
 from mixtral_jax.tokenization.vocabulary import Vocabulary, spm_bytes
 
-_MISTRAL_VERSIONS = ("v1", "v2", "v3")
-_MISTRAL_CHAT = (
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as ChatEncoder
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+_SENTENCEPIECE_VERSIONS = ("v1", "v2", "v3", "v7")
+_TEKKEN_VERSIONS = ("v3", "v7", "v11", "v13")
+_CHAT_RULES = (
     "A chat for this model ends with a user message, and has no empty assistant message and no "
     "system message right after an assistant's"
 )
+_NOT_CUT = "cannot be cut into tokens, perhaps for a very long run of white space"
 
 
 class MistralTokenizer(Vocabulary):
-    """A Mistral sentencepiece model and the chat format of its version, by mistral-common.
+    """A Mistral vocabulary and the chat format of its version, by mistral-common.
 
-    System text is merged into a user message as that library does: the first one in v1, the last
-    one in v2 and v3. In v1, which has no control ids for it, "[INST]" is ordinary text wherever
-    it comes from. The unknown token counts as a control token: these vocabularies have a piece
-    for every byte, so no text needs it.
+    Vocabularies are sentencepiece models of versions v1, v2, v3 and v7, or tekken files (byte-level
+    BPE) of versions v3, v7, v11 and v13. Versions up to v3 merge system text into a user message
+    as that library does: the first one in v1, the last one in v2 and v3. Later versions have
+    control tokens for it. In v1, which has no control ids, "[INST]" is ordinary text wherever it
+    comes from. The unknown token counts as a control token: these vocabularies have a piece for
+    every byte, so no text needs it.
     """
 
     def __init__(self, path: Path, eos_ids: Iterable[int] = ()) -> None:
-        """Read `path`, a `tokenizer.model`, `tokenizer.model.v1`, `.v2` or `.v3`.
+        """Read `path`: a `tekken.json`, or a `tokenizer.model` with or without its version.
 
         Args:
             path: the file.
@@ -40,47 +50,41 @@ class MistralTokenizer(Vocabulary):
         """
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}")
-        # Importing the library takes half a second, which only users of these files should pay.
-        from mistral_common.protocol.instruct import normalize, validator
-        from mistral_common.tokens.tokenizers import instruct, mistral
-        from mistral_common.tokens.tokenizers.base import TokenizerVersion
-        from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
-
-        try:
-            # The version only labels this object; the pieces, read first, say which one it is.
-            pieces = SentencePieceTokenizer(path, TokenizerVersion.v1).vocab()
-        except (RuntimeError, OSError) as error:
-            raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
-        version = TokenizerVersion(_mistral_version(path, pieces))
-        self._model = SentencePieceTokenizer(path, version)
-        super().__init__(
-            [
+        self._model: Tekkenizer | SentencePieceTokenizer
+        if path.suffix == ".json":
+            self._model = _tekken(path)
+            pieces = [self._model.id_to_byte_piece(i) for i in range(self._model.n_words)]
+        else:
+            self._model = _sentencepiece(path)
+            pieces = [
                 b"" if self._model.is_special(i) or i == self._model.unk_id else spm_bytes(piece)
-                for i, piece in enumerate(pieces)
-            ],
+                for i, piece in enumerate(self._model.vocab())
+            ]
+        super().__init__(
+            pieces,
             eos_ids={self._model.eos_id, *eos_ids},
-            dummy_space=True,
+            dummy_space=path.suffix != ".json",
         )
-        formats = {
-            TokenizerVersion.v1: instruct.InstructTokenizerV1,
-            TokenizerVersion.v2: instruct.InstructTokenizerV2,
-            TokenizerVersion.v3: instruct.InstructTokenizerV3,
-        }
-        self.version = version.value
-        self._chats = mistral.MistralTokenizer(
-            formats[version](self._model),
-            validator=validator.get_validator(version, mode=validator.ValidationMode.test),
-            request_normalizer=normalize.get_normalizer(version, None),
-        )
+        self.version = self._model.version.value
+        self._chats = _chat_encoder(self._model)
 
     def encode(self, text: str) -> list[int]:
-        """<s>, then the pieces of the text. Raises ValueError for text that is not Unicode."""
+        """Return <s>, then the pieces of the text.
+
+        Raises ValueError for text that is not Unicode, or whose white space is so long that
+        tekken's pattern runs out of stack.
+        """
         check_text(text, "the text")
-        return self._model.encode(text, bos=True, eos=False)
+        try:
+            return self._model.encode(text, bos=True, eos=False)
+        except ValueError as error:
+            raise ValueError(f"the text {_NOT_CUT}: {error}") from error
 
     def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
-        """<s>[INST] ... [/INST] and so on, to the last [/INST] or, with `continue_last`, to the
-        end of the assistant's text, where v2 and v3 leave spaces out. Raises ChatError.
+        """Return <s>[INST] ... [/INST] and so on, to the last [/INST].
+
+        With `continue_last` it ends with the assistant's text instead, where v2 and v3 leave
+        spaces out. Raises ChatError.
         """
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct import messages as turns
@@ -97,37 +101,97 @@ class MistralTokenizer(Vocabulary):
         ]
         if continue_last:
             chat[-1] = turns.AssistantMessage(content=messages[-1]["content"], prefix=True)
+        request = ChatCompletionRequest(messages=chat)
         try:
-            ids: list[int] = self._chats.encode_chat_completion(
-                ChatCompletionRequest(messages=chat)
-            ).tokens
+            ids: list[int] = self._chats.encode_chat_completion(request).tokens
             return ids
         except MistralCommonException as error:
-            raise ChatError(f"{error}. {_MISTRAL_CHAT}") from error
+            raise ChatError(f"{error}. {_CHAT_RULES}") from error
+        except ValueError as error:
+            raise ChatError(f"a message {_NOT_CUT}: {error}") from error
 
 
-def _mistral_version(path: Path, pieces: Sequence[str]) -> str:
-    """The version by the file's name, else by its pieces.
+def _tekken(path: Path) -> "Tekkenizer":
+    """Read a tekken file. Raises TokenizerError for what mistral-common cannot read."""
+    # Importing the library takes half a second, which only users of these files should pay.
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    try:
+        model = Tekkenizer.from_file(path)
+    except Exception as error:  # the library asserts and indexes without a check
+        raise TokenizerError(
+            f"{path} is not a tekken file that mistral-common can read: "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
+    _check_version(path, model.version.value, _TEKKEN_VERSIONS)
+    return model
+
+
+def _sentencepiece(path: Path) -> "SentencePieceTokenizer":
+    """Read a sentencepiece model of Mistral's, and find out its version."""
+    from mistral_common.tokens.tokenizers.base import TokenizerVersion
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    try:
+        # The version only labels this object; the pieces, read first, say which one it is.
+        pieces = SentencePieceTokenizer(path, TokenizerVersion.v1).vocab()
+    except (RuntimeError, OSError) as error:
+        raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
+    version = _sentencepiece_version(path, pieces)
+    _check_version(path, version, _SENTENCEPIECE_VERSIONS)
+    return SentencePieceTokenizer(path, TokenizerVersion(version))
+
+
+def _sentencepiece_version(path: Path, pieces: Sequence[str]) -> str:
+    """Return the version by the file's name, else by its pieces.
 
     Pieces cannot tell v2 from v3: Mistral-7B-Instruct-v0.3 publishes as v3 the very bytes that
     mistral-common calls v2. A file that could be either is v3, the version of all open weights;
-    without tools, which is all there is here, the two formats are the same.
+    without tools the two formats are the same. A suffix such as m1 in v7m1 says how images are
+    cut, which no text depends on.
     """
     has_instruct = "[INST]" in pieces
-    if suffix := re.search(r"\.model\.(v\w+)$", path.name):
-        version = suffix[1]
-        if (version == "v1") == has_instruct:
+    has_system = "[SYSTEM_PROMPT]" in pieces
+    suffix = re.search(r"\.model\.(v\d+)(m\d+)?$", path.name)
+    if suffix is None:
+        return "v7" if has_system else "v3" if has_instruct else "v1"
+    version = suffix[1]
+    number = int(version[1:])
+    for token, is_there, since in (
+        ("[INST]", has_instruct, 2),
+        ("[SYSTEM_PROMPT]", has_system, 7),
+    ):
+        if is_there != (number >= since):
             raise TokenizerError(
                 f"{path.name} calls itself {version}, but its pieces are not: "
-                f"[INST] {'is' if has_instruct else 'is not'} one of them. Rename the file"
+                f"{token} {'is' if is_there else 'is not'} one of them. Rename the file"
             )
-    elif "[SYSTEM_PROMPT]" in pieces:
-        version = "v7"
-    else:
-        version = "v3" if has_instruct else "v1"
-    if version not in _MISTRAL_VERSIONS:
+    return version
+
+
+def _check_version(path: Path, version: str, supported: Sequence[str]) -> None:
+    if version not in supported:
         raise TokenizerError(
             f"{path.name} is a Mistral tokenizer of version {version}; "
-            f"supported are {', '.join(_MISTRAL_VERSIONS)}"
+            f"supported are {', '.join(supported)}"
         )
-    return version
+
+
+def _chat_encoder(model: "Tekkenizer | SentencePieceTokenizer") -> "ChatEncoder":
+    """Put together what renders chats: checks, merging of messages, and the format."""
+    from mistral_common.protocol.instruct import normalize, validator
+    from mistral_common.tokens.tokenizers import instruct, mistral
+
+    formats = {
+        "v1": instruct.InstructTokenizerV1,
+        "v2": instruct.InstructTokenizerV2,
+        "v3": instruct.InstructTokenizerV3,
+        "v7": instruct.InstructTokenizerV7,
+        "v11": instruct.InstructTokenizerV11,
+        "v13": instruct.InstructTokenizerV13,
+    }
+    return mistral.MistralTokenizer(
+        formats[model.version.value](model),
+        validator=validator.get_validator(model.version, mode=validator.ValidationMode.test),
+        request_normalizer=normalize.get_normalizer(model.version, None),
+    )

@@ -69,6 +69,7 @@ class Tokenizer(Protocol):
 
 _FILES = (
     "*.model.v*",
+    "tekken*.json",
     "tokenizer.model",
     "tokenizer.json",
     TOKENIZER_CONFIG,
@@ -112,6 +113,9 @@ def load(folder: Path) -> Tokenizer:
     versioned = sorted(folder.glob("*.model.v*"))
     if versioned:
         return MistralTokenizer(versioned[-1], eos_ids(folder))
+    tekken = sorted(folder.glob("tekken*.json"))
+    if tekken:
+        return MistralTokenizer(tekken[-1], eos_ids(folder))
     if (folder / "tokenizer.model").is_file() and "[INST]" in (template_source(folder) or "[INST]"):
         return MistralTokenizer(folder / "tokenizer.model", eos_ids(folder))
     if (folder / "tokenizer.json").is_file():
@@ -119,6 +123,6 @@ def load(folder: Path) -> Tokenizer:
     if (folder / TOY_FILE).is_file():
         return ByteTokenizer()
     raise FileNotFoundError(
-        f"no tokenizer in {folder}: looked for tokenizer.model.v1, .v2 or .v3, tokenizer.model, "
-        "tokenizer.json and byte_tokenizer.json"
+        f"no tokenizer in {folder}: looked for tokenizer.model.v1 to .v7, tekken.json, "
+        "tokenizer.model, tokenizer.json and byte_tokenizer.json"
     )

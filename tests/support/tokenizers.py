@@ -7,6 +7,8 @@ from pathlib import Path
 import mistral_common
 import pytest
 import tokenizers
+from mistral_common.tokens.tokenizers.base import SpecialTokens
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers import (
     AddedToken,
     decoders,
@@ -23,14 +25,33 @@ from mixtral_jax.tokenization.tokenizer import Tokenizer
 DATA = Path(mistral_common.__file__).parent / "data"
 
 
+# Files that mistral-common ships, by the name of the tokenizer in the tests.
 MISTRAL_FILES = {
     "v1": DATA / "tokenizer.model.v1",
     "v2": DATA / "mistral_instruct_tokenizer_240216.model.v2",
     "v3": DATA / "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": DATA / "mistral_instruct_tokenizer_241114.model.v7",
+    "tekken-v3": DATA / "tekken_240718.json",  # Mistral-Nemo's
 }
+# Later tekken formats, which `later_tekken` makes out of the shipped one.
+LATER_TEKKEN = ("v7", "v11", "v13")
+MISTRAL_NAMES = [*MISTRAL_FILES, *(f"tekken-{version}" for version in LATER_TEKKEN)]
 
 
-V7_FILE = DATA / "mistral_instruct_tokenizer_241114.model.v7"
+def later_tekken(folder: Path, version: str, **changes: object) -> Path:
+    """Write a tekken file of a later version, with the most frequent 5000 tokens alone."""
+    content = json.loads(MISTRAL_FILES["tekken-v3"].read_text(encoding="utf-8"))
+    known = [dict(token) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    names = {token["token_str"] for token in known}
+    for token in SpecialTokens:
+        if token.value not in names:
+            known.append({"rank": len(known), "token_str": token.value, "is_control": True})
+    content["vocab"] = content["vocab"][:5000]
+    content["config"] |= {"version": version, "default_vocab_size": 6000, **changes}
+    content["special_tokens"] = known
+    path = folder / f"tekken_{version}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
 
 
 TEXTS = [
@@ -171,7 +192,7 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [token_id for token_id in ids if not tokenizer.token_bytes(token_id)]
 
 
-NAMES = [*MISTRAL_FILES, "byte-level", "sentencepiece", "bytes"]
+NAMES = [*MISTRAL_NAMES, "byte-level", "sentencepiece", "bytes"]
 
 
 each = pytest.mark.parametrize("name", NAMES)

@@ -46,6 +46,10 @@ def test_the_most_telling_file_wins(tmp_path: Path) -> None:
     assert tokenizer.version == "v1"
     (tmp_path / "chat_template.jinja").write_text(INST)
     assert isinstance(load(tmp_path), MistralTokenizer)
+    shutil.copy(MISTRAL_FILES["tekken-v3"], tmp_path / "tekken.json")
+    tokenizer = load(tmp_path)
+    assert isinstance(tokenizer, MistralTokenizer)
+    assert tokenizer.vocab_size == 131_072
     for version in ("v2", "v3"):
         shutil.copy(MISTRAL_FILES[version], tmp_path / f"tokenizer.model.{version}")
         tokenizer = load(tmp_path)
