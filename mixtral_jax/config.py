@@ -124,6 +124,53 @@ class ModelConfig:
         )
 
     @classmethod
+    def mathstral_7b_v01(cls) -> "ModelConfig":
+        """Return the config of Mathstral-7B-v0.1: Mistral-7B-v0.3's, tuned for mathematics."""
+        return cls.mistral_7b_instruct_v03()
+
+    @classmethod
+    def codestral_22b_v01(cls) -> "ModelConfig":
+        """Return the config of Codestral-22B-v0.1, which Mistral-Small-Instruct-2409 shares."""
+        return replace(
+            cls.mistral_7b_instruct_v03(),
+            hidden_size=6144,
+            num_layers=56,
+            num_heads=48,
+            feed_forward_size=16_384,
+        )
+
+    @classmethod
+    def mistral_small_22b_2409(cls) -> "ModelConfig":
+        """Return the config of Mistral-Small-Instruct-2409 (22B)."""
+        return cls.codestral_22b_v01()
+
+    @classmethod
+    def mistral_nemo_12b_2407(cls) -> "ModelConfig":
+        """Return the config of Mistral-Nemo-Base-2407 and Mistral-Nemo-Instruct-2407.
+
+        Heads are smaller than hidden_size / num_heads. The published files say 1,024,000
+        positions or, in later revisions and on the model card, 128k, which stands here.
+        """
+        return replace(
+            cls.mistral_7b_instruct_v02(),
+            vocab_size=131_072,
+            hidden_size=5120,
+            num_layers=40,
+            head_size=128,
+            max_context=131_072,
+        )
+
+    @classmethod
+    def mistral_small_24b_2501(cls) -> "ModelConfig":
+        """Return the config of Mistral-Small-24B-Base-2501 and -Instruct-2501."""
+        return replace(
+            cls.mistral_nemo_12b_2407(),
+            feed_forward_size=32_768,
+            rope_theta=1e8,
+            max_context=32_768,
+        )
+
+    @classmethod
     def smollm2_135m(cls) -> "ModelConfig":
         """SmolLM2-135M-Instruct: Mistral's mathematics without a window, small enough for a CPU."""
         return cls(

@@ -16,6 +16,17 @@ _ROPE_THETA = {"mistral": 10_000.0, "mixtral": 1e6, "llama": 10_000.0}
 _NORM_EPS = {"mistral": 1e-6, "mixtral": 1e-5, "llama": 1e-6}
 _MAX_POSITIONS = {"mistral": 4096 * 32, "mixtral": 4096 * 32, "llama": 2048}
 
+# What else Mistral publishes, with the part that is not computed here.
+_OTHER_ARCHITECTURES = {
+    "ministral": "layers with a sliding window alternate with layers that see all keys",
+    "ministral3": "its rotary embedding is scaled (yarn), and queries are scaled by position",
+    "mistral3": "it reads images (Mistral-Small 3.1 and later)",
+    "mistral4": "its attention compresses keys and values (multi-head latent attention)",
+    "mistral_large4": "its attention compresses keys and values (multi-head latent attention)",
+    "pixtral": "it reads images",
+    "voxtral": "it reads sound",
+    "voxtral_realtime": "it reads sound",
+}
 # Fields that change what is computed, with the only values that we compute.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -61,6 +72,10 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     biases, no rope scaling). Raises ConfigError naming the field and its value otherwise.
     """
     kind = hf.get("model_type")
+    if (reason := _OTHER_ARCHITECTURES.get(str(kind))) is not None:
+        raise ConfigError(
+            f"model_type={kind!r} is another architecture than mistral and mixtral: {reason}"
+        )
     if kind not in ("mistral", "mixtral", "llama"):
         raise ConfigError(
             f"model_type={kind!r} is not supported; use a mistral, mixtral or llama model"
@@ -122,6 +137,13 @@ def _refuse_unknown(hf: Mapping[str, Any], kind: str) -> None:
                     f"config field {name}={value!r} is not supported; only "
                     f"{' or '.join(repr(v) for v in _FIXED[name])} is"
                 )
+        elif name == "layer_types":
+            _check_layer_types(hf, kind)
+        elif name in ("text_config", "vision_config", "audio_config"):
+            raise ConfigError(
+                f"config field {name}: the model reads more than text, which is another "
+                "architecture; only models of text are supported"
+            )
         elif name in _MOE and kind == "mixtral":
             continue
         elif name == "sliding_window" and kind == "llama" and value is not None:
@@ -131,6 +153,19 @@ def _refuse_unknown(hf: Mapping[str, Any], kind: str) -> None:
                 f"config field {name}={value!r} is not known; refusing to guess whether it "
                 "changes the computation"
             )
+
+
+def _check_layer_types(hf: Mapping[str, Any], kind: str) -> None:
+    """Raise ConfigError unless all layers have the window that `sliding_window` says."""
+    types = hf["layer_types"]
+    window = _sliding_window(hf, kind)
+    expected = "full_attention" if window is None else "sliding_attention"
+    if types is not None and (not isinstance(types, list) or set(types) - {expected}):
+        raise ConfigError(
+            f"config field layer_types={types!r} is not supported: layers that differ in their "
+            "window are another architecture (Ministral); with this sliding_window all must be "
+            f"{expected!r}"
+        )
 
 
 def _count(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -34,6 +34,13 @@ _MODELS: dict[str, Callable[[], ModelConfig]] = {
     "mixtral-8x7b-v0.1": ModelConfig.mixtral_8x7b_v01,
     "mixtral-8x7b-instruct-v0.1": ModelConfig.mixtral_8x7b_v01,
     "mixtral-8x22b-instruct-v0.1": ModelConfig.mixtral_8x22b_instruct_v01,
+    "mathstral-7b-v0.1": ModelConfig.mathstral_7b_v01,
+    "codestral-22b-v0.1": ModelConfig.codestral_22b_v01,
+    "mistral-small-instruct-2409": ModelConfig.mistral_small_22b_2409,
+    "mistral-nemo-base-2407": ModelConfig.mistral_nemo_12b_2407,
+    "mistral-nemo-instruct-2407": ModelConfig.mistral_nemo_12b_2407,
+    "mistral-small-24b-base-2501": ModelConfig.mistral_small_24b_2501,
+    "mistral-small-24b-instruct-2501": ModelConfig.mistral_small_24b_2501,
     "smollm2-135m-instruct": ModelConfig.smollm2_135m,
     "tiny-random": lambda: ModelConfig.tiny(vocab_size=260),
 }

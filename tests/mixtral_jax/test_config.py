@@ -24,6 +24,11 @@ from tests.support.models import model_of
         (ModelConfig.mistral_7b_instruct_v03(), 7_248_023_552),
         (ModelConfig.mixtral_8x7b_v01(), 46_702_792_704),
         (ModelConfig.mixtral_8x22b_instruct_v01(), 140_630_071_296),
+        (ModelConfig.mathstral_7b_v01(), 7_248_023_552),
+        (ModelConfig.codestral_22b_v01(), 22_247_282_688),
+        (ModelConfig.mistral_small_22b_2409(), 22_247_282_688),
+        (ModelConfig.mistral_nemo_12b_2407(), 12_247_782_400),
+        (ModelConfig.mistral_small_24b_2501(), 23_572_403_200),
         (ModelConfig.smollm2_135m(), 134_515_008),
     ],
 )

@@ -3,14 +3,19 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import transformers
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf, to_hf
+from tests.support import parity
 
 # mistralai/Mixtral-8x7B-Instruct-v0.1, the fields of its config.json
 MIXTRAL: dict[str, Any] = {
@@ -162,3 +167,131 @@ def test_rope_thetas_that_differ_or_are_no_numbers_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
         from_hf({**SOURCES[kind], **fields})
+
+
+# Fields of config.json as published by Mistral; what is left out equals Mistral-7B-v0.3's.
+PUBLISHED: dict[str, tuple[dict[str, Any], ModelConfig]] = {
+    "Mistral-Nemo-Instruct-2407": (
+        dict(
+            head_dim=128,
+            hidden_size=5120,
+            max_position_embeddings=131_072,
+            num_hidden_layers=40,
+            vocab_size=131_072,
+        ),
+        ModelConfig.mistral_nemo_12b_2407(),
+    ),
+    "Codestral-22B-v0.1": (
+        dict(
+            hidden_size=6144,
+            intermediate_size=16_384,
+            num_attention_heads=48,
+            num_hidden_layers=56,
+        ),
+        ModelConfig.codestral_22b_v01(),
+    ),
+    "Mistral-Small-Instruct-2409": (
+        dict(
+            head_dim=128,
+            hidden_size=6144,
+            intermediate_size=16_384,
+            num_attention_heads=48,
+            num_hidden_layers=56,
+        ),
+        ModelConfig.mistral_small_22b_2409(),
+    ),
+    "Mathstral-7B-v0.1": ({}, ModelConfig.mathstral_7b_v01()),
+    "Mistral-Small-24B-Instruct-2501": (
+        dict(
+            head_dim=128,
+            hidden_size=5120,
+            intermediate_size=32_768,
+            num_hidden_layers=40,
+            rope_theta=1e8,
+            vocab_size=131_072,
+        ),
+        ModelConfig.mistral_small_24b_2501(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "config"), PUBLISHED.values(), ids=PUBLISHED)
+def test_the_family_is_read_as_published(fields: dict[str, Any], config: ModelConfig) -> None:
+    assert from_hf({**MISTRAL, "rope_theta": 1e6, "vocab_size": 32_768, **fields}) == config
+
+
+def shrunk(config: ModelConfig) -> ModelConfig:
+    """Return a config of the same proportions, small enough to compute in a test."""
+    return replace(
+        config,
+        vocab_size=config.vocab_size // 256,
+        hidden_size=config.hidden_size // 64,
+        num_layers=2,
+        num_heads=config.num_heads // 8,
+        num_kv_heads=config.num_kv_heads // 8,
+        head_size=config.head_size // 8,
+        feed_forward_size=config.feed_forward_size // 64,
+        sliding_window=None if config.sliding_window is None else config.sliding_window // 1024,
+        max_context=config.max_context // 512,
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig.mistral_7b_v01(),
+        ModelConfig.mathstral_7b_v01(),
+        ModelConfig.codestral_22b_v01(),
+        ModelConfig.mistral_nemo_12b_2407(),
+        ModelConfig.mistral_small_24b_2501(),
+        ModelConfig.mixtral_8x22b_instruct_v01(),
+    ],
+    ids=["7b", "mathstral", "codestral", "nemo", "small-24b", "8x22b"],
+)
+def test_a_small_twin_computes_what_transformers_does(config: ModelConfig) -> None:
+    small = shrunk(config)
+    assert (small.num_heads * small.head_size == small.hidden_size) == (
+        config.num_heads * config.head_size == config.hidden_size
+    )
+    hf = transformers.AutoConfig.for_model(**to_hf(small, "float32"), initializer_range=0.2)
+    theirs = parity.random_huggingface(hf)
+    import torch
+
+    ours = parity.twin(theirs)
+    assert ours.config == small
+    ids = np.random.default_rng(7).integers(0, small.vocab_size, (2, 12), np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids).long()).logits.numpy()
+    assert np.abs(expected).max() > 1  # a model that answers zero would pass
+    logits = jax.jit(lambda model, ids: model(ids))(ours, jnp.asarray(ids))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"model_type": "ministral"}, "'ministral' is another architecture.* alternate"),
+        ({"model_type": "ministral3"}, "'ministral3' is another architecture.*yarn"),
+        ({"model_type": "mistral3"}, "'mistral3' is another architecture.* reads images"),
+        ({"model_type": "pixtral"}, "'pixtral' is another architecture.* reads images"),
+        ({"model_type": "voxtral"}, "'voxtral' is another architecture.* reads sound"),
+        ({"vision_config": {}}, "vision_config: the model reads more than text"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+            "layers that differ in their window are another architecture",
+        ),
+        ({"layer_types": ["sliding_attention"] * 32}, "all must be 'full_attention'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 16.0}}, "type 'yarn' are scaled"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3' are scaled"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        from_hf({**MISTRAL, **fields})
+
+
+def test_layer_types_that_say_the_same_for_all_layers_are_read() -> None:
+    same = {"layer_types": ["full_attention"] * 32, "sliding_window": None}
+    assert from_hf({**MISTRAL, **same}).sliding_window is None
+    same = {"layer_types": ["sliding_attention"] * 32, "sliding_window": 8}
+    assert from_hf({**MISTRAL, **same}).sliding_window == 8

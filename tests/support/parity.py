@@ -45,11 +45,16 @@ def random_model(kind: str) -> Transformer:
 
 
 def huggingface(kind: str) -> Any:
+    """A transformers model of one of the kinds, see `random_huggingface`."""
+    return random_huggingface(MODELS[kind]())
+
+
+def random_huggingface(config: Any) -> Any:
     """A transformers model in f32 whose norms, too, are random."""
     torch = pytest.importorskip("torch", reason="no torch for this Python: see the test extra")
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
-        MODELS[kind](), dtype=torch.float32, attn_implementation="eager"
+        config, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
