@@ -16,7 +16,7 @@ _ROPE_THETA = {"mistral": 10_000.0, "mixtral": 1e6, "llama": 10_000.0}
 _NORM_EPS = {"mistral": 1e-6, "mixtral": 1e-5, "llama": 1e-6}
 _MAX_POSITIONS = {"mistral": 4096 * 32, "mixtral": 4096 * 32, "llama": 2048}
 
-# What else Mistral publishes, with the part that is not computed here.
+# Other architectures that Mistral publishes, with the part that is not computed here.
 _OTHER_ARCHITECTURES = {
     "ministral": "layers with a sliding window alternate with layers that see all keys",
     "ministral3": "its rotary embedding is scaled (yarn), and queries are scaled by position",
