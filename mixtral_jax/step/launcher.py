@@ -6,7 +6,6 @@ The engine and the plain loop each have one. It decides nothing.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mixtral_jax.axes import PackedDraws, Pages, Rows
@@ -14,6 +13,7 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepInputs, host_array
 from mixtral_jax.step.programs import SplitModel
+from mixtral_jax.step.sampling import NO_ID
 
 
 class StepLauncher:
@@ -29,7 +29,12 @@ class StepLauncher:
         self._model = SplitModel.of(model)
         self._layers: list[Pages] = [steps.empty() for _ in self._model.blocks]
         # By number of rows, on the devices: histories of steps in which no row needs one.
-        self._no_history: dict[int, jax.Array] = {}
+        self._no_history = {
+            rows: self._model.replicate(
+                host_array((steps.num_sequence_groups * rows, steps.sizes.max_context), NO_ID)
+            )
+            for rows in set(steps.rows.values())
+        }
         num_drawn = steps.num_sequence_groups * steps.sizes.max_sequences
         self._tokens: Rows | Any = np.zeros(num_drawn, np.int32)
 
@@ -39,7 +44,7 @@ class StepLauncher:
         Rows that draw nothing hold values without a meaning.
         """
         if not inputs.has_history:
-            inputs = inputs.replace_history(self._blank_history(inputs))
+            inputs = inputs.replace_history(self._no_history[inputs.num_rows])
         programs, batch = self.steps.buckets[inputs.num_tokens], inputs.batch
         rest = self._model.rest
         batch, x, rotary = programs.embed(rest, batch, inputs.follows, self._tokens)
@@ -62,11 +67,3 @@ class StepLauncher:
                 pairs[group, : len(now)] = np.reshape(now, (-1, 2))
             for i, layer in enumerate(self._layers):
                 self._layers[i] = self.steps.copy(layer, pairs.reshape(-1, 2))
-
-    def _blank_history(self, inputs: StepInputs) -> jax.Array:
-        """Returns the empty history for as many rows as the inputs have; made once for each."""
-        rows = inputs.num_rows
-        if rows not in self._no_history:
-            blank = np.ascontiguousarray(inputs.sampling.history.tokens)
-            self._no_history[rows] = self._model.replicate(blank)
-        return self._no_history[rows]

@@ -132,7 +132,7 @@ class SplitModel:
     def replicate(self, array: np.ndarray) -> jax.Array:
         """Puts an array of the host on every device of the mesh, to be given to many steps."""
         if self.layout is None:
-            return jnp.asarray(array)
+            return jax.device_put(array)
         sharding = NamedSharding(self.layout.mesh, _REPLICATED)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
