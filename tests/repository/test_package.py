@@ -22,6 +22,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 ]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
+# Packages of ours, and the stubs that only type checkers see.
+OWN = {"mixtral_jax", "convert", "serving", "_typeshed"}
 # Which extras a folder may use beside the base install; the longest matching prefix decides.
 ROOMS = {
     "mixtral_jax": set(),
@@ -89,7 +91,7 @@ def test_every_imported_distribution_is_declared(package: str) -> None:
         allowed = declared(extras_of(path))
         for module in imported_modules(ast.parse(file.read_text(encoding="utf-8"))):
             top = module.partition(".")[0]
-            if top in sys.stdlib_module_names or top in ("mixtral_jax", "convert", "serving"):
+            if top in sys.stdlib_module_names or top in OWN:
                 continue
             if not distributions(module) & allowed:
                 undeclared.add(f"{path} imports {module} of {distributions(module)}")
