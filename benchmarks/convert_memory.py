@@ -26,6 +26,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks.command import run
 from convert.export import INDEX_FILE, cut
 from convert.name_table import name_table
 from mixtral_jax.checkpoint.folder import CONFIG_FILE
@@ -89,9 +90,13 @@ def measure(command: list[str], result: Path) -> Run:
     start = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     peak = 0
-    while process.poll() is None:
-        peak = max(peak, _peak(process.pid))
-        time.sleep(0.05)
+    try:
+        while process.poll() is None:
+            peak = max(peak, _peak(process.pid))
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     seconds = time.perf_counter() - start
     os.sync()
     synced = time.perf_counter() - start
@@ -134,6 +139,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="how often to time each")] = 3,
     folder: Annotated[Path | None, typer.Option(help="where to work; needs twice the size")] = None,
 ) -> None:
+    """Measure the memory and the speed of a conversion."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="convert-memory-") as name:
         source, copy, result = (Path(name) / part for part in ("source", "copy", "result"))
         source.mkdir()
@@ -149,4 +155,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, "benchmarks.convert_memory")

@@ -13,7 +13,6 @@ Weights are random: time does not depend on them, but for the experts that token
 counted. Each figure is the median of --repeats.
 """
 
-import argparse
 import json
 import os
 import random
@@ -23,14 +22,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import typer
 from flax import nnx
 from rich.console import Console
 
+from benchmarks.command import run
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.layers import Rotary
@@ -48,23 +49,23 @@ SHORT, LONG = 128, 2048
 STEPS = 10  # of one sample
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--dtype", default="int8", choices=["int8", "float32"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+def main(
+    dtype: Annotated[
+        Literal["int8", "float32"], typer.Option(help="Type of the weights.")
+    ] = "int8",
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each figure.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+) -> None:
+    """Measure the parts of the engine against the bandwidth of the memory."""
     keep_programs()
     console = Console(stderr=True)
-    found: dict[str, Any] = {"machine": facts(), "dtype": options.dtype}
+    figures: dict[str, Any] = {"machine": facts(), "dtype": dtype}
     for name, measure in (("context", context), ("prefix", prefix), ("experts", experts)):
         with console.status(f"measuring {name}"):
-            found[name] = measure(options.dtype, options.repeats)
-        print(name, json.dumps(found[name]))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+            figures[name] = measure(dtype, repeats)
+        print(name, json.dumps(figures[name]))
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 def _model(config: ModelConfig, dtype: str) -> Transformer:
@@ -228,4 +229,4 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "benchmarks.engine")

@@ -7,7 +7,6 @@ and the clients are three processes. What counts is the gateway's own processor 
 figure does not depend on what the other two leave it. Each figure is the median of --repeats.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -19,12 +18,14 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
 import psutil
+import typer
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from benchmarks.command import run
 from serving.channel import INFERENCE
 from serving.proto import inference_pb2, inference_pb2_grpc
 
@@ -52,8 +53,8 @@ class Parrot(inference_pb2_grpc.InferenceServicer):
         )
 
 
-async def speak() -> None:
-    """Serves the parrot until it is ended; prints its port."""
+async def serve_words() -> None:
+    """Prints a free port and serves the stand-in for a model on it until a signal ends it."""
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServicer_to_server(Parrot(), server)
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -139,27 +140,25 @@ def measure(clients: int, tokens: int, repeats: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=200, help="of each answer")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--speak", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.speak:
-        asyncio.run(speak())
+def main(
+    clients: Annotated[int, typer.Option(min=1, help="Clients that stream at once.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 200,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    speak: Annotated[bool, typer.Option("--speak", hidden=True)] = False,
+) -> None:
+    """Measure how many streamed tokens a second one core of the gateway passes on."""
+    if speak:
+        asyncio.run(serve_words())
         return
-    result = measure(options.clients, options.tokens, options.repeats)
+    result = measure(clients, tokens, repeats)
     print(
-        f"{options.clients} clients: {result['tokens_per_core_second']:,.0f} streamed tokens a "
+        f"{clients} clients: {result['tokens_per_core_second']:,.0f} streamed tokens a "
         f"second of the gateway's processor time, {result['tokens_per_second']:,.0f} a second"
     )
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "benchmarks.gateway")

@@ -6,11 +6,14 @@ its memory is taken by, and which kernels are in the programs. Written into docs
 `plan` and `plan-gpu`); rows of a missing one are left out. About a minute each.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from benchmarks.command import run
 from mixtral_jax.kernels import kernels_for
 from mixtral_jax.planning.chips import GIB, topologies
 from mixtral_jax.planning.plan import Plan
@@ -81,32 +84,34 @@ def _row(title: str, best: Plan) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--chips", default=",".join(CHIPS))
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--print", action="store_true", help="leave docs/numbers.md as it is")
-    options = parser.parse_args()
-    rows, failed = [], []
-    for title in options.models.split(","):
-        for dtype in options.dtypes.split(","):
-            for chips in options.chips.split(","):
+def main(
+    models: Annotated[str, typer.Option(help="Models, with commas between.")] = ",".join(MODELS),
+    chips: Annotated[str, typer.Option(help="Chips, with commas between.")] = ",".join(CHIPS),
+    dtypes: Annotated[str, typer.Option(help="Types of weights.")] = ",".join(DTYPES),
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Leave docs/numbers.md as it is.")
+    ] = False,
+) -> None:
+    """Compile the full-size models for slices of every chip that hold them."""
+    rows, failures = [], []
+    for title in models.split(","):
+        for dtype in dtypes.split(","):
+            for chip in chips.split(","):
                 try:
-                    found = row(title, dtype, chips)
+                    line = row(title, dtype, chip)
                 except RuntimeError as error:
-                    failed.append(str(error))
+                    failures.append(str(error))
                     continue
-                rows += [found] if found else []
+                rows += [line] if line else []
     table = "\n".join([HEAD, *rows])
     print(table)
-    if not options.print:
+    if not only_print:
         before, rest = NUMBERS.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
         NUMBERS.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
-    if failed:
-        sys.exit("\n".join(["these do not compile or do not fit:", *failed]))
+    if failures:
+        sys.exit("\n".join(["these do not compile or do not fit:", *failures]))
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "benchmarks.plan_matrix")

@@ -32,6 +32,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run
 from benchmarks.convert_memory import mixtral
 from mixtral_jax.checkpoint.folder import Card, finished_at
 from mixtral_jax.checkpoint.parameters import chunk_shape, parameter_shapes
@@ -244,6 +245,7 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="a file for the figures")] = None,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
+    """Measure the memory and the speed of a restore by several processes."""
     if one:
         return _be_one(one)
     console = Console(stderr=True)
@@ -264,4 +266,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, "benchmarks.restore_memory")

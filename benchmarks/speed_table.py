@@ -18,9 +18,11 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from benchmarks.command import run
 from serving.bench.load import Endpoint, Level, ask, prompts, words_for
 from serving.bench.offline import OfflineEngine
-from serving.bench.report import facts, free_ports, load_of, served, write_json
+from serving.bench.report import facts, load_of, write_json
+from serving.bench.server import free_ports, served, stop
 
 NUMBERS = Path(__file__).parent.parent / "docs" / "numbers.md"
 BEGIN, END = "<!-- speeds: make bench -->", "<!-- end of speeds -->"
@@ -165,6 +167,7 @@ def main(
     http_json: Annotated[Path | None, typer.Option(help="Of an earlier run of this.")] = None,
     repeats: Annotated[int, typer.Option(help="How often each is measured.")] = 5,
 ) -> None:
+    """Measure everything of the table of speeds, and write the table."""
     folder = Path("build/bench")
     folder.mkdir(parents=True, exist_ok=True)
     if not INT8.exists():
@@ -192,8 +195,16 @@ def main(
 
 
 def _run(module: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(command)
+    try:
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            stop(process)
+    if status:
+        raise SystemExit(f"{module} ended with status {status}; see above")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, "benchmarks.speed_table")

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import FrameType
 from typing import Annotated, Any
 
@@ -70,6 +71,28 @@ def command(run: Callable[[dict[str, Any]], None], flags: Sequence[Flag]) -> Cal
     return called
 
 
+def _show_version(wanted: bool | None) -> None:
+    if wanted:
+        print(f"{NAME} {version(NAME)}")
+        raise typer.Exit
+
+
+def flags_of_all(
+    context: typer.Context,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the tracebacks of errors in your input too.")
+    ] = False,
+) -> None:
+    """Reads the flags that stand before the name of a command."""
+    context.ensure_object(Settings).debug = debug
+
+
 def app_of(function: Callable[..., Any]) -> typer.Typer:
     """Returns the application of a program that has a single command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -115,7 +138,7 @@ def exit_status(
     except errors as error:
         if settings is not None and settings.debug:
             traceback.print_exc()
-        _say(str(error))
+        _say(_text_of(error))
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -139,14 +162,19 @@ def exit_status(
 def ended_by_signals() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP end the block as Ctrl-C does, so that every `finally` in it runs.
 
-    A second signal ends the process at once. Works in the main thread only.
+    A second signal ends the process at once, and a signal that is ignored (nohup) stays ignored.
+    Works in the main thread only.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
@@ -157,6 +185,12 @@ def ended_by_signals() -> Iterator[None]:
 
 def _say(text: str) -> None:
     print(f"{NAME}: {text}", file=sys.stderr, flush=True)
+
+
+def _text_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _one_line(text: str) -> str:

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.command import run
 from benchmarks.peers.environments import PEERS, Environments
 from benchmarks.peers.servers import Contender, Load, Setting, ours, over_http, peer
 from convert.pull import cache_folder, pull
@@ -192,6 +193,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="How often each is measured.")] = 5,
     json_file: Annotated[Path, typer.Option("--json", help="Every run.")] = Path("peers.json"),
 ) -> None:
+    """Measure our server and the peers in turn, on the same weights and prompts."""
     folder = cache_folder() / "peers"
     environments = Environments((envs or folder).expanduser().absolute())
     names = [name for name in PEERS if name in peers.split(",")]
@@ -241,4 +243,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, "benchmarks.peers")

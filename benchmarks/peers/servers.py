@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.peers.environments import Environments
 from serving.bench.load import Answer, Endpoint, Level, measure, summary
-from serving.bench.report import free_ports, served, started
+from serving.bench.server import free_ports, served, started
 
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -129,7 +129,7 @@ def _llama(setting: Setting) -> Iterator[Contender]:
 def _transformers(setting: Setting) -> Iterator[list[Contender]]:
     script = Path(__file__).with_name("transformers_server.py")
     command = [str(setting.environments.python("transformers")), str(script), str(setting.hf)]
-    command += [f"--dtypes={','.join(setting.dtypes)}"]
+    command += setting.dtypes
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -4,12 +4,13 @@ transformers has no server that gathers requests, so batches are static: as many
 are clients go through `generate` together, and the next batch starts when all of them are done.
 There is no HTTP either. A batch counts as sent when it starts.
 
+Its arguments are a Hugging Face folder and the types of the weights.
+
 Reads lines of JSON, {"dtype", "texts", "clients", "answer_tokens"}, and answers each with
 {"answers": [{"sent", "arrivals", "prompt_tokens", "tokens"}]}, times in seconds of one clock. The
 first line out is {"ready": true}.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -57,19 +58,15 @@ def batch(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="Hugging Face folder")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    options = parser.parse_args()
+    folder, *dtypes = sys.argv[1:]
     # Libraries that print must not get between our lines.
     out, sys.stdout = sys.stdout, sys.stderr
     logging.disable_progress_bar()
-    torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.folder, padding_side="left")
+    torch.set_num_threads(os.cpu_count() or 1)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     models = {
-        dtype: AutoModelForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, dtype))
-        for dtype in options.dtypes.split(",")
+        dtype: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        for dtype in dtypes
     }
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:

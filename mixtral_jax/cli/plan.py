@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtral_jax.errors import UserError
 from mixtral_jax.planning.chips import GIB, topologies
 
 if TYPE_CHECKING:
@@ -76,13 +77,13 @@ def plan(
     sizes = topologies(topology)
     config, stored = _model(model, checkpoint)
     if dtype is not None and stored is not None and "int8" in (dtype, stored) and dtype != stored:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} is stored as {stored}; to plan for {dtype}, convert the weights with "
             f"--dtype {dtype}, or give --model"
         )
     kernels = kernels_for(sizes[0].platform)
     if kv_dtype and kv_dtype not in kernels.kv_dtypes:
-        raise ValueError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
+        raise UserError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
     workload = Workload(
         model=config,
         dtype=dtype or stored or "bfloat16",
@@ -117,7 +118,7 @@ def _model(name: str | None, folder: Path | None) -> "tuple[ModelConfig, str | N
     from mixtral_jax.planning.search import known_model
 
     if (name is None) == (folder is None):
-        raise ValueError("give either --model NAME or --checkpoint FOLDER")
+        raise UserError("give either --model NAME or --checkpoint FOLDER")
     if folder is not None:
         from mixtral_jax.checkpoint.folder import Card
 
@@ -204,7 +205,7 @@ def _draw(file: Path, answer: "Plan", name_of_model: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "--png needs matplotlib: pip install 'mixtral-jax[plan]', or leave it out"
         ) from None
     parts = answer.estimate.num_groups

@@ -24,6 +24,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from serving.errors import SetupError
+
 Progress = Callable[[int, int], None]
 """Called with answers done and answers in all."""
 
@@ -44,6 +46,10 @@ _TEXT = (
 )
 _WORDS = _TEXT.split()
 _PROBES = (8, 40)  # words of the prompts by which an endpoint's way of counting is found out
+
+
+class BenchError(SetupError):
+    """A measurement that cannot be made; the message says what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +169,13 @@ def words_for(endpoint: Endpoint, tokens: int) -> int:
     """Words of a prompt that has about `tokens` tokens with the endpoint's chat template around it.
 
     Asks the endpoint with a short and a longer prompt, which warms it up as well. Where it does not
-    count tokens, a word is taken for one. Raises ConnectionError if it does not answer, with its
-    reason.
+    count tokens, a word is taken for one. Raises BenchError if it does not answer, with its reason.
     """
     few, more = _PROBES
     [short] = ask(endpoint, prompts(1, few, seed=-1), concurrency=1, max_tokens=2)
     [longer] = ask(endpoint, prompts(1, more, seed=-2), concurrency=1, max_tokens=2)
     if error := short.error or longer.error:
-        raise ConnectionError(f"{endpoint.url}{_PATH} refused the first request: {error}")
+        raise BenchError(f"{endpoint.url}{_PATH} refused the first request: {error}")
     if short.prompt_tokens is None or longer.prompt_tokens is None:
         return tokens
     each = max(1.0, (longer.prompt_tokens - short.prompt_tokens) / (more - few))

@@ -12,7 +12,7 @@ from mixtral_jax.checkpoint.pretrained import open_pretrained
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
-from serving.bench.load import Answer, Level, Progress, summary
+from serving.bench.load import Answer, BenchError, Level, Progress, summary
 from serving.engine.engine import Engine, compile_steps
 from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
@@ -51,7 +51,7 @@ class OfflineEngine:
         placement = pretrained.placement(dtype, mesh=None)
         longest = prompt_tokens + answer_tokens
         if longest > card.model.max_context:
-            raise ValueError(
+            raise BenchError(
                 f"{prompt_tokens} + {answer_tokens} tokens are more than the model's "
                 f"{card.model.max_context}; ask for fewer"
             )

@@ -1,4 +1,4 @@
-"""What surrounds a measurement: a server of ours to load, facts of the machine, table, JSON, plot.
+"""Repeated measurements and their report: facts of the machine, a table, JSON and a plot.
 
 matplotlib draws the plot and is no dependency: `BenchError` names the extra that brings it.
 """
@@ -8,94 +8,33 @@ import json
 import math
 import os
 import platform
-import secrets
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from serving.bench.load import PERCENTILES, Endpoint, Level, Progress, measure, prompts, words_for
+from serving.bench.load import (
+    PERCENTILES,
+    BenchError,
+    Endpoint,
+    Level,
+    Progress,
+    measure,
+    prompts,
+    words_for,
+)
 
 Measure = Callable[[int, int, int, Progress], Level]
 """Measures one level: requests, clients, seed, and where to report answers."""
 
-_STOP_SECONDS = 60.0
 _PACKAGES = ("mixtral-jax", "jax", "jaxlib", "flax")
-
-
-class BenchError(RuntimeError):
-    """A measurement that cannot be made, and what to do about it."""
-
-
-@contextmanager
-def started(
-    command: Sequence[str],
-    ready: str,
-    *,
-    environment: Mapping[str, str] | None = None,
-    timeout: float = 900.0,
-) -> Iterator[None]:
-    """Runs a server until the block ends; enters it when the URL `ready` answers with 200.
-
-    Raises BenchError, with the end of what the server said, if it ends before or takes longer.
-    """
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **(environment or {})},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C is for us; we stop the server after that
-        )
-        try:
-            deadline = time.monotonic() + timeout
-            while not _answers(ready):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    said = log.read().decode(errors="replace").strip()[-2000:]
-                    raise BenchError(f"{command[0]} did not start; it said:\n{said}")
-                time.sleep(0.2)
-            yield
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-@contextmanager
-def served(model: str, options: Mapping[str, object]) -> Iterator[Endpoint]:
-    """`mixtral-jax serve` of a checkpoint on free ports, until the block ends."""
-    port, grpc_port = free_ports(2)
-    key = secrets.token_hex(16)
-    endpoint = Endpoint(url=f"http://127.0.0.1:{port}", key=key)
-    flags = {
-        "model": model,
-        "port": port,
-        "grpc-port": grpc_port,
-        "usage-db": ":memory:",
-        **options,
-    }
-    command = [sys.executable, "-m", "mixtral_jax.cli", "serve"]
-    command += [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    with started(command, f"{endpoint.url}/health/ready", environment={"MIXTRAL_JAX_API_KEY": key}):
-        yield endpoint
 
 
 def load_of(
@@ -103,7 +42,7 @@ def load_of(
 ) -> Measure:
     """How an endpoint is loaded; sends the first request, which is not counted.
 
-    Raises ConnectionError if that one fails.
+    Raises BenchError if that one fails.
     """
     words = words_for(endpoint, prompt_tokens)
 
@@ -152,23 +91,6 @@ def repeated(
     return runs
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [server.getsockname()[1] for server in sockets]
-    finally:
-        for server in sockets:
-            server.close()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2.0, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 def facts() -> dict[str, Any]:
     """The machine, its load just now, and the versions of what is measured."""
     return {
@@ -185,7 +107,7 @@ def facts() -> dict[str, Any]:
 
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
@@ -233,7 +155,7 @@ def _number(value: float) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a report; JSON knows no NaN, so null stands for what could not be measured."""
-    path.write_text(json.dumps(_plain(content), indent=2) + "\n")
+    path.write_text(json.dumps(_plain(content), indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from tests.support import sources
@@ -62,3 +64,71 @@ def test_a_bad_source_is_one_clear_error(tmp_path: Path) -> None:
     assert "model.surprise" in out.stderr and "model.norm.weight" in out.stderr
     assert "Traceback" not in out.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_mistyped_source_is_one_line() -> None:
+    out = mixtral_jax("convert", "/no/such/folder", "never")
+    assert out.returncode == 1 and out.stdout == ""
+    (line,) = out.stderr.splitlines()
+    assert line.startswith("mixtral-jax: ") and "/no/such/folder" in line
+
+
+def test_debug_shows_where_an_error_of_the_user_was_raised() -> None:
+    out = mixtral_jax("--debug", "info", "nowhere")
+    assert out.returncode == 1
+    first, *_, last = out.stderr.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last.startswith("mixtral-jax: nowhere is not a mixtral-jax checkpoint")
+
+
+def test_version() -> None:
+    out = mixtral_jax("--version")
+    assert (out.returncode, out.stdout) == (0, f"mixtral-jax {version('mixtral-jax')}\n")
+
+
+def test_a_wrong_flag_is_one_line_that_names_it() -> None:
+    out = mixtral_jax("serve", "--modle=x")
+    assert out.returncode == 2 and out.stdout == ""
+    (line,) = out.stderr.splitlines()
+    assert line.startswith("mixtral-jax: ") and line.endswith("(see mixtral-jax serve --help)")
+    assert "--modle" in line
+    missing = mixtral_jax("serve")
+    assert missing.returncode == 2 and "--model" in missing.stderr
+    assert mixtral_jax("bench", "--url=http://x", "tiny-random").returncode == 2
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    """A strict zip that fails is a ValueError, and yet not the user's."""
+    code = (
+        "import mixtral_jax.checkpoint.parameters as parameters\n"
+        "def fault(*_): return list(zip([1], [], strict=True))\n"
+        "parameters.parameter_shapes = fault\n"
+        "from mixtral_jax.cli.main import main; main()"
+    )
+    out = python(code, "info", "tiny-random")
+    assert out.returncode == 1
+    first, *_, last = out.stderr.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert "ValueError: zip() argument 2 is shorter than argument 1" in out.stderr
+    assert last.startswith("mixtral-jax: this is a fault of mixtral-jax; please report it")
+
+
+def test_ctrl_c_is_quiet() -> None:
+    code = (
+        "import mixtral_jax.checkpoint.parameters as parameters, os, signal\n"
+        "def wait(*_): os.kill(os.getpid(), signal.SIGINT)\n"
+        "parameters.count_parameters = wait\n"
+        "from mixtral_jax.cli.main import main; main()"
+    )
+    out = python(code, "info", "tiny-random")
+    assert (out.returncode, out.stdout, out.stderr) == (130, "", "")
+
+
+def python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -22,6 +22,7 @@ from rich.console import Console
 from serving.bench import report as bench
 from serving.bench.load import (
     Answer,
+    BenchError,
     Endpoint,
     Level,
     measure,
@@ -32,6 +33,7 @@ from serving.bench.load import (
     summary,
     words_for,
 )
+from serving.bench.server import free_ports, started
 
 FIRST, EACH = 0.08, 0.03  # seconds to the first token, and between tokens
 
@@ -88,7 +90,7 @@ def running(**options: Any) -> Iterator[Server]:
     server = Server(**options)
     app = FastAPI()
     app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
-    [port] = bench.free_ports(1)
+    [port] = free_ports(1)
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error")
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run)
@@ -204,12 +206,12 @@ def test_failures_are_counted(fail: str, message: str) -> None:
 
 
 def test_nobody_there() -> None:
-    [port] = bench.free_ports(1)
+    [port] = free_ports(1)
     endpoint = Endpoint(url=f"http://127.0.0.1:{port}")
     level = measure(endpoint, ["hi"], concurrency=1, max_tokens=1)
     assert (level.requests, level.errors) == (0, 1)
     assert math.isnan(level.tokens_per_second) and math.isnan(level.ttft["p50"])
-    with pytest.raises(ConnectionError, match="ConnectError"):
+    with pytest.raises(BenchError, match="ConnectError"):
         words_for(endpoint, 10)
 
 
@@ -245,14 +247,14 @@ def test_report(tmp_path: Path) -> None:
 
 def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(bench.BenchError, match=r"pip install 'mixtral-jax\[bench\]'"):
+    with pytest.raises(BenchError, match=r"pip install 'mixtral-jax\[bench\]'"):
         bench.plot(tmp_path / "a.png", [], "title")
 
 
 def test_a_server_that_does_not_start() -> None:
     command = [sys.executable, "-c", "print('no such weights')"]
     with (
-        pytest.raises(bench.BenchError, match="no such weights"),
-        bench.started(command, "http://127.0.0.1:9/"),
+        pytest.raises(BenchError, match="no such weights"),
+        started(command, "http://127.0.0.1:9/"),
     ):
         raise AssertionError

@@ -1,0 +1,107 @@
+"""`mixtral-jax pull`, `convert`, `export` and `info`: weights from elsewhere, and checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mixtral_jax.cli import extras
+
+
+@extras.needs("convert")
+def pull(
+    name: Annotated[str, typer.Argument(help="smollm2-135m-instruct, or ORG/REPO of the hub.")],
+) -> None:
+    """Download weights into the user's cache and print where they are."""
+    from convert.progress import bar
+    from convert.pull import pull
+
+    with bar(f"pulling {name}") as progress:
+        path = pull(name, progress=progress)
+    print(path)
+
+
+@extras.needs("convert")
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder or file of weights, or a name that `pull` knows.")
+    ],
+    destination: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, or int8 (W8A8, smoothed: half of bfloat16's bytes, fastest on "
+            "CPU); default: bfloat16 if the source is, else float32."
+        ),
+    ] = None,
+    upcycle_experts: Annotated[
+        int, typer.Option(help="Copy a dense feed-forward into this many experts.")
+    ] = 0,
+    name: Annotated[str | None, typer.Option(help="Name under which the model is served.")] = None,
+) -> None:
+    """Convert safetensors, GGUF or Mistral's own files to an Orbax checkpoint."""
+    from convert.progress import bar
+    from convert.pull import pull
+
+    path = Path(source)
+    if not path.exists():
+        with bar(f"pulling {source}") as progress:
+            path = pull(source, progress=progress)
+    from convert.convert import convert
+
+    with bar(f"converting {path.name}") as progress:
+        convert(
+            path,
+            destination,
+            dtype=dtype,
+            upcycle_experts=upcycle_experts,
+            name=name,
+            progress=progress,
+        )
+    print(destination)
+
+
+@extras.needs("convert")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    destination: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Write a checkpoint as Hugging Face safetensors."""
+    from convert.export import export
+    from convert.progress import bar
+
+    with bar(f"exporting {checkpoint.name}") as progress:
+        export(checkpoint, destination, progress=progress)
+    print(destination)
+
+
+def info(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show what a checkpoint holds."""
+    from mixtral_jax.checkpoint.folder import Card
+    from mixtral_jax.checkpoint.parameters import count_parameters
+    from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
+
+    toy = str(checkpoint) == TINY_RANDOM
+    card = open_pretrained(TINY_RANDOM).card if toy else Card.read(checkpoint)
+    parameters, nbytes = count_parameters(card.model, card.dtype)
+    facts: dict[str, Any] = {
+        "name": card.name,
+        "provider": card.provider,
+        "dtype": card.dtype,
+        "parameters": parameters,
+        "bytes": nbytes,
+        **card.model.to_json(),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, f"{value:,}" if type(value) is int else str(value))
+    Console().print(table)

@@ -1,0 +1,8 @@
+"""Flags that several commands take, as `serve` takes them."""
+
+from typing import Annotated
+
+from serving import flags
+
+ModelOption = Annotated[str, flags.MODEL.option()]
+DtypeOption = Annotated[str | None, flags.DTYPE.option()]
