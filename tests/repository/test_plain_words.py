@@ -28,7 +28,6 @@ TO_BE_READ = {
     "benchmarks/engine.py",
     "benchmarks/gateway.py",
     "benchmarks/peers",
-    "benchmarks/plan_matrix.py",
     "benchmarks/restore_memory.py",
     "benchmarks/speed_table.py",
     "convert/name_table.py",
