@@ -14,12 +14,11 @@ from typing import Annotated
 import typer
 
 from benchmarks.command import run
-from mixtral_jax.kernels import kernels_for
 from mixtral_jax.planning.chips import GIB, topologies
 from mixtral_jax.planning.plan import Plan
 from mixtral_jax.planning.search import Search, known_model
 from mixtral_jax.planning.topology import installed
-from mixtral_jax.planning.workload import Workload
+from mixtral_jax.planning.workload import Workload, unsplit_placement
 
 NUMBERS = Path(__file__).parent.parent / "docs" / "numbers.md"
 BEGIN, END = "<!-- plan: make plan-matrix -->\n", "<!-- end of plan -->"
@@ -50,7 +49,7 @@ def row(title: str, dtype: str, chips: str) -> str | None:
         batch=BATCH,
         context=CONTEXT,
         prefill_tokens=PREFILL_TOKENS,
-        page_size=kernels_for(sizes[0].platform).page_size,
+        page_size=unsplit_placement(dtype, sizes[0].platform).page_size,
     )
 
     def note(line: str) -> None:

@@ -70,9 +70,8 @@ def plan(
     TPUs need libtpu, GPUs the CUDA plugins of jax (the extras `plan` and `plan-gpu`); without them
     the answer is arithmetic, and says so. Speeds are estimates: nothing runs.
     """
-    from mixtral_jax.kernels import kernels_for
     from mixtral_jax.planning.search import Search
-    from mixtral_jax.planning.workload import Workload
+    from mixtral_jax.planning.workload import Workload, unsplit_placement
 
     sizes = topologies(topology)
     config, stored = _model(model, checkpoint)
@@ -81,17 +80,16 @@ def plan(
             f"{checkpoint} is stored as {stored}; to plan for {dtype}, convert the weights with "
             f"--dtype {dtype}, or give --model"
         )
-    kernels = kernels_for(sizes[0].platform)
-    if kv_dtype and kv_dtype not in kernels.kv_dtypes:
-        raise UserError("--kv-dtype int8 is for CPU and GPU: on TPU it takes more room, not less")
+    placement = unsplit_placement(dtype or stored or "bfloat16", sizes[0].platform)
+    placement.checked_kv_dtype(kv_dtype)
     workload = Workload(
         model=config,
-        dtype=dtype or stored or "bfloat16",
+        dtype=placement.dtype,
         kv_dtype=kv_dtype,
         batch=batch,
         context=context,
         prefill_tokens=prefill_tokens,
-        page_size=kernels.page_size,
+        page_size=placement.page_size,
     )
     notes = Console(stderr=True, highlight=False)
 

@@ -25,7 +25,7 @@ from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.topology import absent_devices, environment
 from mixtral_jax.planning.traffic import program_traffic
-from mixtral_jax.sharding import make_mesh
+from mixtral_jax.sharding import mesh_sizes
 from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import StepSizes
 from mixtral_jax.step.programs import Programs
@@ -46,7 +46,7 @@ class CompileJob:
         dtype: float32, bfloat16 or int8; the dtype of the weights.
         kv_dtype: int8, or None for keys and values in the activations' dtype.
         topology: the chips' name, such as tpu:v5e:2x4.
-        mesh: sizes of the mesh axes, in the order of MESH_AXES.
+        mesh: sizes of the mesh axes as `--mesh` takes them, such as data=1,expert=8,tensor=1.
         dp_attention: sequences, not heads, are split over `expert`.
         sequences: sequences, and tokens of a decode step.
         context: tokens of one sequence.
@@ -60,7 +60,7 @@ class CompileJob:
     dtype: str
     kv_dtype: str | None
     topology: str
-    mesh: tuple[int, int, int, int]
+    mesh: str
     dp_attention: bool
     sequences: int
     context: int
@@ -126,10 +126,11 @@ class CompilerReport:
 
 
 def abstract_model(job: CompileJob, devices: Sequence[jax.Device]) -> Transformer:
-    """The job's model on these devices, with shapes and shardings but without values."""
-    data, expert, tensor, copies = job.mesh
-    mesh = make_mesh(data, expert, tensor * copies, devices, copies)
-    placement = Placement.of(job.model, job.dtype, mesh, job.dp_attention)
+    """The job's model on these devices, with shapes and shardings but without values.
+
+    It is placed as the server places it, so the compiled programs are those that are served.
+    """
+    placement = Placement.of(job.model, job.dtype, job.mesh, job.dp_attention, devices)
     return Transformer(job.model, placement, rngs=None)
 
 
@@ -228,7 +229,7 @@ def _outer_weight_bytes(bucket: Programs) -> int:
 def _step_cost(bucket: Programs, job: CompileJob, chosen_share: float) -> StepCost:
     """Cost of one step of a bucket, from its programs' texts and the compiler's counts."""
     model = job.model
-    experts = model.num_experts // job.mesh[1] if model.is_moe else 0
+    experts = model.num_experts // mesh_sizes(job.mesh)[1] if model.is_moe else 0
     layers = model.num_layers
     block = program_traffic(_text(bucket.block), chosen_share, experts)
     ends = [program_traffic(_text(p)) for p in (bucket.embed, bucket.pick, bucket.draw)]
@@ -300,7 +301,6 @@ def main() -> None:
 
     fields = json.loads(sys.stdin.read())
     fields["model"] = ModelConfig.from_json(fields["model"])
-    fields["mesh"] = tuple(fields["mesh"])
     job = CompileJob(**fields)
     try:
         (topology,) = topologies(job.topology)

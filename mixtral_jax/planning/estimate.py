@@ -14,14 +14,13 @@ from jax.sharding import Mesh
 
 from mixtral_jax.cache import token_bytes
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import Kernels, kernels_for
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.placement import Placement
 from mixtral_jax.planning.chips import Topology
 from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.expert_load import busiest_experts, busiest_pairs
 from mixtral_jax.planning.split import Split
-from mixtral_jax.planning.workload import Workload
+from mixtral_jax.planning.workload import Workload, unsplit_placement
 from mixtral_jax.sharding import ShardingRules
 
 
@@ -73,19 +72,14 @@ class Estimate:
         return -(-self.workload.batch // self.num_groups)
 
     @cached_property
-    def kernels(self) -> Kernels:
-        """The kernels of the topology's devices, which the model's step will call."""
-        return kernels_for(self.topology.platform)
-
-    @property
-    def activation_dtype(self) -> str:
-        """Dtype of the activations."""
-        return self.kernels.activation_dtype(self.workload.dtype)
+    def placement(self) -> Placement:
+        """The kernels, dtypes and page size that the model has on the topology's devices."""
+        return unsplit_placement(self.workload.dtype, self.topology.platform)
 
     @property
     def activation_bytes(self) -> int:
         """Bytes of one number of the activations."""
-        return 4 if self.activation_dtype == "float32" else 2
+        return 4 if self.placement.activation_dtype == "float32" else 2
 
     def ways(self, letters: str, *, with_tokens: bool | None = None) -> int:
         """Number of devices over which any dimension named by the letters is split.
@@ -103,13 +97,7 @@ class Estimate:
         """Bytes of the parameters that one chip holds."""
         model = self.workload.model
         one_layer = ModelConfig.from_json({**model.to_json(), "num_layers": 1})
-        placement = Placement(
-            dtype=self.workload.dtype,
-            activation_dtype=self.activation_dtype,
-            layout=None,
-            kernels=self.kernels,
-        )
-        abstract = Transformer(one_layer, placement, rngs=None)
+        abstract = Transformer(one_layer, self.placement, rngs=None)
         nbytes = {"experts": 0, "rest_of_layers": 0, "embedding": 0, "head": 0}
         for name, variable in named_parameters(abstract).items():
             array, letters = variable.get_value(), variable.get_metadata("axes")
@@ -125,7 +113,7 @@ class Estimate:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page on one chip, all layers."""
-        dtype = self.workload.kv_dtype or self.activation_dtype
+        dtype = self.workload.kv_dtype or self.placement.activation_dtype
         whole = token_bytes(self.workload.model, dtype) * self.workload.page_size
         return whole // self.rules.ways("K", self.mesh)
 
@@ -154,7 +142,7 @@ class Estimate:
         This is the dense form of `model.moe.moe_local`, which also reads experts that no token
         chose.
         """
-        few = self._tokens_met(tokens) <= self.kernels.max_dense_tokens
+        few = self._tokens_met(tokens) <= self.placement.kernels.max_dense_tokens
         return self.workload.model.is_moe and few
 
     def least_bytes(self, tokens: int, sequences: int) -> float:

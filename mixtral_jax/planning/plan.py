@@ -238,7 +238,7 @@ def compile_job(plan: Plan) -> CompileJob:
         dtype=workload.dtype,
         kv_dtype=workload.kv_dtype,
         topology=str(plan.topology),
-        mesh=plan.split.axis_sizes,
+        mesh=str(plan.split),
         dp_attention=plan.split.dp_attention,
         sequences=estimate.sequences,
         context=workload.context,

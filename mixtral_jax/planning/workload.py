@@ -1,9 +1,11 @@
-"""The workload of a plan: a model, its dtypes, and how many sequences of which length it serves."""
+"""The workload of a plan: a model, its dtypes, and the traffic that it serves."""
 
 from dataclasses import dataclass
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
+from mixtral_jax.kernels import kernels_for
+from mixtral_jax.placement import Placement, checked_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +53,19 @@ class Workload:
     def attended_tokens(self) -> int:
         """Number of tokens that the last token of a sequence attends to."""
         return min(self.context, self.model.sliding_window or self.context)
+
+
+def unsplit_placement(dtype: str, platform: str) -> Placement:
+    """The placement of a model on devices of a platform (cpu, tpu or gpu), before it is split.
+
+    It gives the kernels, the dtype of activations and the page size of every split. Raises
+    ConfigError for a dtype that models do not have.
+    """
+    kernels = kernels_for(platform)
+    dtype = checked_dtype(dtype)
+    return Placement(
+        dtype=dtype,
+        activation_dtype=kernels.activation_dtype(dtype),
+        layout=None,
+        kernels=kernels,
+    )

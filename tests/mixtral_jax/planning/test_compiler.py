@@ -1,15 +1,22 @@
 """The compiler's report, against the arithmetic and against arrays that really live on devices."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 from flax import nnx
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.planning.compiler import CompileError, CompileJob, compile_in_subprocess
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.placement import Placement
+from mixtral_jax.planning.compiler import (
+    CompileError,
+    CompileJob,
+    abstract_model,
+    compile_in_subprocess,
+)
 from mixtral_jax.planning.plan import with_compiler
-from mixtral_jax.sharding import make_mesh
 from mixtral_jax.step.programs import SplitModel
-from tests.support.models import model_of
 from tests.support.plan_workload import DENSE, SMALL, job_on_cpu, workload_of
 
 
@@ -18,9 +25,8 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
 
     Only the arrays that the model and the cache name are counted, whatever else lives.
     """
-    data, expert, tensor, copies = job.mesh
-    mesh = make_mesh(data, expert, tensor * copies, copies=copies)
-    model = model_of(job.model, job.dtype, mesh=mesh, dp_attention=job.dp_attention)
+    placement = Placement.of(job.model, job.dtype, job.mesh, job.dp_attention)
+    model = Transformer(job.model, placement, rngs=nnx.Rngs(0))
     split = SplitModel.of(model)
     empty = split.compile_empty(split.pages(job.num_pages, job.page_size))
     layers = [empty() for _ in split.blocks]
@@ -35,6 +41,7 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
     return each(nnx.state(model)), each(layers)
 
 
+@pytest.mark.slow  # compiles the step of eight devices
 @pytest.mark.parametrize(
     ("config", "dtype", "shape", "dp_attention"),
     [
@@ -68,7 +75,25 @@ def test_memory_is_what_really_lives_on_devices(
     assert lines == [first, f"compiling step 2 of 2: {job.prefill_tokens} tokens"]
 
 
+@pytest.mark.parametrize("dp_attention", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_model_is_placed_as_the_server_places_it(dtype: str, dp_attention: bool) -> None:
+    """Sixteen query heads over eight devices, and eight key/value heads; equal in all fields."""
+    job, _ = job_on_cpu(workload_of(SMALL, dtype), (1, 4, 2), dp_attention)
+    served = Placement.of(SMALL, dtype, "data=1,expert=4,tensor=2", dp_attention)
+    assert abstract_model(job, jax.devices()).placement == served
+
+
+def test_key_value_heads_are_copied_as_the_server_copies_them() -> None:
+    config = replace(SMALL, num_kv_heads=2)
+    job, _ = job_on_cpu(workload_of(config), (1, 1, 8), False)
+    placement = abstract_model(job, jax.devices()).placement
+    assert placement == Placement.of(config, "float32", "tensor=8")
+    assert placement.layout is not None
+    assert placement.layout.mesh.shape["copy"] == 4
+
+
 def test_a_program_that_cannot_be_compiled_says_why() -> None:
     job, _ = job_on_cpu(workload_of(SMALL), (1, 8, 1), False)
     with pytest.raises(CompileError, match="cannot be split 3 ways"):
-        compile_in_subprocess(CompileJob(**{**vars(job), "mesh": (1, 3, 1, 1)}))
+        compile_in_subprocess(CompileJob(**{**vars(job), "mesh": "expert=3"}))

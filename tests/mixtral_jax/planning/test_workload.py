@@ -4,6 +4,7 @@ import pytest
 
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.planning.search import known_model
+from mixtral_jax.planning.workload import unsplit_placement
 from tests.support.plan_workload import SMALL, workload_of
 
 
@@ -27,3 +28,21 @@ def test_a_context_beyond_the_models_is_refused() -> None:
 def test_nothing_is_less_than_one(name: str) -> None:
     with pytest.raises(ConfigError, match="must be at least 1"):
         workload_of(SMALL, **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "activations", "page_size"),
+    [
+        ("int8", "cpu", "float32", 16),
+        ("int8", "tpu", "bfloat16", 128),
+        ("int8", "gpu", "bfloat16", 64),
+        ("float32", "tpu", "float32", 128),
+        ("bfloat16", "cpu", "bfloat16", 16),
+    ],
+)
+def test_a_platform_decides_activations_and_pages(
+    dtype: str, platform: str, activations: str, page_size: int
+) -> None:
+    placement = unsplit_placement(dtype, platform)
+    assert (placement.activation_dtype, placement.page_size) == (activations, page_size)
+    assert placement.layout is None
