@@ -10,6 +10,7 @@ from flax import nnx
 from mixtral_jax.axes import FlatHidden, Pages, RowHidden
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.layers import Linear, Rotary, paged_together
 from mixtral_jax.placement import Placement
 
@@ -25,10 +26,12 @@ class Attention(nnx.Module):
         self.o = Linear("D", "NH", config, placement, rngs)
         self.window = config.sliding_window
 
-    def full(self, x: RowHidden, rotary: Rotary) -> RowHidden:
+    def full(self, x: RowHidden, rotary: Rotary, capture: Capture = NOTHING) -> RowHidden:
         """Causal attention within each row: x [B T D] -> [B T D]."""
+        capture.record("attention.qkv", x)
         q, k = rotary.rotate(self.q.full(x)), rotary.rotate(self.k.full(x))
         mixed = self.kernels.full_attention(q, k, self.v.full(x), self.window, self.layout)
+        capture.record("attention.o", mixed)
         return self.o.full(mixed)
 
     def paged(

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from mixtral_jax.axes import FlatHidden, Hidden, Positions
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.xla import products as xla
+from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.placement import Placement
 from mixtral_jax.weight import Weight
 
@@ -192,9 +193,12 @@ class FeedForward(nnx.Module):
         self.up = Linear("F", "D", config, placement, rngs)
         self.down = Linear("D", "F", config, placement, rngs)
 
-    def full(self, x: Hidden) -> Hidden:
+    def full(self, x: Hidden, capture: Capture = NOTHING) -> Hidden:
         """x [*R D] -> [*R D]."""
-        return self.down.full(xla.swiglu(self.gate.full(x), self.up.full(x)))
+        capture.record("feed_forward.in", x)
+        hidden = xla.swiglu(self.gate.full(x), self.up.full(x))
+        capture.record("feed_forward.down", hidden)
+        return self.down.full(hidden)
 
     def paged(self, x: FlatHidden) -> FlatHidden:
         """x [T D] -> [T D]."""

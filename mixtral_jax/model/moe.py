@@ -21,6 +21,7 @@ from mixtral_jax.kernels import Kernels
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.layout import Layout
 from mixtral_jax.model import expert_exchange
+from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.layers import Linear, weight_of, weight_parameters
 from mixtral_jax.placement import Placement
 from mixtral_jax.weight import Weight
@@ -54,17 +55,23 @@ class MoE(nnx.Module):
         self.experts_per_token = config.experts_per_token
         self.layout, self.kernels = placement.layout, placement.kernels
 
-    def full(self, x: Hidden, form: Form = "ragged") -> Hidden:
-        """x [*R D] -> [*R D]. `form` chooses between dense and ragged; a mesh means sharded."""
+    def full(self, x: Hidden, form: Form = "ragged", capture: Capture = NOTHING) -> Hidden:
+        """x [*R D] -> [*R D]. `form` chooses between dense and ragged; a mesh means sharded.
+
+        Only the ragged form records the inputs of down.
+        """
         flat = x.reshape(-1, x.shape[-1])
         kernels = self.kernels.with_gradients()
         choice, weights = route(self.router.full(flat), self.experts_per_token)
+        capture.record("feed_forward.in", x)
+        capture.record("router.choice", choice)
+        capture.record("router.weights", weights)
         if self.layout is not None:
             flat = moe_sharded(flat, choice, weights, self.experts, self.layout, kernels)
         elif form == "dense":
             flat = moe_dense(flat, choice, weights, self.experts)
         else:
-            flat = moe_ragged(flat, choice, weights, self.experts, kernels)
+            flat = moe_ragged(flat, choice, weights, self.experts, kernels, capture)
         return flat.reshape(x.shape)
 
     def paged(self, x: FlatHidden) -> FlatHidden:
@@ -124,6 +131,7 @@ def moe_ragged(
     weights: ChoiceWeights,
     experts: Experts,
     kernels: Kernels,
+    capture: Capture = NOTHING,
 ) -> FlatHidden:
     """Each token's experts only. A choice >= the number of experts held here adds nothing.
 
@@ -137,6 +145,8 @@ def moe_ragged(
     rows = x[order // picks]
     sizes = jnp.bincount(pair_expert, length=num_experts)
     hidden = kernels.swiglu(kernels.grouped(rows, sizes, gate), kernels.grouped(rows, sizes, up))
+    capture.record("feed_forward.down", hidden)
+    capture.record("feed_forward.sizes", sizes)
     out = kernels.grouped(hidden, sizes, down)
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     # Rows of experts held elsewhere are behind the last group, where the product is unspecified.

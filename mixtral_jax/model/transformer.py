@@ -28,6 +28,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.layout import Layout
 from mixtral_jax.model.attention import Attention
+from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.layers import (
     Embedding,
     FeedForward,
@@ -50,10 +51,10 @@ class Block(nnx.Module):
             MoE(config, placement, rngs) if config.is_moe else FeedForward(config, placement, rngs)
         )
 
-    def full(self, x: RowHidden, rotary: Rotary) -> RowHidden:
-        """Whole rows: x [B T D] -> [B T D]."""
-        x = x + self.attention.full(self.attention_norm.full(x), rotary)
-        return x + self.feed_forward.full(self.feed_forward_norm.full(x))
+    def full(self, x: RowHidden, rotary: Rotary, capture: Capture = NOTHING) -> RowHidden:
+        """Whole rows: x [B T D] -> [B T D]; `capture` records values on the way."""
+        x = x + self.attention.full(self.attention_norm.full(x), rotary, capture)
+        return x + self.feed_forward.full(self.feed_forward_norm.full(x), capture=capture)
 
     def paged(
         self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch
