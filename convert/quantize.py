@@ -18,38 +18,43 @@ nothing when the model runs, for it is done to the weights of whatever makes the
     down                 the rows of up, in each expert
     head                 the last norm; so a head tied to the embedding becomes one of its own
 
-The text goes through one layer after the other in f32, each computed before it is rounded. Weights
-come in blocks of 32 MiB, a layer's twice: to compute it and see their columns, then to be written.
-So memory grows with a model's width alone, by the activations of at most 2,048 tokens.
+The text goes through the model's own blocks, one after the other in f32, which a capture watches;
+each is then smoothed, rounded and written. One layer is in memory at a time.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from convert.pieces import Fill, ParameterPiece, filled, pieces
+from convert.pieces import Fill, ParameterPiece, pieces
 from convert.progress import Progress
 from mixtral_jax.checkpoint.parameters import parameter_shapes, stored_bytes
+from mixtral_jax.checkpoint.restore import aligned_memory
 from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.xla import products as xla
-from mixtral_jax.model.layers import Rotary
-from mixtral_jax.model.moe import route
+from mixtral_jax.model.capture import Capture
+from mixtral_jax.model.layers import RMSNorm, Rotary
+from mixtral_jax.model.transformer import Block
+from mixtral_jax.placement import Placement
 from mixtral_jax.weight import Weight
 
 ALPHA = 0.5  # the paper's, for most models
-_TOKENS = 2048  # of the text
-_WINDOW = 512  # at most so many of them see each other
-_FLOAT = np.dtype(np.float32)
+_MAX_TOKENS = 2048  # of the text
+_MAX_WINDOW = 512  # tokens that see each other
+
+Arrays = dict[str, np.ndarray]
+"""Parameters of a layer by their names within it, such as "attention.q.weight"."""
 
 
 def calibration_text() -> str:
-    """Prose, dialogue, code, a chat: 8,000 characters that were written for this."""
+    """Returns prose, dialogue, code and a chat: 8,000 characters that were written for this."""
     return Path(__file__).with_name("calibration.txt").read_text(encoding="utf-8")
 
 
@@ -65,38 +70,138 @@ def quantize(
 
     Args:
         config: of the model, its embeddings not tied.
-        fill: where the weights come from; called from another thread.
+        fill: puts elements of a float32 parameter into an array.
         ids: of the calibration text, at least one; the first 2,048 are used.
         writer: of parameters of an int8 model; for float32 ones, smooths and does not round.
         progress: called with bytes written and bytes in all.
         alpha: how much of the difficulty goes from activations to weights; None does not smooth.
     """
-    _Walk(config, fill, writer, progress, alpha).run(ids)
+    shapes = parameter_shapes(config, "float32")
+    output = _Output(writer, progress)
+    calibration = _Calibration(config)
+
+    def read(name: str) -> np.ndarray:
+        shape = shapes[name].shape
+        values = aligned_memory(shape, np.float32)
+        everything = ParameterPiece(name, tuple(map(slice, shape)), shape, 0)
+        fill(everything, values.reshape(-1))
+        return values
+
+    embed = read("embed.weight")
+    x = jnp.asarray(embed[_windows(ids, config)])
+    output.write("embed.weight", embed)
+    del embed
+    for i in range(config.num_layers):
+        prefix = f"layers.{i}."
+        layer = {name: read(prefix + name) for name in calibration.names}
+        x, inputs = calibration.run(layer, x)
+        smooth_layer(layer, inputs, config, alpha)
+        for name, values in layer.items():
+            output.write(prefix + name, values)
+        del layer
+    norm, head = read("norm.weight"), read("head.weight")
+    s = smoothing(calibration.normed_channels(norm, x), _columns(head), alpha)
+    output.write("norm.weight", norm / s)
+    head *= s
+    output.write("head.weight", head)
 
 
-class _Seen(NamedTuple):
-    """What the product of calibration tokens with a weight showed."""
-
-    out: np.ndarray  # [R O]
-    inputs: np.ndarray  # [I], how large each channel of x is
-    columns: np.ndarray  # [I], and each column of the weight
-
-    def smoothing(self, alpha: float | None) -> np.ndarray:
-        return smoothing(self.inputs, self.columns, alpha)
+def _windows(ids: list[int], config: ModelConfig) -> np.ndarray:
+    """Cuts the ids into rows [B T] of equal length, which see nothing of each other."""
+    ids = ids[:_MAX_TOKENS]
+    count = -(-len(ids) // min(_MAX_WINDOW, config.max_context))
+    return np.asarray(ids[: len(ids) // count * count]).reshape(count, -1)
 
 
-def channels(x: np.ndarray) -> np.ndarray:
-    """The root mean square of each channel of x [R I]: [I]; of no rows, 0."""
-    return np.sqrt(_squares(x) / max(1, x.shape[0]))
+class _Calibration:
+    """The model's own block and last norm in float32, with the parameters of any layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        placement = Placement.of(config, "float32", mesh=None)
+        # No gradients are taken, so every kernel of the device may be used.
+        kernels = placement.kernels
+        every_kernel = frozenset(field.name for field in fields(kernels))
+        placement = replace(placement, kernels=replace(kernels, differentiable=every_kernel))
+        self._graph, state = nnx.split(Block(config, placement, rngs=None))
+        self._state = dict(nnx.to_flat_state(state))
+        self._norm = RMSNorm(config, placement, rngs=None)
+        self._config = config
+        self._run = jax.jit(self._traced)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of a layer's parameters."""
+        return [".".join(map(str, path)) for path in self._state]
+
+    def run(self, layer: Arrays, x: jax.Array) -> tuple[jax.Array, Arrays]:
+        """Computes a layer: x [B T D] -> [B T D], and the channels of its products' inputs.
+
+        These are f32, by the names of `Capture`: attention.qkv [D], attention.o [N*H],
+        feed_forward.in [D], and feed_forward.down [E F], where a dense layer has one expert.
+        """
+        with jax.default_matmul_precision("highest"):
+            x, inputs = self._run({name: jax.device_put(layer[name]) for name in layer}, x)
+        # On CPU the arrays of the device are those of `layer`, which is changed next.
+        jax.block_until_ready(x)
+        return x, {name: np.asarray(values) for name, values in inputs.items()}
+
+    def normed_channels(self, norm: np.ndarray, x: jax.Array) -> np.ndarray:
+        """Returns the channels [D] of the last norm's output, for x [B T D]."""
+        self._norm.weight.set_value(jnp.asarray(norm))
+        return np.asarray(_channels(self._norm.full(x)))
+
+    def _traced(
+        self, layer: Mapping[str, jax.Array], x: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        values = zip(self._state.items(), layer.values(), strict=True)
+        state = [(path, variable.replace(array)) for (path, variable), array in values]
+        block: Block = nnx.merge(self._graph, nnx.from_flat_state(state))
+        rotary = Rotary.at(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], self._config)
+        capture = Capture(
+            {
+                "attention.qkv",
+                "attention.o",
+                "feed_forward.in",
+                "feed_forward.down",
+                "feed_forward.sizes",
+            }
+        )
+        x = block.full(x, rotary, capture)
+        inputs = capture.values
+        down = inputs.pop("feed_forward.down")
+        rows = down.reshape(-1, down.shape[-1])
+        sizes = inputs.pop("feed_forward.sizes", jnp.asarray([rows.shape[0]]))
+        mixed = inputs["attention.o"]
+        inputs["attention.o"] = mixed.reshape(*mixed.shape[:2], -1)
+        channels = {name: _channels(values) for name, values in inputs.items()}
+        return x, channels | {"feed_forward.down": _channels_of_groups(rows, sizes)}
 
 
-def _squares(x: np.ndarray) -> np.ndarray:
-    """x [R I] -> [I], summed, without an array of the size of x."""
-    return np.einsum("RI,RI->I", x, x)
+def _channels(x: jax.Array) -> jax.Array:
+    """Returns the root mean square of each channel: x [*R I] -> [I]."""
+    return jnp.sqrt(jnp.mean(jnp.square(x.reshape(-1, x.shape[-1])), axis=0))
+
+
+def _channels_of_groups(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Returns the channels of rows [M I] that are sorted into E groups, [E I]; of no rows, 0."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    totals = jax.ops.segment_sum(jnp.square(x), group, num_segments=sizes.shape[0])
+    return jnp.sqrt(totals / jnp.maximum(1, sizes).astype(jnp.float32)[:, None])
+
+
+def _columns(weight: np.ndarray) -> np.ndarray:
+    """Returns the root mean square of each column: weight [*E O I] -> [*E I]."""
+    return np.sqrt(np.einsum("...OI,...OI->...I", weight, weight) / np.float32(weight.shape[-2]))
 
 
 def smoothing(inputs: np.ndarray, columns: np.ndarray, alpha: float | None) -> np.ndarray:
-    """What channels are divided by: 1 in the (geometric) mean, and where nothing was seen."""
+    """Returns the divisor of each channel [I]: 1 in the geometric mean, and where nothing was seen.
+
+    Args:
+        inputs: f32 [I], how large each channel of the activations is.
+        columns: f32 [I], how large each column of the weight is.
+        alpha: as in `quantize`.
+    """
     s = np.ones_like(inputs)
     seen = (inputs > 0) & (columns > 0)
     if alpha is not None and seen.any():
@@ -105,216 +210,78 @@ def smoothing(inputs: np.ndarray, columns: np.ndarray, alpha: float | None) -> n
     return s
 
 
-class _Walk:
-    """The way through the model: compute a layer, smooth and write it, go on with its output."""
+def smooth_layer(
+    layer: Arrays, inputs: Mapping[str, np.ndarray], config: ModelConfig, alpha: float | None
+) -> None:
+    """Moves sizes of channels from a layer's activations to its weights, in place.
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        fill: Fill,
-        writer: ParameterWriter,
-        progress: Progress,
-        alpha: float | None,
-    ) -> None:
-        self.config = config
-        self.fill = fill
-        self.writer = writer
-        self.progress = progress
-        self.alpha = alpha
-        self.floats = parameter_shapes(config, "float32")
-        self.done, self.total = 0, stored_bytes(writer.shapes)
-        progress(self.done, self.total)
+    Args:
+        layer: the layer's float32 parameters.
+        inputs: the channels of its products' inputs, see `_Calibration.run`.
+        config: the model's.
+        alpha: as in `quantize`.
+    """
+    q, k, v, o = (layer[f"attention.{name}.weight"] for name in "qkvo")
+    D = config.hidden_size
+    columns = np.maximum.reduce([_columns(weight.reshape(-1, D)) for weight in (q, k, v)])
+    s = smoothing(inputs["attention.qkv"], columns, alpha)
+    layer["attention_norm.weight"] /= s
+    for weight in (q, k, v):
+        weight *= s
+    # The query heads that share a head of v share its divisors: [K G H] -> [K H].
+    groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size)
+    largest_inputs = np.max(inputs["attention.o"].reshape(groups), axis=1)
+    largest_columns = np.max(_columns(o.reshape(D, -1)).reshape(groups), axis=1)
+    s_v = smoothing(largest_inputs, largest_columns, alpha)
+    v /= s_v[..., None]
+    o *= np.broadcast_to(s_v[:, None], groups).reshape(config.num_heads, config.head_size)
 
-    def run(self, ids: list[int]) -> None:
-        ids = ids[:_TOKENS]
-        windows = -(-len(ids) // min(_WINDOW, self.config.max_context))
-        tokens = np.asarray(ids[: len(ids) // windows * windows]).reshape(windows, -1)
-        x = self._embedded(tokens)
-        self._write("embed")
-        for i in range(self.config.num_layers):
-            x += self._attention(f"layers.{i}.", x)
-            x += self._feed_forward(f"layers.{i}.", x)
-        norm = self._small("norm.weight")
-        # Of the head's outputs nobody asks: one row, as large in each channel as all, will do.
-        row = channels(self._normed(norm, x))[None, :]
-        s = self._product("head", row).smoothing(self.alpha)
-        self._put("norm.weight", norm / s)
-        self._write("head", s)
-
-    def _attention(self, layer: str, x: np.ndarray) -> np.ndarray:
-        """Writes it; what it adds to x [B T D]."""
-        config, own = self.config, layer + "attention."
-        norm = self._small(layer + "attention_norm.weight")
-        h = self._normed(norm, x)
-        q, k, v = (self._product(own + part, h) for part in "qkv")
-        o = self._product(own + "o", _mixed(q.out, k.out, v.out, x.shape[:2], config))
-
-        columns = np.maximum.reduce([q.columns, k.columns, v.columns])
-        s = smoothing(q.inputs, columns, self.alpha)
-        groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size)
-        inputs, columns = (np.max(a.reshape(groups), axis=1) for a in (o.inputs, o.columns))
-        s_v = smoothing(inputs, columns, self.alpha)
-        s_o = np.broadcast_to(s_v[:, None], groups)
-
-        self._put(layer + "attention_norm.weight", norm / s)
-        self._write(own + "q", s)
-        self._write(own + "k", s)
-        self._write(own + "v", s, s_v.reshape(1, -1))
-        self._write(own + "o", s_o.reshape(-1))
-        return o.out.reshape(x.shape)
-
-    def _feed_forward(self, layer: str, x: np.ndarray) -> np.ndarray:
-        """Writes it; what it adds to x [B T D]. A dense one is an expert that all tokens choose."""
-        own = layer + "feed_forward."
-        norm = self._small(layer + "feed_forward_norm.weight")
-        h = self._normed(norm, x)
-        router = self._small(own + "router.weight") if self.config.is_moe else None
-        shares = _shares(h, router, self.config.experts_per_token)
-        out, columns, s_down = np.zeros_like(h), np.zeros_like(norm), []
-        for expert in range(shares.shape[1]):
-            (rows,) = np.nonzero(shares[:, expert])
-            gate, up = (self._product(own + part, h[rows], expert) for part in ("gate", "up"))
-            columns = np.maximum.reduce([columns, gate.columns, up.columns])
-            up.out[...] *= jax.nn.silu(gate.out)
-            down = self._product(own + "down", up.out, expert)
-            s_down.append(down.smoothing(self.alpha))
-            out[rows] += shares[rows, expert, None] * down.out
-
-        s = smoothing(channels(h), columns, self.alpha)
-        self._put(layer + "feed_forward_norm.weight", norm / s)
-        if router is not None:
-            self._put(own + "router.weight", router * s)
-        self._write(own + "gate", s)
-        self._write(own + "up", s, np.stack(s_down))
-        self._write(own + "down", np.stack(s_down))
-        return out.reshape(x.shape)
-
-    # --- computing ---
-
-    def _embedded(self, tokens: np.ndarray) -> np.ndarray:
-        """[B T] -> [B T D]."""
-        x = np.empty((*tokens.shape, self.config.hidden_size), np.float32)
-        for block in self._blocks("embed"):
-            here = (tokens >= block.rows.start) & (tokens < block.rows.stop)
-            x[here] = block.values[tokens[here] - block.rows.start]
-        return x
-
-    def _normed(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """[B T D] -> [R D]."""
-        normed = xla.norm(jnp.asarray(x), jnp.asarray(weight), self.config.norm_eps)
-        return np.asarray(normed).reshape(-1, x.shape[-1])
-
-    def _product(self, name: str, x: np.ndarray, expert: int = 0) -> _Seen:
-        """x [R I] with the weight of that name."""
-        out = np.empty((x.shape[0], self._sizes(name)[1]), np.float32)
-        squares = np.zeros(x.shape[1], np.float32)
-        for block in self._blocks(name, expert):
-            out[:, block.rows] = x @ block.values.T
-            squares += _squares(block.values)
-        return _Seen(out, channels(x), np.sqrt(squares / out.shape[1]))
-
-    # --- reading and writing ---
-
-    def _small(self, name: str) -> np.ndarray:
-        """A parameter that is not rounded."""
-        whole = {name: self.floats[name]}
-        parts = [values.copy() for _, values in filled(pieces(whole), _FLOAT, self.fill)]
-        return np.concatenate(parts).reshape(whole[name].shape)
-
-    def _blocks(self, name: str, expert: int = 0) -> Iterator["_Block"]:
-        """A matrix [O I], of one expert where there are several, in blocks as they are stored."""
-        experts, _, inputs = self._sizes(name)
-        name += ".weight"
-        shape = self.floats[name].shape
-        start = expert * (math.prod(shape) // experts)
-        of_one = jax.ShapeDtypeStruct(shape if experts == 1 else shape[1:], _FLOAT)
-        cut = pieces({name: of_one}, self.writer.chunk_bytes)
-        if experts > 1:
-            index = slice(expert, expert + 1)
-            cut = (
-                ParameterPiece(p.parameter, (index, *p.index), (1, *p.shape), start + p.start)
-                for p in cut
-            )
-        for piece, values in filled(cut, _FLOAT, self.fill):
-            first = (piece.start - start) // inputs
-            rows = slice(first, first + piece.size // inputs)
-            yield _Block(piece, rows, values.reshape(-1, inputs))
-
-    def _write(
-        self, name: str, columns: np.ndarray | None = None, divisors: np.ndarray | None = None
-    ) -> None:
-        """Writes a weight, its columns multiplied, [I] or [E I], and its rows divided, [E O]."""
-        experts, outputs, inputs = self._sizes(name)
-        rounds = name + ".scale" in self.writer.shapes
-        scale = np.ones((experts, outputs), np.float32)
-        if divisors is not None:
-            scale /= divisors
-        if columns is None:
-            columns = np.ones(1, np.float32)
-        columns = np.broadcast_to(columns, (experts, inputs))
-        for expert in range(experts):
-            for block in self._blocks(name, expert):
-                values = block.values * columns[expert]
-                own = scale[expert, block.rows]
-                if rounds:
-                    rounded = Weight.quantized(jnp.asarray(values))
-                    values, own[...] = np.asarray(rounded.values), own * np.asarray(rounded.scale)
-                else:
-                    values *= own[:, None]
-                self._put(name + ".weight", values.reshape(block.piece.shape), block.piece.index)
-        if rounds:
-            self._put(name + ".scale", scale.reshape(self.writer.shapes[name + ".scale"].shape))
-
-    def _put(self, name: str, values: np.ndarray, index: Any = ...) -> None:
-        self.writer.write(name, index, values)
-        self.done += values.nbytes
-        self.progress(self.done, self.total)
-
-    def _sizes(self, name: str) -> tuple[int, int, int]:
-        """Experts, outputs and inputs of a weight that is rounded."""
-        # `o` has its inputs in two axes, the others have one.
-        shape = self.floats[name + ".weight"].shape
-        inputs = math.prod(shape[1:]) if name.endswith(".o") else shape[-1]
-        experts = shape[0] if self.config.is_moe and ".feed_forward." in name else 1
-        return experts, math.prod(shape) // inputs // experts, inputs
+    gate, up, down = (layer[f"feed_forward.{name}.weight"] for name in ("gate", "up", "down"))
+    columns = np.maximum(
+        *(_columns(weight.reshape(-1, *weight.shape[-2:])) for weight in (gate, up))
+    )
+    s = smoothing(inputs["feed_forward.in"], np.max(columns, axis=0), alpha)
+    layer["feed_forward_norm.weight"] /= s
+    gate *= s
+    up *= s
+    if config.is_moe:
+        layer["feed_forward.router.weight"] *= s
+    for expert, seen in enumerate(inputs["feed_forward.down"]):
+        own_up, own_down = (up[expert], down[expert]) if config.is_moe else (up, down)
+        s_down = smoothing(seen, _columns(own_down), alpha)
+        own_up /= s_down[:, None]
+        own_down *= s_down
 
 
-class _Block(NamedTuple):
-    """Some rows of a matrix."""
+class _Output:
+    """Writes parameters, rounding those that have scales, and reports the progress."""
 
-    piece: ParameterPiece
-    rows: slice
-    values: np.ndarray  # [R I] f32, valid until the next one is asked for
+    def __init__(self, writer: ParameterWriter, progress: Progress) -> None:
+        self._writer = writer
+        self._progress = progress
+        self._done, self._total = 0, stored_bytes(writer.shapes)
+        progress(self._done, self._total)
 
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Writes a float32 parameter, chunk by chunk, and its scales if it is stored as int8."""
+        scale_name = name.removesuffix("weight") + "scale"
+        scale_shape = self._writer.shapes.get(scale_name)
+        cut = pieces({name: self._writer.shapes[name]}, self._writer.chunk_bytes)
+        if scale_shape is None:
+            for piece in cut:
+                self._put(name, piece.index, values[piece.index])
+            return
+        num_inputs = values.size // math.prod(scale_shape.shape)
+        scale = np.empty(math.prod(scale_shape.shape), np.float32)
+        for piece in cut:
+            rounded = Weight.quantized(jnp.asarray(values[piece.index].reshape(-1, num_inputs)))
+            assert rounded.scale is not None
+            first = piece.start // num_inputs
+            scale[first : first + rounded.scale.size] = rounded.scale
+            self._put(name, piece.index, np.asarray(rounded.values).reshape(piece.shape))
+        self._put(scale_name, ..., scale.reshape(scale_shape.shape))
 
-def _mixed(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: tuple[int, ...], config: ModelConfig
-) -> np.ndarray:
-    """Attention between the projections, as attention.py has it: [R N*H], [R K*H] -> [R N*H]."""
-    rotary = Rotary.at(jnp.arange(rows[1], dtype=jnp.int32)[None, :], config)
-    window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
-    out = np.empty((*rows, *q.shape[1:]), np.float32)
-    for row, parts in enumerate(zip(*(part.reshape(*rows, -1) for part in (q, k, v)), strict=True)):
-        # One by one, because the scores are large.
-        heads = (jnp.asarray(part).reshape(1, rows[1], -1, config.head_size) for part in parts)
-        query, key, value = heads
-        with jax.numpy_dtype_promotion("standard"):
-            mixed = jax.nn.dot_product_attention(
-                rotary.rotate(query),
-                rotary.rotate(key),
-                value,
-                is_causal=True,
-                local_window_size=window,
-            )
-        out[row] = mixed.reshape(rows[1], -1)
-    return out.reshape(q.shape)
-
-
-def _shares(h: np.ndarray, router: np.ndarray | None, picks: int) -> np.ndarray:
-    """What each expert weighs in the sum for each token: h [R D] -> [R E]."""
-    if router is None:
-        return np.ones((h.shape[0], 1), np.float32)
-    choice, weights = route(jnp.asarray(h @ router.T), picks)
-    shares = np.zeros((h.shape[0], router.shape[0]), np.float32)
-    np.put_along_axis(shares, np.asarray(choice), np.asarray(weights), axis=1)
-    return shares
+    def _put(self, name: str, index: Any, values: np.ndarray) -> None:
+        self._writer.write(name, index, values)
+        self._done += values.nbytes
+        self._progress(self._done, self._total)

@@ -152,7 +152,9 @@ def _read(stored: Any, want: jax.ShapeDtypeStruct, bytes_in_flight: int) -> jax.
     for device, index in want.sharding.addressable_devices_indices_map(want.shape).items():
         bounds = [extent.indices(size)[:2] for extent, size in zip(index, want.shape, strict=True)]
         devices.setdefault(tuple(bounds), []).append(device)
-    shards = {box: _aligned(box, want.dtype) for box in devices}
+    shards = {
+        box: aligned_memory([end - start for start, end in box], want.dtype) for box in devices
+    }
     chunk_shape = stored.chunk_layout.read_chunk.shape
     touched: dict[Box, list[Box]] = {}
     for box in shards:
@@ -197,9 +199,8 @@ def _finish(copies: list[Any]) -> None:
         copy.result()
 
 
-def _aligned(box: Box, dtype: Any) -> np.ndarray:
-    """Allocates memory for a shard."""
-    shape = [end - start for start, end in box]
+def aligned_memory(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Allocates an array of the host that XLA:CPU takes over without a copy."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -33,7 +33,6 @@ TO_BE_READ = {
     "convert/name_table.py",
     "convert/progress.py",
     "convert/pull.py",
-    "convert/quantize.py",
     "convert/served_name.py",
     "convert/source",
     "mixtral_jax/cache.py",
