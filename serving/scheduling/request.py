@@ -1,6 +1,6 @@
-"""What was asked and what happened: all that crosses between callers and the engine's thread.
+"""Requests and events: everything that crosses between callers and the engine's thread.
 
-Token ids only. Text, templates and stop strings live on the caller's side.
+They hold token ids only. Text, templates and stop strings live on the caller's side.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +10,8 @@ from mixtral_jax.sampling_params import SamplingParams
 
 
 class FinishReason(Enum):
+    """Reasons for which a choice ends."""
+
     STOP = "stop"  # the model ended its answer, or a stop id or stop text appeared
     LENGTH = "length"  # max_tokens or the end of the context
     DEADLINE = "deadline"  # the request's time was up
@@ -24,7 +26,7 @@ class Request:
     sampling: SamplingParams
     max_tokens: int  # of each choice
     eos_ids: frozenset[int]  # a choice ends after one of these; empty to ignore the model's end
-    min_tokens: int = 0  # before so many tokens no id of eos_ids is drawn
+    min_tokens: int = 0  # number of tokens before which no id of eos_ids is drawn
     n: int = 1
     deadline: float | None = None  # time.monotonic() after which nothing more is computed
 
@@ -40,13 +42,13 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What happened to one choice of one request: a token was drawn, or its time was up."""
+    """A change of one choice of one request: a token was drawn, or its time was up."""
 
     request_id: str
     choice: int
     drawn: Drawn | None  # None with FinishReason.DEADLINE alone
     finish_reason: FinishReason | None  # set on the last event of a choice
-    # How it came to that, for metrics and traces: time.monotonic() of the first step that computed
-    # for the request, and steps so far that computed for this choice.
+    # For metrics and traces: time.monotonic() of the first step that computed for the request, and
+    # the number of steps so far that computed for this choice.
     seated: float = field(default=0.0, compare=False)
     steps: int = field(default=0, compare=False)

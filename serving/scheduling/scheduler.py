@@ -1,32 +1,32 @@
-"""Which tokens the next step computes: queue, rows, pages and progress, in plain Python.
+"""Scheduler: chooses the tokens that the next step computes, in plain Python.
 
-A step is three calls: `plan()` chooses, the engine computes, `commit(plan, drawn)` records and
-tells what happened.
+It owns the queue, the rows, the pages and the progress of every sequence. A step is three calls:
+`plan()` chooses, the engine computes, `commit(plan, drawn)` records and returns events.
 
     waiting --(a row and pages for all its tokens)--> running --(eos, length)--> gone
-       ^---------------(an older one needs its pages)----|
-    cancel and expire: gone from wherever it is, and its pages are free in the same step
+       ^---------(an older sequence needs its pages)-----|
+    cancel and expire: gone from either state, and its pages are free in the same step
 
-Order. Who came first is served first: nobody overtakes a sequence that waits for pages, and the
-youngest gives way if pages run out. It goes back to the queue with all tokens it has, to compute
-them again; often it finds most of them in the prefix cache. What a sequence can need at most fits
-into the pool (`add` refuses the rest), so the oldest always goes on, and everybody ends.
+Order. The first to come is the first served: no sequence overtakes another that waits for pages,
+and the youngest loses its pages if they run out. It goes back to the queue with all tokens it has,
+to compute them again; often it finds most of them in the prefix cache. The largest need of a
+sequence fits into the pool (`add` refuses others), so the oldest always goes on, and all end.
 
-A step's tokens. Each sequence past its prompt gets one. At least half of what is left goes to the
-oldest prompt under way; with the rest the shortest are ended first. So a short prompt does not
-wait for a long one, and no prompt starves: it gets its half when those before it are through.
+A step's tokens. Each sequence past its prompt gets one. At least half of the rest goes to the
+oldest prompt that is being computed; with what remains the shortest prompts are ended first. So a
+short prompt does not wait for a long one, and every prompt gets its half once the older ones end.
 
-Prefixes and windows. Full pages are known by their content once they are computed, and found by
-later requests (serving/pages.py). Pages that no later token sees, as the window has left them, are
-given back; a sequence then needs pages for its window and a chunk, however long it grows.
+Prefixes and windows. Full pages are registered by their content once they are computed, and found
+by later requests (pages.py). Pages before the window, which no later token sees, are given back; a
+sequence then needs pages for its window and a chunk, however long it grows.
 
 Choices. The prompt of n choices is computed once, as choice 0. When its first token is known the
 others are forked from it: they share the prompt's pages and compute its last token again, each to
 draw its own first token. A fork for which there is no row or page waits as any sequence does.
 
 Pipelining. The next plan may be made while one is not committed yet, so that the device never waits
-for the host. A token that the open plan draws stands in the next one as 0, and `follows` says which
-chunk draws it. Steps run on the device in the order of their plans.
+for the host. A token that the open plan draws is written in the next one as 0, and `follows` has
+the index of the chunk that draws it. Steps run on the device in the order of their plans.
 
 Worked example: budget 8, page size 4. A has a prompt of 3 tokens and max_tokens 2, B has a prompt
 of 10 and max_tokens 1. The first plan takes A's 3 tokens and B's first 5; A draws. The second, made
@@ -37,85 +37,14 @@ B's other 5; both draw their last token. B holds 3 pages all along, and A 1.
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from secrets import randbits
 
 from serving.errors import ContextTooLong, InvalidRequest, Overloaded
 from serving.scheduling.pages import PagePool, PageTable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
-from serving.scheduling.step_plan import Chunk, Limits, StepPlan
-
-
-@dataclass(kw_only=True, eq=False)
-class _Sequence:
-    """One choice of a request, and how far it is."""
-
-    request: Request
-    choice: int
-    arrival: int
-    seed: int  # of choice 0
-    limit: int  # tokens of prompt and answer that end it
-    tokens: list[int]  # prompt and what was generated, as far as committed
-    table: PageTable
-    running: bool = False
-    counted: bool = False  # its prompt is in the scheduler's figures
-    seated: float = 0.0  # when it first got pages, or the choice that it was forked from
-    steps: int = 0  # committed, that computed for it
-    planned: int = 0  # tokens that are computed, or will be by the open plans; while running
-    undrawn: int = 0  # tokens that the open plans will draw
-    row: int = 0  # chunk of the last plan that drew for it
-
-    @property
-    def age(self) -> tuple[int, int]:
-        """The smaller the older."""
-        return self.arrival, self.choice
-
-    @property
-    def remaining(self) -> int:
-        """Tokens to compute, of those that exist when the open plans have run."""
-        length = len(self.tokens) + self.undrawn
-        return length - self.planned if length < self.limit else 0
-
-    @property
-    def choices(self) -> range:
-        """Those it stands for: choice 0 for all of them until its first token is known."""
-        undivided = self.choice == 0 and len(self.tokens) == len(self.request.prompt_ids)
-        return range(self.request.n) if undivided else range(self.choice, self.choice + 1)
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        if self.tokens[-1] in self.request.eos_ids:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
-
-    def advance(self, size: int, row: int) -> Chunk:
-        """The chunk of its next `size` tokens, which count as planned from now on."""
-        sampling, prompt_length = self.request.sampling, len(self.request.prompt_ids)
-        samples, start, end = size == self.remaining, self.planned, self.planned + size
-        follows = self.row if self.undrawn else None
-        too_early_to_end = samples and end - prompt_length < self.request.min_tokens
-        self.planned = end
-        if samples:
-            self.undrawn, self.row = self.undrawn + 1, row
-        return Chunk(
-            request_id=self.request.id,
-            choice=self.choice,
-            token_ids=tuple(self.tokens[start:end]) if follows is None else (0,),
-            start=start,
-            pages=self.table.covering(end),
-            follows=follows,
-            samples=samples,
-            sampling=sampling,
-            seed=(self.seed + self.choice) & 0x7FFFFFFF,
-            prompt_length=prompt_length,
-            history=tuple(self.tokens[: end - 1]) if samples and sampling.has_penalties else (),
-            forbidden=self.request.eos_ids if too_early_to_end else frozenset(),
-        )
-
-
-def _age(sequence: _Sequence) -> tuple[int, int]:
-    return sequence.age
+from serving.scheduling.sequence import SequenceState
+from serving.scheduling.step_plan import Limits, StepPlan
 
 
 class Scheduler:
@@ -124,36 +53,39 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         assert limits.max_sequences <= limits.max_step_tokens
         self.limits = limits
-        self.preemptions = 0  # so far; as are the next two
-        self.prompt_tokens = 0  # of the requests admitted
-        self.prefix_hit_tokens = 0  # of these, found in the prefix cache
+        self.preemptions = 0  # times that a sequence lost its pages and went back to the queue
+        self.prompt_tokens = 0  # of the requests that were admitted
+        self.prefix_hit_tokens = 0  # those of them that the prefix cache had
         self._pool = PagePool(limits.num_pages, limits.page_size, limits.prefix_reuse)
-        self._waiting: list[_Sequence] = []  # both from the oldest to the youngest
-        self._running: list[_Sequence] = []
-        self._open = deque[tuple[StepPlan, list[_Sequence]]]()  # plans that are not committed
+        self._waiting: list[SequenceState] = []  # both from the oldest to the youngest
+        self._running: list[SequenceState] = []
+        self._open = deque[tuple[StepPlan, list[SequenceState]]]()  # plans that are not committed
         self._arrivals = 0
         self._now = 0.0
 
     @property
     def has_work(self) -> bool:
+        """True if any request has not ended, or a plan is open."""
         return bool(self._waiting or self._running or self._open)
 
     @property
     def num_running(self) -> int:
+        """Number of sequences that have a row."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
+        """Number of sequences in the queue."""
         return len(self._waiting)
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no sequence holds, those of the prefix cache among them."""
+        """Number of pages that no sequence holds, those of the prefix cache among them."""
         return self._pool.num_free
 
     @property
     def num_cached_pages(self) -> int:
-        """Free pages whose content can still be found."""
+        """Number of free pages whose content can still be found."""
         return self._pool.num_cached
 
     def add(self, request: Request) -> None:
@@ -197,7 +129,10 @@ class Scheduler:
         )
 
     def expire(self, now: float) -> list[Event]:
-        """Ends what is past its deadline. To be called before `plan`, by time.monotonic()."""
+        """Ends every request whose deadline is before `now`, by time.monotonic().
+
+        To be called before `plan`.
+        """
         self._now = now
         late = [
             sequence
@@ -217,14 +152,15 @@ class Scheduler:
         ]
 
     def plan(self) -> StepPlan:
-        """The next step. At most one earlier plan may be open, that is, not committed.
+        """Plans the next step. At most one earlier plan may be open, that is, not committed.
 
-        Empty if there is no work, or none before the open plan is committed: with a plan open
-        nobody loses its pages, as the device still writes them. An empty plan is not committed.
+        The plan is empty if there is no work, or none before the open plan is committed: with a
+        plan open no sequence loses its pages, because the device still writes them. An empty plan
+        is not committed.
         """
         assert len(self._open) <= 1, "commit the older plan first"
         self._admit()
-        draft: dict[_Sequence, int] = {}
+        draft: dict[SequenceState, int] = {}
         for sequence in [s for s in self._running if s.remaining == 1]:
             self._claim(sequence, 1, draft)
         self._claim_prompts(self.limits.max_step_tokens - len(draft), draft)
@@ -238,13 +174,13 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, drawn: Sequence[Drawn | None]) -> list[Event]:
-        """Records the oldest open plan: `drawn[i]` counts where chunk i samples.
+        """Records the oldest open plan and returns its events.
 
-        Sequences that have ended since `plan`, by cancel or by the commit before, are passed over.
-        Their pages are free already, and this is safe: steps run in order, so whatever a stale
-        chunk writes comes before the writes of the page's next holder. Nor does it touch what the
-        prefix cache knows: a page is registered when all its tokens are committed, and what is
-        not committed stands behind those.
+        `drawn[i]` is read where chunk i samples. Sequences that have ended since `plan`, by cancel
+        or by the previous commit, are passed over. Their pages are free already, and this is safe:
+        steps run in order, so the writes of a stale chunk come before those of the page's next
+        holder. Pages of the prefix cache stay as they are: a page is registered when all its tokens
+        are committed, and uncommitted tokens are written behind those.
         """
         expected, sequences = self._open.popleft()
         assert plan is expected, "plans are committed in their order"
@@ -262,8 +198,8 @@ class Scheduler:
                 sequence.table.slide(self.limits.visible(chunk.end))
         return events
 
-    def _sequence(self, request: Request, choice: int, arrival: int, seed: int) -> _Sequence:
-        return _Sequence(
+    def _sequence(self, request: Request, choice: int, arrival: int, seed: int) -> SequenceState:
+        return SequenceState(
             request=request,
             choice=choice,
             arrival=arrival,
@@ -276,42 +212,45 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.limits.max_sequences:
             if not self._seat(self._waiting[0]):
-                return  # in order of arrival: nobody overtakes a sequence that waits for pages
+                return  # in order of arrival: none overtakes a sequence that waits for pages
             sequence = self._waiting.pop(0)
             sequence.running = True
-            insort(self._running, sequence, key=_age)
+            insort(self._running, sequence, key=lambda other: other.age)
 
-    def _seat(self, sequence: _Sequence) -> bool:
-        """Gives a waiting sequence pages for all its tokens, or for its window; else nothing."""
+    def _seat(self, sequence: SequenceState) -> bool:
+        """Gives a waiting sequence pages for all its tokens, or for its window.
+
+        Returns False, and gives none, if there are too few.
+        """
         table = sequence.table
-        found = table.find(sequence.tokens)
-        table.slide(self.limits.visible(found))
+        cached = table.find(sequence.tokens)
+        table.slide(self.limits.visible(cached))
         end = len(sequence.tokens)
         if self.limits.window_pages is not None:
-            first = self.limits.visible(found) // self.limits.page_size
+            first = self.limits.visible(cached) // self.limits.page_size
             end = min(end, (first + self.limits.window_pages) * self.limits.page_size)
         if not self._spares(table.lacking(end)):
             table.release()
             return False
         table.grow(end)
-        sequence.planned = found
+        sequence.planned = cached
         if not sequence.counted:
             sequence.counted = True
             sequence.seated = self._now
             self.prompt_tokens += len(sequence.tokens)
-            self.prefix_hit_tokens += found
+            self.prefix_hit_tokens += cached
         return True
 
     def _spares(self, pages: int) -> bool:
-        """Whether one more may have so many pages.
+        """Returns True if another sequence may have so many pages.
 
-        One page for each that runs is not given away: else the newcomer, the youngest, would have
-        to give all its pages up again when the first of them comes to the end of a page.
+        One page for each running sequence is kept back: otherwise the new one, the youngest, would
+        lose all its pages again as soon as one of them comes to the end of a page.
         """
         return pages + len(self._running) <= self._pool.num_free
 
-    def _claim(self, sequence: _Sequence, size: int, draft: dict[_Sequence, int]) -> None:
-        """Sees to the pages of a sequence's next tokens, and drafts as many of them as fit."""
+    def _claim(self, sequence: SequenceState, size: int, draft: dict[SequenceState, int]) -> None:
+        """Takes pages for a sequence's next tokens, and drafts as many of these as fit."""
         while sequence.running:
             fitting = min(size, sequence.table.reach - sequence.planned)
             if fitting > 0:
@@ -323,17 +262,17 @@ class Scheduler:
             youngest = self._running[-1]
             draft.pop(youngest, None)
             self._drop([youngest])
-            insort(self._waiting, youngest, key=_age)
+            insort(self._waiting, youngest, key=lambda other: other.age)
             self.preemptions += 1
 
-    def _claim_prompts(self, budget: int, draft: dict[_Sequence, int]) -> None:
+    def _claim_prompts(self, budget: int, draft: dict[SequenceState, int]) -> None:
         prompts = [sequence for sequence in self._running if sequence.remaining > 1]
         if not prompts:
             return
         oldest, *others = prompts
         half = min(oldest.remaining, -(-budget // 2))
         rest = budget - half
-        shares: list[tuple[_Sequence, int]] = []
+        shares: list[tuple[SequenceState, int]] = []
         for sequence in sorted(others, key=lambda other: other.remaining):
             shares.append((sequence, min(sequence.remaining, rest)))
             rest -= shares[-1][1]
@@ -342,7 +281,7 @@ class Scheduler:
             if share:
                 self._claim(sequence, share, draft)
 
-    def _append(self, sequence: _Sequence, drawn: Drawn) -> Event:
+    def _append(self, sequence: SequenceState, drawn: Drawn) -> Event:
         to_fork = sequence.choices[1:]
         sequence.tokens.append(drawn.token_id)
         sequence.undrawn -= 1
@@ -363,8 +302,8 @@ class Scheduler:
             steps=sequence.steps,
         )
 
-    def _fork(self, first: _Sequence, choice: int) -> None:
-        """Starts another choice beside the first one, or queues it where its age puts it."""
+    def _fork(self, first: SequenceState, choice: int) -> None:
+        """Starts another choice beside the first one, or queues it by its age."""
         fork = self._sequence(first.request, choice, first.arrival, first.seed)
         fork.counted, fork.seated = True, first.seated
         overtakes = bool(self._waiting) and self._waiting[0].age < fork.age
@@ -373,11 +312,11 @@ class Scheduler:
             fork.planned = len(fork.tokens) - 1
             fork.table = first.table.fork(fork.planned)
             fork.running = True
-            insort(self._running, fork, key=_age)
+            insort(self._running, fork, key=lambda other: other.age)
         else:
-            insort(self._waiting, fork, key=_age)
+            insort(self._waiting, fork, key=lambda other: other.age)
 
-    def _drop(self, sequences: Iterable[_Sequence]) -> None:
+    def _drop(self, sequences: Iterable[SequenceState]) -> None:
         for sequence in sequences:
             (self._running if sequence.running else self._waiting).remove(sequence)
             sequence.running = False

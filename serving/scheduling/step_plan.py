@@ -1,4 +1,4 @@
-"""What a step computes, and the sizes that bound it: plain data.
+"""Plans of steps, and the sizes that bound them: plain data.
 
 The scheduler decides by `Limits` and writes a `StepPlan`; the engine computes it.
 """
@@ -10,69 +10,72 @@ from mixtral_jax.sampling_params import SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the engine can hold."""
+    """Sizes of an engine; under a mesh that splits sequences, of one partition."""
 
     num_pages: int
-    page_size: int
+    page_size: int  # tokens
     max_sequences: int  # rows of a step
     max_step_tokens: int  # tokens of a step, at least max_sequences
     max_context: int  # tokens of one sequence
     max_waiting: int  # sequences in the queue
-    window: int | None = None  # the token at position p sees p-window+1 .. p; None: all before it
+    # The token at position p sees positions p - window + 1 to p; None: all positions up to p.
+    window: int | None = None
     prefix_reuse: bool = True
-    # Draw with the same shapes in every step: sums over a vocabulary then add up in one order.
+    # Draws with the same shapes in every step, so that sums over a vocabulary add up in one order.
     deterministic: bool = False
 
     @property
     def window_pages(self) -> int | None:
-        """The most pages that one window touches, however it lies on them."""
+        """Largest number of pages that one window touches, wherever it begins; None without one."""
         return self.window and -(-(self.window - 1) // self.page_size) + 1
 
     @property
     def room(self) -> int:
-        """Tokens of prompt and answer that a sequence can have when it has the pool to itself."""
+        """Number of tokens, prompt and answer, of a sequence that has all pages to itself."""
         if self.window_pages is not None and self.window_pages <= self.num_pages:
             return self.max_context
         return min(self.max_context, self.num_pages * self.page_size)
 
     def visible(self, position: int) -> int:
-        """The first position that the token at `position` sees."""
+        """Returns the first position that the token at `position` sees."""
         return 0 if self.window is None else max(0, position - self.window + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """The part of one sequence that a step computes."""
+    """Tokens of one sequence that a step computes."""
 
     request_id: str
     choice: int
     token_ids: tuple[int, ...]  # (0,) with `follows`
     start: int  # position of the first of them
-    pages: tuple[int, ...]  # up to the chunk's end; 0, never read, where the window has left one
-    follows: int | None  # the token is what this chunk of the plan before draws
-    samples: bool  # whether the token after the chunk is drawn
+    pages: tuple[int, ...]  # up to the chunk's end; 0, never read, for pages outside the window
+    follows: int | None  # index of the chunk of the previous plan that draws the token
+    samples: bool  # the token after the chunk is drawn
     sampling: SamplingParams
     seed: int  # of this choice
-    prompt_length: int  # tokens from there on were generated
-    # Where a token is drawn with penalties: all tokens before the chunk's last, which the device
-    # knows sooner than the host. Else empty.
+    prompt_length: int  # tokens from this position on were generated
+    # All tokens before the chunk's last, where a token is drawn with penalties; else empty. The
+    # device knows the last token sooner than the host.
     history: tuple[int, ...]
-    forbidden: frozenset[int]  # ids that must not be drawn: those that end, before min_tokens
+    forbidden: frozenset[int]  # ids that must not be drawn: before min_tokens those that end
 
     @property
     def end(self) -> int:
+        """Position after the last token."""
         return self.start + len(self.token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """One step: plain data. Chunks of one token come first."""
+    """Content of one step of one partition. Chunks of one token come first."""
 
     chunks: tuple[Chunk, ...]
-    # (source, destination) pages, to be copied before the step writes. No page is in two places
-    # of it but as a source, so they may be copied in any order or at once.
+    # (source, destination) pages, to be copied before the step writes. No destination occurs
+    # twice or is a source, so they may be copied in any order or at once.
     copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens of all chunks."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)

@@ -53,7 +53,6 @@ TO_BE_READ = {
     "serving/engine",
     "serving/launch",
     "serving/observe",
-    "serving/scheduling",
     "serving/service",
 }
 
