@@ -1,5 +1,7 @@
-"""Compiled programs are kept between runs: compiling is most of a start. And counted: a server
-compiles before its first request, never after."""
+"""Compilation: programs are kept between runs, kept for a model, and counted.
+
+Compiling is most of a start. A server compiles before its first request and never after it.
+"""
 
 import os
 from collections import OrderedDict
@@ -12,14 +14,16 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def keep_programs() -> None:
-    """Turns on JAX's persistent compilation cache, where JAX_COMPILATION_CACHE_DIR says, else in
-    `compiled_folder("xla")`."""
+    """Turns on JAX's persistent compilation cache.
+
+    It is in $JAX_COMPILATION_CACHE_DIR, or else in `compiled_folder("xla")`.
+    """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(compiled_folder("xla")))
 
 
 def compiled_folder(kind: str) -> Path:
-    """Where what was compiled is kept: under $MIXTRAL_JAX_CACHE, else the user's cache folder."""
+    """Folder of compiled files of a kind: in $MIXTRAL_JAX_CACHE, or the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("MIXTRAL_JAX_CACHE") or home / "mixtral-jax") / kind
 

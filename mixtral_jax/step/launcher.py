@@ -1,4 +1,4 @@
-"""Launches compiled steps: one model's parameters and pages on the devices, arrays in and out.
+"""Launcher: runs compiled steps with one model's parameters and pages, arrays in and out.
 
 The engine and the plain loop each have one. It decides nothing.
 """
@@ -21,7 +21,7 @@ class StepLauncher:
 
     Args:
         model: the parameters; must not be changed afterwards.
-        steps: what `compile_buckets` made for a model of the same shapes.
+        steps: the result of `compile_buckets` for a model of the same shapes.
     """
 
     def __init__(self, model: Transformer, steps: Steps) -> None:

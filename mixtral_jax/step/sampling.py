@@ -1,4 +1,4 @@
-"""Logits to tokens, one row per sequence, all parameters as arrays.
+"""Sampling: logits to tokens, a row for each sequence, all parameters as arrays.
 
 The order is that of Hugging Face's `generate`:
 
@@ -8,11 +8,12 @@ The order is that of Hugging Face's `generate`:
 
 vLLM has the same order but for min_p, which it applies before top_k and top_p.
 
-Logprobs are of the logits as they came, before all of this.
+Logprobs are those of the model's own logits, before all of this.
 
-What a row gets depends on the row alone, never on its neighbours, bit for bit: the random numbers
-come from its seed and position, and work that only a neighbour asked for leaves it as it was. Work
-that no row asked for is skipped: ordering a vocabulary costs more than a small model.
+The result of a row depends on the row alone, bit for bit, and never on its neighbours: the random
+numbers come from its seed and position, and work that only a neighbour asked for leaves it
+unchanged. Work that no row asked for is skipped: ordering a vocabulary costs more than a small
+model.
 """
 
 from typing import NamedTuple
@@ -42,9 +43,9 @@ _BLOCK = 256  # divides the vocabularies of all presets
 
 
 class History(NamedTuple):
-    """What penalties look back at; read only if some row has a penalty. All i32.
+    """Tokens that penalties look back at; read only if some row has a penalty. All i32.
 
-    The last input token stands apart: a pipelined engine has it on the device alone.
+    The last input token is apart, because a pipelined engine has it on the device alone.
     """
 
     tokens: RowHistory  # S tokens of each row in order, without the last; padded with NO_ID
@@ -60,7 +61,7 @@ class Biases(NamedTuple):
 
 
 class SamplingArrays(NamedTuple):
-    """Parameters of R rows; f32, or i32 where said."""
+    """Parameters of R rows; f32, or i32 where a comment says so."""
 
     temperature: RowFloats  # 0 takes the likeliest token
     top_k: Rows  # i32; 0 keeps all
@@ -79,7 +80,7 @@ class SamplingArrays(NamedTuple):
 
     @classmethod
     def greedy(cls, rows: int, *, history: int = 0, biases: int = 0) -> "SamplingArrays":
-        """Rows that take the likeliest token and ask for nothing else: padding, and a start.
+        """Returns rows that take the likeliest token and ask for nothing else.
 
         `history` and `biases` are the widths S and J.
         """
@@ -112,14 +113,14 @@ class SamplingArrays(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Tokens for the next step, and all that the host wants in one array."""
+    """Tokens for the next step, and everything for the host in one array."""
 
     tokens: Rows  # i32
     packed: PackedDraws  # see `unpack`
 
 
 class Draws(NamedTuple):
-    """What `Sampled.packed` holds, on the host. Logprobs that were not asked for are 0."""
+    """Content of `Sampled.packed`, on the host. Logprobs that were not asked for are 0."""
 
     tokens: HostRows
     logprobs: HostRowFloats
@@ -189,7 +190,10 @@ def _bias(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:
 
 
 def _likeliest(logits: FlatLogits, params: SamplingArrays) -> Rows:
-    """The first of the largest: by blocks, as maxima are found faster than their places."""
+    """Returns the first of the largest logits' ids.
+
+    The search goes by blocks, because a maximum is found faster than its place.
+    """
     blocks = _blocks(logits, -jnp.inf)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1).astype(jnp.int32)
     inside = jnp.argmax(_block(blocks, block), axis=-1).astype(jnp.int32)
@@ -197,9 +201,9 @@ def _likeliest(logits: FlatLogits, params: SamplingArrays) -> Rows:
 
 
 def _draw(logits: FlatLogits, params: SamplingArrays) -> Rows:
-    """The likeliest token where temperature is 0, elsewhere one drawn from what is kept.
+    """Returns the likeliest token where temperature is 0, elsewhere a draw from the tokens kept.
 
-    Tokens are told apart by their mass, which is their probability over that of the likeliest.
+    The mass of a token is its probability divided by that of the likeliest token.
     """
     hot = params.temperature > 0
     temperature = jnp.where(hot, params.temperature, 1.0)[:, None]
@@ -207,7 +211,7 @@ def _draw(logits: FlatLogits, params: SamplingArrays) -> Rows:
     mass = jax.lax.cond(jnp.any(params.top_k > 0), _keep_top_k, _as_is, mass, params)
     mass = jax.lax.cond(jnp.any(params.top_p < 1), _keep_top_p, _as_is, mass, params)
     mass = jax.lax.cond(jnp.any(params.min_p > 0), _keep_min_p, _as_is, mass, params)
-    return jnp.where(hot, _race(mass, params), _likeliest(logits, params))
+    return jnp.where(hot, _sample_in_blocks(mass, params), _likeliest(logits, params))
 
 
 def _keep_top_k(mass: FlatLogits, params: SamplingArrays) -> FlatLogits:
@@ -235,30 +239,31 @@ def _keep_min_p(mass: FlatLogits, params: SamplingArrays) -> FlatLogits:
 
 
 def _threshold(mass: FlatLogits, weight: FlatLogits, target: RowFloats) -> RowFloats:
-    """The largest mass from which upward the weights add up to the target; 0 if they never do.
+    """Returns the largest mass from which upward the weights add up to the target, or 0.
 
-    By bisection over the bits of a float, which order as the floats do where none is negative:
-    exact, and no vocabulary is sorted.
+    It is found by bisection over the bits of a float, which are ordered as the floats are where
+    none is negative. That is exact, and no vocabulary is sorted.
     """
 
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low + 1) // 2
-        # Compared as floats: one array to read, and reading is what a pass costs.
+        # Compared as floats, so that only one array is read: reading is the cost of a pass.
         kept = mass >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
         enough = jnp.sum(jnp.where(kept, weight, 0.0), axis=-1) >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-    most = jax.lax.bitcast_convert_type(jnp.max(mass, axis=-1), jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(most), most))
+    largest = jax.lax.bitcast_convert_type(jnp.max(mass, axis=-1), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(largest), largest))
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def _race(mass: FlatLogits, params: SamplingArrays) -> Rows:
-    """Draws ids in proportion to their masses: first a block of ids, then one within the block.
+def _sample_in_blocks(mass: FlatLogits, params: SamplingArrays) -> Rows:
+    """Draws one token a row with a probability proportional to `mass` [R V].
 
-    The argmax of log mass + Gumbel noise is such a draw, and never of an empty mass. Noise for
-    each block and for each id of one block: for the whole vocabulary it costs fifty times as much.
+    The argmax of log mass + Gumbel noise is such a draw (the Gumbel-max trick), and never of a mass
+    of 0. It is done twice: for a block of ids, then for an id of that block. That needs V / 256 +
+    256 random numbers a row instead of V, which would take fifty times as long.
     """
     blocks = _blocks(mass, 0.0)
     count = blocks.shape[1]
@@ -275,19 +280,19 @@ def _race(mass: FlatLogits, params: SamplingArrays) -> Rows:
 
 
 def _blocks(x: FlatLogits, fill: float) -> jax.Array:
-    """[R V] -> [R blocks _BLOCK]; what fills the last block is never drawn."""
+    """Reshapes [R V] to [R blocks _BLOCK]; the last block is padded with `fill`."""
     missing = -x.shape[1] % _BLOCK
     x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=fill)
     return x.reshape(x.shape[0], -1, _BLOCK)
 
 
 def _block(blocks: jax.Array, block: Rows) -> jax.Array:
-    """Each row's own block: [R _BLOCK]."""
+    """Returns each row's own block: [R _BLOCK]."""
     return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
 
 def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> PackedDraws:
-    """Of the model's own distribution: log_softmax of the logits that came in."""
+    """Returns tokens and logprobs of the model's own distribution, packed for the host."""
     asked = params.top_logprobs[:, None]
     whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     own = jnp.take_along_axis(logits, tokens[:, None], axis=1) - whole
@@ -307,7 +312,7 @@ def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> Packe
 
 
 def _top(logits: FlatLogits) -> tuple[jax.Array, jax.Array]:
-    """The largest logits and their ids, [R 20] each; equal ones in order of id.
+    """Returns the largest logits and their ids, [R 20] each; equal ones in order of id.
 
     They can only be in the 20 blocks whose maxima are largest.
     """

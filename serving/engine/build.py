@@ -1,4 +1,4 @@
-"""From an EngineConfig to a loaded model, its limits and its compiled programs.
+"""Preparation of an engine: an EngineConfig becomes a model, its limits and its programs.
 
 In a group of processes all have the same config, and so prepare the same.
 """

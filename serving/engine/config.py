@@ -1,4 +1,4 @@
-"""What an engine is made of, as the operator said it."""
+"""Configuration of an engine, as the operator gave it."""
 
 from dataclasses import dataclass, fields
 

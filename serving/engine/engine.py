@@ -1,10 +1,10 @@
-"""Continues requests, a step at a time: the scheduler decides, the runner computes. Ids only.
+"""Engine: continues requests, a step at a time. The scheduler decides, the runner computes.
 
-All programs are compiled before the first request (mixtral_jax/step.py); after that they are called
-directly, and a shape that was not foreseen raises instead of compiling.
+It knows token ids only. All programs are compiled before the first request (mixtral_jax/step);
+after that they are called directly, and any other shape raises instead of compiling.
 
-Steps overlap: the next one is launched before the tokens of the last are read. What a sequence
-drew goes from one step to the next on the device; the host learns of it a step later.
+Steps overlap: the next one is launched before the tokens of the previous one are read. A drawn
+token goes from one step to the next on the device; the host reads it a step later.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,10 @@ _FEW_ROWS = 8
 
 
 def buckets(limits: Limits) -> tuple[int, ...]:
-    """Token counts that a step is padded to: powers of four, and what fills all rows.
+    """Returns the token counts that a step is padded to.
 
-    Each costs a second of compiling at the start; padding costs a step a part of its time.
+    They are powers of four, and the numbers that fill all rows or a whole step. Each of them takes
+    a second of compiling at the start; padding takes a part of a step's time.
     """
     sizes = {1, _FEW_ROWS, limits.max_sequences, limits.max_step_tokens}
     size = _FEW_ROWS * 4
@@ -36,7 +37,7 @@ def buckets(limits: Limits) -> tuple[int, ...]:
 
 
 def rows_of(bucket: int, limits: Limits) -> int:
-    """Sequences that a step of so many tokens has room for."""
+    """Returns the number of sequences that a step of `bucket` tokens has room for."""
     few = bucket <= _FEW_ROWS and not limits.deterministic
     return min(bucket, limits.max_sequences) if few else limits.max_sequences
 
@@ -47,7 +48,7 @@ def compile_steps(
     progress: Callable[[str], None] = lambda line: None,
     kv_dtype: DTypeLike | None = None,
 ) -> Steps:
-    """`compile_buckets` for an engine of these limits, which are those of one part."""
+    """Compiles all steps of an engine; `limits` are those of one partition."""
     sizes = StepSizes(
         num_pages=limits.num_pages,
         page_size=limits.page_size,
@@ -63,8 +64,9 @@ class Engine:
 
     Args:
         model: the parameters; must not be changed afterwards.
-        limits: sizes of the cache and of a step; under a mesh that splits sequences, of one part.
-        steps: what `compile_steps` made for the same shapes and limits.
+        limits: sizes of the cache and of a step; under a mesh that splits sequences, of one
+            partition.
+        steps: the result of `compile_steps` for the same shapes and limits.
         broadcast: called with each step's plans before it is launched; for several hosts.
     """
 
@@ -81,19 +83,20 @@ class Engine:
         self._launched: Launched | None = None
 
     def add(self, request: Request) -> None:
-        """Queues a request; errors as `Scheduler.add`."""
+        """Queues a request; raises the errors of `Scheduler.add`."""
         self.scheduler.add(request)
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
-        """As `Scheduler.cancel`."""
+        """Forgets a request, or one choice of it, and frees its pages; see `Scheduler.cancel`."""
         self.scheduler.cancel(request_id, choice)
 
     @property
     def has_work(self) -> bool:
+        """True if a step would compute something, or events are still to come."""
         return self.scheduler.has_work
 
     def step(self, now: float = 0.0) -> list[Event]:
-        """Launches one step and records the one before; what happened in that.
+        """Launches one step, records the previous one and returns the events of that.
 
         `now` is time.monotonic(): requests whose deadline is before it end.
         """

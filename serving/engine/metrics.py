@@ -1,11 +1,11 @@
-"""What an engine process tells Prometheus: figures of its scheduler, its tokens and their times.
+"""Metrics of an engine process for Prometheus: its scheduler, its tokens and their times.
 
 Where the meaning is the same, names and the label `model_name` are vLLM's, so that dashboards made
-for it work; what it does not have is called mixtral_*. What vLLM calls a request is here one choice
-of a request, as it is there.
+for it work; the others are called mixtral_*. A request of vLLM's metrics is one choice of a request
+here, as it is there.
 
 `python -m serving --metrics-port` serves them (serving/observe/metrics_port.py); without it they
-are counted all the same, and nobody reads them.
+are counted as well, but not served.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ FINISHED = ("stop", "length", "abort", "error")  # reasons; abort: the caller le
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """One choice that came to its end. Times are time.monotonic()'s."""
+    """Times and sizes of a choice that has ended. Times are time.monotonic()'s."""
 
     sent: float  # to the engine
     seated: float  # when the engine first computed for it
@@ -39,14 +39,14 @@ class Finished:
 
 
 class Metrics:
-    """Counts and times tokens and choices; `watch` adds what the engine knows itself.
+    """Counts and times tokens and choices; `watch` adds the engine's own figures.
 
     Args:
         model_name: The served one.
     """
 
     def __init__(self, model_name: str) -> None:
-        # Its own registry: a second engine in one process, as in tests, is no second series.
+        # Its own registry, so that two engines in one process, as in tests, have their own series.
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._generated = Counter(
@@ -92,17 +92,17 @@ class Metrics:
         )
 
     def first_token(self, seconds: float) -> None:
-        """A choice had its first token, so long after its request came."""
+        """Records a choice's first token, `seconds` after its request came."""
         self._generated.inc()
         self._first.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
-        """A choice had another token, so long after the one before."""
+        """Records another token of a choice, `seconds` after its previous one."""
         self._generated.inc()
         self._next.observe(seconds)
 
     def finished(self, reason: str, choice: Finished) -> None:
-        """A choice ended with `stop` or `length`."""
+        """Records a choice that ended with the reason `stop` or `length`."""
         self._ended[reason].inc()
         self._whole.observe(choice.last - choice.sent)
         self._queue.observe(choice.seated - choice.sent)
@@ -114,14 +114,14 @@ class Metrics:
             self._mean_next.observe((choice.last - choice.first) / (choice.tokens - 1))
 
     def given_up(self, reason: str, choices: int) -> None:
-        """So many choices of a request ended with `abort` or `error`."""
+        """Records choices of one request that ended with the reason `abort` or `error`."""
         self._ended[reason].inc(choices)
 
     def watch(self, scheduler: Partitions, compilations: Callable[[], int]) -> None:
-        """From now on the figures of an engine are among them; to be called once, when it is ready.
+        """Adds the figures of an engine; to be called once, when it is ready.
 
-        They are read from another thread than the engine's, one by one: each is right, but two of
-        them may be of two moments.
+        They are read one by one from another thread than the engine's: each is right, but two of
+        them may be of different moments.
         """
         self.registry.register(_EngineFigures(scheduler, compilations, self._model_name))
 

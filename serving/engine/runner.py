@@ -1,7 +1,7 @@
-"""Turns plans into steps on the devices, and what they draw into plain data. Decides nothing.
+"""Runner: turns plans into steps on the devices, and drawn tokens into plain data.
 
-The engine has one, which reads what is drawn; with several hosts every follower has one too, and
-launches the same plans in the same order.
+It decides nothing. The engine has one and reads its tokens; with several hosts every follower has
+one too, and launches the same plans in the same order.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Runner:
 
     Args:
         model: the parameters; must not be changed afterwards.
-        steps: what `serving.engine.engine.compile_steps` made for the same shapes.
+        steps: the result of `compile_steps` for the same shapes.
     """
 
     def __init__(self, model: Transformer, steps: Steps) -> None:

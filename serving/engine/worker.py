@@ -1,8 +1,8 @@
-"""The one thread that steps the engine, and the way in and out of it.
+"""Worker: the one thread that steps the engine, and the queues into and out of it.
 
-Callers live in an asyncio loop. `submit` puts a request into the thread's inbox and returns an
-async iterator of what happens to it; leaving that iterator, for whatever reason, cancels the
-request. Nothing else crosses: the engine is touched by the thread alone.
+Callers are coroutines of an asyncio loop. `submit` puts a request into the thread's inbox and
+returns an async iterator of its events; leaving that iterator, for whatever reason, cancels the
+request. Nothing else crosses: only the thread touches the engine.
 
     submit ──> inbox ──> engine.add ─> engine.step ─> events ──> mailbox ──> async for
     leave  ──> inbox ──> engine.cancel        (`end`: of one choice)
@@ -10,7 +10,7 @@ request. Nothing else crosses: the engine is touched by the thread alone.
 Steps overlap in the engine, so a step's events come with the next one; the engine has work until it
 has given them all. A cancelled request gives its pages back before the next step is planned.
 
-If a step raises, every request under way ends with EngineFailure, and so does every later one. If
+If a step raises, every request that runs ends with EngineFailure, and so does every later one. If
 taking in a request raises, that request alone ends with it.
 """
 
@@ -33,16 +33,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Mailbox:
-    """Where a request's events are put, from the engine's thread into the caller's loop."""
+    """Queue of a request's events, from the engine's thread into the caller's loop."""
 
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event | ServingError]
-    choices: set[int]  # that have not ended
-    sent: float  # time.monotonic(), as is the next
-    latest: dict[int, float] = field(default_factory=dict)  # event of each choice
+    choices: set[int]  # those that have not ended
+    sent: float  # time.monotonic()
+    # Time of the latest event, by choice.
+    latest: dict[int, float] = field(default_factory=dict)
 
     def put(self, item: Event | ServingError) -> None:
-        # RuntimeError: the loop is gone when the process ends in the middle of an answer.
+        # RuntimeError: the loop is closed when the process ends in the middle of an answer.
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, item)
 
@@ -67,7 +68,10 @@ class _Stop:
 class EngineWorker:
     """Runs an engine in a thread of its own from `start` until `stop`, and times its tokens.
 
-    `explain` is asked, when a step has raised, whether there is a better reason than EngineFailure.
+    Args:
+        engine: touched by that thread alone.
+        metrics: counts tokens and their times.
+        explain: called when a step has raised; returns a better reason than EngineFailure, or None.
     """
 
     def __init__(
@@ -83,72 +87,76 @@ class EngineWorker:
         self._mailboxes: dict[str, _Mailbox] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = False
-        self._under_way: dict[str, set[int]] = {}  # of the callers' loop: choices that go on
-        self._parting: ServingError = Unavailable("the server was stopped")
+        self._open: dict[str, set[int]] = {}  # of the callers' loop: choices that go on
+        self._final_error: ServingError = Unavailable("the server was stopped")
         self.ended = threading.Event()
 
     @property
     def has_failed(self) -> bool:
-        return isinstance(self._parting, EngineFailure)
+        """True if the engine broke; every request then ends with EngineFailure."""
+        return isinstance(self._final_error, EngineFailure)
 
     @property
     def num_under_way(self) -> int:
-        """Requests whose iterators have not been left."""
-        return len(self._under_way)
+        """Number of requests whose iterators have not been left."""
+        return len(self._open)
 
     def start(self) -> None:
+        """Starts the thread."""
         self._thread.start()
 
     def drain(self) -> None:
-        """From now on requests are refused; those under way go on."""
+        """Refuses every later request; those that run go on."""
         self._draining = True
 
     def stop(self) -> None:
-        """Ends the thread after the step under way. What still runs ends with Unavailable."""
+        """Ends the thread after the current step. Requests that still run end with Unavailable."""
         self._draining = True
         self._inbox.put(_Stop())
         self._thread.join()
 
     def abandon(self, error: ServingError) -> None:
-        """Ends every request, now and later, with this error. The thread is not waited for: it may
-        be inside a step that never ends."""
-        self._draining, self._parting = True, error
-        self._part()
+        """Ends every request, now and later, with this error.
+
+        The thread is not waited for, because it may be inside a step that never ends.
+        """
+        self._draining, self._final_error = True, error
+        self._end_all()
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the request's events until each choice had one with a finish reason, or `end`.
 
-        Raises Unavailable while draining, EngineFailure if the engine broke, DeadlineExceeded, and
-        whatever `Scheduler.add` refuses. Close the iterator (contextlib.aclosing) to cancel.
+        Close the iterator (contextlib.aclosing) to cancel. Raises Unavailable while draining,
+        EngineFailure if the engine broke, DeadlineExceeded, and the errors of `Scheduler.add`.
         """
         if self._draining:
             raise Unavailable("the server is shutting down; send the request to another one")
         loop = asyncio.get_running_loop()
         mailbox = _Mailbox(loop, asyncio.Queue(), set(range(request.n)), time.monotonic())
         self._inbox.put(_Submit(request, mailbox))
-        # The thread empties the inbox once more after it has set `ended`: what was put before that
-        # is answered, and what was put later is refused here.
+        # The thread empties the inbox once more after it has set `ended`: requests put before that
+        # are answered, and later ones are refused here.
         if self.ended.is_set():
-            raise self._parting
-        left = self._under_way[request.id] = set(range(request.n))
+            raise self._final_error
+        choices = self._open[request.id] = set(range(request.n))
         try:
-            while left:
+            while choices:
                 item = await mailbox.events.get()
                 if isinstance(item, ServingError):
                     raise item
                 if item.finish_reason is not None:
-                    left.discard(item.choice)
+                    choices.discard(item.choice)
                 yield item
         finally:
-            del self._under_way[request.id]
+            del self._open[request.id]
             self._inbox.put(_Cancel(request.id))
 
     def end(self, request_id: str, choice: int) -> None:
-        """Computes no more of a choice that has had a token, as its text has ended.
+        """Computes no more of a choice that has had a token, because its text has ended.
 
-        Events of it that are on their way still come. To be called by who iterates.
+        Events that were sent before still come. To be called by the coroutine that iterates.
         """
-        self._under_way[request_id].discard(choice)
+        self._open[request_id].discard(choice)
         self._inbox.put(_Cancel(request_id, choice))
 
     def _run(self) -> None:
@@ -163,21 +171,21 @@ class EngineWorker:
             if reason is None:
                 _log.exception("the engine failed")
                 reason = EngineFailure("the engine failed; see the server's log")
-            self._parting = reason
-        self._part()
+            self._final_error = reason
+        self._end_all()
 
-    def _part(self) -> None:
+    def _end_all(self) -> None:
         self.ended.set()
         for mailbox in self._mailboxes.copy().values():
-            mailbox.put(self._parting)
+            mailbox.put(self._final_error)
         with suppress(queue.Empty):
             while True:
                 message = self._inbox.get_nowait()
                 if isinstance(message, _Submit):
-                    message.mailbox.put(self._parting)
+                    message.mailbox.put(self._final_error)
 
     def _take_in(self) -> bool:
-        """Empties the inbox, waiting for a message where there is no work; False means stop."""
+        """Empties the inbox, and waits for a message if there is no work; False means stop."""
         while not (self._inbox.empty() and self._engine.has_work):
             match self._inbox.get():
                 case _Submit(request, mailbox):

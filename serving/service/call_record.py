@@ -1,12 +1,12 @@
-"""What a Generate call comes to, told in metrics and as spans: queue, prefill, decode.
+"""Record of a Generate call, which becomes metrics and spans: queue, prefill, decode.
 
     rpc span ├─ render    the chat template, to token ids
-             ├─ queue     from the engine's door to the first step that computes for it
-             ├─ prefill   to the first token, in so many engine steps
-             └─ decode    to the last one
+             ├─ queue     from the engine's inbox to the first step that computes for it
+             ├─ prefill   from that step to the first token
+             └─ decode    from the first token to the last one
 
-The spans of the four are made when the call is over, by the times that were noted on the way, so
-that a token costs no more than that.
+The four spans are made when the call is over, from times that were noted during it, so that a token
+costs no more than a note of its time.
 """
 
 import time
@@ -22,14 +22,19 @@ _STEPS = "mixtral.engine.steps"
 
 
 class Calls:
-    """Where calls are told of: by default nowhere that anybody looks."""
+    """Makes the records of calls.
+
+    Args:
+        metrics: counts them; None to count without serving the figures.
+        traces: exports their spans; None for no spans.
+    """
 
     def __init__(self, metrics: Metrics | None = None, traces: Traces | None = None) -> None:
         self._metrics = metrics or Metrics("")
         self._traces = traces or Traces()
 
     def begin(self, service: str, method: str, metadata: Mapping[str, str]) -> "Call":
-        """A call has come, of a method, with metadata by names in lower case."""
+        """Begins the record of a call; the names of `metadata` are in lower case."""
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
         span = self._traces.begin(f"{service}/{method}", metadata, attributes)
         if "x-request-id" in metadata:
@@ -39,36 +44,36 @@ class Calls:
 
 @dataclass
 class _Choice:
-    """How far one choice is. Times are time.monotonic()'s."""
+    """Progress of one choice. Times are time.monotonic()'s."""
 
     seated: float
     first: float
     last: float
-    first_steps: int  # of the engine, to its first token
-    steps: int
+    first_steps: int  # steps of the engine to its first token
+    steps: int  # steps of the engine so far
     tokens: int = 0
     has_ended: bool = False
 
 
 class Call:
-    """One of them. Ends with `close`."""
+    """Metrics and spans of one Generate call. Call `close` exactly once, in a `finally`."""
 
     def __init__(self, metrics: Metrics, span: Span) -> None:
         self._metrics = metrics
         self._span = span
         self._begun = time.monotonic()
-        self._epoch = time.time() - self._begun  # what spans are timed by
+        self._epoch = time.time() - self._begun  # added to monotonic times for spans
         self._sent: float | None = None
         self._request: Request | None = None
         self._choices: dict[int, _Choice] = {}
         self._error: ServingError | None = None
 
     def submitted(self, request: Request) -> None:
-        """The request goes to the engine now."""
+        """Notes that the request goes to the engine now."""
         self._sent, self._request = time.monotonic(), request
 
     def note(self, event: Event) -> None:
-        """A token was drawn."""
+        """Notes a drawn token."""
         now = time.monotonic()
         choice = self._choices.get(event.choice)
         if choice is None:
@@ -79,7 +84,7 @@ class Call:
         choice.tokens += 1
 
     def ended(self, index: int, reason: FinishReason) -> None:
-        """A choice has ended by itself: STOP or LENGTH."""
+        """Notes that a choice has ended by itself: STOP or LENGTH."""
         assert self._sent is not None and self._request is not None
         choice = self._choices[index]
         choice.has_ended = True
@@ -96,11 +101,11 @@ class Call:
         )
 
     def fail(self, error: ServingError) -> None:
-        """The call ends with an error."""
+        """Notes that the call ends with an error."""
         self._error = error
 
     def close(self) -> None:
-        """The call is over, or its caller went."""
+        """Ends the record: the call is over, or its caller has gone."""
         ended = sum(choice.has_ended for choice in self._choices.values())
         missing = self._request.n - ended if self._request else 0
         if self._error is None or isinstance(self._error, DeadlineExceeded):
@@ -108,32 +113,33 @@ class Call:
         elif isinstance(self._error, EngineFailure):
             self._metrics.given_up("error", missing)
         if self._span.is_recording:
-            self._tell_parts()
+            self._add_spans()
         if self._error is not None:
             self._span.fail(type(self._error).__name__)
         elif missing or self._request is None:
             self._span.fail("cancelled")
         self._span.end()
 
-    def _tell_parts(self) -> None:
+    def _add_spans(self) -> None:
         if self._sent is None or self._request is None:
             return
-        self._part("render", self._begun, self._sent)
+        self._add_span("render", self._begun, self._sent)
         if not self._choices:
-            self._part("queue", self._sent, time.monotonic())
+            self._add_span("queue", self._sent, time.monotonic())
             return
         choices = self._choices.values()
         first = min(choices, key=lambda choice: choice.first)
         last = max(choice.last for choice in choices)
-        # A choice that was forked from the first one has had none of the prompt's steps.
-        steps = max(each.steps - first.first_steps * (each is first) for each in choices)
-        prompt, answer = len(self._request.prompt_ids), sum(each.tokens for each in choices)
-        self._part("queue", self._sent, first.seated)
-        self._part("prefill", first.seated, first.first, first.first_steps)
-        self._part("decode", first.first, last, steps)
+        # A choice that was forked from the first one had no part in the prompt's steps.
+        steps = max(choice.steps - first.first_steps * (choice is first) for choice in choices)
+        prompt = len(self._request.prompt_ids)
+        answer = sum(choice.tokens for choice in choices)
+        self._add_span("queue", self._sent, first.seated)
+        self._add_span("prefill", first.seated, first.first, first.first_steps)
+        self._add_span("decode", first.first, last, steps)
         self._span.set({"gen_ai.usage.input_tokens": prompt, "gen_ai.usage.output_tokens": answer})
 
-    def _part(self, name: str, start: float, end: float, steps: int | None = None) -> None:
+    def _add_span(self, name: str, start: float, end: float, steps: int | None = None) -> None:
         attributes = {} if steps is None else {_STEPS: steps}
-        part = self._span.child(name, attributes, start=start + self._epoch)
-        part.end(max(start, end) + self._epoch)
+        span = self._span.child(name, attributes, start=start + self._epoch)
+        span.end(max(start, end) + self._epoch)

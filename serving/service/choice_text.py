@@ -1,4 +1,4 @@
-"""The text of one choice: what its tokens say, as far as it is certain, in chunks of a stream."""
+"""Text of one choice: its tokens become text, as far as it is certain, in chunks of a stream."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _FINISH = {
 
 
 class Choice:
-    """Turns the events of one choice into chunks. Tokens whose text is held back wait for it."""
+    """Turns the events of one choice into chunks. Tokens wait until their text is certain."""
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool
@@ -26,9 +26,9 @@ class Choice:
         self._chunk = pb.GenerateChunk(choice=index)
 
     def push(self, event: Event) -> pb.GenerateChunk | None:
-        """What the event adds to the stream, if it adds anything. Sets `has_ended`.
+        """Returns the chunk that the event adds to the stream, or None. Sets `has_ended`.
 
-        A stop text ends a choice that the engine still goes on with: push no more of its events.
+        A stop text ends a choice while the engine still computes it: push no later event of it.
         """
         assert not self.has_ended and event.drawn is not None
         self._note(event.drawn)

@@ -1,7 +1,7 @@
-"""Who may call the service, for every method of gRPC but health checks: serving/access.py decides.
+"""Interceptor: admits or refuses calls of every gRPC method except health checks.
 
-Keys and tokens stand in the metadata under the names that the headers of HTTP have. A refused call
-ends as the error that `Access.admit` raised.
+serving/access decides. Keys and tokens are in the metadata under the names that HTTP's headers
+have. A refused call ends with the error that `Access.admit` raised.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -15,7 +15,7 @@ from serving.errors import ERROR_METADATA, Forbidden, ServingError
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
-    """Lets calls in.
+    """Admits calls by their key or token.
 
     Args:
         access: Decides.
@@ -32,6 +32,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
+        """Returns the method's handler, or one that refuses the call."""
         handler = await continuation(details)
         if handler is None or details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return handler
@@ -46,24 +47,26 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _refusal(handler: grpc.RpcMethodHandler, error: ServingError) -> grpc.RpcMethodHandler:
-    """A handler of the same kind that ends every call with that error."""
+    """Returns a handler of the same kind that ends every call with that error."""
 
-    async def one(request: object, context: grpc.aio.ServicerContext) -> None:
+    async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
         await context.abort(
             grpc.StatusCode[error.grpc_status],
             str(error),
             ((ERROR_METADATA, type(error).__name__),),
         )
 
-    async def many(request: object, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        await one(request, context)
+    async def refuse_stream(
+        request: object, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[None]:
+        await refuse(request, context)
         yield
 
     kinds = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, one),
-        (False, True): (grpc.unary_stream_rpc_method_handler, many),
-        (True, False): (grpc.stream_unary_rpc_method_handler, one),
-        (True, True): (grpc.stream_stream_rpc_method_handler, many),
+        (False, False): (grpc.unary_unary_rpc_method_handler, refuse),
+        (False, True): (grpc.unary_stream_rpc_method_handler, refuse_stream),
+        (True, False): (grpc.stream_unary_rpc_method_handler, refuse),
+        (True, True): (grpc.stream_stream_rpc_method_handler, refuse_stream),
     }
     make, behaviour = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
     return make(

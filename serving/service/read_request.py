@@ -1,6 +1,6 @@
-"""A GenerateRequest of the wire becomes a Request of the engine: checked, and rendered to ids.
+"""Reading of requests: a GenerateRequest becomes a Request of the engine, checked and in ids.
 
-Tokenize and Detokenize are answered here too: they are that rendering, and its way back.
+Tokenize and Detokenize are answered here too, because they are that rendering and its inverse.
 """
 
 import secrets
@@ -15,10 +15,9 @@ from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Request
 
-# The queue counts a request once, whatever its choices: so many of them one caller may have at the
-# cost of one.
+# The queue counts a request once however many choices it has, so their number is limited.
 MAX_CHOICES = 16
-# Until min_tokens the ids that end a choice are biased too.
+# Before min_tokens the ids that end a choice are biased too, so their number is limited.
 MAX_STOP_IDS = 16
 _NO_LIMIT = 2**31
 
@@ -31,12 +30,11 @@ class Translator:
         self._tokenizer = tokenizer
         self._info = info
         pieces = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
-        # No text of more bytes fits the context. Encoding it to find out would take seconds, in
-        # which nothing else in this process runs.
-        self._most_bytes = info.max_context * max(map(len, pieces))
+        # A text of more bytes never fits the context. Encoding it to find out would take seconds.
+        self._max_bytes = info.max_context * max(map(len, pieces))
 
     def request(self, message: pb.GenerateRequest, seconds: float | None) -> Request:
-        """The request, to be answered within so many seconds from now.
+        """Returns the engine's request; `seconds` from now it must be answered, None for no limit.
 
         Raises InvalidRequest naming the field.
         """
@@ -72,7 +70,7 @@ class Translator:
         )
 
     def tokens(self, message: pb.TokenizeRequest) -> pb.Tokens:
-        """The ids of a chat or a text, and what each is worth. Raises InvalidRequest."""
+        """Returns the ids of a chat or a text, and the bytes of each. Raises InvalidRequest."""
         match message.WhichOneof("input"):
             case "chat":
                 ids = self._chat_ids(message.chat)
@@ -83,7 +81,7 @@ class Translator:
         return pb.Tokens(ids=ids, pieces=[self._tokenizer.token_bytes(i) for i in ids])
 
     def text(self, message: pb.DetokenizeRequest) -> pb.Text:
-        """The text of ids. Raises InvalidParameter."""
+        """Returns the text of ids. Raises InvalidParameter."""
         self._check_ids("ids", message.ids)
         return pb.Text(text=self._tokenizer.decode(message.ids))
 
@@ -91,7 +89,7 @@ class Translator:
         """Translates the parameters of the wire; raises InvalidParameter naming the wrong one."""
         given = message.sampling
         fields: SamplingFields = {
-            # What is beyond the vocabulary is all of it, and must fit 31 bits.
+            # A number beyond the vocabulary keeps all of it; it must also fit 31 bits.
             "top_k": min(given.top_k, self._info.vocab_size),
             "min_p": given.min_p,
             "presence_penalty": given.presence_penalty,
@@ -160,7 +158,7 @@ class Translator:
         return self._tokenizer.encode(text)
 
     def _check_size(self, what: str, size: int) -> None:
-        if size > self._most_bytes:
+        if size > self._max_bytes:
             raise ContextTooLong(
                 f"{what} {size:,} bytes; the {self._info.max_context:,} tokens of this server's "
                 "context cannot hold so many: shorten what you send"

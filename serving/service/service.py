@@ -1,7 +1,7 @@
 """The gRPC service: proto on one side, the engine's worker on the other.
 
-A request is checked and rendered to token ids (translation), and the tokens of each of its choices
-become text, which stop texts may end (choices). `python -m serving` is one process with one engine.
+A request is checked and rendered to token ids (read_request.py), and the tokens of each of its
+choices become text, which stop texts may end (choice_text.py).
 """
 
 import asyncio
@@ -31,22 +31,22 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _OPTIONS = (
     # Without this, two servers could share a port and each would get half of the requests.
     ("grpc.so_reuseport", 0),
-    # Tokens of those who are in many groups are longer than what is taken by default.
+    # Tokens of users who are in many groups are longer than the default allows.
     ("grpc.max_metadata_size", 32 * 2**10),
-    # Twice what the gateway reads of a body.
+    # Twice the size that the gateway accepts of a body.
     ("grpc.max_receive_message_length", 8 * 2**20),
-    # A client whose machine is gone closes nothing: pings find out.
+    # A client whose machine is lost closes no connection, so the server pings.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
-    # Clients may do the same, also while they wait for nothing (serving/channel.py).
+    # Clients may ping too, also while they have no call (serving/channel.py).
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # gRPC would count pings all the same and close an idle gateway's connection as abuse, so that
-    # the next request failed.
+    # Otherwise gRPC counts these pings and closes an idle gateway's connection as abuse, and the
+    # next request fails.
     ("grpc.http2.max_ping_strikes", 0),
 )
-_Question = TypeVar("_Question")
+_Request = TypeVar("_Request")
 _Answer = TypeVar("_Answer")
 
 
@@ -70,11 +70,13 @@ class InferenceService(rpc.InferenceServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInfo:
+        """Returns the model's name and sizes."""
         return self._info
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateChunk]:
+        """Streams the answer to one request."""
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         call = self._calls.begin(SERVICE_NAME, "Generate", metadata)
         try:
@@ -90,16 +92,19 @@ class InferenceService(rpc.InferenceServicer):
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.Tokens:
+        """Returns the token ids that Generate would read."""
         return await _answer(self._translator.tokens, request, context)
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.Text:
+        """Returns the text that Generate would write for token ids."""
         return await _answer(self._translator.text, request, context)
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
     ) -> pb.DrainReply:
+        """Refuses later requests, and asks the process to end once the running ones have ended."""
         running = self._worker.num_under_way
         self._worker.drain()
         self.was_told_to_end.set()
@@ -108,7 +113,7 @@ class InferenceService(rpc.InferenceServicer):
     async def _generate(
         self, message: pb.GenerateRequest, seconds: float | None, call: Call
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
-        # A template or a long prompt takes milliseconds that other streams should not wait for.
+        # In a thread: a template or a long prompt takes milliseconds, and other streams go on.
         request = await asyncio.to_thread(self._translator.request, message, seconds)
         continues = message.WhichOneof("prompt") != "chat" or message.chat.continue_last
         choices = [
@@ -121,7 +126,7 @@ class InferenceService(rpc.InferenceServicer):
         async with aclosing(self._worker.submit(request)) as events:
             async for event in events:
                 choice = choices[event.choice]
-                if choice.has_ended:  # by a stop text, which the engine learns of a little later
+                if choice.has_ended:  # by a stop text, which reaches the engine a little later
                     continue
                 usage.completion_tokens += 1
                 call.note(event)
@@ -142,14 +147,14 @@ class InferenceService(rpc.InferenceServicer):
 
 
 async def _answer(
-    work: Callable[[_Question], _Answer], request: _Question, context: grpc.aio.ServicerContext
+    work: Callable[[_Request], _Answer], request: _Request, context: grpc.aio.ServicerContext
 ) -> _Answer:
-    """What `work`, which may take its time, says to the request."""
+    """Returns `work(request)`, computed in a thread, or ends the call with its error."""
     try:
         return await asyncio.to_thread(work, request)
     except ServingError as error:
         await _abort(context, error)
-        raise  # never: abort raises
+        raise  # never reached: abort raises
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
@@ -185,7 +190,7 @@ async def create_server(
 
 
 async def set_serving(checks: HealthServicer, serving: bool) -> None:
-    """What grpc.health.v1 answers for the server as a whole and for Inference."""
+    """Sets the answer of grpc.health.v1 for the server as a whole and for Inference."""
     status = (
         health_pb2.HealthCheckResponse.SERVING
         if serving

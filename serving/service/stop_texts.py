@@ -1,4 +1,4 @@
-"""Stop texts in a stream: what is certain goes out, what may become a stop text is held back."""
+"""Stop texts in a stream: text that may become a stop text is held back, the rest goes out."""
 
 from collections.abc import Sequence
 
@@ -18,14 +18,14 @@ class StopTexts:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Takes the next piece and returns what is certain now. Sets `stopped` at a stop text."""
+        """Takes the next piece and returns the certain text. Sets `stopped` at a stop text."""
         if self.stopped:
             return ""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
+        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if places:
             self.stopped = True
-            certain, self._held = self._held[: min(found)], ""
+            certain, self._held = self._held[: min(places)], ""
             return certain
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
@@ -33,12 +33,12 @@ class StopTexts:
         return certain
 
     def finish(self) -> str:
-        """What was held back, when nothing more comes."""
+        """Returns the text that was held back, when no more comes."""
         certain, self._held = self._held, ""
         return certain
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that is a beginning of `stop`."""
+        """Returns the length of the longest end of the held text that is a beginning of `stop`."""
         for size in range(min(len(stop) - 1, len(self._held)), 0, -1):
             if self._held.endswith(stop[:size]):
                 return size

@@ -38,22 +38,18 @@ TO_BE_READ = {
     "mixtral_jax/cache.py",
     "mixtral_jax/checkpoint",
     "mixtral_jax/cli",
-    "mixtral_jax/compilation.py",
     "mixtral_jax/config.py",
     "mixtral_jax/kernels/cpu",
     "mixtral_jax/kernels/gpu",
     "mixtral_jax/kernels/tpu",
     "mixtral_jax/model",
     "mixtral_jax/sharding.py",
-    "mixtral_jax/step",
     "mixtral_jax/tokenization",
     "serving/access",
     "serving/bench",
     "serving/cluster",
-    "serving/engine",
     "serving/launch",
     "serving/observe",
-    "serving/service",
 }
 
 
