@@ -1,4 +1,4 @@
-"""Where tokens go and what may be seen: the only file that knows pages.
+"""Pages of keys and values, and the ragged batch that reads them: the only file that knows pages.
 
 The cache is, per layer, one array of pages [P Y C H]: P pages of Y tokens, each token with its
 C = 2K heads, key and value of each head next to one another (k0 v0 k1 v1 ...). A sequence owns any
@@ -47,19 +47,22 @@ class RaggedBatch(NamedTuple):
     num_sequences: Scalar
 
     def sequence_of_token(self) -> FlatTokens:
-        """Which sequence each of the T tokens belongs to; meaningless for unused places."""
+        """The number of each token's sequence; unspecified for unused places."""
         place = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
         ends = jnp.where(
             jnp.arange(self.lengths.shape[0]) < self.num_sequences,
             self.query_starts[1:],
             self.tokens.shape[0],
         )
-        found = jnp.searchsorted(ends, place, side="right")
-        return jnp.minimum(found, self.lengths.shape[0] - 1).astype(jnp.int32)
+        sequence = jnp.searchsorted(ends, place, side="right")
+        return jnp.minimum(sequence, self.lengths.shape[0] - 1).astype(jnp.int32)
 
     def seen_by_decodes(self, window: int | None) -> tuple[Lengths, Lengths]:
-        """Of each sequence the first position that its token sees, which may be negative, and the
-        end of those; the latter is 0 for sequences that bring more than one token."""
+        """The range of positions that the token of each decode attends to: [S] and [S].
+
+        The begin may be negative. The end, which is not in the range, is 0 for sequences that
+        bring more than one token.
+        """
         rows = self.lengths.shape[0]
         is_decode = jnp.arange(rows, dtype=jnp.int32) < self.num_decodes
         lengths = jnp.where(is_decode, self.lengths, 0)
@@ -75,26 +78,29 @@ class PagedCache(NamedTuple):
     def empty(
         cls, config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike
     ) -> "PagedCache":
+        """Makes pages of zeros for every layer."""
         shape = (num_pages, page_size, 2 * config.num_kv_heads, _places(config, dtype))
         return cls(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)))
 
     @property
     def num_pages(self) -> int:
+        """Number P of pages of a layer."""
         return self.layers[0].shape[0]
 
     @property
     def page_size(self) -> int:
+        """Number Y of tokens of a page."""
         return self.layers[0].shape[1]
 
 
 def token_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
-    """What one token takes in all layers together."""
-    each = _places(config, dtype) * jnp.dtype(dtype).itemsize
-    return config.num_layers * 2 * config.num_kv_heads * each
+    """Bytes of one token's keys and values in all layers together."""
+    head_bytes = _places(config, dtype) * jnp.dtype(dtype).itemsize
+    return config.num_layers * 2 * config.num_kv_heads * head_bytes
 
 
 def _places(config: ModelConfig, dtype: DTypeLike) -> int:
-    """Elements that a head takes of a page."""
+    """Number of elements that a head occupies in a page."""
     return config.head_size + (_SCALE_BYTES if jnp.dtype(dtype) == jnp.int8 else 0)
 
 
@@ -107,9 +113,9 @@ def write(pages: Pages, k: FlatKeys, v: FlatKeys, batch: RaggedBatch) -> Pages:
     in_use = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < used
     # A place out of range is dropped by the scatter.
     page = jnp.where(in_use, page, num_pages)
-    both = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])
-    both = round_heads(both) if pages.dtype == jnp.int8 else both.astype(pages.dtype)
-    return pages.at[page, batch.positions % page_size].set(both, mode="drop")
+    heads = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])
+    heads = round_heads(heads) if pages.dtype == jnp.int8 else heads.astype(pages.dtype)
+    return pages.at[page, batch.positions % page_size].set(heads, mode="drop")
 
 
 def round_heads(heads: jax.Array) -> jax.Array:

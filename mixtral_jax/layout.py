@@ -21,7 +21,7 @@ class Layout:
     rules: ShardingRules
 
     @property
-    def parts(self) -> int:
+    def num_sequence_groups(self) -> int:
         """Number of groups of sequences, each with pages of its own."""
         return self.rules.ways("B", self.mesh)
 
@@ -34,29 +34,29 @@ class Layout:
         names = {axis for letter in letters for axis in getattr(self.rules, letter)}
         return tuple(axis for axis in MESH_AXES if axis in names and self.mesh.shape[axis] > 1)
 
-    def index(self, letter: str) -> jax.Array | int:
+    def part_index(self, letter: str) -> jax.Array | int:
         """The number of the part of a split dimension that this device holds, counted from 0."""
         axes = self.axes(letter)
         return jax.lax.axis_index(axes) if axes else 0
 
-    def shared(self, letters: str) -> MeshAxes:
+    def axes_shared_with_tokens(self, letters: str) -> MeshAxes:
         """Mesh axes that split both the tokens and one of the letters."""
         rows = self.axes("B")
         return tuple(axis for axis in self.axes(letters) if axis in rows)
 
-    def gather(self, x: jax.Array, letters: str) -> jax.Array:
-        """The tokens of all devices that hold other parts of the letters: [T ...] -> [T' ...]."""
-        axes = self.shared(letters)
+    def gather_tokens(self, x: jax.Array, letters: str) -> jax.Array:
+        """Gathers the tokens of devices with other parts of the letters: [T ...] -> [T' ...]."""
+        axes = self.axes_shared_with_tokens(letters)
         return jax.lax.all_gather(x, axes, tiled=True) if axes else x
 
-    def total(self, x: jax.Array, letters: str) -> jax.Array:
-        """Sums what each device computed with its part of the letters: undoes `gather`."""
-        if shared := self.shared(letters):
+    def sum_over(self, x: jax.Array, letters: str) -> jax.Array:
+        """Sums over the devices' parts of the letters: the inverse of `gather_tokens`."""
+        if shared := self.axes_shared_with_tokens(letters):
             x = jax.lax.psum_scatter(x, shared, tiled=True)
         rest = tuple(axis for axis in self.axes(letters) if axis not in shared)
         return jax.lax.psum(x, rest) if rest else x
 
-    def whole(self, x: jax.Array, letter: str, dimension: int) -> jax.Array:
-        """x with its dimension `letter` complete on every device (all-gather)."""
+    def gather_dimension(self, x: jax.Array, letter: str, dimension: int) -> jax.Array:
+        """Returns x with its dimension `letter` complete on every device (all-gather)."""
         axes = self.axes(letter)
         return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x

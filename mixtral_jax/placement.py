@@ -78,9 +78,9 @@ class Placement:
         return self.kernels.page_size
 
     @property
-    def sequence_groups(self) -> int:
+    def num_sequence_groups(self) -> int:
         """Groups of sequences that the mesh splits, each with pages of its own."""
-        return 1 if self.layout is None else self.layout.parts
+        return 1 if self.layout is None else self.layout.num_sequence_groups
 
     @property
     def mesh_text(self) -> str | None:

@@ -5,7 +5,8 @@ A mesh has the axes
     data    sequences: their tokens and their pages
     expert  experts; and heads and vocabulary, as far as attention is split by heads
     tensor  heads, feed-forward and vocabulary
-    copy    the same, but key/value heads are copied: for more devices than there are such heads
+    copy    query heads, feed-forward and vocabulary, as `tensor` does; devices along it hold the
+            same key/value heads, for more devices than there are such heads
 
 Training and the full-sequence form leave the collectives to the compiler, except those of the
 experts. The serving step writes all of them out (`Layout`), so that nothing but activations can
@@ -24,7 +25,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 
 MESH_AXES = ("data", "expert", "tensor", "copy")
-# Of what a mesh splits, for messages.
+# Names of the dimensions that a mesh splits, for messages.
 _NAMES = {
     "E": "experts",
     "F": "feed-forward channels",
@@ -83,16 +84,17 @@ class ShardingRules:
         Raises ValueError where two dimensions would be split over one mesh axis.
         """
         names = [getattr(self, letter, None) for letter in axes]
-        split = [name for found in names for name in found or ()]
+        split = [axis for axes_of_letter in names for axis in axes_of_letter or ()]
         if len(split) != len(set(split)):
             raise ValueError(f"{axes!r} would split two dimensions over one mesh axis: {names}")
         return PartitionSpec(*(name[0] if name and len(name) == 1 else name for name in names))
 
     def sharding(self, axes: str, mesh: Mesh) -> NamedSharding:
+        """The sharding on a mesh of an array whose dimensions are the letters of `axes`."""
         return NamedSharding(mesh, self.spec(axes))
 
     def ways(self, letter: str, mesh: Mesh) -> int:
-        """Into how many parts a dimension is split."""
+        """Number of parts that a dimension is split into."""
         return math.prod(mesh.shape[axis] for axis in getattr(self, letter, None) or ())
 
     def check(self, config: ModelConfig, mesh: Mesh) -> None:
@@ -139,7 +141,7 @@ def make_mesh(
 
 
 def copies_of(config: ModelConfig, expert: int, tensor: int, dp_attention: bool = False) -> int:
-    """How many devices must hold the same key/value head; 1 where that does not help."""
+    """Number of devices that must hold the same key/value head; 1 where copies do not help."""
     heads = tensor if dp_attention else expert * tensor
     for copies in range(1, tensor + 1):
         if tensor % copies == 0 and config.num_kv_heads % (heads // copies) == 0:
@@ -176,20 +178,21 @@ def mesh_for(
 
 
 def mesh_text(mesh: Mesh) -> str:
-    """As `mesh_for` takes it."""
+    """The text of a mesh that `mesh_for` takes, such as "data=1,expert=8,tensor=1"."""
     tensor = mesh.shape["tensor"] * mesh.shape["copy"]
     return f"data={mesh.shape['data']},expert={mesh.shape['expert']},tensor={tensor}"
 
 
 def mesh_sizes(text: str) -> tuple[int, int, int]:
+    """Sizes of data, expert and tensor in a mesh's text; raises ConfigError for other texts."""
     named = MESH_AXES[:3]
     sizes = dict.fromkeys(named, 1)
     given: set[str] = set()
-    for part in text.split(","):
-        name, _, number = part.strip().partition("=")
+    for entry in text.split(","):
+        name, _, number = entry.strip().partition("=")
         if name not in sizes or not number.isdecimal() or int(number) < 1:
             raise ConfigError(
-                f"mesh {text!r}: {part.strip()!r} is not one of {', '.join(named)} with a size; "
+                f"mesh {text!r}: {entry.strip()!r} is not one of {', '.join(named)} with a size; "
                 "write data=1,expert=8,tensor=1, or auto"
             )
         if name in given:
@@ -200,7 +203,7 @@ def mesh_sizes(text: str) -> tuple[int, int, int]:
 
 
 def _auto(config: ModelConfig, count: int, dp_attention: bool) -> tuple[int, int, int]:
-    """As many experts apart as there can be, then heads; `data` takes what is left."""
+    """Splits experts as far as they divide, then heads; `data` takes the remaining devices."""
     expert = math.gcd(config.num_experts, count) if config.is_moe else 1
     rest = count // expert
     for tensor in range(rest, 1, -1):

@@ -42,4 +42,4 @@ class Attention(nnx.Module):
         q, k = rotary.rotate(q), rotary.rotate(k)
         mixed, pages = self.kernels.attend(q, k, v, pages, batch, self.window)
         out = self.o.paged(mixed)
-        return out if self.layout is None else self.layout.total(out, "N"), pages
+        return out if self.layout is None else self.layout.sum_over(out, "N"), pages

@@ -173,10 +173,12 @@ class Embedding(nnx.Module):
         if self.layout is None or not self.layout.axes("V"):
             return self.full(tokens)
         held = self.weight.shape[0]
-        mine = self.layout.gather(tokens, "V") - held * self.layout.index("V")
+        mine = self.layout.gather_tokens(tokens, "V") - held * self.layout.part_index("V")
         rows = self.full(jnp.clip(mine, 0, held - 1))
         is_held = (mine >= 0) & (mine < held)
-        return self.layout.total(jnp.where(is_held[:, None], rows, jnp.zeros((), rows.dtype)), "V")
+        return self.layout.sum_over(
+            jnp.where(is_held[:, None], rows, jnp.zeros((), rows.dtype)), "V"
+        )
 
     @property
     def flat_weight(self) -> Weight:
@@ -203,7 +205,7 @@ class FeedForward(nnx.Module):
     def paged(self, x: FlatHidden) -> FlatHidden:
         """x [T D] -> [T D]."""
         if self.layout is not None:
-            x = self.layout.gather(x, "F")
+            x = self.layout.gather_tokens(x, "F")
         gate, up = paged_together(x, self.gate, self.up)
         out = self.down.paged(self.kernels.swiglu(gate, up))
-        return out if self.layout is None else self.layout.total(out, "F")
+        return out if self.layout is None else self.layout.sum_over(out, "F")

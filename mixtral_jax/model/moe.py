@@ -168,18 +168,18 @@ def moe_local(
     Tokens that are split over devices with other experts are gathered, and the sums scattered; many
     tokens travel to their experts instead (`moe_exchanged`).
     """
-    is_split = layout.shared("EF") == (expert_exchange.AXIS,)
+    is_split = layout.axes_shared_with_tokens("EF") == (expert_exchange.AXIS,)
     if is_split and x.shape[0] >= _MIN_EXCHANGED and kernels.can_move_rows(layout.mesh):
         return moe_exchanged(x, choice, weights, experts, layout, kernels)
-    x, choice, weights = (layout.gather(array, "EF") for array in (x, choice, weights))
+    x, choice, weights = (layout.gather_tokens(array, "EF") for array in (x, choice, weights))
     held = experts[0].values.shape[0]
-    mine = choice - held * layout.index("E")
+    mine = choice - held * layout.part_index("E")
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
     if x.shape[0] <= kernels.max_dense_tokens:
         sums = moe_dense(x, mine, weights, experts)
     else:
         sums = moe_ragged(x, mine, weights, experts, kernels)
-    return layout.total(sums, "EF")
+    return layout.sum_over(sums, "EF")
 
 
 def moe_exchanged(
@@ -196,7 +196,7 @@ def moe_exchanged(
     sums = moe_ragged(dispatched.rows, dispatched.choice, dispatched.weights, experts, kernels)
     # Parts of a sum over F go back unsummed: there are fewer rows at home.
     rest = Layout(layout.mesh, replace(layout.rules, E=()))
-    return rest.total(expert_exchange.combine(sums, dispatched, kernels), "F")
+    return rest.sum_over(expert_exchange.combine(sums, dispatched, kernels), "F")
 
 
 def moe_sharded(
@@ -208,7 +208,7 @@ def moe_sharded(
     kernels: Kernels,
 ) -> FlatHidden:
     """`moe_local` on every device of the mesh, for whole arrays."""
-    if x.shape[0] % layout.parts:  # then all tokens are computed everywhere
+    if x.shape[0] % layout.num_sequence_groups:  # then all tokens are computed everywhere
         layout = Layout(layout.mesh, replace(layout.rules, B=()))
     rows = layout.rules.spec("BD")
 

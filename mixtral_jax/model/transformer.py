@@ -111,7 +111,7 @@ class Transformer(nnx.Module):
         return self.norm.paged(x), PagedCache(tuple(layers))
 
     def begin(self, batch: RaggedBatch) -> tuple[FlatHidden, Rotary]:
-        """What the first block takes. For callers that run the blocks one by one."""
+        """Embeds a batch's tokens: the first block's input, and the rotation of its positions."""
         x = self.embed.paged(batch.tokens).astype(self.dtype)
         return x, Rotary.at(batch.positions, self.config)
 
@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
         """The same for rows [R D] that every device has, by the placement's kernel."""
         products = self.placement.kernels.linear(x, [self._head.flat_weight])
         scores = products[0].astype(jnp.float32)
-        return scores if self.layout is None else self.layout.whole(scores, "V", 1)
+        return scores if self.layout is None else self.layout.gather_dimension(scores, "V", 1)
 
     @property
     def layout(self) -> Layout | None:
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
 
 
 def held_bytes(model: Transformer) -> int:
-    """What the parameters take on each device; the model may be abstract."""
+    """Bytes of the parameters on each device; the model may be abstract."""
     total = 0
     for variable in named_parameters(model).values():
         array = variable.get_value()
@@ -178,4 +178,4 @@ def named_parameters(model: Transformer) -> dict[str, Any]:
     Its axis letters are `get_metadata("axes")`, its array `get_value()`.
     """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(str(part) for part in path): variable for path, variable in flat}
+    return {".".join(map(str, path)): variable for path, variable in flat}

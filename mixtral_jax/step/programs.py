@@ -108,7 +108,7 @@ class SplitModel:
     @property
     def num_sequence_groups(self) -> int:
         """Number of groups that the mesh splits the sequences into; 1 without a mesh."""
-        return 1 if self.layout is None else self.layout.parts
+        return 1 if self.layout is None else self.layout.num_sequence_groups
 
     def pages(
         self, num_pages: int, page_size: int, dtype: DTypeLike | None = None
@@ -167,7 +167,9 @@ class SplitModel:
             x, tokens = x[last], tokens[last]
             if self.layout is None:
                 return x, tokens
-            return self.layout.whole(x, "B", 0), self.layout.whole(tokens, "B", 0)
+            return self.layout.gather_dimension(x, "B", 0), self.layout.gather_dimension(
+                tokens, "B", 0
+            )
 
         rows, places = self._spec("B"), self._spec("PYKH")
         embedding = self._jit(
@@ -256,12 +258,12 @@ def own_group(arrays: Any, layout: Layout | None) -> Any:
     The host gives all groups to all devices, because with several processes JAX takes arrays of the
     host only as a whole.
     """
-    if layout is None or layout.parts == 1:
+    if layout is None or layout.num_sequence_groups == 1:
         return arrays
 
     def cut(whole: jax.Array) -> jax.Array:
-        size = whole.shape[0] // layout.parts
-        return jax.lax.dynamic_slice_in_dim(whole, layout.index("B") * size, size)
+        size = whole.shape[0] // layout.num_sequence_groups
+        return jax.lax.dynamic_slice_in_dim(whole, layout.part_index("B") * size, size)
 
     return jax.tree.map(cut, arrays)
 

@@ -86,7 +86,7 @@ def prepare(
     with ThreadPoolExecutor(1) as pool:
         say(f"loading {config.model}")
         model = pool.submit(pretrained.load, placement)
-        tokens = placement.sequence_groups * limits.num_pages * limits.page_size
+        tokens = placement.num_sequence_groups * limits.num_pages * limits.page_size
         say(f"room for {tokens:,} tokens of all requests together")
         steps = compile_steps(abstract, limits, say, config.kv_dtype)
         return Prepared(model.result(), limits, steps, placement.mesh_text)
@@ -111,7 +111,7 @@ def _limits(model: Transformer, config: EngineConfig) -> Limits:
     layout = model.layout
     parts, heads = 1, 1
     if layout is not None:
-        parts, heads = layout.parts, layout.rules.ways("K", layout.mesh)
+        parts, heads = layout.num_sequence_groups, layout.rules.ways("K", layout.mesh)
     per_token = token_bytes(model.config, config.kv_dtype or model.dtype) // heads
     max_sequences = -(-config.max_sequences // parts)
     if config.kv_memory is not None:

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels can be used in this process; compiles and registers them if need be."""
+    """Compiles and registers the kernels if need be; False if this process cannot use them."""
     if os.environ.get("MIXTRAL_JAX_NATIVE") == "0":
         return False
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -85,9 +85,9 @@ def _compiled(compiler: str) -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home directory may be shared by different machines."""
+    """The processor's features, on which -march=native depends: machines may share a home."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -48,7 +48,7 @@ def attend(
 
 
 def fits(pages: Pages) -> bool:
-    """Whether the kernel takes such pages: floats, heads and blocks of powers of two."""
+    """Says whether the kernels take such pages: floats, heads and blocks of powers of two."""
     page_size, size = pages.shape[1], pages.shape[3]
     floats = pages.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
     return floats and _is_power(size) and size >= _LEAST and _KEYS_PER_BLOCK % page_size == 0
@@ -103,13 +103,13 @@ def decode(
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     per_block = _KEYS_PER_BLOCK // page_size
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
-    # Of each sequence's blocks, each split walks over as many, in order.
+    # The blocks of a sequence are shared out evenly, in order.
     start = jnp.maximum(first, 0) // _KEYS_PER_BLOCK
     stop = -(-lengths // _KEYS_PER_BLOCK)
-    each = -(-(stop - start) // _SPLITS)
+    per_split = -(-(stop - start) // _SPLITS)
     # The splits stand one behind the other; behind the last is room for rows that are not kept.
     parts = (rows, kv_heads, (_SPLITS - 1) * group + padded)
-    found = pl.pallas_call(
+    results = pl.pallas_call(
         functools.partial(_decode_split, per_block=per_block, group=group),
         out_shape=(
             jax.ShapeDtypeStruct((*parts, size), jnp.float32),
@@ -120,10 +120,10 @@ def decode(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="paged_decode",
-    )(q, pages, table, jnp.maximum(first, 0), lengths, start, each)
+    )(q, pages, table, jnp.maximum(first, 0), lengths, start, per_split)
     mixed, peak, total = (
-        part[:, :, : _SPLITS * group].reshape(rows, kv_heads, _SPLITS, group, *part.shape[3:])
-        for part in found
+        array[:, :, : _SPLITS * group].reshape(rows, kv_heads, _SPLITS, group, *array.shape[3:])
+        for array in results
     )
     highest = jnp.max(peak, axis=2, keepdims=True)
     weight = jnp.exp(peak - highest)
@@ -133,13 +133,13 @@ def decode(
 
 
 def _decode_split(  # type: ignore[no-untyped-def]
-    q, pages, table, first, lengths, start, each, mixed, peak, total, *, per_block, group
+    q, pages, table, first, lengths, start, per_split, mixed, peak, total, *, per_block, group
 ):
     row, head, split = (pl.program_id(axis) for axis in range(3))
     block = per_block * pages.shape[1]
     queries = q[row, head]
-    begin = start[row] + split * each[row]
-    end = jnp.minimum(begin + each[row], pl.cdiv(lengths[row], block))
+    begin = start[row] + split * per_split[row]
+    end = jnp.minimum(begin + per_split[row], pl.cdiv(lengths[row], block))
 
     def step(i, state):  # type: ignore[no-untyped-def]
         keys, values = _block_of_pages(pages, table, row, head, i, per_block)
@@ -147,12 +147,12 @@ def _decode_split(  # type: ignore[no-untyped-def]
         seen = (position >= first[row]) & (position < lengths[row])
         return _attend(state, queries, keys, values, seen[None, :], seen)
 
-    found = jax.lax.fori_loop(begin, end, step, _nothing_seen(queries.shape))
-    here = pl.ds(split * group, len(queries))
+    sums = jax.lax.fori_loop(begin, end, step, _nothing_seen(queries.shape))
+    places = pl.ds(split * group, len(queries))
     is_kept = jnp.arange(len(queries), dtype=jnp.int32) < group
-    plgpu.store(mixed.at[row, head, here], found[0], mask=is_kept[:, None])
-    plgpu.store(peak.at[row, head, here], found[1], mask=is_kept)
-    plgpu.store(total.at[row, head, here], found[2], mask=is_kept)
+    plgpu.store(mixed.at[row, head, places], sums[0], mask=is_kept[:, None])
+    plgpu.store(peak.at[row, head, places], sums[1], mask=is_kept)
+    plgpu.store(total.at[row, head, places], sums[2], mask=is_kept)
 
 
 def prefill(
@@ -172,24 +172,24 @@ def prefill(
     page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
     group = heads // kv_heads
     padded = 1 << (group - 1).bit_length()
-    each = _QUERIES // padded  # tokens of a tile
+    per_tile = _QUERIES // padded  # tokens
     q = q.reshape(tokens, kv_heads, group, size).astype(pages.dtype)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     q = q.transpose(1, 0, 2, 3).reshape(kv_heads, tokens * padded, size)
     per_block = _KEYS_PER_BLOCK // page_size
     table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % per_block)))
-    # As many tiles as any batch can need; those that this one does not need are empty.
+    # The grid has room for the tiles of any batch; those that this one does not need are empty.
     rows = table.shape[0]
     row = jnp.arange(rows, dtype=jnp.int32)
     is_prompt = (row >= batch.num_decodes) & (row < batch.num_sequences)
     starts, stops = batch.query_starts[:-1], batch.query_starts[1:]
-    tiles = jnp.where(is_prompt, -(-(stops - starts) // each), 0)
+    tiles = jnp.where(is_prompt, -(-(stops - starts) // per_tile), 0)
     last_tile = jnp.cumsum(tiles, dtype=jnp.int32)
-    tile = jnp.arange(-(-tokens // each) + rows, dtype=jnp.int32)
+    tile = jnp.arange(-(-tokens // per_tile) + rows, dtype=jnp.int32)
     owner = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
     is_used = owner < rows
     owner = jnp.minimum(owner, rows - 1)
-    place = starts[owner] + (tile - (last_tile - tiles)[owner]) * each
+    place = starts[owner] + (tile - (last_tile - tiles)[owner]) * per_tile
     place = jnp.where(is_used, place, stops[owner])
     out: jax.Array = pl.pallas_call(
         functools.partial(_prefill_tile, per_block=per_block, padded=padded, window=window),
@@ -208,7 +208,7 @@ def _prefill_tile(q, pages, table, owner, place, stops, lengths, out, *, per_blo
     row, begin = owner[tile], place[tile]
     stop, length = stops[row], lengths[row]
     block = per_block * pages.shape[1]
-    here = pl.ds(begin * padded, _QUERIES)
+    places = pl.ds(begin * padded, _QUERIES)
     token = jnp.arange(_QUERIES, dtype=jnp.int32) // padded
     is_mine = begin + token < stop
     first = length - (stop - begin)  # position of the tile's first token
@@ -218,7 +218,7 @@ def _prefill_tile(q, pages, table, owner, place, stops, lengths, out, *, per_blo
 
     @pl.when(begin < stop)
     def _() -> None:
-        queries = plgpu.load(q.at[head, here], mask=is_mine[:, None], other=0)
+        queries = plgpu.load(q.at[head, places], mask=is_mine[:, None], other=0)
 
         def step(i, state):  # type: ignore[no-untyped-def]
             keys, values = _block_of_pages(pages, table, row, head, i, per_block)
@@ -232,7 +232,7 @@ def _prefill_tile(q, pages, table, owner, place, stops, lengths, out, *, per_blo
         blocks = (oldest // block, pl.cdiv(newest, block))
         mixed, _, total = jax.lax.fori_loop(*blocks, step, _nothing_seen(queries.shape))
         mixed = mixed / jnp.maximum(total, 1e-30)[:, None]
-        plgpu.store(out.at[head, here], mixed, mask=is_mine[:, None])
+        plgpu.store(out.at[head, places], mixed, mask=is_mine[:, None])
 
 
 def _block_of_pages(pages, table, row, head, i, per_block):  # type: ignore[no-untyped-def]
@@ -256,7 +256,7 @@ def _nothing_seen(shape):  # type: ignore[no-untyped-def]
 def _attend(state, queries, keys, values, seen, is_written):  # type: ignore[no-untyped-def]
     """Takes a block of keys into the sum; `seen` by rows of queries."""
     mixed, peak, total = state
-    # What stands in a place that nobody sees may be anything, and 0 x NaN is NaN.
+    # A place that nobody sees may hold anything, and 0 x NaN is NaN.
     values = jnp.where(is_written[:, None], values, jnp.zeros((), values.dtype))
     scores = jax.lax.dot_general(
         queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32

@@ -13,7 +13,7 @@ _ROWS, _OUTPUTS, _INPUTS = 64, 128, 64  # of a tile
 
 
 def _fits(weight: Weight) -> bool:
-    """Whether the kernel takes such weights: whole tiles."""
+    """Says whether the kernel takes such weights: whole tiles."""
     outputs, inputs = weight.values.shape[1:]
     return outputs % _OUTPUTS == 0 == inputs % _INPUTS
 
@@ -58,17 +58,17 @@ def grouped(
 def _grouped_tile(x, weight, expert, first, end, *scales_and_out):  # type: ignore[no-untyped-def]
     *scales, out = scales_and_out
     tile, column = pl.program_id(0), pl.program_id(1)
-    here = pl.ds(first[tile], _ROWS)
+    places = pl.ds(first[tile], _ROWS)
     is_mine = first[tile] + jnp.arange(_ROWS, dtype=jnp.int32) < end[tile]
     columns = pl.ds(column * _OUTPUTS, _OUTPUTS)
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
     def step(i, total):  # type: ignore[no-untyped-def]
         inputs = pl.ds(i * _INPUTS, _INPUTS)
-        rows = plgpu.load(x.at[here, inputs], mask=is_mine[:, None], other=0)
-        part = weight[expert[tile], columns, inputs]
+        rows = plgpu.load(x.at[places, inputs], mask=is_mine[:, None], other=0)
+        block = weight[expert[tile], columns, inputs]
         return total + jax.lax.dot_general(
-            rows, part, (((1,), (1,)), ((), ())), preferred_element_type=kind
+            rows, block, (((1,), (1,)), ((), ())), preferred_element_type=kind
         )
 
     @pl.when(first[tile] < end[tile])
@@ -77,10 +77,10 @@ def _grouped_tile(x, weight, expert, first, end, *scales_and_out):  # type: igno
         total = jax.lax.fori_loop(0, x.shape[1] // _INPUTS, step, total)
         if scales:
             x_scale, scale = scales
-            of_row = plgpu.load(x_scale.at[here], mask=is_mine, other=0)
+            of_row = plgpu.load(x_scale.at[places], mask=is_mine, other=0)
             of_column = scale[expert[tile], columns]
             total = total.astype(jnp.float32) * (of_row[:, None] * of_column[None, :])
-        plgpu.store(out.at[here, columns], total.astype(out.dtype), mask=is_mine[:, None])
+        plgpu.store(out.at[places, columns], total.astype(out.dtype), mask=is_mine[:, None])
 
 
 def router_input(x: jax.Array) -> jax.Array:

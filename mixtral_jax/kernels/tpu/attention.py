@@ -23,7 +23,7 @@ _VMEM = 64 << 20  # of 128 MiB, which v5e, v5p and v6e have
 
 
 def _fits_pages(pages: Pages) -> bool:
-    """Whether the kernel takes such pages: heads fill whole tiles."""
+    """Says whether the kernel takes such pages: heads fill whole tiles."""
     packed = pages.shape[2] * pages.dtype.itemsize // 4
     is_tiled = packed in (1, 2, 4) or (packed > 0 and packed % 8 == 0)
     floats = pages.dtype in (jnp.bfloat16, jnp.float32)
@@ -64,25 +64,31 @@ def attend(
 
 
 def _fits_rows(q: RowQueries) -> bool:
-    """Whether the kernel takes such sequences [B T N H]: whole tiles."""
+    """Says whether the kernel takes such sequences [B T N H]: whole tiles."""
     return q.shape[1] % LANES == 0 == q.shape[3] % LANES
 
 
 def full_attention(
-    q: RowQueries, k: RowKeys, v: RowKeys, window: int | None, layout: Layout | None
+    q: RowQueries,
+    k: RowKeys,
+    v: RowKeys,
+    window: int | None,
+    layout: Layout | None,
+    *,
+    interpret: bool = False,
 ) -> RowQueries:
     """`xla.full_attention`, which keeps all T x T scores of every head; differentiable.
 
     Under a mesh every device computes its own rows and heads, if whole rows are there for each.
     """
-    groups = 1 if layout is None else layout.parts
+    groups = 1 if layout is None else layout.num_sequence_groups
     if not _fits_rows(q) or q.shape[0] % groups:
         return xla.full_attention(q, k, v, window, layout)
     if layout is None:
-        return splash_attention(q, k, v, window)
+        return splash_attention(q, k, v, window, interpret=interpret)
     queries, keys = layout.rules.spec("BTNH"), layout.rules.spec("BTKH")
     mixed: jax.Array = jax.shard_map(
-        partial(splash_attention, window=window),
+        partial(splash_attention, window=window, interpret=interpret),
         mesh=layout.mesh,
         in_specs=(queries, keys, keys),
         out_specs=queries,

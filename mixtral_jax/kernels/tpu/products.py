@@ -15,7 +15,7 @@ from mixtral_jax.weight import Weight, round_rows
 
 
 def _fits(weight: Weight) -> bool:
-    """Whether a kernel takes such rows and weights: whole tiles."""
+    """Says whether a kernel takes such rows and weights: whole tiles."""
     outputs, inputs = weight.values.shape[1:]
     return outputs % LANES == 0 == inputs % LANES
 

@@ -3,6 +3,6 @@
 LANES = 128  # the last axis of a tile
 
 
-def largest_tile(size: int, most: int) -> int:
-    """The largest multiple of LANES up to `most` that divides `size` evenly."""
-    return next(tile for tile in range(most, 0, -LANES) if size % tile == 0)
+def largest_tile(size: int, limit: int) -> int:
+    """The largest multiple of LANES up to `limit` that divides `size` evenly."""
+    return next(tile for tile in range(limit, 0, -LANES) if size % tile == 0)

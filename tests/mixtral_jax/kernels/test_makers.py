@@ -1,0 +1,187 @@
+"""Every maker's function equals XLA's: interpreted off its device, for real on it."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixtral_jax.cache import RaggedBatch, round_heads
+from mixtral_jax.kernels import Kernels, kernels_for
+from mixtral_jax.kernels.cpu import build
+from mixtral_jax.weight import Weight
+
+XLA = kernels_for("xla")
+MAKERS = [
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(not build.available(), reason="no C++ compiler is installed"),
+    ),
+    pytest.param("gpu", marks=pytest.mark.device("gpu")),
+    pytest.param("tpu", marks=pytest.mark.device("tpu")),
+]
+
+
+@pytest.fixture(params=MAKERS)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return kernels_for(request.param)
+
+
+@pytest.fixture
+def run(kernels: Kernels, interpret: bool) -> Callable[..., Any]:
+    """Calls a function of the record by its name, interpreted if its device is not there."""
+
+    def call(name: str, *given: Any) -> Any:
+        function = getattr(kernels, name)
+        # A function that the maker takes from XLA, or from C++, has nothing to interpret.
+        if interpret and "interpret" in inspect.signature(function).parameters:
+            function = partial(function, interpret=True)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*given)
+
+    return call
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def weight(seed: int, dtype: str, *shape: int) -> Weight:
+    values = normal(seed, *shape)
+    return Weight.quantized(values) if dtype == "int8" else Weight(values, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_linear(run: Callable[..., Any], dtype: str) -> None:
+    x, weights = normal(0, 5, 128), [weight(1, dtype, 64, 128), weight(2, dtype, 128, 128)]
+    for got, want in zip(run("linear", x, weights), XLA.linear(x, weights), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("sizes", [[70, 0, 58], [5, 100, 6]])
+@pytest.mark.parametrize("outputs", [256, 200], ids=["tiles", "no whole tiles"])
+def test_grouped(run: Callable[..., Any], sizes: list[int], outputs: int, dtype: str) -> None:
+    """Groups that are empty and that end within a tile; rows behind the last group."""
+    x, experts = normal(0, 130, 128), weight(1, dtype, 3, outputs, 128)
+    groups, used = jnp.asarray(sizes, jnp.int32), sum(sizes)
+    want = XLA.grouped(x, groups, experts)
+    got = run("grouped", x, groups, experts)
+    np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=1e-4)
+
+
+def test_norm(run: Callable[..., Any]) -> None:
+    x, scale = normal(0, 7, 128) * 3, normal(1, 128)
+    np.testing.assert_allclose(
+        run("norm", x, scale, 1e-5), XLA.norm(x, scale, 1e-5), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_swiglu(run: Callable[..., Any]) -> None:
+    gate, up = jnp.linspace(-120, 120, 3 * 503).reshape(3, 503), normal(0, 3, 503)
+    np.testing.assert_allclose(run("swiglu", gate, up), XLA.swiglu(gate, up), rtol=1e-5, atol=1e-30)
+
+
+def test_router_input(run: Callable[..., Any]) -> None:
+    x = normal(0, 7, 128)
+    np.testing.assert_array_equal(run("router_input", x), x)
+
+
+def ragged_batch() -> RaggedBatch:
+    """Two decodes, prompts within a tile, of a tile and beyond, after tokens and without."""
+    lengths, starts = [5, 300, 70, 128, 450, 7, 0], [0, 1, 2, 33, 161, 400, 407, 407]
+    width = 30
+    positions = [
+        position
+        for row, length in enumerate(lengths)
+        for position in range(length - starts[row + 1] + starts[row], length)
+    ]
+    table = np.random.default_rng(3).permutation(7 * width).reshape(7, width)
+    return RaggedBatch(
+        tokens=jnp.zeros(420, jnp.int32),
+        positions=jnp.asarray([*positions, *[0] * 13], jnp.int32),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        query_starts=jnp.asarray(starts, jnp.int32),
+        page_table=jnp.asarray(table, jnp.int32),
+        num_decodes=jnp.asarray(2, jnp.int32),
+        num_sequences=jnp.asarray(6, jnp.int32),
+    )
+
+
+def written_places(batch: RaggedBatch, page_size: int) -> np.ndarray:
+    """The places of pages that hold a token of one of the sequences: [P Y] bool."""
+    table, lengths = np.asarray(batch.page_table), np.asarray(batch.lengths)
+    written = np.zeros((table.size, page_size), bool)
+    for row, length in enumerate(lengths):
+        places = np.arange(length)
+        written[table[row, places // page_size], places % page_size] = True
+    return written
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("group", "window"), [(1, None), (3, 40)])
+def test_attend(run: Callable[..., Any], group: int, window: int | None, dtype: str) -> None:
+    """Unused pages, and queries behind the last token, hold NaN.
+
+    JAX cannot interpret its ragged paged attention for TPU, which takes heads of 128: these heads
+    of 32 go by XLA there, and test_compiled_ahead.py holds the kernel's meaning.
+    """
+    page_size, kv_heads, size, used = 16, 2, 32, 407
+    batch = ragged_batch()
+    pages = normal(1, batch.page_table.size, page_size, 2 * kv_heads, size)
+    if dtype == "int8":
+        pages = round_heads(pages)
+    else:
+        written = written_places(batch, page_size)
+        pages = jnp.where(written[:, :, None, None], pages, jnp.nan)
+    q = normal(2, 420, kv_heads * group, size)
+    q = jnp.where((jnp.arange(420) < used)[:, None, None], q, jnp.nan)
+    k, v = normal(3, 420, kv_heads, size), normal(4, 420, kv_heads, size)
+    want, want_pages = XLA.attend(q, k, v, pages, batch, window)
+    got, got_pages = run("attend", q, k, v, pages, batch, window)
+    # With int8 a kernel may round half a step the other way, by the last bit of 1 / scale.
+    tolerance = 2e-5 if dtype == "float32" else 0.02
+    np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=tolerance)
+    assert not jnp.isnan(want[:used]).any()
+    assert jnp.mean(got_pages != want_pages, where=~jnp.isnan(want_pages)) < 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_full_attention(run: Callable[..., Any], window: int | None) -> None:
+    q, k, v = normal(0, 2, 256, 4, 128), normal(1, 2, 256, 2, 128), normal(2, 2, 256, 2, 128)
+    want = XLA.full_attention(q, k, v, window, None)
+    got = run("full_attention", q, k, v, window, None)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu", "xla"])
+def test_each_function_says_whether_it_differentiates(platform: str) -> None:
+    """With gradients, what has none is XLA's; what is named as differentiable stays."""
+    kernels = kernels_for(platform)
+    changed = kernels.with_gradients()
+    for name in ("linear", "grouped", "norm", "swiglu", "full_attention"):
+        kept = name in kernels.differentiable
+        assert getattr(changed, name) is getattr(kernels if kept else XLA, name)
+
+
+def test_scores_are_scaled_in_float32() -> None:
+    """Heads of 128: 1/sqrt(128) is no bfloat16. The error is that of rounding the result."""
+    batch = ragged_batch()
+    pages = normal(1, batch.page_table.size, 16, 4, 128).astype(jnp.bfloat16)
+    q, k, v = (
+        (3 * normal(seed, 420, heads, 128)).astype(jnp.bfloat16)
+        for seed, heads in ((2, 4), (3, 2), (4, 2))
+    )
+    got, written = XLA.attend(q, k, v, pages, batch, None)
+    exact, _ = XLA.attend(*(x.astype(jnp.float32) for x in (q, k, v, pages)), batch, None)
+    rounded = exact.astype(jnp.bfloat16)
+
+    def rms(x: jax.Array) -> float:
+        return float(jnp.sqrt(jnp.mean(jnp.square(x[:407].astype(jnp.float32)))))
+
+    error = rms(got.astype(jnp.float32) - exact)
+    assert error < 1.5 * rms(rounded.astype(jnp.float32) - exact)
