@@ -23,6 +23,7 @@ from mixtral_jax.tokenization.special_tokens import (
 )
 from mixtral_jax.tokenization.vocabulary import Vocabulary, byte_level_bytes, spm_bytes
 
+TOKENIZER_FILE = "tokenizer.json"
 _RESERVED = "\U0010ffff"  # a noncharacter: Unicode keeps it out of exchanged text
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what control tokens look like
 
@@ -50,7 +51,7 @@ class TemplateTokenizer(Vocabulary):
         Raises FileNotFoundError without the first, TokenizerError for contents that the library
         `tokenizers` cannot read or that this class cannot follow faithfully.
         """
-        spec = _read_spec(folder / "tokenizer.json")
+        spec = _read_spec(folder / TOKENIZER_FILE)
         named = named_tokens(folder)
         source = template_source(folder)
         template = ChatTemplate(source, named) if source is not None else None

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixtral_jax.errors import ChatError, TokenizerError
+from mixtral_jax.tokenization.chat_template import ChatTemplate
 from mixtral_jax.tokenization.messages import Message, check_text, checked
+from mixtral_jax.tokenization.special_tokens import named_tokens, template_source
 from mixtral_jax.tokenization.vocabulary import Vocabulary, spm_bytes
 
 if TYPE_CHECKING:
@@ -24,6 +26,14 @@ _CHAT_RULES = (
     "A chat for this model ends with a user message, and has no empty assistant message and no "
     "system message right after an assistant's"
 )
+_BOS, _EOS = "<s>", "</s>"
+# A chat of one-letter messages, by which a template's format is recognised.
+_SYSTEM: Message = {"role": "system", "content": "s"}
+_TURNS: list[Message] = [
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "w"},
+]
 _NOT_CUT = "cannot be cut into tokens, perhaps for a very long run of white space"
 
 
@@ -109,6 +119,47 @@ class MistralTokenizer(Vocabulary):
             raise ChatError(f"{error}. {_CHAT_RULES}") from error
         except ValueError as error:
             raise ChatError(f"a message {_NOT_CUT}: {error}") from error
+
+
+def foreign_format(folder: Path, version: str) -> str | None:
+    """Return why the chats of a checkpoint are not in Mistral's format, or None if they are.
+
+    Models tuned from Mistral's keep its tokenizer file and may speak otherwise. The chat template
+    beside it is asked to write two small chats, which are compared with those of the version but
+    for white space, where the published templates differ from mistral-common. A template may
+    refuse system messages and put in a system prompt of its own.
+
+    Args:
+        folder: the checkpoint's folder.
+        version: the version of its tokenizer file, such as "v3".
+    """
+    named = named_tokens(folder)
+    if (eos := named.get("eos_token", _EOS)) != _EOS:
+        return f"answers end with {eos}, which is no token of Mistral's"
+    source = template_source(folder)
+    if source is None:
+        return None
+    template = ChatTemplate(source, {"bos_token": _BOS, **named})
+    written = [_written(template, chat) for chat in (_TURNS, [_SYSTEM, _TURNS[0]])]
+    turns = "[INST]u[/INST]a</s>[INST]w[/INST]"
+    own_prompt = r"\[SYSTEM_PROMPT\].*?\[/SYSTEM_PROMPT\]"
+    if version in ("v1", "v2", "v3"):
+        expected = [re.escape(turns), re.escape("[INST]su[/INST]")]
+    else:
+        system = "[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]u[/INST]"
+        expected = [f"({own_prompt})?{re.escape(turns)}", re.escape(system)]
+    for text, pattern in zip(written, expected, strict=True):
+        if text is not None and not re.fullmatch(pattern, text.removeprefix(_BOS), re.DOTALL):
+            return "its chat template writes another format"
+    return "its chat template refuses every chat" if written == [None, None] else None
+
+
+def _written(template: ChatTemplate, chat: list[Message]) -> str | None:
+    """Return the chat as a template writes it, without white space; None if it is refused."""
+    try:
+        return "".join(template.render(chat).split())
+    except ChatError:
+        return None
 
 
 def _tekken(path: Path) -> "Tekkenizer":

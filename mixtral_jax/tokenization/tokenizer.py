@@ -19,10 +19,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from mixtral_jax.errors import TokenizerError
 from mixtral_jax.tokenization.detokenizer import Detokenizer
-from mixtral_jax.tokenization.huggingface import TemplateTokenizer
+from mixtral_jax.tokenization.huggingface import TOKENIZER_FILE, TemplateTokenizer
 from mixtral_jax.tokenization.messages import Message
-from mixtral_jax.tokenization.mistral import MistralTokenizer
+from mixtral_jax.tokenization.mistral import MistralTokenizer, foreign_format
 from mixtral_jax.tokenization.special_tokens import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
@@ -30,7 +31,6 @@ from mixtral_jax.tokenization.special_tokens import (
     TOKENIZER_CONFIG,
     eos_ids,
     read_object,
-    template_source,
 )
 from mixtral_jax.tokenization.toy_bytes import TOY_FILE, ByteTokenizer
 
@@ -71,7 +71,7 @@ _FILES = (
     "*.model.v*",
     "tekken*.json",
     "tokenizer.model",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS_MAP,
     CHAT_TEMPLATE,
@@ -93,7 +93,10 @@ def copy(source: Path, destination: Path) -> None:
     """
     for file in files(source):
         shutil.copy(file, destination)
-    ends = eos_ids(source)
+    try:
+        ends = eos_ids(source)
+    except TokenizerError:
+        return  # `load` says of the copy what is wrong with it
     if ends and not eos_ids(destination):
         generation = destination / GENERATION_CONFIG
         content = {**read_object(generation), "eos_token_id": sorted(ends)}
@@ -102,27 +105,40 @@ def copy(source: Path, destination: Path) -> None:
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder.
+    """Return the tokenizer of a checkpoint's folder.
 
-    A versioned `tokenizer.model.v3` comes before `tokenizer.model`, that before `tokenizer.json`.
-    But models tuned from Mistral's keep its `tokenizer.model` and may speak otherwise: where a
-    chat template does not write [INST], template and `tokenizer.json` decide.
+    A versioned `tokenizer.model.v3` comes before `tekken.json`, that before `tokenizer.model`, and
+    that before `tokenizer.json`. But models tuned from Mistral's keep its files and may speak
+    otherwise: where the chat template is not Mistral's, template and `tokenizer.json` decide.
 
     Raises FileNotFoundError where there is none, TokenizerError where one cannot be followed.
     """
-    versioned = sorted(folder.glob("*.model.v*"))
-    if versioned:
-        return MistralTokenizer(versioned[-1], eos_ids(folder))
-    tekken = sorted(folder.glob("tekken*.json"))
-    if tekken:
-        return MistralTokenizer(tekken[-1], eos_ids(folder))
-    if (folder / "tokenizer.model").is_file() and "[INST]" in (template_source(folder) or "[INST]"):
-        return MistralTokenizer(folder / "tokenizer.model", eos_ids(folder))
-    if (folder / "tokenizer.json").is_file():
+    file = _mistral_file(folder)
+    reason = None
+    if file is not None:
+        tokenizer = MistralTokenizer(file, eos_ids(folder))
+        reason = foreign_format(folder, tokenizer.version)
+        if reason is None:
+            return tokenizer
+    if (folder / TOKENIZER_FILE).is_file():
         return TemplateTokenizer(folder)
+    if file is not None:
+        raise TokenizerError(
+            f"{file} alone does not say how this model's chats are written: {reason}. Put the "
+            "model's tokenizer.json beside it, which transformers writes: "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
     if (folder / TOY_FILE).is_file():
         return ByteTokenizer()
     raise FileNotFoundError(
         f"no tokenizer in {folder}: looked for tokenizer.model.v1 to .v7, tekken.json, "
         "tokenizer.model, tokenizer.json and byte_tokenizer.json"
     )
+
+
+def _mistral_file(folder: Path) -> Path | None:
+    """Return Mistral's own tokenizer file, the one of the latest version if there are several."""
+    for pattern in ("*.model.v*", "tekken*.json", "tokenizer.model"):
+        if paths := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return paths[-1]
+    return None
