@@ -12,7 +12,6 @@ checkpoint gets its name.
 """
 
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -94,11 +93,10 @@ def convert(
     card = Card(model=table.config, dtype=dtype, name=name or own_name, provider=provider or maker)
     with tempfile.TemporaryDirectory() as scratch:
         words = _tokenizer(source, Path(scratch))
-        num_ids = None if words.tokenizer is None else words.tokenizer.vocab_size
+        num_ids = None if words.tokenizer is None else words.tokenizer.required_vocab_size
         check(source, table, shapes, destination, dtype, upcycle_experts, num_ids)
         with finished_at(destination) as folder, Assembly(source.tensors, table, seed) as assembly:
-            for file in words.files:
-                shutil.copy(file, folder)
+            tokenizer.copy(words.folder, folder)
             writer = ParameterWriter(folder, shapes, chunk_bytes)
             if words.tokenizer is not None and dtype == "int8":
                 ids = words.tokenizer.encode(calibration_text())
@@ -119,10 +117,10 @@ def _float_dtype(source: Source, table: NameTable) -> str:
 
 
 class _Words(NamedTuple):
-    """A source's tokenizer, if it is supported, and the files that a copy of it consists of."""
+    """A source's tokenizer, if it is supported, and the folder with its files."""
 
     tokenizer: Tokenizer | None
-    files: list[Path]
+    folder: Path
 
 
 def _tokenizer(source: Source, scratch: Path) -> _Words:
@@ -138,12 +136,20 @@ def _tokenizer(source: Source, scratch: Path) -> _Words:
             folder = scratch
         except ValueError as error:
             refusal = f"{error}; "
-    files = tokenizer.files(folder)
     try:
-        return _Words(tokenizer.load(folder), files)
-    except FileNotFoundError:
-        refusal += f"found no tokenizer.model and no tokenizer.json in {folder}"
+        words = tokenizer.load(folder)
+    except FileNotFoundError as error:
+        refusal += f"found {error}"
     except ValueError as error:
         refusal += str(error)
+    else:
+        vocab_size = source.config.vocab_size if source.config else words.vocab_size
+        if words.required_vocab_size <= vocab_size < words.vocab_size:
+            logger.warning(
+                "the tokenizer in %s has %d ids, of which the model knows %d: the others, such as "
+                "one for padding, are not used",
+                *(folder, words.vocab_size, vocab_size),
+            )
+        return _Words(words, folder)
     logger.warning("without a tokenizer, the checkpoint cannot be served: %s", refusal)
-    return _Words(None, files)
+    return _Words(None, folder)

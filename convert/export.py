@@ -7,7 +7,6 @@ dtype comes back bit for bit, under Hugging Face's names, experts one by one.
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -72,8 +71,7 @@ def export(
             "weight_map": {name: shard.file for shard in shards for name in shard.offsets},
         }
         _write_json(partial / INDEX_FILE, index)
-        for file in tokenizer.files(checkpoint):
-            shutil.copy(file, partial)
+        tokenizer.copy(checkpoint, partial)
         _write_json(partial / CONFIG_FILE, to_hf(card.model, card.dtype))
     return card
 

@@ -76,6 +76,7 @@ class TemplateTokenizer(Vocabulary):
             if not piece.startswith(_RESERVED):
                 pieces[token_id] = to_bytes(piece)
         super().__init__(pieces, ends, dummy_space=dummy_space)
+        self._required = 1 + max(self._writable(named, controls, spelling), default=-1)
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, with what `tokenizer.json` puts around them (bos, for most).
@@ -101,6 +102,27 @@ class TemplateTokenizer(Vocabulary):
             message["content"] = message["content"].replace(_RESERVED, "\ufffd")
         text = self._template.render(chat, continue_last=continue_last)
         return self._ids(text, add_special_tokens=False)
+
+    @property
+    def required_vocab_size(self) -> int:
+        """Number of ids that a model must have; a token for padding alone is not among them."""
+        return self._required
+
+    def _writable(
+        self, named: Mapping[str, str], controls: Mapping[str, int], spelling: Mapping[str, str]
+    ) -> set[int]:
+        """Return the ids that text, the template, bos or an end of answers may put before a model.
+
+        Trainers add tokens for padding beyond the model's vocabulary, which nothing writes.
+        """
+        ids = {i for i in range(self.vocab_size) if self.token_bytes(i)} | self.eos_ids
+        ids.update(self._ids("", add_special_tokens=True))
+        template = self._template.source if self._template else ""
+        for name, text in named.items():
+            if text in controls and (name in template or name == "bos_token"):
+                ids.add(controls[text])
+        ids.update(controls[text] for text, respelled in spelling.items() if respelled in template)
+        return ids
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # `encode` holds the interpreter's lock while it works; the call for a batch releases it.

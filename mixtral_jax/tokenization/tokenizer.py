@@ -44,6 +44,10 @@ class Tokenizer(Protocol):
         """How many ids there are."""
 
     @property
+    def required_vocab_size(self) -> int:
+        """Number of ids that a model must have to take what this tokenizer can write."""
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """The ids that end generation."""
 

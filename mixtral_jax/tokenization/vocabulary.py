@@ -37,6 +37,14 @@ class Vocabulary:
         """How many ids there are; a model's output layer may be padded beyond."""
         return len(self._pieces)
 
+    @property
+    def required_vocab_size(self) -> int:
+        """Number of ids that a model must have: those that text, chats or an answer's end need.
+
+        It may be smaller than `vocab_size`: ids that nothing can write need no embedding.
+        """
+        return self.vocab_size
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text: b"" for control tokens.
 

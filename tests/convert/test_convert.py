@@ -8,9 +8,12 @@ import pytest
 
 from convert.convert import convert
 from convert.errors import ConversionError
+from convert.export import export
 from mixtral_jax.tokenization import tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.support import sources
+from tests.support.tokenizers import byte_level_spec
+from tests.support.tokenizers import write as write_tokenizer
 
 
 def test_progress_and_names(tmp_path: Path) -> None:
@@ -36,6 +39,54 @@ def test_tokenizer_files_are_copied(tmp_path: Path, caplog: pytest.LogCaptureFix
     convert(path, tmp_path / "dst")
     assert isinstance(tokenizer.load(tmp_path / "dst"), ByteTokenizer)
     assert not caplog.records
+
+
+def tuned(folder: Path, vocab_size: int, **fields: object) -> Path:
+    """Write a source with a small tokenizer.json, as the fine-tunes of others have it."""
+    config = sources.DENSE | {"vocab_size": vocab_size, **fields}
+    hf = sources.tensors(config)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        hf[name] = np.ones((vocab_size, sources.D), np.float32)
+    return write_tokenizer(sources.write_hf(folder, config, hf))
+
+
+NUM_IDS = byte_level_spec().get_vocab_size(with_added_tokens=True)
+
+
+def test_answers_end_where_the_models_config_says(tmp_path: Path) -> None:
+    path = tuned(tmp_path / "src", NUM_IDS, eos_token_id=[0, 1])
+    convert(path, tmp_path / "dst")
+    assert tokenizer.load(tmp_path / "dst").eos_ids == {0, 1, 2}
+    export(tmp_path / "dst", tmp_path / "back")
+    assert tokenizer.load(tmp_path / "back").eos_ids == {0, 1, 2}
+
+
+def test_a_token_for_padding_beyond_the_vocabulary_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tuned(tmp_path / "src", NUM_IDS)
+    spec = byte_level_spec()
+    spec.add_special_tokens(["[PAD]"])
+    spec.save(str(path / "tokenizer.json"))
+    with caplog.at_level(logging.WARNING):
+        convert(path, tmp_path / "dst")
+    assert f"has {NUM_IDS + 1} ids, of which the model knows {NUM_IDS}" in caplog.text
+    assert tokenizer.load(tmp_path / "dst").vocab_size == NUM_IDS + 1
+    spec.add_tokens(["word"])  # text can write this one
+    spec.save(str(path / "tokenizer.json"))
+    with pytest.raises(ConversionError, match="it belongs to another model"):
+        convert(path, tmp_path / "other")
+
+
+def test_a_tokenizer_that_is_not_supported_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tuned(tmp_path / "src", NUM_IDS)
+    (path / "tokenizer.json").write_text('{"model": {"type": "Newest"}}')
+    with caplog.at_level(logging.WARNING):
+        convert(path, tmp_path / "dst")
+    assert "cannot be served" in caplog.text
+    assert "tokenizer.json cannot be read by tokenizers" in caplog.text
 
 
 def test_a_missing_tokenizer_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

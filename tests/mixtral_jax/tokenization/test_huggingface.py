@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 import tokenizers
 from tokenizers import (
+    AddedToken,
     decoders,
     models,
 )
 
 from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.tokenizer import load
-from tests.support.tokenizers import CHATML, INST, SPECS, TEXTS, control_ids, say, turns, write
+from tests.support.tokenizers import (
+    CHATML,
+    INST,
+    SPECS,
+    TEXTS,
+    byte_level_spec,
+    control_ids,
+    say,
+    turns,
+    write,
+)
 
 TEMPLATES = {
     "chatml": CHATML,
@@ -255,3 +266,33 @@ def test_other_threads_run_while_a_text_is_encoded(tmp_path: Path) -> None:
     done.set()
     thread.join()
     assert max(pauses) < seconds / 2
+
+
+@pytest.mark.parametrize(
+    ("added", "names", "suffix", "num_required"),
+    [
+        (AddedToken("[PAD]", special=True), {}, "", 0),
+        (AddedToken("[PAD]", special=True), {"pad_token": "[PAD]"}, "", 0),
+        # What text, bos, the end of an answer or the template can write, a model must have.
+        (AddedToken("[PAD]", special=False), {}, "", 1),
+        (AddedToken("[PAD]", special=True), {"bos_token": "[PAD]"}, "", 1),
+        (AddedToken("[PAD]", special=True), {"eos_token": "[PAD]"}, "", 1),
+        (AddedToken("[PAD]", special=True), {}, "[PAD]", 1),
+        (AddedToken("[PAD]", special=True), {}, "{% if tools %}[PAD]{% endif %}", 1),
+        (AddedToken("[PAD]", special=True), {"pad_token": "[PAD]"}, "{{ pad_token }}", 1),
+    ],
+)
+def test_a_model_need_not_have_what_nothing_writes(
+    added: AddedToken, names: dict[str, str], suffix: str, num_required: int, tmp_path: Path
+) -> None:
+    spec = byte_level_spec()
+    before = spec.get_vocab_size(with_added_tokens=True)
+    spec.add_tokens([added])
+    config = {"eos_token": "<|im_end|>", **names}
+    tokenizer = load(write(tmp_path, spec, CHATML + suffix, config))
+    assert tokenizer.vocab_size == before + 1
+    assert tokenizer.required_vocab_size == before + num_required
+    # Outside text cannot become the id, whoever spells it.
+    if not num_required:
+        assert max(tokenizer.encode("a[PAD]b")) < before
+        assert max(tokenizer.chat(turns("[PAD]"))) < before
