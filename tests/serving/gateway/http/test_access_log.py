@@ -1,4 +1,4 @@
-"""What is told of requests: log, metrics, accounts and spans, before a service of known answers."""
+"""The records of requests: log, metrics, accounts and spans, before a service of known answers."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ SECRET = "pineapple"
 
 
 class Watched:
-    """A stack, and everything that it tells."""
+    """A stack, and everything that it records."""
 
     def __init__(
         self, stack: Stack, metrics: GatewayMetrics, exporter: InMemorySpanExporter
@@ -94,7 +94,7 @@ def watched(request: pytest.FixtureRequest) -> Iterator[Watched]:
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
-    """The lines of the journal as JSON; grows."""
+    """The lines of the access log as JSON; the list grows."""
     found: list[dict[str, Any]] = []
     formatter = JsonFormatter()
 
@@ -121,7 +121,9 @@ def today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def test_a_chat_in_all_books(watched: Watched, lines: list[dict[str, Any]]) -> None:
+def test_a_chat_in_the_log_the_metrics_and_the_accounts(
+    watched: Watched, lines: list[dict[str, Any]]
+) -> None:
     response = watched.chat(f"one {SECRET} three", max_tokens=2, temperature=0.7, n=2)
     assert response.status_code == 200 and SECRET in response.text
     until(lambda: lines)
@@ -378,3 +380,10 @@ def test_ids_of_clients_come_back(watched: Watched) -> None:
     assert answer.headers["x-ms-client-request-id"] == theirs["x-ms-client-request-id"]
     answer = watched.get("/info", headers=ALICE | {"x-ms-client-request-id": "x" * 101})
     assert "x-ms-client-request-id" not in answer.headers
+
+
+def test_the_loggers_name_is_documented() -> None:
+    """Operators' filters name it, so that it is no detail of where the code stands."""
+    documented = (Path(__file__).parents[4] / "docs" / "operate.md").read_text(encoding="utf-8")
+    assert LOGGER == "serving.gateway.http.access_log"
+    assert f"`{LOGGER}`" in documented
