@@ -25,6 +25,8 @@ from serving.proto import inference_pb2, inference_pb2_grpc
 KEY = "not-a-secret"
 # No wait of a test is longer, and only a failing test waits so long.
 PATIENCE = 10.0
+# Like the real service, a stand-in takes the pings of idle gateways for no abuse.
+SERVER_OPTIONS = (("grpc.http2.max_ping_strikes", 0),)
 
 
 class ScriptedInference(inference_pb2_grpc.InferenceServicer):
@@ -205,7 +207,7 @@ def running_stack(
     async def run() -> None:
         service = ScriptedInference()
         health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        server = grpc.aio.server()
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         await health_servicer.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)

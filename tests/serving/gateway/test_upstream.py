@@ -20,7 +20,7 @@ from serving.errors import EngineFailure, Overloaded, ServingError, Unavailable
 from serving.gateway.upstream import READ_AHEAD, Answer, ModelService
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
-from tests.support.fakes import KEY, ScriptedInference
+from tests.support.fakes import KEY, SERVER_OPTIONS, ScriptedInference
 
 PATIENCE = 20.0
 
@@ -45,7 +45,7 @@ class Replica:
     def __init__(self, service: ScriptedInference) -> None:
         self.service = service
         self.health = HealthServicer()
-        self.server = grpc.aio.server()
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
         rpc.add_InferenceServicer_to_server(service, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
