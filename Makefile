@@ -75,8 +75,8 @@ docs: $(VENV)/.tested ## Build the pages of docs/ into build/docs; a dead link o
 	@rm -rf build/commands && mkdir -p build/commands
 	$(BIN)/python -m typer mixtral_jax.cli.main utils docs --name mixtral-jax --output build/commands/all.md
 	@sed -e 1d -e 's/^##/###/' build/commands/all.md > build/commands/mixtral-jax.md
-	COLUMNS=96 TERM=dumb $(BIN)/python -m serving --help > build/commands/serving.txt
-	COLUMNS=96 TERM=dumb $(BIN)/python -m serving.gateway --help > build/commands/serving.gateway.txt
+	COLUMNS=96 TERM=dumb TYPER_USE_RICH=0 $(BIN)/python -m serving --help > build/commands/serving.txt
+	COLUMNS=96 TERM=dumb TYPER_USE_RICH=0 $(BIN)/python -m serving.gateway --help > build/commands/serving.gateway.txt
 	$(BIN)/zensical build --strict --clean
 
 dist: $(VENV)/.tested ## Build the source distribution and the wheel into dist/
