@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,8 +21,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.generation import steps_for
 from mixtral_jax.kernels import kernels_for
 from mixtral_jax.kernels.xla.attention import paged_attention
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.placement import Placement
 from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.topology import absent_devices, environment, installed
 from mixtral_jax.weight import Weight
@@ -116,6 +121,56 @@ def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
             assert facts["temporaries"] < facts["weights"] / 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tpu:v5e:1x1", "gpu:h100:1"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_generate_calls_the_kernels_of_an_absent_device(name: str, dtype: str) -> None:
+    """A single accelerator, and no mesh is named: what a notebook does."""
+    (topology,) = topologies(name)
+    if not installed(topology.platform):
+        pytest.skip(f"no compiler for {topology.platform} is installed")
+    done = subprocess.run(
+        [sys.executable, __file__, name, dtype],
+        env=environment(topology),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    calls = json.loads(done.stdout.splitlines()[-1])
+    # One token computes every expert; a prompt's chunk sorts its rows by expert.
+    assert set(calls["decode"]) >= set(ATTENTION[topology.platform][:1])
+    assert set(calls["prompt"]) >= {
+        *ATTENTION[topology.platform][:1],
+        *PRODUCT[topology.platform][dtype],
+    }
+
+
+def compile_generation(name: str, dtype: str) -> dict[str, list[str]]:
+    """Compiles what `generate` runs, in the other process: the kernels that it calls."""
+    (topology,) = topologies(name)
+    config = replace(
+        ModelConfig.tiny(vocab_size=256),
+        hidden_size=512,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=128,
+        feed_forward_size=512,
+        num_layers=1,
+        max_context=1024,
+    )
+    placement = Placement.of(config, dtype, "auto", devices=absent_devices(topology))
+    model = Transformer(config, replace(placement, step_tokens=256), rngs=None)
+    steps = steps_for(model, 1024)
+
+    def calls(tokens: int) -> list[str]:
+        text = steps.buckets[tokens].block.as_text()
+        lines = "".join(line for line in text.splitlines() if "custom-call(" in line)
+        return [kernel for kernel in KERNELS if kernel in lines]
+
+    return {"decode": calls(1), "prompt": calls(256)}
+
+
 def compile_all(name: str) -> dict[str, dict[str, Any]]:
     """In the other process: by what was compiled, what the compiler says of it."""
     (topology,) = topologies(name)
@@ -189,4 +244,5 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))
+    work = compile_generation if len(sys.argv) > 2 else compile_all
+    print(json.dumps(work(*sys.argv[1:])))
