@@ -6,7 +6,8 @@
     for text in mixtral_jax.generate(model, tokenizer, "Once upon a time", max_tokens=20):
         print(text, end="")
 
-A checkpoint folder is made by `mixtral-jax convert SRC DST`.
+`mixtral-jax convert SRC DST` makes a checkpoint folder. Names are imported when they are first
+asked for: jax takes seconds, `mixtral-jax --help` should not.
 """
 
 import importlib
@@ -14,44 +15,61 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixtral_jax.checkpoint.pretrained import load as load
+    from mixtral_jax.config import ModelConfig as ModelConfig
+    from mixtral_jax.errors import ChatError as ChatError
+    from mixtral_jax.errors import ConfigError as ConfigError
+    from mixtral_jax.errors import SamplingError as SamplingError
+    from mixtral_jax.errors import TopologyError as TopologyError
+    from mixtral_jax.errors import UserError as UserError
+    from mixtral_jax.generation import Draw as Draw
+    from mixtral_jax.generation import generate as generate
+    from mixtral_jax.generation import generate_draws as generate_draws
+    from mixtral_jax.generation import generate_tokens as generate_tokens
+    from mixtral_jax.model.transformer import Transformer as Transformer
+    from mixtral_jax.placement import Placement as Placement
+    from mixtral_jax.sampling_params import SamplingParams as SamplingParams
+    from mixtral_jax.sharding import ShardingRules as ShardingRules
+    from mixtral_jax.sharding import make_mesh as make_mesh
+    from mixtral_jax.tokenization.messages import Message as Message
+    from mixtral_jax.tokenization.tokenizer import Tokenizer as Tokenizer
+
     __version__: str
-    from mixtral_jax.checkpoint.pretrained import load
-    from mixtral_jax.config import ModelConfig
-    from mixtral_jax.generation import generate, generate_tokens
-    from mixtral_jax.model.transformer import Transformer
-    from mixtral_jax.sharding import ShardingRules, make_mesh
-    from mixtral_jax.tokenization.tokenizer import Tokenizer
 
-__all__ = [
-    "ModelConfig",
-    "ShardingRules",
-    "Tokenizer",
-    "Transformer",
-    "generate",
-    "generate_tokens",
-    "load",
-    "make_mesh",
-]
-
+# Public name -> the module that it stands in.
 _HOMES = {
+    "ChatError": "errors",
+    "ConfigError": "errors",
+    "Draw": "generation",
+    "Message": "tokenization.messages",
     "ModelConfig": "config",
+    "Placement": "placement",
+    "SamplingError": "errors",
+    "SamplingParams": "sampling_params",
     "ShardingRules": "sharding",
     "Tokenizer": "tokenization.tokenizer",
+    "TopologyError": "errors",
     "Transformer": "model.transformer",
+    "UserError": "errors",
     "generate": "generation",
+    "generate_draws": "generation",
     "generate_tokens": "generation",
     "load": "checkpoint.pretrained",
     "make_mesh": "sharding",
 }
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for: jax takes seconds, `--help` should not."""
+    """Imports a public name when it is first asked for."""
     if name == "__version__":
         return importlib.metadata.version("mixtral-jax")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
