@@ -8,7 +8,8 @@ is counted three times.
 
 Two amounts are not in the text and are left to the caller. Reads of the pages by gathers, slices
 and kernels count nothing here, because the text does not say how many pages are in use. The share
-of its experts that a kernel reads is a parameter. A loop whose length is unknown counts once.
+of its experts that a kernel reads is a parameter. A loop whose length is unknown counts once, and
+of a conditional's branches the one that moves most.
 """
 
 import re
@@ -282,8 +283,7 @@ class _TrafficCounter:
         arrays = [array for owner in (item, *operands) for array in owner.arrays]
         largest = max((array.nbytes for array in arrays), default=0)
         sources = frozenset().union(*(values.get(name, frozenset()) for name in item.operands))
-        moves_weights = sources == {"weights"}
-        self.collectives.append(Collective(kind, largest, devices, moves_weights))
+        self.collectives.append(Collective(kind, largest, devices, sources == {"weights"}))
 
     def _note_overlapped(self, fusion: Instruction, values: dict[str, _Sources]) -> None:
         """Notes a TPU's collective that runs beside other work.

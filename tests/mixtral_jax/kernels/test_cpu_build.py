@@ -47,6 +47,7 @@ def test_the_worker_pool_runs_every_task_once(tmp_path: Path, sanitizer: str) ->
 
 
 @pytest.mark.soak  # minutes: every kernel runs many times slower
+@pytest.mark.timeout(3000)
 def test_the_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
     """The tests of test_cpu.py with a library that ends at a bad access or undefined behaviour."""
     compiler = tmp_path / "sanitizing-g++"

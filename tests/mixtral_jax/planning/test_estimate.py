@@ -2,9 +2,9 @@
 
 import pytest
 
-from mixtral_jax.planning.chips import topologies
+from mixtral_jax.planning.chips import GIB, topologies
 from mixtral_jax.planning.estimate import Estimate
-from mixtral_jax.planning.plan import Plan
+from mixtral_jax.planning.plan import Plan, best_first
 from mixtral_jax.planning.search import known_model
 from mixtral_jax.planning.split import Split
 from tests.support.plan_workload import SMALL, plan_of, workload_of
@@ -80,6 +80,10 @@ def test_an_accelerator_computes_every_expert_for_few_tokens() -> None:
     assert by_experts.decode_bytes == by_tensors.decode_bytes == by_experts.least_bytes
     assert by_experts.decode.memory * 1e3 == pytest.approx(14.26, abs=0.05)
     assert by_tensors.decode_bytes - by_tensors.least_bytes == 32 * EXPERT * 0.75
+    # Two eighths of an expert in each layer, and the rest, would be less than 3 GiB.
+    assert by_tensors.least_bytes / GIB == pytest.approx(2.975, abs=0.001)
+    # At equal times the split that leaves more to gain is preferred.
+    assert best_first([by_experts, by_tensors])[0] is by_tensors
     assert by_tensors.decode_bytes / by_tensors.least_bytes == pytest.approx(3.62, abs=0.1)
 
 

@@ -147,3 +147,37 @@ def test_a_kernel_reads_the_experts_that_are_touched() -> None:
     text = text.replace("custom-call(%x, %written)", "custom-call(%a, %written)")
     whole, half = program_traffic(text, 1.0, 8).nbytes, program_traffic(text, 0.5, 8).nbytes
     assert whole - half == 64
+
+
+CONDITIONAL = """
+%double (t: (f32[8,4])) -> f32[8,4] {
+  %t = (f32[8,4]{1,0}) parameter(0)
+  %v = f32[8,4]{1,0} get-tuple-element(%t), index=0
+  ROOT %w = f32[8,4]{1,0} add(%v, %v)
+}
+
+%same (t: (f32[8,4])) -> f32[8,4] {
+  %t = (f32[8,4]{1,0}) parameter(0)
+  ROOT %v = f32[8,4]{1,0} get-tuple-element(%t), index=0
+}
+
+ENTRY %main (a: f32[8,4], p: pred[]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0), metadata={op_name="arrays[0]"}
+  %p = pred[] parameter(1), metadata={op_name="p"}
+  %given = (f32[8,4]{1,0}) tuple(%a)
+  ROOT %out = f32[8,4]{1,0} conditional(%p, %given, %given), BRANCHES
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%same, %double}",
+        "true_computation=%double, false_computation=%same",
+        "true_computation=%same, false_computation=%double",
+    ],
+)
+def test_of_a_conditional_the_branch_that_moves_most_counts(branches: str) -> None:
+    """Adding an array to itself reads it twice and writes it; the other branch moves nothing."""
+    assert program_traffic(CONDITIONAL.replace("BRANCHES", branches)).nbytes == 3 * 128
