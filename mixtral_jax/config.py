@@ -14,7 +14,10 @@ from mixtral_jax.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape and mathematics of one decoder. Field names on the right are Hugging Face's."""
+    """Shape and mathematics of a decoder.
+
+    Behind each field stand its axis letter and its name in Hugging Face's config.json.
+    """
 
     vocab_size: int
     hidden_size: int  # D
@@ -60,6 +63,7 @@ class ModelConfig:
 
     @property
     def is_moe(self) -> bool:
+        """Say whether feed-forward layers are mixtures of experts."""
         return self.num_experts > 0
 
     @property
@@ -80,7 +84,7 @@ class ModelConfig:
 
     @classmethod
     def mistral_7b_v01(cls) -> "ModelConfig":
-        """Mistral-7B-v0.1 and Mistral-7B-Instruct-v0.1."""
+        """Return the config of Mistral-7B-v0.1 and Mistral-7B-Instruct-v0.1."""
         return cls(
             vocab_size=32_000,
             hidden_size=4096,
@@ -100,19 +104,22 @@ class ModelConfig:
 
     @classmethod
     def mistral_7b_instruct_v02(cls) -> "ModelConfig":
+        """Return the config of Mistral-7B-Instruct-v0.2."""
         return replace(cls.mistral_7b_v01(), rope_theta=1e6, sliding_window=None)
 
     @classmethod
     def mistral_7b_instruct_v03(cls) -> "ModelConfig":
+        """Return the config of Mistral-7B-v0.3 and Mistral-7B-Instruct-v0.3."""
         return replace(cls.mistral_7b_instruct_v02(), vocab_size=32_768)
 
     @classmethod
     def mixtral_8x7b_v01(cls) -> "ModelConfig":
-        """Mixtral-8x7B-v0.1 and Mixtral-8x7B-Instruct-v0.1."""
+        """Return the config of Mixtral-8x7B-v0.1 and Mixtral-8x7B-Instruct-v0.1."""
         return replace(cls.mistral_7b_instruct_v02(), num_experts=8, experts_per_token=2)
 
     @classmethod
     def mixtral_8x22b_instruct_v01(cls) -> "ModelConfig":
+        """Return the config of Mixtral-8x22B-Instruct-v0.1."""
         return replace(
             cls.mixtral_8x7b_v01(),
             vocab_size=32_768,
@@ -172,7 +179,7 @@ class ModelConfig:
 
     @classmethod
     def smollm2_135m(cls) -> "ModelConfig":
-        """SmolLM2-135M-Instruct: Mistral's mathematics without a window, small enough for a CPU."""
+        """Return the config of SmolLM2-135M-Instruct: no window, and small enough for a CPU."""
         return cls(
             vocab_size=49_152,
             hidden_size=576,
@@ -192,7 +199,7 @@ class ModelConfig:
 
     @classmethod
     def tiny(cls, *, vocab_size: int) -> "ModelConfig":
-        """A toy Mixtral with random weights, for tests and for trying the plumbing."""
+        """Return the config of a toy Mixtral, for tests and first trials."""
         return cls(
             vocab_size=vocab_size,
             hidden_size=64,
@@ -210,13 +217,18 @@ class ModelConfig:
             tied_embeddings=False,
         )
 
-    # --- our own file ---
+    # --- config.json of a checkpoint ---
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as the checkpoint's config.json holds them."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """Make a config from the output of `to_json`.
+
+        Raises ConfigError for fields that are unknown, missing or out of range.
+        """
         known = {field.name for field in fields(cls)}
         if known != set(values):
             wrong = sorted(known ^ set(values))

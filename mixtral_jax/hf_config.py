@@ -66,9 +66,9 @@ _MOE = frozenset({"num_local_experts", "num_experts_per_tok"})
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Translates the content of a Hugging Face `config.json`.
+    """Translate the content of a Hugging Face `config.json`.
 
-    Takes `mistral`, `mixtral`, and those `llama` configs that compute the same thing (no
+    It takes `mistral`, `mixtral`, and those `llama` configs that compute the same thing (no
     biases, no rope scaling). Raises ConfigError naming the field and its value otherwise.
     """
     kind = hf.get("model_type")
@@ -103,7 +103,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` that transformers reads for this model; inverse of `from_hf`."""
+    """Return the content of the `config.json` of this model; the inverse of `from_hf`."""
     kind = "mixtral" if config.is_moe else "mistral"
     hf: dict[str, Any] = {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
@@ -160,7 +160,9 @@ def _check_layer_types(hf: Mapping[str, Any], kind: str) -> None:
     types = hf["layer_types"]
     window = _sliding_window(hf, kind)
     expected = "full_attention" if window is None else "sliding_attention"
-    if types is not None and (not isinstance(types, list) or set(types) - {expected}):
+    if types is not None and (
+        not isinstance(types, list) or any(name != expected for name in types)
+    ):
         raise ConfigError(
             f"config field layer_types={types!r} is not supported: layers that differ in their "
             "window are another architecture (Ministral); with this sliding_window all must be "

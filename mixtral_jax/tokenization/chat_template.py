@@ -19,8 +19,8 @@ import jinja2.sandbox
 from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.messages import Message
 
-# Put behind a message to find its end in what a template wrote: a noncharacter, which Unicode
-# keeps out of exchanged text. Should text hold it all the same, the last one counts.
+# This mark behind a message shows where the message ends in the text that a template writes. It
+# is a noncharacter, which Unicode keeps out of exchanged text. If text holds it, the last counts.
 _END_MARK = "\U0010fffe"
 
 
@@ -72,16 +72,18 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> str:
-        """The chat as text, up to where the assistant's answer begins or, with `continue_last`,
-        to the end of what the assistant has said of it.
+        """Return the chat as text, up to where the assistant's answer begins.
+
+        With `continue_last` the last message is the beginning of that answer, and the text ends
+        where the message does.
 
         Raises ChatError if the template itself refuses the chat, or does not write the last
         message as it is.
         """
         chat = [dict(message) for message in messages]
-        said = messages[-1]["content"]
+        last = messages[-1]["content"]
         if continue_last:
-            chat[-1]["content"] = f"{said}{_END_MARK} "
+            chat[-1]["content"] = f"{last}{_END_MARK} "
         try:
             text = self._template.render(
                 messages=chat,
@@ -92,12 +94,12 @@ class ChatTemplate:
             )
         except Exception as error:  # a template computes, and may fail like any program
             raise ChatError(f"the model's chat template refuses this chat: {error}") from error
-        return _cut_at_mark(text, said) if continue_last else text
+        return _cut_at_mark(text, last) if continue_last else text
 
     def sample(self) -> str:
-        """What the template writes around messages: a few small chats, one after the other.
+        """Write a few small chats, which show what the template puts around messages.
 
-        Each message says "a". Chats that the template refuses are left out.
+        The text of each message is "a". Chats that the template refuses are left out.
         """
         texts = []
         for roles in ("user", "system user", "user assistant user", "system user assistant user"):
@@ -109,7 +111,7 @@ class ChatTemplate:
         return "\n".join(texts)
 
     def respelled(self, spelling: Mapping[str, str]) -> "ChatTemplate":
-        """The same template writing other text for some words, given as {word: new spelling}.
+        """Return the same template with other text for some words, as {word: new spelling}.
 
         Raises TokenizerError if a word is still written after that, because the template puts it
         together from parts.
@@ -121,24 +123,31 @@ class ChatTemplate:
         words = re.compile("|".join(map(re.escape, longest_first)))
 
         def respell(text: str) -> str:
-            return words.sub(lambda word: spelling[word[0]], text)
+            return words.sub(lambda match: spelling[match[0]], text)
 
         tokens = {name: respell(text) for name, text in self.tokens.items()}
         template = ChatTemplate(respell(self.source), tokens)
-        if left := words.search(template.sample()):
+        if word := words.search(template.sample()):
             raise TokenizerError(
-                f"the chat template puts the control token {left[0]} together from parts, so it "
+                f"the chat template puts the control token {word[0]} together from parts, so it "
                 "cannot be told from the same text in a message: write it out in the template"
             )
         return template
 
 
-def _cut_at_mark(text: str, said: str) -> str:
-    """The text up to the last mark, with the end of the message as the template would write it."""
+def _cut_at_mark(text: str, last: str) -> str:
+    """Return the text up to the last mark.
+
+    Args:
+        text: a chat as a template wrote it, with the mark and a space behind the last message.
+        last: the last message.
+
+    Raises ChatError if the text before the mark does not end with the message.
+    """
     before, mark, after = text.rpartition(_END_MARK)
     if not after.startswith(" "):  # a template that strips messages has taken the space
         before = before.rstrip()
-    if not mark or not before.rstrip().endswith(said.strip()):
+    if not mark or not before.rstrip().endswith(last.strip()):
         raise ChatError(
             "the last message cannot be continued: the model's chat template does not write it as "
             "it is"

@@ -1,7 +1,4 @@
-"""TemplateTokenizer: any `tokenizer.json` with a chat template, made safe for outside text.
-
-Imports chats and the detokenizer's table; `mixtral_jax.tokenization.tokenizer` is the front.
-"""
+"""TemplateTokenizer: any `tokenizer.json` with a chat template, made safe for outside text."""
 
 import json
 import re
@@ -79,7 +76,7 @@ class TemplateTokenizer(Vocabulary):
         self._required = 1 + max(self._writable(named, controls, spelling), default=-1)
 
     def encode(self, text: str) -> list[int]:
-        """The text's tokens, with what `tokenizer.json` puts around them (bos, for most).
+        """Return the ids of a text, with those that `tokenizer.json` puts around it, such as bos.
 
         Raises ValueError for text that is not Unicode.
         """
@@ -87,8 +84,9 @@ class TemplateTokenizer(Vocabulary):
         return self._ids(text.replace(_RESERVED, "\ufffd"), add_special_tokens=True)
 
     def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
-        """The chat as the template writes it, with its generation prompt or, with
-        `continue_last`, up to the end of the last message's text.
+        """Return the ids of the chat as the template writes it, with its generation prompt.
+
+        With `continue_last` they end with the last message's text instead.
 
         Raises ChatError if the template refuses the chat, or if there is no template.
         """
@@ -164,15 +162,15 @@ def _respell(spec: dict[str, Any], spelling: Mapping[str, str]) -> None:
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [p for p in pairs if spelling.keys().isdisjoint([*p, "".join(p)])]
     if model["type"] == "BPE":
-        # What has no token is left out. Published software puts the unknown token there, which
-        # in many vocabularies is the end of the text as well: outside text must not reach it.
+        # Characters without a token are dropped. Published software puts the unknown token there,
+        # which in many vocabularies is the end of the text as well: outside text must not reach it.
         model["unk_token"] = None
     # A maximum length or a padding saved with the file is no part of what text means.
     spec["truncation"] = spec["padding"] = None
 
 
 def _decoding(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:
-    """How pieces spell bytes, and whether a text opens with a space nobody wrote."""
+    """Return the reader of a piece's bytes, and whether encoding puts a space before a text."""
     steps = [step["type"] for step in (decoder or {}).get("decoders", [decoder or {"type": None}])]
     if "ByteLevel" in steps:
         return byte_level_bytes, False

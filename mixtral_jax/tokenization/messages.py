@@ -1,7 +1,7 @@
 """Messages of a chat: their roles, and the checks that every chat passes first.
 
 `checked` is the gate: the messages that it returns have known roles and valid text, so that the
-code that formats them afterwards need not ask.
+code that formats them afterwards need not check.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,10 @@ def check_text(text: str, name: str) -> None:
 
 
 def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list[Message]:
-    """The messages, role and content only. Raises ChatError naming the first that is wrong.
+    """Return the messages with role and content only.
 
-    With `continue_last` the last one must be an assistant's that says something.
+    With `continue_last` the last message must be an assistant's, with some text. Raises ChatError
+    that names the first message that is wrong.
     """
     if not messages:
         raise ChatError("the chat is empty: send at least one user message")

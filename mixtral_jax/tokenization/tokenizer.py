@@ -1,16 +1,11 @@
-"""From text and chats to token ids; `mixtral_jax.detokenizer` is the way back.
+"""Tokenizer: the interface of all tokenizers, and `load`, which picks the one of a checkpoint.
 
-`load` finds out what a checkpoint's folder holds:
+* `tokenizer.model*` and `tekken.json` are Mistral's own files: `MistralTokenizer`.
+* `tokenizer.json` with a chat template is the form of models from elsewhere: `TemplateTokenizer`.
+* `byte_tokenizer.json` stands for one token per byte: `ByteTokenizer`.
 
-* `tokenizer.model*`: Mistral's sentencepiece files of versions v1, v2 and v3 -> `MistralTokenizer`,
-  whose chats mistral-common renders, because that library defines the format. Templates published
-  beside the same weights refuse system messages and differ in spaces.
-* `tokenizer.json` and a chat template (models of the same architecture from elsewhere)
-  -> `TemplateTokenizer`, in a file of its own.
-* `byte_tokenizer.json`: one token a byte, nothing to download -> `ByteTokenizer`.
-
-One promise holds for all of them: text from outside, be it a prompt or a message, becomes text
-tokens only. The ids that end a turn or open another role come from the format alone.
+All of them keep one promise: text from outside, be it a prompt or a message, becomes text tokens
+only. The ids that end a turn or open another role come from the format alone.
 """
 
 import json
@@ -35,40 +30,43 @@ from mixtral_jax.tokenization.special_tokens import (
 from mixtral_jax.tokenization.toy_bytes import TOY_FILE, ByteTokenizer
 
 
-@runtime_checkable  # the tests' type checker asks isinstance
+@runtime_checkable  # the type checker of the tests uses isinstance
 class Tokenizer(Protocol):
-    """What serving and generation ask of a tokenizer. Ids are ints in [0, vocab_size)."""
+    """The interface that serving and generation use. Ids are ints in [0, vocab_size)."""
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
 
     @property
     def required_vocab_size(self) -> int:
-        """Number of ids that a model must have to take what this tokenizer can write."""
+        """Number of ids that a model must have, because this tokenizer can write them."""
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The ids that end generation."""
+        """Ids that end generation."""
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to be continued, opened by bos where the model has one."""
+        """Return the ids of plain text, after bos where the model has one."""
 
     def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
-        """A chat, up to where the assistant's answer begins. Raises ChatError.
+        """Return the ids of a chat, up to where the assistant's answer begins. Raises ChatError.
 
         With `continue_last` the last message is the beginning of that answer, which goes on from
         there: its turn is not closed.
         """
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token adds to the text; b"" for control tokens."""
+        """Return the bytes that a token adds to the text; b"" for control tokens."""
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of a whole answer."""
+        """Return the text of a whole answer."""
 
     def detokenizer(self, *, continues: bool = False) -> Detokenizer:
-        """The text of an answer that is still growing."""
+        """Begin the text of an answer that is still growing.
+
+        `continues` says that the answer continues a prompt's text, so that its first space stays.
+        """
 
 
 _FILES = (

@@ -10,7 +10,7 @@ TOY_FILE = "byte_tokenizer.json"
 
 
 class ByteTokenizer(Vocabulary):
-    """One token a byte, for models without a vocabulary of their own: demonstrations and tests.
+    """One token per byte, for models without a vocabulary of their own: demonstrations and tests.
 
     Ids 0 to 255 are the bytes of UTF-8; then come bos, eos and one id for each role. A chat is
     bos, then each message as its role, its bytes and eos, and at last the assistant's role.
@@ -24,12 +24,12 @@ class ByteTokenizer(Vocabulary):
         super().__init__([*(bytes([byte]) for byte in range(256)), *controls], [self._EOS])
 
     def encode(self, text: str) -> list[int]:
-        """bos and the bytes of the text. Raises ValueError for text that is not Unicode."""
+        """Return bos and the bytes of the text. Raises ValueError for text that is not Unicode."""
         check_text(text, "the text")
         return [self._BOS, *text.encode()]
 
     def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
-        """The chat in ids, e.g. [256, 259, 104, 105, 257, 260] for the user's "hi"."""
+        """Return the chat's ids, e.g. [256, 259, 104, 105, 257, 260] for the user's "hi"."""
         ids = [self._BOS]
         for message in checked(messages, continue_last=continue_last):
             ids += [self._ROLE_IDS[message["role"]], *message["content"].encode(), self._EOS]

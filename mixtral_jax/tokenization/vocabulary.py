@@ -12,7 +12,7 @@ from functools import cache
 from mixtral_jax.tokenization.detokenizer import Detokenizer
 
 _SPM_SPACE = "\u2581"  # sentencepiece writes a space as this character
-_SPM_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # and a byte that has no piece of its own so
+_SPM_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte that has no piece of its own
 
 
 class Vocabulary:
@@ -26,7 +26,7 @@ class Vocabulary:
         Args:
             pieces: bytes per id.
             eos_ids: the ids that end generation.
-            dummy_space: whether encoding puts a space before the text, to be taken off again.
+            dummy_space: whether encoding puts a space before the text, which decoding removes.
         """
         self._pieces = tuple(pieces)
         self.eos_ids = frozenset(eos_ids)
@@ -34,7 +34,7 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are; a model's output layer may be padded beyond."""
+        """Number of ids. The output layer of a model may be padded to more."""
         return len(self._pieces)
 
     @property
@@ -46,7 +46,7 @@ class Vocabulary:
         return self.vocab_size
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token adds to the text: b"" for control tokens.
+        """Return the bytes that a token adds to the text; b"" for control tokens.
 
         Ids past the vocabulary, which a padded output layer can yield, add nothing either.
         Raises ValueError for a negative id.
@@ -56,7 +56,7 @@ class Vocabulary:
         return self._pieces[token_id] if token_id < len(self._pieces) else b""
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of a whole list of ids, control tokens left out.
+        """Return the text of a list of ids, without control tokens.
 
         Bytes that are no UTF-8 become U+FFFD, one for each maximal wrong part (the Unicode
         standard's recommendation; sentencepiece itself writes one for each byte).
@@ -67,19 +67,19 @@ class Vocabulary:
         return data.decode("utf-8", "replace")
 
     def detokenizer(self, *, continues: bool = False) -> Detokenizer:
-        """A fresh `Detokenizer`; `continues` for the continuation of a prompt's text."""
+        """Begin a stream; `continues` says that its text continues a prompt's."""
         return Detokenizer(self.token_bytes, drop_first_space=self.dummy_space and not continues)
 
 
 def spm_bytes(piece: str) -> bytes:
-    """The bytes of a sentencepiece piece: "\u2581the" is b" the", "<0xE2>" is b"\\xe2"."""
+    """Return the bytes of a sentencepiece piece: "\u2581the" is b" the", "<0xE2>" is b"\\xe2"."""
     if byte := _SPM_BYTE.fullmatch(piece):
         return bytes([int(byte[1], 16)])
     return piece.replace(_SPM_SPACE, " ").encode()
 
 
 def byte_level_bytes(piece: str) -> bytes:
-    """The bytes of a byte-level BPE piece, which spells each byte as one visible character.
+    """Return the bytes of a byte-level BPE piece, which spells each byte as one visible character.
 
     An added token is written as it is: a piece with any other character stands for itself.
     """
@@ -91,8 +91,11 @@ def byte_level_bytes(piece: str) -> bytes:
 
 @cache
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's spelling of bytes: Latin-1's visible characters stand for themselves, and the other
-    bytes take, in order, the characters from U+0100 on (so a space is U+0120)."""
+    """Return the byte that each character stands for in GPT-2's spelling.
+
+    Visible characters of Latin-1 stand for themselves. The other bytes have the characters from
+    U+0100 on, in order; a space is U+0120.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted(set(range(256)) - set(visible))
     return {chr(byte): byte for byte in visible} | {

@@ -37,8 +37,6 @@ TO_BE_READ = {
     "convert/source",
     "mixtral_jax/checkpoint",
     "mixtral_jax/cli",
-    "mixtral_jax/config.py",
-    "mixtral_jax/tokenization",
     "serving/access",
     "serving/bench",
     "serving/cluster",
