@@ -1,4 +1,4 @@
-"""ConversionError: everything that is wrong with a source, said at once."""
+"""The errors of this package: ConversionError, with all that is wrong at once, and PullError."""
 
 from collections.abc import Sequence
 
@@ -20,3 +20,7 @@ class ConversionError(UserError):
         if len(self.problems) > _SHOWN:
             shown.append(f"and {len(self.problems) - _SHOWN} more")
         super().__init__("\n".join(shown))
+
+
+class PullError(UserError):
+    """Weights that could not be fetched; the message says what to do about it."""

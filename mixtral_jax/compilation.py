@@ -6,9 +6,10 @@ Compiling is most of a start. A server compiles before its first request and nev
 import os
 from collections import OrderedDict
 from collections.abc import Hashable
-from pathlib import Path
 
 import jax
+
+from mixtral_jax.paths import cache_folder
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -16,16 +17,10 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 def keep_programs() -> None:
     """Turns on JAX's persistent compilation cache.
 
-    It is in $JAX_COMPILATION_CACHE_DIR, or else in `compiled_folder("xla")`.
+    It is in $JAX_COMPILATION_CACHE_DIR, or else in the folder "xla" of the user's cache.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(compiled_folder("xla")))
-
-
-def compiled_folder(kind: str) -> Path:
-    """Folder of compiled files of a kind: in $MIXTRAL_JAX_CACHE, or the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("MIXTRAL_JAX_CACHE") or home / "mixtral-jax") / kind
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 class CompiledPrograms:

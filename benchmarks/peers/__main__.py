@@ -28,7 +28,8 @@ import typer
 from benchmarks.command import run
 from benchmarks.peers.environments import PEERS, Environments
 from benchmarks.peers.servers import Contender, Load, Setting, ours, over_http, peer
-from convert.pull import cache_folder, pull
+from convert.pull import pull
+from mixtral_jax.paths import cache_folder
 from serving.bench.load import Level, median, prompts, words_for
 from serving.bench.report import facts, write_json
 

@@ -1,11 +1,11 @@
 """`mixtral-jax keys`: add, list, remove. Running servers with `--keys FILE` follow the file."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mixtral_jax.paths import settings_folder
 from serving.access.keyring import KeyFile
 
 app = typer.Typer(help="Keys of clients, by name; only digests are kept.", no_args_is_help=True)
@@ -13,8 +13,7 @@ app = typer.Typer(help="Keys of clients, by name; only digests are kept.", no_ar
 
 def default_file() -> Path:
     """`mixtral-jax/keys.json` where the user's settings are."""
-    settings = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(settings) / "mixtral-jax" / "keys.json"
+    return settings_folder() / "keys.json"
 
 
 FileOption = Annotated[

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import platformdirs
+
 from serving.errors import SetupError
 
 IN_MEMORY = ":memory:"  # SQLite's name for no file
@@ -64,8 +66,7 @@ class Usage:
 
 def usual_place() -> str:
     """Returns a file in the user's folder for state, or IN_MEMORY if that cannot be written."""
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    file = Path(home) / "mixtral-jax" / "usage.db"
+    file = platformdirs.user_state_path("mixtral-jax", appauthor=False) / "usage.db"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError:

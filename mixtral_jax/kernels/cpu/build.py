@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax.compilation import compiled_folder
+from mixtral_jax.paths import cache_folder
 
 _FOLDER = Path(__file__).parent
 _FLAGS = (
@@ -73,7 +73,7 @@ def _compiled(compiler: str) -> Path:
     versions = (jax.ffi.include_dir(), jax.__version__, platform.machine(), _processor())
     for word in (compiler, *_FLAGS, *versions):
         key.update(word.encode())
-    library = compiled_folder("native") / f"{key.hexdigest()[:32]}.so"
+    library = cache_folder() / "native" / f"{key.hexdigest()[:32]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
