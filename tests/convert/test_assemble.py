@@ -74,6 +74,7 @@ def test_quantised_gguf_with_tied_embeddings(tmp_path: Path) -> None:
     sources.assert_same(sources.parameters(tmp_path / "dst"), sources.ours(lossy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", parity.MODELS)
 def test_what_transformers_saves_computes_the_same(tmp_path: Path, kind: str) -> None:
     theirs = parity.huggingface(kind)
@@ -130,6 +131,7 @@ def test_tied_embeddings_may_be_stored_as_the_head(tmp_path: Path, form: str) ->
     sources.assert_same(sources.parameters(tmp_path / "dst"), want)
 
 
+@pytest.mark.slow
 def test_upcycled_equals_dense(tmp_path: Path) -> None:
     path, hf = sources.write(tmp_path / "src", "index", sources.DENSE, np.float32)
     convert(path, tmp_path / "dense")

@@ -113,6 +113,7 @@ def error(found: Transformer, want: Transformer) -> float:
     return float(np.sqrt(np.mean((logits(found) - wanted) ** 2)) / np.std(wanted))
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("chunk_bytes", [1 << 25, 3 * 4 * sources.H * sources.D])
 def test_smoothing_alone_changes_no_logits(tmp_path: Path, kind: str, chunk_bytes: int) -> None:
@@ -129,6 +130,7 @@ def test_smoothing_alone_changes_no_logits(tmp_path: Path, kind: str, chunk_byte
     assert changed == named_parameters(model).keys() - {"embed.weight"}
 
 
+@pytest.mark.slow
 @both
 def test_int8_is_near_and_with_outliers_only_when_smoothed(tmp_path: Path, kind: str) -> None:
     # Random layers amplify what is lost, and where experts are about equal others may be chosen.
@@ -182,6 +184,7 @@ def hugging_face(folder: Path, base: dict[str, Any] = sources.MOE, tied: bool = 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_converted_to_int8_and_loaded(tmp_path: Path, tied: bool) -> None:
     source = hugging_face(tmp_path / "src", tied=tied)
@@ -197,6 +200,7 @@ def test_converted_to_int8_and_loaded(tmp_path: Path, tied: bool) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_upcycled_and_quantised(tmp_path: Path) -> None:
     source = hugging_face(tmp_path / "src", sources.DENSE)
     convert(source, tmp_path / "float")
@@ -213,6 +217,7 @@ def test_without_a_tokenizer_there_is_nothing_to_calibrate_with(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.slow
 def test_no_way_from_one_kind_to_the_other_but_converting(tmp_path: Path) -> None:
     source = hugging_face(tmp_path / "src")
     for dtype in ("int8", "float32"):

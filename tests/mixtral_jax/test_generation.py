@@ -84,6 +84,7 @@ def test_a_seed_repeats_the_answer(flat: Transformer) -> None:
     assert tokens(flat, 12, temperature=1.0) != tokens(flat, 12, temperature=1.0)
 
 
+@pytest.mark.slow
 def test_logprobs_equal_the_full_form(sharp: Transformer) -> None:
     """Whatever else is asked for, they are of the model's own distribution."""
     prompt = [5, 9, 2]
@@ -116,6 +117,7 @@ def test_logprobs_equal_the_full_form(sharp: Transformer) -> None:
     assert only_own.logprob is not None and only_own.top_logprobs == ()
 
 
+@pytest.mark.slow
 def test_greedy_with_penalties_equals_transformers() -> None:
     theirs = huggingface("llama")
     import torch
@@ -274,6 +276,7 @@ def test_a_second_answer_compiles_nothing(flat: Transformer) -> None:
     assert count.value == 0
 
 
+@pytest.mark.slow
 def test_generate_passes_everything_on() -> None:
     import mixtral_jax
 

@@ -236,6 +236,7 @@ def shrunk(config: ModelConfig) -> ModelConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -3,7 +3,7 @@
 import ast
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -55,9 +55,14 @@ def imported_modules(tree: ast.Module) -> Iterator[str]:
 
 
 @cache
+def top_level_packages() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
+
+
+@cache
 def owners(top: str) -> list[tuple[str, frozenset[str]]]:
     """Lists the installed distributions with a top-level package, and their files."""
-    names = sorted(set(metadata.packages_distributions().get(top, [])))
+    names = sorted(set(top_level_packages().get(top, [])))
     return [
         (canonicalize_name(name), frozenset(map(str, metadata.files(name) or []))) for name in names
     ]

@@ -71,6 +71,7 @@ def test_no_bytes_raise_anything_else(tmp_path: Path, text: bytes, length: int) 
 VALID = header({"__metadata__": {"format": "pt"}, "a": entry(0, 8), "b": entry(8, 20, [3])}, 20)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(

@@ -39,6 +39,7 @@ def folder(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_loaded(model: Transformer, folder: Path) -> None:
     loaded, card = load(folder)
     assert card == CARD

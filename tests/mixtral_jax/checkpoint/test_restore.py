@@ -76,6 +76,7 @@ def check(model: Transformer, expected: Expected, mesh: tuple[int, int, int]) ->
     assert held == (8 // expert, CONFIG.feed_forward_size // tensor, CONFIG.hidden_size)
 
 
+@pytest.mark.slow
 def test_what_was_converted_loads_onto_any_mesh(written: Path, expected: Expected) -> None:
     for mesh in MESHES:
         check(load(written, make_mesh(*mesh), bytes_in_flight=IN_FLIGHT)[0], expected, mesh)

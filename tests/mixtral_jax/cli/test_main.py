@@ -6,6 +6,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 from tests.support import sources
 from tests.support.servers import COMMAND, environment
 
@@ -27,6 +29,7 @@ def test_help_names_every_command() -> None:
         assert command in out
 
 
+@pytest.mark.slow
 def test_chat_with_the_toy() -> None:
     out = mixtral_jax("chat", "--model=tiny-random", "--max-tokens=5", "--seed=1", text="hi\nho\n")
     assert out.returncode == 0, out.stderr
@@ -39,6 +42,7 @@ def test_chat_without_a_model() -> None:
     assert out.stderr.startswith("mixtral-jax: nowhere is not a mixtral-jax checkpoint")
 
 
+@pytest.mark.slow
 def test_convert_info_export_round_trip(tmp_path: Path) -> None:
     source = sources.write_hf(tmp_path / "hf", sources.MOE, sources.tensors(sources.MOE))
     made, back = tmp_path / "made", tmp_path / "back"

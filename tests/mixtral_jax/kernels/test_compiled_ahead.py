@@ -55,6 +55,7 @@ PRODUCT = {
 KERNELS = [*ATTENTION["tpu"], *ATTENTION["gpu"], "gmm", "grouped_int8", "grouped_product"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "window"), [((4, 2), 5), ((6, 1), None)])
 def test_attention_means_what_the_tpu_kernel_means(
     heads: tuple[int, int], window: int | None

@@ -33,6 +33,7 @@ def test_route_takes_the_two_likeliest_and_weighs_them_by_softmax() -> None:
     np.testing.assert_allclose(weights, [[0.75, 0.25]], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_dense_equals_ragged_equals_paged(tokens: int, dtype: str) -> None:

@@ -116,6 +116,7 @@ def with_kernels(model: Transformer, platform: str) -> Transformer:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_paged_form_equals_full_form(ours: Transformer, chunk: int, kernels: str) -> None:
     """64 positions, far past the windows of 5 and 7; three sequences of different lengths."""

@@ -228,6 +228,7 @@ def test_a_stream_with_text_that_comes_late_or_never() -> None:
     assert "not JSON" in str(read(0.0, [("data: {", 1.0)]).error)
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path) -> None:
     good = summary(8, [Answer(sent=0, ended=2, arrivals=(1, 2), tokens=4, prompt_tokens=100)])
     bad = summary(32, [Answer(sent=0, error="status 500")])

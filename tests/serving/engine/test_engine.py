@@ -148,6 +148,7 @@ def assert_near(got: list[Drawn], want: list[Drawn]) -> None:
         assert [i for i, _ in ours.top_logprobs] == [i for i, _ in theirs.top_logprobs]
 
 
+@pytest.mark.slow
 def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) -> None:
     """A part of them without MIXTRAL_JAX_SOAK=1."""
     engine = engine_of(model, SMALL)
@@ -166,6 +167,7 @@ def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) 
     assert engine.scheduler.num_free_pages == SMALL.num_pages
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not build.available(), reason="another program may round the other way")
 def test_int8_pages_equal_the_plain_loop_with_int8_pages() -> None:
     """Preempted, forked and found again: what was rounded once is the same rounded later."""
@@ -179,6 +181,7 @@ def test_int8_pages_equal_the_plain_loop_with_int8_pages() -> None:
             assert_near(out[request.id, choice], alone(model, request, choice, "int8"))
 
 
+@pytest.mark.slow
 def test_a_window_needs_no_more_pages_than_two_windows() -> None:
     """A context of ten windows: the same tokens as the full form gives, and no page leaks."""
     model = toy(16, "float32", max_context=160)
@@ -207,6 +210,7 @@ def test_a_window_needs_no_more_pages_than_two_windows() -> None:
     assert engine.scheduler.num_free_pages == narrow.num_pages
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not build.available(), reason="promised with the kernels only")
 def test_the_same_bits_alone_and_among_63_others(model: Transformer) -> None:
     """Tokens and logprobs, whatever the batch, chunks, prefix hits and preemptions."""
@@ -239,6 +243,7 @@ def test_buckets_hold_every_step() -> None:
     assert buckets(wide) == (1, 8, 32, 128, 512)
 
 
+@pytest.mark.slow
 def test_the_plain_loop_equals_the_full_form(model: Transformer) -> None:
     """Greedy, by running the whole sequence anew for every token."""
     full = jax.jit(lambda model, tokens: model(tokens))

@@ -121,6 +121,7 @@ def on_one_device(config: ModelConfig) -> tuple[Transformer, list[Request], Answ
     return model, requests, answers(model, requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dp_attention", [False, True], ids=["heads", "sequences"])
 @pytest.mark.parametrize(("config", "shape"), EACH)
 def test_the_step_under_a_mesh_equals_one_device(
