@@ -54,7 +54,7 @@ def _serve(given: dict[str, Any]) -> None:
 def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[str]) -> None:
     """Runs a service and a gateway before it."""
     from serving.access.config import AccessConfig
-    from serving.accounting.ledger import usual_place
+    from serving.accounting.ledger import default_ledger_file
     from serving.gateway.config import GatewayConfig
     from serving.launch.supervisor import environment_from, run
 
@@ -73,7 +73,7 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
         target=(addresses.target,),
         gateway_key=web.key_for_service(),
         metrics_port=given["gateway_metrics_port"],
-        usage_db=given["usage_db"] or usual_place(),
+        usage_db=given["usage_db"] or default_ledger_file(),
     )
     banner = _banner(
         addresses.url, addresses.target, given["api_key"], asks_key=not given["no_auth"]

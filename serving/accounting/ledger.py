@@ -64,7 +64,7 @@ class Usage:
     completion_tokens: int
 
 
-def usual_place() -> str:
+def default_ledger_file() -> str:
     """Returns a file in the user's folder for state, or IN_MEMORY if that cannot be written."""
     file = platformdirs.user_state_path("mixtral-jax", appauthor=False) / "usage.db"
     try:
