@@ -86,7 +86,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def toy() -> tuple[Any, Tokenizer, Any]:
-    model, tokenizer = mixtral_jax.load("tiny-random")
+    model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
     return model, tokenizer, compile_steps(model, LIMITS)
 
 

@@ -19,7 +19,7 @@ from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh
 from serving.engine.engine import Engine, compile_steps
 from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
-from tests.support.models import split_over
+from tests.support.models import model_of, split_over
 
 VOCAB = 64
 # Eight heads in four groups, so that a mesh of eight must copy key/value heads.
@@ -54,7 +54,7 @@ LIMITS = Limits(
 
 def large_model_of(config: ModelConfig, dtype: str) -> Transformer:
     """Ten times the usual values: logits that differ enough for greedy to be stable."""
-    model = large_model_of(config, dtype=dtype)
+    model = model_of(config, dtype)
     for variable in named_parameters(model).values():
         value = variable.get_value()
         if value.ndim > 1 and value.dtype != jnp.int8:
@@ -166,8 +166,8 @@ def test_int8_under_a_mesh_is_as_near_to_float_as_on_one_device(
 ) -> None:
     """Where a product is cut along its inputs, each part of a row is rounded with a scale of its
     own: not the same bits, but no further from what the int8 weights would give unrounded."""
-    one = large_model_of(config, dtype="int8")
-    exact = large_model_of(config)
+    one = model_of(config, "int8")
+    exact = model_of(config)
     values = named_parameters(one)
     for name, variable in named_parameters(exact).items():
         value = values[name].get_value()

@@ -47,7 +47,7 @@ class Toy:
     """A running engine and what it tells."""
 
     def __init__(self) -> None:
-        model, self.tokenizer = mixtral_jax.load("tiny-random")
+        model, self.tokenizer = mixtral_jax.load("tiny-random", mesh=None)
         self.metrics = Metrics("toy")
         engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
         self.worker = EngineWorker(engine, self.metrics)

@@ -31,7 +31,7 @@ LIMITS = Limits(
 
 @pytest.fixture(scope="module")
 def parts() -> Iterator[tuple[EngineWorker, Tokenizer]]:
-    model, tokenizer = mixtral_jax.load("tiny-random")
+    model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
     engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
     worker = EngineWorker(engine, Metrics("tiny"))
     worker.start()
