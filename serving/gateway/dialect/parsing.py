@@ -4,6 +4,7 @@ A refusal shows a bounded amount of the body, whatever was sent: it names a few 
 shortens the names that the client chose.
 """
 
+import codecs
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
@@ -38,7 +39,8 @@ def read(body: bytes, kind: type[Request], unknown: UnknownFields) -> Request:
         UnsupportedParameter: All that is wrong is that it asks for features we do not have.
     """
     try:
-        values = from_json(body, allow_inf_nan=False)
+        # PowerShell, .NET and Java put a byte order mark before UTF-8.
+        values = from_json(body.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):

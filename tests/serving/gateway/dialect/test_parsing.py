@@ -29,6 +29,15 @@ def test_what_is_no_json_object_is_malformed(body: bytes) -> None:
     assert type(caught.value) is InvalidRequest
 
 
+def test_a_body_may_begin_with_a_byte_order_mark() -> None:
+    text = '{"messages": [{"role": "user", "content": "\ufeffhi"}]}'
+    for body in (text.encode(), text.encode("utf-8-sig")):
+        request = read(body, ChatRequest, ignore_unknown)
+        assert request.messages[0].content == "\ufeffhi"
+    with pytest.raises(InvalidRequest, match="not JSON"):
+        read(text.encode("utf-8-sig") + b"x", ChatRequest, ignore_unknown)
+
+
 def test_a_mistake_beside_a_missing_feature_is_a_mistake() -> None:
     with pytest.raises(InvalidParameter) as caught:
         asked(tools=[{}], top_p=2)
