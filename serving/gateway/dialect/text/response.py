@@ -3,6 +3,7 @@
 text_completion   GenerateChunks, all -> TextCompletion
 """
 
+import codecs
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -87,13 +88,37 @@ def text_completion(identity: Identity, chunks: Chunks) -> TextCompletion:
     )
 
 
-def text_logprobs(chunk: inference_pb2.GenerateChunk, offset: int) -> dict[str, list[Any]]:
+class TextPosition:
+    """The character of an answer at which its next token begins.
+
+    A token may be a piece of a character. All pieces begin where their character does.
+    """
+
+    def __init__(self, character: int = 0) -> None:
+        self._character = character
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def advance(self, token: bytes) -> int:
+        """Returns where a token begins, and goes on to the next one."""
+        begin = self._character
+        self._character += len(self._decoder.decode(token))
+        return begin
+
+
+def text_logprobs(
+    chunk: inference_pb2.GenerateChunk, offset: int = 0, position: TextPosition | None = None
+) -> dict[str, list[Any]]:
     """Returns the log-probabilities of a chunk's tokens as the columns of `TextLogprobs`.
+
+    Of several alternatives that are pieces of characters, and so have the same text (U+FFFD), the
+    likeliest stands for all.
 
     Args:
         chunk: A chunk of one choice.
         offset: The character of the answer at which its first token begins.
+        position: The same, kept from chunk to chunk of a stream; it is moved on.
     """
+    position = position or TextPosition(offset)
     columns: dict[str, list[Any]] = {
         "tokens": [],
         "token_logprobs": [],
@@ -104,9 +129,12 @@ def text_logprobs(chunk: inference_pb2.GenerateChunk, offset: int) -> dict[str, 
         text = token_text(token)
         columns["tokens"].append(text)
         columns["token_logprobs"].append(finite_logprob(token))
-        columns["top_logprobs"].append({token_text(top): finite_logprob(top) for top in token.top})
-        columns["text_offset"].append(offset)
-        offset += len(text)
+        likeliest: dict[str, float] = {}
+        for top in token.top:
+            logprob = finite_logprob(top)
+            likeliest[token_text(top)] = max(logprob, likeliest.get(token_text(top), logprob))
+        columns["top_logprobs"].append(likeliest)
+        columns["text_offset"].append(position.advance(token.token))
     return columns
 
 

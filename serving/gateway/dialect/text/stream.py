@@ -4,7 +4,7 @@ import json
 
 from serving.gateway.dialect.chunks import Identity
 from serving.gateway.dialect.sse import Events
-from serving.gateway.dialect.text.response import text_logprobs
+from serving.gateway.dialect.text.response import TextPosition, text_logprobs
 from serving.proto import inference_pb2
 
 
@@ -15,7 +15,7 @@ class TextEvents(Events):
 
     def __init__(self, identity: Identity, include_usage: bool) -> None:
         super().__init__(identity, include_usage)
-        self._lengths: dict[int, int] = {}  # characters of the tokens seen so far, by choice
+        self._positions: dict[int, TextPosition] = {}  # by choice
 
     def _event(
         self, index: int, text: str, logprobs: str, reason: str = "null", usage: str = ""
@@ -26,7 +26,6 @@ class TextEvents(Events):
         )
 
     def _logprobs(self, chunk: inference_pb2.GenerateChunk) -> str:
-        offset = self._lengths.get(chunk.choice, 0)
-        columns = text_logprobs(chunk, offset)
-        self._lengths[chunk.choice] = offset + sum(map(len, columns["tokens"]))
+        position = self._positions.setdefault(chunk.choice, TextPosition())
+        columns = text_logprobs(chunk, position=position)
         return json.dumps(columns, separators=(",", ":"))

@@ -1,9 +1,13 @@
 """A text completion's answer at once."""
 
+import json
 import math
 
+import pytest
+
 from serving.gateway.dialect.chunks import Identity
-from serving.gateway.dialect.text.response import text_completion
+from serving.gateway.dialect.text.response import text_completion, text_logprobs
+from serving.gateway.dialect.text.stream import TextEvents
 from serving.proto import inference_pb2
 
 LAST = inference_pb2.GenerateChunk(
@@ -41,3 +45,39 @@ def test_a_text_completion_counts_the_characters_before_its_tokens() -> None:
         ],
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
     }
+
+
+def pieces(*tokens: bytes) -> inference_pb2.GenerateChunk:
+    """Make a chunk of tokens, each of which has another piece of a character as its rival."""
+    chunk = inference_pb2.GenerateChunk()
+    for place, token in enumerate(tokens):
+        own = inference_pb2.TokenLogprob(token=token, logprob=-0.1 * (place + 1))
+        rivals = [
+            inference_pb2.TokenLogprob(token=b"\xe4", logprob=-3.0),
+            inference_pb2.TokenLogprob(token=b"\x82", logprob=-4.0),
+        ]
+        chunk.logprobs.add(token=token, logprob=own.logprob, top=[own, *rivals])
+    return chunk
+
+
+def test_pieces_of_a_character_begin_where_it_does() -> None:
+    columns = text_logprobs(
+        pieces(b"\xe3", b"\x81", b"\x93", b"!", b"\xc3\xbf\xc3", b"\xbf", b"."), 0
+    )
+    assert columns["text_offset"] == [0, 0, 0, 1, 2, 3, 4]
+    assert text_logprobs(pieces(b"a"), 7)["text_offset"] == [7]
+
+
+def test_of_pieces_with_the_same_text_the_likeliest_is_shown() -> None:
+    first, *_, last = text_logprobs(pieces(b"\xe3", b"\x81", b"\x93", b"!"), 0)["top_logprobs"]
+    assert first == {"\ufffd": pytest.approx(-0.1)}
+    assert last == {"!": pytest.approx(-0.4), "\ufffd": -3.0}
+
+
+def test_a_stream_counts_over_characters_cut_by_its_chunks() -> None:
+    events = TextEvents(IDENTITY, include_usage=False)
+    offsets = [
+        json.loads(events._logprobs(pieces(token)))["text_offset"]
+        for token in (b"\xe3", b"\x81", b"\x93", b"!")
+    ]
+    assert offsets == [[0], [0], [0], [1]]
