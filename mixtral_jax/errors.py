@@ -7,6 +7,7 @@ command line prints it in one line; any other exception is a fault of ours and k
     UserError
       ConfigError      a config that is not understood, or numbers that do not fit together
       TokenizerError   tokenizer files that cannot be read, or that contradict each other
+      CheckpointError  files of a checkpoint that are damaged or do not fit its config
       ChatError        a chat that a tokenizer cannot render
       SamplingError    parameters of an answer that have the wrong type or are out of range
       TopologyError    devices or a mesh that do not exist or do not fit
@@ -24,6 +25,10 @@ class ConfigError(UserError):
 
 class TokenizerError(UserError):
     """A checkpoint's tokenizer files cannot be read or followed; its weights may still load."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint whose files are damaged, or do not hold the arrays that its config asks for."""
 
 
 class ChatError(UserError):

@@ -29,6 +29,7 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.checkpoint.parameters import PARAMS, kvstore, loadable_dtype
+from mixtral_jax.errors import CheckpointError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
 
@@ -64,8 +65,8 @@ def load_placed(
 ) -> Transformer:
     """Restores a checkpoint's weights straight onto the devices of a placement.
 
-    `bytes_in_flight` bounds the host's memory, see `restore`. Raises ValueError if a file of the
-    checkpoint is damaged.
+    `bytes_in_flight` bounds the host's memory, see `restore`. Raises CheckpointError if a file of
+    the checkpoint is damaged.
     """
     model = Transformer(card.model, placement, rngs=None)
     graph, state = nnx.split(model)
@@ -96,8 +97,8 @@ def restore(
     An array that is stored as another dtype is cast while it is read. `bytes_in_flight` bounds the
     chunks that are read at once, in stored bytes; one chunk is always read.
 
-    Raises ValueError if the names and shapes are not those of the checkpoint, or a file of it is
-    damaged.
+    Raises CheckpointError if the names and shapes are not those of the checkpoint, or a file of it
+    is damaged.
     """
     context = ts.Context(
         {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}, "file_io_mode": {"mode": "memmap"}}
@@ -105,11 +106,13 @@ def restore(
     try:
         stored_names = _names(params, context)
     except ValueError as error:
-        raise ValueError(f"{params} is damaged; {_REMEDY} ({error})") from error
+        raise CheckpointError(f"{params} is damaged; {_REMEDY} ({error})") from error
     if unmatched := sorted(stored_names ^ set(wanted)):
         name = unmatched[0]
         fault = "has" if name in stored_names else "lacks"
-        raise ValueError(f"{params} {fault} {name}, unlike the model; {len(unmatched)} such names")
+        raise CheckpointError(
+            f"{params} {fault} {name}, unlike the model; {len(unmatched)} such names"
+        )
     # All are opened at once, because opening waits for the disk.
     opened = {name: _open(params, name, context) for name in wanted}
     arrays: dict[str, jax.Array] = {}
@@ -120,9 +123,11 @@ def restore(
             if stored.shape == want.shape:
                 arrays[name] = _read(stored, want, bytes_in_flight)
         except ValueError as error:  # tensorstore's, such as of a file cut short
-            raise ValueError(f"{params}: {name} is damaged; {_REMEDY} ({error})") from error
+            raise CheckpointError(f"{params}: {name} is damaged; {_REMEDY} ({error})") from error
         if stored.shape != want.shape:
-            raise ValueError(f"{params}: {name} has the shape {stored.shape}, not {want.shape}")
+            raise CheckpointError(
+                f"{params}: {name} has the shape {stored.shape}, not {want.shape}"
+            )
         # A device copies its shard while the next array is read; then the host's copy is freed.
         jax.block_until_ready(before)
         before = arrays[name]

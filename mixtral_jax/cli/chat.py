@@ -12,10 +12,12 @@ from mixtral_jax.errors import UserError
 def chat(
     model: ModelOption,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.")] = None,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability of the likeliest tokens to draw among.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed that makes answers repeatable.")] = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
@@ -25,10 +27,10 @@ def chat(
 
     keep_programs()
     transformer, tokenizer = load(model, dtype=dtype)
-    first: list[Message] = []
+    beginning: list[Message] = []
     if system is not None:
-        first.append({"role": "system", "content": system})
-    said: list[Message] = []  # user and assistant in turn
+        beginning.append({"role": "system", "content": system})
+    turns: list[Message] = []  # of the user and the assistant
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -37,13 +39,13 @@ def chat(
             break
         if not text.strip():
             continue
-        said.append({"role": "user", "content": text})
+        turns.append({"role": "user", "content": text})
         answer = ""
         try:
             for piece in generate(
                 transformer,
                 tokenizer,
-                [*first, *said],
+                [*beginning, *turns],
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=top_p,
@@ -54,10 +56,10 @@ def chat(
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         except UserError as error:
-            # Most likely the context is full; what was said last may still fit without the rest.
+            # Most likely the context is full; a new conversation has room again.
             print(f"[{error}. The conversation starts anew]", end="")
-            said = []
+            turns = []
             print()
             continue
         print()
-        said.append({"role": "assistant", "content": answer})
+        turns.append({"role": "assistant", "content": answer})

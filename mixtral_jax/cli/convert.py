@@ -13,7 +13,7 @@ from mixtral_jax.cli import extras
 
 @extras.needs("convert")
 def pull(
-    name: Annotated[str, typer.Argument(help="smollm2-135m-instruct, or ORG/REPO of the hub.")],
+    name: Annotated[str, typer.Argument(help="smollm2-135m-instruct, or Hugging Face's ORG/REPO.")],
 ) -> None:
     """Download weights into the user's cache and print where they are."""
     from convert.progress import bar
@@ -27,9 +27,9 @@ def pull(
 @extras.needs("convert")
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Folder or file of weights, or a name that `pull` knows.")
+        str, typer.Argument(help="Folder or file of weights, or a name that `pull` takes.")
     ],
-    destination: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
+    destination: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -38,7 +38,7 @@ def convert(
         ),
     ] = None,
     upcycle_experts: Annotated[
-        int, typer.Option(help="Copy a dense feed-forward into this many experts.")
+        int, typer.Option(help="Number of experts to copy a dense feed-forward into.")
     ] = 0,
     name: Annotated[str | None, typer.Option(help="Name under which the model is served.")] = None,
 ) -> None:
@@ -67,7 +67,7 @@ def convert(
 @extras.needs("convert")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    destination: Annotated[Path, typer.Argument(help="New folder.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
 ) -> None:
     """Write a checkpoint as Hugging Face safetensors."""
     from convert.export import export
@@ -80,7 +80,7 @@ def export(
 
 def info(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a checkpoint holds."""
     from mixtral_jax.checkpoint.folder import Card

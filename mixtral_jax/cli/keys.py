@@ -12,18 +12,18 @@ app = typer.Typer(help="Keys of clients, by name; only digests are kept.", no_ar
 
 
 def default_file() -> Path:
-    """`mixtral-jax/keys.json` where the user's settings are."""
+    """Returns `keys.json` in the folder of the user's settings."""
     return settings_folder() / "keys.json"
 
 
 FileOption = Annotated[
     Path,
-    typer.Option("--file", metavar="FILE", default_factory=default_file, help="The keys' file."),
+    typer.Option("--file", metavar="FILE", default_factory=default_file, help="File of the keys."),
 ]
 
 
 @app.command()
-def add(name: Annotated[str, typer.Argument(help="Whose key it is.")], file: FileOption) -> None:
+def add(name: Annotated[str, typer.Argument(help="Name of a caller.")], file: FileOption) -> None:
     """Make a key, print it, and keep its digest: it cannot be shown again."""
     print(KeyFile(file).add(name))
 
@@ -36,6 +36,8 @@ def show(file: FileOption) -> None:
 
 
 @app.command()
-def remove(name: Annotated[str, typer.Argument(help="Whose key it is.")], file: FileOption) -> None:
+def remove(
+    name: Annotated[str, typer.Argument(help="Name of a caller.")], file: FileOption
+) -> None:
     """Take a key away; running servers refuse it within seconds."""
     KeyFile(file).remove(name)

@@ -1,4 +1,4 @@
-"""`mixtral-jax plan`: which chips hold a model, how it is best split, how fast it may be there."""
+"""`mixtral-jax plan`: whether chips hold a model, how to split it, and how fast it may be."""
 
 import json
 from pathlib import Path
@@ -29,22 +29,22 @@ def plan(
         typer.Option(help="Name of a published model, such as mixtral-8x7b-instruct-v0.1."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Or a checkpoint folder; only its config is read.")
+        Path | None, typer.Option(help="Checkpoint folder instead; only its config is read.")
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "int8", "float32"] | None,
-        typer.Option(help="Of the weights; default: as stored, bfloat16 for --model."),
+        typer.Option(help="Type of the weights; default: as stored, bfloat16 for --model."),
     ] = None,
     kv_dtype: Annotated[
-        Literal["int8"] | None, typer.Option(help="Of keys and values, as `serve` takes it.")
+        Literal["int8"] | None, typer.Option(help="Type of keys and values, as `serve` takes it.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 32,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 2048,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 2048,
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a step that takes in prompts.")
     ] = 2048,
     mesh: Annotated[
-        str, typer.Option(help="data=1,expert=8,tensor=1, or auto: the best that is found.")
+        str, typer.Option(help="Split, such as data=1,expert=8,tensor=1, or auto: the best split.")
     ] = "auto",
     dp_attention: Annotated[
         bool,
@@ -54,15 +54,17 @@ def plan(
         int, typer.Option(min=1, help="Splits to compile before the best is named.")
     ] = 3,
     price: Annotated[
-        float | None, typer.Option(min=0, help="Of all chips together, an hour.")
+        float | None, typer.Option(min=0, help="Price of all chips together for an hour.")
     ] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="By arithmetic alone, at once, without a compiler.")
+        bool, typer.Option("--estimate", help="Estimate by arithmetic alone, without a compiler.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     png: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw time against batch; needs the extra `plan`."),
+        typer.Option(
+            metavar="FILE", help="PNG file for a plot over the batch; needs the extra plan."
+        ),
     ] = None,
 ) -> None:
     """Compile the serving step for chips that are not here: does it fit, and how fast is it?
@@ -102,17 +104,17 @@ def plan(
     if png is not None:
         _draw(png, answers[0], model or str(checkpoint))
     if as_json:
-        found = answers[0].to_json(price)
-        found["model"] = {"name": model or str(checkpoint), "dtype": workload.dtype}
-        found["load"] = {"batch": batch, "context": context, "prefill": prefill_tokens}
-        found["others"] = [_short(one) for one in answers[1:]]
-        print(json.dumps(found, indent=2))
+        report = answers[0].to_json(price)
+        report["model"] = {"name": model or str(checkpoint), "dtype": workload.dtype}
+        report["load"] = {"batch": batch, "context": context, "prefill": prefill_tokens}
+        report["others"] = [_short(plan) for plan in answers[1:]]
+        print(json.dumps(report, indent=2))
     else:
         _show(answers, model or str(checkpoint), price)
 
 
 def _model(name: str | None, folder: Path | None) -> "tuple[ModelConfig, str | None]":
-    """The config, and the dtype that it is stored as."""
+    """Returns the config, and the dtype that the weights are stored as."""
     from mixtral_jax.planning.search import known_model
 
     if (name is None) == (folder is None):
@@ -127,14 +129,14 @@ def _model(name: str | None, folder: Path | None) -> "tuple[ModelConfig, str | N
 
 def _short(answer: "Plan") -> dict[str, object]:
     kept = ("method", "mesh", "dp_attention", "fits", "ms_per_decode_step", "tokens_per_second")
-    found = answer.to_json()
-    return {name: found[name] for name in (*kept, "bound", "bytes_per_chip")}
+    report = answer.to_json()
+    return {name: report[name] for name in (*kept, "bound", "bytes_per_chip")}
 
 
 def _show(answers: "list[Plan]", name: str, price: float | None) -> None:
     best = answers[0]
     workload, chip = best.workload, best.topology.chip
-    found = best.to_json(price)
+    report = best.to_json(price)
     out = Console(width=max(100, Console().width), highlight=False)
     verdict = "fits" if best.fits else "does NOT fit"
     out.print(
@@ -143,8 +145,8 @@ def _show(answers: "list[Plan]", name: str, price: float | None) -> None:
         f"{_named(best)}; memory {_source(best)}, all speeds are estimates\n"
     )
     memory = Table("a chip", "GiB", title_justify="left", box=None)
-    for part, nbytes in found["bytes_per_chip"].items():
-        memory.add_row(part, f"{nbytes / GIB:.2f}")
+    for kind, nbytes in report["bytes_per_chip"].items():
+        memory.add_row(kind, f"{nbytes / GIB:.2f}")
     out.print(memory)
     out.print(
         f"\nlongest context at this batch   {best.longest_context:,} tokens\n"
@@ -155,27 +157,27 @@ def _show(answers: "list[Plan]", name: str, price: float | None) -> None:
         ("decode step", best.decode, best.tokens_per_second),
         (f"prefill of {workload.prefill_tokens:,}", best.prefill, best.prefill_tokens_per_second),
     ):
-        spent = [f"{part * 1e3:.2f}" for part in (step.memory, step.compute, step.network)]
+        spent = [f"{seconds * 1e3:.2f}" for seconds in (step.memory, step.compute, step.network)]
         speed.add_row(what, f"{step.total * 1e3:.2f}", *spent, step.bound, f"{rate:,.0f}")
     out.print(speed)
-    moves = "yes" if found["collectives_move_weights"] else "no"
+    moves = "yes" if report["collectives_move_weights"] else "no"
     out.print(
         f"\nbytes moved by a decode step    {best.decode_bytes / 1e9:.2f} GB a chip, "
-        f"{found['bytes_over_least']:.2f} of the least possible\n"
+        f"{report['bytes_over_least']:.2f} of the least possible\n"
         f"collectives a layer             {_collectives(best)}; weights among them: {moves}"
     )
     if price is not None:
         out.print(f"a million tokens                {best.cost(price):.2f} at {price:g} an hour")
     if len(answers) > 1:
         others = Table("other splits", "fits", "GiB a chip", "decode ms", "tokens/s", "", box=None)
-        for one in answers[1:6]:
+        for plan in answers[1:6]:
             others.add_row(
-                _named(one),
-                "yes" if one.fits else "no",
-                f"{one.total_bytes / GIB:.2f}",
-                f"{one.decode.total * 1e3:.2f}",
-                f"{one.tokens_per_second:,.0f}",
-                one.method,
+                _named(plan),
+                "yes" if plan.fits else "no",
+                f"{plan.total_bytes / GIB:.2f}",
+                f"{plan.decode.total * 1e3:.2f}",
+                f"{plan.tokens_per_second:,.0f}",
+                plan.method,
             )
         out.print()
         out.print(others)
@@ -190,12 +192,12 @@ def _source(answer: "Plan") -> str:
 
 
 def _collectives(answer: "Plan") -> str:
-    said = [f"{one.kind} {one.nbytes / 1024:,.1f} KiB" for one in answer.layer_collectives]
-    return ", ".join(said) or "none"
+    texts = [f"{item.kind} {item.nbytes / 1024:,.1f} KiB" for item in answer.layer_collectives]
+    return ", ".join(texts) or "none"
 
 
 def _draw(file: Path, answer: "Plan", name_of_model: str) -> None:
-    """Time of a decode step and tokens/s against batch: by arithmetic, and the one answered."""
+    """Plots the time of a decode step and tokens/s over the batch, and marks the answer."""
     from dataclasses import replace
 
     from mixtral_jax.planning.plan import plan_by_arithmetic
@@ -206,23 +208,23 @@ def _draw(file: Path, answer: "Plan", name_of_model: str) -> None:
         raise UserError(
             "--png needs matplotlib: pip install 'mixtral-jax[plan]', or leave it out"
         ) from None
-    parts = answer.estimate.num_groups
+    groups = answer.estimate.num_groups
     top = max(answer.workload.batch, answer.largest_batch, 1)
-    batches = sorted({parts * 2**i for i in range(20) if parts * 2**i <= top} | {top})
+    batches = sorted({groups * 2**i for i in range(20) if groups * 2**i <= top} | {top})
     points = [
         plan_by_arithmetic(replace(answer.workload, batch=batch), answer.topology, answer.split)
         for batch in batches
     ]
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for part in ("memory", "compute", "network"):
-        values = [getattr(one.decode, part) * 1e3 for one in points]
-        left.plot(batches, values, label=part, linestyle="--")
+    time_axes, speed_axes = figure.subplots(1, 2)
+    for resource in ("memory", "compute", "network"):
+        values = [getattr(plan.decode, resource) * 1e3 for plan in points]
+        time_axes.plot(batches, values, label=resource, linestyle="--")
     for axes, name, value in (
-        (left, "decode step, ms", lambda one: one.decode.total * 1e3),
-        (right, "tokens/s", lambda one: one.tokens_per_second),
+        (time_axes, "decode step, ms", lambda plan: plan.decode.total * 1e3),
+        (speed_axes, "tokens/s", lambda plan: plan.tokens_per_second),
     ):
-        axes.plot(batches, [value(one) for one in points], label="by arithmetic", color="black")
+        axes.plot(batches, [value(plan) for plan in points], label="by arithmetic", color="black")
         asked = f"batch {answer.workload.batch}, {_source(answer)}"
         axes.plot([answer.workload.batch], [value(answer)], "o", label=asked, color="tab:red")
         if answer.largest_batch:
@@ -234,7 +236,7 @@ def _draw(file: Path, answer: "Plan", name_of_model: str) -> None:
         axes.set(xlabel="batch", title=name)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*time_axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(
         f"estimate: {name_of_model} in {answer.workload.dtype}, "
         f"context {answer.workload.context:,}, {answer.topology}, {_named(answer)}"

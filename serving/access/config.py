@@ -1,4 +1,4 @@
-"""Who may ask, as the operator said it: keys, tokens and certificates of one server.
+"""The settings of one server that decide who may ask: keys, tokens and certificates.
 
 The gateway and the service have a record each. Both are made from flags and from the secrets of the
 environment (serving/flags.py), and refuse contradictions when they are made.

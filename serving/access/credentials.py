@@ -1,8 +1,8 @@
-"""Who may ask: the same answer for the gateway's headers and for the metadata of gRPC.
+"""Authentication, the same for headers of HTTP and for metadata of gRPC.
 
-`Authorization: Bearer X`, `Authorization: X` and `api-key: X` are all accepted; Azure's own clients
-send two of them at once, and one that is right is enough. X is a key of the keyring or, where that
-is switched on, a token of Microsoft Entra ID.
+`Authorization: Bearer X`, `Authorization: X` and `api-key: X` are all accepted. Azure's own clients
+send two of them at once; a caller is let in if either is valid. X is a key of the keyring or, if
+tokens are accepted, a token of Microsoft Entra ID.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from serving.access.keyring import ANONYMOUS, Keyring
 from serving.errors import Unauthenticated
 
-if TYPE_CHECKING:  # it needs a library that is not installed with everything
+if TYPE_CHECKING:  # it needs PyJWT, which is an extra
     from serving.access.entra import TokenVerifier
 
 FAILED = "auth token validation failed"
@@ -20,18 +20,21 @@ FAILED = "auth token validation failed"
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: a key's name, "default", "gateway", "anonymous", or "entra:" and an object id."""
+    """The sender of a request.
+
+    `name` is that of a key, "default", "gateway", "anonymous", or "entra:" and an object id.
+    """
 
     name: str
 
 
 class Access:
-    """Lets callers in.
+    """Decides who is let in.
 
     Args:
         keyring: The keys that are let in.
-        tokens: Checks what is no key but could be a token; without it nothing is a token.
-        is_open: Whether those who present nothing valid are let in too, as "anonymous".
+        tokens: Checks tokens; without it no token is accepted.
+        is_open: Let callers without a valid key in too, as "anonymous".
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Access:
         self._is_open = is_open
 
     async def admit(self, headers: Mapping[str, str]) -> Caller:
-        """Who asks, by headers or metadata with names in lower case.
+        """Returns the caller who sent these headers, or metadata, with names in lower case.
 
         Raises Unauthenticated, Forbidden for a valid token that is not on the list, and
         Unavailable if the keys that tokens are signed with cannot be had.

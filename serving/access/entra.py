@@ -1,12 +1,12 @@
-"""Tokens of Microsoft Entra ID: which are believed, and whose they are.
+"""Tokens of Microsoft Entra ID: validation, and the caller that a valid token belongs to.
 
-A token is believed if one of the allowed tenants signed it by RS256 with a key that it publishes,
-for one of our audiences, for now, give or take LEEWAY_SECONDS. Before the signature is checked,
-what the token says of itself only chooses among the tenants that are allowed and the keys that
-they publish; keys inside a token, or where it points, are never looked at.
+A token is valid if one of the allowed tenants signed it by RS256 with a key that the tenant
+publishes, for one of our audiences, and if it has not expired, give or take LEEWAY_SECONDS. Before
+the signature is checked, the token's own claims only choose among the allowed tenants and the keys
+that they publish. Keys inside a token, and addresses in it, are never used.
 
-Being believed is not being allowed: Azure's roles do not stand in a token, so a list of object ids
-and application ids says who may ask. An empty list is nobody.
+A valid token is not enough: Azure's roles do not stand in a token, so a list of object ids and
+client ids says who may ask. An empty list lets nobody in.
 
 The names of claims are those of Microsoft's access token reference. Tokens of version 1.0 name
 their application `appid`, those of version 2.0 `azp`.
@@ -23,7 +23,7 @@ from serving.access.errors import AccessError
 from serving.access.jwks import Issuer, SigningKey, check_address
 from serving.errors import Forbidden, Unauthenticated
 
-# What Azure's clients ask tokens for if nobody tells them otherwise.
+# Azure's clients ask for tokens of these audiences by default.
 AUDIENCES = ("https://ml.azure.com", "https://cognitiveservices.azure.com")
 AUTHORITY = "https://login.microsoftonline.com"
 EVERYONE = "*"
@@ -32,11 +32,11 @@ LONGEST_TOKEN = 16 * 1024
 REQUIRED = ["aud", "exp", "iat", "iss", "nbf", "oid", "tid", "ver"]
 
 _PATH = {"1.0": "", "2.0": "/v2.0"}
-# The decoder skips characters that are not of the alphabet; a token must not have two spellings.
+# The decoder skips other characters, and a token must not have two spellings.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# Headers that bring a key along, or ask for more than is understood here.
-_NOT_TAKEN = {"crit", "jku", "jwk", "x5c", "x5u"}
+# Headers that carry a key, or ask for features that are not supported here.
+_REFUSED_HEADERS = {"crit", "jku", "jwk", "x5c", "x5u"}
 
 
 class TokenVerifier:
@@ -44,13 +44,13 @@ class TokenVerifier:
 
     Args:
         tenants: The tenants' ids.
-        audiences: What `aud` may be, with or without a slash at its end.
+        audiences: Values that `aud` may have, with or without a slash at the end.
         allowed: Object ids of users and applications, and client ids of applications, that may ask;
             "*" is everyone in the tenants.
-        authority: Where the tenants' OpenID metadata are.
-        clock: Seconds that only grow, for the age of the keys.
+        authority: URL of the tenants' OpenID metadata.
+        clock: Time in seconds that never goes back, for the age of the keys.
 
-    Raises AccessError for what is not of that form.
+    Raises AccessError for an id that is no GUID, or an authority that is not secure.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class TokenVerifier:
         check_address(authority)
         self._authority = authority.rstrip("/")
         self._audiences = [
-            form for one in audiences for form in (one.rstrip("/"), f"{one.rstrip('/')}/")
+            form for name in audiences for form in (name.rstrip("/"), f"{name.rstrip('/')}/")
         ]
-        self._allowed = {one if one == EVERYONE else _guid(one, "allowed id") for one in allowed}
+        self._allowed = {id if id == EVERYONE else _guid(id, "allowed id") for id in allowed}
         self._issuers = {
             (tenant, version): Issuer(
                 f"{self._authority}/{tenant}{path}/.well-known/openid-configuration", clock
             )
-            for tenant in (_guid(one, "tenant") for one in tenants)
+            for tenant in (_guid(id, "tenant") for id in tenants)
             for version, path in _PATH.items()
         }
 
     async def verify(self, token: str) -> str:
-        """Whose token it is: "entra:" and the object id of a user or a service principal.
+        """Returns the name of the caller: "entra:" and the object id of a user or an application.
 
         Raises Unauthenticated, Forbidden if its owner is not allowed, and Unavailable if the
         tenant's keys cannot be had.
@@ -127,7 +127,7 @@ class TokenVerifier:
 
 
 def _claimed(token: str) -> tuple[str, str, str]:
-    """What a token says of itself, unchecked: id of its key, tenant and version."""
+    """Reads the id of the key, the tenant and the version of a token, none of them checked."""
     if len(token) > LONGEST_TOKEN:
         raise _refused(f"the token has more than {LONGEST_TOKEN} characters")
     if not _TOKEN.fullmatch(token):
@@ -139,13 +139,13 @@ def _claimed(token: str) -> tuple[str, str, str]:
     header, claims = unchecked["header"], unchecked["payload"]
     if header.get("alg") != "RS256":
         raise _refused("the token is not signed by RS256")
-    if unknown := sorted(_NOT_TAKEN & header.keys()):
+    if unknown := sorted(_REFUSED_HEADERS & header.keys()):
         raise _refused(f"the token's header has {unknown[0]}, which is not accepted")
-    told = (header.get("kid"), claims.get("tid"), claims.get("ver"))
-    for name, value in zip(("kid", "tid", "ver"), told, strict=True):
+    values = (header.get("kid"), claims.get("tid"), claims.get("ver"))
+    for name, value in zip(("kid", "tid", "ver"), values, strict=True):
         if not (isinstance(value, str) and value):
             raise _refused(f"the token has no {name}")
-    key_id, tenant, version = map(str, told)
+    key_id, tenant, version = map(str, values)
     return key_id, tenant.lower(), version
 
 

@@ -1,8 +1,9 @@
 """An issuer of tokens and the keys that it signs with, as its OpenID metadata publishes them.
 
-They are fetched in a thread, by one task at a time, and kept for a day. A key id that is not among
-them makes them fetched again, for issuers change their keys, but not more often than REST_SECONDS:
-strangers can make up key ids. While a fetch fails, what is known stays in use.
+The keys are fetched in a thread, by one task at a time, and kept for a day. An unknown key id makes
+the issuer fetch them again, because issuers change their keys, but not more often than every
+REST_SECONDS, because anybody can make up key ids. While fetches fail, the keys that were fetched
+before stay in use.
 """
 
 import asyncio
@@ -25,10 +26,10 @@ from serving.errors import Unavailable
 
 KEEP_SECONDS = 24 * 3600.0
 REST_SECONDS = 30.0
-# After a failed fetch somebody may be locked out, so the next comes sooner.
+# After a failed fetch callers may be locked out, so the next fetch comes sooner.
 RETRY_SECONDS = 5.0
 FETCH_SECONDS = 10.0
-# No issuer publishes so much; whoever answers more is something else.
+# No issuer publishes longer documents.
 LONGEST_DOCUMENT = 2**20
 SHORTEST_KEY = 2048
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A public key; `issuer` is the only one it signs for, "{tenantid}" left open, or None."""
+    """A public key and the only issuer that it signs for, "{tenantid}" left open, or None."""
 
     public: RSAPublicKey
     issuer: str | None
@@ -45,18 +46,18 @@ class SigningKey:
 
 @dataclass(frozen=True)
 class Published:
-    """What an issuer says of itself: the `iss` of its tokens, and its keys by their ids."""
+    """The metadata of an issuer: the `iss` of its tokens, and its keys by their ids."""
 
     name: str
     keys: dict[str, SigningKey]
 
 
 class Issuer:
-    """One issuer.
+    """An issuer of tokens.
 
     Args:
         metadata: The URL of its OpenID configuration.
-        clock: Seconds that only grow.
+        clock: Time in seconds that never goes back.
     """
 
     def __init__(self, metadata: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -67,11 +68,14 @@ class Issuer:
         self._fetching: asyncio.Task[None] | None = None
 
     async def find(self, key_id: str) -> tuple[str, SigningKey | None]:
-        """The issuer's name and its key of that id; raises Unavailable if nothing is known."""
+        """Returns the issuer's name and its key of that id, or None for the key.
+
+        Raises Unavailable if no keys are known.
+        """
         known = self._published
         if known is None or key_id not in known.keys:
             if (fetching := self._fetch_if_due()) is not None:
-                # Who asks may go away; the others who wait for it do not.
+                # One caller may be cancelled while others wait for the same fetch.
                 await asyncio.shield(fetching)
         elif self._clock() - self._fetched > KEEP_SECONDS:
             self._fetch_if_due()  # not waited for
@@ -99,10 +103,10 @@ class Issuer:
 
 
 def fetch(metadata: str) -> Published:
-    """Asks for the OpenID configuration at `metadata`, and for the keys that it names.
+    """Fetches the OpenID configuration at `metadata`, and the keys that it names.
 
-    Raises OSError, http.client.HTTPException or ValueError. Blocks for FETCH_SECONDS a document or
-    so at most.
+    Blocks for about FETCH_SECONDS a document at most. Raises OSError, http.client.HTTPException,
+    or ValueError for documents of another form.
     """
     document = _read_json(metadata)
     name, address = document.get("issuer"), document.get("jwks_uri")
@@ -119,7 +123,7 @@ def fetch(metadata: str) -> Published:
 
 
 def check_address(url: str) -> None:
-    """Raises AccessError unless nobody can change on its way what comes from there."""
+    """Raises AccessError unless `url` is https, or http on this machine."""
     parts = urlsplit(url)
     if parts.scheme == "https" and parts.hostname:
         return
@@ -144,14 +148,14 @@ def _read_json(url: str) -> dict[str, Any]:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """What an address answers is final: another one was not checked."""
+    """Follows no redirect, because the new address was not checked."""
 
     def redirect_request(self, *_: object) -> None:
         return None
 
 
 def _signing_key(entry: Any) -> SigningKey | None:
-    """The key if it is one for signatures by RSA; others may stand beside it."""
+    """Returns the key of a JWKS entry if it is for signatures by RSA; None for other entries."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kid"), str):
         return None
     if entry.get("kty") != "RSA" or entry.get("use", "sig") != "sig":

@@ -1,9 +1,9 @@
 """Named API keys, of which only digests are kept.
 
-A key is 32 random characters of 128 bits, so one round of SHA-256 hides it: nobody can try out so
-many, as they could passwords, for which slow hashes are made. `KeyFile` is the JSON file that the
-operator edits by `mixtral-jax keys`; `Keyring` is what a server asks, and follows the file while it
-runs.
+A key is 32 random characters with 128 bits of entropy, so one round of SHA-256 hides it: unlike
+passwords, for which slow hashes are made, keys cannot be guessed one by one. `KeyFile` is the JSON
+file that the operator edits with `mixtral-jax keys`. `Keyring` looks keys up for a server, and
+reads the file again whenever it changes.
 """
 
 import fcntl
@@ -24,9 +24,9 @@ from pathlib import Path
 
 from serving.access.errors import AccessError
 
-# Callers that are not in a file; theirs are the names of log lines and accounts, too.
+# Callers that are not in a file. Log lines and accounts have these names too.
 DEFAULT, GATEWAY, ANONYMOUS = "default", "gateway", "anonymous"
-# The file is looked at so often at most, and only when somebody asks.
+# The file is checked for changes at most this often, and only when a key is looked up.
 RELOAD_SECONDS = 1.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredKey:
-    """A key as the file has it."""
+    """An entry of the file."""
 
     name: str
     sha256: str  # hexadecimal
@@ -44,11 +44,12 @@ class StoredKey:
 
     @property
     def digest(self) -> bytes:
+        """SHA-256 of the key, 32 bytes."""
         return bytes.fromhex(self.sha256)
 
 
 class KeyFile:
-    """The keys of a JSON file, which only its owner may read. Every change is atomic."""
+    """A JSON file of keys, which only its owner may read. Every change is atomic."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,7 +69,7 @@ class KeyFile:
         raise AccessError(f"{self.path}: not a file of keys; `mixtral-jax keys add` makes one")
 
     def add(self, name: str) -> str:
-        """Makes a key of that name and returns it; it is found nowhere afterwards.
+        """Makes a key of that name and returns it; only its digest is kept.
 
         Raises AccessError for a name that is taken or malformed.
         """
@@ -90,20 +91,20 @@ class KeyFile:
     def remove(self, name: str) -> None:
         """Takes a key away; raises AccessError if there is none of that name."""
         with self._changing() as keys:
-            left = [key for key in keys if key.name != name]
-            if len(left) == len(keys):
+            others = [key for key in keys if key.name != name]
+            if len(others) == len(keys):
                 known = ", ".join(key.name for key in keys) or "none"
                 raise AccessError(f"{self.path} has no key {name!r}; its keys: {known}")
-            keys[:] = left
+            keys[:] = others
 
     @contextmanager
     def _changing(self) -> Iterator[list[StoredKey]]:
-        """The keys, to be changed in place; written when the block ends without an error."""
+        """Yields the keys, to be changed in place; writes them unless the block raises."""
         folder = self.path.resolve().parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX)  # the file itself is replaced, and cannot be held
+            fcntl.flock(held, fcntl.LOCK_EX)  # the file itself is replaced and cannot be locked
             try:
                 keys = self.read()
             except FileNotFoundError:
@@ -114,7 +115,7 @@ class KeyFile:
             os.close(held)
 
     def _write(self, keys: list[StoredKey]) -> None:
-        path = self.path.resolve()  # a link stays one
+        path = self.path.resolve()  # a symbolic link stays one
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "w") as file:  # mkstemp's mode is 0600
@@ -129,14 +130,14 @@ class KeyFile:
 
 
 class Keyring:
-    """Which caller a key belongs to.
+    """Keys and the callers that they belong to.
 
     Args:
-        fixed: Keys that hold as long as the process, by the names of their callers. Raises
-            AccessError for one that no header could carry.
-        file: More of them, read now and again whenever it changes. Raises OSError or AccessError if
-            it cannot be read now. Later, what was read last stays in force until it can be.
-        clock: Seconds that only grow.
+        fixed: Keys that are valid as long as the process runs, by the names of their callers.
+            Raises AccessError for a key that no header could carry.
+        file: More keys, read now and whenever the file changes. Raises OSError or AccessError if
+            it cannot be read now. If it cannot be read later, the keys read last stay valid.
+        clock: Time in seconds that never goes back.
     """
 
     def __init__(
@@ -158,15 +159,15 @@ class Keyring:
             self._load(file)
 
     def find(self, presented: str) -> str | None:
-        """The name of the caller whose key it is, or None."""
+        """Returns the name of the caller that has this key, or None."""
         self._follow_file()
         digest = _digest(presented)
-        found = None
-        # Every digest is compared, also after a match, so time tells nothing about the others.
+        caller = None
+        # Every digest is compared, also after a match, so that the time tells nothing about them.
         for known, name in (*self._fixed, *self._stored):
-            if hmac.compare_digest(digest, known) and found is None:
-                found = name
-        return found
+            if hmac.compare_digest(digest, known) and caller is None:
+                caller = name
+        return caller
 
     def _follow_file(self) -> None:
         now = self._clock()
@@ -176,7 +177,7 @@ class Keyring:
         seen = _version(self._file.path)
         if seen == self._seen:
             return
-        # Noted before it is read: what is written meanwhile is another version.
+        # The version is noted before the file is read: a later write is a new version.
         self._seen = seen
         try:
             self._load(self._file)
@@ -203,12 +204,12 @@ def _may_name(name: str) -> bool:
 
 
 def _version(path: Path) -> tuple[int, ...] | None:
-    """What differs when a file was written; None if it is not there."""
+    """Returns numbers that change whenever the file is written; None if there is no file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+    return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
 
 def _digest(key: str) -> bytes:

@@ -1,7 +1,6 @@
-"""Certificates from files: of the gateway before its clients, and of both ends of gRPC.
+"""Certificates for HTTPS and for both ends of gRPC, read from PEM files when a server starts.
 
-Files are PEM, and are read when a server starts. Whatever is wrong with one is an AccessError that
-names its flag.
+A file that cannot be used is an AccessError that names its flag.
 """
 
 import ssl
@@ -15,23 +14,22 @@ from serving.access.errors import AccessError
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate, with those that vouch for it after it, and its private key."""
+    """Files of a certificate chain and of its private key."""
 
     chain: Path
     key: Path
 
     @classmethod
     def of_flags(cls, prefix: str, chain: Path | None, key: Path | None) -> "Certificate | None":
-        """What `--PREFIX-cert` and `--PREFIX-key` name, checked; None without them."""
+        """Checks the files of `--PREFIX-cert` and `--PREFIX-key`; None without the two flags."""
         if chain is None and key is None:
             return None
         if chain is None or key is None:
             raise AccessError(f"--{prefix}-cert and --{prefix}-key need one another; give both")
-        one = cls(chain, key)
-        _read(one.chain, f"--{prefix}-cert")
-        _read(one.key, f"--{prefix}-key")
+        _read(chain, f"--{prefix}-cert")
+        _read(key, f"--{prefix}-key")
         try:
-            # A key that is encrypted would have OpenSSL ask the terminal.
+            # Without a password OpenSSL would ask the terminal for that of an encrypted key.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key, password="")
         except ssl.SSLError as error:
             why = "the two do not belong together" if "MISMATCH" in str(error.reason) else None
@@ -39,16 +37,16 @@ class Certificate:
                 f"--{prefix}-cert {chain} and --{prefix}-key {key}: "
                 f"{why or 'they are no certificate and key in PEM without a password'}"
             ) from None
-        return one
+        return cls(chain, key)
 
     def pair(self) -> tuple[bytes, bytes]:
-        """Key and chain, as gRPC takes them."""
+        """Reads the key and the chain, as gRPC takes them."""
         return self.key.read_bytes(), self.chain.read_bytes()
 
 
 @dataclass(frozen=True)
 class ServerTls:
-    """How a gRPC service shows who it is and, with `client_ca`, whom it wants to see."""
+    """The certificate of a gRPC server and, with `client_ca`, the authority of its clients."""
 
     certificate: Certificate
     client_ca: Path | None = None
@@ -57,7 +55,7 @@ class ServerTls:
     def of_flags(
         cls, chain: Path | None, key: Path | None, client_ca: Path | None
     ) -> "ServerTls | None":
-        """What `--tls-cert`, `--tls-key` and `--tls-client-ca` name; None without them."""
+        """Checks the files of `--tls-cert`, `-key` and `-client-ca`; None without them."""
         certificate = Certificate.of_flags("tls", chain, key)
         if certificate is None:
             if client_ca is not None:
@@ -66,6 +64,7 @@ class ServerTls:
         return cls(certificate, _authority(client_ca, "--tls-client-ca"))
 
     def credentials(self) -> grpc.ServerCredentials:
+        """Reads the files as gRPC's server takes them."""
         roots = self.client_ca.read_bytes() if self.client_ca else None
         return grpc.ssl_server_credentials(
             [self.certificate.pair()], roots, require_client_auth=roots is not None
@@ -74,9 +73,9 @@ class ServerTls:
 
 @dataclass(frozen=True)
 class ServiceTls:
-    """How a service is known, and how its client is known to it.
+    """The authority that a client of a service trusts, and the client's own certificate.
 
-    `name` is the one in the service's certificate, where that is not its address.
+    `name` is the one in the service's certificate, if that is not its address.
     """
 
     ca: Path
@@ -87,7 +86,7 @@ class ServiceTls:
     def of_flags(
         cls, ca: Path | None, chain: Path | None, key: Path | None, name: str | None
     ) -> "ServiceTls | None":
-        """What `--service-ca`, `-cert`, `-key` and `-name` say; None without them."""
+        """Checks the files of `--service-ca`, `-cert` and `-key`; None without them."""
         certificate = Certificate.of_flags("service", chain, key)
         path = _authority(ca, "--service-ca")
         if path is None:
@@ -97,11 +96,12 @@ class ServiceTls:
         return cls(path, certificate, name)
 
     def credentials(self) -> grpc.ChannelCredentials:
+        """Reads the files as gRPC's client takes them."""
         key, chain = self.certificate.pair() if self.certificate else (None, None)
         return grpc.ssl_channel_credentials(self.ca.read_bytes(), key, chain)
 
     def options(self) -> list[tuple[str, str]]:
-        """Options for the channel."""
+        """Returns options of the channel."""
         return [("grpc.ssl_target_name_override", self.name)] if self.name else []
 
 

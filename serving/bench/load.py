@@ -1,10 +1,10 @@
-"""Load on any endpoint that speaks OpenAI's chat dialect, and what its clients felt of it.
+"""A load generator for endpoints that speak OpenAI's chat API.
 
-A level is a number of clients, each of which sends its next request when its last answer is there.
-Answers are greedy streams of exactly as many tokens as asked: `ignore_eos` is the extension of vLLM
-and llama.cpp by which a model's own end of the answer is passed over. Where an endpoint does not
-know it answers are shorter, so tokens are counted, never assumed: by the endpoint's own usage,
-else one for each chunk with text.
+A level is a number of clients, each of which sends its next request when its last answer has ended.
+Answers are greedy streams of exactly as many tokens as asked: `ignore_eos`, an extension of vLLM
+and llama.cpp, makes a model continue past its end of an answer. If an endpoint does not know it,
+answers are shorter. Tokens are therefore counted: by the usage in the answer, or else one for each
+chunk with text.
 
 A request that fails is counted as an error and measures nothing else. The time of a chunk is the
 one at which its line was read; a chunk may hold several tokens or half of one, and the time between
@@ -33,9 +33,9 @@ PERCENTILES = (50, 90, 99)
 
 _PATH = "/v1/chat/completions"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# An answer may have to wait for all those before it.
+# An answer may have to wait for all answers before it.
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-# Common enough to be one token each in most vocabularies.
+# These words are one token each in most vocabularies.
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group "
     "country problem hand part place case week company system program question work number night "
@@ -45,7 +45,7 @@ _TEXT = (
     "morning reason research girl guy moment air teacher force education"
 )
 _WORDS = _TEXT.split()
-_PROBES = (8, 40)  # words of the prompts by which an endpoint's way of counting is found out
+_PROBES = (8, 40)  # numbers of words of two prompts that show how an endpoint counts tokens
 
 
 class BenchError(SetupError):
@@ -54,7 +54,7 @@ class BenchError(SetupError):
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where requests go: the URL before `/v1`, the model's name in their body, and the key."""
+    """A server: its URL before `/v1`, the model's name in request bodies, and the key."""
 
     url: str
     model: str = "default"
@@ -63,7 +63,7 @@ class Endpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one request measured; times are seconds of one monotonic clock."""
+    """The measurement of a request; times are seconds of one monotonic clock."""
 
     sent: float
     ended: float | None = None  # when the last chunk came, with text or without
@@ -75,7 +75,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """What the clients of one level felt together. Times in seconds; NaN where nothing came."""
+    """The measurement of a level. Times are seconds; NaN if there was nothing to measure."""
 
     concurrency: int
     requests: int  # answered
@@ -92,7 +92,7 @@ class Level:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Interpolates between the two nearest, as NumPy does; NaN of nothing."""
+    """Interpolates linearly between the two nearest values, as NumPy does; NaN without values."""
     if not values:
         return float("nan")
     ordered = sorted(values)
@@ -103,11 +103,12 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Returns the percentiles PERCENTILES, by names such as "p50"."""
     return {f"p{percent}": percentile(values, percent) for percent in PERCENTILES}
 
 
 def summary(concurrency: int, answers: Sequence[Answer]) -> Level:
-    """One level out of its answers."""
+    """Sums up the answers of a level."""
     good = [answer for answer in answers if answer.error is None]
     failed = [answer.error for answer in answers if answer.error is not None]
     first = min((answer.sent for answer in answers), default=0.0)
@@ -133,7 +134,7 @@ def summary(concurrency: int, answers: Sequence[Answer]) -> Level:
 
 
 def median(levels: Sequence[Level]) -> Level:
-    """Repeats of one level as one: of each figure the median, of errors the sum."""
+    """Merges repeated measurements of a level: the median of each figure, the sum of errors."""
     merged: dict[str, Any] = {}
     for field in fields(Level):
         values = [getattr(level, field.name) for level in levels]
@@ -152,10 +153,10 @@ def median(levels: Sequence[Level]) -> Level:
 
 
 def prompts(count: int, words: int, *, seed: int | str = 0, shared: int = 0) -> list[str]:
-    """Texts of random words, about a token each, of which the first `shared` are the same for all.
+    """Returns texts of random words, about a token each; the first `shared` words are the same.
 
-    Without these, two texts are alike in their first word or two at most, so that nothing but the
-    chat template can be reused.
+    Apart from those, two texts share a word or two at the beginning at most, so that a server can
+    reuse nothing but the chat template.
     """
     shared = min(shared, words)
     beginning = random.Random("shared").choices(_WORDS, k=shared)  # also from seed to seed
@@ -166,9 +167,9 @@ def prompts(count: int, words: int, *, seed: int | str = 0, shared: int = 0) -> 
 
 
 def words_for(endpoint: Endpoint, tokens: int) -> int:
-    """Words of a prompt that has about `tokens` tokens with the endpoint's chat template around it.
+    """Returns how many words make a prompt of about `tokens` tokens, the chat template included.
 
-    Asks the endpoint with a short and a longer prompt, which warms it up as well. Where it does not
+    Sends a short and a longer prompt, which warms the endpoint up too. If the endpoint does not
     count tokens, a word is taken for one. Raises BenchError if it does not answer, with its reason.
     """
     few, more = _PROBES
@@ -178,8 +179,8 @@ def words_for(endpoint: Endpoint, tokens: int) -> int:
         raise BenchError(f"{endpoint.url}{_PATH} refused the first request: {error}")
     if short.prompt_tokens is None or longer.prompt_tokens is None:
         return tokens
-    each = max(1.0, (longer.prompt_tokens - short.prompt_tokens) / (more - few))
-    return max(1, round(more + (tokens - longer.prompt_tokens) / each))
+    per_word = max(1.0, (longer.prompt_tokens - short.prompt_tokens) / (more - few))
+    return max(1, round(more + (tokens - longer.prompt_tokens) / per_word))
 
 
 def measure(
@@ -190,7 +191,7 @@ def measure(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> Level:
-    """Sends all texts at a concurrency and sums up what came back."""
+    """Sends all texts, `concurrency` of them at a time, and sums up the answers."""
     return summary(concurrency, ask(endpoint, texts, concurrency, max_tokens, progress))
 
 
@@ -201,7 +202,7 @@ def ask(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """The answers to all texts, in the order in which they ended."""
+    """Sends all texts; returns the answers in the order in which they ended."""
     return asyncio.run(_ask(endpoint, texts, concurrency, max_tokens, progress))
 
 
@@ -238,7 +239,7 @@ def _client(endpoint: Endpoint, concurrency: int) -> httpx.AsyncClient:
 
 
 def body(endpoint: Endpoint, text: str, max_tokens: int) -> dict[str, Any]:
-    """The request for one answer of exactly `max_tokens` tokens."""
+    """Returns the body of a request for an answer of exactly `max_tokens` tokens."""
     return {
         "model": endpoint.model,
         "messages": [{"role": "user", "content": text}],
@@ -264,7 +265,7 @@ async def _answer(client: httpx.AsyncClient, request: dict[str, Any]) -> Answer:
 
 
 def read(sent: float, lines: Iterable[tuple[str, float]]) -> Answer:
-    """What the lines of a stream say, each with the time at which it came."""
+    """Reads the lines of a stream, each with the time at which it came."""
     arrivals = []
     usage: dict[str, int] = {}
     ended, last = False, sent

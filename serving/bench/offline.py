@@ -1,7 +1,7 @@
-"""The bare engine under the load that `serving.load` puts on a server: no text, no sockets.
+"""The bare engine under the load of serving/bench/load.py, without text and sockets.
 
-As many requests as there are clients are in the engine at any time; the next one enters when one
-has ended. Prompts are random token ids, answers greedy and exactly as long as asked.
+The engine always holds as many requests as there are clients; the next request enters when one has
+ended. Prompts are random token ids, answers are greedy and exactly as long as asked.
 """
 
 import random
@@ -23,12 +23,12 @@ _PAGE_SIZE = 16
 @dataclass
 class _Running:
     sent: float
-    arrivals: list[float] = field(default_factory=list)  # one for each step that brought tokens
+    arrivals: list[float] = field(default_factory=list)  # the end of each step that brought tokens
     tokens: int = 0
 
 
 class OfflineEngine:
-    """An engine with room for `concurrency` requests of so many tokens, compiled and ready."""
+    """An engine, compiled and ready, with room for `concurrency` requests of the given lengths."""
 
     def __init__(
         self,
@@ -86,13 +86,13 @@ class OfflineEngine:
             events = self._engine.step()
             now = time.perf_counter()
             for event in events:
-                one = running[event.request_id]
-                one.tokens += 1
-                if one.arrivals[-1:] != [now]:
-                    one.arrivals.append(now)
+                request_state = running[event.request_id]
+                request_state.tokens += 1
+                if request_state.arrivals[-1:] != [now]:
+                    request_state.arrivals.append(now)
                 if event.finish_reason is not None:
                     del running[event.request_id]
-                    answers.append(self._answer(one))
+                    answers.append(self._answer(request_state))
                     if progress is not None:
                         progress(len(answers), requests)
         return summary(concurrency, answers)
@@ -110,11 +110,11 @@ class OfflineEngine:
             eos_ids=frozenset(),
         )
 
-    def _answer(self, one: _Running) -> Answer:
+    def _answer(self, ended: _Running) -> Answer:
         return Answer(
-            sent=one.sent,
-            ended=one.arrivals[-1],
-            arrivals=tuple(one.arrivals),
-            tokens=one.tokens,
+            sent=ended.sent,
+            ended=ended.arrivals[-1],
+            arrivals=tuple(ended.arrivals),
+            tokens=ended.tokens,
             prompt_tokens=self._lengths[0],
         )

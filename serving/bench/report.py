@@ -32,7 +32,7 @@ from serving.bench.load import (
 )
 
 Measure = Callable[[int, int, int, Progress], Level]
-"""Measures one level: requests, clients, seed, and where to report answers."""
+"""Measures a level: number of requests, of clients, seed, and a callback for progress."""
 
 _PACKAGES = ("mixtral-jax", "jax", "jaxlib", "flax")
 
@@ -40,32 +40,32 @@ _PACKAGES = ("mixtral-jax", "jax", "jaxlib", "flax")
 def load_of(
     endpoint: Endpoint, *, prompt_tokens: int, answer_tokens: int, shared_prefix: int
 ) -> Measure:
-    """How an endpoint is loaded; sends the first request, which is not counted.
+    """Returns how a level is measured at an endpoint; sends a first request, which is not counted.
 
     Raises BenchError if that one fails.
     """
     words = words_for(endpoint, prompt_tokens)
 
-    def one(requests: int, clients: int, seed: int, progress: Progress) -> Level:
+    def measure_level(requests: int, clients: int, seed: int, progress: Progress) -> Level:
         texts = prompts(requests, words, seed=seed, shared=shared_prefix)
         return measure(
             endpoint, texts, concurrency=clients, max_tokens=answer_tokens, progress=progress
         )
 
-    return one
+    return measure_level
 
 
 def repeated(
-    one: Measure, clients: Sequence[int], *, requests: int | None, repeat: int, seed: int
+    measure_level: Measure, clients: Sequence[int], *, requests: int | None, repeat: int, seed: int
 ) -> dict[int, list[Level]]:
     """Measures all levels `repeat` times, in turn, under a progress bar on standard error.
 
     Args:
-        one: measures a level.
-        clients: the levels.
-        requests: of a level; None for two of each client, and eight at least.
-        repeat: how often each level is measured.
-        seed: of the prompts, which differ between all levels and repeats.
+        measure_level: Measures a level.
+        clients: Number of clients of each level.
+        requests: Requests of a level; None: two for each client, and eight at least.
+        repeat: How often each level is measured.
+        seed: Seed of the prompts, which differ between all levels and repeats.
     """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     console = Console(stderr=True)
@@ -86,13 +86,13 @@ def repeated(
                     bar.update(task, completed=done, total=total)
 
                 number_of_run = seed * 1_000_003 + turn * 1_009 + count
-                runs[count].append(one(number, count, number_of_run, report))
+                runs[count].append(measure_level(number, count, number_of_run, report))
                 bar.remove_task(task)
     return runs
 
 
 def facts() -> dict[str, Any]:
-    """The machine, its load just now, and the versions of what is measured."""
+    """Returns facts of the machine, its present load, and the versions of packages."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpu": _cpu(),
@@ -120,7 +120,7 @@ def _version(package: str) -> str | None:
 
 
 def table(levels: Sequence[Level]) -> Table:
-    """A row for each level; times in milliseconds. What failed stands below."""
+    """Returns a table with a row for each level, times in milliseconds, and failures below."""
     percents = " ".join(f"{f'p{percent}':>5}" for percent in PERCENTILES)
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("clients", "tokens\nin / out", "tokens/s", "requests/s"):
@@ -147,7 +147,7 @@ def table(levels: Sequence[Level]) -> Table:
 
 
 def _number(value: float) -> str:
-    """Three digits, or as many as stand before the point."""
+    """Writes a number with three digits, or as many as stand before the point."""
     if math.isnan(value):
         return "-"
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"

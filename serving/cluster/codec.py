@@ -1,6 +1,7 @@
-"""Plans and limits as the messages of serving/proto/group.proto, and back: equal in every number.
+"""Plans and limits as messages of serving/proto/group.proto, and back, equal in every number.
 
-One function for each kind and direction. A step of 32 sequences takes a fraction of a millisecond.
+There is a function for each kind and direction. A step of 32 sequences takes a fraction of a
+millisecond.
 """
 
 from mixtral_jax.sampling_params import SamplingParams
@@ -9,10 +10,12 @@ from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 
 def step_message(plans: tuple[StepPlan, ...]) -> pb.Step:
+    """Writes the plans of a step, one for each partition."""
     return pb.Step(plans=[_plan_message(plan) for plan in plans])
 
 
 def plans_of(step: pb.Step) -> tuple[StepPlan, ...]:
+    """Reads the plans of a step."""
     return tuple(
         StepPlan(
             chunks=tuple(_chunk_of(chunk) for chunk in plan.chunks),
@@ -23,6 +26,7 @@ def plans_of(step: pb.Step) -> tuple[StepPlan, ...]:
 
 
 def limits_message(limits: Limits) -> pb.Limits:
+    """Writes limits."""
     return pb.Limits(
         num_pages=limits.num_pages,
         page_size=limits.page_size,
@@ -37,6 +41,7 @@ def limits_message(limits: Limits) -> pb.Limits:
 
 
 def limits_of(message: pb.Limits) -> Limits:
+    """Reads limits."""
     return Limits(
         num_pages=message.num_pages,
         page_size=message.page_size,

@@ -1,7 +1,7 @@
 """A follower: a process that launches what the leader says, on its share of the devices.
 
-It serves nobody and reads no results. When it learns that the leader is gone it ends, and its
-supervisor starts it again; it then waits for the leader to come back.
+It serves no requests and reads no results. It ends when it learns that the leader is gone; its
+supervisor starts it again, and it then waits for the leader to come back.
 """
 
 import signal
@@ -29,7 +29,7 @@ from serving.scheduling.step_plan import Limits, StepPlan
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 64 << 20),
-    # As the leader's: a machine that is gone closes nothing.
+    # A machine that is gone closes no connection: pings find out, as in the leader.
     ("grpc.keepalive_time_ms", 2_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
@@ -39,7 +39,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _RETRY_SECONDS = 0.5
-_IN_VAIN = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED)
+_FINAL_REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED)
 
 
 def follow(
@@ -49,16 +49,16 @@ def follow(
     pretrained: Pretrained,
     say: Callable[[str], None],
 ) -> None:
-    """Joins the leader and launches what it says until it says that this is the end.
+    """Joins the leader and launches its steps until it announces the end.
 
-    Raises GroupError if it may not join, ValueError for what cannot be loaded. If the leader is
-    lost, the process ends with status 1.
+    Raises GroupError if the leader refuses this process, and UserError if the model cannot be
+    loaded. If the leader is lost, the process ends with status 1.
     """
 
-    once = threading.Lock()
+    is_ending = threading.Lock()
 
     def lost() -> None:
-        once.acquire()  # never released: who comes second waits for the end
+        is_ending.acquire()  # never released, so that a second thread waits for the end
         leader = f"process 0 of {rank.num_processes} at {rank.coordinator}"
         say(f"{leader} was lost; the group starts again")
         end_process(1)
@@ -84,17 +84,17 @@ def follow(
 
 
 class _GoneError(Exception):
-    """The leader ended as it should, but before its Start."""
+    """The leader ended regularly, but before its Start."""
 
 
 class Membership:
-    """A follower's half of the channel.
+    """The follower's end of the channel to the leader.
 
     Args:
-        rank: of this process.
-        facts: what must be the same everywhere, by name.
-        say: is told what happens, a line at a time.
-        on_loss: called, from another thread, when the leader is gone after its Start.
+        rank: Rank of this process.
+        facts: Settings that must be the same in all processes, by name.
+        say: Called with a line for each event.
+        on_loss: Called, from another thread, when the leader is gone after its Start.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class Membership:
         self.reason = ""  # why the group has ended
 
     def join(self) -> None:
-        """Waits for the leader, and for its Start. Raises GroupError if it is not to be had."""
+        """Waits for the leader and for its Start. Raises GroupError if they do not come in time."""
         rank = self._rank
         self._say(f"process {rank.process_id} of {rank.num_processes} joins {rank.target}")
         deadline = time.monotonic() + self._rank.coordinator_timeout
-        said = ""
+        printed = ""
         while True:
             channel = grpc.insecure_channel(self._rank.target, options=_CHANNEL_OPTIONS)
             began = time.monotonic()
@@ -129,7 +129,7 @@ class Membership:
                 return
             except grpc.RpcError as error:
                 channel.close()
-                if error.code() in _IN_VAIN:
+                if error.code() in _FINAL_REFUSALS:
                     raise GroupError(f"process 0 refuses this one: {error.details()}") from None
                 reason = str(error.details())
             except _GoneError:
@@ -143,30 +143,32 @@ class Membership:
                     f"{rank.target} within {rank.coordinator_timeout:g} s ({reason}); start it, or "
                     "give --coordinator-timeout"
                 )
-            if not said:
-                said = reason
+            if not printed:
+                printed = reason
                 self._say(f"waiting for process 0 of {self._rank.num_processes} ({reason})")
             time.sleep(_RETRY_SECONDS)
 
     def agree(self, limits: Limits) -> Limits:
-        """What all processes have room for."""
+        """Tells the leader the limits of this process; returns those of all processes."""
         self._reports.put(pb.Report(room=limits_message(limits)))
         return limits_of(self._next().limits)
 
     def ready(self) -> None:
+        """Tells the leader that this process has loaded and compiled."""
         self._reports.put(pb.Report(ready=pb.Ready()))
 
     def leave(self) -> None:
-        """Asks for the end of the group, which comes when answers under way are complete."""
+        """Asks for the end of the group, which comes when running answers are complete."""
         self._reports.put(pb.Report(leaving=pb.Leaving()))
 
     def plans(self) -> Iterator[tuple[StepPlan, ...]]:
-        """Each step's, until the end."""
+        """Yields the plans of each step until the end."""
         while not (order := self._next()).HasField("end"):
             yield plans_of(order.step)
         self.reason = order.end.reason
 
     def close(self) -> None:
+        """Ends the stream of reports."""
         self._reports.put(None)
 
     def _next(self) -> pb.Order:

@@ -1,4 +1,4 @@
-"""The leader's half of a model on several hosts: who is there, what they launch, who is lost.
+"""The leader of a model in several processes: it gathers them and tells them what to launch.
 
     follower                leader
     Hello         ──>                    refused where anything differs
@@ -9,10 +9,10 @@
                   <──       Step ...     each before the leader launches it
                   <──       End
 
-The devices only ever work together: when one process is gone the others may wait for it for ever
-inside a collective, where nothing can interrupt them. So the broken stream is what counts, and who
-learns of it ends the process without asking that thread. jax.distributed has a watch of its own,
-which takes minutes and aborts; here everybody is gone long before.
+The devices work only together. When one process is gone, the others may wait for it for ever inside
+a collective, where nothing can interrupt them. A broken stream therefore ends a process at once,
+whatever its other threads do. jax.distributed has a watch of its own, which takes minutes and then
+aborts; the processes have ended long before.
 """
 
 import contextlib
@@ -37,30 +37,30 @@ JOIN = "/mixtral.group.v1.Group/Join"
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 1 << 20),
-    # A machine that is gone closes nothing: pings find out. They are answered below Python, also
-    # while it compiles.
+    # A machine that is gone closes no connection: pings find out. gRPC answers them below Python,
+    # also while the process compiles.
     ("grpc.keepalive_time_ms", 2_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),  # also while there are no steps to tell
+    ("grpc.http2.max_pings_without_data", 0),  # also while there are no steps
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
-_NEWS_SECONDS = 5.0  # after a step failed, the stream that tells why breaks within these
+_NEWS_SECONDS = 5.0  # time in which a stream breaks after a step has failed
 _FAREWELL_SECONDS = 2.0
 
 
 class GroupError(SetupError):
-    """Why a group did not come together; for the user."""
+    """A group that did not come together; the message says why."""
 
 
 def connect(rank: Rank) -> None:
     """Makes the devices of all processes one set. All call it at about the same time, before they
     use any device."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM for itself.
+    # That service would handle SIGTERM itself.
     jax.config.update("jax_enable_preemption_service", False)
-    # Else the others are aborted when one is lost, before they can say so.
+    # Without it the others are aborted when one is lost, before they can report it.
     jax.config.update("jax_enable_recoverability", True)
     jax.distributed.initialize(
         rank.coordinator,
@@ -85,14 +85,14 @@ class _Member:
 
 
 class Leader:
-    """Process 0's view of the others. Listens as soon as it is made.
+    """The other processes, as process 0 sees them. It listens as soon as it is made.
 
     Args:
-        rank: of this process.
-        facts: what must be the same everywhere, by name.
-        say: is told what happens, a line at a time.
-        on_loss: called once, from a thread of its own, when a follower is gone after the start.
-        on_leave: called when a follower was told to end; `end` should come soon.
+        rank: Rank of this process.
+        facts: Settings that must be the same in all processes, by name.
+        say: Called with a line for each event.
+        on_loss: Called once, from a thread of its own, when a follower is gone after the start.
+        on_leave: Called when a follower was told to end; `end` should come soon.
 
     Raises GroupError if the port is taken.
     """
@@ -112,11 +112,11 @@ class Leader:
         self._has_started = self._is_over = False
         self._lost = threading.Event()
         self._loss = self._leaving = ""
-        # A thread for each stream, and some for those that are refused.
+        # A thread for each stream, and some for streams that are refused.
         self._server = grpc.server(
             ThreadPoolExecutor(rank.num_processes + 8), options=_SERVER_OPTIONS
         )
-        # Orders are written once, not once for each follower.
+        # Orders are serialised once, not once for each follower.
         join = grpc.stream_stream_rpc_method_handler(
             self._join, pb.Report.FromString, response_serializer=None
         )
@@ -134,13 +134,13 @@ class Leader:
         self._server.start()
 
     def gather(self) -> None:
-        """Waits until all have come, and has them start. Raises GroupError after the timeout."""
+        """Waits until all have come, and starts them. Raises GroupError after the timeout."""
         deadline = time.monotonic() + self._rank.coordinator_timeout
-        said: list[int] = []
+        printed: list[int] = []
         with self._changed:
             while absent := self._without(lambda member: True):
-                if absent != said:
-                    said = absent
+                if absent != printed:
+                    printed = absent
                     self._say(f"waiting for {self._named(absent)}")
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise GroupError(
@@ -153,7 +153,7 @@ class Leader:
         self._tell(pb.Order(start=pb.Start()))
 
     def agree(self, limits: Limits) -> Limits:
-        """What this process and all others have room for."""
+        """Returns the least of the limits of all processes, this one's among them."""
         self._await(lambda member: member.room is not None)
         rooms = [limits, *(member.room for member in self._members.values() if member.room)]
         least = min(rooms, key=lambda room: (room.num_pages, room.max_context))
@@ -165,11 +165,11 @@ class Leader:
         self._await(lambda member: member.is_ready)
 
     def broadcast(self, plans: tuple[StepPlan, ...]) -> None:
-        """Has all followers launch a step; does not wait for them."""
+        """Tells all followers to launch a step, without waiting for them."""
         self._tell(pb.Order(step=step_message(plans)))
 
     def end(self, reason: str) -> None:
-        """Ends all followers as they should end, and waits a little for them."""
+        """Ends all followers regularly, and waits a short time for them."""
         with self._changed:
             self._is_over = True
         self._tell(pb.Order(end=pb.End(reason=reason)))
@@ -181,20 +181,21 @@ class Leader:
 
     @property
     def loss(self) -> str | None:
-        """Who was lost, for the user; None while nobody is."""
+        """Names the follower that was lost, for the user; None while none is."""
         return self._loss or None
 
     @property
     def leaving(self) -> str | None:
-        """Which follower was told to end, for the user."""
+        """Names the follower that was told to end, for the user; None while none was."""
         return self._leaving or None
 
     @property
     def name(self) -> str:
+        """Names this process, for the user."""
         return f"process 0 of {self._rank.num_processes} at {self._rank.coordinator}"
 
     def loss_soon(self) -> str | None:
-        """The same for who saw a step fail, which may be sooner than the broken stream shows."""
+        """Waits a short time for `loss`: a step may fail before the stream breaks."""
         self._lost.wait(_NEWS_SECONDS)
         return self.loss
 
@@ -216,7 +217,7 @@ class Leader:
         return f"{word} {', '.join(map(str, ids))} of {self._rank.num_processes}"
 
     def _join(self, reports: Iterator[pb.Report], context: grpc.ServicerContext) -> Iterable[bytes]:
-        """One follower's stream; runs in a thread of its own."""
+        """Serves the stream of a follower, in a thread of its own."""
         if not self._may_join(dict(context.invocation_metadata())):
             context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
@@ -265,7 +266,7 @@ class Leader:
         return None
 
     def _listen(self, reports: Iterator[pb.Report], member: _Member) -> None:
-        """Takes what a follower reports until its stream ends, however that is."""
+        """Takes the reports of a follower until its stream ends."""
         with contextlib.suppress(grpc.RpcError, StopIteration):
             for report in reports:
                 with self._changed:
@@ -292,5 +293,5 @@ class Leader:
             self._changed.notify_all()
         if is_loss:
             self._lost.set()
-            # Not in gRPC's thread, which others need.
+            # Not in a thread of gRPC, which other streams need.
             threading.Thread(target=self.on_loss, args=(self._loss,), daemon=True).start()

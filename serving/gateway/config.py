@@ -1,4 +1,4 @@
-"""The settings of a gateway, as the operator said them."""
+"""The settings of a gateway, as the operator gave them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

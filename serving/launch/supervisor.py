@@ -4,13 +4,14 @@ Where a model runs on several hosts, each host has a supervisor; only that of pr
 gateway. A process of a group ends with the first of the others that is lost, and is started again,
 and so the group comes together again.
 
-They run in sessions of their own, so that Ctrl-C reaches the supervisor alone, which passes it on:
-answers under way finish, and new ones are refused meanwhile.
+They run in sessions of their own, so that Ctrl-C reaches the supervisor alone, which ends them by
+SIGTERM: running answers finish, and new requests are refused meanwhile.
 
-A process that dies after it has served is started again at once; the other one goes on, and the
-gateway says 503 until the service is back. A process that does not live to serve is tried again a
-few times, later each time, unless it is the first start, whose reason will not go away by itself.
-A process that ends with status 0 was told to (Drain, or a signal of its own): then all ends.
+A process that dies after it has served is started again at once. The other one goes on, and the
+gateway answers 503 until the service is back. A process that dies before it could serve is started
+again a few times, after longer and longer waits; if it is the very first start, the supervisor
+gives up, because the reason will not go away by itself. A process that ends with status 0 was told
+to end, by Drain or a signal of its own; then the supervisor ends everything.
 """
 
 import contextlib
@@ -33,8 +34,8 @@ from serving.errors import SetupError
 from serving.flags import KEY_VARIABLE, SERVICE_KEY_VARIABLE
 from serving.parent import PARENT_VARIABLE, READY_VARIABLE
 
-_STOP_SECONDS = 10.0  # that a process may take after its drain
-_MOST_FAILURES = 4  # starts in a row that nobody was served by
+_STOP_SECONDS = 10.0  # time that a process may take to end after its drain
+_MAX_FAILURES = 4  # starts in a row after which a process died before it could serve
 
 
 class SupervisorError(SetupError):
@@ -43,26 +44,32 @@ class SupervisorError(SetupError):
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
+    """Addresses of the two servers."""
+
     host: str
     port: int
+    """Port of HTTP."""
     grpc_port: int
-    tls: bool = False  # of HTTP
+    tls: bool = False
+    """Serve HTTP over TLS."""
 
     @property
     def url(self) -> str:
+        """The URL of the gateway."""
         return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
 
     @property
     def grpc_host(self) -> str:
-        # Who wants HTTP secured does not want the same keys to travel openly beside it.
+        """The address of gRPC: with TLS this machine's own, because the keys are not encrypted."""
         return "127.0.0.1" if self.tls else self.host
 
     @property
     def target(self) -> str:
+        """HOST:PORT of gRPC."""
         return f"{self.grpc_host}:{self.grpc_port}"
 
     def check(self) -> None:
-        """Raises SupervisorError if a port is taken: better now than after a minute of loading."""
+        """Raises SupervisorError if a port is taken, before minutes of loading."""
         if self.port == self.grpc_port:
             raise SupervisorError(f"--port and --grpc-port are both {self.port}; give two ports")
         places = (
@@ -74,7 +81,7 @@ class Addresses:
                 with socket.create_server((host, port)):
                     pass
             except OSError as error:
-                # Python repeats the address in this one.
+                # Python writes the address into the text of this error, too.
                 taken = error.errno == errno.EADDRINUSE
                 reason = os.strerror(errno.EADDRINUSE) if taken else str(error)
                 raise SupervisorError(
@@ -84,9 +91,9 @@ class Addresses:
 
 
 def environment_from(environment: Mapping[str, str], *, makes_key: bool) -> dict[str, str]:
-    """With keys of 32 characters where there are none yet: the gateway's own, and one for clients.
+    """Returns the environment with the key of the gateway, made up if there is none.
 
-    The latter only with `makes_key`.
+    With `makes_key` a missing key of clients is made up too. Keys have 32 characters.
     """
     made = {SERVICE_KEY_VARIABLE: secrets.token_hex(16)}
     if makes_key:
@@ -148,7 +155,7 @@ def run_follower(
         try:
             announced = False
             while not signals.received and not child.was_told_to_end:
-                # First, for a process may tell that it is ready and die between two looks.
+                # This comes first, because a process may become ready and die between two looks.
                 with contextlib.suppress(BlockingIOError):
                     child.has_served |= bool(os.read(reading, 16))
                 child.keep_running()
@@ -163,7 +170,7 @@ def run_follower(
 
 
 class _Child:
-    """A process that is started, and started again. `pipes` are left open in it."""
+    """A process that is started, and started again. It inherits the file descriptors `pipes`."""
 
     def __init__(
         self,
@@ -173,7 +180,7 @@ class _Child:
         pipes: Sequence[int] = (),
     ) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.has_served = False  # since its last start; the supervisor finds out
+        self.has_served = False  # since its last start; set by the supervisor
         self._name = name
         self._command = [sys.executable, "-m", *command]
         self._environment = environment
@@ -210,9 +217,9 @@ class _Child:
         self._failures = 0 if self.has_served else self._failures + 1
         if not self._has_ever_served:
             raise SupervisorError(f"the {self._name} ended with {how}; see above")
-        if self._failures == _MOST_FAILURES:
+        if self._failures == _MAX_FAILURES:
             raise SupervisorError(
-                f"the {self._name} ended {_MOST_FAILURES} times before it could serve, the last "
+                f"the {self._name} ended {_MAX_FAILURES} times before it could serve, the last "
                 f"time with {how}; see above"
             )
         delay = 2**self._failures - 1
@@ -226,7 +233,7 @@ class _Child:
 
 
 class _Signals:
-    """Notes SIGINT, SIGTERM and SIGHUP instead of being interrupted by them; a second one kills."""
+    """Notes SIGINT, SIGTERM and SIGHUP instead of being interrupted; a second signal kills."""
 
     def __enter__(self) -> "_Signals":
         self.received = False
@@ -247,11 +254,11 @@ class _Signals:
 
 
 def _answers(addresses: Addresses, what: str) -> bool:
-    """Whether the gateway says 200 at /health/live or /health/ready."""
-    # Proxies are for other hosts; urllib would ask them for this one too.
+    """Returns True if the gateway answers /health/live or /health/ready with status 200."""
+    # Proxies are for other hosts, but urllib would use them for this host too.
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
     if addresses.tls:
-        # Whether clients can trust the certificate is not asked here, nor told by this address.
+        # The certificate need not name this address; clients check it for themselves.
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -265,7 +272,7 @@ def _answers(addresses: Addresses, what: str) -> bool:
 
 
 def _stop(processes: Sequence["subprocess.Popen[bytes]"], seconds: float) -> None:
-    """SIGTERM to all, and SIGKILL where that takes too long or the user insists."""
+    """Sends SIGTERM to all, and SIGKILL if that takes too long or another signal arrives."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + seconds

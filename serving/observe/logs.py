@@ -1,7 +1,7 @@
-"""What a process says on stderr: lines to be read, or one JSON object a line (--log-format json).
+"""Log lines on stderr: text, or a JSON object a line (--log-format json).
 
-A record may carry fields, given as `extra=fields(name=value)`: JSON keeps them apart, a line to be
-read ends with name=value for each. A value never breaks a line in two.
+A record may carry fields, given as `extra=fields(name=value)`. They are members of the JSON object,
+and a line of text ends with name=value for each. A value never contains a line break.
 """
 
 import json
@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 FORMATS = ("text", "json")
-_KEY = "mixtral_fields"  # of the record; no other library has an attribute of that name
+_KEY = "mixtral_fields"  # attribute of a record, which no other library uses
 
 
 def set_up(
     name: str, form: str = "text", is_news: Callable[[logging.LogRecord], bool] | None = None
 ) -> None:
-    """Logs warnings of everything and all that the loggers under `name` say, from INFO up.
+    """Starts logging: warnings of every logger, and INFO of the loggers under `name`.
 
     Args:
         name: The logger of the process.
-        form: Of FORMATS.
-        is_news: Of a record, whether it shall be seen; by default all are.
+        form: One of FORMATS.
+        is_news: Returns False for records that are not to be logged; by default all are logged.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
@@ -32,7 +32,7 @@ def set_up(
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:
-    """The `extra` of a record with fields; those that are None are left out."""
+    """Returns the `extra` of a record with these fields; fields that are None are left out."""
     return {_KEY: {name: value for name, value in values.items() if value is not None}}
 
 
@@ -43,6 +43,7 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        """Appends the fields of the record to its message."""
         pairs = (f" {name}={_plain(value)}" for name, value in _fields_of(record).items())
         return super().formatMessage(record) + "".join(pairs)
 
@@ -51,6 +52,7 @@ class JsonFormatter(logging.Formatter):
     """{"time": ..., "level": ..., "logger": ..., "message": ..., and the record's fields}"""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Writes the record as a JSON object."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -68,7 +70,7 @@ def _fields_of(record: logging.LogRecord) -> Mapping[str, object]:
 
 
 def _plain(value: object) -> str:
-    """A value as it is, or as JSON where that would be hard to tell from its neighbours."""
+    """Returns a value as text; as JSON if it has spaces, quotes or equals signs."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     is_one_word = text.isascii() and text.isprintable() and not set(text) & set(' "=')
     return text if is_one_word or not isinstance(value, str) else json.dumps(value)

@@ -1,11 +1,11 @@
-"""Traces of requests, by OpenTelemetry: switched off, all of this does next to nothing.
+"""Traces of requests, by OpenTelemetry; without a collector they cost next to nothing.
 
-A trace that a client began goes on through the gateway and the service, carried by the W3C's
-`traceparent` as an HTTP header and as gRPC metadata. Where tracing is off it is passed on as it
-came, so that the next process can go on with it. No text of a prompt or an answer is in a span.
+A trace that a client began continues through the gateway and the service. The W3C's `traceparent`
+carries it as an HTTP header and as gRPC metadata. If tracing is off it is passed on unchanged, so
+that the next process can continue it. Spans hold no text of prompts or answers.
 
-The packages come with the extra `otel`. Spans are sent by OTLP over HTTP, in batches, by a thread.
-OTEL_* variables of the environment count as for any program: sampling, headers, resource.
+The packages come with the extra `otel`. A thread sends spans by OTLP over HTTP, in batches. The
+OTEL_* environment variables work as in any program: sampling, headers, resource.
 """
 
 import os
@@ -28,11 +28,11 @@ SERVER, CLIENT, INTERNAL = "SERVER", "CLIENT", "INTERNAL"
 _VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _STATE = re.compile(r"[\x21-\x7e]{1,512}")
-_SECONDS = 5.0  # that sending a batch may take, and the rest at the end
+_SECONDS = 5.0  # time that sending a batch may take, and sending the rest at the end
 
 
 class Span:
-    """A stretch of work, or nothing at all where tracing is off."""
+    """A span of OpenTelemetry; without tracing it does nothing."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class Span:
         tracer: "trace.Tracer | None" = None,
         span: "trace.Span | None" = None,
     ) -> None:
-        self._carrier = carrier  # of where the trace came from
+        self._carrier = carrier  # headers that the request came with
         self._tracer = tracer
         self._span = span
 
     @property
     def is_recording(self) -> bool:
-        """Whether anybody will see it: what is costly to find out may be left out otherwise."""
+        """True if the span will be sent; otherwise costly attributes may be left out."""
         return self._span is not None and self._span.is_recording()
 
     def child(
@@ -57,7 +57,7 @@ class Span:
         kind: str = INTERNAL,
         start: float | None = None,
     ) -> "Span":
-        """A part of it, from `start` (time.time(); now if absent) on."""
+        """Begins a span inside this one, at `start` (time.time(); by default now)."""
         if self._tracer is None or self._span is None:
             return self
         from opentelemetry import trace
@@ -72,7 +72,7 @@ class Span:
         return Span(self._carrier, self._tracer, span)
 
     def rename(self, name: str) -> None:
-        """For what is known better later."""
+        """Changes the name."""
         if self._span is not None:
             self._span.update_name(name)
 
@@ -82,7 +82,7 @@ class Span:
             self._span.set_attributes(dict(attributes))
 
     def fail(self, kind: str) -> None:
-        """Marks it as failed, with an error's name."""
+        """Marks the span as failed, with the name of an error."""
         if self._span is not None:
             from opentelemetry.trace import StatusCode
 
@@ -90,12 +90,12 @@ class Span:
             self._span.set_status(StatusCode.ERROR, kind)
 
     def end(self, at: float | None = None) -> None:
-        """Ends it, at `at` (time.time(); now if absent)."""
+        """Ends the span at `at` (time.time(); by default now)."""
         if self._span is not None:
             self._span.end(_nanoseconds(at))
 
     def carrier(self) -> list[tuple[str, str]]:
-        """What the next process needs in order to go on from here: headers, or metadata."""
+        """Returns the headers, or metadata, by which the next process continues the trace."""
         if self._span is None:
             return [*_passed_on(self._carrier).items()]
         from opentelemetry import trace
@@ -108,7 +108,7 @@ class Span:
 
 
 class Traces:
-    """Where spans begin. Without a provider there are none."""
+    """Begins spans. Without a provider they do nothing."""
 
     def __init__(self, provider: "TracerProvider | None" = None) -> None:
         self._provider = provider
@@ -116,10 +116,12 @@ class Traces:
 
     @classmethod
     def exported(cls, endpoint: str | None, process: str) -> "Traces":
-        """Sends the spans of a process to `endpoint`, such as http://127.0.0.1:4318.
+        """Returns traces that are sent to `endpoint`, such as http://127.0.0.1:4318.
 
-        Without an endpoint the environment's is taken, where there is one and the extra is
-        installed; else tracing is off. Raises SetupError if an endpoint is given without the extra.
+        Without an endpoint that of the environment is taken, if there is one and the extra is
+        installed; otherwise tracing is off.
+
+        Raises SetupError if an endpoint is given without the extra, or is no URL.
         """
         if endpoint is None and not any(os.environ.get(name) for name in _VARIABLES):
             return cls()
@@ -155,7 +157,10 @@ class Traces:
         *,
         kind: str = SERVER,
     ) -> Span:
-        """A span under the one that the headers or metadata name, if they do (lower-case names)."""
+        """Begins a span, inside the one that `carrier` names, if it names one.
+
+        `carrier` holds headers or metadata with names in lower case.
+        """
         if self._tracer is None:
             return Span(carrier)
         from opentelemetry.context import Context
@@ -167,7 +172,7 @@ class Traces:
         return Span(carrier, self._tracer, span)
 
     def close(self) -> None:
-        """Sends what is not sent yet; a collector that is gone keeps nobody for long."""
+        """Sends the spans that are not sent yet; waits for the collector a short time."""
         if self._provider is not None:
             closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
             closing.start()
@@ -175,7 +180,7 @@ class Traces:
 
 
 def _passed_on(carrier: Mapping[str, str]) -> dict[str, str]:
-    """Of headers, those that carry a trace, if they are well-formed: gRPC takes no others."""
+    """Returns the headers that carry a trace, if they are well-formed, as gRPC demands."""
     parent, state = carrier.get("traceparent", ""), carrier.get("tracestate", "")
     if not _PARENT.fullmatch(parent):
         return {}

@@ -36,12 +36,6 @@ TO_BE_READ = {
     "convert/served_name.py",
     "convert/source",
     "mixtral_jax/checkpoint",
-    "mixtral_jax/cli",
-    "serving/access",
-    "serving/bench",
-    "serving/cluster",
-    "serving/launch",
-    "serving/observe",
 }
 
 
