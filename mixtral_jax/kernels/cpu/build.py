@@ -34,6 +34,7 @@ _FLAGS = (
     "-Wall",
     "-Wextra",
     "-Wshadow",
+    "-Wno-psabi",  # vectors are passed between these files only, which are compiled together
 )
 _log = logging.getLogger(__name__)
 
