@@ -80,7 +80,11 @@ class Gateway:
         self._limits = limits
 
     async def answer(
-        self, request: Request, kind: Kind, unknown: parsing.UnknownFields
+        self,
+        request: Request,
+        kind: Kind,
+        unknown: parsing.UnknownFields,
+        id_prefix: str = "",
     ) -> Response:
         """Returns the answer to a request, at once or as a stream.
 
@@ -88,6 +92,7 @@ class Gateway:
             request: A request whose `state.caller` is known.
             kind: The kind of request that its path is for.
             unknown: The vendor's rule for fields that its API does not have.
+            id_prefix: The vendor's beginning of an answer's id; the request's id follows.
 
         Raises:
             ServingError: The request is refused, or failed before the first token.
@@ -99,7 +104,8 @@ class Gateway:
         model = (await self.service.model()).name
         lease = self._admission.admit(request.state.caller.name)
         answer = self.service.ask(asked.protos(), record, kind.operation, asked.model, model)
-        return await self._send(request, kind, asked, Identity.new(model, record.id), answer, lease)
+        identity = Identity.new(model, id_prefix + record.id)
+        return await self._send(request, kind, asked, identity, answer, lease)
 
     async def _send(
         self,

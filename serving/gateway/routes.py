@@ -11,10 +11,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from serving.errors import NotFound
 from serving.gateway.answering import CHAT, TEXT, Gateway
 from serving.gateway.auth import require
-from serving.gateway.dialect import models
+from serving.gateway.dialect import models, openai
 from serving.gateway.dialect.azure import ExtraParameters, check_api_version
 from serving.gateway.dialect.fields import Described
-from serving.gateway.dialect.openai import ignore_unknown
 from serving.gateway.usage_route import report_usage
 
 AZURE_PREFIXES = ("", "/models")
@@ -78,12 +77,16 @@ async def azure_chat(request: Request) -> Response:
 
 async def openai_chat(request: Request) -> Response:
     """Answers a chat on the paths of OpenAI's and Mistral's clients."""
-    return await _gateway(request).answer(request, CHAT, ignore_unknown)
+    return await _gateway(request).answer(
+        request, CHAT, openai.ignore_unknown, openai.CHAT_ID_PREFIX
+    )
 
 
 async def completions(request: Request) -> Response:
     """Answers a text completion."""
-    return await _gateway(request).answer(request, TEXT, ignore_unknown)
+    return await _gateway(request).answer(
+        request, TEXT, openai.ignore_unknown, openai.TEXT_ID_PREFIX
+    )
 
 
 async def embeddings(request: Request) -> Response:

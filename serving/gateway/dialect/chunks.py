@@ -37,7 +37,7 @@ class Identity:
     """The fields that all pieces of one answer share.
 
     Attributes:
-        id: 32 hexadecimal digits.
+        id: The request's id, 32 hexadecimal digits, behind the vendor's prefix if it has one.
         created: Seconds since 1970.
         model: The served name.
     """
@@ -52,7 +52,7 @@ class Identity:
 
         Args:
             model: The served name.
-            request_id: 32 hexadecimal digits; drawn at random if absent.
+            request_id: The answer's id; 32 random hexadecimal digits if absent.
         """
         return cls(request_id or uuid.uuid4().hex, int(time.time()), model)
 

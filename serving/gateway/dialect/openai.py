@@ -1,7 +1,11 @@
-"""Rules that only OpenAI's API has: its clients, and Mistral's, send fields that we ignore."""
+"""Rules that only OpenAI's API has: its answers' ids, and fields of its clients that we ignore."""
 
 from collections.abc import Collection
 from typing import Any
+
+# Beginnings of the ids of answers, for which OpenAI's own .NET package looks.
+CHAT_ID_PREFIX = "chatcmpl-"
+TEXT_ID_PREFIX = "cmpl-"
 
 
 def ignore_unknown(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_a_chat_in_the_log_the_metrics_and_the_accounts(
         "completion_tokens": 4,
         "finish": "length,length",
     }
-    assert response.json()["id"] == response.headers["x-request-id"]
+    assert response.json()["id"] == "chatcmpl-" + response.headers["x-request-id"]
     assert watched.stack.service.metadata[0]["x-request-id"] == response.headers["x-request-id"]
 
     route = "/v1/chat/completions"
