@@ -16,7 +16,6 @@ from serving.gateway.dialect.chunks import (
     by_choice,
     finish_reason,
     finite_logprob,
-    token_text,
     usage,
 )
 from serving.gateway.dialect.error_body import ErrorDetail
@@ -28,7 +27,7 @@ class TextLogprobs(Described):
     """The log-probabilities of a text completion: lists with an entry for each token."""
 
     tokens: list[str]
-    """Their texts."""
+    r"""Their texts; a piece of a character is written as its bytes, such as bytes:\xe3."""
     token_logprobs: list[float]
     """The natural logarithms of their probabilities."""
     top_logprobs: list[dict[str, float]]
@@ -110,8 +109,8 @@ def text_logprobs(
 ) -> dict[str, list[Any]]:
     """Returns the log-probabilities of a chunk's tokens as the columns of `TextLogprobs`.
 
-    Of several alternatives that are pieces of characters, and so have the same text (U+FFFD), the
-    likeliest stands for all.
+    Tokens that are pieces of characters are written as their bytes, so that each of several
+    alternatives has a name of its own. Of alternatives with the same text the likeliest stays.
 
     Args:
         chunk: A chunk of one choice.
@@ -126,16 +125,23 @@ def text_logprobs(
         "text_offset": [],
     }
     for token in chunk.logprobs:
-        text = token_text(token)
-        columns["tokens"].append(text)
+        columns["tokens"].append(_token_name(token))
         columns["token_logprobs"].append(finite_logprob(token))
         likeliest: dict[str, float] = {}
         for top in token.top:
-            logprob = finite_logprob(top)
-            likeliest[token_text(top)] = max(logprob, likeliest.get(token_text(top), logprob))
+            name, logprob = _token_name(top), finite_logprob(top)
+            likeliest[name] = max(logprob, likeliest.get(name, logprob))
         columns["top_logprobs"].append(likeliest)
         columns["text_offset"].append(position.advance(token.token))
     return columns
+
+
+def _token_name(token: inference_pb2.TokenLogprob) -> str:
+    r"""Returns a token's text, or its bytes as OpenAI's completions write them: bytes:\xe3."""
+    try:
+        return token.token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.token)
 
 
 def _logprobs(chunks: Iterable[inference_pb2.GenerateChunk]) -> TextLogprobs | None:

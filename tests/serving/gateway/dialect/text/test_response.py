@@ -68,10 +68,17 @@ def test_pieces_of_a_character_begin_where_it_does() -> None:
     assert text_logprobs(pieces(b"a"), 7)["text_offset"] == [7]
 
 
-def test_of_pieces_with_the_same_text_the_likeliest_is_shown() -> None:
-    first, *_, last = text_logprobs(pieces(b"\xe3", b"\x81", b"\x93", b"!"), 0)["top_logprobs"]
-    assert first == {"\ufffd": pytest.approx(-0.1)}
-    assert last == {"!": pytest.approx(-0.4), "\ufffd": -3.0}
+def test_each_piece_of_a_character_has_a_name_of_its_own() -> None:
+    columns = text_logprobs(pieces(b"\xe3", b"\x81\x93", b"!", b"\xe4"), 0)
+    assert columns["tokens"] == [r"bytes:\xe3", r"bytes:\x81\x93", "!", r"bytes:\xe4"]
+    rivals = {r"bytes:\xe4": -3.0, r"bytes:\x82": -4.0}
+    assert columns["top_logprobs"] == [
+        {r"bytes:\xe3": pytest.approx(-0.1), **rivals},
+        {r"bytes:\x81\x93": pytest.approx(-0.2), **rivals},
+        {"!": pytest.approx(-0.3), **rivals},
+        # Of two alternatives with the same bytes the likelier one is shown.
+        {**rivals, r"bytes:\xe4": pytest.approx(-0.4)},
+    ]
 
 
 def test_a_stream_counts_over_characters_cut_by_its_chunks() -> None:
