@@ -41,13 +41,15 @@ _CONVERT += "convert(Path(sys.argv[1]), Path(sys.argv[2]))"
 
 @dataclass(frozen=True)
 class Run:
+    """A timed command."""
+
     seconds: float
-    synced: float  # until the disk has it
+    synced: float  # seconds until the disk has the files
     peak: int  # bytes of resident memory
 
 
 def mixtral(size: int) -> ModelConfig:
-    """As many of Mixtral-8x7B's layers as take about `size` bytes in bf16, at least one."""
+    """Returns Mixtral-8x7B with as many layers as take about `size` bytes in bf16, at least one."""
     config = replace(ModelConfig.mixtral_8x7b_v01(), num_layers=1)
 
     def nbytes(layers: int) -> int:
@@ -55,15 +57,15 @@ def mixtral(size: int) -> ModelConfig:
             row.size for row in name_table(replace(config, num_layers=layers), "hf").rows
         )
 
-    one = nbytes(2) - nbytes(1)
-    return replace(config, num_layers=max(1, round((size - nbytes(1)) / one) + 1))
+    layer_bytes = nbytes(2) - nbytes(1)
+    return replace(config, num_layers=max(1, round((size - nbytes(1)) / layer_bytes) + 1))
 
 
 def generate(folder: Path, config: ModelConfig) -> tuple[int, int]:
     """Writes a Hugging Face folder of random bits. Returns bytes in all, and of the largest tensor.
 
-    Bits come from one random block, at an offset of each tensor's own: there is no compression
-    that could profit from it, and drawing each bit anew would take longer than all the rest.
+    Each tensor is cut at another offset from one random block, because generating random numbers
+    for all of them would take most of the run.
     """
     shapes = {row.source: row.shape for row in name_table(config, "hf").rows}
     sizes = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items()}
@@ -74,10 +76,10 @@ def generate(folder: Path, config: ModelConfig) -> tuple[int, int]:
         with (folder / shard.file).open("wb", buffering=0) as file:
             file.write(shard.header("bfloat16"))
             for name in shard.offsets:
-                left = sizes[name]
-                while left:
+                remaining = sizes[name]
+                while remaining:
                     start = int(generator.integers(len(block) // 2))
-                    left -= file.write(block[start : start + min(left, len(block) // 2)])
+                    remaining -= file.write(block[start : start + min(remaining, len(block) // 2)])
     index = {"weight_map": {name: shard.file for shard in shards for name in shard.offsets}}
     (folder / INDEX_FILE).write_text(json.dumps(index))
     (folder / CONFIG_FILE).write_text(json.dumps(to_hf(config, "bfloat16")))
@@ -85,7 +87,7 @@ def generate(folder: Path, config: ModelConfig) -> tuple[int, int]:
 
 
 def measure(command: list[str], result: Path) -> Run:
-    """Runs a command that makes the folder `result`, and removes that."""
+    """Runs a command that makes the folder `result`, and removes the folder."""
     os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -107,7 +109,7 @@ def measure(command: list[str], result: Path) -> Run:
 
 
 def _peak(pid: int) -> int:
-    """Most resident memory a process ever had, in bytes; 0 when it is gone."""
+    """Returns the peak of the resident memory of a process in bytes; 0 when it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -117,6 +119,7 @@ def _peak(pid: int) -> int:
 
 
 def report(copies: list[Run], conversions: list[Run], total: int, largest: int) -> None:
+    """Prints the figures of copies and conversions; `total` and `largest` are bytes."""
     bound = 3 * GIB // 2 + 2 * largest
     peak = max(run.peak for run in conversions)
     print(f"\nsource {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB")
@@ -135,13 +138,15 @@ def report(copies: list[Run], conversions: list[Run], total: int, largest: int) 
 
 
 def main(
-    size_gb: Annotated[float, typer.Option(help="about how large a source to make")] = 12,
-    repeats: Annotated[int, typer.Option(help="how often to time each")] = 3,
-    folder: Annotated[Path | None, typer.Option(help="where to work; needs twice the size")] = None,
+    size_gb: Annotated[float, typer.Option(help="About the size of the source.")] = 12,
+    repeats: Annotated[int, typer.Option(help="Measurements of each command.")] = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder to work in; it needs twice the size.")
+    ] = None,
 ) -> None:
     """Measure the memory and the speed of a conversion."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="convert-memory-") as name:
-        source, copy, result = (Path(name) / part for part in ("source", "copy", "result"))
+        source, copy, result = (Path(name) / word for word in ("source", "copy", "result"))
         source.mkdir()
         total, largest = generate(source, mixtral(int(size_gb * 1e9)))
         copies, conversions = [], []

@@ -1,4 +1,4 @@
-"""What the engine's parts cost against what the hardware asks for; weights of SmolLM2's shape.
+"""The cost of parts of the engine against the bounds of the hardware, at SmolLM2's shapes.
 
     python -m benchmarks.engine [--dtype int8] [--json FILE]
 
@@ -46,7 +46,7 @@ from serving.scheduling.step_plan import Limits
 
 ROWS = 8
 SHORT, LONG = 128, 2048
-STEPS = 10  # of one sample
+STEPS = 10  # of a sample
 
 
 def main(

@@ -1,10 +1,10 @@
-"""How many streamed tokens a second one core of the gateway passes on.
+"""The number of streamed tokens a second that a core of the gateway passes on.
 
     python -m benchmarks.gateway [--clients 64] [--tokens 200] [--json FILE]
 
-The model service is replaced by one that says a word a chunk as fast as asked; it, the gateway
-and the clients are three processes. What counts is the gateway's own processor time, so that the
-figure does not depend on what the other two leave it. Each figure is the median of --repeats.
+A stand-in for the model service sends a word a chunk without waiting. It, the gateway and the
+clients are three processes. The figure is of the gateway's own processor time, and so does not
+depend on the load of the other two. Each figure is the median of --repeats.
 """
 
 import asyncio
@@ -34,9 +34,10 @@ _WORD = " word"
 
 
 class Parrot(inference_pb2_grpc.InferenceServicer):
-    """Says max_tokens words, a chunk each, without waiting."""
+    """A stand-in for a model that sends max_tokens words, a chunk each, without waiting."""
 
     async def GetModelInfo(self, request: Any, context: Any) -> inference_pb2.ModelInfo:
+        """Returns facts of no model."""
         return inference_pb2.ModelInfo(
             name="parrot", type="chat-completions", provider="Nobody", max_context=1 << 20
         )
@@ -44,6 +45,7 @@ class Parrot(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        """Yields the words of an answer."""
         for place in range(request.max_tokens):
             yield inference_pb2.GenerateChunk(text=_WORD, token_ids=[place])
             await asyncio.sleep(0)  # so that streams take turns, as an engine's do
@@ -67,7 +69,7 @@ async def serve_words() -> None:
 
 
 async def _client(port: int, tokens: int) -> int:
-    """One streamed answer by hand: a client of this process must not be what is measured."""
+    """Reads a streamed answer from a bare socket, which costs less than an HTTP client."""
     body = json.dumps(
         {
             "messages": [{"role": "user", "content": "hello"}],
@@ -128,11 +130,11 @@ def measure(clients: int, tokens: int, repeats: int) -> dict[str, float]:
         by_core, by_clock = [], []
         for _ in range(repeats):
             before, began = gateway.cpu_times(), time.perf_counter()
-            said = asyncio.run(_load(port, clients, tokens))
+            num_tokens = asyncio.run(_load(port, clients, tokens))
             seconds, after = time.perf_counter() - began, gateway.cpu_times()
             busy = after.user + after.system - before.user - before.system
-            by_core.append(said / busy)
-            by_clock.append(said / seconds)
+            by_core.append(num_tokens / busy)
+            by_clock.append(num_tokens / seconds)
     return {
         "clients": clients,
         "tokens_per_core_second": statistics.median(by_core),

@@ -48,7 +48,7 @@ _LIMIT_S = 900
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One process of one restore; in bytes."""
+    """A process of a restore; figures are bytes."""
 
     dtype: str
     mesh: str
@@ -60,23 +60,26 @@ class Report:
 
     @property
     def over(self) -> int:
+        """Bytes of peak memory above the share of the parameters."""
         return self.peak - self.share
 
 
-def write_checkpoint(folder: Path, size: int, narrow: int, dtype: str, console: Console) -> int:
+def write_checkpoint(
+    folder: Path, size: int, width_divisor: int, dtype: str, console: Console
+) -> int:
     """Makes a checkpoint of about `size` bytes. Returns how many its parameters have.
 
-    The widths are those of Mixtral-8x7B divided by `narrow`.
+    The widths are those of Mixtral-8x7B divided by `width_divisor`.
 
-    Bits come from one random block, at an offset of each piece's own: drawing them anew would take
-    longer than all the rest.
+    Each piece is cut at another offset from one random block, because generating random numbers
+    for all of it would take most of the run.
     """
-    config = mixtral((size * 2 if dtype == "int8" else size) * narrow**2)
+    config = mixtral((size * 2 if dtype == "int8" else size) * width_divisor**2)
     config = replace(
         config,
-        hidden_size=config.hidden_size // narrow,
-        head_size=config.head_size // narrow,
-        feed_forward_size=config.feed_forward_size // narrow,
+        hidden_size=config.hidden_size // width_divisor,
+        head_size=config.head_size // width_divisor,
+        feed_forward_size=config.feed_forward_size // width_divisor,
     )
     shapes = parameter_shapes(config, dtype)
     total = sum(shape.size * shape.dtype.itemsize for shape in shapes.values())
@@ -88,11 +91,11 @@ def write_checkpoint(folder: Path, size: int, narrow: int, dtype: str, console: 
         for name, shape in shapes.items():
             status.update(f"writing {dtype}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
             for index in _pieces(shape.shape, chunk_shape(shape)):
-                sizes = tuple(part.stop - part.start for part in index)
+                sizes = tuple(piece.stop - piece.start for piece in index)
                 nbytes = int(np.prod(sizes)) * shape.dtype.itemsize
                 start = int(generator.integers((len(block) - nbytes) // 64 + 1)) * 64
-                piece = block[start : start + nbytes].view(shape.dtype).reshape(sizes)
-                writer.write(name, index, piece)
+                values = block[start : start + nbytes].view(shape.dtype).reshape(sizes)
+                writer.write(name, index, values)
                 done += nbytes
         card = Card(model=config, dtype=dtype, name="synthetic", provider="nobody")
         card.write(partial)
@@ -127,8 +130,8 @@ def restore(
     running = []
     try:
         with console.status(f"restoring {dtype} onto mesh {mesh}"):
-            for process in range(processes):
-                arguments = [folder, dtype, mesh, port, processes, process, int(verify)]
+            for process_id in range(processes):
+                arguments = [folder, dtype, mesh, port, processes, process_id, int(verify)]
                 command = [sys.executable, "-m", "benchmarks.restore_memory", "--one"]
                 running.append(
                     subprocess.Popen(
@@ -139,29 +142,29 @@ def restore(
                         text=True,
                     )
                 )
-            said = [process.communicate(timeout=_LIMIT_S) for process in running]
+            outputs = [process.communicate(timeout=_LIMIT_S) for process in running]
     finally:
-        for left in running:
-            left.kill()
-            left.wait()
-    for ended, (_, errors) in zip(running, said, strict=True):
+        for process in running:
+            process.kill()
+            process.wait()
+    for ended, (_, errors) in zip(running, outputs, strict=True):
         if ended.returncode:
             raise SystemExit(f"a process failed with {ended.returncode}:\n{errors}")
-    return [Report(**json.loads(out.splitlines()[-1])) for out, _ in said]
+    return [Report(**json.loads(out.splitlines()[-1])) for out, _ in outputs]
 
 
-def _be_one(arguments: str) -> None:
+def _restore_share(arguments: str) -> None:
     """A process that `restore` started."""
     folder, dtype, mesh, port, processes, process, verify = arguments.rsplit(" ", 6)
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
     report = restore_part(Path(folder), mesh, dtype, verify == "1")
-    # All together: who ends first is taken for lost by the others.
+    # All end together, because a process that ends first is taken for lost by the others.
     jax.distributed.shutdown()
     print(json.dumps(asdict(report)), flush=True)
 
 
 def restore_part(folder: Path, mesh: str, dtype: str, verify: bool) -> Report:
-    """What one process of a group does."""
+    """Restores the share of this process, and returns its figures."""
     data, expert, tensor = _sizes(mesh)
     devices = make_mesh(data, expert, tensor)
     before = peak()
@@ -197,16 +200,17 @@ def _held(array: jax.Array) -> dict[str, int]:
 
 
 def peak() -> int:
-    """Most resident memory this process ever had, in bytes."""
+    """Returns the peak of the resident memory of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _sizes(mesh: str) -> list[int]:
-    return [int(part) for part in mesh.split(",")]
+    return [int(size) for size in mesh.split(",")]
 
 
 def show(reports: list[Report], console: Console) -> None:
+    """Prints a table of the figures."""
     table = Table(title="GiB, and GB/s of all processes together")
     for column in (
         "dtype",
@@ -231,23 +235,27 @@ def show(reports: list[Report], console: Console) -> None:
 
 
 def main(
-    size_gb: Annotated[float, typer.Option(help="about how large a checkpoint to make")] = 6,
-    processes: Annotated[int, typer.Option(help="how many restore it together")] = 4,
-    mesh: Annotated[list[str], typer.Option(help="data,expert,tensor; may be repeated")] = [  # noqa: B006
+    size_gb: Annotated[float, typer.Option(help="About the size of the checkpoint.")] = 6,
+    processes: Annotated[int, typer.Option(help="Processes that restore it together.")] = 4,
+    mesh: Annotated[list[str], typer.Option(help="Sizes data,expert,tensor; repeatable.")] = [  # noqa: B006
         "1,8,1",
         "2,2,2",
         "1,1,8",
     ],
-    dtype: Annotated[list[str], typer.Option(help="may be repeated")] = ["bfloat16", "int8"],  # noqa: B006
-    narrow: Annotated[int, typer.Option(help="divide the widths, for a small checkpoint")] = 1,
-    folder: Annotated[Path | None, typer.Option(help="where to work; needs the size")] = None,
-    verify: Annotated[bool, typer.Option(help="compare what was restored, afterwards")] = False,
-    output: Annotated[Path | None, typer.Option("--json", help="a file for the figures")] = None,
-    one: Annotated[str, typer.Option(hidden=True)] = "",
+    dtype: Annotated[list[str], typer.Option(help="Type of the weights.")] = ["bfloat16", "int8"],  # noqa: B006
+    narrow: Annotated[int, typer.Option(help="Divisor of the widths, for a small checkpoint.")] = 1,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder to work in; it needs the size.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the restored arrays with the files.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    arguments: Annotated[str, typer.Option("--one", hidden=True)] = "",
 ) -> None:
     """Measure the memory and the speed of a restore by several processes."""
-    if one:
-        return _be_one(one)
+    if arguments:
+        return _restore_share(arguments)
     console = Console(stderr=True)
     reports: list[Report] = []
     with tempfile.TemporaryDirectory(dir=folder, prefix="restore-memory-") as work:

@@ -4,7 +4,7 @@
 
 Runs `benchmarks.engine`, the bare engine against the same load over HTTP, and `benchmarks.peers`
 (whose environments must exist: `python -m benchmarks.peers --install`), one after the other, for
-about an hour; a file that is given is read instead of measured. What the targets are stands here.
+about an hour; a file that is given is read instead of measured. The targets are defined here.
 """
 
 import json
@@ -28,7 +28,7 @@ NUMBERS = Path(__file__).parent.parent / "docs" / "numbers.md"
 BEGIN, END = "<!-- speeds: make bench -->", "<!-- end of speeds -->"
 INT8 = Path("checkpoints/smollm2-135m-instruct-int8")
 
-# (peer, load): ours must be at least so many times as fast.
+# (peer, load): how many times as fast as the peer ours must be at least.
 TARGETS = {
     ("transformers", "1 client"): 3.0,
     ("transformers", "8 clients"): 4.0,
@@ -53,11 +53,11 @@ def http(repeats: int) -> dict[str, float]:
     )
     (port,) = free_ports(1)
     with served(str(INT8), {"max-sequences": 32, "metrics-port": port}) as endpoint:
-        one = load_of(endpoint, **sizes, shared_prefix=0)
+        measure = load_of(endpoint, **sizes, shared_prefix=0)
         added = _first_token_added(endpoint, port, 4 * repeats)
         for turn in range(repeats):
             bare.append(engine.measure(64, 32, seed=turn))
-            whole.append(one(64, 32, turn, _unseen))
+            whole.append(measure(64, 32, turn, _unseen))
     speeds = [[level.tokens_per_second for level in levels] for levels in (bare, whole)]
     return {
         "bare_tokens_per_second": statistics.median(speeds[0]),
@@ -68,16 +68,16 @@ def http(repeats: int) -> dict[str, float]:
 
 
 def _first_token_added(endpoint: Endpoint, metrics_port: int, requests: int) -> list[float]:
-    """Seconds of each request's first token that the engine's thread knows nothing of.
+    """Returns the seconds to each first token that were spent outside the engine's thread.
 
     One client on one connection; the request that opens it is not counted.
     """
 
     def inside() -> float:
         text = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", trust_env=False).text
-        found = re.search(r"^vllm:time_to_first_token_seconds_sum\S* (.+)$", text, re.MULTILINE)
-        assert found is not None
-        return float(found[1])
+        match = re.search(r"^vllm:time_to_first_token_seconds_sum\S* (.+)$", text, re.MULTILINE)
+        assert match is not None
+        return float(match[1])
 
     sums: list[float] = []
     texts = prompts(requests + 1, words_for(endpoint, 100), seed=1000, shared=0)
@@ -154,7 +154,7 @@ def _speeds(row: dict[str, Any], who: str) -> list[float]:
 
 
 def _verdict(value: float, *, at_least: float = 0.0, at_most: float = float("inf")) -> str:
-    """The figure; one that misses its target says so."""
+    """Writes a figure, and says so if it misses its target."""
     met = at_least <= value <= at_most
     return f"**{value:.2f}**" if met else f"{value:.2f} (missed)"
 
@@ -187,7 +187,7 @@ def main(
     engine, over, *peers = (
         json.loads(path.read_text()) for path in (engine_json, http_json, *peers_json)
     )
-    results = [row for one in peers for row in one["results"]]
+    results = [row for report in peers for row in report["results"]]
     text = NUMBERS.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     written = table(peers[0]["facts"], engine, over, results)

@@ -39,7 +39,7 @@ _MARGIN = 64  # tokens by which a template may be longer than we think
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What is measured of everybody."""
+    """A load that every server is measured under."""
 
     name: str
     clients: int
@@ -48,16 +48,17 @@ class Point:
     answer_tokens: int
 
     def load(self, whose: str, turn: int) -> Load:
-        """Prompts that no other point, peer or turn has: ours would find them cached."""
+        """Returns prompts of this point, peer and turn alone, so that no server has them cached."""
         texts = prompts(self.requests, self.words, seed=f"{whose}, {self.name}, {turn}")
         return Load(texts=texts, clients=self.clients, answer_tokens=self.answer_tokens)
 
     def warm_up(self, whose: str) -> Load:
+        """Returns a short load that is not counted."""
         texts = prompts(self.clients, self.words, seed=f"{whose}, {self.name}, first")
         return Load(texts=texts, clients=self.clients, answer_tokens=min(4, self.answer_tokens))
 
     def speed(self, level: Level) -> float:
-        """The figure that is compared: tokens/s of answers, or of the prompt where that is all."""
+        """Returns the figure to compare: tokens/s of answers, or of the prompt if it is all."""
         if self.answer_tokens == 1:
             return level.prompt_tokens / level.ttft["p50"]
         return level.tokens_per_second
@@ -65,7 +66,7 @@ class Point:
 
 @dataclass
 class Result:
-    """One point of one variant of a peer: its runs, and ours of the same turns."""
+    """The runs of a variant of a peer at a point, and ours of the same turns."""
 
     point: Point
     contender: str
@@ -75,12 +76,14 @@ class Result:
 
     @property
     def ratio(self) -> float:
+        """The median of our speed over theirs, turn by turn."""
         return statistics.median(
             self.point.speed(mine) / self.point.speed(other)
             for mine, other in zip(self.ours, self.theirs, strict=True)
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Returns every figure, as JSON takes it."""
         return {
             "point": vars(self.point),
             "contender": self.contender,
@@ -97,8 +100,8 @@ def in_turn(
     """Measures everybody `repeats` times; prints each turn."""
     results = [Result(point, other.name) for other in others]
     whose = others[0].name
-    for one in (mine, *others):
-        one.measure(point.warm_up(whose))
+    for contender in (mine, *others):
+        contender.measure(point.warm_up(whose))
     for turn in range(repeats):
         load = point.load(whose, turn)
         average = os.getloadavg()[0]
@@ -114,7 +117,7 @@ def in_turn(
 
 
 def best(results: list[Result]) -> list[Result]:
-    """Of each peer and point the variant with the highest median speed."""
+    """Returns the variant with the highest median speed for each peer and point."""
     chosen: dict[tuple[str, str], Result] = {}
     for result in results:
         key = result.contender.split()[0], result.point.name
@@ -128,7 +131,7 @@ def _speed(result: Result) -> float:
 
 
 def markdown(results: list[Result]) -> str:
-    """A row for each; times in ms, p50 of the runs' medians, ours / theirs."""
+    """Returns a table in markdown; times are ms, p50 of the runs' medians, ours / theirs."""
     lines = [
         "| load | peer | tokens/s, ours | theirs | **ratio** | TTFT ms | ITL ms | errors |",
         "|---|---|---|---|---|---|---|---|",
@@ -149,7 +152,7 @@ def markdown(results: list[Result]) -> str:
 def points(
     clients: list[int], words: dict[int, int], prompt_tokens: int, answer_tokens: int
 ) -> list[Point]:
-    """What is measured; `words` are those of a prompt of so many tokens."""
+    """Returns the loads; `words` maps the tokens of a prompt to its number of words."""
     chosen = [
         Point(
             name=f"{count} client{'s' if count > 1 else ''}",
@@ -209,7 +212,7 @@ def main(
             from convert.export import export
 
             export(checkpoint, hf)
-    clients = [int(part) for part in concurrency.split(",")]
+    clients = [int(number) for number in concurrency.split(",")]
     setting = Setting(
         checkpoint=our or checkpoint,
         hf=hf,

