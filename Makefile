@@ -36,7 +36,7 @@ quick: $(VENV)/.tested ## Formatting, lint, types and the fast tests, a few minu
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore tests/end_to_end $(ARGS)
 
 test: $(VENV)/.tested ## Run all tests, the slow ones too (ARGS='-m "not slow"' leaves them out)
 	$(BIN)/python -m pytest -n 2 --durations 60 $(ARGS)
