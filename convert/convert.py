@@ -12,6 +12,7 @@ checkpoint gets its name.
 """
 
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +97,11 @@ def convert(
         num_ids = None if words.tokenizer is None else words.tokenizer.required_vocab_size
         check(source, table, shapes, destination, dtype, upcycle_experts, num_ids)
         with finished_at(destination) as folder, Assembly(source.tensors, table, seed) as assembly:
-            tokenizer.copy(words.folder, folder)
+            if words.tokenizer is not None:
+                tokenizer.copy(words.folder, folder)
+            else:  # kept for a release that supports it
+                for file in tokenizer.files(words.folder):
+                    shutil.copy(file, folder)
             writer = ParameterWriter(folder, shapes, chunk_bytes)
             if words.tokenizer is not None and dtype == "int8":
                 ids = words.tokenizer.encode(calibration_text())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixtral_jax.checkpoint.pretrained import load as load
+    from mixtral_jax.checkpoint.pretrained import save as save
     from mixtral_jax.config import ModelConfig as ModelConfig
     from mixtral_jax.errors import ChatError as ChatError
     from mixtral_jax.errors import ConfigError as ConfigError
@@ -56,6 +57,7 @@ _HOMES = {
     "generate_tokens": "generation",
     "load": "checkpoint.pretrained",
     "make_mesh": "sharding",
+    "save": "checkpoint.pretrained",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -1,31 +1,46 @@
-"""From a checkpoint folder, or the name of the toy, to a model with its tokenizer."""
+"""A model with its tokenizer: loaded from a checkpoint folder, or the toy, and saved to one."""
 
+import logging
+import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mixtral_jax.checkpoint import parameters, restore
+from mixtral_jax.checkpoint import parameters, restore, writer
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import TokenizerError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement, checked_dtype
 from mixtral_jax.tokenization import tokenizer
+from mixtral_jax.tokenization.huggingface import TemplateTokenizer
+from mixtral_jax.tokenization.mistral import MistralTokenizer
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 
 TINY_RANDOM = "tiny-random"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What is known of a checkpoint before its weights are read."""
+    """A checkpoint before its weights are read."""
 
     card: Card
-    tokenizer: Tokenizer
     folder: Path | None  # None for the toy
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights.
+
+        Raises FileNotFoundError where there is none, TokenizerError for one that is not supported.
+        """
+        return ByteTokenizer() if self.folder is None else tokenizer.load(self.folder)
 
     def placement(
         self,
@@ -43,24 +58,23 @@ class Pretrained:
         return Transformer(self.card.model, placement, rngs=nnx.Rngs(0))
 
     def loadable_dtype(self, dtype: DTypeLike | None) -> str:
-        """What `load(dtype=dtype)` gives; raises ConfigError as that does, at once."""
+        """Returns the dtype that `load` would give for `dtype`; raises ConfigError as it would."""
         if self.folder is None:
             return checked_dtype(dtype or self.card.dtype)
         return parameters.loadable_dtype(self.folder, self.card, dtype)
 
 
 def open_pretrained(path: str | Path) -> Pretrained:
-    """Reads the config and the tokenizer of a checkpoint folder, or of the toy "tiny-random".
+    """Reads the config of a checkpoint folder, or of the toy "tiny-random".
 
     Raises ConfigError (a ValueError) where `path` is neither.
     """
     if str(path) == TINY_RANDOM:
-        words = ByteTokenizer()
-        config = ModelConfig.tiny(vocab_size=words.vocab_size)
+        config = ModelConfig.tiny(vocab_size=ByteTokenizer().vocab_size)
         card = Card(model=config, dtype="float32", name=TINY_RANDOM, provider="mixtral-jax")
-        return Pretrained(card, words, None)
+        return Pretrained(card, None)
     folder = Path(path)
-    return Pretrained(Card.read(folder), tokenizer.load(folder), folder)
+    return Pretrained(Card.read(folder), folder)
 
 
 def load(
@@ -68,7 +82,7 @@ def load(
     mesh: Mesh | str | None = "auto",
     dtype: DTypeLike | None = None,
     dp_attention: bool = False,
-) -> tuple[Transformer, Tokenizer]:
+) -> tuple[Transformer, Tokenizer | None]:
     """Loads a checkpoint folder: the model, straight onto its devices, and its tokenizer.
 
     Args:
@@ -79,9 +93,57 @@ def load(
             the toy.
         dp_attention: splits sequences, not heads, over the mesh's expert axis.
 
+    The tokenizer is None, and a warning is logged, where it is missing or not supported.
+
     Raises ConfigError (a ValueError) where `path` is not a checkpoint, or not of a dtype that can
     become `dtype`, or where the model cannot be split over the mesh.
     """
     pretrained = open_pretrained(path)
     placement = pretrained.placement(dtype, mesh, dp_attention)
-    return pretrained.load(placement), pretrained.tokenizer
+    words: Tokenizer | None = None
+    try:
+        words = pretrained.tokenizer
+    except (FileNotFoundError, TokenizerError) as error:
+        logger.warning("%s is loaded without a tokenizer, which cannot be used: %s", path, error)
+    return pretrained.load(placement), words
+
+
+def save(
+    model: Transformer,
+    words: Tokenizer | None,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    provider: str = "unknown",
+) -> None:
+    """Writes a model, such as one that was changed in memory, as a checkpoint folder.
+
+    Args:
+        model: whole, or split over a mesh of this process.
+        words: its tokenizer, whose files are copied from where it was loaded; None for none.
+        folder: a folder that does not exist or is empty.
+        name: the name under which the model is served; by default the folder's.
+        provider: the name of its maker.
+
+    Raises what `finished_at` raises for the folder, and FileNotFoundError if the tokenizer's files
+    are gone. Nothing is left at `folder` then.
+    """
+    folder = Path(folder)
+    card = Card(
+        model=model.config,
+        dtype=model.placement.dtype,
+        name=name or folder.absolute().name,
+        provider=provider,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        _copy_tokenizer(words, Path(scratch))
+        writer.save(folder, model, card, tokenizer.files(Path(scratch)))
+
+
+def _copy_tokenizer(words: Tokenizer | None, folder: Path) -> None:
+    if isinstance(words, ByteTokenizer):
+        words.save(folder)
+    elif isinstance(words, MistralTokenizer | TemplateTokenizer):
+        if not words.folder.is_dir():
+            raise FileNotFoundError(f"the tokenizer's files were in {words.folder}, which is gone")
+        tokenizer.copy(words.folder, folder)

@@ -27,6 +27,8 @@ def chat(
 
     keep_programs()
     transformer, tokenizer = load(model, dtype=dtype)
+    if tokenizer is None:
+        raise UserError(f"{model} has no tokenizer that is supported, which a chat needs")
     beginning: list[Message] = []
     if system is not None:
         beginning.append({"role": "system", "content": system})

@@ -48,6 +48,7 @@ class TemplateTokenizer(Vocabulary):
         Raises FileNotFoundError without the first, TokenizerError for contents that the library
         `tokenizers` cannot read or that this class cannot follow faithfully.
         """
+        self.folder = folder  # where a copy of its files begins
         spec = _read_spec(folder / TOKENIZER_FILE)
         named = named_tokens(folder)
         source = template_source(folder)

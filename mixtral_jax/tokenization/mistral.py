@@ -60,6 +60,7 @@ class MistralTokenizer(Vocabulary):
         """
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}")
+        self.folder = path.parent  # where a copy of its files begins
         self._model: Tekkenizer | SentencePieceTokenizer
         if path.suffix == ".json":
             self._model = _tekken(path)

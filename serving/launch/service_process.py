@@ -123,6 +123,7 @@ def _build(
     leader: Leader | None,
 ) -> tuple[EngineWorker, InferenceService]:
     """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service."""
+    tokenizer = pretrained.tokenizer  # before the weights: without one, nothing can be served
     keep_programs()
     card = pretrained.card
 
@@ -145,7 +146,7 @@ def _build(
         vocab_size=card.model.vocab_size,
     )
     worker = EngineWorker(engine, metrics, explain)
-    inference = InferenceService(worker, pretrained.tokenizer, info, Calls(metrics, traces))
+    inference = InferenceService(worker, tokenizer, info, Calls(metrics, traces))
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value)
     return worker, inference
