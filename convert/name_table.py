@@ -229,7 +229,7 @@ def name_table(
     top = {line.ours: line.theirs for line in dialect_lines.top}
     embedding, head = top["embed.weight"], top["head.weight"]
     if config.tied_embeddings and embedding not in names and head in names:
-        # Of two names for one tensor, safetensors keeps the first: here the head's.
+        # safetensors keeps one of two names for a tensor, here the head's.
         table = [replace(row, source=head) if row.source == embedding else row for row in table]
         embedding = head
     if upcycle_experts >= UPCYCLED_EXPERTS_PER_TOKEN and not config.is_moe:

@@ -1,4 +1,4 @@
-"""A progress bar for what moves bytes."""
+"""A progress bar for commands that move bytes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def bar(description: str, console: Console | None = None) -> Iterator[Progress]:
-    """What to pass as `progress`: a bar on standard error, and a last line that stays.
+    """Yields the `progress` of a bar on standard error, which leaves a last line.
 
     Without a terminal there is the last line only; without any bytes, or after an error, nothing.
     """

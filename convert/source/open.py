@@ -1,4 +1,4 @@
-"""What a path holds: its dialect, its tensors, its config. No data is read.
+"""A source by its path: its dialect, its tensors, its config. No data is read.
 
 A folder is searched in this order, so that one with several forms of the same weights (as
 Mistral-7B-Instruct-v0.3 is published) gives Hugging Face's:
@@ -39,8 +39,8 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 class Source:
     """Everything about a source but its data.
 
-    `problems` are what is wrong with its files and its config, which is None if it is at fault.
-    `whole` tells whether every file could be read: if not, a tensor that is not there says nothing.
+    `problems` has a sentence for each fault of its files and its config, which is None if it is at
+    fault. `whole` is true if every file could be read: else a missing tensor means nothing.
     """
 
     path: Path
@@ -53,13 +53,13 @@ class Source:
     whole: bool = True
 
     def add(self, file: Path) -> None:
-        """Takes in the header of a safetensors file."""
+        """Adds the tensors of a safetensors file."""
         try:
-            found = safetensors_header(file)
+            tensors = safetensors_header(file)
         except (ConversionError, OSError) as error:
             self.fail(error)
             return
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             if name in self.tensors:
                 other = self.tensors[name].file.name
                 self.problems.append(f"tensor {name} is in both {other} and {file.name}")
@@ -72,7 +72,7 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """Raises ConversionError, saying what was looked for, if `path` is no source at all."""
+    """Reads a source's headers and config; raises ConversionError if `path` is no source at all."""
     if not path.exists():
         raise ConversionError([f"{path} does not exist"])
     if is_checkpoint(path):

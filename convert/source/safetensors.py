@@ -17,7 +17,7 @@ _LONGEST_HEADER = 100 << 20
 
 
 def safetensors_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name.
+    """Reads the tensors of a safetensors file by name.
 
     Encodings that cannot be read are let through, for the tensor may not be needed. Raises
     ConversionError for a file that is not whole, or whose tensors overlap or leave gaps.
@@ -32,20 +32,20 @@ def safetensors_header(path: Path) -> dict[str, Tensor]:
         entries = json.loads(text, object_pairs_hook=_without_duplicates)
         del text
         entries.pop("__metadata__", None)
-        found = {name: _entry(path, 8 + count, entry) for name, entry in entries.items()}
+        tensors = {name: _entry(path, 8 + count, entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError([f"{path}: its header is malformed: {error}"]) from error
-    end = _check_layout(path, 8 + count, found)
+    end = _check_layout(path, 8 + count, tensors)
     if end != length:
         remedy = "it was cut short; fetch it again" if end > length else "its end is not accounted"
         raise ConversionError(
             [f"{path} has {length} bytes where its header promises {end}: {remedy}"]
         )
-    return {name: tensor for name, (tensor, _) in found.items()}
+    return {name: tensor for name, (tensor, _) in tensors.items()}
 
 
 def _entry(path: Path, data: int, entry: Any) -> tuple[Tensor, int]:
-    """A tensor and the offset of its end; raises what json content can make it raise."""
+    """Returns a tensor and the offset of its end; raises what JSON content can make it raise."""
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     numbers = (begin, end, *shape)
@@ -63,10 +63,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _check_layout(path: Path, data: int, found: dict[str, tuple[Tensor, int]]) -> int:
-    """Tensors must follow one another without a gap. Returns where the last one ends."""
+def _check_layout(path: Path, data: int, tensors: dict[str, tuple[Tensor, int]]) -> int:
+    """Checks that tensors follow one another without a gap. Returns the end of the last."""
     position = data
-    for name, (tensor, end) in sorted(found.items(), key=lambda item: item[1][0].offset):
+    for name, (tensor, end) in sorted(tensors.items(), key=lambda item: item[1][0].offset):
         if tensor.offset != position or end < position:
             raise ConversionError(
                 [f"{path}: tensor {name} overlaps another one, or there is a gap before it"]

@@ -142,7 +142,7 @@ def _names(params: Path, context: ts.Context) -> set[str]:
 
 
 def _open(params: Path, name: str, context: ts.Context) -> Any:
-    # What is in the cache is not compared with the file again: nobody writes into a checkpoint.
+    # Cached data are not compared with the file again: nobody writes into a checkpoint.
     spec = {
         "driver": "zarr3",
         "kvstore": kvstore(params, f"{name}/"),

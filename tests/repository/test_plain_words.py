@@ -24,12 +24,6 @@ BANNED_NAMES = {
 }
 # Rooms that are still to be read; an entry that has nothing to mend any more fails the test.
 TO_BE_READ = {
-    "convert/name_table.py",
-    "convert/progress.py",
-    "convert/pull.py",
-    "convert/served_name.py",
-    "convert/source",
-    "mixtral_jax/checkpoint",
 }
 
 
