@@ -22,7 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ConfigError
+from mixtral_jax.errors import ConfigError, TopologyError
 
 MESH_AXES = ("data", "expert", "tensor", "copy")
 # Names of the dimensions that a mesh splits, for messages.
@@ -120,17 +120,17 @@ def make_mesh(
     """Mesh over the first data * expert * tensor devices.
 
     Of the `tensor` devices, `copies` hold the same key/value heads; `copies_of` says how many must.
-    Raises ValueError if there are too few devices.
+    Raises TopologyError if there are too few devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     count = data * expert * tensor
     if count > len(devices):
-        raise ValueError(
+        raise TopologyError(
             f"a mesh of data={data} x expert={expert} x tensor={tensor} needs {count} devices, "
             f"there are {len(devices)}"
         )
     if tensor % copies:
-        raise ValueError(f"tensor={tensor} cannot hold {copies} copies of each key/value head")
+        raise TopologyError(f"tensor={tensor} cannot hold {copies} copies of each key/value head")
     # Auto: the compiler propagates shardings; jax's default, Explicit, would put them into types.
     grid = mesh_utils.create_device_mesh(
         (data, expert, tensor // copies, copies),
@@ -171,7 +171,7 @@ def mesh_for(
     copies = copies_of(config, expert, tensor, dp_attention)
     try:
         mesh = make_mesh(data, expert, tensor, devices, copies)
-    except ValueError as error:
+    except TopologyError as error:
         raise ConfigError(str(error)) from None
     ShardingRules.of(config, mesh, dp_attention).check(config, mesh)
     return mesh

@@ -90,6 +90,16 @@ DTYPE = Flag(
     "Type of the weights: float32, bfloat16, or int8 if the checkpoint is stored as int8; default: "
     "as stored.",
 )
+MESH = Flag(
+    "mesh",
+    str,
+    "auto",
+    "How devices share the model, such as data=1,expert=8,tensor=1, or auto.",
+    "SIZES",
+)
+DP_ATTENTION = Flag(
+    "dp_attention", bool, False, "Split sequences instead of heads over the mesh's expert axis."
+)
 _HOST = Flag("host", str, "127.0.0.1", "Address to listen on.")
 _PORT = Flag("port", int, 8000, "Port of HTTP; 0: any.", min=0, max=65535)
 _GRPC_PORT = Flag("grpc_port", int, 50051, "Port of gRPC.", min=1, max=65535)
@@ -108,16 +118,8 @@ _DRAIN_SECONDS = Flag(
 )
 _ENGINE = _panel(
     "Engine",
-    Flag(
-        "mesh",
-        str,
-        "auto",
-        "How devices share the model, such as data=1,expert=8,tensor=1, or auto.",
-        "SIZES",
-    ),
-    Flag(
-        "dp_attention", bool, False, "Split sequences instead of heads over the mesh's expert axis."
-    ),
+    MESH,
+    DP_ATTENTION,
     Flag("max_sequences", int, 32, "Maximum number of sequences in a step.", min=1),
     Flag("max_step_tokens", int, 128, "Maximum number of new tokens in a step.", min=1),
     Flag(

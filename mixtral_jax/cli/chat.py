@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral_jax.cli.options import DtypeOption, ModelOption
+from mixtral_jax.cli.options import DpAttentionOption, DtypeOption, MeshOption, ModelOption
 from mixtral_jax.errors import UserError
 
 
@@ -19,6 +19,8 @@ def chat(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed that makes answers repeatable.")] = None,
     dtype: DtypeOption = None,
+    mesh: MeshOption = "auto",
+    dp_attention: DpAttentionOption = False,
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
     from mixtral_jax import generate, load
@@ -26,7 +28,7 @@ def chat(
     from mixtral_jax.tokenization.messages import Message
 
     keep_programs()
-    transformer, tokenizer = load(model, dtype=dtype)
+    transformer, tokenizer = load(model, mesh, dtype, dp_attention)
     if tokenizer is None:
         raise UserError(f"{model} has no tokenizer that is supported, which a chat needs")
     beginning: list[Message] = []

@@ -5,4 +5,6 @@ from typing import Annotated
 from serving import flags
 
 ModelOption = Annotated[str, flags.MODEL.option()]
+MeshOption = Annotated[str, flags.MESH.option()]
+DpAttentionOption = Annotated[bool, flags.DP_ATTENTION.option()]
 DtypeOption = Annotated[str | None, flags.DTYPE.option()]
