@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mixtral_jax.errors import ChatError as ChatError
     from mixtral_jax.errors import ConfigError as ConfigError
     from mixtral_jax.errors import SamplingError as SamplingError
+    from mixtral_jax.errors import TokenizerError as TokenizerError
     from mixtral_jax.errors import TopologyError as TopologyError
     from mixtral_jax.errors import UserError as UserError
     from mixtral_jax.generation import Draw as Draw
@@ -49,6 +50,7 @@ _HOMES = {
     "SamplingParams": "sampling_params",
     "ShardingRules": "sharding",
     "Tokenizer": "tokenization.tokenizer",
+    "TokenizerError": "errors",
     "TopologyError": "errors",
     "Transformer": "model.transformer",
     "UserError": "errors",
