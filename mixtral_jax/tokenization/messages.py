@@ -4,7 +4,7 @@
 code that formats them afterwards need not check.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from mixtral_jax.errors import ChatError
@@ -36,10 +36,20 @@ def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list
     With `continue_last` the last message must be an assistant's, with some text. Raises ChatError
     that names the first message that is wrong.
     """
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise ChatError(
+            f"the chat is a {type(messages).__name__}: send a list of messages, such as "
+            '[{"role": "user", "content": "Hello"}]'
+        )
     if not messages:
         raise ChatError("the chat is empty: send at least one user message")
     chat: list[Message] = []
     for place, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ChatError(
+                f"messages[{place}] is a {type(message).__name__}: send role and content, such as "
+                '{"role": "user", "content": "Hello"}'
+            )
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ChatError(f"messages[{place}] has role {role!r}: use one of {', '.join(ROLES)}")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jaxtyping
 import pytest
 
 from mixtral_jax.errors import ChatError
@@ -23,6 +24,28 @@ from tests.support.tokenizers import each, say, turns
 def test_malformed_chats_are_refused(
     name: str, chat: list[Any], complaint: str, all_tokenizers: dict[str, Tokenizer]
 ) -> None:
+    with pytest.raises(ChatError, match=complaint):
+        all_tokenizers[name].chat(chat)
+
+
+@pytest.mark.parametrize(
+    ("chat", "complaint"),
+    [
+        ([say("user", "x"), "x"], r"messages\[1\] is a str: send role and content"),
+        (say("user", "x"), "the chat is a dict: send a list of messages"),
+        ("x", "the chat is a str: send a list of messages"),
+        (None, "the chat is a NoneType: send a list of messages"),
+    ],
+)
+@each
+def test_what_is_no_list_of_messages_is_refused(
+    name: str,
+    chat: Any,
+    complaint: str,
+    all_tokenizers: dict[str, Tokenizer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ChatError, match=complaint):
         all_tokenizers[name].chat(chat)
 
