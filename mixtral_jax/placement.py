@@ -87,19 +87,26 @@ class Placement:
         """The mesh as `--mesh` takes it; None for one device."""
         return None if self.layout is None else mesh_text(self.layout.mesh)
 
-    def checked_kv_dtype(self, dtype: str | None) -> str:
+    def checked_kv_dtype(self, dtype: DTypeLike | None) -> str:
         """The dtype of cached keys and values; None asks for the activations' own.
 
-        Raises ConfigError for one that these devices gain nothing from.
+        Raises ConfigError for one that does not exist, or that these devices gain nothing from.
         """
-        if dtype is None or dtype == self.activation_dtype:
+        if dtype is None:
             return self.activation_dtype
-        if dtype not in self.kernels.kv_dtypes:
+        name = _dtype_name(dtype)
+        possible = [self.activation_dtype, *sorted(self.kernels.kv_dtypes)]
+        if name in possible:
+            return name
+        if name == "int8":
             raise ConfigError(
-                f"keys and values of {dtype} are for CPU and GPU: on {self.kernels.platform} they "
+                f"keys and values of int8 are for CPU and GPU: on {self.kernels.platform} they "
                 f"take more room than {self.activation_dtype}, not less; leave --kv-dtype out"
             )
-        return dtype
+        raise ConfigError(
+            f"keys and values of {name!r} are not supported for this model on "
+            f"{self.kernels.platform}; use {' or '.join(possible)}"
+        )
 
     def check_deterministic(self, config: ModelConfig) -> None:
         """Raises ConfigError where a row's bits may depend on the rows beside it."""
@@ -127,10 +134,17 @@ class Placement:
 
 def checked_dtype(dtype: DTypeLike) -> str:
     """The name of a dtype that a model's weights can have; raises ConfigError for any other."""
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
+    if dtype is None:  # which would be float64
+        raise ConfigError(f"a dtype must be given; use {' or '.join(DTYPES)}")
+    name = _dtype_name(dtype)
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}")
     return name
+
+
+def _dtype_name(dtype: DTypeLike) -> str:
+    """The name of a dtype; for what is none, its text."""
+    try:
+        return jnp.dtype(dtype).name
+    except (TypeError, ValueError):
+        return str(dtype)

@@ -49,7 +49,7 @@ def loadable_dtype(folder: Path, card: Card, dtype: Any) -> str:
 
     Raises ConfigError for what is no dtype of models, and from or to int8.
     """
-    name = checked_dtype(dtype or card.dtype)
+    name = checked_dtype(card.dtype if dtype is None else dtype)
     if name != card.dtype and "int8" in (name, card.dtype):
         raise ConfigError(
             f"{folder} is stored as {card.dtype} and cannot be loaded as {name}; convert the "

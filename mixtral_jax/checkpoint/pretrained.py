@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from mixtral_jax.checkpoint import parameters, restore, writer
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import TokenizerError
+from mixtral_jax.errors import TokenizerError, UserError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement, checked_dtype
 from mixtral_jax.tokenization import tokenizer
@@ -60,7 +60,7 @@ class Pretrained:
     def loadable_dtype(self, dtype: DTypeLike | None) -> str:
         """Returns the dtype that `load` would give for `dtype`; raises ConfigError as it would."""
         if self.folder is None:
-            return checked_dtype(dtype or self.card.dtype)
+            return checked_dtype(self.card.dtype if dtype is None else dtype)
         return parameters.loadable_dtype(self.folder, self.card, dtype)
 
 
@@ -125,8 +125,9 @@ def save(
         name: the name under which the model is served; by default the folder's.
         provider: the name of its maker.
 
-    Raises what `finished_at` raises for the folder, and FileNotFoundError if the tokenizer's files
-    are gone. Nothing is left at `folder` then.
+    Raises what `finished_at` raises for the folder, UserError for a tokenizer of another kind than
+    `load` gives, and FileNotFoundError if the tokenizer's files are gone. Nothing is left at
+    `folder` then.
     """
     folder = Path(folder)
     card = Card(
@@ -147,3 +148,8 @@ def _copy_tokenizer(words: Tokenizer | None, folder: Path) -> None:
         if not words.folder.is_dir():
             raise FileNotFoundError(f"the tokenizer's files were in {words.folder}, which is gone")
         tokenizer.copy(words.folder, folder)
+    elif words is not None:
+        raise UserError(
+            f"a tokenizer of type {type(words).__name__} has no files to save; give the one that "
+            "mixtral_jax.load gave, or None to save the model without"
+        )

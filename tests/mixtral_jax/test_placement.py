@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
+import jaxtyping
 import pytest
 from flax import nnx
 
@@ -74,9 +76,17 @@ def test_dtypes_that_models_do_not_have_are_refused() -> None:
         Placement.of(CONFIG, "float16", mesh=None)
 
 
+def test_a_dtype_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ConfigError, match="a dtype must be given; use float32 or bfloat16 or int8"):
+        Placement.of(CONFIG, None, mesh=None)
+
+
 def test_int8_pages_are_refused_where_they_gain_nothing() -> None:
     placement = Placement.of(CONFIG, mesh=None)
     assert placement.checked_kv_dtype(None) == "float32"
-    assert placement.checked_kv_dtype("int8") == "int8"
+    assert placement.checked_kv_dtype("int8") == placement.checked_kv_dtype(jnp.int8) == "int8"
+    with pytest.raises(ConfigError, match="'' are not supported .* on cpu; use float32 or int8"):
+        placement.checked_kv_dtype("")
     with pytest.raises(ConfigError, match="on tpu they take more room"):
         replace(placement, kernels=kernels_for("tpu")).checked_kv_dtype("int8")

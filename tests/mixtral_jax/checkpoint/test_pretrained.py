@@ -3,8 +3,10 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from convert.convert import convert
 from convert.export import export
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.checkpoint.pretrained import open_pretrained
-from mixtral_jax.errors import TokenizerError
+from mixtral_jax.errors import ConfigError, TokenizerError, UserError
 from mixtral_jax.model.transformer import named_parameters
 from mixtral_jax.tokenization import tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
@@ -72,6 +74,30 @@ def test_a_tokenizer_that_is_not_supported_leaves_the_weights(
         _ = open_pretrained(tmp_path / "ours").tokenizer
     export(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back" / "tokenizer.json").read_text() == text
+
+
+def test_what_is_no_tokenizer_of_ours_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = mixtral_jax.load("tiny-random", mesh=None)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    words: Any = 5
+    with pytest.raises(UserError, match="type int has no files to save; give .* or None to save"):
+        mixtral_jax.save(model, words, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("dtype", ["", 0, False])
+def test_a_dtype_that_is_false_is_not_the_stored_one(
+    tmp_path: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy and a folder each look at it themselves."""
+    model, words = mixtral_jax.load("tiny-random", mesh=None)
+    mixtral_jax.save(model, words, tmp_path / "mine")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for path in ("tiny-random", tmp_path / "mine"):
+        with pytest.raises(ConfigError, match=f"dtype '{dtype}' is not supported; use float32"):
+            mixtral_jax.load(path, mesh=None, dtype=dtype)
 
 
 def test_tokenizers_files_come_from_where_it_was_loaded(tmp_path: Path) -> None:
