@@ -6,7 +6,7 @@ keywords, and run the same compiled programs as the engine (mixtral_jax/step). A
 are given when they are called, not when the first token is asked for.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from secrets import randbits
 from typing import NamedTuple, Unpack
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax.errors import SamplingError
+from mixtral_jax.errors import ChatError, SamplingError, UserError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import (
     MAX_BIASES,
@@ -42,7 +42,7 @@ class Draw(NamedTuple):
 
 def generate(
     model: Transformer,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prompt: str | Sequence[Message],
     sampling: SamplingParams | None = None,
     *,
@@ -55,7 +55,7 @@ def generate(
 
     Args:
         model: computes the logits.
-        tokenizer: the model's own.
+        tokenizer: the model's own; None, which `load` gives for a folder without one, is refused.
         prompt: text to continue, or chat messages (`[{"role": "user", "content": "Hello"}]`),
             which the model's own template renders.
         sampling: how tokens are drawn; None for the defaults of SamplingParams.
@@ -66,14 +66,24 @@ def generate(
 
     Raises:
         SamplingError: a number is out of range, or the prompt does not fit.
-        ChatError: the messages cannot be rendered.
+        ChatError: the prompt is neither text nor messages, or the messages cannot be rendered.
+        UserError: there is no tokenizer.
+        TypeError: `fields` names a parameter that does not exist.
     """
+    if tokenizer is None:
+        raise UserError(
+            "there is no tokenizer to make tokens of the text; load a checkpoint that has one, or "
+            "give token ids to generate_tokens"
+        )
     continues = isinstance(prompt, str)
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = tokenizer.chat(_checked_messages(prompt))
     tokens = generate_tokens(
         model,
         ids,
-        _with_fields(sampling or SamplingParams(), fields),
+        _with_fields(sampling, SamplingParams(), fields),
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         eos_ids=frozenset() if ignore_eos else tokenizer.eos_ids,
@@ -92,7 +102,7 @@ def generate_tokens(
     **fields: Unpack[SamplingFields],
 ) -> Iterator[int]:
     """Yields the token ids of `generate_draws`, without the cost of logprobs."""
-    sampling = _with_fields(sampling or SamplingParams(temperature=0.0), fields)
+    sampling = _with_fields(sampling, SamplingParams(temperature=0.0), fields)
     draws = generate_draws(
         model,
         prompt_ids,
@@ -129,10 +139,10 @@ def generate_draws(
 
     Raises:
         SamplingError: an id or a number is out of range, or the prompt does not fit.
+        ConfigError: keys and values of `kv_dtype` do not exist on the model's devices.
         TypeError: `fields` names a parameter that does not exist.
     """
-    sampling = sampling or SamplingParams(temperature=0.0, top_logprobs=0)
-    sampling = _with_fields(sampling, fields)
+    sampling = _with_fields(sampling, SamplingParams(temperature=0.0, top_logprobs=0), fields)
     vocab_size, context = model.config.vocab_size, model.config.max_context
     ids = _checked_ids("the prompt", prompt_ids, vocab_size)
     ends = frozenset(_checked_ids("eos_ids", eos_ids, vocab_size))
@@ -165,6 +175,7 @@ def steps_for(model: Transformer, length: int, kv_dtype: DTypeLike | None = None
     compilation, which the model keeps.
     """
     placement = model.placement
+    kv_dtype = placement.checked_kv_dtype(kv_dtype)
     num_pages = 1 << (-(-length // placement.page_size) - 1).bit_length()
     sizes = StepSizes(
         num_pages=num_pages,
@@ -173,7 +184,7 @@ def steps_for(model: Transformer, length: int, kv_dtype: DTypeLike | None = None
         max_context=num_pages * placement.page_size,
     )
     arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
-    key = sizes, str(kv_dtype), *((array.shape, str(array.dtype)) for array in arrays)
+    key = sizes, kv_dtype, *((array.shape, str(array.dtype)) for array in arrays)
     steps = model.programs.get(key)
     if not isinstance(steps, Steps):
         steps = compile_buckets(model, sizes, {1: 1, placement.step_tokens: 1}, kv_dtype=kv_dtype)
@@ -181,8 +192,37 @@ def steps_for(model: Transformer, length: int, kv_dtype: DTypeLike | None = None
     return steps
 
 
-def _with_fields(sampling: SamplingParams, fields: SamplingFields) -> SamplingParams:
-    """Returns the parameters with some fields replaced; raises TypeError for unknown ones."""
+def _checked_messages(prompt: Sequence[Message]) -> Sequence[Message]:
+    """Returns the messages of a prompt that is no text; raises ChatError for anything else."""
+    wrong = None
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        wrong = f"a {type(prompt).__name__}"
+    else:
+        for message in prompt:
+            if not isinstance(message, Mapping):
+                wrong = f"a {type(prompt).__name__} that holds a {type(message).__name__}"
+    if wrong is not None:
+        raise ChatError(
+            f"the prompt is {wrong}; give a text, or a list of messages such as "
+            '[{"role": "user", "content": "Hello"}]; generate_tokens takes token ids'
+        )
+    return prompt
+
+
+def _with_fields(
+    sampling: SamplingParams | None, default: SamplingParams, fields: SamplingFields
+) -> SamplingParams:
+    """Returns the parameters, or the default, with some fields replaced.
+
+    Raises SamplingError for what is no SamplingParams, and TypeError for unknown fields.
+    """
+    if sampling is None:
+        sampling = default
+    if not isinstance(sampling, SamplingParams):
+        raise SamplingError(
+            f"sampling is a {type(sampling).__name__}; give SamplingParams(temperature=0), or its "
+            "fields as keywords"
+        )
     for name in fields:
         if name not in SamplingParams.__dataclass_fields__:
             raise TypeError(f"there is no parameter {name!r}; see mixtral_jax.SamplingParams")
@@ -191,6 +231,8 @@ def _with_fields(sampling: SamplingParams, fields: SamplingFields) -> SamplingPa
 
 def _checked_ids(name: str, ids: Collection[int], vocab_size: int) -> list[int]:
     """Returns ids as Python's integers; raises SamplingError for those that do not exist."""
+    if not isinstance(ids, Iterable):
+        raise SamplingError(f"{name} is {ids!r}; give a list of token ids")
     checked = [whole_number(f"an id of {name}", token) for token in ids]
     for token in checked:
         if not 0 <= token < vocab_size:

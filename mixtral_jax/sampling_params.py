@@ -5,9 +5,10 @@ in which the parameters act, and their order, stand in `mixtral_jax/step/samplin
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import TypedDict
 
 from mixtral_jax.errors import SamplingError
@@ -39,8 +40,8 @@ _WHOLE_RANGES: dict[str, tuple[int, int]] = {
 class SamplingParams:
     """Parameters by which the tokens of one answer are drawn; the defaults change nothing.
 
-    Names and meanings are those of OpenAI and vLLM. Numbers of numpy are taken as well and become
-    Python's own.
+    Names and meanings are those of OpenAI and vLLM. Numbers of numpy are taken as well, and whole
+    numbers of jax; they become Python's own.
 
     Raises:
         SamplingError: A value has the wrong type or is out of range. The message names the
@@ -115,9 +116,12 @@ class SamplingFields(TypedDict, total=False):
 
 def whole_number(name: str, value: object) -> int:
     """Returns the value as an int; raises SamplingError if it is no whole number, such as True."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise SamplingError(f"{name} is {value!r}; give a whole number")
-    return int(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise SamplingError(f"{name} is {value!r}; give a whole number") from None
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:

@@ -12,10 +12,11 @@ from flax import nnx
 
 from mixtral_jax.compilation import CompilationCount
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import SamplingError, UserError
+from mixtral_jax.errors import ChatError, ConfigError, SamplingError, UserError
 from mixtral_jax.generation import generate, generate_draws, generate_tokens
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.support.models import model_of
 from tests.support.parity import huggingface, twin
 
@@ -209,6 +210,12 @@ def test_other_parameters(flat: Transformer) -> None:
         (dict(prompt_ids=[1.0]), "an id of the prompt is 1.0; give a whole number"),
         (dict(prompt_ids=[True]), "an id of the prompt is True; give a whole number"),
         (dict(prompt_ids=[None]), "an id of the prompt is None; give a whole number"),
+        (dict(prompt_ids=5), "the prompt is 5; give a list of token ids"),
+        (dict(prompt_ids=np.ones((1, 2), int)), "an id of the prompt is array([1, 1]); give a"),
+        (dict(prompt_ids=jnp.ones(2)), "an id of the prompt is Array(1., dtype=float32); give a"),
+        (dict(prompt_ids=jnp.ones(2, bool)), "an id of the prompt is Array(True, dtype=bool)"),
+        (dict(sampling={}), "sampling is a dict; give SamplingParams(temperature=0), or its"),
+        (dict(sampling={"top_k": 1}), "sampling is a dict; give SamplingParams"),
         (dict(eos_ids={VOCAB}), "eos_ids holds the id 61; ids are 0 or more and below 61"),
         (dict(max_tokens=-3), "max_tokens is -3; ask for at least 1 token"),
         (dict(max_tokens=0), "max_tokens is 0; ask for at least 1 token"),
@@ -235,9 +242,12 @@ def test_wrong_arguments_are_refused_at_the_call(
     assert str(caught.value).startswith(message)
 
 
-def test_ids_of_numpy_are_ids(flat: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_ids_in_an_array_are_ids(
+    flat: Transformer, array: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    ids: Any = np.asarray([7, 7, 9, 7], np.int64)
+    ids = array([7, 7, 9, 7])
     biases = {7: 10.0}
     assert list(generate_tokens(flat, ids, max_tokens=2, logit_bias=biases)) == [7, 7]
 
@@ -267,6 +277,35 @@ def test_generate_checks_at_the_call() -> None:
         generate(model, tokenizer, "ab", temperature=3.0)
     with pytest.raises(UserError, match="role 'king'"):
         generate(model, tokenizer, [{"role": "king", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"role": "user", "content": "x"}, "the prompt is a dict; give a text, or a list of mess"),
+        (["x"], "the prompt is a list that holds a str; give a text"),
+        ([7, 9], "the prompt is a list that holds a int; .*; generate_tokens takes token ids"),
+        (b"x", "the prompt is a bytes; give a text"),
+        (None, "the prompt is a NoneType; give a text"),
+    ],
+)
+def test_a_prompt_is_text_or_messages(
+    flat: Transformer, prompt: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ChatError, match=message):
+        generate(flat, ByteTokenizer(), prompt)
+
+
+def test_text_needs_a_tokenizer(flat: Transformer) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer .*; load a checkpoint that has one, or"):
+        generate(flat, None, "x")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "zzz"])
+def test_keys_and_values_of_a_foreign_dtype_are_refused(flat: Transformer, dtype: str) -> None:
+    with pytest.raises(ConfigError, match=f"values of '{dtype}' .* on cpu; use float32 or int8"):
+        generate_draws(flat, [1], max_tokens=1, kv_dtype=dtype)
 
 
 def test_a_second_answer_compiles_nothing(flat: Transformer) -> None:
