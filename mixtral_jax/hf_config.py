@@ -89,7 +89,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         hidden_size=hidden,
         num_layers=_count(hf, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=_count(hf, "num_key_value_heads", _KV_HEADS[kind] or heads),
+        num_kv_heads=_num_kv_heads(hf, kind, heads),
         head_size=_count(hf, "head_dim", hidden // heads),
         feed_forward_size=_count(hf, "intermediate_size"),
         num_experts=_count(hf, "num_local_experts", 8) if is_moe else 0,
@@ -177,6 +177,12 @@ def _count(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
     return value
 
 
+def _num_kv_heads(hf: Mapping[str, Any], kind: str, heads: int) -> int:
+    """Return the number of key-value heads; null means `heads`, as in transformers' classes."""
+    is_missing = "num_key_value_heads" not in hf
+    return _count(hf, "num_key_value_heads", _KV_HEADS[kind] or heads if is_missing else heads)
+
+
 def _optional(hf: Mapping[str, Any], name: str, default: Any) -> Any:
     value = hf.get(name)
     return default if value is None else value
@@ -217,6 +223,8 @@ def _refuse_other_rope(name: str, rope: Any) -> None:
     if not isinstance(rope, Mapping):
         raise ConfigError(f"config field {name}={rope!r} must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind is None:  # transformers 5 looks up an embedding of type None, and fails
+        raise ConfigError(f"config field {name}: its rope_type is null; write 'default' or no type")
     if kind != "default":
         raise ConfigError(
             f"config field {name}={dict(rope)!r} is not supported: rotary embeddings of type "
@@ -228,14 +236,17 @@ def _refuse_other_rope(name: str, rope: Any) -> None:
             f"config field {name}={dict(rope)!r} is not supported: {', '.join(sorted(unknown))} "
             "is not known"
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if _optional(rope, "partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"config field {name}={dict(rope)!r}: only a full rotary is supported")
 
 
 def _number(name: str, value: Any) -> float:
     if type(value) not in (int, float):
         raise ConfigError(f"config field {name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"config field {name} is larger than any float64; correct it") from None
 
 
 def _flag(hf: Mapping[str, Any], name: str) -> bool:

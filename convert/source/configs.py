@@ -186,7 +186,10 @@ def _number(remaining: dict[str, Any], name: str, default: float | None = None) 
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"config field {name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"config field {name} is larger than any float64; correct it") from None
 
 
 def _flag(remaining: dict[str, Any], name: str) -> bool:

@@ -82,6 +82,9 @@ def test_to_hf_is_the_inverse_and_transformers_reads_it(config: ModelConfig) -> 
         ({"rope_parameters": ["default"]}, "must be an object"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number, got '1e-5'"),
         ({"rms_norm_eps": math.inf}, "norm_eps=inf"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is larger than any float64"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, r"rope_parameters\.rope_theta is larger"),
+        ({"rope_parameters": {"rope_type": None}}, "rope_parameters: its rope_type is null"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"hidden_size": "4096"}, "hidden_size must be a positive integer"),
@@ -120,6 +123,7 @@ del SOURCES["mixtral"]["rope_theta"]
         ({"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, 5e5),
         ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 500_000}}, 5e5),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),
+        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": None}}, 5e5),
         ({"rope_scaling": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),
     ],
 )
@@ -130,6 +134,14 @@ def test_rope_theta_is_read_wherever_it_stands(
     assert from_hf(hf).rope_theta == theta
     theirs = transformers.AutoConfig.for_model(**copy.deepcopy(hf))
     assert theirs.rope_parameters["rope_theta"] == theta
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("mistral", 8), ("mixtral", 8), ("llama", 32)])
+def test_kv_heads_that_are_null_are_as_many_as_heads(kind: str, missing: int) -> None:
+    hf = SOURCES[kind]
+    assert from_hf({**hf, "num_key_value_heads": None}).num_kv_heads == 32
+    without = {name: value for name, value in hf.items() if name != "num_key_value_heads"}
+    assert from_hf(without).num_kv_heads == missing
 
 
 @pytest.mark.parametrize(("kind", "theta"), [("mistral", 1e4), ("mixtral", 1e6), ("llama", 1e4)])
@@ -159,6 +171,7 @@ def test_rope_theta_that_is_nowhere_is_the_default_of_transformers(kind: str, th
         ({"rope_theta": True}, "rope_theta must be a number, got True"),
         ({"rope_theta": 0}, r"rope_theta=0\.0 must be a positive number"),
         ({"rope_theta": math.nan}, "rope_theta=nan"),
+        ({"rope_theta": 10**400}, "rope_theta is larger than any float64"),
     ],
 )
 @pytest.mark.parametrize("kind", SOURCES)
