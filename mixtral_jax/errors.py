@@ -8,7 +8,7 @@ command line prints it in one line; any other exception is a fault of ours and k
       ConfigError      a config that is not understood, or numbers that do not fit together
       TokenizerError   tokenizer files that cannot be read, or that contradict each other
       CheckpointError  files of a checkpoint that are damaged or do not fit its config
-      ChatError        a chat that a tokenizer cannot render
+      ChatError        a chat or a text that a tokenizer cannot render
       SamplingError    parameters of an answer that have the wrong type or are out of range
       TopologyError    devices or a mesh that do not exist or do not fit
       (convert adds ConversionError and PullError, planning CompileError, serving its own leaves)
@@ -32,7 +32,7 @@ class CheckpointError(UserError):
 
 
 class ChatError(UserError):
-    """A chat that cannot be rendered: unknown roles, no template, or a template that refuses."""
+    """A chat that cannot be rendered: unknown roles, a template that refuses, text not Unicode."""
 
 
 class SamplingError(UserError):

@@ -17,7 +17,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from mixtral_jax.errors import ChatError, TokenizerError
-from mixtral_jax.tokenization.messages import Message
+from mixtral_jax.tokenization.messages import Message, check_text
 
 # This mark behind a message shows where the message ends in the text that a template writes. It
 # is a noncharacter, which Unicode keeps out of exchanged text. If text holds it, the last counts.
@@ -66,9 +66,10 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # Jinja writes a Python program, whose compiler fails in its way
             raise TokenizerError(
-                f"the chat template is no valid Jinja template: {error}"
+                "the chat template is no valid Jinja template: "
+                f"{str(error)[:500] or type(error).__name__}"
             ) from error
 
     def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> str:
@@ -77,8 +78,8 @@ class ChatTemplate:
         With `continue_last` the last message is the beginning of that answer, and the text ends
         where the message does.
 
-        Raises ChatError if the template itself refuses the chat, or does not write the last
-        message as it is.
+        Raises ChatError if the template itself refuses the chat, writes what is not Unicode, or
+        does not write the last message as it is.
         """
         chat = [dict(message) for message in messages]
         last = messages[-1]["content"]
@@ -94,6 +95,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template computes, and may fail like any program
             raise ChatError(f"the model's chat template refuses this chat: {error}") from error
+        check_text(text, "what the model's chat template writes")
         return _cut_at_mark(text, last) if continue_last else text
 
     def sample(self) -> str:

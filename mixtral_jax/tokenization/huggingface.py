@@ -79,7 +79,7 @@ class TemplateTokenizer(Vocabulary):
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, with those that `tokenizer.json` puts around it, such as bos.
 
-        Raises ValueError for text that is not Unicode.
+        Raises ChatError for text that is not Unicode.
         """
         check_text(text, "the text")
         return self._ids(text.replace(_RESERVED, "\ufffd"), add_special_tokens=True)

@@ -20,11 +20,11 @@ class Message(TypedDict):
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise ValueError, naming the text by `name`, for text that UTF-8 cannot carry."""
+    """Raise ChatError, naming the text by `name`, for text that UTF-8 cannot carry."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise ChatError(
             f"{name} has half of a surrogate pair at character {error.start}: "
             "send the whole character, or U+FFFD in its place"
         ) from None
@@ -55,10 +55,7 @@ def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list
             raise ChatError(f"messages[{place}] has role {role!r}: use one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ChatError(f"messages[{place}] has no text: its content must be a string")
-        try:
-            check_text(content, f"messages[{place}]")
-        except ValueError as error:
-            raise ChatError(str(error)) from None
+        check_text(content, f"messages[{place}]")
         chat.append({"role": role, "content": content})
     if continue_last and not (chat[-1]["role"] == "assistant" and chat[-1]["content"].strip()):
         raise ChatError(

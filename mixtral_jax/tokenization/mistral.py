@@ -82,14 +82,14 @@ class MistralTokenizer(Vocabulary):
     def encode(self, text: str) -> list[int]:
         """Return <s>, then the pieces of the text.
 
-        Raises ValueError for text that is not Unicode, or whose white space is so long that
+        Raises ChatError for text that is not Unicode, or whose white space is so long that
         tekken's pattern runs out of stack.
         """
         check_text(text, "the text")
         try:
             return self._model.encode(text, bos=True, eos=False)
         except ValueError as error:
-            raise ValueError(f"the text {_NOT_CUT}: {error}") from error
+            raise ChatError(f"the text {_NOT_CUT}: {error}") from error
 
     def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
         """Return <s>[INST] ... [/INST] and so on, to the last [/INST].

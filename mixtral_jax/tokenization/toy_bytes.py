@@ -24,7 +24,7 @@ class ByteTokenizer(Vocabulary):
         super().__init__([*(bytes([byte]) for byte in range(256)), *controls], [self._EOS])
 
     def encode(self, text: str) -> list[int]:
-        """Return bos and the bytes of the text. Raises ValueError for text that is not Unicode."""
+        """Return bos and the bytes of the text. Raises ChatError for text that is not Unicode."""
         check_text(text, "the text")
         return [self._BOS, *text.encode()]
 

@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from mixtral_jax.errors import ChatError, TokenizerError
+from mixtral_jax.tokenization.chat_template import ChatTemplate
 from mixtral_jax.tokenization.tokenizer import load
 from tests.support.tokenizers import CHATML, byte_level_spec, say, turns, write
 
@@ -31,6 +32,31 @@ def test_the_tag_for_trainers_writes_what_it_encloses(tmp_path: Path) -> None:
 def test_a_tag_that_is_not_closed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="no valid Jinja template.*endgeneration"):
         load(write(tmp_path, template="{% generation %}{{ messages }}"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% break %}",
+        "{% for m in messages %}{% generation %}{% break %}{% endgeneration %}{% endfor %}",
+        "{{ f(a=1, a=2) }}",
+        "{% for m in messages %}" * 25 + "{% endfor %}" * 25,
+        "{% if messages %}" * 300 + "{% endif %}" * 300,
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{{ " + "9" * 5000 + " }}",
+    ],
+    ids=["break", "break in a call", "argument twice", "loops", "ifs", "parentheses", "digits"],
+)
+def test_what_python_cannot_compile_is_no_valid_template(source: str) -> None:
+    with pytest.raises(TokenizerError, match="the chat template is no valid Jinja template: .+"):
+        ChatTemplate(source, {})
+
+
+def test_a_template_that_writes_half_a_character_refuses_the_chat(tmp_path: Path) -> None:
+    source = "{{ messages[0].content }}{{ '\\ud800' }}"
+    tokenizer = load(write(tmp_path, template=source))
+    with pytest.raises(ChatError, match="template writes has half of a surrogate pair at .* 2:"):
+        tokenizer.chat(turns("Hi"))
 
 
 def test_a_template_that_changes_the_last_message_cannot_continue_it(tmp_path: Path) -> None:

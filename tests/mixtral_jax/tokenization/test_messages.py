@@ -63,5 +63,5 @@ def test_only_an_assistants_words_can_be_continued(
 def test_text_that_is_not_unicode_is_refused(
     name: str, all_tokenizers: dict[str, Tokenizer]
 ) -> None:
-    with pytest.raises(ValueError, match="surrogate pair at character 1"):
+    with pytest.raises(ChatError, match="surrogate pair at character 1"):
         all_tokenizers[name].encode("a\udfff")
