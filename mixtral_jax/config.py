@@ -4,7 +4,7 @@ Nothing below the config has a default for what the config owns. Presets carry t
 published `config.json` files, which `mixtral_jax.hf_config` reads and writes.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -40,7 +40,7 @@ class ModelConfig:
             least = 0 if field.name in ("num_experts", "experts_per_token") else 1
             if field.type is int and (type(value) is not int or value < least):
                 raise ConfigError(f"{field.name}={value!r} must be an integer of at least {least}")
-            is_number = type(value) in (int, float) and 0 < value < math.inf
+            is_number = type(value) in (int, float) and 0 < value <= sys.float_info.max
             if field.type is float and not is_number:
                 raise ConfigError(f"{field.name}={value!r} must be a positive number")
         if self.sliding_window is not None and type(self.sliding_window) is not int:

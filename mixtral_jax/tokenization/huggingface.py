@@ -1,6 +1,7 @@
 """TemplateTokenizer: any `tokenizer.json` with a chat template, made safe for outside text."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from mixtral_jax.tokenization.special_tokens import (
     template_source,
 )
 from mixtral_jax.tokenization.vocabulary import Vocabulary, byte_level_bytes, spm_bytes
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 _RESERVED = "\U0010ffff"  # a noncharacter: Unicode keeps it out of exchanged text
@@ -60,19 +63,28 @@ class TemplateTokenizer(Vocabulary):
             for token in spec["added_tokens"]
             if token["special"] or token["content"] in written | special
         }
-        ends = eos_ids(folder) | _named_end(named, controls)
+        _refuse_unknown_names(named, controls)
         to_bytes, dummy_space = _decoding(spec["decoder"])
 
         spelling = {text: _RESERVED + chr(0xE000 + n) for n, text in enumerate(controls)}
         self._template = template.respelled(spelling) if template else None
         _respell(spec, spelling)
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._tokenizer = _respelled_tokenizer(spec, controls, spelling)
 
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         pieces = [b""] * (max(vocabulary.values()) + 1)
         for piece, token_id in vocabulary.items():
             if not piece.startswith(_RESERVED):
                 pieces[token_id] = to_bytes(piece)
+        ends = set(eos_ids(folder, len(pieces)))
+        if "eos_token" in named:
+            ends.add(controls[named["eos_token"]])
+        if not ends:
+            logger.warning(
+                "the tokenizer in %s has no eos_token, and no eos_token_id ends an answer: answers "
+                "go on to their limit; name one in tokenizer_config.json",
+                folder,
+            )
         super().__init__(pieces, ends, dummy_space=dummy_space)
         self._required = 1 + max(self._writable(named, controls, spelling), default=-1)
 
@@ -135,18 +147,33 @@ def _read_spec(path: Path) -> dict[str, Any]:
     """Return a `tokenizer.json` as the library `tokenizers` writes it anew.
 
     Files of older releases lack fields (`model.type` before 0.9); the library fills them in.
-    Raises TokenizerError for what it cannot read.
+    Raises TokenizerError for what it cannot read, and for pieces that share an id.
     """
-    text = read_text(path)
+    stored = read_text(path)
     try:
-        text = tokenizers.Tokenizer.from_str(text).to_str()
+        text = tokenizers.Tokenizer.from_str(stored).to_str()
     except Exception as error:  # the library raises nothing narrower
         raise TokenizerError(
             f"{path} cannot be read by tokenizers {tokenizers.__version__}: {error}. Fetch the "
             "file again, or update that library if the file is newer"
         ) from error
+    _refuse_shared_ids(path, stored)
     spec: dict[str, Any] = json.loads(text)
     return spec
+
+
+def _refuse_shared_ids(path: Path, text: str) -> None:
+    """Raise TokenizerError where two pieces have one id: the library keeps either, by chance."""
+    vocab = json.loads(text)["model"]["vocab"]
+    if not isinstance(vocab, dict) or len(set(vocab.values())) == len(vocab):
+        return
+    piece_of: dict[int, str] = {}
+    for piece, token_id in vocab.items():
+        if (other := piece_of.setdefault(token_id, piece)) != piece:
+            raise TokenizerError(
+                f"{path} gives both {other!r} and {piece!r} the id {token_id}: give every piece an "
+                "id of its own"
+            )
 
 
 def _respell(spec: dict[str, Any], spelling: Mapping[str, str]) -> None:
@@ -183,14 +210,33 @@ def _decoding(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes]
     )
 
 
-def _named_end(named: Mapping[str, str], controls: Mapping[str, int]) -> set[int]:
-    """Return the id of eos_token, if there is one."""
-    eos = named.get("eos_token")
-    if eos is None:
-        return set()
-    if eos not in controls:
+def _refuse_unknown_names(named: Mapping[str, str], controls: Mapping[str, int]) -> None:
+    """Raise TokenizerError unless eos_token and bos_token, if named, are added tokens."""
+    for name in ("eos_token", "bos_token"):
+        if name in named and named[name] not in controls:
+            raise TokenizerError(
+                f"{name} is {named[name]!r} in tokenizer_config.json or special_tokens_map.json, "
+                "which is no added token of tokenizer.json: add it there, or correct the name"
+            )
+
+
+def _respelled_tokenizer(
+    spec: Mapping[str, Any], controls: Mapping[str, int], spelling: Mapping[str, str]
+) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a respelled `tokenizer.json`.
+
+    Raises TokenizerError where a control token does not keep its id.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the library raises nothing narrower
         raise TokenizerError(
-            f"eos_token is {eos!r} in tokenizer_config.json or special_tokens_map.json, which is "
-            "no added token of tokenizer.json: add it there, or correct the name"
-        )
-    return {controls[eos]}
+            f"tokenizer.json cannot be followed without merges into control tokens: {error}"
+        ) from error
+    for text, respelled in spelling.items():
+        if (token_id := tokenizer.token_to_id(respelled)) != controls[text]:
+            raise TokenizerError(
+                f"tokenizer.json gives {text!r} the id {controls[text]} among its added tokens and "
+                f"{token_id} in its vocabulary: correct one of them"
+            )
+    return tokenizer

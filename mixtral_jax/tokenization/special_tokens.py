@@ -17,6 +17,9 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 _MODEL_CONFIG = "config.json"
+# The tokens that transformers names. Other fields ending in "_token", such as add_bos_token, are
+# no tokens.
+_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def read_text(path: Path) -> str:
@@ -36,7 +39,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # such as an integer of 5000 digits
         raise TokenizerError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} holds no JSON object")
@@ -51,7 +54,8 @@ def template_source(folder: Path) -> str | None:
     templates = read_object(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(templates, list):
         named = [entry for entry in templates if isinstance(entry, dict)]
-        templates = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+        defaults = [entry.get("template") for entry in named if entry.get("name") == "default"]
+        templates = defaults[-1] if defaults else None
     if templates is not None and not isinstance(templates, str):
         raise TokenizerError(f"chat_template in {folder / TOKENIZER_CONFIG} is no text")
     return templates
@@ -61,17 +65,25 @@ def named_tokens(folder: Path) -> dict[str, str]:
     """Return bos_token, eos_token and the like, as text by name.
 
     `special_tokens_map.json` comes before `tokenizer_config.json`, except where the latter lists
-    all added tokens itself (`added_tokens_decoder`); this is the order of transformers.
+    all added tokens itself (`added_tokens_decoder`); this is the order of transformers. Raises
+    TokenizerError for a token that is neither text, nor an object with its text, nor null.
     """
     config = read_object(folder / TOKENIZER_CONFIG)
     special = read_object(folder / SPECIAL_TOKENS_MAP)
-    in_order = (special, config) if "added_tokens_decoder" in config else (config, special)
+    in_order = [(TOKENIZER_CONFIG, config), (SPECIAL_TOKENS_MAP, special)]
+    if "added_tokens_decoder" in config:
+        in_order.reverse()
     named: dict[str, str] = {}
-    for content in in_order:
+    for file, content in in_order:
         for name, token in content.items():
             text = _token_text(token)
             if name.endswith("_token") and text is not None:
                 named[name] = text
+            elif name in _NAMES and token is not None:
+                raise TokenizerError(
+                    f"{name} in {folder / file} is {token!r}: it must be the token's text, an "
+                    'object such as {"content": "</s>"}, or null'
+                )
     return named
 
 
@@ -90,11 +102,11 @@ def extra_special_tokens(folder: Path) -> set[str]:
     return texts
 
 
-def eos_ids(folder: Path) -> frozenset[int]:
+def eos_ids(folder: Path, vocab_size: int | None = None) -> frozenset[int]:
     """Return the ids that end an answer, as `generation_config.json` or `config.json` lists them.
 
     The second file is read only where the first lists none. Raises TokenizerError for a list
-    that holds anything but ids.
+    that holds anything but ids, or an id that is not below `vocab_size`, the tokenizer's.
     """
     for file in (GENERATION_CONFIG, _MODEL_CONFIG):
         listed = read_object(folder / file).get("eos_token_id")
@@ -104,6 +116,11 @@ def eos_ids(folder: Path) -> frozenset[int]:
         if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
             raise TokenizerError(
                 f"eos_token_id in {folder / file} is {listed!r}: it must be an id or a list of ids"
+            )
+        if vocab_size is not None and max(ids, default=0) >= vocab_size:
+            raise TokenizerError(
+                f"eos_token_id in {folder / file} is {listed!r}, and the tokenizer has no id above "
+                f"{vocab_size - 1}: correct it"
             )
         if ids:
             return frozenset(ids)

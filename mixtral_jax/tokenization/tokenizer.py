@@ -84,7 +84,7 @@ _FILES = (
 
 def files(folder: Path) -> list[Path]:
     """Return the files of a folder that `load` may read and that belong to the tokenizer alone."""
-    return sorted(path for pattern in _FILES for path in folder.glob(pattern) if path.is_file())
+    return sorted(path for pattern in _FILES for path in _visible(folder, pattern))
 
 
 def copy(source: Path, destination: Path) -> None:
@@ -119,6 +119,7 @@ def load(folder: Path) -> Tokenizer:
     reason = None
     if file is not None:
         tokenizer = MistralTokenizer(file, eos_ids(folder))
+        eos_ids(folder, tokenizer.vocab_size)  # refuses those that it has not
         reason = foreign_format(folder, tokenizer.version)
         if reason is None:
             return tokenizer
@@ -141,6 +142,15 @@ def load(folder: Path) -> Tokenizer:
 def _mistral_file(folder: Path) -> Path | None:
     """Return Mistral's own tokenizer file, the one of the latest version if there are several."""
     for pattern in ("*.model.v*", "tekken*.json", "tokenizer.model"):
-        if paths := sorted(path for path in folder.glob(pattern) if path.is_file()):
+        if paths := sorted(_visible(folder, pattern)):
             return paths[-1]
     return None
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a pattern, without hidden ones.
+
+    macOS puts a hidden "._NAME" beside NAME on disks that cannot hold its attributes.
+    """
+    paths = folder.glob(pattern)
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]

@@ -1,6 +1,7 @@
 """Ids of a `tokenizer.json` and its template are those of transformers and tokenizers."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -167,6 +168,8 @@ def test_which_ids_end_an_answer(
     ("config", "template", "complaint"),
     [
         ({"eos_token": "<end>"}, CHATML, "eos_token is '<end>'"),
+        ({"bos_token": "<zed>"}, CHATML, "bos_token is '<zed>'.* no added token"),
+        ({"bos_token": {"content": "<zed>"}}, CHATML, "bos_token is '<zed>'"),
         ({}, "{% if %}", "no valid Jinja template"),
     ],
 )
@@ -175,6 +178,27 @@ def test_files_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         load(write(tmp_path, config=config, template=template))
+
+
+def test_a_tokenizer_without_any_end_of_answers_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(write(tmp_path, generation={"eos_token_id": 2}, config={})).eos_ids == {2}
+    assert not caplog.records
+    assert load(write(tmp_path, generation={}, config={})).eos_ids == set()
+    assert "no eos_token_id ends an answer" in caplog.text
+
+
+def share_an_id(spec: dict[str, Any], first: str, second: str) -> None:
+    vocab = spec["model"]["vocab"]
+    vocab[first] = vocab[second]
+
+
+@pytest.mark.parametrize("piece", ["<|im_end|>", "a", "a piece"])
+def test_pieces_that_share_an_id_are_refused(piece: str, tmp_path: Path) -> None:
+    change_spec(write(tmp_path), lambda spec: share_an_id(spec, piece, "b"))
+    with pytest.raises(TokenizerError, match=rf"both '.*({re.escape(piece)}|b)' the id \d+: give"):
+        load(tmp_path)
 
 
 def test_unknown_ways_of_decoding_are_refused(tmp_path: Path) -> None:
@@ -219,7 +243,13 @@ def test_a_file_that_the_library_cannot_read_is_named(
         ("tokenizer.json", b"\xff\xfe{", "not UTF-8"),
         ("tokenizer_config.json", b"[]", "no JSON object"),
         ("tokenizer_config.json", b"[" * 100_000, "not valid JSON"),
+        ("tokenizer_config.json", b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template in .* is no text"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [{"name": "default", "template": ["x"]}]}',
+            "chat_template in .* is no text",
+        ),
         ("tokenizer_config.json", b'{"chat_template": [3, {"name": "default"}], "e"}', "not valid"),
         ("generation_config.json", b"null", "no JSON object"),
         ("chat_template.jinja", b"\xff", "not UTF-8"),

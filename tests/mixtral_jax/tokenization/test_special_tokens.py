@@ -11,6 +11,7 @@ from mixtral_jax.tokenization.special_tokens import (
     extra_special_tokens,
     named_tokens,
     read_object,
+    template_source,
 )
 from mixtral_jax.tokenization.tokenizer import copy, load
 from tests.support.tokenizers import CHATML, MISTRAL_FILES, turns, write
@@ -47,6 +48,42 @@ def test_ends_that_are_no_ids_are_refused(listed: object, tmp_path: Path) -> Non
     put(tmp_path, "config", {"eos_token_id": listed})
     with pytest.raises(TokenizerError, match=r"eos_token_id in .*config\.json is .* list of ids"):
         eos_ids(tmp_path)
+
+
+def test_ends_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", generation={"eos_token_id": [2, 99_999]})
+    beyond = r"eos_token_id in .*generation_config\.json is .*99999.* no id above \d+"
+    with pytest.raises(TokenizerError, match=beyond):
+        load(folder)
+    mistral = tmp_path / "b"
+    mistral.mkdir()
+    (mistral / "tokenizer.model.v3").write_bytes(MISTRAL_FILES["v3"].read_bytes())
+    put(mistral, "config", {"eos_token_id": 32_768})
+    with pytest.raises(TokenizerError, match=r"config\.json is 32768, .* no id above 32767"):
+        load(mistral)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token"])
+@pytest.mark.parametrize("token", [["</s>"], {}, {"content": {"a": "</s>"}}, 2, False])
+def test_tokens_of_another_form_are_refused(name: str, token: object, tmp_path: Path) -> None:
+    for file in ("tokenizer_config", "special_tokens_map"):
+        put(tmp_path, file, {name: token})
+        with pytest.raises(TokenizerError, match=rf"{name} in .*{file}\.json is .*or null"):
+            named_tokens(tmp_path)
+        put(tmp_path, file, {name: None, "add_bos_token": False})
+        assert named_tokens(tmp_path) == {}
+
+
+def test_templates_of_another_form_are_passed_over(tmp_path: Path) -> None:
+    odd = [3, {"name": ["x"], "template": "x"}, {"name": "tool_use", "template": 3}]
+    put(tmp_path, "tokenizer_config", {"chat_template": odd})
+    assert template_source(tmp_path) is None
+    put(
+        tmp_path,
+        "tokenizer_config",
+        {"chat_template": [*odd, {"name": "default", "template": "y"}]},
+    )
+    assert template_source(tmp_path) == "y"
 
 
 def test_a_copy_keeps_the_ends_that_the_models_config_lists(tmp_path: Path) -> None:

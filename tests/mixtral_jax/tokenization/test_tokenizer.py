@@ -165,6 +165,16 @@ def test_a_copy_of_the_files_loads_the_same(tmp_path: Path) -> None:
     assert [path.name for path in files(copy)] == [path.name for path in files(folder)]
 
 
+def test_hidden_files_of_macos_are_passed_over(tmp_path: Path) -> None:
+    """Beside NAME, macOS puts "._NAME" on disks that cannot hold its attributes."""
+    folder = write(tmp_path)
+    names = [path.name for path in files(folder)]
+    for name in ("tokenizer.model", "tokenizer.model.v3", "tekken.json", *names):
+        (folder / f"._{name}").write_bytes(bytes.fromhex("0005160700020000"))
+    assert [path.name for path in files(folder)] == names
+    assert isinstance(load(folder), TemplateTokenizer)
+
+
 def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
     assert files(tmp_path) == []
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.model\.v1.*byte_tokenizer\.json"):
