@@ -90,7 +90,15 @@ class Transformer(nnx.Module):
         """Full sequence: ids [B T] -> logits [B T V], each position seeing those before it.
 
         Rows of different lengths are padded on the right; what stands there disturbs nothing.
+        Raises ValueError for an array of another rank, or without tokens.
         """
+        shape = getattr(tokens, "shape", None)
+        if shape is None or len(shape) != 2 or 0 in shape:
+            given = f"a {type(tokens).__name__}" if shape is None else f"of the shape {[*shape]}"
+            raise ValueError(
+                f"the tokens are {given}; give an array [B T] of at least one row and one token, "
+                "such as jax.numpy.array([ids])"
+            )
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         rotary = Rotary.at(positions, self.config)
         x = self.embed.full(tokens).astype(self.dtype)

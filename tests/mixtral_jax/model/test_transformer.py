@@ -1,9 +1,11 @@
 """The full form equals transformers; the paged form equals the full form."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -157,6 +159,22 @@ def test_bfloat16_is_near_float32() -> None:
     difference = jax.nn.log_softmax(full(narrow, ids)) - jax.nn.log_softmax(full(wide, ids))
     # eight bits of mantissa through three layers with logits of about 5
     assert jnp.abs(difference).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.ones(4, np.int32), r"of the shape \[4\]; give an array \[B T\]"),
+        (np.ones((1, 0), np.int32), r"of the shape \[1, 0\]; give an array \[B T\]"),
+        (np.ones((0, 4), np.int32), r"of the shape \[0, 4\]; give an array \[B T\]"),
+        ([[1, 2]], r"the tokens are a list; give an array \[B T\]"),
+    ],
+)
+def test_tokens_are_rows(ids: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parity.random_model("mixtral")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        model(ids)
 
 
 def test_every_parameter_carries_its_letters() -> None:
