@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ConfigError
+from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.kernels import Kernels, kernels_for
 from mixtral_jax.layout import Layout
 from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
@@ -48,13 +48,17 @@ class Placement:
             dtype: of its weights: float32, bfloat16 or int8.
             mesh: a mesh, "auto" for all devices, or a text such as "data=1,expert=8,tensor=1"; None
                 for one device. A text also makes the copies of key/value heads that it needs.
-            dp_attention: splits sequences, not heads, over the mesh's expert axis.
+            dp_attention: splits sequences, not heads, over the mesh's expert axis, which must have
+                two devices or more.
             devices: those that a text is about; None for all of this process group's.
 
-        Raises ConfigError for a dtype that models do not have, or a mesh that the model cannot be
-        split over.
+        Raises ConfigError for a dtype that models do not have, a mesh of other axes than
+        `make_mesh` gives, or one that the model cannot be split over, and TopologyError where there
+        is no device.
         """
         name = checked_dtype(dtype)
+        if devices is not None and len(devices) == 0:
+            raise TopologyError("there are no devices to place the model on; give at least one")
         if isinstance(mesh, str):
             mesh = mesh_for(config, mesh, dp_attention, devices)
         if mesh is not None:
@@ -62,6 +66,11 @@ class Placement:
             layout.rules.check(config, mesh)
             device = mesh.devices.flat[0]
         else:
+            if dp_attention:
+                raise ConfigError(
+                    "--dp-attention splits sequences over the expert axis of a mesh, and one "
+                    "device has no mesh; leave it out, or give --mesh with expert=2 or more"
+                )
             layout = None
             device = (jax.devices() if devices is None else list(devices))[0]
         kernels = kernels_for(device.platform)

@@ -16,6 +16,7 @@ ever travel: it is one `shard_map`, in which kernels see the arrays of one devic
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 import jax
 from jax.experimental import mesh_utils
@@ -60,7 +61,16 @@ class ShardingRules:
         With `dp_attention` sequences, not heads, are split over `expert`: each device computes the
         attention of its own sequences, whose pages it holds alone, and tokens travel to the experts
         and back. For more devices than key/value heads, and where heads do not divide.
+
+        Raises ConfigError for a mesh that `make_mesh` does not make, and where `dp_attention` is
+        asked of a mesh with one device along `expert`.
         """
+        _check_mesh(mesh)
+        if dp_attention and mesh.shape["expert"] == 1:
+            raise ConfigError(
+                "--dp-attention splits sequences over the mesh's expert axis, which has one device "
+                f"here ({mesh_text(mesh)}); leave it out, or give --mesh with expert=2 or more"
+            )
         heads = mesh.shape["expert"] * mesh.shape["tensor"]
         dp_attention |= config.num_kv_heads % heads != 0 or bool(
             config.num_heads % (heads * mesh.shape["copy"])
@@ -120,8 +130,12 @@ def make_mesh(
     """Mesh over the first data * expert * tensor devices.
 
     Of the `tensor` devices, `copies` hold the same key/value heads; `copies_of` says how many must.
-    Raises TopologyError if there are too few devices.
+    Raises TopologyError if a size is not 1 or more, or there are too few devices.
     """
+    sizes = {"data": data, "expert": expert, "tensor": tensor, "copies": copies}
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise TopologyError(f"a mesh of {name}={size!r}: sizes are whole numbers from 1")
     devices = list(jax.devices() if devices is None else devices)
     count = data * expert * tensor
     if count > len(devices):
@@ -158,9 +172,12 @@ def mesh_for(
     """The mesh that a flag names, such as "data=1,expert=8,tensor=1", with the copies it needs.
 
     "auto" takes all devices: experts first, then heads; None for a single CPU, which needs no mesh.
-    Raises ConfigError if the text is not of this form, or the model cannot be split so.
+    Raises ConfigError if the text is not of this form, or the model cannot be split so, and
+    TopologyError if there is no device.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if not devices:
+        raise TopologyError("there are no devices to place the model on; give at least one")
     if text == "auto":
         if len(devices) == 1 and devices[0].platform == "cpu":
             return None
@@ -175,6 +192,22 @@ def mesh_for(
         raise ConfigError(str(error)) from None
     ShardingRules.of(config, mesh, dp_attention).check(config, mesh)
     return mesh
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    """Raises ConfigError for what is no mesh with the axes that the rules name."""
+    if not isinstance(mesh, Mesh):
+        problem = f"the mesh is a {type(mesh).__name__}"
+    elif mesh.axis_names != MESH_AXES:
+        problem = f"the mesh has the axes {mesh.axis_names}, not {MESH_AXES}"
+    elif set(mesh.axis_types) != {AxisType.Auto}:
+        problem = f"the mesh has axes of the types {mesh.axis_types}, not Auto"
+    else:
+        return
+    raise ConfigError(
+        f"{problem}; make it with mixtral_jax.make_mesh(data, expert, tensor), or give a text such "
+        "as expert=4,tensor=2"
+    )
 
 
 def mesh_text(mesh: Mesh) -> str:

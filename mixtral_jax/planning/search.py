@@ -66,10 +66,12 @@ class Search:
     Args:
         workload: the model and the traffic to plan for.
         mesh: "auto", or the only split to look at, such as "data=1,expert=8,tensor=1".
-        dp_attention: the form of attention of that split.
+        dp_attention: the form of attention of that split; "auto" compares both.
         tries: number of splits that the compiler is asked about.
         note: called with a line for each thing that went otherwise than asked.
         compiles: False for arithmetic alone.
+
+    Raises ConfigError for `dp_attention` without a split that it is about.
     """
 
     def __init__(
@@ -81,6 +83,11 @@ class Search:
         note: Callable[[str], None],
         compiles: bool,
     ) -> None:
+        if dp_attention and mesh == "auto":
+            raise ConfigError(
+                "--dp-attention is for the split of --mesh, and all splits are compared with and "
+                "without it; leave it out, or give --mesh with expert=2 or more"
+            )
         self.workload = workload
         self.mesh = mesh
         self.dp_attention = dp_attention

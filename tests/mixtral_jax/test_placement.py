@@ -1,19 +1,22 @@
 """A placement holds what follows from config, dtype and devices."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ConfigError
+from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.kernels import kernels_for
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
-from mixtral_jax.sharding import make_mesh
+from mixtral_jax.sharding import MESH_AXES, make_mesh
 
 CONFIG = ModelConfig.tiny(vocab_size=32)
 
@@ -64,6 +67,44 @@ def test_auto_takes_all_devices_with_the_copies_that_they_need() -> None:
 def test_one_device_has_no_mesh() -> None:
     assert Placement.of(CONFIG, mesh=None).layout is None
     assert Placement.of(CONFIG, devices=jax.devices()[:1]).layout is None
+
+
+def test_no_device_is_refused() -> None:
+    for mesh in (None, "auto", "tensor=1"):
+        with pytest.raises(TopologyError, match="there are no devices"):
+            Placement.of(CONFIG, mesh=mesh, devices=[])
+
+
+def test_sequences_are_split_over_two_devices_or_more() -> None:
+    for mesh in (None, "auto"):
+        with pytest.raises(ConfigError, match="--dp-attention .* one device has no mesh; leave it"):
+            Placement.of(CONFIG, mesh=mesh, dp_attention=True, devices=jax.devices()[:1])
+    with pytest.raises(ConfigError, match=r"one device here \(data=1,expert=1,tensor=2\); leave"):
+        Placement.of(CONFIG, mesh="tensor=2", dp_attention=True)
+    layout = Placement.of(CONFIG, mesh="expert=2", dp_attention=True).layout
+    assert layout is not None and layout.rules.B == ("data", "expert")
+
+
+def devices_as(*shape: int, names: tuple[str, ...], kind: AxisType = AxisType.Auto) -> Mesh:
+    devices = np.asarray(jax.devices()[:2]).reshape(shape)
+    return Mesh(devices, names, axis_types=(kind,) * len(names))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (5, "the mesh is a int; make it with mixtral_jax.make_mesh"),
+        (devices_as(2, names=("x",)), r"the mesh has the axes \('x',\), not \('data', 'expert'"),
+        (devices_as(1, 1, 2, names=MESH_AXES[:3]), "'tensor'\\), not .*; make it with"),
+        (devices_as(1, 1, 2, 1, names=MESH_AXES, kind=AxisType.Explicit), "not Auto; make it"),
+    ],
+)
+def test_a_mesh_of_other_axes_is_refused(
+    mesh: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ConfigError, match=message):
+        Placement.of(CONFIG, mesh=mesh)
 
 
 def test_the_page_follows_the_platform() -> None:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ConfigError
+from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.placement import Placement
 from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh, mesh_for, mesh_text
 from tests.support.models import model_of, split_over
@@ -47,6 +47,15 @@ def test_what_does_not_divide_is_refused() -> None:
         make_mesh(tensor=2, copies=4)
 
 
+@pytest.mark.parametrize("name", ["data", "expert", "tensor", "copies"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_of_a_mesh_are_1_or_more(name: str, size: int) -> None:
+    with pytest.raises(TopologyError, match=f"a mesh of {name}={size}: sizes are whole numbers"):
+        make_mesh(**{name: size})
+    with pytest.raises(TopologyError, match="needs 1 devices, there are 0"):
+        make_mesh(devices=[])
+
+
 def test_copies_of_key_value_heads() -> None:
     """Four key/value heads: eight devices hold each twice, four or two hold each once."""
     assert copies_of(MOE, 1, 8) == copies_of(MOE, 4, 2) == 2
@@ -58,14 +67,15 @@ def mesh_of(config: ModelConfig, shape: tuple[int, int, int]) -> jax.sharding.Me
     return make_mesh(*shape, copies=copies_of(config, *shape[1:]))
 
 
-@pytest.mark.parametrize("dp_attention", [False, True])
 @pytest.mark.parametrize(
-    ("config", "shape"),
+    ("config", "shape", "dp_attention"),
     [
-        pytest.param(config, shape, id=f"{name}-{shape}", marks=marks)
+        pytest.param(config, shape, dp_attention, id=f"{name}-{shape}-{form}", marks=marks)
         for name, config in (("moe", MOE), ("dense", DENSE))
         for shape in MESHES
         for marks in [() if name == "moe" or shape == (2, 2, 2) else pytest.mark.soak]
+        for form, dp_attention in (("heads", False), ("sequences", True))
+        if not dp_attention or shape[1] > 1  # sequences are split over `expert`
     ],
 )
 def test_full_form_under_a_mesh_equals_one_device(

@@ -19,6 +19,14 @@ def test_a_missing_compiler_means_arithmetic_that_says_so(monkeypatch: pytest.Mo
     assert "mixtral-jax[plan]" in notes[0]
 
 
+def test_sequences_are_split_over_a_mesh_that_is_given() -> None:
+    with pytest.raises(ConfigError, match="--dp-attention is for the split of --mesh"):
+        Search(workload_of(SMALL), "auto", True, 1, print, compiles=False)
+    search = Search(workload_of(SMALL), "tensor=8", True, 1, print, compiles=False)
+    with pytest.raises(ConfigError, match="give --mesh with expert=2 or more"):
+        search.best_of(topologies("cpu:8"), lambda line: None)
+
+
 def test_a_batch_that_no_split_can_hold() -> None:
     config = replace(DENSE, num_heads=3, num_kv_heads=3, vocab_size=513)
     search = Search(workload_of(config, batch=1), "auto", False, 1, print, compiles=False)

@@ -37,10 +37,12 @@ MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
 # Those that CI has time for: what is split, copied and gathered is among them.
 OFTEN = [("moe", (2, 2, 2)), ("moe", (1, 1, 8)), ("dense", (2, 2, 2))]
 EACH = [
-    pytest.param(config, shape, id=f"{name}-{shape}", marks=marks)
+    pytest.param(config, shape, dp_attention, id=f"{name}-{shape}-{form}", marks=marks)
     for name, config in (("moe", MOE), ("dense", DENSE))
     for shape in MESHES
     for marks in [() if (name, shape) in OFTEN else pytest.mark.soak]
+    for form, dp_attention in (("heads", False), ("sequences", True))
+    if not dp_attention or shape[1] > 1  # sequences are split over `expert`
 ]
 LIMITS = Limits(
     num_pages=60,
@@ -122,8 +124,7 @@ def on_one_device(config: ModelConfig) -> tuple[Transformer, list[Request], Answ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dp_attention", [False, True], ids=["heads", "sequences"])
-@pytest.mark.parametrize(("config", "shape"), EACH)
+@pytest.mark.parametrize(("config", "shape", "dp_attention"), EACH)
 def test_the_step_under_a_mesh_equals_one_device(
     config: ModelConfig, shape: tuple[int, int, int], dp_attention: bool
 ) -> None:
