@@ -16,6 +16,15 @@ from convert.source.open import Source
 from convert.source.read import is_readable, is_same
 from mixtral_jax.checkpoint.parameters import stored_bytes
 
+# The fields of a config that say how many layers and experts there are, by dialect.
+_SIZE_NAMES = {
+    "hf": ("num_hidden_layers", "num_local_experts"),
+    "mistral": ("n_layers", "moe.num_experts"),
+    "gguf": ("llama.block_count", "llama.expert_count"),
+}
+# Up to so many, a source may lack tensors, whose names are listed then.
+_UNDISPUTED_LAYERS, _UNDISPUTED_EXPERTS = 256, 1024
+
 
 def check(
     source: Source,
@@ -56,6 +65,34 @@ def check(
     if problems:
         raise ConversionError(problems)
     check_space(shapes, destination)
+
+
+def check_size(source: Source, upcycle_experts: int = 0) -> None:
+    """Raises ConversionError if a config asks for so many layers or experts that no table fits.
+
+    Smaller contradictions are left to `check`, which names every tensor that is missing.
+    """
+    config, names = source.config, _SIZE_NAMES[source.dialect]
+    assert config is not None
+    # Each layer and, but where they are stacked, each expert has tensors of its own.
+    num_tensors = len(source.tensors)
+    problems = [
+        f"config field {name}={size} asks for more than the {num_tensors} tensors of {source.path} "
+        "can hold; correct it"
+        for name, size, least in zip(
+            names,
+            (config.num_layers, config.num_experts),
+            (_UNDISPUTED_LAYERS, _UNDISPUTED_EXPERTS),
+            strict=True,
+        )
+        if size > max(num_tensors, least)
+    ]
+    if upcycle_experts > _UNDISPUTED_EXPERTS:
+        problems.append(
+            f"upcycle_experts={upcycle_experts}: use {_UNDISPUTED_EXPERTS} experts at most"
+        )
+    if problems:
+        raise ConversionError([*source.problems, *problems])
 
 
 def check_space(shapes: Mapping[str, jax.ShapeDtypeStruct], destination: Path) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.assemble import Assembly
-from convert.check import check
+from convert.check import check, check_size
 from convert.errors import ConversionError
 from convert.name_table import NameTable, name_table
 from convert.pieces import write_pieces
@@ -81,6 +81,7 @@ def convert(
     source = open_source(path)
     if source.config is None:
         raise ConversionError(source.problems)
+    check_size(source, upcycle_experts)
     table = name_table(
         source.config,
         source.dialect,

@@ -21,7 +21,7 @@ from convert.errors import ConversionError
 from convert.source import configs
 from convert.source.gguf import gguf_header
 from convert.source.read import Tensor
-from convert.source.safetensors import safetensors_header
+from convert.source.safetensors import safetensors_header, without_duplicates
 from mixtral_jax.checkpoint.folder import CONFIG_FILE, is_checkpoint
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
@@ -157,7 +157,8 @@ def _open_whole(source: Source, whole: Path, shards: Sequence[Path], placed: Set
 def _read_index(source: Source, index: Path) -> dict[str, str] | None:
     """Returns the file of each tensor by an index; None, and a problem, if it is malformed."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        text = index.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=without_duplicates)
         return {str(name): str(file) for name, file in content["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         source.fail(f"{index} is malformed: {error!r}")
@@ -207,7 +208,8 @@ def _open_gguf(path: Path) -> Source:
 
 def _read_config(source: Source, file: Path, translate: Any) -> ModelConfig | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=without_duplicates)
         if not isinstance(content, dict):
             raise ValueError("it is no json object")
         config: ModelConfig = translate(content)

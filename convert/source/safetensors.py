@@ -29,7 +29,7 @@ def safetensors_header(path: Path) -> dict[str, Tensor]:
             raise ConversionError([f"{path} is not a safetensors file, or was cut short"])
         text = file.read(count)
     try:
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+        entries = json.loads(text, object_pairs_hook=without_duplicates)
         del text
         entries.pop("__metadata__", None)
         tensors = {name: _entry(path, 8 + count, entry) for name, entry in entries.items()}
@@ -54,7 +54,11 @@ def _entry(path: Path, data: int, entry: Any) -> tuple[Tensor, int]:
     return Tensor(path, data + begin, shape, str(entry["dtype"])), data + end
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object by its pairs; raises ValueError naming the keys that are there twice.
+
+    It is an `object_pairs_hook` of `json.loads`, which would keep the last of two values.
+    """
     content = dict(pairs)
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]

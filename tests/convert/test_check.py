@@ -33,6 +33,26 @@ def test_upcycling_that_makes_no_sense(
         convert(path, tmp_path / "dst", upcycle_experts=experts)
 
 
+@pytest.mark.parametrize(
+    ("config", "field", "experts"),
+    [
+        (sources.DENSE, "num_hidden_layers", 0),
+        (sources.MOE, "num_local_experts", 0),
+        (sources.DENSE, "upcycle_experts", 10**9),
+    ],
+)
+def test_a_size_beyond_all_tensors_is_refused_at_once(
+    tmp_path: Path, config: dict[str, Any], field: str, experts: int
+) -> None:
+    path, hf = sources.write(tmp_path / "src", "folder", config, np.float32)
+    if not experts:
+        edit_json(path, "config.json", lambda content: content.update({field: 10**9}))
+    with pytest.raises(ConversionError, match=rf"{field}=1000000000") as error:
+        convert(path, tmp_path / "dst", upcycle_experts=experts)
+    assert len(error.value.problems) == 1
+    assert experts or f"the {len(hf)} tensors" in str(error.value)
+
+
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 

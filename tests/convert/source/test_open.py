@@ -93,6 +93,22 @@ def test_an_index_may_name_one_whole_file(tmp_path: Path) -> None:
     assert source.tensors.keys() == hf.keys()
 
 
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    hf = sources.tensors(sources.DENSE)
+    folder = sources.write_hf(tmp_path / "a", sources.DENSE, hf, shards=2)
+    consolidated = sources.write_consolidated(tmp_path / "b", sources.PARAMS, hf)
+    for file in (
+        folder / "config.json",
+        folder / "model.safetensors.index.json",
+        consolidated / "params.json",
+    ):
+        before = file.read_text()
+        file.write_text(before.rstrip().removesuffix("}") + ', "twice": 1, "twice": 2}')
+        (problem,) = open_source(file.parent).problems
+        assert file.name in problem and "twice is there twice" in problem
+        file.write_text(before)
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 def test_deep_json_is_named(tmp_path: Path, file: str) -> None:
     hf = sources.tensors(sources.DENSE)
