@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mixtral_jax
 from convert.convert import convert
 from convert.errors import ConversionError
 from convert.export import export
@@ -87,6 +88,20 @@ def test_a_tokenizer_that_is_not_supported_is_a_warning(
         convert(path, tmp_path / "dst")
     assert "cannot be served" in caplog.text
     assert "tokenizer.json cannot be read by tokenizers" in caplog.text
+
+
+def test_a_template_that_python_cannot_compile_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tuned(tmp_path / "src", NUM_IDS)
+    (path / "chat_template.jinja").write_text("{% break %}")
+    with caplog.at_level(logging.WARNING):
+        convert(path, tmp_path / "dst")
+        assert "cannot be served: the chat template is no valid Jinja template" in caplog.text
+        caplog.clear()
+        _, words = mixtral_jax.load(tmp_path / "dst")
+    assert words is None
+    assert "without a tokenizer, which cannot be used: the chat template is no" in caplog.text
 
 
 def test_a_missing_tokenizer_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
