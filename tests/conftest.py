@@ -9,6 +9,7 @@ MIXTRAL_JAX_SOAK=1 takes in the tests that are marked `soak`.
 import importlib.metadata
 import os
 import platform
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ import pytest
 
 from tests.support.identity import TENANT, Identity, certificate, running_identity
 from tests.support.servers import Server, running, serve_command
+
+# A shell that starts the tests in the background, or nohup, lets them ignore these signals, and
+# every server under test would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A mesh of eight devices on any machine; tests that need no mesh use the first.
 jax.config.update("jax_num_cpu_devices", 8)

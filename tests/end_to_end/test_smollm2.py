@@ -51,7 +51,7 @@ def answers(smollm2: Path) -> list[tuple[list[int], list[int]]]:
             Request(
                 id=str(i),
                 prompt_ids=tuple(ids),
-                sampling=SamplingParams(temperature=0),
+                sampling=SamplingParams(temperature=0.0),
                 max_tokens=LENGTH,
                 eos_ids=frozenset(),  # go on to the full length
             )
