@@ -258,7 +258,7 @@ def shrunk(config: ModelConfig) -> ModelConfig:
             ("7b", ModelConfig.mistral_7b_v01(), pytest.mark.soak),
             ("mathstral", ModelConfig.mathstral_7b_v01(), pytest.mark.soak),
             ("codestral", ModelConfig.codestral_22b_v01(), pytest.mark.soak),
-            # Heads that do not add up to the width of the model, and experts: CI has time for these.
+            # Heads that do not add up to the width of the model; and experts.
             ("nemo", ModelConfig.mistral_nemo_12b_2407(), ()),
             ("small-24b", ModelConfig.mistral_small_24b_2501(), pytest.mark.soak),
             ("8x22b", ModelConfig.mixtral_8x22b_instruct_v01(), ()),
