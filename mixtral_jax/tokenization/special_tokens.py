@@ -88,7 +88,10 @@ def named_tokens(folder: Path) -> dict[str, str]:
 
 
 def extra_special_tokens(folder: Path) -> set[str]:
-    """Return the special tokens that the two files list without a name."""
+    """Return the special tokens that the two files list without a name.
+
+    Raises TokenizerError for a list that holds anything but tokens.
+    """
     texts: set[str] = set()
     for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP):
         content = read_object(folder / file)
@@ -96,9 +99,13 @@ def extra_special_tokens(folder: Path) -> set[str]:
             tokens = content.get(field)
             if isinstance(tokens, Mapping):
                 tokens = list(tokens.values())
-            for token in tokens if isinstance(tokens, list) else ():
-                if (text := _token_text(token)) is not None:
-                    texts.add(text)
+            listed = [_token_text(token) for token in tokens] if isinstance(tokens, list) else None
+            if tokens is not None and (listed is None or None in listed):
+                raise TokenizerError(
+                    f"{field} in {folder / file} is {tokens!r}: it must list tokens, each as text "
+                    'or as an object such as {"content": "<tool>"}'
+                )
+            texts.update(text for text in listed or () if text is not None)
     return texts
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mixtral_jax.checkpoint.parameters import parameter_shapes
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.generation import generate_tokens
 from tests.support.models import model_of
 
@@ -121,3 +122,10 @@ def test_a_model_knows_how_long_a_context_it_has_room_for(max_context: int) -> N
     model = model_of(replace(SMALL, max_context=max_context))
     with pytest.raises(ValueError, match=rf"7 tokens.*\b{max_context}\b"):
         list(generate_tokens(model, PROMPT, max_tokens=5))
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "norm_eps"])
+@pytest.mark.parametrize("value", [10**400, math.inf, math.nan, 0, True])
+def test_numbers_that_float64_cannot_hold_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{field}=.* must be a positive number"):
+        replace(SMALL, **{field: value})

@@ -74,6 +74,17 @@ def test_tokens_of_another_form_are_refused(name: str, token: object, tmp_path: 
         assert named_tokens(tmp_path) == {}
 
 
+@pytest.mark.parametrize("field", ["additional_special_tokens", "extra_special_tokens"])
+def test_lists_of_another_form_are_refused(field: str, tmp_path: Path) -> None:
+    for tokens in ("<x>", ["<x>", ["<y>"]], [{}], {"a": 3}):
+        put(tmp_path, "tokenizer_config", {field: tokens})
+        with pytest.raises(TokenizerError, match=rf"{field} in .*config\.json is .* list tokens"):
+            extra_special_tokens(tmp_path)
+    for right in (None, [], {}, {"image": "<x>"}, [{"content": "<x>"}]):
+        put(tmp_path, "tokenizer_config", {field: right})
+        assert extra_special_tokens(tmp_path) == ({"<x>"} if right else set())
+
+
 def test_templates_of_another_form_are_passed_over(tmp_path: Path) -> None:
     odd = [3, {"name": ["x"], "template": "x"}, {"name": "tool_use", "template": 3}]
     put(tmp_path, "tokenizer_config", {"chat_template": odd})
