@@ -125,7 +125,7 @@ def test_a_model_knows_how_long_a_context_it_has_room_for(max_context: int) -> N
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "norm_eps"])
-@pytest.mark.parametrize("value", [10**400, math.inf, math.nan, 0, True])
-def test_numbers_that_float64_cannot_hold_are_refused(field: str, value: float) -> None:
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, -1.0])
+def test_numbers_that_are_not_positive_and_finite_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field}=.* must be a positive number"):
         replace(SMALL, **{field: value})
