@@ -35,7 +35,7 @@ LENGTH = 64
 @pytest.fixture(scope="module")
 def answers(smollm2: Path) -> list[tuple[list[int], list[int]]]:
     """Prompt and greedy answer of every prompt, from the engine, all together."""
-    model, tokenizer = mixtral_jax.load(smollm2)
+    model, tokenizer = mixtral_jax.load(smollm2, mesh=None)
     limits = Limits(
         num_pages=128,
         page_size=16,
@@ -108,7 +108,7 @@ def test_upcycled_tokens_equal_dense(
 
 
 def test_what_it_says_makes_sense(smollm2: Path) -> None:
-    model, tokenizer = mixtral_jax.load(smollm2)
+    model, tokenizer = mixtral_jax.load(smollm2, mesh=None)
     question = [{"role": "user", "content": PROMPTS[0]}]
     text = "".join(mixtral_jax.generate(model, tokenizer, question, max_tokens=16, temperature=0.0))
     assert "Paris" in text
