@@ -9,6 +9,8 @@ MODEL ?= smollm2-135m-instruct
 PORT ?= 8000
 GRPC_PORT ?= 50051
 ARGS ?=
+LIBRARY_TESTS ?= tests/mixtral_jax/kernels tests/mixtral_jax/model tests/mixtral_jax/step \
+	tests/mixtral_jax/checkpoint tests/mixtral_jax/tokenization tests/mixtral_jax/test_*.py tests/convert
 
 BIN := $(VENV)/bin
 CHECKPOINT := checkpoints/$(MODEL)
@@ -46,9 +48,7 @@ newest: ## Run the fast tests of the library on Python 3.13 with the newest jax,
 		$(MAKE) --no-print-directory library-tests VENV=.venv-newest PYTHON=$(NEWEST_PYTHON); fi
 
 library-tests: $(VENV)/.library
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests/mixtral_jax/kernels tests/mixtral_jax/model \
-		tests/mixtral_jax/step tests/mixtral_jax/checkpoint tests/mixtral_jax/tokenization \
-		tests/mixtral_jax/test_*.py tests/convert $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(LIBRARY_TESTS) $(ARGS)
 
 soak: $(VENV)/.tested ## Run all tests and those that CI has no time for, an hour or more
 	MIXTRAL_JAX_SOAK=1 $(BIN)/python -m pytest -n 2 --durations 20 $(ARGS)

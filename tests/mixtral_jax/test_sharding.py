@@ -73,7 +73,7 @@ def mesh_of(config: ModelConfig, shape: tuple[int, int, int]) -> jax.sharding.Me
         pytest.param(config, shape, dp_attention, id=f"{name}-{shape}-{form}", marks=marks)
         for name, config in (("moe", MOE), ("dense", DENSE))
         for shape in MESHES
-        for marks in [() if name == "moe" or shape == (2, 2, 2) else pytest.mark.soak]
+        for marks in [() if shape == (2, 2, 2) else pytest.mark.soak]
         for form, dp_attention in (("heads", False), ("sequences", True))
         if not dp_attention or shape[1] > 1  # sequences are split over `expert`
     ],
