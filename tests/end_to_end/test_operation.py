@@ -116,6 +116,8 @@ def test_everything_that_watches(tmp_path: Path, collector: Collector) -> None:
         # What was used survives the gateway, by all but its last second.
         (row,) = ask(server, "/usage").json()["data"]  # which also writes it
         assert (row["caller"], row["requests"], row["completion_tokens"]) == ("default", 1, 7)
+        # The line of a request is written when its answer has gone, which may be after this.
+        until(lambda: any("/usage" in line for line in list(server.said)))
         gateway_of(server).send_signal(signal.SIGKILL)
         until(lambda: is_live(server))
         assert ask(server, "/usage").json()["data"] == [row]
