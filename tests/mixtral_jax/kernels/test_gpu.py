@@ -8,6 +8,7 @@ import pytest
 from mixtral_jax.kernels.gpu import attention as gpu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.soak), 40])
 def test_decode(window: int | None) -> None:
     """Lengths within a page, at a block's end and over many splits; unused pages hold NaN."""

@@ -168,6 +168,7 @@ def test_each_function_says_whether_it_differentiates(platform: str) -> None:
         assert getattr(changed, name) is getattr(kernels if kept else XLA, name)
 
 
+@pytest.mark.slow
 def test_scores_are_scaled_in_float32() -> None:
     """Heads of 128: 1/sqrt(128) is no bfloat16. The error is that of rounding the result."""
     batch = ragged_batch()

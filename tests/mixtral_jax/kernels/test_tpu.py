@@ -10,6 +10,7 @@ import pytest
 from mixtral_jax.kernels.tpu import attention as tpu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.soak), 100])
 def test_full_attention(window: int | None) -> None:
     """And its gradients."""

@@ -112,6 +112,7 @@ def test_exchanged_equals_dense(tokens: int, shape: tuple[int, int, int]) -> Non
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_tokens_of_a_device_are_exchanged() -> None:
     """The full form under a mesh takes the exchange by itself, and nothing is different."""
     config = ModelConfig.tiny(vocab_size=8)
