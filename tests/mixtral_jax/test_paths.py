@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.paths import cache_folder, settings_folder, state_folder
+from mixtral_jax.paths import cache_folder, settings_folder
 
 FOLDERS = [
     (cache_folder, "XDG_CACHE_HOME", ".cache"),
     (settings_folder, "XDG_CONFIG_HOME", ".config"),
-    (state_folder, "XDG_STATE_HOME", ".local/state"),
 ]
 
 

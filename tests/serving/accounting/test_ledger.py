@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.accounting.ledger import Usage, UsageLedger
+from serving.accounting.ledger import Usage, UsageLedger, default_ledger_file
 
 NOON = 1795262400.0  # 2026-11-21 12:00 UTC
 DAY = 86_400.0
@@ -130,3 +130,11 @@ def test_a_file_that_is_no_ledger(tmp_path: Path, what: str) -> None:
         database.close()
     with pytest.raises(ValueError, match=f"cannot be kept in {file} .* with --usage-db"):
         UsageLedger(file)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the specification of Linux desktops")
+def test_the_default_file_is_in_the_folder_for_state(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_ledger_file() == str(tmp_path / "mixtral-jax" / "usage.db")
