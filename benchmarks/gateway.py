@@ -27,6 +27,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from benchmarks.command import run
 from serving.channel import INFERENCE
+from serving.parent import PARENT_VARIABLE, end_with_parent
 from serving.proto import inference_pb2, inference_pb2_grpc
 
 _KEY = "not-a-secret"
@@ -57,6 +58,7 @@ class Parrot(inference_pb2_grpc.InferenceServicer):
 
 async def serve_words() -> None:
     """Prints a free port and serves the stand-in for a model on it until a signal ends it."""
+    end_with_parent()
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServicer_to_server(Parrot(), server)
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -100,7 +102,12 @@ def _started(stack: ExitStack, command: list[str], needle: str) -> tuple[int, st
     """Starts a process that is ended with the stack; (its id, the line that holds `needle`)."""
     process = subprocess.Popen(
         [sys.executable, *command],
-        env={**os.environ, "MIXTRAL_JAX_API_KEY": _KEY},
+        env={
+            **os.environ,
+            "MIXTRAL_JAX_API_KEY": _KEY,
+            # A signal that comes while Popen works leaves no handle by which to end the process.
+            PARENT_VARIABLE: str(os.getpid()),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

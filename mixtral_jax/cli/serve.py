@@ -27,7 +27,9 @@ def _serve(given: dict[str, Any]) -> None:
     from serving.engine.config import EngineConfig
     from serving.launch.config import ServiceConfig
     from serving.launch.supervisor import Addresses, run_follower
+    from serving.parent import end_with_parent
 
+    end_with_parent()
     rank = record(Rank.of_flags, given)
     engine = record(EngineConfig, given)
     addresses = Addresses(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import httpx
 
 from serving.bench.load import BenchError, Endpoint
+from serving.parent import PARENT_VARIABLE
 
 _STOP_SECONDS = 60.0
 
@@ -40,7 +41,12 @@ def started(
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **(environment or {})},
+            env={
+                **os.environ,
+                # A signal that comes while Popen works leaves no handle by which to end the server.
+                PARENT_VARIABLE: str(os.getpid()),
+                **(environment or {}),
+            },
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C is for this process, which then stops the server

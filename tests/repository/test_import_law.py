@@ -56,7 +56,7 @@ serving.engine               | serving.scheduling serving.errors mixtral_jax.ste
 serving.service              | serving.engine serving.scheduling serving.access serving.accounting serving.observe serving.proto serving.errors mixtral_jax.errors mixtral_jax.sampling_params mixtral_jax.tokenization
 serving.cluster              | serving.engine serving.scheduling serving.access serving.proto serving.errors serving.parent mixtral_jax.checkpoint mixtral_jax.compilation mixtral_jax.sampling_params
 serving.client               | serving.proto serving.errors serving.channel
-serving.bench                | serving.engine serving.scheduling serving.errors mixtral_jax.planning* mixtral_jax
+serving.bench                | serving.engine serving.scheduling serving.errors serving.parent mixtral_jax.planning* mixtral_jax
 serving.gateway.dialect      | serving.proto serving.errors
 serving.gateway.http         | serving.gateway.dialect serving.accounting serving.observe serving.proto serving.errors
 serving.gateway              | serving.gateway.dialect serving.gateway.http serving.access serving.accounting serving.observe serving.channel serving.parent serving.flags serving.command_line serving.proto serving.errors
