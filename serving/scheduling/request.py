@@ -4,7 +4,7 @@ They hold token ids only. Text, templates and stop strings live on the caller's 
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 
 from mixtral_jax.sampling_params import SamplingParams
 
@@ -15,6 +15,13 @@ class FinishReason(Enum):
     STOP = "stop"  # the model ended its answer, or a stop id or stop text appeared
     LENGTH = "length"  # max_tokens or the end of the context
     DEADLINE = "deadline"  # the request's time was up
+
+
+class Priority(IntEnum):
+    """Classes of requests; a smaller one is served first."""
+
+    INTERACTIVE = 0
+    BATCH = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +36,10 @@ class Request:
     min_tokens: int = 0  # number of tokens before which no id of eos_ids is drawn
     n: int = 1
     deadline: float | None = None  # time.monotonic() after which nothing more is computed
+    caller: str = ""  # who asks; callers take turns
+    salt: bytes = b""  # prefixes are shared under the same salt only
+    priority: Priority = Priority.INTERACTIVE
+    suspect: bool = False  # computed in steps of its own, because it may end the engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +53,18 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A change of one choice of one request: a token was drawn, or its time was up."""
+    """A change of one choice of one request: a token was drawn, or its time was up.
+
+    An event without a token and without a finish reason tells that a part of the prompt was
+    computed.
+    """
 
     request_id: str
     choice: int
-    drawn: Drawn | None  # None with FinishReason.DEADLINE alone
+    drawn: Drawn | None  # None with FinishReason.DEADLINE, and while the prompt is computed
     finish_reason: FinishReason | None  # set on the last event of a choice
+    computed: int = 0  # tokens of the prompt that are computed so far, `cached` ones included
+    cached: int = 0  # tokens of the prompt that the prefix cache had
     # For metrics and traces: time.monotonic() of the first step that computed for the request, and
     # the number of steps so far that computed for this choice.
     seated: float = field(default=0.0, compare=False)
