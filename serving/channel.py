@@ -64,6 +64,11 @@ def target_of(targets: Sequence[str]) -> str:
     return f"{families.pop()}:{','.join(addresses)}"
 
 
+def join_address(host: str, port: int) -> str:
+    """Returns HOST:PORT, with brackets around an IPv6 address as in "[::1]:8000" (RFC 3986)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def options_for(target: str) -> list[tuple[str, int | str]]:
     """Returns the options of a channel to `target`, which `target_of` has made."""
     config: dict[str, object] = {

@@ -116,6 +116,14 @@ _DRAIN_SECONDS = Flag(
     "Seconds that running answers may take to finish after a signal to end.",
     min=0,
 )
+_DRAIN_DELAY = Flag(
+    "drain_delay",
+    float,
+    0.0,
+    "Seconds after a signal to end in which requests are still served, while readiness fails at "
+    "once: load balancers send new requests elsewhere.",
+    min=0,
+)
 _ENGINE = _panel(
     "Engine",
     MESH,
@@ -283,7 +291,7 @@ _UPSTREAM = _panel(
 
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
-    *(_DRAIN_SECONDS, *_ENGINE, *_GROUP),
+    *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_GROUP),
     *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS),
     *_ACCESS,
 )
@@ -302,14 +310,14 @@ GATEWAY = (
         15.0,
         "Seconds of silence after which a stream sends a chunk without choices.",
     ),
-    *(_MODEL_TYPE, _DRAIN_SECONDS),
+    *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
     *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS, _LOG_PROMPTS, _USAGE_DB),
     *(*_LIMITS, *_ACCESS[:-1], *_UPSTREAM),
 )
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
-    *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, *_ENGINE, *_GROUP),
+    *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_GROUP),
     *_panel(
         "Monitoring",
         replace(_METRICS_PORT, min=1, help="Port of 127.0.0.1 for Prometheus; default: none."),

@@ -9,6 +9,9 @@ from typing import NoReturn
 
 PARENT_VARIABLE = "MIXTRAL_JAX_PARENT"
 READY_VARIABLE = "MIXTRAL_JAX_READY_FD"  # of a pipe, for processes that open no port
+BEAT_VARIABLE = "MIXTRAL_JAX_BEAT_FD"
+"""Environment variable with the file descriptor of a pipe. A service writes a byte into it every
+second while its loop runs and its engine makes steps; the supervisor kills it when that stops."""
 
 
 def end_with_parent() -> None:

@@ -38,7 +38,8 @@ def _serve(given: dict[str, Any]) -> None:
         grpc_port=given["grpc_port"],
         tls=given["tls_cert"] is not None,
     )
-    service = record(ServiceConfig, given, port=addresses.grpc_port)
+    # The gateway alone waits for load balancers; the service gets its signal after that.
+    service = record(ServiceConfig, given, port=addresses.grpc_port, drain_delay=0.0)
     if rank is None or rank.is_leader:
         _lead(given, addresses, arguments(engine, rank, service))
         return
@@ -87,6 +88,8 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
         arguments(gateway, web),
         lambda: print(banner),
         drain_seconds=gateway.drain_seconds,
+        drain_delay=gateway.drain_delay,
+        step_timeout=given.get("step_timeout"),
     )
 
 

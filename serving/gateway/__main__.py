@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from serving.access.config import AccessConfig
 from serving.access.tls import Certificate
+from serving.channel import join_address
 from serving.command_line import app_of, command, run
 from serving.flags import GATEWAY, record
 from serving.gateway.app import create_app
@@ -62,9 +63,9 @@ def _serve(given: dict[str, Any]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         scheme = "https" if certificate else "http"
         host, port = listener.getsockname()[:2]
-        address = f"{scheme}://{host}:{port}"
+        address = f"{scheme}://{join_address(host, port)}"
         logger.info("listening on %s for the service at %s", address, config.address)
-        server = _server(app, config.drain_seconds, certificate)
+        server = _server(app, config, certificate)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
     if not server.started:
@@ -86,8 +87,8 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _server(app: FastAPI, drain_seconds: float, certificate: Certificate | None) -> DrainingServer:
-    drain = Drain(app, refuse_while_draining, drain_seconds)
+def _server(app: FastAPI, config: GatewayConfig, certificate: Certificate | None) -> DrainingServer:
+    drain = Drain(app, refuse_while_draining, config.drain_seconds, config.drain_delay)
     return DrainingServer(
         uvicorn.Config(
             drain,

@@ -50,6 +50,8 @@ class GatewayConfig:
     """Log the full text of prompts and answers."""
     usage_db: str
     """SQLite file of each caller's usage, or ":memory:"."""
+    drain_delay: float = 0.0
+    """Time after such a signal in which requests are still served, while readiness fails."""
 
     def __post_init__(self) -> None:
         try:

@@ -17,3 +17,5 @@ class ServiceConfig:
     """URL of the collector that traces are sent to."""
     log_format: str
     """One of serving.observe.logs.FORMATS."""
+    drain_delay: float = 0.0
+    """Time after such a signal in which requests are still served, while readiness fails."""

@@ -1,6 +1,7 @@
 """The process of `python -m serving`: one engine behind gRPC, until SIGTERM or SIGINT."""
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from mixtral_jax.errors import UserError
 from serving.access.config import AccessConfig
 from serving.access.credentials import Access
 from serving.access.tls import ServerTls
+from serving.channel import join_address
 from serving.cluster.follower import follow
 from serving.cluster.leader import Leader, connect
 from serving.cluster.rank import Rank
@@ -85,8 +87,8 @@ def _lead(
     worker, inference = _build(engine, pretrained, metrics, traces, leader)
     worker.start()
     try:
-        address = f"{access.host}:{service.port}"
-        server = _Server(worker, inference, leader, service.drain_seconds)
+        address = join_address(access.host, service.port)
+        server = _Server(worker, inference, leader, service)
         asyncio.run(server.run(address, door, tls))
     finally:
         if leader is not None:
@@ -160,12 +162,12 @@ class _Server:
         worker: EngineWorker,
         inference: InferenceService,
         leader: Leader | None,
-        drain_seconds: float,
+        config: ServiceConfig,
     ) -> None:
         self._worker = worker
         self._inference = inference
         self._leader = leader
-        self._drain_seconds = drain_seconds
+        self._config = config
 
     async def run(self, address: str, access: Access, tls: ServerTls | None) -> None:
         """Serves at `address`; returns when running answers have finished or their time is up."""
@@ -176,11 +178,14 @@ class _Server:
         _say(f"ready on {address.rpartition(':')[0]}:{port}")
         await self._until_told()
         # Health comes first, so that load balancers send new requests elsewhere; requests that
-        # come all the same are refused.
+        # come all the same are served during the delay, and then refused.
         await set_serving(checks, False)
+        if not self._inference.was_told_to_end.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._engine_ended(), self._config.drain_delay)
         self._worker.drain()
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._drain_seconds
+        deadline = loop.time() + self._config.drain_seconds
         while self._worker.num_under_way and loop.time() < deadline:
             await asyncio.sleep(0.05)
         await server.stop(1.0)  # calls that watch its health would go on for ever

@@ -7,11 +7,15 @@ and so the group comes together again.
 They run in sessions of their own, so that Ctrl-C reaches the supervisor alone, which ends them by
 SIGTERM: running answers finish, and new requests are refused meanwhile.
 
-A process that dies after it has served is started again at once. The other one goes on, and the
-gateway answers 503 until the service is back. A process that dies before it could serve is started
-again a few times, after longer and longer waits; if it is the very first start, the supervisor
-gives up, because the reason will not go away by itself. A process that ends with status 0 was told
-to end, by Drain or a signal of its own; then the supervisor ends everything.
+A process that dies is started again (child.py): the first time at once, then after longer and
+longer waits, until it has served for a minute. The other one goes on, and the gateway answers 503
+until the service is back. A process that dies before it could serve is given up after a few starts;
+if it is the very first start, at once, because the reason will not go away by itself. A process
+that ends with status 0 was told to end, by Drain or a signal of its own; then the supervisor ends
+everything.
+
+A process that stands still is killed, and so it is started again: the service when its heartbeat
+stops for longer than a step may take, the gateway when it does not answer for a minute.
 """
 
 import contextlib
@@ -23,23 +27,19 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from serving.errors import SetupError
+from serving.channel import join_address
 from serving.flags import KEY_VARIABLE, SERVICE_KEY_VARIABLE
+from serving.launch.child import Child, Probe, SupervisorError
 from serving.parent import PARENT_VARIABLE, READY_VARIABLE
 
 _STOP_SECONDS = 10.0  # time that a process may take to end after its drain
-_MAX_FAILURES = 4  # starts in a row after which a process died before it could serve
-
-
-class SupervisorError(SetupError):
-    """A server that did not start, or died; the message names it and the remedy."""
+_LATE_SECONDS = 2.0  # time that a heartbeat may take beyond the time of a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Addresses:
     @property
     def url(self) -> str:
         """The URL of the gateway."""
-        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{join_address(self.host, self.port)}"
 
     @property
     def grpc_host(self) -> str:
@@ -66,7 +66,7 @@ class Addresses:
     @property
     def target(self) -> str:
         """HOST:PORT of gRPC."""
-        return f"{self.grpc_host}:{self.grpc_port}"
+        return join_address(self.grpc_host, self.grpc_port)
 
     def check(self) -> None:
         """Raises SupervisorError if a port is taken, before minutes of loading."""
@@ -77,15 +77,16 @@ class Addresses:
             (self.grpc_host, self.grpc_port, "--grpc-port"),
         )
         for host, port, variable in places:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
             try:
-                with socket.create_server((host, port)):
+                with socket.create_server((host, port), family=family):
                     pass
             except OSError as error:
                 # Python writes the address into the text of this error, too.
                 taken = error.errno == errno.EADDRINUSE
                 reason = os.strerror(errno.EADDRINUSE) if taken else str(error)
                 raise SupervisorError(
-                    f"cannot listen on {host}:{port} ({reason}); "
+                    f"cannot listen on {join_address(host, port)} ({reason}); "
                     f"stop what runs there or choose another with {variable}"
                 ) from None
 
@@ -109,15 +110,39 @@ def run(
     ready: Callable[[], None],
     *,
     drain_seconds: float,
+    drain_delay: float = 0.0,
+    step_timeout: float | None = None,
 ) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP; calls `ready` when the first request can come.
 
-    Raises SupervisorError if a process fails for good.
+    Args:
+        addresses: Where both listen.
+        environment: The environment of both.
+        service_options: The command line of the service.
+        gateway_options: The command line of the gateway.
+        ready: Called once.
+        drain_seconds: Seconds that running answers may take to finish.
+        drain_delay: Seconds that the gateway serves on after a signal; the service gets its signal
+            after them.
+        step_timeout: Seconds that a step of the engine may take, where the service has a heartbeat.
+
+    Raises:
+        SupervisorError: A process failed for good.
     """
     addresses.check()
     environment = {**environment, PARENT_VARIABLE: str(os.getpid())}
-    service = _Child("service", ["serving", *service_options], environment)
-    gateway = _Child("gateway", ["serving.gateway", *gateway_options], environment)
+    service = Child(
+        "service",
+        ["serving", *service_options],
+        environment,
+        beat_seconds=None if step_timeout is None else step_timeout + _LATE_SECONDS,
+    )
+    gateway = Child(
+        "gateway",
+        ["serving.gateway", *gateway_options],
+        environment,
+        probe=Probe(answers=lambda: _answers(addresses, "live")),
+    )
     children = (service, gateway)
     with _Signals() as signals:
         try:
@@ -125,16 +150,20 @@ def run(
             while not signals.received and not any(child.was_told_to_end for child in children):
                 for child in children:
                     child.keep_running()
-                if not (service.has_served and gateway.has_served):
-                    gateway.has_served = gateway.has_served or _answers(addresses, "live")
-                    service.has_served = service.has_served or _answers(addresses, "ready")
-                elif not announced:
+                for child, route in ((gateway, "live"), (service, "ready")):
+                    if not child.has_served and _answers(addresses, route):
+                        child.note_serving()
+                if not announced and service.has_served and gateway.has_served:
                     announced = True
                     ready()
                 time.sleep(0.2)
         finally:
-            running = [child.process for child in children if child.process]
-            _stop(running, drain_seconds + _STOP_SECONDS)
+            stop(
+                [child.process for child in (gateway, service) if child.process],
+                drain_delay + drain_seconds + _STOP_SECONDS,
+                drain_delay,
+            )
+            service.close()
 
 
 def run_follower(
@@ -150,86 +179,24 @@ def run_follower(
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     variables = {PARENT_VARIABLE: str(os.getpid()), READY_VARIABLE: str(writing)}
-    child = _Child("follower", ["serving", *options], {**environment, **variables}, (writing,))
+    child = Child("follower", ["serving", *options], {**environment, **variables}, (writing,))
     with _Signals() as signals:
         try:
             announced = False
             while not signals.received and not child.was_told_to_end:
                 # This comes first, because a process may become ready and die between two looks.
                 with contextlib.suppress(BlockingIOError):
-                    child.has_served |= bool(os.read(reading, 16))
+                    if os.read(reading, 16):
+                        child.note_serving()
                 child.keep_running()
                 if child.has_served and not announced:
                     announced = True
                     ready()
                 time.sleep(0.2)
         finally:
-            _stop([child.process] if child.process else [], drain_seconds + _STOP_SECONDS)
+            stop([child.process] if child.process else [], drain_seconds + _STOP_SECONDS)
             os.close(reading)
             os.close(writing)
-
-
-class _Child:
-    """A process that is started, and started again. It inherits the file descriptors `pipes`."""
-
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        environment: dict[str, str],
-        pipes: Sequence[int] = (),
-    ) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        self.has_served = False  # since its last start; set by the supervisor
-        self._name = name
-        self._command = [sys.executable, "-m", *command]
-        self._environment = environment
-        self._pipes = pipes
-        self._start_at = 0.0  # time.monotonic()
-        self._failures = 0
-        self._has_ever_served = False
-
-    @property
-    def was_told_to_end(self) -> bool:
-        return self.process is not None and self.process.poll() == 0
-
-    def keep_running(self) -> None:
-        """Starts it if it does not run and it is time to. Raises SupervisorError to give up."""
-        if self.process is not None:
-            status = self.process.poll()
-            if status is None:
-                return
-            if status != 0:
-                self.process = None
-                self._note_death(status)
-        elif time.monotonic() >= self._start_at:
-            self.has_served = False
-            self.process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                start_new_session=True,
-                pass_fds=self._pipes,
-            )
-
-    def _note_death(self, status: int) -> None:
-        how = f"status {status}" if status > 0 else signal.Signals(-status).name
-        self._has_ever_served |= self.has_served
-        self._failures = 0 if self.has_served else self._failures + 1
-        if not self._has_ever_served:
-            raise SupervisorError(f"the {self._name} ended with {how}; see above")
-        if self._failures == _MAX_FAILURES:
-            raise SupervisorError(
-                f"the {self._name} ended {_MAX_FAILURES} times before it could serve, the last "
-                f"time with {how}; see above"
-            )
-        delay = 2**self._failures - 1
-        self._start_at = time.monotonic() + delay
-        when = f"in {delay} s" if delay else "now"
-        print(
-            f"mixtral-jax: the {self._name} ended with {how}; it is started again {when}",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 class _Signals:
@@ -271,11 +238,21 @@ def _answers(addresses: Addresses, what: str) -> bool:
         return False
 
 
-def _stop(processes: Sequence["subprocess.Popen[bytes]"], seconds: float) -> None:
-    """Sends SIGTERM to all, and SIGKILL if that takes too long or another signal arrives."""
-    for process in processes:
-        process.terminate()
+def stop(
+    processes: Sequence["subprocess.Popen[bytes]"], seconds: float, delay: float = 0.0
+) -> None:
+    """Sends SIGTERM to the first process, and to the others `delay` seconds later or when the first
+    has ended. Sends SIGKILL to all that have not ended after `seconds`, or at another signal."""
     deadline = time.monotonic() + seconds
+    for i, process in enumerate(processes):
+        if i == 1:
+            try:
+                processes[0].wait(delay)
+            except subprocess.TimeoutExpired:
+                pass
+            except KeyboardInterrupt:
+                deadline = 0.0
+        process.terminate()
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

@@ -3,15 +3,20 @@
 After the first SIGTERM or SIGINT it still listens: requests under way go on, and new ones get 503,
 which sends a client to another gateway sooner than a refused connection does. It ends when the last
 answer has ended, or when the time for draining is over. A second signal ends it at once.
+
+Load balancers learn some seconds late that a gateway ends. With a delay, requests are still served
+for so long after the signal, while /health/ready already answers 503, and then the drain begins.
 """
 
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 LIVE = "/health/live"  # answered while draining too
+READY = "/health/ready"  # refused from the signal on
 
 
 class Drain:
@@ -20,36 +25,53 @@ class Drain:
     Args:
         app: The application.
         refuse: The application that answers in its place after `begin`.
-        seconds: The time that answers may take after `begin`.
+        seconds: The time that answers may take when new requests are refused.
+        delay: The time after `begin` in which only requests for readiness are refused.
+        clock: Time in seconds that never goes back.
     """
 
-    def __init__(self, app: ASGIApp, refuse: ASGIApp, seconds: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        refuse: ASGIApp,
+        seconds: float,
+        delay: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app = app
         self._refuse = refuse
         self._seconds = seconds
+        self._delay = delay
+        self._clock = clock
         self._running = 0
-        self._deadline: float | None = None  # time.monotonic(); set by `begin`
+        self._refuses_at: float | None = None  # set by `begin`
 
     @property
     def has_begun(self) -> bool:
-        """Returns whether new requests are refused."""
-        return self._deadline is not None
+        """Returns whether readiness fails."""
+        return self._refuses_at is not None
+
+    @property
+    def is_refusing(self) -> bool:
+        """Returns whether all new requests are refused."""
+        return self._refuses_at is not None and self._clock() >= self._refuses_at
 
     @property
     def is_over(self) -> bool:
         """Returns whether the last answer has ended, or the time for it."""
-        if self._deadline is None:
+        if self._refuses_at is None or not self.is_refusing:
             return False
-        return self._running == 0 or time.monotonic() > self._deadline
+        return self._running == 0 or self._clock() > self._refuses_at + self._seconds
 
     def begin(self) -> None:
-        """Starts to refuse new requests."""
-        self._deadline = time.monotonic() + self._seconds
+        """Starts to refuse requests for readiness, and all new ones after the delay."""
+        self._refuses_at = self._clock() + self._delay
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        if self.has_begun and scope["path"] != LIVE:
+        path = scope["path"]
+        if path != LIVE and (self.is_refusing or (self.has_begun and path == READY)):
             return await self._refuse(scope, receive, send)
         self._running += 1
         try:

@@ -1,134 +1,95 @@
-"""When a process is started again and when not, with a program that dies as it is told."""
+"""What the supervisor does with its children: addresses, readiness, order of the end."""
 
 import os
-import signal
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from serving.launch.supervisor import SupervisorError, _Child, run_follower
+from serving.launch.supervisor import Addresses, SupervisorError, run_follower, stop
 from serving.parent import READY_VARIABLE
-
-PATIENCE = 20.0
-# Notes each of its starts; the first word of the file `fate` is its status, "live" none.
-MORTAL = """
-import pathlib, sys, time
-here = pathlib.Path(__file__).parent
-fate, _, rest = (here / "fate").read_text().partition(" ")
-(here / "fate").write_text(rest)
-with (here / "starts").open("a") as starts:  # last: whoever sees it may end this process
-    starts.write("x")
-if fate == "live":
-    time.sleep(60)
-sys.exit(int(fate))
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "mortal.py").write_text(MORTAL)
-    return tmp_path
-
-
-def child_of(folder: Path, fate: str) -> _Child:
-    (folder / "fate").write_text(fate)
-    return _Child("service", ["mortal"], {**os.environ, "PYTHONPATH": str(folder)})
-
-
-def starts(folder: Path) -> int:
-    file = folder / "starts"
-    return len(file.read_text()) if file.exists() else 0
-
-
-def keep_running(child: _Child, until: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not until():
-        child.keep_running()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def end(child: _Child) -> None:
-    if child.process is not None:
-        child.process.kill()
-        child.process.wait()
-
-
-def test_what_never_served_is_not_tried_again(folder: Path) -> None:
-    child = child_of(folder, "3 live")
-    with pytest.raises(SupervisorError, match="the service ended with status 3; see above"):
-        keep_running(child, lambda: False)
-    assert starts(folder) == 1
-
-
-def test_what_has_served_is_started_again_at_once(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    child = child_of(folder, "live live live")
-    for number in (1, 2, 3):
-        keep_running(child, lambda: starts(folder) == number)  # noqa: B023
-        assert child.process is not None and not child.has_served
-        child.has_served = True
-        child.process.send_signal(signal.SIGKILL)
-        child.process.wait()
-    child.keep_running()
-    assert (
-        capfd.readouterr().err.splitlines()
-        == ["mixtral-jax: the service ended with SIGKILL; it is started again now"] * 3
-    )
-    end(child)
-
-
-def test_what_does_not_live_to_serve_again_is_given_up(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    child = child_of(folder, "live 1 2 3 4")
-    keep_running(child, lambda: starts(folder) == 1)
-    assert child.process is not None
-    child.has_served = True
-    child.process.kill()
-    child.process.wait()
-
-    def never() -> bool:
-        child._start_at = 0.0  # which would be later each time
-        return False
-
-    with pytest.raises(SupervisorError, match="ended 4 times before it could serve, .* status 4"):
-        keep_running(child, never)
-    assert starts(folder) == 5
-    assert [line.rpartition("again ")[2] for line in capfd.readouterr().err.splitlines()] == [
-        "now",
-        "in 1 s",
-        "in 3 s",
-        "in 7 s",
-    ]
-
-
-def test_status_0_means_that_it_was_told_to_end(folder: Path) -> None:
-    child = child_of(folder, "0 live")
-    keep_running(child, lambda: child.was_told_to_end)
-    child.keep_running()
-    assert starts(folder) == 1
+from tests.support.servers import free_ports
 
 
 def test_a_follower_says_itself_that_it_has_served(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It joins and is lost at once, joins again, and is then told to end."""
-    (folder / "serving").mkdir()
-    (folder / "serving" / "__init__.py").touch()
-    (folder / "serving" / "__main__.py").write_text(
+    (tmp_path / "serving").mkdir()
+    (tmp_path / "serving" / "__init__.py").touch()
+    (tmp_path / "serving" / "__main__.py").write_text(
         "import os, pathlib, sys\n"
         "seen = pathlib.Path(__file__).with_name('seen')\n"
         f"os.write(int(os.environ[{READY_VARIABLE!r}]), b'1')\n"
         "if seen.exists(): sys.exit(0)\n"
         "seen.touch(); sys.exit(1)\n"
     )
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(tmp_path)
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
     ready: list[str] = []
-    run_follower(dict(os.environ), [], lambda: ready.append("ready"), drain_seconds=5)
+    run_follower(environment, [], lambda: ready.append("ready"), drain_seconds=5)
     assert ready == ["ready"]
     said = capfd.readouterr().err.splitlines()
     assert said == ["mixtral-jax: the follower ended with status 1; it is started again now"]
+
+
+@pytest.mark.parametrize(
+    ("host", "tls", "url", "target"),
+    [
+        ("127.0.0.1", False, "http://127.0.0.1:8000", "127.0.0.1:50051"),
+        ("::1", False, "http://[::1]:8000", "[::1]:50051"),
+        ("::", True, "https://[::]:8000", "127.0.0.1:50051"),
+    ],
+)
+def test_addresses(host: str, tls: bool, url: str, target: str) -> None:
+    addresses = Addresses(host=host, port=8000, grpc_port=50051, tls=tls)
+    assert (addresses.url, addresses.target) == (url, target)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_that_is_taken_is_named(host: str) -> None:
+    port, other = free_ports(2)
+    addresses = Addresses(host=host, port=port, grpc_port=other)
+    addresses.check()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with (
+        socket.create_server((host, port), family=family),
+        pytest.raises(SupervisorError, match=f":{port} .Address already in use.; stop what"),
+    ):
+        addresses.check()
+
+
+def test_the_gateway_gets_its_signal_before_the_service(tmp_path: Path) -> None:
+    """Each notes when the signal came; the first ends before the delay is over."""
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "file, patience = pathlib.Path(sys.argv[1]), float(sys.argv[2])\n"
+        "def end(*_):\n"
+        "    with file.open('a') as log: log.write(sys.argv[3] + ' told\\n')\n"
+        "    time.sleep(patience)\n"
+        "    with file.open('a') as log: log.write(sys.argv[3] + ' ended\\n')\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "print('x', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    log = tmp_path / "log"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(log), patience, name], stdout=subprocess.PIPE
+        )
+        for name, patience in (("gateway", "0.2"), ("service", "0"))
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+    began = time.monotonic()
+    stop(processes, 40.0, 30.0)
+    assert time.monotonic() - began < 20.0  # it did not wait for the whole delay
+    words = ["gateway told", "gateway ended", "service told", "service ended"]
+    assert log.read_text().splitlines() == words
+    assert [process.returncode for process in processes] == [0, 0]

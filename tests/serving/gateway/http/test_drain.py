@@ -87,3 +87,50 @@ def test_a_second_signal_ends_at_once() -> None:
         assert not server.should_exit
         server.handle_exit(signal.SIGTERM, None)
         assert server.should_exit
+
+
+def test_during_the_delay_only_readiness_fails() -> None:
+    """Signal at 100 s, delay of 5 s, 30 s for answers: refusals from 105 s, the end at 135 s."""
+    now = 100.0
+    drain = Drain(
+        PlainTextResponse("served"), PlainTextResponse("later", 503), 30.0, 5.0, lambda: now
+    )
+
+    async def statuses() -> list[int]:
+        transport = httpx.ASGITransport(drain)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            paths = ("/health/ready", "/health/live", "/v1/models")
+            return [(await client.get(path)).status_code for path in paths]
+
+    assert asyncio.run(statuses()) == [200, 200, 200]
+    drain.begin()
+    assert asyncio.run(statuses()) == [503, 200, 200]
+    assert drain.has_begun and not drain.is_over  # although nothing is under way
+    now = 104.9
+    assert asyncio.run(statuses()) == [503, 200, 200]
+    now = 105.0
+    assert asyncio.run(statuses()) == [503, 200, 503]
+    assert drain.is_over
+
+
+def test_the_delay_does_not_take_from_the_time_of_answers() -> None:
+    now = 100.0
+    speaker = Speaker()
+    drain = Drain(speaker, PlainTextResponse("later", 503), 30.0, 5.0, lambda: now)
+
+    async def run() -> list[bool]:
+        nonlocal now
+        transport = httpx.ASGITransport(drain)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            asked = asyncio.create_task(client.get("/"))
+            await asyncio.sleep(0.05)
+            drain.begin()
+            ends = []
+            for moment in (100.0, 105.0, 135.0, 135.1):
+                now = moment
+                ends.append(drain.is_over)
+            speaker.released.set()
+            assert (await asked).text == "onetwo"
+            return ends
+
+    assert asyncio.run(run()) == [False, False, False, True]
