@@ -90,6 +90,10 @@ class Engine:
         """Forgets a request, or one choice of it, and frees its pages; see `Scheduler.cancel`."""
         self.scheduler.cancel(request_id, choice)
 
+    def has_room(self, n: int, caller: str) -> bool:
+        """Returns True if a request of n choices would be queued now; see `Scheduler.has_room`."""
+        return self.scheduler.has_room(n, caller)
+
     @property
     def has_work(self) -> bool:
         """True if a step would compute something, or events are still to come."""

@@ -11,7 +11,7 @@ are counted as well, but not served.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -90,6 +90,17 @@ class Metrics:
         self._answer = self._histogram(
             "vllm:request_generation_tokens", "Tokens of a choice.", _TOKENS
         )
+
+    def time_steps(self, seconds: Callable[[], float]) -> None:
+        """Shows the time of the engine's last step, which `seconds` returns to any thread.
+
+        To be called once.
+        """
+        Gauge(
+            "mixtral_last_step_seconds",
+            "The engine's last step, or the present one if it already takes longer.",
+            registry=self.registry,
+        ).set_function(seconds)
 
     def first_token(self, seconds: float) -> None:
         """Records a choice's first token, `seconds` after its request came."""

@@ -10,48 +10,55 @@ request. Nothing else crosses: only the thread touches the engine.
 Steps overlap in the engine, so a step's events come with the next one; the engine has work until it
 has given them all. A cancelled request gives its pages back before the next step is planned.
 
-If a step raises, every request that runs ends with EngineFailure, and so does every later one. If
-taking in a request raises, that request alone ends with it.
+Whatever taking in a request raises ends that request alone. A step that fails is the engine's
+affair (recovery.py); if `step` raises all the same, every request that runs ends with
+EngineFailure, and so does every later one. `standing` tells for how long the thread has been in its
+turn, for those who watch it from outside.
 """
 
-import asyncio
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
-from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
+from serving.engine.submission import Mailbox, Queued, Submission
 from serving.errors import DeadlineExceeded, EngineFailure, ServingError, Unavailable
 from serving.scheduling.request import Event, FinishReason, Request
 
 _log = logging.getLogger(__name__)
+_TOO_LATE = "the deadline passed before the answer was complete"
+_FAILED = "the model failed on this request; see the server's log"
 
 
-@dataclass
-class _Mailbox:
-    """Queue of a request's events, from the engine's thread into the caller's loop."""
+class Stepped(Protocol):
+    """An engine, as its worker drives it: all but `has_room` from one thread."""
 
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event | ServingError]
-    choices: set[int]  # those that have not ended
-    sent: float  # time.monotonic()
-    # Time of the latest event, by choice.
-    latest: dict[int, float] = field(default_factory=dict)
+    @property
+    def has_work(self) -> bool:
+        """True if a step would compute something, or events are still to come."""
 
-    def put(self, item: Event | ServingError) -> None:
-        # RuntimeError: the loop is closed when the process ends in the middle of an answer.
-        with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.events.put_nowait, item)
+    def add(self, request: Request) -> None:
+        """Queues a request; may raise whatever is wrong with it."""
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """Forgets a request, or one choice of it; does nothing if it has ended."""
+
+    def step(self, now: float) -> list[Event]:
+        """Does a turn at the time `now` of time.monotonic(), and returns what has happened."""
+
+    def has_room(self, n: int, caller: str) -> bool:
+        """Returns True if n choices would be queued now; an estimate, for any thread."""
 
 
 @dataclass(frozen=True)
 class _Submit:
     request: Request
-    mailbox: _Mailbox
+    mailbox: Mailbox
 
 
 @dataclass(frozen=True)
@@ -69,14 +76,14 @@ class EngineWorker:
     """Runs an engine in a thread of its own from `start` until `stop`, and times its tokens.
 
     Args:
-        engine: touched by that thread alone.
+        engine: touched by that thread alone, but for `has_room`.
         metrics: counts tokens and their times.
         explain: called when a step has raised; returns a better reason than EngineFailure, or None.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Stepped,
         metrics: Metrics,
         explain: Callable[[], ServingError | None] = lambda: None,
     ) -> None:
@@ -84,12 +91,16 @@ class EngineWorker:
         self._explain = explain
         self._metrics = metrics
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = False
-        self._open: dict[str, set[int]] = {}  # of the callers' loop: choices that go on
+        self._open: dict[str, Submission] = {}  # of the callers' loop
+        self._unread: dict[str, int] = {}  # choices of the requests in the inbox
+        self._turn_began: float | None = None  # time.monotonic(); None while it waits for work
+        self._last_step = 0.0  # seconds
         self._final_error: ServingError = Unavailable("the server was stopped")
         self.ended = threading.Event()
+        metrics.time_steps(self.step_seconds)
 
     @property
     def has_failed(self) -> bool:
@@ -100,6 +111,27 @@ class EngineWorker:
     def num_under_way(self) -> int:
         """Number of requests whose iterators have not been left."""
         return len(self._open)
+
+    def standing(self, now: float) -> float:
+        """Returns for how many seconds the present turn lasts; 0 without work.
+
+        `now` is time.monotonic(). May be called from any thread.
+        """
+        began = self._turn_began
+        return 0.0 if began is None or self.ended.is_set() else max(0.0, now - began)
+
+    def step_seconds(self) -> float:
+        """Returns the seconds of the last step, or of the present one if that lasts longer."""
+        return max(self._last_step, self.standing(time.monotonic()))
+
+    def has_room(self, n: int, caller: str) -> bool:
+        """Returns True if the queue would take a request of n choices of this caller now.
+
+        This is an estimate that costs next to nothing, to refuse a request before it is rendered;
+        `Submission.accepted` tells for certain.
+        """
+        unread = self._unread
+        return self._engine.has_room(n + (sum(unread.copy().values()) if unread else 0), caller)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -123,47 +155,47 @@ class EngineWorker:
         self._draining, self._final_error = True, error
         self._end_all()
 
-    async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Yields the request's events until each choice had one with a finish reason, or `end`.
+    def submit(self, request: Request) -> Submission:
+        """Returns an iterator of the request's events until each choice had one with a finish
+        reason, or `end`.
 
-        Close the iterator (contextlib.aclosing) to cancel. Raises Unavailable while draining,
-        EngineFailure if the engine broke, DeadlineExceeded, and the errors of `Scheduler.add`.
+        Close the iterator (contextlib.aclosing) to cancel. Its use raises Unavailable while
+        draining, EngineFailure if the engine broke or the request breaks it, DeadlineExceeded, and
+        the errors of `Scheduler.add`.
         """
-        if self._draining:
-            raise Unavailable("the server is shutting down; send the request to another one")
-        loop = asyncio.get_running_loop()
-        mailbox = _Mailbox(loop, asyncio.Queue(), set(range(request.n)), time.monotonic())
-        self._inbox.put(_Submit(request, mailbox))
-        # The thread empties the inbox once more after it has set `ended`: requests put before that
-        # are answered, and later ones are refused here.
-        if self.ended.is_set():
-            raise self._final_error
-        choices = self._open[request.id] = set(range(request.n))
-        try:
-            while choices:
-                item = await mailbox.events.get()
-                if isinstance(item, ServingError):
-                    raise item
-                if item.finish_reason is not None:
-                    choices.discard(item.choice)
-                yield item
-        finally:
+
+        def send(submission: Submission, mailbox: Mailbox) -> None:
+            if self._draining:
+                raise Unavailable("the server is shutting down; send the request to another one")
+            self._unread[request.id] = request.n
+            self._inbox.put(_Submit(request, mailbox))
+            # The thread empties the inbox once more after it has set `ended`: requests put before
+            # that are answered, and later ones are refused here.
+            if self.ended.is_set():
+                raise self._final_error
+            self._open[request.id] = submission
+
+        def leave() -> None:
             del self._open[request.id]
             self._inbox.put(_Cancel(request.id))
+
+        return Submission(request.n, send, leave)
 
     def end(self, request_id: str, choice: int) -> None:
         """Computes no more of a choice that has had a token, because its text has ended.
 
         Events that were sent before still come. To be called by the coroutine that iterates.
         """
-        self._open[request_id].discard(choice)
+        self._open[request_id].choices.discard(choice)
         self._inbox.put(_Cancel(request_id, choice))
 
     def _run(self) -> None:
         try:
             while self._take_in():
-                events = self._engine.step(time.monotonic())
+                began = self._turn_began = time.monotonic()
+                events = self._engine.step(began)
                 now = time.monotonic()
+                self._last_step = now - began
                 for event in events:
                     self._deliver(event, now)
         except BaseException:
@@ -187,22 +219,31 @@ class EngineWorker:
     def _take_in(self) -> bool:
         """Empties the inbox, and waits for a message if there is no work; False means stop."""
         while not (self._inbox.empty() and self._engine.has_work):
-            match self._inbox.get():
+            self._turn_began = None
+            message = self._inbox.get()
+            self._turn_began = time.monotonic()
+            match message:
                 case _Submit(request, mailbox):
-                    try:
-                        self._engine.add(request)
-                        self._mailboxes[request.id] = mailbox
-                    except ServingError as error:
-                        mailbox.put(error)
-                    except Exception:
-                        # A fault of ours in one request must not end the others.
-                        _log.exception("the engine could not take in request %s", request.id)
-                        mailbox.put(EngineFailure("the request failed; see the server's log"))
+                    self._add(request, mailbox)
                 case _Cancel(request_id, choice):
                     self._cancel(request_id, choice)
                 case _Stop():
                     return False
         return True
+
+    def _add(self, request: Request, mailbox: Mailbox) -> None:
+        """Takes in a request; whatever that raises is for its caller alone."""
+        try:
+            self._engine.add(request)
+            self._mailboxes[request.id] = mailbox
+            mailbox.put(Queued.QUEUED)
+        except ServingError as error:
+            mailbox.put(error)
+        except Exception:
+            _log.exception("the engine could not take in request %s", request.id)
+            mailbox.put(EngineFailure("the request failed; see the server's log"))
+        finally:
+            self._unread.pop(request.id, None)
 
     def _cancel(self, request_id: str, choice: int | None) -> None:
         mailbox = self._mailboxes.get(request_id)
@@ -216,20 +257,28 @@ class EngineWorker:
     def _deliver(self, event: Event, now: float) -> None:
         mailbox = self._mailboxes.get(event.request_id)
         if mailbox is None:
-            return  # another of its choices met the deadline
-        if event.finish_reason is FinishReason.DEADLINE:
-            del self._mailboxes[event.request_id]
-            self._engine.cancel(event.request_id)
-            mailbox.put(DeadlineExceeded("the deadline passed before the answer was complete"))
-            return
-        before = mailbox.latest.get(event.choice)
-        if before is not None:
-            self._metrics.next_token(now - before)
-        else:
-            self._metrics.first_token(now - mailbox.sent)
-        mailbox.latest[event.choice] = now
+            return  # another of its choices met the deadline, or has failed
+        match event.finish_reason:
+            case FinishReason.DEADLINE:
+                self._fail(event.request_id, DeadlineExceeded(_TOO_LATE))
+                return
+            case FinishReason.FAILED:
+                self._fail(event.request_id, EngineFailure(_FAILED))
+                return
+        if event.drawn is not None:
+            before = mailbox.latest.get(event.choice)
+            if before is not None:
+                self._metrics.next_token(now - before)
+            else:
+                self._metrics.first_token(now - mailbox.sent)
+            mailbox.latest[event.choice] = now
         if event.finish_reason is not None:
             mailbox.choices.discard(event.choice)
         if not mailbox.choices:
             del self._mailboxes[event.request_id]
         mailbox.put(event)
+
+    def _fail(self, request_id: str, error: ServingError) -> None:
+        """Ends a request with all its choices, whose rows and pages are free at once."""
+        self._engine.cancel(request_id)
+        self._mailboxes.pop(request_id).put(error)

@@ -30,6 +30,10 @@ class Partitions:
             self._schedulers, key=lambda scheduler: scheduler.num_running + scheduler.num_waiting
         ).add(request)
 
+    def has_room(self, n: int, caller: str) -> bool:
+        """Returns True if a partition would queue n choices; see `Scheduler.has_room`."""
+        return any(scheduler.has_room(n, caller) for scheduler in self._schedulers)
+
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forgets a request, or one choice of it; see `Scheduler.cancel`."""
         for scheduler in self._schedulers:

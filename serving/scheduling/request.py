@@ -15,6 +15,7 @@ class FinishReason(Enum):
     STOP = "stop"  # the model ended its answer, or a stop id or stop text appeared
     LENGTH = "length"  # max_tokens or the end of the context
     DEADLINE = "deadline"  # the request's time was up
+    FAILED = "failed"  # a step with this request alone failed
 
 
 class Priority(IntEnum):
@@ -61,7 +62,7 @@ class Event:
 
     request_id: str
     choice: int
-    drawn: Drawn | None  # None with FinishReason.DEADLINE, and while the prompt is computed
+    drawn: Drawn | None  # None with DEADLINE and FAILED, and while the prompt is computed
     finish_reason: FinishReason | None  # set on the last event of a choice
     computed: int = 0  # tokens of the prompt that are computed so far, `cached` ones included
     cached: int = 0  # tokens of the prompt that the prefix cache had

@@ -115,6 +115,13 @@ class Scheduler:
         seed = randbits(31) if seed is None else seed
         self._waiting.append(self._sequence(request, 0, self._arrivals, seed))
 
+    def has_room(self, n: int, caller: str) -> bool:
+        """Returns True if a request of n choices of this caller would be queued now.
+
+        This is an estimate, for any thread.
+        """
+        return len(self._waiting) < self.limits.max_waiting
+
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forgets a request, or one choice of it that has had a token, and frees its pages.
 

@@ -87,6 +87,7 @@ STARTS_WITHOUT_JAX = [
     "serving.flags",
     "serving.command_line",
     "serving.engine.config",
+    "serving.engine.worker",
     "serving.cluster.rank",
     "serving.launch.config",
     "serving.gateway.config",

@@ -37,6 +37,9 @@ class CountingEngine:
         assert request.prompt_ids[0] != 99
         self.running[request.id] = (request, 0)
 
+    def has_room(self, n: int, caller: str) -> bool:
+        return n <= 3 and caller != "greedy"
+
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         if choice is not None:
             self.cancelled.append(f"{request_id}/{choice}")
@@ -108,7 +111,7 @@ async def tokens(worker: EngineWorker, asked: Request) -> list[int]:
 
 def started() -> tuple[EngineWorker, CountingEngine]:
     engine = CountingEngine()
-    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
+    worker = EngineWorker(engine, Metrics("tiny"))
     worker.start()
     return worker, engine
 
@@ -139,6 +142,16 @@ def test_an_assertion_in_one_request_ends_that_one_alone(
     asyncio.run(run())
     assert not worker.has_failed
     assert "could not take in request bad" in caplog.text
+    worker.stop()
+
+
+def test_the_engine_does_not_stand_still_while_it_has_no_work() -> None:
+    worker, _ = started()
+    assert asyncio.run(tokens(worker, request("a", 3))) == [0, 1, 2]
+    deadline = time.monotonic() + 10
+    while worker.standing(time.monotonic() + 100) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert worker.standing(time.monotonic() + 100) == 0
     worker.stop()
 
 
@@ -179,6 +192,111 @@ def test_the_deadline_of_one_choice_ends_the_request_and_no_other() -> None:
     asyncio.run(run())
     worker.stop()
     assert not worker._mailboxes
+
+
+class StrictEngine(CountingEngine):
+    """Tells that the deadline of the last choice alone has passed, as soon as it has work."""
+
+    def step(self, now: float) -> list[Event]:
+        return [
+            Event(
+                request_id=asked.id,
+                choice=asked.n - 1,
+                drawn=None,
+                finish_reason=FinishReason.DEADLINE,
+            )
+            for asked, _ in self.running.values()
+        ]
+
+
+def test_a_deadline_frees_what_the_other_choices_hold() -> None:
+    engine = StrictEngine()
+    worker = EngineWorker(engine, Metrics("tiny"))
+    worker.start()
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(tokens(worker, request("late", 5, n=3)))
+    worker.stop()
+    assert engine.cancelled == ["late"] and not engine.running
+
+
+class PoisonedEngine(CountingEngine):
+    """Says of every request with two choices that it has failed, in the step after its first."""
+
+    def step(self, now: float) -> list[Event]:
+        bad = [asked.id for asked, count in self.running.values() if asked.n == 2 and count]
+        failed = [
+            Event(request_id=name, choice=0, drawn=None, finish_reason=FinishReason.FAILED)
+            for name in bad
+        ]
+        return failed + super().step(now)
+
+
+def test_a_request_that_failed_alone_ends_alone() -> None:
+    engine = PoisonedEngine()
+    worker = EngineWorker(engine, Metrics("tiny"))
+    worker.start()
+
+    async def run() -> None:
+        other = asyncio.create_task(tokens(worker, request("other", 9)))
+        with pytest.raises(EngineFailure, match="failed on this request"):
+            await tokens(worker, request("bad", 5, n=2))
+        assert await other == list(range(9))
+
+    asyncio.run(run())
+    worker.stop()
+    assert engine.cancelled == ["bad"] and not worker.has_failed
+
+
+class ReadingEngine(CountingEngine):
+    """Tells, before the first token, that it has computed 2 tokens of the prompt."""
+
+    def step(self, now: float) -> list[Event]:
+        read = [
+            Event(request_id=name, choice=0, drawn=None, finish_reason=None, computed=2)
+            for name, (_, count) in self.running.items()
+            if count == 0
+        ]
+        return super().step(now) + read
+
+
+def test_progress_of_a_prompt_is_passed_on_and_is_no_token() -> None:
+    metrics = Metrics("tiny")
+    worker = EngineWorker(ReadingEngine(), metrics)
+    worker.start()
+    events = asyncio.run(happened(worker, request("a", 3)))
+    worker.stop()
+    assert [(e.computed, e.drawn and e.drawn.token_id) for e in events] == [
+        (2, None),
+        (0, 0),
+        (0, 1),
+        (0, 2),
+    ]
+    value = metrics.registry.get_sample_value
+    label = {"model_name": "tiny"}
+    assert value("vllm:generation_tokens_total", label) == 3
+    assert value("vllm:time_to_first_token_seconds_count", label) == 1
+    assert value("vllm:inter_token_latency_seconds_count", label) == 2
+
+
+def test_a_request_is_accepted_when_the_engine_has_queued_it() -> None:
+    worker, engine = started()
+
+    async def run() -> None:
+        async with aclosing(worker.submit(request("a", 2))) as events:
+            await events.accepted()
+            await events.accepted()
+            assert [event.drawn async for event in events] == [Drawn(token_id=i) for i in (0, 1)]
+        refused = worker.submit(request("b", 1, prompt=()))
+        with pytest.raises(ContextTooLong):
+            await refused.accepted()
+        assert [event async for event in refused] == []  # it has ended
+        unused = worker.submit(request("c", 1))
+        await unused.aclose()
+        assert worker.num_under_way == 0
+
+    asyncio.run(run())
+    worker.stop()
+    assert engine.cancelled == [] and not worker._open and not worker._unread
 
 
 def test_what_the_engine_refuses_reaches_the_caller_alone() -> None:
@@ -240,7 +358,7 @@ class HeldEngine(CountingEngine):
 
 def test_a_choice_that_was_ended_is_computed_no_more_and_not_waited_for() -> None:
     engine = HeldEngine()
-    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
+    worker = EngineWorker(engine, Metrics("tiny"))
     worker.start()
 
     async def run() -> None:
@@ -262,6 +380,26 @@ def test_a_choice_that_was_ended_is_computed_no_more_and_not_waited_for() -> Non
     assert not worker._mailboxes
 
 
+def test_room_counts_the_choices_that_the_engine_has_not_taken_in() -> None:
+    engine = HeldEngine()
+    engine.steps = 2
+    worker = EngineWorker(engine, Metrics("tiny"))
+
+    async def run() -> None:
+        assert worker.has_room(3, "bob") and not worker.has_room(4, "bob")
+        assert not worker.has_room(1, "greedy")
+        answers = [asyncio.create_task(tokens(worker, request(n, 2, n=1))) for n in ("a", "b")]
+        await asyncio.sleep(0)  # both are in the inbox of a thread that does not run yet
+        assert worker.has_room(1, "bob") and not worker.has_room(2, "bob")
+        worker.start()
+        engine.released.set()
+        assert await asyncio.gather(*answers) == [[0, 1], [0, 1]]
+        assert worker.has_room(3, "bob")
+
+    asyncio.run(run())
+    worker.stop()
+
+
 class SlowEngine(CountingEngine):
     """Never ends, and takes its time."""
 
@@ -272,7 +410,7 @@ class SlowEngine(CountingEngine):
 
 
 def test_draining_refuses_new_requests_and_stopping_ends_the_others() -> None:
-    worker = EngineWorker(SlowEngine(), Metrics("tiny"))  # type: ignore[arg-type]
+    worker = EngineWorker(SlowEngine(), Metrics("tiny"))
     worker.start()
 
     async def run() -> None:
@@ -294,7 +432,7 @@ def test_draining_refuses_new_requests_and_stopping_ends_the_others() -> None:
 
 def test_a_crash_with_a_better_reason_is_told_with_that() -> None:
     lost = Unavailable("a part was lost")
-    worker = EngineWorker(CountingEngine(), Metrics("tiny"), lambda: lost)  # type: ignore[arg-type]
+    worker = EngineWorker(CountingEngine(), Metrics("tiny"), lambda: lost)
     worker.start()
     with pytest.raises(Unavailable, match="a part was lost"):
         asyncio.run(tokens(worker, request("a", 100)))
@@ -319,13 +457,15 @@ class StuckEngine(CountingEngine):
 
 def test_requests_can_be_ended_while_the_engine_is_stuck() -> None:
     engine = StuckEngine()
-    worker = EngineWorker(engine, Metrics("tiny"))  # type: ignore[arg-type]
+    worker = EngineWorker(engine, Metrics("tiny"))
     worker.start()
 
     async def run() -> None:
         under_way = [asyncio.create_task(tokens(worker, request(n, 9))) for n in ("a", "b")]
         while engine.steps < 2:
             await asyncio.sleep(0.01)
+        assert worker.standing(time.monotonic() + 100) > 99
+        assert worker.step_seconds() > 0
         in_the_inbox = asyncio.create_task(tokens(worker, request("c", 9)))
         await asyncio.sleep(0.01)
         worker.abandon(Unavailable("a part was lost"))
@@ -337,5 +477,6 @@ def test_requests_can_be_ended_while_the_engine_is_stuck() -> None:
 
     asyncio.run(run())
     assert worker.ended.is_set() and not worker.has_failed
+    assert worker.standing(time.monotonic() + 100) == 0
     engine.released.set()
     worker.stop()
