@@ -105,6 +105,7 @@ def _started(stack: ExitStack, command: list[str], needle: str) -> tuple[int, st
         env={
             **os.environ,
             "MIXTRAL_JAX_API_KEY": _KEY,
+            "MIXTRAL_JAX_SERVICE_KEY": _KEY,
             # A signal that comes while Popen works leaves no handle by which to end the process.
             PARENT_VARIABLE: str(os.getpid()),
         },

@@ -249,7 +249,7 @@ _ACCESS = _panel(
         "FILE",
     ),
 )
-_LIMITS = _panel(
+_ACCOUNTING = _panel(
     "Authentication and limits",
     Flag(
         "max_requests_per_minute",
@@ -267,6 +267,16 @@ _LIMITS = _panel(
         "N",
         min=1,
     ),
+    Flag(
+        "share_prefixes",
+        bool,
+        False,
+        "Let callers share computed prefixes with one another: for callers who trust one another, "
+        "because the time to a first token tells whether somebody has sent the same beginning.",
+    ),
+)
+_BROWSERS = _panel(
+    "Authentication and limits",
     Flag(
         "cors_origin",
         list[str],
@@ -292,8 +302,8 @@ _UPSTREAM = _panel(
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
     *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_GROUP),
-    *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS),
-    *_ACCESS,
+    *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS, _USAGE_DB),
+    *(*_ACCOUNTING, *_ACCESS),
 )
 GATEWAY = (
     Flag(
@@ -312,7 +322,7 @@ GATEWAY = (
     ),
     *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
     *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS, _LOG_PROMPTS, _USAGE_DB),
-    *(*_LIMITS, *_ACCESS[:-1], *_UPSTREAM),
+    *(*_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM),
 )
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
@@ -332,7 +342,7 @@ SERVE = (
             help="SQLite file that keeps the usage of each caller; default: in ~/.local/state.",
         ),
     ),
-    *(*_LIMITS, *_ACCESS[:-1]),
+    *(*_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1]),
 )
 _CHILDREN = {flag.name: flag for flag in (*SERVICE, *GATEWAY)}
 

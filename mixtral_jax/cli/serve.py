@@ -57,6 +57,7 @@ def _serve(given: dict[str, Any]) -> None:
 def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[str]) -> None:
     """Runs a service and a gateway before it."""
     from serving.access.config import AccessConfig
+    from serving.accounting.config import AccountingConfig
     from serving.accounting.ledger import default_ledger_file
     from serving.gateway.config import GatewayConfig
     from serving.launch.supervisor import environment_from, run
@@ -64,6 +65,7 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
     makes_key = not (given["keys"] or given["no_auth"])
     environment = environment_from(os.environ, makes_key=makes_key)
     given = defaults(GATEWAY) | given | secrets(environment)
+    given["usage_db"] = given["usage_db"] or default_ledger_file()
     web = record(AccessConfig, given, admits_gateway=False)
     # Files that cannot be used are told now, and not after minutes of loading.
     web.access()
@@ -76,7 +78,6 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
         target=(addresses.target,),
         gateway_key=web.key_for_service(),
         metrics_port=given["gateway_metrics_port"],
-        usage_db=given["usage_db"] or default_ledger_file(),
     )
     banner = _banner(
         addresses.url, addresses.target, given["api_key"], asks_key=not given["no_auth"]
@@ -84,7 +85,7 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
     run(
         addresses,
         environment,
-        [*engine_arguments, *arguments(grpc)],
+        [*engine_arguments, *arguments(grpc, record(AccountingConfig, given))],
         arguments(gateway, web),
         lambda: print(banner),
         drain_seconds=gateway.drain_seconds,

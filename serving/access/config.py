@@ -52,6 +52,11 @@ class AccessConfig:
         ):
             if key is not None:
                 check_key(key, variable)
+        if self.admits_gateway and self.api_key and self.api_key == self.gateway_key:
+            raise AccessError(
+                "MIXTRAL_JAX_API_KEY and MIXTRAL_JAX_SERVICE_KEY are the same; the gateway's key "
+                "says for whom it asks, so give it one that no caller has"
+            )
         if self.no_auth:
             if self.keys or self.entra_tenant:
                 raise AccessError(
@@ -99,17 +104,16 @@ class AccessConfig:
         return ServerTls.of_flags(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def key_for_service(self) -> str:
-        """Returns the key that the gateway presents to the service: its own, else the clients'.
+        """Returns the key that the gateway presents to the service.
 
-        Raises AccessError if there is none and the service might want one.
+        Raises AccessError if there is none, because the service believes no other key who asks.
         """
-        key = self.gateway_key or self.api_key
-        if not key and not self.no_auth:
+        if not self.gateway_key:
             raise AccessError(
                 "MIXTRAL_JAX_SERVICE_KEY is not set; it holds the key that the gateway shows to "
                 "the service, where the same must be set"
             )
-        return key or "none"  # for a service that lets everybody in
+        return self.gateway_key
 
     @property
     def _fixed_keys(self) -> dict[str, str]:

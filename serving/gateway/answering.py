@@ -11,7 +11,9 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
+from serving.access.credentials import Caller
 from serving.accounting.admission import Admission, Lease
+from serving.accounting.caller_fields import CallerFields
 from serving.gateway.dialect import parsing
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import chat_completion
@@ -71,12 +73,16 @@ class Gateway:
     Args:
         service: The model service.
         admission: Admits requests within the limits of their callers.
+        fields: Writes into calls who asks.
         limits: Limits of the gateway itself.
     """
 
-    def __init__(self, service: ModelService, admission: Admission, limits: Limits) -> None:
+    def __init__(
+        self, service: ModelService, admission: Admission, fields: CallerFields, limits: Limits
+    ) -> None:
         self.service = service
         self._admission = admission
+        self._fields = fields
         self._limits = limits
 
     async def answer(
@@ -102,8 +108,12 @@ class Gateway:
         content = await body.read_body(request, self._limits.body_bytes, self._limits.body_seconds)
         asked = parsing.read(content, kind.request, unknown)
         model = (await self.service.model()).name
-        lease = self._admission.admit(request.state.caller.name)
-        answer = self.service.ask(asked.protos(), record, kind.operation, asked.model, model)
+        caller: Caller = request.state.caller
+        lease = self._admission.admit(caller.name)
+        calls = asked.protos()
+        for call in calls:
+            self._fields.write(call, caller, asked.cache_salt, asked.scheduling_priority)
+        answer = self.service.ask(calls, record, kind.operation, asked.model, model)
         identity = Identity.new(model, id_prefix + record.id)
         return await self._send(request, kind, asked, identity, answer, lease)
 

@@ -17,6 +17,7 @@ from serving.access.credentials import Access
 from serving.access.tls import ServiceTls
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
+from serving.accounting.caller_fields import CallerFields
 from serving.accounting.ledger import UsageLedger
 from serving.accounting.rate_limits import RateLimits
 from serving.channel import options_for
@@ -70,7 +71,8 @@ def create_app(
         try:
             async with open_channel(config.address, service_tls) as channel:
                 service = ModelService(channel, config.gateway_key, config.address)
-                app.state.gateway = Gateway(service, Admission(accounts), limits)
+                fields = CallerFields(config.gateway_key, share_prefixes=config.share_prefixes)
+                app.state.gateway = Gateway(service, Admission(accounts), fields, limits)
                 yield
         finally:
             accounts.close()

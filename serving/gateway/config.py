@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.access.tls import ServiceTls
+from serving.accounting.config import AccountingConfig
 from serving.channel import target_of
 from serving.errors import SetupError
 
@@ -13,7 +14,7 @@ class GatewayError(SetupError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayConfig:
+class GatewayConfig(AccountingConfig):
     """Says which service a gateway asks, and what it does with requests.
 
     Raises GatewayError if the targets cannot be used together.
@@ -38,8 +39,6 @@ class GatewayConfig:
     """Type of the model in /info; None: as the service says."""
     cors_origin: tuple[str, ...]
     """Origins whose pages in browsers may ask; "*" stands for all."""
-    max_requests_per_minute: int | None
-    max_tokens_per_minute: int | None
     metrics_port: int | None
     """Port of 127.0.0.1 for Prometheus; None: no metrics are served."""
     otlp_endpoint: str | None
@@ -48,8 +47,6 @@ class GatewayConfig:
     """One of serving.observe.logs.FORMATS."""
     log_prompts: bool
     """Log the full text of prompts and answers."""
-    usage_db: str
-    """SQLite file of each caller's usage, or ":memory:"."""
     drain_delay: float = 0.0
     """Time after such a signal in which requests are still served, while readiness fails."""
 

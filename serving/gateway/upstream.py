@@ -18,7 +18,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serving.accounting.answer_tokens import AnswerTokens
-from serving.errors import ERROR_METADATA, EngineFailure, ServingError, Unavailable, from_grpc
+from serving.errors import (
+    ERROR_METADATA,
+    EngineFailure,
+    Forbidden,
+    ServingError,
+    Unavailable,
+    from_grpc,
+)
 from serving.gateway.http.request_record import ModelCall, RequestRecord
 from serving.gateway.joined_answers import JoinedAnswers, RunningAnswer
 from serving.observe.tracing import CLIENT
@@ -268,6 +275,13 @@ def _error_of(failure: grpc.aio.AioRpcError) -> ServingError:
     if code == grpc.StatusCode.UNAUTHENTICATED:
         # The client's key was right, or the request would not have come so far.
         logger.error("the model service refuses the gateway's key: give both the same one")
+        return Unavailable("the model service is not available to this gateway")
+    if name == Forbidden.__name__:
+        logger.error(
+            "the model service does not take this gateway's key for a gateway's: set its "
+            "MIXTRAL_JAX_SERVICE_KEY to the same as here (%s)",
+            failure.details(),
+        )
         return Unavailable("the model service is not available to this gateway")
     if name is not None:
         return from_grpc(code.name, name, failure.details() or "")

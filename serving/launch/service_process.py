@@ -13,6 +13,8 @@ from mixtral_jax.errors import UserError
 from serving.access.config import AccessConfig
 from serving.access.credentials import Access
 from serving.access.tls import ServerTls
+from serving.accounting.caller_fields import CallerFields
+from serving.accounting.config import AccountingConfig
 from serving.channel import join_address
 from serving.cluster.follower import follow
 from serving.cluster.leader import Leader, connect
@@ -54,16 +56,19 @@ def _serve(given: dict[str, Any]) -> None:
     and the others follow it until it ends; MIXTRAL_JAX_GROUP_KEY holds the key of the group.
     """
     engine, service = record(EngineConfig, given), record(ServiceConfig, given)
+    accounting = record(AccountingConfig, given)
     rank = record(Rank.of_flags, given)
     end_with_parent()
     set_up("serving", service.log_format)
     if rank is None:
-        _lead(engine, service, record(AccessConfig, given, admits_gateway=True), None)
+        access = record(AccessConfig, given, admits_gateway=True)
+        _lead(engine, service, access, accounting, None)
         return
 
     def work() -> None:
         if rank.is_leader:
-            _lead(engine, service, record(AccessConfig, given, admits_gateway=True), rank)
+            access = record(AccessConfig, given, admits_gateway=True)
+            _lead(engine, service, access, accounting, rank)
         else:
             pretrained = open_pretrained(engine.model)
             follow(engine, rank, facts(engine, pretrained), pretrained, _say)
@@ -73,7 +78,11 @@ def _serve(given: dict[str, Any]) -> None:
 
 
 def _lead(
-    engine: EngineConfig, service: ServiceConfig, access: AccessConfig, rank: Rank | None
+    engine: EngineConfig,
+    service: ServiceConfig,
+    access: AccessConfig,
+    accounting: AccountingConfig,
+    rank: Rank | None,
 ) -> None:
     """Serves; with a rank, as the leader of its group."""
     door, tls = access.access(), access.server_tls()
@@ -89,7 +98,8 @@ def _lead(
     try:
         address = join_address(access.host, service.port)
         server = _Server(worker, inference, leader, service)
-        asyncio.run(server.run(address, door, tls))
+        fields = CallerFields(access.gateway_key, share_prefixes=accounting.share_prefixes)
+        asyncio.run(server.run(address, door, tls, fields))
     finally:
         if leader is not None:
             if leader.loss is not None:
@@ -169,10 +179,14 @@ class _Server:
         self._leader = leader
         self._config = config
 
-    async def run(self, address: str, access: Access, tls: ServerTls | None) -> None:
+    async def run(
+        self, address: str, access: Access, tls: ServerTls | None, fields: CallerFields
+    ) -> None:
         """Serves at `address`; returns when running answers have finished or their time is up."""
         try:
-            server, port, checks = await create_server(address, self._inference, access, tls)
+            server, port, checks = await create_server(
+                address, self._inference, access, tls, fields
+            )
         except OSError as error:
             raise SetupError(str(error)) from None
         _say(f"ready on {address.rpartition(':')[0]}:{port}")

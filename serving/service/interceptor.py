@@ -2,16 +2,26 @@
 
 serving/access decides. Keys and tokens are in the metadata under the names that HTTP's headers
 have. A refused call ends with the error that `Access.admit` raised.
+
+Behind it every call of Generate says who asks, in the proto's own fields: the gateway has written
+them into its calls, and the interceptor writes them into all others.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import aclosing
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health
 
-from serving.access.credentials import Access
+from serving.access.credentials import Access, Caller
 from serving.access.keyring import DEFAULT, GATEWAY
-from serving.errors import ERROR_METADATA, Forbidden, ServingError
+from serving.accounting.caller_fields import CallerFields, refuse_caller_fields
+from serving.errors import Forbidden, ServingError
+from serving.proto import inference_pb2 as pb
+from serving.service.refusal import abort
+
+GENERATE = "/mixtral.v1.Inference/Generate"
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
@@ -21,11 +31,18 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         access: Decides.
         operators_only: Methods such as "/mixtral.v1.Inference/Drain", for the callers "default" and
             "gateway" alone, whose keys the operator set.
+        fields: Writes who asks into the calls of direct callers.
     """
 
-    def __init__(self, access: Access, operators_only: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        access: Access,
+        operators_only: Collection[str] = (),
+        fields: CallerFields | None = None,
+    ) -> None:
         self._access = access
         self._operators_only = frozenset(operators_only)
+        self._fields = fields or CallerFields(None)
 
     async def intercept_service(
         self,
@@ -43,18 +60,39 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 raise Forbidden(f"{details.method} is for the operator's own key")
         except ServingError as error:
             return _refusal(handler, error)
+        if details.method == GENERATE and caller.name != GATEWAY:
+            return self._direct(handler, caller)
         return handler
+
+    def _direct(self, handler: grpc.RpcMethodHandler, caller: Caller) -> grpc.RpcMethodHandler:
+        """Returns the handler of Generate for a caller other than the gateway."""
+
+        behaviour: Any = handler.unary_stream  # an async generator, which the stubs do not know
+
+        async def generate(
+            request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        ) -> AsyncIterator[pb.GenerateChunk]:
+            try:
+                refuse_caller_fields(request)
+            except ServingError as error:
+                await abort(context, error)
+            self._fields.write(request, caller)
+            async with aclosing(behaviour(request, context)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+        return grpc.unary_stream_rpc_method_handler(
+            generate,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
 
 
 def _refusal(handler: grpc.RpcMethodHandler, error: ServingError) -> grpc.RpcMethodHandler:
     """Returns a handler of the same kind that ends every call with that error."""
 
     async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(
-            grpc.StatusCode[error.grpc_status],
-            str(error),
-            ((ERROR_METADATA, type(error).__name__),),
-        )
+        await abort(context, error)
 
     async def refuse_stream(
         request: object, context: grpc.aio.ServicerContext

@@ -13,12 +13,14 @@ from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb
-from serving.scheduling.request import Request
+from serving.scheduling.request import Priority, Request
 
 # The queue counts a request once however many choices it has, so their number is limited.
 MAX_CHOICES = 16
 # Before min_tokens the ids that end a choice are biased too, so their number is limited.
 MAX_STOP_IDS = 16
+# Bytes of the gateway's salt, a SHA-256.
+MAX_SALT = 32
 _NO_LIMIT = 2**31
 
 
@@ -56,6 +58,10 @@ class Translator:
                 f"stop_token_ids has {len(message.stop_token_ids)} ids; give at most {MAX_STOP_IDS}"
             )
         self._check_ids("stop_token_ids", message.stop_token_ids)
+        if len(message.cache_salt) > MAX_SALT:
+            raise InvalidParameter(
+                f"cache_salt has {len(message.cache_salt)} bytes; give at most {MAX_SALT}"
+            )
         sampling = self._sampling(message)
         ends = frozenset() if message.ignore_eos else self._tokenizer.eos_ids
         return Request(
@@ -67,6 +73,10 @@ class Translator:
             min_tokens=message.min_tokens,
             n=n,
             deadline=deadline,
+            caller=message.caller,
+            salt=message.cache_salt,
+            priority=_priority(message.priority),
+            suspect=message.suspect,
         )
 
     def tokens(self, message: pb.TokenizeRequest) -> pb.Tokens:
@@ -163,6 +173,16 @@ class Translator:
                 f"{what} {size:,} bytes; the {self._info.max_context:,} tokens of this server's "
                 "context cannot hold so many: shorten what you send"
             )
+
+
+def _priority(priority: pb.Priority) -> Priority:
+    """Returns the class of the proto's; raises InvalidParameter for a number it does not have."""
+    match priority:
+        case pb.PRIORITY_UNSPECIFIED | pb.PRIORITY_INTERACTIVE:
+            return Priority.INTERACTIVE
+        case pb.PRIORITY_BATCH:
+            return Priority.BATCH
+    raise InvalidParameter(f"priority is {priority}; give PRIORITY_INTERACTIVE or PRIORITY_BATCH")
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

@@ -16,8 +16,9 @@ from grpc_health.v1._async import HealthServicer
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
 from serving.access.tls import ServerTls
+from serving.accounting.caller_fields import CallerFields
 from serving.engine.worker import EngineWorker
-from serving.errors import ERROR_METADATA, ServingError
+from serving.errors import ServingError
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from serving.scheduling.request import FinishReason
@@ -26,6 +27,7 @@ from serving.service.choice_text import Choice
 from serving.service.interceptor import AccessInterceptor
 from serving.service.read_request import Translator
 from serving.service.reflection import add_reflection
+from serving.service.refusal import abort
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _OPTIONS = (
@@ -85,7 +87,7 @@ class InferenceService(rpc.InferenceServicer):
                     yield chunk
         except ServingError as error:
             call.fail(error)
-            await _abort(context, error)
+            await abort(context, error)
         finally:
             call.close()
 
@@ -153,25 +155,24 @@ async def _answer(
     try:
         return await asyncio.to_thread(work, request)
     except ServingError as error:
-        await _abort(context, error)
-        raise  # never reached: abort raises
-
-
-async def _abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
-    await context.abort(
-        grpc.StatusCode[error.grpc_status], str(error), ((ERROR_METADATA, type(error).__name__),)
-    )
+        await abort(context, error)
 
 
 async def create_server(
-    address: str, service: InferenceService, access: Access, tls: ServerTls | None = None
+    address: str,
+    service: InferenceService,
+    access: Access,
+    tls: ServerTls | None = None,
+    fields: CallerFields | None = None,
 ) -> tuple[grpc.aio.Server, int, HealthServicer]:
     """A started server on `address` (port 0 chooses one): (server, port, health), SERVING.
 
-    Raises OSError if the address is taken.
+    `fields` writes who asks into the calls of those who ask it directly. Raises OSError if the
+    address is taken.
     """
     server = grpc.aio.server(
-        interceptors=[AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"})], options=_OPTIONS
+        interceptors=[AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"}, fields)],
+        options=_OPTIONS,
     )
     rpc.add_InferenceServicer_to_server(service, server)
     checks = HealthServicer()

@@ -5,7 +5,7 @@ strings, null for anything optional. A feature that a field asks for and we do n
 by name (`only`), never dropped in silence.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
@@ -117,6 +117,12 @@ class Parameters(Described):
     """vLLM's: goes on where the model would end its answer."""
     stop_token_ids: list[TokenId] | None = None
     """vLLM's: ids of tokens after which the answer ends."""
+    priority: Int64 | None = None
+    """vLLM's: above 0 the request is answered when no other waits."""
+    service_tier: Literal["auto", "default", "priority", "scale", "flex", "batch"] | None = None
+    """OpenAI's: `flex` and `batch` are answered when no other waits."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """vLLM's: computed prefixes are shared with the caller's requests of the same salt only."""
     guided_json: Never = None
     """vLLM's; not for now, like the four that follow."""
     guided_regex: Never = None
@@ -132,6 +138,13 @@ class Parameters(Described):
     def choices(self) -> int:
         """The number of choices that are asked for with each prompt."""
         return self.n or 1
+
+    @property
+    def scheduling_priority(self) -> inference_pb2.Priority:
+        """The class that `priority` or `service_tier` asks for; batch if either does."""
+        if (self.priority or 0) > 0 or self.service_tier in ("flex", "batch"):
+            return inference_pb2.PRIORITY_BATCH
+        return inference_pb2.PRIORITY_INTERACTIVE
 
     @property
     def include_usage(self) -> bool:

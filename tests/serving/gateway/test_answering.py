@@ -12,11 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.accounting.caller_fields import CallerFields
 from serving.errors import (
     LEAVES,
 )
 from serving.gateway.http.access_log import LOGGER
 from serving.gateway.routes import PREFIXES
+from serving.proto import inference_pb2 as pb
 from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
 from tests.support.gateway import BEARER, address, chat_body, check_error, events
 
@@ -174,14 +176,23 @@ def test_one_prompt_that_fails_fails_all(client: httpx.Client, is_stream: bool) 
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-# A refused key is the gateway's own and has a test of its own.
-@pytest.mark.parametrize("name", sorted(LEAVES.keys() - {"Unauthenticated"}))
+# A key that is refused or opens too little is the gateway's own and has tests of its own.
+@pytest.mark.parametrize("name", sorted(LEAVES.keys() - {"Unauthenticated", "Forbidden"}))
 def test_what_the_service_refuses_keeps_its_status(
     client: httpx.Client, name: str, is_stream: bool
 ) -> None:
     response = client.post("/chat/completions", json=chat_body(f"!fail:{name}", stream=is_stream))
     message = check_error(response, LEAVES[name].http_status, LEAVES[name].azure_code)
     assert f"{name} was asked for" in message
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_key_that_is_not_taken_for_a_gateways_is_the_operators_matter(
+    client: httpx.Client, is_stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = client.post("/chat/completions", json=chat_body("!fail:Forbidden", stream=is_stream))
+    assert "Forbidden" not in check_error(response, 503, "ServiceUnavailable")
+    assert "MIXTRAL_JAX_SERVICE_KEY" in caplog.text and "Forbidden was asked for" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -262,3 +273,41 @@ def test_every_answer_names_its_request(client: httpx.Client) -> None:
     response = client.post("/chat/completions", json=chat_body("one"))
     assert response.json()["id"] == response.headers["x-request-id"]
     assert "x-ms-client-request-id" not in response.headers
+
+
+def test_the_service_is_told_who_asks(client: httpx.Client, stack: Stack) -> None:
+    fields = CallerFields(KEY)
+    asked = {"prompt": ["one", "two"], "max_tokens": 1}
+    assert client.post("/v1/completions", json=asked).status_code == 200
+    assert client.post("/v1/chat/completions", json=chat_body("one")).status_code == 200
+    for call in stack.service.requests:
+        assert (call.caller, call.cache_salt) == ("default", fields.salt("default"))
+        assert (call.priority, call.suspect) == (pb.PRIORITY_INTERACTIVE, False)
+    stack.service.requests.clear()
+    own = chat_body("one", cache_salt="mine", priority=1)
+    answers = [
+        client.post("/v1/chat/completions", json=own),
+        client.post("/chat/completions", json=own, headers={"extra-parameters": "pass-through"}),
+        client.post("/v1/chat/completions", json=chat_body("one", service_tier="flex")),
+        client.post(
+            "/v1/chat/completions", json=chat_body("one", service_tier="auto", priority=-1)
+        ),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    mine, none = fields.salt("default", "mine"), fields.salt("default")
+    assert [call.cache_salt for call in stack.service.requests] == [mine, mine, none, none]
+    batch, interactive = pb.PRIORITY_BATCH, pb.PRIORITY_INTERACTIVE
+    expected = [batch, batch, batch, interactive]
+    assert [call.priority for call in stack.service.requests] == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"cache_salt": ""}, {"cache_salt": "x" * 257}, {"service_tier": "best"}]
+)
+def test_a_salt_or_a_class_that_cannot_be_is_refused(
+    client: httpx.Client, wrong: dict[str, str]
+) -> None:
+    response = client.post("/v1/chat/completions", json=chat_body("one") | wrong)
+    assert next(iter(wrong)) in check_error(response, 422, "Invalid input")
+    response = client.post("/chat/completions", json=chat_body("one") | wrong)
+    assert "Extra parameters" in check_error(response, 400, "BadRequest")

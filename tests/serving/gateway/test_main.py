@@ -10,7 +10,7 @@ import sys
 import httpx
 import pytest
 
-from serving.flags import KEY_VARIABLE
+from serving.flags import KEY_VARIABLE, SERVICE_KEY_VARIABLE
 from serving.gateway.__main__ import main
 from tests.support.fakes import KEY, PATIENCE, Stack
 from tests.support.gateway import BEARER, chat_body
@@ -18,9 +18,8 @@ from tests.support.gateway import BEARER, chat_body
 
 def test_the_command_serves_logs_a_line_and_ends_in_peace(stack: Stack) -> None:
     command = [sys.executable, "-m", "serving.gateway", "--port", "0", "--target", stack.target]
-    with subprocess.Popen(
-        command, env=os.environ | {KEY_VARIABLE: KEY}, stderr=subprocess.PIPE, text=True
-    ) as process:
+    environment = os.environ | {KEY_VARIABLE: KEY, SERVICE_KEY_VARIABLE: KEY}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
@@ -54,6 +53,10 @@ def test_what_is_wrong_before_the_start_is_told_in_a_line(
     assert main(["--port", "0"]) == 1
     assert KEY_VARIABLE in capsys.readouterr().err
     monkeypatch.setenv(KEY_VARIABLE, KEY)
+    monkeypatch.delenv(SERVICE_KEY_VARIABLE, raising=False)
+    assert main(["--port", "0"]) == 1
+    assert SERVICE_KEY_VARIABLE in capsys.readouterr().err
+    monkeypatch.setenv(SERVICE_KEY_VARIABLE, KEY)
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         assert main(["--port", str(port)]) == 1

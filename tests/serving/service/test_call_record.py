@@ -94,13 +94,13 @@ def toy(shared: Toy) -> Toy:
 @asynccontextmanager
 async def endpoint(toy: Toy) -> AsyncIterator[httpx.AsyncClient]:
     """The gateway before the service, both in this loop, and a client of it."""
-    access = Access(Keyring({"default": "secret"}))
+    access = Access(Keyring({"default": "secret", "gateway": "gateway's"}))
     info = pb.ModelInfo(name="toy", type="chat-completions", max_context=512, vocab_size=261)
     tokenizer: Tokenizer = toy.tokenizer
     calls = Calls(toy.metrics, toy.traces())
     service = InferenceService(toy.worker, tokenizer, info, calls)
     server, port, _ = await create_server("127.0.0.1:0", service, access)
-    config = gateway_config(target=(f"127.0.0.1:{port}",), gateway_key="secret")
+    config = gateway_config(target=(f"127.0.0.1:{port}",), gateway_key="gateway's")
     app = create_app(config, access, traces=toy.traces())
     listener = socket.create_server(("127.0.0.1", 0))
     web = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", ws="none"))

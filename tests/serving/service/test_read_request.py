@@ -9,6 +9,7 @@ from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.errors import InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb
+from serving.scheduling.request import Priority
 from serving.service.read_request import Translator
 
 INFO = pb.ModelInfo(max_context=512, vocab_size=261)
@@ -68,6 +69,22 @@ def test_present_parameters_arrive() -> None:
         seed=3,
         top_logprobs=0,
     )
+
+
+def test_who_asks_arrives_in_the_request() -> None:
+    fields = {"caller": "me", "cache_salt": b"s" * 32, "priority": pb.PRIORITY_BATCH}
+    request = Translator(ByteTokenizer(), INFO).request(asking(suspect=True, **fields), None)
+    assert (request.caller, request.salt) == ("me", b"s" * 32)
+    assert (request.priority, request.suspect) == (Priority.BATCH, True)
+    request = Translator(ByteTokenizer(), INFO).request(asking(), None)
+    assert (request.caller, request.salt) == ("", b"")
+    assert (request.priority, request.suspect) == (Priority.INTERACTIVE, False)
+    for wrong, words in (
+        (asking(priority=3), "priority is 3"),
+        (asking(cache_salt=b"s" * 33), "33 bytes"),
+    ):
+        with pytest.raises(InvalidParameter, match=words):
+            Translator(ByteTokenizer(), INFO).request(wrong, None)
 
 
 def test_the_wrong_parameter_is_named() -> None:
