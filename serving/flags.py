@@ -124,6 +124,16 @@ _DRAIN_DELAY = Flag(
     "once: load balancers send new requests elsewhere.",
     min=0,
 )
+_STEP_TIMEOUT = Flag(
+    "step_timeout",
+    float,
+    60.0,
+    "Seconds that a step of the engine may take; after that every request ends with status 503 and "
+    "the service starts again.",
+    "SECONDS",
+    min=0.1,
+    panel="Engine",
+)
 _ENGINE = _panel(
     "Engine",
     MESH,
@@ -301,7 +311,7 @@ _UPSTREAM = _panel(
 
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
-    *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_GROUP),
+    *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, _STEP_TIMEOUT, *_GROUP),
     *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS, _USAGE_DB),
     *(*_ACCOUNTING, *_ACCESS),
 )
@@ -327,7 +337,7 @@ GATEWAY = (
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
-    *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_GROUP),
+    *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, _STEP_TIMEOUT, *_GROUP),
     *_panel(
         "Monitoring",
         replace(_METRICS_PORT, min=1, help="Port of 127.0.0.1 for Prometheus; default: none."),

@@ -13,7 +13,6 @@ READY_VARIABLE = "MIXTRAL_JAX_READY_FD"  # of a pipe, for processes that open no
 BEAT_VARIABLE = "MIXTRAL_JAX_BEAT_FD"
 """Environment variable with the file descriptor of a pipe. A service writes a byte into it every
 second while its loop runs and its engine makes steps; the supervisor kills it when that stops."""
-BEAT_SECONDS = 1.0  # between two beats of a process that works
 
 
 def end_with_parent() -> None:
@@ -45,7 +44,7 @@ def beat() -> None:
     """Tells the parent that this process still works, by a byte in the pipe that BEAT_VARIABLE
     names.
 
-    To be called every BEAT_SECONDS from the event loop, as long as all goes on; the first time when
+    To be called every second from the event loop, as long as all goes on; the first time when
     the process serves, because starting takes long. A full pipe loses the byte.
     """
     pipe = os.environ.get(BEAT_VARIABLE)

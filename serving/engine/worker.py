@@ -93,7 +93,7 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._mailboxes: dict[str, Mailbox] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._draining = False
+        self._draining = self._is_abandoned = False
         self._open: dict[str, Submission] = {}  # of the callers' loop
         self._unread: dict[str, int] = {}  # choices of the requests in the inbox
         self._turn_began: float | None = None  # time.monotonic(); None while it waits for work
@@ -141,18 +141,23 @@ class EngineWorker:
         """Refuses every later request; those that run go on."""
         self._draining = True
 
-    def stop(self) -> None:
-        """Ends the thread after the current step. Requests that still run end with Unavailable."""
+    def stop(self, seconds: float | None = None) -> bool:
+        """Ends the thread after the current step. Requests that still run end with Unavailable.
+
+        Returns False if the thread has not ended after so many seconds; None waits for ever. After
+        `abandon` it is not waited for.
+        """
         self._draining = True
         self._inbox.put(_Stop())
-        self._thread.join()
+        self._thread.join(0.0 if self._is_abandoned else seconds)
+        return not self._thread.is_alive()
 
     def abandon(self, error: ServingError) -> None:
         """Ends every request, now and later, with this error.
 
         The thread is not waited for, because it may be inside a step that never ends.
         """
-        self._draining, self._final_error = True, error
+        self._draining, self._is_abandoned, self._final_error = True, True, error
         self._end_all()
 
     def submit(self, request: Request) -> Submission:

@@ -19,3 +19,5 @@ class ServiceConfig:
     """One of serving.observe.logs.FORMATS."""
     drain_delay: float = 0.0
     """Time after such a signal in which requests are still served, while readiness fails."""
+    step_timeout: float = 60.0
+    """Time that a step of the engine may take before the process ends with status 1."""

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from grpc_health.v1._async import HealthServicer
+
 from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained
 from mixtral_jax.compilation import CompilationCount, keep_programs
 from mixtral_jax.errors import UserError
@@ -24,6 +26,7 @@ from serving.engine.build import facts, prepare
 from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
+from serving.engine.watchdog import until_stuck
 from serving.engine.worker import EngineWorker
 from serving.errors import ServingError, SetupError, Unavailable
 from serving.flags import SERVICE, record
@@ -31,13 +34,14 @@ from serving.launch.config import ServiceConfig
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
 from serving.observe.tracing import Traces
-from serving.parent import end_process, end_with_parent
+from serving.parent import beat, end_process, end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.step_plan import Limits
 from serving.service.call_record import Calls
 from serving.service.service import InferenceService, create_server, set_serving
 
 _ERRORS: Errors = (UserError, *USER_ERRORS)
+_STOOD_STILL = Unavailable("a step of the model stood still; the server starts again")
 _PART_LOST = Unavailable("a part of the server was lost; it starts again")
 
 
@@ -105,8 +109,10 @@ def _lead(
             if leader.loss is not None:
                 _start_again(leader.loss)
             leader.on_loss = _start_again  # the thread would be waited for in vain
-        worker.stop()
+        has_ended = worker.stop(service.step_timeout)
         traces.close()
+        if not has_ended:
+            end_process(1)  # the exit would wait for what the thread holds
     if leader is not None and not worker.has_failed:
         leader.end(leader.leaving or f"{leader.name} was told to end")
     if worker.has_failed:
@@ -190,6 +196,7 @@ class _Server:
         except OSError as error:
             raise SetupError(str(error)) from None
         _say(f"ready on {address.rpartition(':')[0]}:{port}")
+        watch = asyncio.create_task(self._watch(checks))
         await self._until_told()
         # Health comes first, so that load balancers send new requests elsewhere; requests that
         # come all the same are served during the delay, and then refused.
@@ -203,6 +210,7 @@ class _Server:
         while self._worker.num_under_way and loop.time() < deadline:
             await asyncio.sleep(0.05)
         await server.stop(1.0)  # calls that watch its health would go on for ever
+        watch.cancel()
 
     async def _until_told(self) -> None:
         """Waits for the first reason to end."""
@@ -221,6 +229,14 @@ class _Server:
         await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
         for task in reasons:
             task.cancel()
+
+    async def _watch(self, checks: HealthServicer) -> None:
+        """Ends all requests, and so the process, when a step of the engine stands still."""
+        seconds = self._config.step_timeout
+        await until_stuck(self._worker.standing, seconds, beat)
+        _say(f"a step takes longer than the {seconds:g} s of --step-timeout; the service ends")
+        await set_serving(checks, False)
+        self._worker.abandon(_STOOD_STILL)
 
     async def _engine_ended(self) -> None:
         while not self._worker.ended.is_set():
