@@ -26,6 +26,7 @@ from serving.errors import (
     Unavailable,
     from_grpc,
 )
+from serving.gateway.aboard import Aboard, Sent
 from serving.gateway.http.request_record import ModelCall, RequestRecord
 from serving.gateway.joined_answers import JoinedAnswers, RunningAnswer
 from serving.observe.tracing import CLIENT
@@ -47,6 +48,13 @@ _UNREACHABLE = {
     grpc.StatusCode.PERMISSION_DENIED,
 }
 
+# Statuses without a name of ours that a broken connection has.
+_BROKEN = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,6 +68,8 @@ class ModelService:
     """
 
     def __init__(self, channel: grpc.aio.Channel, key: str, target: str = "") -> None:
+        self._channel = channel
+        self._aboard = Aboard()
         self._inference = inference_pb2_grpc.InferenceStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)
         self._metadata = (("authorization", f"Bearer {key}"),)
@@ -141,8 +151,14 @@ class ModelService:
         Args:
             request: The call.
             metadata: Goes with the call beside the gateway's key, such as a request's id and trace.
+
+        Raises:
+            ServingError: The request has killed the service before.
         """
-        return Answer(self._inference.Generate(request, metadata=(*self._metadata, *metadata)))
+        sent = self._aboard.send(request)
+        is_connected = self._channel.get_state() is grpc.ChannelConnectivity.READY
+        call = self._inference.Generate(request, metadata=(*self._metadata, *metadata))
+        return Answer(call, sent, is_connected=is_connected)
 
 
 class Answer:
@@ -150,11 +166,15 @@ class Answer:
 
     Args:
         call: The call of gRPC's stub.
+        sent: Is told how the call ends.
+        is_connected: Whether the call was begun on a connection to a service.
     """
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, sent: Sent | None = None, *, is_connected: bool = False) -> None:
         self.tokens = (AnswerTokens(),)
         self._call = call
+        self._sent = sent
+        self._is_aboard = is_connected
         self._arrived: deque[inference_pb2.GenerateChunk] = deque()
         self._has_ended = False
         self._failure: ServingError | None = None  # that ended it
@@ -197,6 +217,8 @@ class Answer:
 
     def cancel(self) -> None:
         """Frees everything that the answer holds in the service. May be called again."""
+        if self._sent is not None:
+            self._sent.end(is_whole=False)
         self._reading.cancel()
         self._call.cancel()
 
@@ -204,6 +226,7 @@ class Answer:
         is_whole = False
         try:
             while isinstance(chunk := await self._call.read(), inference_pb2.GenerateChunk):
+                self._is_aboard = True
                 self.tokens[0].add(chunk)
                 is_whole = chunk.HasField("usage")  # only the last chunk of all choices has it
                 self._arrived.append(chunk)
@@ -216,12 +239,16 @@ class Answer:
                     "the model service ended its answer without a reason to finish"
                 )
         except grpc.aio.AioRpcError as failure:
+            if self._sent is not None and self._is_aboard and _is_death(failure):
+                self._sent.die()
             self._failure = _error_of(failure)
             self._failure.__cause__ = failure
         except asyncio.CancelledError:  # by `cancel`, or as the channel was closed
             self._failure = Unavailable("the answer was given up; try again shortly")
             raise
         finally:
+            if self._sent is not None:
+                self._sent.end(is_whole=is_whole)
             self._has_ended = True
             self._news.set()
 
@@ -268,10 +295,22 @@ def _short(value: float) -> float:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _error_of(failure: grpc.aio.AioRpcError) -> ServingError:
-    code = failure.code()
+def _is_death(failure: grpc.aio.AioRpcError) -> bool:
+    """Returns whether a call under way may have failed because the service died."""
+    name = _name_of(failure)
+    if name is None:
+        return failure.code() in _BROKEN
+    return name == Unavailable.__name__  # as a group says it that has lost a process
+
+
+def _name_of(failure: grpc.aio.AioRpcError) -> str | None:
+    """Returns the name of the error of serving/errors.py that the service gave, if it did."""
     trailing: Any = failure.trailing_metadata() or ()  # pairs, which the stubs do not know
-    name = next((str(value) for key, value in trailing if key == ERROR_METADATA), None)
+    return next((str(value) for key, value in trailing if key == ERROR_METADATA), None)
+
+
+def _error_of(failure: grpc.aio.AioRpcError) -> ServingError:
+    code, name = failure.code(), _name_of(failure)
     if code == grpc.StatusCode.UNAUTHENTICATED:
         # The client's key was right, or the request would not have come so far.
         logger.error("the model service refuses the gateway's key: give both the same one")

@@ -348,3 +348,28 @@ def test_a_killed_replica_costs_its_own_streams_alone() -> None:
 
     with processes(2) as running:
         asyncio.run(asyncio.wait_for(work(running), 3 * PATIENCE))
+
+
+def test_what_was_aboard_when_a_service_was_killed_comes_back_as_a_suspect() -> None:
+    async def work(running: dict[str, "subprocess.Popen[str]"]) -> None:
+        async with model_service(list(running)) as service:
+            (victim,) = running.values()
+            aboard = service.generate(asking("one !wait"))
+            for _ in range(2):
+                assert await aboard.read() is not None
+            victim.kill()
+            with pytest.raises(Unavailable):
+                await aboard.read()
+            # This one finds nobody, and so it was aboard nowhere.
+            for _ in range(2):
+                late = asking("two")
+                with pytest.raises(Unavailable):
+                    await text_of(service.generate(late))
+                assert not late.suspect
+            again = asking("one !wait")
+            answer = service.generate(again)
+            assert again.suspect
+            answer.cancel()
+
+    with processes(1) as running:
+        asyncio.run(asyncio.wait_for(work(running), 3 * PATIENCE))
