@@ -30,7 +30,7 @@ from serving.channel import INFERENCE
 from serving.parent import PARENT_VARIABLE, end_with_parent
 from serving.proto import inference_pb2, inference_pb2_grpc
 
-_KEY = "not-a-secret"
+_KEY = "this-key-is-not-a-secret"
 _WORD = " word"
 
 

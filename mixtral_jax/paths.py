@@ -1,4 +1,4 @@
-"""Folders of the user's own files: caches and settings, where the platform keeps such files.
+"""Folders of the user's own files: caches, settings and state, where the platform keeps such files.
 
 On Linux these are the folders of the XDG base directory specification. Each function reads the
 environment when it is called, and makes no folder.
@@ -25,3 +25,8 @@ def cache_folder() -> Path:
 def settings_folder() -> Path:
     """Returns the folder of settings, such as ~/.config/mixtral-jax."""
     return platformdirs.user_config_path(_NAME, appauthor=False)
+
+
+def state_folder() -> Path:
+    """Returns the folder of what servers write, such as ~/.local/state/mixtral-jax."""
+    return platformdirs.user_state_path(_NAME, appauthor=False)

@@ -240,6 +240,14 @@ _ACCESS = _panel(
         "URI",
     ),
     Flag(
+        "entra_role",
+        list[str],
+        [],
+        "Role, of the application that tokens are for, of which a token must have at least one; "
+        "repeatable; default: none is asked for.",
+        "ROLE",
+    ),
+    Flag(
         "entra_authority",
         str | None,
         None,

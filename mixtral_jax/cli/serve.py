@@ -1,12 +1,12 @@
 """`mixtral-jax serve`: checks the flags, and starts the service and the gateway with them."""
 
-import json
 import os
-import shlex
+import sys
 from typing import TYPE_CHECKING, Any
 
+from mixtral_jax.cli.banner import banner, shown_key
 from serving.command_line import command
-from serving.flags import GATEWAY, SERVE, arguments, defaults, record, secrets
+from serving.flags import GATEWAY, KEY_VARIABLE, SERVE, arguments, defaults, record, secrets
 
 if TYPE_CHECKING:
     from serving.launch.supervisor import Addresses
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def _serve(given: dict[str, Any]) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 
-    Unless --keys or --no-auth say otherwise, a key that clients must send is taken from
-    MIXTRAL_JAX_API_KEY, or made up and printed.
+    The key that clients must send is taken from MIXTRAL_JAX_API_KEY. Without it, and without
+    --keys, --entra-tenant and --no-auth, one is made up: it is printed to a terminal, else written
+    to a file whose path is printed.
 
     With --tls-cert HTTP is served over TLS, and gRPC on 127.0.0.1 only.
 
@@ -62,7 +63,9 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
     from serving.gateway.config import GatewayConfig
     from serving.launch.supervisor import environment_from, run
 
-    makes_key = not (given["keys"] or given["no_auth"])
+    makes_key = not (
+        os.environ.get(KEY_VARIABLE) or given["keys"] or given["entra_tenant"] or given["no_auth"]
+    )
     environment = environment_from(os.environ, makes_key=makes_key)
     given = defaults(GATEWAY) | given | secrets(environment)
     given["usage_db"] = given["usage_db"] or default_ledger_file()
@@ -79,15 +82,21 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
         gateway_key=web.key_for_service(),
         metrics_port=given["gateway_metrics_port"],
     )
-    banner = _banner(
-        addresses.url, addresses.target, given["api_key"], asks_key=not given["no_auth"]
+    addresses.check()  # before a file is written that another server on this port may have written
+    key, bearer = shown_key(
+        given["api_key"],
+        addresses.port,
+        is_made_up=makes_key,
+        asks_key=not given["no_auth"],
+        is_terminal=sys.stdout.isatty(),
     )
+    text = banner(addresses.url, addresses.target, key, bearer)
     run(
         addresses,
         environment,
         [*engine_arguments, *arguments(grpc, record(AccountingConfig, given))],
         arguments(gateway, web),
-        lambda: print(banner),
+        lambda: print(text, flush=True),
         drain_seconds=gateway.drain_seconds,
         drain_delay=gateway.drain_delay,
         step_timeout=given.get("step_timeout"),
@@ -95,19 +104,3 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
 
 
 serve = command(_serve, SERVE)
-
-
-def _banner(url: str, target: str, key: str | None, *, asks_key: bool) -> str:
-    body = {
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "stream": True,
-    }
-    # A key of the file is known to its owner only.
-    header = shlex.quote(f"Authorization: Bearer {key}") if key else '"Authorization: Bearer $KEY"'
-    authorization = f"-H {header} " if asks_key else ""
-    curl = (
-        f"curl -sN {url}/chat/completions "
-        f"{authorization}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
-    )
-    shown = f"key   {key}\n" if key else ""
-    return f"\nHTTP  {url}\ngRPC  {target}\n{shown}\nTry it:\n{curl}\n"

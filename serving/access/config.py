@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving.access.caller import DEFAULT, GATEWAY
 from serving.access.credentials import Access
 from serving.access.errors import AccessError
-from serving.access.keyring import DEFAULT, GATEWAY, KeyFile, Keyring, check_key
+from serving.access.key_file import KeyFile
+from serving.access.keyring import Keyring, check_key
 from serving.access.loopback import is_loopback
 from serving.access.tls import Certificate, ServerTls
 
@@ -38,6 +40,8 @@ class AccessConfig:
     entra_tenant: tuple[str, ...]
     entra_allow: tuple[str, ...]
     entra_audience: tuple[str, ...]
+    entra_role: tuple[str, ...]
+    """Roles of which a token must have one; empty: it needs none."""
     entra_authority: str | None
     no_auth: bool
     """Let everybody in."""
@@ -68,9 +72,9 @@ class AccessConfig:
                     "listen on a loopback address such as --host 127.0.0.1"
                 )
         if not self.entra_tenant and (
-            self.entra_allow or self.entra_audience or self.entra_authority
+            self.entra_allow or self.entra_audience or self.entra_role or self.entra_authority
         ):
-            raise AccessError("--entra-allow, -audience and -authority need --entra-tenant")
+            raise AccessError("--entra-allow, -audience, -role and -authority need --entra-tenant")
         if not (self.no_auth or self._fixed_keys or self.keys or self.entra_tenant):
             raise AccessError(
                 "MIXTRAL_JAX_API_KEY is not set; it holds the key that clients must present. Set "
@@ -132,5 +136,6 @@ class AccessConfig:
             self.entra_tenant,
             audiences=self.entra_audience or entra.AUDIENCES,
             allowed=self.entra_allow,
+            roles=self.entra_role,
             authority=self.entra_authority or entra.AUTHORITY,
         )

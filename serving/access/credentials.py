@@ -6,40 +6,18 @@ tokens are accepted, a token of Microsoft Entra ID.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serving.access.keyring import ANONYMOUS, Keyring
+from serving.access.caller import ANONYMOUS, Caller, CallerLimits
+from serving.access.keyring import Keyring
 from serving.errors import Unauthenticated
 
 if TYPE_CHECKING:  # it needs PyJWT, which is an extra
     from serving.access.entra import TokenVerifier
 
+__all__ = ["Access", "Caller", "CallerLimits"]
+
 FAILED = "auth token validation failed"
-
-
-@dataclass(frozen=True)
-class CallerLimits:
-    """Limits of one caller; None stands for the limit that the flags set for every caller."""
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    """Tokens of prompts and answers together."""
-    concurrent_requests: int | None = None
-    """Requests that are answered at the same time."""
-
-
-@dataclass(frozen=True)
-class Caller:
-    """The sender of a request."""
-
-    name: str
-    """That of a key, "default", "gateway", "anonymous", or "entra:" and an object id."""
-    is_operator: bool = False
-    """May drain the server and read the usage of all callers."""
-    limits: CallerLimits = CallerLimits()
-    may_be_interactive: bool = True
-    """Else its requests are of the batch class, whatever they ask for."""
 
 
 class Access:
@@ -48,7 +26,7 @@ class Access:
     Args:
         keyring: The keys that are let in.
         tokens: Checks tokens; without it no token is accepted.
-        is_open: Let callers without a valid key in too, as "anonymous".
+        is_open: Let callers without a valid key in too, as "anonymous". It is an attribute too.
     """
 
     def __init__(
@@ -56,7 +34,12 @@ class Access:
     ) -> None:
         self._keyring = keyring
         self._tokens = tokens
-        self._is_open = is_open
+        self.is_open = is_open
+
+    @property
+    def reload_failed(self) -> bool:
+        """True while an older state of the file of keys is in use, because it cannot be read."""
+        return self._keyring.reload_failed
 
     async def admit(self, headers: Mapping[str, str]) -> Caller:
         """Returns the caller who sent these headers, or metadata, with names in lower case.
@@ -65,14 +48,20 @@ class Access:
         Unavailable if the keys that tokens are signed with cannot be had.
         """
         presented = _presented(headers)
+        expired: Unauthenticated | None = None
         for credential in presented:
-            if (name := self._keyring.find(credential)) is not None:
-                return Caller(name)
-        if self._is_open:
+            try:
+                if (caller := self._keyring.find(credential)) is not None:
+                    return caller
+            except Unauthenticated as error:
+                expired = error
+        if self.is_open:
             return Caller(ANONYMOUS)
         for credential in presented:
             if self._tokens is not None and credential.count(".") == 2:
                 return Caller(await self._tokens.verify(credential))
+        if expired is not None:
+            raise expired
         raise Unauthenticated(
             f"{FAILED}: send the key of this endpoint as the header 'Authorization: Bearer KEY' or "
             "'api-key: KEY'"

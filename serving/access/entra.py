@@ -5,8 +5,13 @@ publishes, for one of our audiences, and if it has not expired, give or take LEE
 the signature is checked, the token's own claims only choose among the allowed tenants and the keys
 that they publish. Keys inside a token, and addresses in it, are never used.
 
-A valid token is not enough: Azure's roles do not stand in a token, so a list of object ids and
-client ids says who may ask. An empty list lets nobody in.
+A valid token is not enough: the roles of Azure's own access control do not stand in a token, so a
+list of object ids and client ids says who may ask. An empty list lets nobody in. Roles of the
+application that tokens are for do stand in them, and may be asked for besides.
+
+An ID token says who has signed in to an application, and is not for asking on their behalf. It has
+an access token's claims but for two kinds, so one of these is required: the scopes of a user's
+consent (`scp`), or, where an application asks for itself, its own id with roles or `idtyp`.
 
 The names of claims are those of Microsoft's access token reference. Tokens of version 1.0 name
 their application `appid`, those of version 2.0 `azp`.
@@ -47,6 +52,7 @@ class TokenVerifier:
         audiences: Values that `aud` may have, with or without a slash at the end.
         allowed: Object ids of users and applications, and client ids of applications, that may ask;
             "*" is everyone in the tenants.
+        roles: Values of `roles` of which a token must have one; without any it needs none.
         authority: URL of the tenants' OpenID metadata.
         clock: Time in seconds that never goes back, for the age of the keys.
 
@@ -59,6 +65,7 @@ class TokenVerifier:
         *,
         audiences: Collection[str] = AUDIENCES,
         allowed: Collection[str] = (),
+        roles: Collection[str] = (),
         authority: str = AUTHORITY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,6 +75,7 @@ class TokenVerifier:
             form for name in audiences for form in (name.rstrip("/"), f"{name.rstrip('/')}/")
         ]
         self._allowed = {id if id == EVERYONE else _guid(id, "allowed id") for id in allowed}
+        self._roles = frozenset(roles)
         self._issuers = {
             (tenant, version): Issuer(
                 f"{self._authority}/{tenant}{path}/.well-known/openid-configuration", clock
@@ -105,7 +113,14 @@ class TokenVerifier:
             )
         except jwt.PyJWTError as error:
             raise _refused(str(error)) from None
-        return f"entra:{self._owner(claims)}"
+        _check_kind(claims)
+        owner = self._owner(claims)
+        if self._roles and self._roles.isdisjoint(_roles_of(claims)):
+            raise Forbidden(
+                f"the token is valid, but its oid {owner} has none of the roles that this endpoint "
+                "asks for; ask its operator to assign one"
+            )
+        return f"entra:{owner}"
 
     def _signs_for(self, key: SigningKey, issuer: str, tenant: str) -> bool:
         if key.issuer is None:
@@ -124,6 +139,24 @@ class TokenVerifier:
                 "endpoint; ask its operator to allow it"
             )
         return ids[0]
+
+
+def _check_kind(claims: Mapping[str, Any]) -> None:
+    """Raises Unauthenticated for an ID token, or any other that is not for access."""
+    has_scopes = isinstance(claims.get("scp"), str) and bool(claims["scp"].strip())
+    # Roles of a user stand in ID tokens too, the id of an application in access tokens only.
+    has_application = any(isinstance(claims.get(name), str) for name in ("appid", "azp"))
+    is_application = bool(_roles_of(claims)) or claims.get("idtyp") == "app"
+    if not (has_scopes or (has_application and is_application)):
+        raise _refused(
+            "the token is no access token: it has neither scp nor, with appid or azp, roles or "
+            "idtyp"
+        )
+
+
+def _roles_of(claims: Mapping[str, Any]) -> list[str]:
+    roles = claims.get("roles")
+    return [role for role in roles if isinstance(role, str)] if isinstance(roles, list) else []
 
 
 def _claimed(token: str) -> tuple[str, str, str]:

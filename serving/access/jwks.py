@@ -112,6 +112,8 @@ def fetch(metadata: str) -> Published:
     name, address = document.get("issuer"), document.get("jwks_uri")
     if not isinstance(name, str) or not isinstance(address, str):
         raise ValueError(f"{metadata} is no OpenID configuration")
+    if _is_local(address) and not _is_local(metadata):
+        raise ValueError(f"{metadata} names an address of this machine, {address[:200]!r}")
     listed = _read_json(address).get("keys")
     keys = {}
     for entry in listed if isinstance(listed, list) else []:
@@ -127,14 +129,18 @@ def check_address(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme == "https" and parts.hostname:
         return
-    if not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+    if not (parts.scheme == "http" and _is_local(url)):
         raise AccessError(f"{url!r} must begin with https:// (http:// on 127.0.0.1 only)")
+
+
+def _is_local(url: str) -> bool:
+    return is_loopback(urlsplit(url).hostname or "")
 
 
 def _read_json(url: str) -> dict[str, Any]:
     check_address(url)
     handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-    if is_loopback(urlsplit(url).hostname or ""):
+    if _is_local(url):
         handlers.append(urllib.request.ProxyHandler({}))  # proxies are for other hosts
     opener = urllib.request.build_opener(*handlers)
     with opener.open(url, timeout=FETCH_SECONDS) as answer:

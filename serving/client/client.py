@@ -143,7 +143,7 @@ class Client:
     def drain(self) -> int:
         """Ends a server when the answers under way have ended; returns their number.
 
-        It needs the operator's own key. Of several targets it ends the next in turn.
+        It needs an operator's key. Of several targets it ends the next in turn.
         """
         return int(self._ask("Drain", pb.DrainRequest()).running)
 

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from serving.access.credentials import Access
+from serving.access.loopback import is_loopback
 from serving.access.tls import ServiceTls
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
@@ -26,9 +27,11 @@ from serving.gateway.config import GatewayConfig
 from serving.gateway.http.access_log import AccessLog
 from serving.gateway.http.failures import answer_failures
 from serving.gateway.http.metrics import GatewayMetrics
+from serving.gateway.http.origin import OriginCheck
 from serving.gateway.openapi import document, page
 from serving.gateway.routes import add_routes
 from serving.gateway.upstream import ModelService
+from serving.observe.key_reloads import report_failed_reload
 from serving.observe.tracing import Traces
 
 # Headers of an answer that scripts of other origins may read.
@@ -60,6 +63,7 @@ def create_app(
     """
     service_tls = config.service_tls()
     metrics = metrics or GatewayMetrics()
+    report_failed_reload(metrics.registry, lambda: access.reload_failed)
     traces = traces or Traces.exported(config.otlp_endpoint, "gateway")
     if accounts is None:
         rates = RateLimits(config.max_requests_per_minute, config.max_tokens_per_minute)
@@ -104,6 +108,11 @@ def create_app(
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
+    app.add_middleware(
+        OriginCheck,
+        is_local=is_loopback if access.is_open else None,
+        allowed_origins=config.cors_origin,
+    )
     app.add_middleware(AccessLog, metrics=metrics, traces=traces, log_prompts=config.log_prompts)
     return app
 

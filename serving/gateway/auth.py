@@ -3,6 +3,8 @@
 from fastapi import Request
 
 from serving.access.credentials import Access
+from serving.errors import ServingError
+from serving.gateway.http.request_record import RequestRecord
 
 
 async def require(request: Request) -> None:
@@ -14,4 +16,8 @@ async def require(request: Request) -> None:
         ServingError: The caller may not ask, or that cannot be found out now.
     """
     access: Access = request.app.state.access
-    request.state.caller = await access.admit(request.headers)
+    try:
+        request.state.caller = await access.admit(request.headers)
+    except ServingError as error:
+        RequestRecord.of(request).reason = str(error)  # for the access log
+        raise

@@ -198,7 +198,7 @@ def _models() -> Schema:
     everybody = {
         "name": "all",
         "in": "query",
-        "description": "Of every caller; for the operator's own key.",
+        "description": "Of every caller; for operators' keys.",
         "schema": {"type": "boolean", "default": False},
     }
     paths["/usage"]["get"]["parameters"].append(everybody)

@@ -5,10 +5,9 @@ from typing import Annotated, Literal
 from fastapi import Query, Request
 from pydantic import BaseModel
 
-from serving.access.keyring import DEFAULT
+from serving.access.caller import Caller
 from serving.accounting.accounts import Accounts
 from serving.errors import Forbidden
-from serving.gateway.http.request_record import RequestRecord
 
 
 class UsageOfDay(BaseModel):
@@ -38,19 +37,19 @@ class UsageReport(BaseModel):
 async def report_usage(
     request: Request,
     everybody: Annotated[
-        bool, Query(alias="all", description="The use of every caller; for the operator's own key.")
+        bool, Query(alias="all", description="The use of every caller; for operators' keys.")
     ] = False,
 ) -> UsageReport:
     """Returns what the caller has used, by day.
 
     Raises:
-        Forbidden: `all` is asked for with another key than the operator's.
+        Forbidden: `all` is asked for with a key that is no operator's.
     """
     accounts: Accounts = request.app.state.accounts
-    caller = RequestRecord.of(request).caller
-    if everybody and caller != DEFAULT:
-        raise Forbidden("the usage of everybody is for the operator's own key; leave out 'all'")
-    rows = await accounts.report(None if everybody else caller)
+    caller: Caller = request.state.caller
+    if everybody and not caller.is_operator:
+        raise Forbidden("the usage of everybody is for operators' keys; leave out 'all'")
+    rows = await accounts.report(None if everybody else caller.name)
     return UsageReport(
         data=[
             UsageOfDay(

@@ -31,6 +31,7 @@ from serving.engine.worker import EngineWorker
 from serving.errors import ServingError, SetupError, Unavailable
 from serving.flags import SERVICE, record
 from serving.launch.config import ServiceConfig
+from serving.observe.key_reloads import report_failed_reload
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
 from serving.observe.tracing import Traces
@@ -93,6 +94,7 @@ def _lead(
     pretrained = open_pretrained(engine.model)
     traces = Traces.exported(service.otlp_endpoint, "service")
     metrics = Metrics(pretrained.card.name)
+    report_failed_reload(metrics.registry, lambda: door.reload_failed)
     if service.metrics_port is not None:
         port = serve_metrics(metrics.registry, service.metrics_port)
         _say(f"metrics on http://127.0.0.1:{port}/metrics")

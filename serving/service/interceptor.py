@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health
 
-from serving.access.credentials import Access, Caller
-from serving.access.keyring import DEFAULT, GATEWAY
+from serving.access.caller import GATEWAY, Caller
+from serving.access.credentials import Access
 from serving.accounting.caller_fields import CallerFields, refuse_caller_fields
 from serving.errors import Forbidden, ServingError
 from serving.proto import inference_pb2 as pb
@@ -29,8 +29,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         access: Decides.
-        operators_only: Methods such as "/mixtral.v1.Inference/Drain", for the callers "default" and
-            "gateway" alone, whose keys the operator set.
+        operators_only: Methods such as "/mixtral.v1.Inference/Drain", for operators alone.
         fields: Writes who asks into the calls of direct callers.
     """
 
@@ -56,8 +55,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         metadata = {key: str(value) for key, value in details.invocation_metadata or ()}
         try:
             caller = await self._access.admit(metadata)
-            if details.method in self._operators_only and caller.name not in (DEFAULT, GATEWAY):
-                raise Forbidden(f"{details.method} is for the operator's own key")
+            if details.method in self._operators_only and not caller.is_operator:
+                raise Forbidden(f"{details.method} is for the operators' keys")
         except ServingError as error:
             return _refusal(handler, error)
         if details.method == GENERATE and caller.name != GATEWAY:

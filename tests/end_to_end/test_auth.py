@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from mixtral_jax.cli.main import app
 from serving.access.credentials import Access
 from serving.access.entra import TokenVerifier
-from serving.access.keyring import KeyFile, Keyring
+from serving.access.key_file import KeyFile
+from serving.access.keyring import Keyring
 from serving.errors import ERROR_METADATA
 from serving.gateway.__main__ import main
 from serving.launch.supervisor import Addresses, environment_from
@@ -250,6 +251,7 @@ def test_serve_tells_what_is_wrong_before_it_starts_anything(flags: list[str], w
             ["--entra-tenant", TENANT, "--entra-authority", "http://login.example"],
             "must begin with https",
         ),
+        (["--entra-role", "Chat.Ask"], "need --entra-tenant"),
         ([], "MIXTRAL_JAX_API_KEY is not set"),
         (["--entra-tenant", TENANT], "MIXTRAL_JAX_SERVICE_KEY is not set"),
     ],

@@ -2,12 +2,15 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,7 +23,7 @@ from azure.core.exceptions import ClientAuthenticationError
 
 from serving.client import Client
 from serving.client.types import Message, completion_of
-from tests.support.servers import COMMAND, Server, environment, free_ports, running
+from tests.support.servers import COMMAND, ROOT, Server, environment, free_ports, running
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +44,44 @@ def client(server: Server, key: str) -> ChatCompletionsClient:
     return ChatCompletionsClient(endpoint=server.url, credential=AzureKeyCredential(key))
 
 
-def test_the_key_is_made_up_and_32_characters_long(server: Server) -> None:
-    assert len(server.key) == 32
+def test_a_given_key_is_never_printed(server: Server) -> None:
+    assert server.banner.count("MIXTRAL_JAX_API_KEY") == 2  # where the key is, and in the curl line
+    assert server.key not in server.banner
+
+
+@pytest.mark.slow
+def test_a_made_up_key_is_printed_to_a_terminal_and_else_written_to_a_file(tmp_path: Path) -> None:
+    state = {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    shown = {}
+    for kind, (reading, writing) in {"terminal": pty.openpty(), "pipe": os.pipe()}.items():
+        arguments = command()
+        with subprocess.Popen(
+            arguments, stdout=writing, stderr=subprocess.DEVNULL, env=environment(**state)
+        ) as process:
+            os.close(writing)
+            text = ""
+            while "curl -sN" not in text:
+                text += os.read(reading, 4096).decode().replace("\r\n", "\n")
+            curl = text[text.index("curl -sN") :].splitlines()[0]
+            out = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60)
+            assert out.stdout.endswith("data: [DONE]\n\n")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        os.close(reading)
+        shown[kind] = re.search(r"^key   (.*)$", text, re.MULTILINE)[1]  # type: ignore[index]
+    assert re.fullmatch("[0-9a-f]{32}", shown["terminal"])
+    file = Path(shown["pipe"].removeprefix("in "))
+    assert file.parent == tmp_path / "mixtral-jax"
+    assert [path for path in file.parent.iterdir() if path.name.startswith("key-")] == [file]
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert re.fullmatch("[0-9a-f]{32}\n", file.read_text(encoding="utf-8"))
 
 
 def test_the_printed_curl_line_streams(server: Server) -> None:
-    out = subprocess.run(server.curl, shell=True, capture_output=True, text=True, timeout=60)
+    own = environment(MIXTRAL_JAX_API_KEY=server.key)
+    out = subprocess.run(
+        server.curl, shell=True, env=own, capture_output=True, text=True, timeout=60
+    )
     assert out.returncode == 0
     events = out.stdout.split("\n\n")
     assert all(event.startswith("data: ") for event in events[:-1])

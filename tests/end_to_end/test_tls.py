@@ -130,7 +130,7 @@ def test_https_before_and_mtls_behind_the_gateway(authority: Authority, tmp_path
             flags += ["--service-cert", str(shown.cert), "--service-key", str(shown.key)]
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "serving.gateway", *flags),
-            env=os.environ | {"MIXTRAL_JAX_API_KEY": "a", "MIXTRAL_JAX_SERVICE_KEY": KEY},
+            env=os.environ | {"MIXTRAL_JAX_API_KEY": "a" * 16, "MIXTRAL_JAX_SERVICE_KEY": KEY},
             stderr=asyncio.subprocess.PIPE,
         )
         try:
@@ -141,7 +141,7 @@ def test_https_before_and_mtls_behind_the_gateway(authority: Authority, tmp_path
             context = ssl.create_default_context(cafile=str(authority.ca))
             context.verify_flags |= ssl.VERIFY_X509_STRICT  # as newer Pythons do of themselves
             async with httpx.AsyncClient(verify=context, timeout=PATIENCE) as client:
-                answer = await client.get(f"{url[0]}/info", headers={"api-key": "a"})
+                answer = await client.get(f"{url[0]}/info", headers={"api-key": "a" * 16})
                 assert (await client.get(f"{url[0]}/info")).status_code == 401
             process.send_signal(signal.SIGTERM)
             await process.communicate()

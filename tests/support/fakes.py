@@ -22,7 +22,7 @@ from serving.gateway.config import GatewayConfig
 from serving.gateway.http.protocol import Protocol
 from serving.proto import inference_pb2, inference_pb2_grpc
 
-KEY = "not-a-secret"
+KEY = "this-key-is-not-a-secret"
 # No wait of a test is longer, and only a failing test waits so long.
 PATIENCE = 10.0
 # Like the real service, a stand-in takes the pings of idle gateways for no abuse.

@@ -87,6 +87,7 @@ def running_identity() -> Iterator[Identity]:
                 "exp": now + 3600,
                 "oid": object_id,
                 "appid": "aaaaaaaa-2222-3333-4444-555555555555",
+                "idtyp": "app",
                 "tid": TENANT,
                 "ver": "1.0",
             }

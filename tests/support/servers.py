@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -26,8 +27,9 @@ class Server:
     process: "subprocess.Popen[str]"
     url: str
     target: str
-    key: str
+    key: str  # the one in MIXTRAL_JAX_API_KEY
     curl: str
+    banner: str  # all that was printed until then
     seconds: float  # from the start to the announcement
     said: list[str]  # lines after that; whole when the process has ended
 
@@ -65,8 +67,9 @@ def environment(**changes: str) -> dict[str, str]:
 def running(command: list[str], timeout: float = 240, **changes: str) -> Iterator[Server]:
     """Runs a serve command until the block ends; its output is kept for errors.
 
-    `changes` are of its environment.
+    `changes` are of its environment. A user who does not sit at a terminal sets the key.
     """
+    changes.setdefault("MIXTRAL_JAX_API_KEY", secrets.token_hex(16))
     started = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -90,13 +93,14 @@ def running(command: list[str], timeout: float = 240, **changes: str) -> Iterato
         said: list[str] = []
         reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
         reader.start()
-        fields = dict(re.findall(r"^(HTTP|gRPC|key) +(\S+)$", seen, re.MULTILINE))
+        fields = dict(re.findall(r"^(HTTP|gRPC) +(\S+)$", seen, re.MULTILINE))
         yield Server(
             process,
             fields["HTTP"],
             fields["gRPC"],
-            fields["key"],
+            changes["MIXTRAL_JAX_API_KEY"],
             seen[seen.index("curl -sN") :].strip(),
+            seen,
             time.monotonic() - started,
             said,
         )

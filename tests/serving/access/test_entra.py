@@ -18,7 +18,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
 from serving.access.entra import LEEWAY_SECONDS, LONGEST_TOKEN, TokenVerifier
-from serving.access.jwks import KEEP_SECONDS, LONGEST_DOCUMENT, REST_SECONDS, RETRY_SECONDS
+from serving.access.jwks import (
+    KEEP_SECONDS,
+    LONGEST_DOCUMENT,
+    REST_SECONDS,
+    RETRY_SECONDS,
+    fetch,
+)
 from serving.errors import Forbidden, Unauthenticated, Unavailable
 
 TENANT = "11111111-2222-3333-4444-555555555555"
@@ -120,6 +126,7 @@ def claims(version: str = "1.0", **changes: Any) -> dict[str, Any]:
     all_claims = {
         **{"aud": "https://ml.azure.com", "iat": now, "nbf": now, "exp": now + 3600},
         **{"oid": OBJECT, "tid": TENANT, "ver": version, "sub": "s"},
+        "scp": "user_impersonation",
         **own[version],
         **changes,
     }
@@ -151,6 +158,9 @@ def verify(tokens: TokenVerifier, token: str) -> str:
         lambda: claims(exp=int(time.time()) - LEEWAY_SECONDS + 60, nbf=1, iat=1),
         lambda: claims(nbf=int(time.time()) + LEEWAY_SECONDS - 60),
         lambda: claims(oid=OBJECT.upper(), tid=TENANT),
+        lambda: claims(scp=None, roles=["Reader"]),
+        lambda: claims("2.0", scp=None, roles=["Reader"]),
+        lambda: claims(scp=None, idtyp="app"),
     ],
 )
 def test_tokens_that_are_believed(
@@ -212,6 +222,16 @@ def forged(signer: RSAPrivateKey, stranger: RSAPrivateKey) -> dict[str, str]:
         "oid is no GUID": sign(signer, claims(oid="*")),
         "no iss": sign(signer, claims(iss=None)),
         "no ver": sign(signer, claims(ver=None)),
+        # What an ID token has: no scopes, and no application that holds it; roles it may have.
+        "ID token": sign(signer, claims("2.0", scp=None, azp=None, nonce="n", name="Alice")),
+        "ID token of version 1.0": sign(signer, claims(scp=None, appid=None, nonce="n")),
+        "ID token with roles": sign(signer, claims("2.0", scp=None, azp=None, roles=["Reader"])),
+        "no scp, no roles": sign(signer, claims(scp=None)),
+        "empty scp and roles": sign(signer, claims(scp=" ", roles=[])),
+        "scp is a list": sign(signer, claims(scp=["user_impersonation"])),
+        "roles is a text": sign(signer, claims(scp=None, roles="Reader")),
+        "roles of numbers": sign(signer, claims(scp=None, roles=[1])),
+        "idtyp of a user": sign(signer, claims(scp=None, idtyp="user")),
         "claims changed": f"{head}.{b64(claims(exp=now + 9999))}.{signature}",
         "header changed": f"{b64({'alg': 'RS256', 'kid': 'first', 'x': 1})}.{body}.{signature}",
         "truncated by 1": good[:-1],
@@ -264,6 +284,39 @@ def test_who_is_on_the_list(authority: Authority, signer: RSAPrivateKey) -> None
     for allowed in ([], [TENANT]):
         with pytest.raises(Forbidden, match=f"oid {OBJECT} is not among"):
             verify(verifier(authority, allowed=allowed), sign(signer))
+
+
+def test_a_role_may_be_asked_for_besides(authority: Authority, signer: RSAPrivateKey) -> None:
+    tokens = verifier(authority, roles=["Chat.Ask", "Chat.Admin"])
+    for roles in (["Chat.Ask"], ["other", "Chat.Admin"]):
+        assert verify(tokens, sign(signer, claims(roles=roles))) == f"entra:{OBJECT}"
+    for wrong in (None, [], ["chat.ask"], "Chat.Ask", [{"Chat.Ask": 1}]):
+        with pytest.raises(Forbidden, match=f"oid {OBJECT} has none of the roles"):
+            verify(tokens, sign(signer, claims(roles=wrong)))
+    # A role does not replace the list.
+    with pytest.raises(Forbidden, match="is not among"):
+        verify(
+            verifier(authority, allowed=[], roles=["Chat.Ask"]),
+            sign(signer, claims(roles=["Chat.Ask"])),
+        )
+
+
+def test_keys_on_this_machine_are_an_authoritys_on_this_machine_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    document = {"issuer": V1, "jwks_uri": ""}
+    asked: list[str] = []
+
+    def read(url: str) -> dict[str, Any]:
+        asked.append(url)
+        return document
+
+    monkeypatch.setattr("serving.access.jwks._read_json", read)
+    for address in ("http://127.0.0.1:9/keys", "http://localhost/keys", "https://[::1]/keys"):
+        document["jwks_uri"] = address
+        with pytest.raises(ValueError, match="names an address of this machine"):
+            fetch("https://login.example/openid-configuration")
+    assert asked == ["https://login.example/openid-configuration"] * 3
 
 
 def test_audiences_are_the_operators_choice(authority: Authority, signer: RSAPrivateKey) -> None:

@@ -1,5 +1,6 @@
 """Keys in a file, and how a server follows it."""
 
+import errno
 import json
 import os
 import threading
@@ -9,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mixtral_jax.cli.main import app
-from serving.access.keyring import RELOAD_SECONDS, KeyFile, Keyring
+from serving.access.key_file import KeyFile, StoredKey
+from serving.access.keyring import RELOAD_SECONDS, Keyring, check_key
 
 
 class Clock:
@@ -25,6 +27,12 @@ def file(tmp_path: Path) -> KeyFile:
     return KeyFile(tmp_path / "settings" / "keys.json")
 
 
+def names(ring: Keyring, *keys: str) -> list[str | None]:
+    """The callers that these keys belong to."""
+    callers = [ring.find(key) for key in keys]
+    return [None if caller is None else caller.name for caller in callers]
+
+
 def test_a_key_is_random_and_only_its_digest_is_kept(file: KeyFile) -> None:
     one, other = file.add("alice"), file.add("bob")
     assert len(one) == len(other) == 32 and one != other
@@ -32,8 +40,16 @@ def test_a_key_is_random_and_only_its_digest_is_kept(file: KeyFile) -> None:
     assert file.path.stat().st_mode & 0o777 == 0o600
     assert [key.name for key in file.read()] == ["alice", "bob"]
     ring = Keyring({}, file)
-    assert [ring.find(key) for key in (one, other)] == ["alice", "bob"]
-    for wrong in ("", one[:-1], one + "0", one.upper(), "alice", file.read()[0].sha256, "\xe9"):
+    assert names(ring, one, other) == ["alice", "bob"]
+    for wrong in (
+        "",
+        one[:-1],
+        one + "0",
+        one.upper(),
+        "alice",
+        file.read()[0].digests[0].sha256,
+        "\xe9",
+    ):
         assert ring.find(wrong) is None
     file.remove("alice")
     assert [key.name for key in file.read()] == ["bob"]
@@ -44,7 +60,7 @@ def test_the_digest_is_sha256(file: KeyFile) -> None:
     """`printf secret | sha256sum`, so that a key can be put there by other means."""
     digest = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"
     write(file, {"keys": [{"name": "alice", "sha256": digest, "created": "2026-01-01"}]})
-    assert Keyring({}, file).find("secret") == "alice"
+    assert names(Keyring({}, file), "secret") == ["alice"]
 
 
 @pytest.mark.parametrize("name", ["", "default", "gateway", "anonymous", "entra:x", "a b", "-a"])
@@ -58,7 +74,7 @@ def test_a_name_is_given_once_and_taken_away_once(file: KeyFile) -> None:
     key = file.add("alice")
     with pytest.raises(ValueError, match="has a key 'alice'"):
         file.add("alice")
-    assert Keyring({}, file).find(key) == "alice"
+    assert names(Keyring({}, file), key) == ["alice"]
     with pytest.raises(ValueError, match="no key 'bob'; its keys: alice"):
         file.remove("bob")
 
@@ -79,9 +95,9 @@ def test_a_keyring_follows_its_file(file: KeyFile) -> None:
     ring = Keyring({"default": "fixed"}, file, clock)
     new = file.add("new")
     file.remove("old")
-    assert [ring.find(key) for key in ("fixed", old, new)] == ["default", "old", None]
+    assert names(ring, "fixed", old, new) == ["default", "old", None]
     clock.now += RELOAD_SECONDS
-    assert [ring.find(key) for key in ("fixed", old, new)] == ["default", None, "new"]
+    assert names(ring, "fixed", old, new) == ["default", None, "new"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"keys": [1]}', '{"keys": [{}]}', None])
@@ -97,13 +113,55 @@ def test_a_broken_file_keeps_the_old_keys_and_is_told_once(
         file.path.write_text(content)
     for _ in range(3):
         clock.now += RELOAD_SECONDS
-        assert ring.find(key) == "alice"
+        assert names(ring, key) == ["alice"]
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert str(file.path) in caplog.text
     file.path.unlink(missing_ok=True)
     other = file.add("bob")
     clock.now += RELOAD_SECONDS
-    assert [ring.find(k) for k in (key, other)] == [None, "bob"]
+    assert names(ring, key, other) == [None, "bob"]
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_read_that_fails_is_tried_again_each_second(
+    file: KeyFile, error: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    alice, bob = file.add("alice"), file.add("bob")
+    ring = Keyring({}, file, clock)
+    file.remove("alice")
+    reads = 0
+
+    def fail() -> list[StoredKey]:
+        nonlocal reads
+        reads += 1
+        raise OSError(error, os.strerror(error))
+
+    caplog.set_level("INFO")
+    with monkeypatch.context() as broken:
+        broken.setattr(file, "read", fail)
+        for seconds in range(1, 6):
+            clock.now += RELOAD_SECONDS
+            assert names(ring, alice, bob) == ["alice", "bob"]
+            assert (reads, ring.reload_failed) == (seconds, True)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    clock.now += RELOAD_SECONDS
+    assert names(ring, alice, bob) == [None, "bob"]
+    assert not ring.reload_failed
+    assert "1 keys, 0 of operators, 0 expired" in caplog.text
+
+
+def test_a_file_that_comes_back_unchanged_is_read_again(file: KeyFile) -> None:
+    clock = Clock()
+    key = file.add("alice")
+    ring = Keyring({}, file, clock)
+    away = file.path.with_suffix(".away")
+    file.path.rename(away)
+    clock.now += RELOAD_SECONDS
+    assert names(ring, key) == ["alice"] and ring.reload_failed
+    away.rename(file.path)
+    clock.now += RELOAD_SECONDS
+    assert names(ring, key) == ["alice"] and not ring.reload_failed
 
 
 def test_entries_that_are_not_as_written_here(file: KeyFile) -> None:
@@ -141,6 +199,14 @@ def test_a_link_stays_a_link(file: KeyFile, tmp_path: Path) -> None:
 def test_keys_that_no_header_could_carry_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match="visible ASCII"):
         Keyring({"default": key})
+    with pytest.raises(ValueError, match="visible ASCII"):
+        check_key(key, "MIXTRAL_JAX_API_KEY")
+
+
+def test_keys_of_the_environment_that_can_be_guessed_are_refused() -> None:
+    with pytest.raises(ValueError, match="MIXTRAL_JAX_API_KEY .* 15 characters .*openssl rand"):
+        check_key("k" * 15, "MIXTRAL_JAX_API_KEY")
+    check_key("k" * 16, "MIXTRAL_JAX_API_KEY")
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +215,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     added = run.invoke(app, ["keys", "add", "alice"])
     key = added.stdout.strip()
     ring = Keyring({}, KeyFile(tmp_path / "mixtral-jax" / "keys.json"))
-    assert ring.find(key) == "alice"
+    assert names(ring, key) == ["alice"]
     elsewhere = ["--file", str(tmp_path / "mine.json")]
     assert run.invoke(app, ["keys", "add", "bob", *elsewhere]).exit_code == 0
     assert run.invoke(app, ["keys", "list", *elsewhere]).stdout.startswith("bob\t20")

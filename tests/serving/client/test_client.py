@@ -242,7 +242,7 @@ def test_errors_are_those_of_the_tree(running: Running, client: Client) -> None:
         client.complete(HELLO, max_tokens=400, ignore_eos=True, timeout=0.1)
     with pytest.raises(RequestTooLarge, match="larger than max"):
         client.complete("a" * (9 * 2**20))
-    with pytest.raises(Forbidden, match="Drain is for the operator"):
+    with pytest.raises(Forbidden, match="Drain is for the operators' keys"):
         client.drain()
     with Client("127.0.0.1:1", key="user") as other, pytest.raises(Unavailable):
         other.info()

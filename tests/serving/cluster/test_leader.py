@@ -24,6 +24,7 @@ from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 from tests.support.servers import free_ports
 
 PATIENCE = 20.0
+KEY = "the-key-of-a-group"
 FACTS = {"--dtype": "float32", "jax": "1"}
 LIMITS = Limits(
     num_pages=100,
@@ -201,7 +202,11 @@ def test_a_follower_tells_that_nobody_is_there() -> None:
         ({"count": 3}, {}, "--num-processes is 3 there and 2 in process 0"),
         ({}, {"--dtype": "int8"}, "--dtype is int8 in process 1 and float32 in process 0"),
         ({}, {"--mesh": "auto"}, "--mesh is auto in process 1 and not given in process 0"),
-        ({"group_key": "other"}, {}, "the key of this process is not that of process 0"),
+        (
+            {"group_key": "another-group-key"},
+            {},
+            "the key of this process is not that of process 0",
+        ),
         ({"group_key": None}, {}, "the key of this process is not that of process 0"),
     ],
 )
@@ -209,8 +214,8 @@ def test_who_differs_is_refused(
     changes: dict[str, Any], facts: dict[str, str], message: str
 ) -> None:
     port, _ = free_ports(2)
-    with leading(rank(0, port, group_key="secret")) as (leader, log):
-        one = follower(rank(1, port, **{"group_key": "secret", **changes}), Log(), **facts)
+    with leading(rank(0, port, group_key=KEY)) as (leader, log):
+        one = follower(rank(1, port, **{"group_key": KEY, **changes}), Log(), **facts)
         with pytest.raises(GroupError, match=message):
             one.join()
         assert not log.lost
@@ -328,6 +333,7 @@ def of_flags(
         (("127.0.0.1:65535", 2, 0, None), "the port after it is free too"),
         (("host-0:1234", 2, 0, None), "MIXTRAL_JAX_GROUP_KEY is not set"),
         (("host-0:1234", 2, 0, None, "two words"), "MIXTRAL_JAX_GROUP_KEY cannot be used"),
+        (("host-0:1234", 2, 0, None, "k" * 15), "MIXTRAL_JAX_GROUP_KEY .*15 characters"),
     ],
 )
 def test_flags_that_make_no_sense(flags: tuple[Any, ...], message: str) -> None:
@@ -338,17 +344,17 @@ def test_flags_that_make_no_sense(flags: tuple[Any, ...], message: str) -> None:
 def test_flags_that_do() -> None:
     assert of_flags() is None
     assert of_flags("host-0:1234", 1, 0) is None  # alone
-    one = of_flags("host-0:1234", 4, 3, 10.0, "secret")
+    one = of_flags("host-0:1234", 4, 3, 10.0, KEY)
     assert one == Rank(
         coordinator="host-0:1234",
         num_processes=4,
         process_id=3,
         coordinator_timeout=10.0,
-        group_key="secret",
+        group_key=KEY,
     )
     assert (one.host, one.port) == ("host-0", 1234)
     assert (one.coordinator, one.target, one.is_leader) == ("host-0:1234", "host-0:1235", False)
-    assert "secret" not in repr(one)
+    assert KEY not in repr(one)
     local = of_flags("[::1]:1234", 2, 0)
     assert local is not None and local.is_local and local.target == "[::1]:1235"
 

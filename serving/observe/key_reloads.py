@@ -1,0 +1,20 @@
+"""The figure that shows whether a server follows its file of keys."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Gauge
+
+
+def report_failed_reload(registry: CollectorRegistry, has_failed: Callable[[], bool]) -> None:
+    """Adds the gauge `mixtral_keys_reload_failed` to the metrics of a process.
+
+    Args:
+        registry: The metrics of the process.
+        has_failed: Returns True while older keys are in use, because the file cannot be read.
+    """
+    gauge = Gauge(
+        "mixtral_keys_reload_failed",
+        "1 while the file of keys cannot be read again, and a removed key still opens; else 0.",
+        registry=registry,
+    )
+    gauge.set_function(lambda: float(has_failed()))
