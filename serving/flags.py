@@ -166,6 +166,18 @@ _ENGINE = _panel(
     Flag("prefix_reuse", bool, True, "Compute every prompt from its beginning."),
     Flag("deterministic", bool, False, "Answer equal requests equally, whatever runs beside them."),
 )
+_PROMPTS = _panel(
+    "Engine",
+    Flag(
+        "max_bytes_per_token",
+        int,
+        16,
+        "Most bytes of a prompt for each token of the context; a prompt of more is refused before "
+        "it is tokenized.",
+        "BYTES",
+        min=1,
+    ),
+)
 _GROUP = _panel(
     "Several hosts",
     Flag(
@@ -319,7 +331,7 @@ _UPSTREAM = _panel(
 
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
-    *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, _STEP_TIMEOUT, *_GROUP),
+    *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
     *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS, _USAGE_DB),
     *(*_ACCOUNTING, *_ACCESS),
 )
@@ -345,7 +357,8 @@ GATEWAY = (
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
-    *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, _STEP_TIMEOUT, *_GROUP),
+    *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
+    *(*_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
     *_panel(
         "Monitoring",
         replace(_METRICS_PORT, min=1, help="Port of 127.0.0.1 for Prometheus; default: none."),

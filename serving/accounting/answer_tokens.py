@@ -16,7 +16,7 @@ class AnswerTokens:
         prompt_tokens: Tokens of the rendered prompt; 0 until the service has sent the number.
         completion_tokens: Tokens generated so far, of all choices.
         finish_reasons: `stop` or `length` of each choice that has ended, in that order.
-        first_at: The clock at the first chunk; None before.
+        first_at: The clock at the first token; None before.
         texts: The text of each choice by its number, if they are kept: set it to {} for that.
     """
 
@@ -30,7 +30,7 @@ class AnswerTokens:
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
         """Counts the next chunk."""
-        if self.first_at is None:
+        if self.first_at is None and chunk.token_ids:
             self.first_at = self._clock()
         if chunk.HasField("prompt_tokens"):
             self.prompt_tokens = chunk.prompt_tokens

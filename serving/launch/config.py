@@ -15,6 +15,8 @@ class ServiceConfig:
     """Port of 127.0.0.1 for Prometheus; None: no metrics are served."""
     otlp_endpoint: str | None
     """URL of the collector that traces are sent to."""
+    max_bytes_per_token: int
+    """Most bytes of a prompt's text for each token of the context."""
     log_format: str
     """One of serving.observe.logs.FORMATS."""
     drain_delay: float = 0.0

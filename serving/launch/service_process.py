@@ -99,11 +99,14 @@ def _lead(
         port = serve_metrics(metrics.registry, service.metrics_port)
         _say(f"metrics on http://127.0.0.1:{port}/metrics")
     leader = None if rank is None else _gathered(engine, rank, pretrained)
-    worker, inference = _build(engine, pretrained, metrics, traces, leader)
+    worker, inference = _build(
+        engine, pretrained, metrics, traces, leader, service.max_bytes_per_token
+    )
     worker.start()
     try:
         address = join_address(access.host, service.port)
-        server = _Server(worker, inference, leader, service)
+        max_calls = engine.max_waiting + engine.max_sequences
+        server = _Server(worker, inference, leader, service, max_calls)
         fields = CallerFields(access.gateway_key, share_prefixes=accounting.share_prefixes)
         asyncio.run(server.run(address, door, tls, fields))
     finally:
@@ -141,6 +144,7 @@ def _build(
     metrics: Metrics,
     traces: Traces,
     leader: Leader | None,
+    bytes_per_token: int,
 ) -> tuple[EngineWorker, InferenceService]:
     """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service."""
     tokenizer = pretrained.tokenizer  # before the weights: without one, nothing can be served
@@ -166,7 +170,8 @@ def _build(
         vocab_size=card.model.vocab_size,
     )
     worker = EngineWorker(engine, metrics, explain)
-    inference = InferenceService(worker, tokenizer, info, Calls(metrics, traces))
+    calls = Calls(metrics, traces)
+    inference = InferenceService(worker, tokenizer, info, calls, bytes_per_token)
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value)
     return worker, inference
@@ -181,11 +186,13 @@ class _Server:
         inference: InferenceService,
         leader: Leader | None,
         config: ServiceConfig,
+        max_calls: int,
     ) -> None:
         self._worker = worker
         self._inference = inference
         self._leader = leader
         self._config = config
+        self._max_calls = max_calls
 
     async def run(
         self, address: str, access: Access, tls: ServerTls | None, fields: CallerFields
@@ -193,7 +200,7 @@ class _Server:
         """Serves at `address`; returns when running answers have finished or their time is up."""
         try:
             server, port, checks = await create_server(
-                address, self._inference, access, tls, fields
+                address, self._inference, access, tls, fields, self._max_calls
             )
         except OSError as error:
             raise SetupError(str(error)) from None

@@ -1,10 +1,10 @@
-"""Text of one choice: its tokens become text, as far as it is certain, in chunks of a stream."""
+"""Text of an answer: the tokens of each choice become text, as far as it is certain, in chunks."""
 
 from collections.abc import Sequence
 
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.proto import inference_pb2 as pb
-from serving.scheduling.request import Drawn, Event, FinishReason
+from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.service.stop_texts import StopTexts
 
 _FINISH = {
@@ -13,20 +13,72 @@ _FINISH = {
 }
 
 
+class AnswerText:
+    """Turns the events of one request into the chunks of its stream.
+
+    Args:
+        request: The request.
+        tokenizer: That of the model.
+        stop: The texts that end a choice.
+        continues: Whether the answer continues the prompt's text.
+    """
+
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool
+    ) -> None:
+        stops = tuple(stop)  # one for all choices: it may be long
+        self._choices = [
+            Choice(index, tokenizer, stops, continues=continues) for index in range(request.n)
+        ]
+        self._usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
+
+    @property
+    def has_ended(self) -> bool:
+        """True when every choice has ended."""
+        return all(choice.has_ended for choice in self._choices)
+
+    def reason(self, index: int) -> FinishReason | None:
+        """Returns why a choice has ended; None while it goes on."""
+        return self._choices[index].reason
+
+    def opening(self) -> pb.GenerateChunk:
+        """Returns the first chunk of the stream, which tells the size of the prompt."""
+        return pb.GenerateChunk(prompt_tokens=self._usage.prompt_tokens)
+
+    def push(self, event: Event) -> pb.GenerateChunk | None:
+        """Returns the chunk that an event adds, or None. Push no event of a choice that has ended.
+
+        The last chunk of the last choice carries the usage.
+        """
+        self._usage.cached_tokens = max(self._usage.cached_tokens, event.cached)
+        if event.drawn is None:
+            return pb.GenerateChunk(choice=event.choice, computed_tokens=event.computed)
+        self._usage.completion_tokens += 1
+        chunk = self._choices[event.choice].push(event)
+        if chunk is not None and self.has_ended:
+            chunk.usage.CopyFrom(self._usage)
+        return chunk
+
+
 class Choice:
     """Turns the events of one choice into chunks. Tokens wait until their text is certain."""
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool
     ) -> None:
-        self.has_ended = False
+        self.reason: FinishReason | None = None  # why it ended
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(continues=continues)
         self._stops = StopTexts(stop)
         self._chunk = pb.GenerateChunk(choice=index)
 
+    @property
+    def has_ended(self) -> bool:
+        """True after the event, or the stop text, that ended it."""
+        return self.reason is not None
+
     def push(self, event: Event) -> pb.GenerateChunk | None:
-        """Returns the chunk that the event adds to the stream, or None. Sets `has_ended`.
+        """Returns the chunk that a token adds to the stream, or None. Sets `reason`.
 
         A stop text ends a choice while the engine still computes it: push no later event of it.
         """
@@ -39,7 +91,7 @@ class Choice:
         if self._stops.stopped:
             reason = FinishReason.STOP
         if reason is not None:
-            self.has_ended = True
+            self.reason = reason
             self._chunk.finish_reason = _FINISH[reason]
         elif not text:
             return None

@@ -19,6 +19,7 @@ from serving.access.credentials import Access
 from serving.accounting.caller_fields import CallerFields, refuse_caller_fields
 from serving.errors import Forbidden, ServingError
 from serving.proto import inference_pb2 as pb
+from serving.service.call_log import LoggedDetails
 from serving.service.refusal import abort
 
 GENERATE = "/mixtral.v1.Inference/Generate"
@@ -55,6 +56,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         metadata = {key: str(value) for key, value in details.invocation_metadata or ()}
         try:
             caller = await self._access.admit(metadata)
+            if isinstance(details, LoggedDetails):
+                details.line.caller = caller.name
             if details.method in self._operators_only and not caller.is_operator:
                 raise Forbidden(f"{details.method} is for the operators' keys")
         except ServingError as error:
@@ -88,26 +91,18 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _refusal(handler: grpc.RpcMethodHandler, error: ServingError) -> grpc.RpcMethodHandler:
-    """Returns a handler of the same kind that ends every call with that error."""
+    """Returns a handler that ends every call with that error, before a message of it is read."""
 
-    async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
+    async def refuse(requests: object, context: grpc.aio.ServicerContext) -> None:
         await abort(context, error)
 
     async def refuse_stream(
-        request: object, context: grpc.aio.ServicerContext
+        requests: object, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[None]:
-        await refuse(request, context)
+        await refuse(requests, context)
         yield
 
-    kinds = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, refuse),
-        (False, True): (grpc.unary_stream_rpc_method_handler, refuse_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, refuse),
-        (True, True): (grpc.stream_stream_rpc_method_handler, refuse_stream),
-    }
-    make, behaviour = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
-    return make(
-        behaviour,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+    # A handler that takes a stream of requests begins before the first of them has come.
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(refuse_stream)
+    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -3,44 +3,70 @@
 Tokenize and Detokenize are answered here too, because they are that rendering and its inverse.
 """
 
+import logging
 import secrets
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from google.protobuf.message import Message as ProtoMessage
 
 from mixtral_jax.errors import ChatError, SamplingError
 from mixtral_jax.sampling_params import MAX_BIASES, MAX_LOGIT_BIAS, SamplingFields, SamplingParams
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest
+from serving.errors import InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Priority, Request
+from serving.service.bounds import MAX_STOP_IDS, Bounds
 
-# The queue counts a request once however many choices it has, so their number is limited.
-MAX_CHOICES = 16
-# Before min_tokens the ids that end a choice are biased too, so their number is limited.
-MAX_STOP_IDS = 16
-# Bytes of the gateway's salt, a SHA-256.
-MAX_SALT = 32
+# Text has three to five bytes for each token of a large vocabulary, and runs of spaces have more.
+BYTES_PER_TOKEN = 16
 _NO_LIMIT = 2**31
+_log = logging.getLogger(__name__)
 
 
 class Translator:
-    """Translates for one model. Thread-safe."""
+    """Translates for one model. Thread-safe.
 
-    def __init__(self, tokenizer: Tokenizer, info: pb.ModelInfo) -> None:
+    Args:
+        tokenizer: That of the model.
+        info: The model's sizes.
+        bytes_per_token: Most bytes of a prompt for each token of the context. A prompt of more is
+            refused before it is tokenized, because to tokenize it would take seconds.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, info: pb.ModelInfo, bytes_per_token: int = BYTES_PER_TOKEN
+    ) -> None:
         assert MAX_LOGIT_BIAS + MAX_STOP_IDS + len(tokenizer.eos_ids) <= MAX_BIASES
         self._tokenizer = tokenizer
         self._info = info
-        pieces = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
-        # A text of more bytes never fits the context. Encoding it to find out would take seconds.
-        self._max_bytes = info.max_context * max(map(len, pieces))
+        longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+        # Text of more bytes than the longest piece has for each token never fits.
+        prompt_bytes = info.max_context * min(longest, bytes_per_token)
+        self._bounds = Bounds(info.max_context, prompt_bytes)
 
-    def request(self, message: pb.GenerateRequest, seconds: float | None) -> Request:
-        """Returns the engine's request; `seconds` from now it must be answered, None for no limit.
+    def check(self, message: ProtoMessage) -> None:
+        """Raises InvalidRequest naming the field that is too large; quick enough for a loop.
+
+        The other methods do it first. A service does it before it has a thread for them.
+        """
+        self._bounds.check(message)
+        match message:
+            case pb.GenerateRequest():
+                self._check_chat(message.chat)
+            case pb.TokenizeRequest():
+                self._check_chat(message.chat)
+
+    def request(self, message: pb.GenerateRequest, deadline: float | None) -> Request:
+        """Returns the engine's request.
 
         Raises InvalidRequest naming the field.
+
+        Args:
+            message: The request of the wire.
+            deadline: The time.monotonic() by which it must be answered; None for no limit.
         """
-        deadline = None if seconds is None else time.monotonic() + seconds
+        self.check(message)
         max_tokens = message.max_tokens if message.HasField("max_tokens") else _NO_LIMIT
         n = message.n if message.HasField("n") else 1
         if max_tokens < 1:
@@ -50,18 +76,9 @@ class Translator:
                 f"min_tokens is {message.min_tokens}; it must be within 0 and max_tokens, "
                 f"which is {max_tokens}"
             )
-        _check("n", n, 1, MAX_CHOICES)
         if "" in message.stop:
             raise InvalidParameter("stop holds an empty text; leave it out")
-        if len(message.stop_token_ids) > MAX_STOP_IDS:
-            raise InvalidParameter(
-                f"stop_token_ids has {len(message.stop_token_ids)} ids; give at most {MAX_STOP_IDS}"
-            )
         self._check_ids("stop_token_ids", message.stop_token_ids)
-        if len(message.cache_salt) > MAX_SALT:
-            raise InvalidParameter(
-                f"cache_salt has {len(message.cache_salt)} bytes; give at most {MAX_SALT}"
-            )
         sampling = self._sampling(message)
         ends = frozenset() if message.ignore_eos else self._tokenizer.eos_ids
         return Request(
@@ -81,6 +98,7 @@ class Translator:
 
     def tokens(self, message: pb.TokenizeRequest) -> pb.Tokens:
         """Returns the ids of a chat or a text, and the bytes of each. Raises InvalidRequest."""
+        self.check(message)
         match message.WhichOneof("input"):
             case "chat":
                 ids = self._chat_ids(message.chat)
@@ -92,6 +110,7 @@ class Translator:
 
     def text(self, message: pb.DetokenizeRequest) -> pb.Text:
         """Returns the text of ids. Raises InvalidParameter."""
+        self.check(message)
         self._check_ids("ids", message.ids)
         return pb.Text(text=self._tokenizer.decode(message.ids))
 
@@ -157,22 +176,31 @@ class Translator:
 
     def _chat_ids(self, chat: pb.Chat) -> list[int]:
         messages: list[Message] = [{"role": m.role, "content": m.content} for m in chat.messages]
-        self._check_size("the messages have", sum(len(m["content"].encode()) for m in messages))
-        try:
-            return self._tokenizer.chat(messages, continue_last=chat.continue_last)
-        except ChatError as error:
-            raise InvalidRequest(str(error)) from None
+        return self._rendered(
+            lambda: self._tokenizer.chat(messages, continue_last=chat.continue_last)
+        )
 
     def _text_ids(self, text: str) -> list[int]:
-        self._check_size("the text has", len(text.encode()))
-        return self._tokenizer.encode(text)
+        return self._rendered(lambda: self._tokenizer.encode(text))
 
-    def _check_size(self, what: str, size: int) -> None:
-        if size > self._max_bytes:
-            raise ContextTooLong(
-                f"{what} {size:,} bytes; the {self._info.max_context:,} tokens of this server's "
-                "context cannot hold so many: shorten what you send"
-            )
+    def _rendered(self, render: Callable[[], list[int]]) -> list[int]:
+        """Returns what a tokenizer makes of a prompt.
+
+        Raises InvalidRequest for whatever the tokenizer raises: it ends this request alone.
+        """
+        try:
+            return render()
+        except ChatError as error:
+            raise InvalidRequest(str(error)) from None
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # a panic of a tokenizer in Rust is no Exception
+            _log.exception("the tokenizer failed")
+            raise InvalidRequest("the model's tokenizer cannot read this prompt") from None
+
+    def _check_chat(self, chat: pb.Chat) -> None:
+        size = sum(len(message.content.encode()) for message in chat.messages)
+        self._bounds.check_prompt("the messages have", size)
 
 
 def _priority(priority: pb.Priority) -> Priority:
@@ -183,9 +211,3 @@ def _priority(priority: pb.Priority) -> Priority:
         case pb.PRIORITY_BATCH:
             return Priority.BATCH
     raise InvalidParameter(f"priority is {priority}; give PRIORITY_INTERACTIVE or PRIORITY_BATCH")
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    # Rounded: as a float of the wire, 0.01 is a little less than 0.01. NaN is refused.
-    if not low <= round(value, 6) <= high:
-        raise InvalidParameter(f"{name} is {value:g}; it must be within {low:g} and {high:g}")

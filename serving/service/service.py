@@ -5,29 +5,33 @@ choices become text, which stop texts may end (choice_text.py).
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import TypeVar
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
 from serving.access.tls import ServerTls
 from serving.accounting.caller_fields import CallerFields
 from serving.engine.worker import EngineWorker
-from serving.errors import ServingError
+from serving.errors import EngineFailure, ServingError
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
-from serving.scheduling.request import FinishReason
+from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
-from serving.service.choice_text import Choice
+from serving.service.choice_text import AnswerText
+from serving.service.health_checks import MAX_WATCHES, HealthChecks
 from serving.service.interceptor import AccessInterceptor
-from serving.service.read_request import Translator
+from serving.service.read_request import BYTES_PER_TOKEN, Translator
 from serving.service.reflection import add_reflection
 from serving.service.refusal import abort
+from serving.service.turns import Turns
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _OPTIONS = (
@@ -35,8 +39,8 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     # Tokens of users who are in many groups are longer than the default allows.
     ("grpc.max_metadata_size", 32 * 2**10),
-    # Twice the size that the gateway accepts of a body.
-    ("grpc.max_receive_message_length", 8 * 2**20),
+    # A little more than the gateway accepts of a body. The parser works on the event loop.
+    ("grpc.max_receive_message_length", 5 * 2**20),
     # A client whose machine is lost closes no connection, so the server pings.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -48,12 +52,24 @@ _OPTIONS = (
     # next request fails.
     ("grpc.http2.max_ping_strikes", 0),
 )
-_Request = TypeVar("_Request")
-_Answer = TypeVar("_Answer")
+# Calls that a connection may have beyond what the engine can hold, so that a gateway's calls come
+# here to be refused, instead of waiting in its connection.
+_SPARE_CALLS = 100
+# Connections that may be full of calls at the same time.
+_FULL_CONNECTIONS = 4
+_log = logging.getLogger(__name__)
 
 
 class InferenceService(rpc.InferenceServicer):
-    """Answers `mixtral.v1.Inference`."""
+    """Answers `mixtral.v1.Inference`.
+
+    Args:
+        worker: Computes.
+        tokenizer: That of the model.
+        info: The model's name and sizes.
+        calls: Records the calls.
+        bytes_per_token: Most bytes of a prompt for each token of the context.
+    """
 
     def __init__(
         self,
@@ -61,12 +77,14 @@ class InferenceService(rpc.InferenceServicer):
         tokenizer: Tokenizer,
         info: pb.ModelInfo,
         calls: Calls | None = None,
+        bytes_per_token: int = BYTES_PER_TOKEN,
     ) -> None:
         self._calls = calls or Calls()
         self._worker = worker
         self._tokenizer = tokenizer
         self._info = info
-        self._translator = Translator(tokenizer, info)
+        self._translator = Translator(tokenizer, info, bytes_per_token)
+        self._tokenizing = Turns()
         self.was_told_to_end = asyncio.Event()  # by Drain
 
     async def GetModelInfo(
@@ -85,9 +103,10 @@ class InferenceService(rpc.InferenceServicer):
             async with aclosing(self._generate(request, context.time_remaining(), call)) as chunks:
                 async for chunk in chunks:
                     yield chunk
-        except ServingError as error:
-            call.fail(error)
-            await abort(context, error)
+        except Exception as error:
+            failure = _failure(error)
+            call.fail(failure)
+            await abort(context, failure)
         finally:
             call.close()
 
@@ -95,13 +114,24 @@ class InferenceService(rpc.InferenceServicer):
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.Tokens:
         """Returns the token ids that Generate would read."""
-        return await _answer(self._translator.tokens, request, context)
+        try:
+            self._translator.check(request)
+            work = partial(self._translator.tokens, request)
+            # The caller of these short calls is told by its address.
+            return await self._tokenizing.run(_host_of(context), work)
+        except Exception as error:
+            await abort(context, _failure(error))
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.Text:
         """Returns the text that Generate would write for token ids."""
-        return await _answer(self._translator.text, request, context)
+        try:
+            self._translator.check(request)
+            # Not in the threads that tokenize: it takes milliseconds.
+            return await asyncio.to_thread(self._translator.text, request)
+        except Exception as error:
+            await abort(context, _failure(error))
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
@@ -115,47 +145,42 @@ class InferenceService(rpc.InferenceServicer):
     async def _generate(
         self, message: pb.GenerateRequest, seconds: float | None, call: Call
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        deadline = None if seconds is None else time.monotonic() + seconds
+        self._translator.check(message)
         # In a thread: a template or a long prompt takes milliseconds, and other streams go on.
-        request = await asyncio.to_thread(self._translator.request, message, seconds)
+        work = partial(self._translator.request, message, deadline)
+        request = await self._tokenizing.run(message.caller, work)
         continues = message.WhichOneof("prompt") != "chat" or message.chat.continue_last
-        choices = [
-            Choice(index, self._tokenizer, message.stop, continues=continues)
-            for index in range(request.n)
-        ]
-        usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
-        is_first = True
+        answer = AnswerText(request, self._tokenizer, message.stop, continues=continues)
+        opening: pb.GenerateChunk | None = answer.opening()
         call.submitted(request)
         async with aclosing(self._worker.submit(request)) as events:
             async for event in events:
-                choice = choices[event.choice]
-                if choice.has_ended:  # by a stop text, which reaches the engine a little later
-                    continue
-                usage.completion_tokens += 1
-                call.note(event)
-                chunk = choice.push(event)
-                if choice.has_ended:
-                    call.ended(event.choice, event.finish_reason or FinishReason.STOP)
-                is_last = all(choice.has_ended for choice in choices)
+                if opening is not None:
+                    yield opening
+                    opening = None
+                if answer.reason(event.choice) is not None:
+                    continue  # by a stop text, which reaches the engine a little later
+                if event.drawn is not None:
+                    call.note(event)
+                chunk = answer.push(event)
+                if (reason := answer.reason(event.choice)) is not None:
+                    call.ended(event.choice, reason)
                 if chunk is not None:
-                    if is_first:
-                        chunk.prompt_tokens, is_first = usage.prompt_tokens, False
-                    if is_last:
-                        chunk.usage.CopyFrom(usage)
                     yield chunk
-                if is_last:
+                if answer.has_ended:
                     return  # which cancels what the engine still does
-                if choice.has_ended and event.finish_reason is None:
+                if reason is not None and event.finish_reason is None:
                     self._worker.end(request.id, event.choice)
 
 
-async def _answer(
-    work: Callable[[_Request], _Answer], request: _Request, context: grpc.aio.ServicerContext
-) -> _Answer:
-    """Returns `work(request)`, computed in a thread, or ends the call with its error."""
-    try:
-        return await asyncio.to_thread(work, request)
-    except ServingError as error:
-        await abort(context, error)
+def _failure(error: Exception) -> ServingError:
+    """Returns the error for a caller; of an exception that is a fault of ours, the log's number."""
+    if isinstance(error, ServingError):
+        return error
+    number = secrets.token_hex(4)
+    _log.error("call failed: %s", number, exc_info=error)
+    return EngineFailure(f"the call failed; the server's log has the reason under {number}")
 
 
 async def create_server(
@@ -164,18 +189,22 @@ async def create_server(
     access: Access,
     tls: ServerTls | None = None,
     fields: CallerFields | None = None,
-) -> tuple[grpc.aio.Server, int, HealthServicer]:
+    max_calls: int = 256,
+) -> tuple[grpc.aio.Server, int, HealthChecks]:
     """A started server on `address` (port 0 chooses one): (server, port, health), SERVING.
 
-    `fields` writes who asks into the calls of those who ask it directly. Raises OSError if the
-    address is taken.
+    `fields` writes who asks into the calls of those who ask it directly. `max_calls` is the number
+    of requests that the engine can hold: a connection may have 100 calls more. Raises OSError if
+    the address is taken.
     """
+    streams = max_calls + _SPARE_CALLS
     server = grpc.aio.server(
-        interceptors=[AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"}, fields)],
-        options=_OPTIONS,
+        interceptors=[CallLog(AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"}, fields))],
+        options=[*_OPTIONS, ("grpc.max_concurrent_streams", streams)],
+        maximum_concurrent_rpcs=streams * _FULL_CONNECTIONS + MAX_WATCHES,
     )
     rpc.add_InferenceServicer_to_server(service, server)
-    checks = HealthServicer()
+    checks = HealthChecks()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     add_reflection((SERVICE_NAME, health.SERVICE_NAME), server)
     try:
@@ -190,7 +219,12 @@ async def create_server(
     return server, port, checks
 
 
-async def set_serving(checks: HealthServicer, serving: bool) -> None:
+def _host_of(context: grpc.aio.ServicerContext) -> str:
+    """Returns the address of a call's sender without its port."""
+    return (context.peer() or "").rpartition(":")[0]
+
+
+async def set_serving(checks: HealthChecks, serving: bool) -> None:
     """Sets the answer of grpc.health.v1 for the server as a whole and for Inference."""
     status = (
         health_pb2.HealthCheckResponse.SERVING

@@ -1,0 +1,165 @@
+"""The log of calls: a line for each gRPC call when it is over, refused ones included.
+
+A line has the method, caller, status, seconds, tokens and the caller's address, and never a text of
+a request or an answer. Health checks come several times a second and are not logged.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health
+
+from serving.errors import ERROR_METADATA
+from serving.observe.logs import fields
+from serving.proto import inference_pb2 as pb
+
+LOGGER = "serving.service.call_log"
+_STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+
+logger = logging.getLogger(LOGGER)
+
+
+@dataclass
+class CallLine:
+    """The figures of one call that its line in the log has."""
+
+    method: str
+    metadata: Sequence[tuple[str, str | bytes]] = ()
+    caller: str | None = None
+    """Name of the caller; None if nobody was let in."""
+    prompt_tokens: int | None = None
+    completion_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, chunk: object) -> None:
+        """Counts the tokens of a chunk of an answer; other messages have none."""
+        if isinstance(chunk, pb.GenerateChunk):
+            if chunk.HasField("prompt_tokens"):
+                self.prompt_tokens = chunk.prompt_tokens
+            self.completion_tokens += len(chunk.token_ids)
+            if chunk.HasField("usage"):
+                self.completion_tokens = chunk.usage.completion_tokens
+
+    def write(self, status: str, peer: str, error: str | None) -> None:
+        """Writes the line.
+
+        Args:
+            status: Name of the gRPC status.
+            peer: Address of the caller, as gRPC writes it.
+            error: Name of the error of serving/errors.py, if it ended with one.
+        """
+        request_id = next((value for key, value in self.metadata if key == "x-request-id"), None)
+        has_tokens = self.prompt_tokens is not None
+        level = logging.WARNING if status in ("INTERNAL", "UNKNOWN") else logging.INFO
+        line = fields(
+            id=None if request_id is None else str(request_id)[:100],
+            caller=self.caller,
+            method=self.method,
+            status=status,
+            error=error,
+            peer=peer,
+            seconds=round(time.monotonic() - self.started, 4),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens if has_tokens else None,
+        )
+        logger.log(level, "call", extra=line)
+
+
+@dataclass(frozen=True)
+class LoggedDetails:
+    """A call's details as the interceptor inside `CallLog` sees them, with the line to fill in."""
+
+    method: str
+    invocation_metadata: Sequence[tuple[str, str | bytes]]
+    line: CallLine
+
+
+class CallLog(grpc.aio.ServerInterceptor):
+    """Logs every call.
+
+    Args:
+        interceptor: Decides on the calls, and may write the caller into `LoggedDetails.line`; what
+            it refuses is logged too.
+    """
+
+    def __init__(self, interceptor: grpc.aio.ServerInterceptor) -> None:
+        self._interceptor = interceptor
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[Any], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Returns the method's handler in one that logs; None where there is no such method."""
+        method: str = handler_call_details.method
+        metadata: Any = handler_call_details.invocation_metadata or ()
+        line = CallLine(method, metadata)
+
+        async def proceed(details: object) -> Any:
+            return await continuation(handler_call_details)  # gRPC takes its own type alone
+
+        details: Any = LoggedDetails(method, metadata, line)
+        handler = await self._interceptor.intercept_service(proceed, details)
+        is_logged = handler is not None and not method.startswith(f"/{health.SERVICE_NAME}/")
+        return _logged(handler, line) if is_logged else handler
+
+
+def _logged(handler: Any, line: CallLine) -> Any:
+    """Returns a handler of the same kind that writes the line when its call is over."""
+
+    async def whole(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        with _writing(line, context, request):
+            return await (handler.stream_unary or handler.unary_unary)(request, context)
+
+    async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        answer = (handler.stream_stream or handler.unary_stream)(request, context)
+        with _writing(line, context, request):
+            async with aclosing(answer) as items:
+                async for item in items:
+                    line.add(item)
+                    yield item
+
+    kinds: dict[tuple[bool, bool], tuple[Callable[..., Any], Callable[..., Any]]] = {
+        (False, False): (grpc.unary_unary_rpc_method_handler, whole),
+        (False, True): (grpc.unary_stream_rpc_method_handler, stream),
+        (True, False): (grpc.stream_unary_rpc_method_handler, whole),
+        (True, True): (grpc.stream_stream_rpc_method_handler, stream),
+    }
+    make, behaviour = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
+    return make(
+        behaviour,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+@contextmanager
+def _writing(line: CallLine, context: grpc.aio.ServicerContext, request: object) -> Iterator[None]:
+    """Writes the line when the block ends, whatever its end is."""
+    status = None
+    peer = context.peer() or ""  # not at the end: gRPC may have freed the call by then
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit):
+        status = "CANCELLED"
+        raise
+    except BaseException:
+        status = _status_of(context) if _status_of(context) != "OK" else "UNKNOWN"
+        raise
+    finally:
+        if isinstance(request, pb.GenerateRequest) and request.caller:
+            line.caller = request.caller  # for whom the gateway asks
+        trailing: Any = context.trailing_metadata() or ()
+        error = next((str(value) for key, value in trailing if key == ERROR_METADATA), None)
+        line.write(status or _status_of(context), peer, error)
+
+
+def _status_of(context: grpc.aio.ServicerContext) -> str:
+    code: Any = context.code()  # a number, or the StatusCode that a handler has set
+    return code.name if isinstance(code, grpc.StatusCode) else _STATUS_NAMES.get(code, "OK")

@@ -1,0 +1,94 @@
+"""Callers take turns at the threads that tokenize."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from serving.service.turns import Turns
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_a_caller_with_much_work_leaves_a_thread_to_others() -> None:
+    """Alice's first two pieces stand still in two of three threads; her third waits, Bob's runs."""
+
+    async def run() -> None:
+        turns, gate, order = Turns(3), threading.Event(), []
+
+        def work(name: str) -> Callable[[], str]:
+            def held() -> str:
+                order.append(name)
+                gate.wait(10)
+                return name
+
+            return held
+
+        async with asyncio.timeout(10):
+            alice = [asyncio.create_task(turns.run("alice", work(f"a{i}"))) for i in range(4)]
+            await until(lambda: len(order) == 2)
+            assert await turns.run("bob", lambda: "at once") == "at once"
+            assert order == ["a0", "a1"]
+            gate.set()
+            assert await asyncio.gather(*alice) == ["a0", "a1", "a2", "a3"]
+
+    asyncio.run(run())
+
+
+def test_callers_take_turns() -> None:
+    """In one thread for each of two callers' next pieces: a, b, a, b, although a came first."""
+
+    async def run() -> None:
+        turns, gate, order = Turns(2), threading.Event(), []
+        async with asyncio.timeout(10):
+            holds = [
+                asyncio.create_task(turns.run(name, lambda: gate.wait(10))) for name in ("x", "y")
+            ]
+            await asyncio.sleep(0)
+            waiting = [
+                asyncio.create_task(turns.run(name[0], lambda name=name: order.append(name)))
+                for name in ("a1", "a2", "a3", "b1", "b2")
+            ]
+            await asyncio.sleep(0)
+            gate.set()
+            await asyncio.gather(*holds, *waiting)
+        assert [name for name in order if name in ("a1", "b1")] == ["a1", "b1"]
+        assert order.index("b1") < order.index("a3")
+
+    asyncio.run(run())
+
+
+def test_work_that_is_given_up_gives_its_thread_back() -> None:
+    async def run() -> None:
+        turns, gate = Turns(2), threading.Event()
+        async with asyncio.timeout(10):
+            begun = asyncio.create_task(turns.run("a", lambda: gate.wait(10)))
+            waiting = asyncio.create_task(turns.run("a", lambda: None))
+            await asyncio.sleep(0.01)
+            for task in (begun, waiting):
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            later = asyncio.create_task(turns.run("a", lambda: "done"))
+            await asyncio.sleep(0.01)
+            assert not later.done()  # the thread of the first one is still at work
+            gate.set()
+            assert await later == "done"
+            assert not turns._busy and not turns._waiting
+
+    asyncio.run(run())
+
+
+def test_what_work_raises_is_raised_to_its_caller_alone() -> None:
+    async def run() -> None:
+        turns = Turns(2)
+        with pytest.raises(ZeroDivisionError):
+            await turns.run("a", lambda: 1 / 0)
+        assert await turns.run("a", lambda: 2) == 2
+
+    asyncio.run(run())
