@@ -3,9 +3,14 @@
 A request goes to the partition with the fewest sequences and stays there, with all its choices,
 because their pages are there. Each partition has its own rows, pages, prefixes and queue, whose
 sizes are those of `limits`.
+
+A suspect is a request that may end the engine. In the steps in which something of a suspect is
+computed nothing else is, in any partition: if such a step fails, it is known whose fault it is. The
+suspects and all the others take turns, a step each.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 
 from serving.scheduling.request import Drawn, Event, Request
 from serving.scheduling.scheduler import Scheduler
@@ -23,12 +28,18 @@ class Partitions:
     def __init__(self, limits: Limits, count: int = 1) -> None:
         self.limits = limits
         self._schedulers = [Scheduler(limits) for _ in range(count)]
+        # Ids of suspects, and None for all other requests; the first has the next step.
+        self._turns = deque[str | None]([None])
+
+    def check_room(self, caller: str, choices: int = 1) -> None:
+        """Raises Overloaded if a request would not be queued; see `Scheduler.check_room`."""
+        self._emptiest().check_room(caller, choices)
 
     def add(self, request: Request) -> None:
         """Queues a request where the fewest sequences are; errors as of `Scheduler.add`."""
-        min(
-            self._schedulers, key=lambda scheduler: scheduler.num_running + scheduler.num_waiting
-        ).add(request)
+        self._emptiest().add(request)
+        if request.suspect:
+            self.suspect([request.id])
 
     def has_room(self, n: int, caller: str) -> bool:
         """Returns True if a partition would queue n choices; see `Scheduler.has_room`."""
@@ -43,9 +54,22 @@ class Partitions:
         """Ends every request whose deadline is before `now`; see `Scheduler.expire`."""
         return [event for scheduler in self._schedulers for event in scheduler.expire(now)]
 
-    def plan(self) -> tuple[StepPlan, ...]:
-        """Plans the next step of every partition; some of the plans may be empty."""
-        return tuple(scheduler.plan() for scheduler in self._schedulers)
+    def plan(self, without: Collection[str] = ()) -> tuple[StepPlan, ...]:
+        """Plans the next step of every partition; some of the plans may be empty, or all.
+
+        `without` has the ids of requests that sit the step out; see `Scheduler.plan`.
+        """
+        if len(self._turns) > 1:  # suspects that have ended are forgotten
+            self._turns = deque(turn for turn in self._turns if turn is None or self._has(turn))
+        suspects = [turn for turn in self._turns if turn is not None]
+        for _ in range(len(self._turns)):
+            turn = self._turns[0]
+            self._turns.rotate(-1)
+            held = without if turn is not None or not suspects else {*suspects, *without}
+            plans = tuple(scheduler.plan(held, only=turn) for scheduler in self._schedulers)
+            if any(plan.chunks for plan in plans):
+                break
+        return plans
 
     def commit(
         self, plans: Iterable[StepPlan], drawn: Iterable[Sequence[Drawn | None]]
@@ -56,6 +80,46 @@ class Partitions:
             if plan.chunks:
                 events += scheduler.commit(plan, tokens)
         return events
+
+    def withdraw(self, plans: Iterable[StepPlan]) -> frozenset[str]:
+        """Undoes the newest plans, whose step did not start; see `Scheduler.withdraw`."""
+        arrivals = frozenset[str]()
+        for scheduler, plan in zip(self._schedulers, plans, strict=True):
+            if plan.chunks:
+                arrivals |= scheduler.withdraw(plan)
+        return arrivals
+
+    def requeue_all(self) -> None:
+        """Sends every running sequence back to the queue; see `Scheduler.requeue_all`."""
+        for scheduler in self._schedulers:
+            scheduler.requeue_all()
+
+    def suspect(self, request_ids: Iterable[str]) -> None:
+        """Takes these requests for suspects, until they end or are trusted again."""
+        self._turns.extend(name for name in request_ids if name not in self._turns)
+
+    def trust(self, request_ids: Iterable[str]) -> None:
+        """Takes these requests for suspects no more."""
+        trusted = {*request_ids}
+        self._turns = deque(turn for turn in self._turns if turn not in trusted)
+
+    @property
+    def suspects(self) -> frozenset[str]:
+        """Ids of the requests that are computed alone."""
+        return frozenset(turn for turn in self._turns if turn is not None and self._has(turn))
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Ids of the requests of which something has a row."""
+        return frozenset(name for scheduler in self._schedulers for name in scheduler.running)
+
+    def _emptiest(self) -> Scheduler:
+        return min(
+            self._schedulers, key=lambda scheduler: scheduler.num_running + scheduler.num_waiting
+        )
+
+    def _has(self, request_id: str) -> bool:
+        return any(scheduler.has(request_id) for scheduler in self._schedulers)
 
     @property
     def has_work(self) -> bool:

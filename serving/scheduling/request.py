@@ -50,6 +50,7 @@ class Drawn:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+    forced: bool = False  # the host chose it; the device may have drawn another one
 
 
 @dataclass(frozen=True, kw_only=True)

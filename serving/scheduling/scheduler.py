@@ -4,29 +4,37 @@ It owns the queue, the rows, the pages and the progress of every sequence. A ste
 `plan()` chooses, the engine computes, `commit(plan, drawn)` records and returns events.
 
     waiting --(a row and pages for all its tokens)--> running --(eos, length)--> gone
-       ^---------(an older sequence needs its pages)-----|
+       ^---------(another needs its row or pages)--------|
     cancel and expire: gone from either state, and its pages are free in the same step
 
-Order. The first to come is the first served: no sequence overtakes another that waits for pages,
-and the youngest loses its pages if they run out. It goes back to the queue with all tokens it has,
-to compute them again; often it finds most of them in the prefix cache. The largest need of a
-sequence fits into the pool (`add` refuses others), so the oldest always goes on, and all end.
+Order. Callers take turns (queue.py); of a caller the first to come is the first served. A waiting
+sequence can get the place of a running one of another caller (preemption.py). If the pages run out
+as sequences grow, the youngest of the caller with the most rows loses its own. Whoever loses them
+goes back to the queue with all tokens it has, to compute them again; often it finds most of them in
+the prefix cache. The largest need of a sequence fits into the pool (`add` refuses others), so the
+oldest always goes on, and all end. While a sequence waits for pages, others of its caller and class
+wait behind it; those of other callers pass it until they are `LEAD` tokens ahead.
 
-A step's tokens. Each sequence past its prompt gets one. At least half of the rest goes to the
-oldest prompt that is being computed; with what remains the shortest prompts are ended first. So a
-short prompt does not wait for a long one, and every prompt gets its half once the older ones end.
+A step's tokens. Each sequence past its prompt gets one; prompts share the rest (budget.py). So a
+long prompt makes no answer wait for more than the step in which one chunk of it is computed.
 
 Prefixes and windows. Full pages are registered by their content once they are computed, and found
-by later requests (pages.py). Pages before the window, which no later token sees, are given back; a
-sequence then needs pages for its window and a chunk, however long it grows.
+by later requests of the same salt (pages.py). Pages before the window, which no later token sees,
+are given back; a sequence then needs pages for its window and a chunk, however long it grows.
 
 Choices. The prompt of n choices is computed once, as choice 0. When its first token is known the
 others are forked from it: they share the prompt's pages and compute its last token again, each to
-draw its own first token. A fork for which there is no row or page waits as any sequence does.
+draw its own first token. If there is no row or page for a fork, or anybody waits already, it goes
+to the queue as if it had come just now.
 
 Pipelining. The next plan may be made while one is not committed yet, so that the device never waits
 for the host. A token that the open plan draws is written in the next one as 0, and `follows` has
-the index of the chunk that draws it. Steps run on the device in the order of their plans.
+the index of the chunk that draws it. Steps run on the device in the order of their plans. Whoever
+gives way to another caller loses what the open plan draws for it, and draws the same again later.
+
+Faults. `withdraw(plan)` undoes a plan whose step did not start. `requeue_all()` is for a device
+whose pages are lost: every sequence goes back to the queue and goes on from its tokens, with the
+seeds and positions of before. `plan(without=..., only=...)` leaves requests out of a step.
 
 Worked example: budget 8, page size 4. A has a prompt of 3 tokens and max_tokens 2, B has a prompt
 of 10 and max_tokens 1. The first plan takes A's 3 tokens and B's first 5; A draws. The second, made
@@ -34,17 +42,22 @@ before the first is committed, takes one token of A at position 3, not known yet
 B's other 5; both draw their last token. B holds 3 pages all along, and A 1.
 """
 
-from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from secrets import randbits
 
-from serving.errors import ContextTooLong, InvalidRequest, Overloaded
-from serving.scheduling.pages import PagePool, PageTable
+from serving.errors import ContextTooLong, InvalidRequest
+from serving.scheduling.budget import prompt_sizes
+from serving.scheduling.pages import PagePool
+from serving.scheduling.preemption import youngest
+from serving.scheduling.queue import TurnQueue
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.scheduling.rows import Rows
 from serving.scheduling.sequence import SequenceState
 from serving.scheduling.step_plan import Limits, StepPlan
+
+_MAX_ID = 2**31 - 1  # of a token: the device counts in 32 bits
 
 
 class Scheduler:
@@ -53,30 +66,26 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         assert limits.max_sequences <= limits.max_step_tokens
         self.limits = limits
-        self.preemptions = 0  # times that a sequence lost its pages and went back to the queue
-        self.prompt_tokens = 0  # of the requests that were admitted
-        self.prefix_hit_tokens = 0  # those of them that the prefix cache had
         self._pool = PagePool(limits.num_pages, limits.page_size, limits.prefix_reuse)
-        self._waiting: list[SequenceState] = []  # both from the oldest to the youngest
-        self._running: list[SequenceState] = []
+        self._queue = TurnQueue(limits.max_waiting)
+        self._rows = Rows(limits, self._queue, self._pool)
         self._open = deque[tuple[StepPlan, list[SequenceState]]]()  # plans that are not committed
-        self._arrivals = 0
         self._now = 0.0
 
     @property
     def has_work(self) -> bool:
         """True if any request has not ended, or a plan is open."""
-        return bool(self._waiting or self._running or self._open)
+        return bool(self._queue or self._rows.running or self._open)
 
     @property
     def num_running(self) -> int:
         """Number of sequences that have a row."""
-        return len(self._running)
+        return len(self._rows.running)
 
     @property
     def num_waiting(self) -> int:
         """Number of sequences in the queue."""
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def num_free_pages(self) -> int:
@@ -88,32 +97,57 @@ class Scheduler:
         """Number of free pages whose content can still be found."""
         return self._pool.num_cached
 
+    @property
+    def preemptions(self) -> int:
+        """Number of times that a sequence lost its pages and went back to the queue."""
+        return self._rows.preemptions
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of prompt tokens of the requests that were admitted."""
+        return self._rows.prompt_tokens
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Number of those prompt tokens that the prefix cache had."""
+        return self._rows.prefix_hit_tokens
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Ids of the requests of which something has a row."""
+        return frozenset(sequence.request.id for sequence in self._rows.running)
+
+    def has(self, request_id: str) -> bool:
+        """Returns True if the request has not ended."""
+        return any(sequence.request.id == request_id for sequence in self._sequences())
+
+    def check_room(self, caller: str, choices: int = 1) -> None:
+        """Raises Overloaded if a request of this caller, of so many choices, would not be queued.
+
+        The queue holds `max_waiting` choices of a caller; when several wait, each has its share.
+        """
+        owed = sum(
+            len(sequence.choices) - 1
+            for sequence in self._rows.running
+            if sequence.request.caller == caller
+        )
+        self._queue.check_room(caller, choices, owed)
+
     def add(self, request: Request) -> None:
-        """Queues a request.
+        """Queues a request, or raises and changes nothing.
 
         The prompt must leave room for at least one token; the answer is cut at the context's end.
 
         Raises:
-            InvalidRequest: the prompt is empty.
+            InvalidRequest: the prompt is empty, or one of its numbers cannot be.
             ContextTooLong: it can never fit.
-            Overloaded: too many requests wait already.
+            Overloaded: too many choices wait already, of all callers or of this one.
         """
-        prompt, room = len(request.prompt_ids), self.limits.room
-        if not prompt:
-            raise InvalidRequest("the prompt is empty; give at least one token")
-        if prompt >= room:
-            raise ContextTooLong(
-                f"the prompt has {prompt} tokens; this server holds {room} tokens of prompt and "
-                "answer together: shorten the messages"
-            )
-        if len(self._waiting) >= self.limits.max_waiting:
-            raise Overloaded(
-                f"{len(self._waiting)} requests are waiting already; try again shortly"
-            )
-        self._arrivals += 1
+        _check(request, self.limits.room)
+        self.check_room(request.caller, request.n)
         seed = request.sampling.seed
         seed = randbits(31) if seed is None else seed
-        self._waiting.append(self._sequence(request, 0, self._arrivals, seed))
+        self._queue.push(self._rows.sequence(request, 0, seed))
 
     def has_room(self, n: int, caller: str) -> bool:
         """Returns True if a request of n choices of this caller would be queued now.
@@ -130,7 +164,7 @@ class Scheduler:
         self._drop(
             [
                 sequence
-                for sequence in chain(self._running, self._waiting)
+                for sequence in self._sequences()
                 if sequence.request.id == request_id and choice in (None, sequence.choice)
             ]
         )
@@ -143,7 +177,7 @@ class Scheduler:
         self._now = now
         late = [
             sequence
-            for sequence in chain(self._running, self._waiting)
+            for sequence in self._sequences()
             if sequence.request.deadline is not None and sequence.request.deadline < now
         ]
         self._drop(late)
@@ -158,19 +192,31 @@ class Scheduler:
             for choice in sequence.choices
         ]
 
-    def plan(self) -> StepPlan:
+    def plan(self, without: Collection[str] = (), only: str | None = None) -> StepPlan:
         """Plans the next step. At most one earlier plan may be open, that is, not committed.
 
         The plan is empty if there is no work, or none before the open plan is committed: with a
-        plan open no sequence loses its pages, because the device still writes them. An empty plan
-        is not committed.
+        plan open no sequence loses its pages to those that grow, because the device still writes
+        them. An empty plan is not committed.
+
+        Args:
+            without: ids of requests of which nothing is computed in this step. They keep their
+                places in the queue, their rows and their pages.
+            only: id of the one request of which something is computed; None for all.
         """
         assert len(self._open) <= 1, "commit the older plan first"
-        self._admit()
+        self._rows.admit(self._now)
+        ready = self._rows.running
+        if without or only is not None:
+            ready = [s for s in ready if only in (None, s.request.id)]
+            ready = [s for s in ready if s.request.id not in without]
         draft: dict[SequenceState, int] = {}
-        for sequence in [s for s in self._running if s.remaining == 1]:
+        for sequence in [s for s in ready if s.remaining == 1]:
             self._claim(sequence, 1, draft)
-        self._claim_prompts(self.limits.max_step_tokens - len(draft), draft)
+        prompts = [s for s in ready if s.running and s.remaining > 1]
+        if prompts:
+            for sequence, size in prompt_sizes(prompts, self.limits.max_step_tokens - len(draft)):
+                self._claim(sequence, size, draft)
         order = sorted(draft, key=lambda sequence: draft[sequence] > 1)
         plan = StepPlan(
             chunks=tuple(sequence.advance(draft[sequence], i) for i, sequence in enumerate(order)),
@@ -183,15 +229,16 @@ class Scheduler:
     def commit(self, plan: StepPlan, drawn: Sequence[Drawn | None]) -> list[Event]:
         """Records the oldest open plan and returns its events.
 
-        `drawn[i]` is read where chunk i samples. Sequences that have ended since `plan`, by cancel
-        or by the previous commit, are passed over. Their pages are free already, and this is safe:
-        steps run in order, so the writes of a stale chunk come before those of the page's next
-        holder. Pages of the prefix cache stay as they are: a page is registered when all its tokens
-        are committed, and uncommitted tokens are written behind those.
+        `drawn[i]` is read where chunk i samples. Sequences that have ended or lost their pages
+        since `plan`, by cancel or by the previous commit, are passed over. Their pages are free
+        already, and this is safe: steps run in order, so the writes of a stale chunk come before
+        those of the page's next holder. Pages of the prefix cache stay as they are: a page is
+        registered when all its tokens are committed, and uncommitted tokens are written behind
+        those.
         """
         expected, sequences = self._open.popleft()
         assert plan is expected, "plans are committed in their order"
-        events = []
+        events: list[Event] = []
         for chunk, sequence, token in zip(plan.chunks, sequences, drawn, strict=True):
             if not sequence.running:
                 continue
@@ -199,62 +246,50 @@ class Scheduler:
             sequence.table.register(sequence.tokens, chunk.end)
             if chunk.samples:
                 assert token is not None
-                events.append(self._append(sequence, token))
+                sequence = self._append(sequence, token, events)
+            elif sequence.computed < chunk.end < chunk.prompt_length:
+                sequence.computed = chunk.end
+                events.append(sequence.event())
             if sequence.running:
                 # A chunk of the next plan, if that is open, starts here: it sees no less.
                 sequence.table.slide(self.limits.visible(chunk.end))
         return events
 
-    def _sequence(self, request: Request, choice: int, arrival: int, seed: int) -> SequenceState:
-        return SequenceState(
-            request=request,
-            choice=choice,
-            arrival=arrival,
-            seed=seed,
-            limit=min(len(request.prompt_ids) + request.max_tokens, self.limits.room),
-            tokens=list(request.prompt_ids),
-            table=PageTable(self._pool),
-        )
+    def withdraw(self, plan: StepPlan) -> frozenset[str]:
+        """Undoes the newest open plan, whose step did not start; the next plan repeats it.
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.limits.max_sequences:
-            if not self._seat(self._waiting[0]):
-                return  # in order of arrival: none overtakes a sequence that waits for pages
-            sequence = self._waiting.pop(0)
-            sequence.running = True
-            insort(self._running, sequence, key=lambda other: other.age)
-
-    def _seat(self, sequence: SequenceState) -> bool:
-        """Gives a waiting sequence pages for all its tokens, or for its window.
-
-        Returns False, and gives none, if there are too few.
+        Returns the ids of those of its requests of which nothing was ever computed: it may be one
+        of them that keeps the step from starting.
         """
-        table = sequence.table
-        cached = table.find(sequence.tokens)
-        table.slide(self.limits.visible(cached))
-        end = len(sequence.tokens)
-        if self.limits.window_pages is not None:
-            first = self.limits.visible(cached) // self.limits.page_size
-            end = min(end, (first + self.limits.window_pages) * self.limits.page_size)
-        if not self._spares(table.lacking(end)):
-            table.release()
-            return False
-        table.grow(end)
-        sequence.planned = cached
-        if not sequence.counted:
-            sequence.counted = True
-            sequence.seated = self._now
-            self.prompt_tokens += len(sequence.tokens)
-            self.prefix_hit_tokens += cached
-        return True
+        newest, sequences = self._open.pop()
+        assert plan is newest, "only the newest plan can be withdrawn"
+        filled = {destination for _, destination in plan.copies}
+        arrivals = set[str]()
+        for chunk, sequence in zip(plan.chunks, sequences, strict=True):
+            if not sequence.running:
+                continue
+            if not sequence.steps and not sequence.choice:
+                arrivals.add(chunk.request_id)
+            if chunk.pages[chunk.start // self.limits.page_size] in filled:
+                self._rows.requeue(sequence)  # its first page was never filled
+            else:
+                sequence.retreat(chunk)
+        return frozenset(arrivals)
 
-    def _spares(self, pages: int) -> bool:
-        """Returns True if another sequence may have so many pages.
+    def requeue_all(self) -> None:
+        """Sends every running sequence back to the queue, because the device's pages are lost.
 
-        One page for each running sequence is kept back: otherwise the new one, the youngest, would
-        lose all its pages again as soon as one of them comes to the end of a page.
+        They are computed again from the tokens that were committed, and go on with the same seeds
+        at the same positions. Open plans are dropped: commit none of them. The prefix cache is
+        empty.
         """
-        return pages + len(self._running) <= self._pool.num_free
+        self._open.clear()
+        for sequence in self._rows.running.copy():
+            self._rows.requeue(sequence)
+        self._pool.forget()
+
+    def _sequences(self) -> Iterable[SequenceState]:
+        return chain(self._rows.running, self._queue)
 
     def _claim(self, sequence: SequenceState, size: int, draft: dict[SequenceState, int]) -> None:
         """Takes pages for a sequence's next tokens, and drafts as many of these as fit."""
@@ -266,65 +301,51 @@ class Scheduler:
                 return
             if self._open:
                 return
-            youngest = self._running[-1]
-            draft.pop(youngest, None)
-            self._drop([youngest])
-            insort(self._waiting, youngest, key=lambda other: other.age)
-            self.preemptions += 1
+            victim = youngest(self._rows.running)
+            draft.pop(victim, None)
+            self._rows.preempt(victim)
 
-    def _claim_prompts(self, budget: int, draft: dict[SequenceState, int]) -> None:
-        prompts = [sequence for sequence in self._running if sequence.remaining > 1]
-        if not prompts:
-            return
-        oldest, *others = prompts
-        half = min(oldest.remaining, -(-budget // 2))
-        rest = budget - half
-        shares: list[tuple[SequenceState, int]] = []
-        for sequence in sorted(others, key=lambda other: other.remaining):
-            shares.append((sequence, min(sequence.remaining, rest)))
-            rest -= shares[-1][1]
-        self._claim(oldest, min(oldest.remaining, half + rest), draft)
-        for sequence, share in shares:
-            if share:
-                self._claim(sequence, share, draft)
-
-    def _append(self, sequence: SequenceState, drawn: Drawn) -> Event:
+    def _append(self, sequence: SequenceState, drawn: Drawn, events: list[Event]) -> SequenceState:
+        """Records a token; returns the state in which the sequence goes on."""
         to_fork = sequence.choices[1:]
         sequence.tokens.append(drawn.token_id)
         sequence.undrawn -= 1
         reason = sequence.finish_reason
+        events.append(sequence.event(drawn, reason))
         if reason is not None:  # its row is free for a fork, its pages only after that
-            self._running.remove(sequence)
-            sequence.running = False
+            self._rows.leave(sequence)
         for choice in to_fork:
-            self._fork(sequence, choice)
+            self._rows.fork(sequence, choice)
         if reason is not None:
             sequence.table.release()
-        return Event(
-            request_id=sequence.request.id,
-            choice=sequence.choice,
-            drawn=drawn,
-            finish_reason=reason,
-            seated=sequence.seated,
-            steps=sequence.steps,
-        )
-
-    def _fork(self, first: SequenceState, choice: int) -> None:
-        """Starts another choice beside the first one, or queues it by its age."""
-        fork = self._sequence(first.request, choice, first.arrival, first.seed)
-        fork.counted, fork.seated = True, first.seated
-        overtakes = bool(self._waiting) and self._waiting[0].age < fork.age
-        free_row = len(self._running) < self.limits.max_sequences
-        if not overtakes and free_row and self._spares(1):
-            fork.planned = len(fork.tokens) - 1
-            fork.table = first.table.fork(fork.planned)
-            fork.running = True
-            insort(self._running, fork, key=lambda other: other.age)
-        else:
-            insort(self._waiting, fork, key=lambda other: other.age)
+        elif drawn.forced:
+            return self._rows.rewind(sequence)
+        return sequence
 
     def _drop(self, sequences: Iterable[SequenceState]) -> None:
         for sequence in sequences:
-            (self._running if sequence.running else self._waiting).remove(sequence)
-            sequence.running = False
+            if sequence.running:
+                self._rows.leave(sequence)
+            else:
+                self._queue.remove(sequence)
             sequence.table.release()
+
+
+def _check(request: Request, room: int) -> None:
+    """Raises the errors that a request deserves whatever else there is to do."""
+    prompt = len(request.prompt_ids)
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; give at least one token")
+    if prompt >= room:
+        raise ContextTooLong(
+            f"the prompt has {prompt} tokens; this server holds {room} tokens of prompt and "
+            "answer together: shorten the messages"
+        )
+    if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) <= _MAX_ID:
+        raise InvalidRequest(f"the prompt has an id outside 0 to {_MAX_ID}")
+    if request.n < 1:
+        raise InvalidRequest(f"n is {request.n}; ask for at least 1 choice")
+    if request.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {request.max_tokens}; ask for at least 1 token")
+    if request.min_tokens < 0:
+        raise InvalidRequest(f"min_tokens is {request.min_tokens}; it must be 0 or more")

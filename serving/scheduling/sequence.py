@@ -1,10 +1,28 @@
-"""Progress of one choice of a request, as the scheduler keeps it."""
+"""Progress of one choice of a request, and of its caller, as the scheduler keeps them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serving.scheduling.pages import PageTable
-from serving.scheduling.request import FinishReason, Request
+from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.step_plan import Chunk
+
+SLICE = 64  # tokens that a sequence may draw before it gives way to a caller that had fewer
+
+
+@dataclass(eq=False)
+class Turn:
+    """Place of one caller in the turns (queue.py): what it has had and what it holds."""
+
+    caller: str
+    served: int = 0  # tokens computed for it, of prompts and answers, or what counts as that
+    reserved: int = 0  # tokens that its running sequences are about to compute
+    rows: int = 0  # number of its running sequences
+    waiting: int = 0  # number of its choices in the queue
+
+    @property
+    def level(self) -> int:
+        """Number of tokens by which its turn is decided; the fewest come first."""
+        return self.served + self.reserved
 
 
 @dataclass(kw_only=True, eq=False)
@@ -12,6 +30,7 @@ class SequenceState:
     """One choice of a request: its tokens, its pages and its progress."""
 
     request: Request
+    turn: Turn  # of its caller
     choice: int
     arrival: int
     seed: int  # of choice 0
@@ -19,9 +38,14 @@ class SequenceState:
     tokens: list[int]  # prompt and committed tokens of the answer
     table: PageTable
     running: bool = False
-    counted: bool = False  # its prompt is in the scheduler's figures
+    was_seated: bool = False  # since then its prompt is in the scheduler's figures
     seated: float = 0.0  # time at which it, or the choice that it was forked from, got pages
     steps: int = 0  # number of committed steps that computed for it
+    cached: int = 0  # tokens of its prompt that the prefix cache had
+    computed: int = 0  # tokens of its prompt that events have told of
+    known_at_seat: int = 0  # number of its tokens when it got its row
+    is_due: bool = False  # it has its row because it was BATCH's turn
+    spare: int | None = None  # number of pages that were too few for it when it last asked
     planned: int = 0  # while running: tokens that are computed or are in the open plans
     undrawn: int = 0  # tokens that the open plans will draw
     row: int = 0  # chunk of the last plan that drew for it
@@ -36,6 +60,17 @@ class SequenceState:
         """Number of tokens to compute, of those that exist once the open plans have run."""
         length = len(self.tokens) + self.undrawn
         return length - self.planned if length < self.limit else 0
+
+    @property
+    def reserve(self) -> int:
+        """Number of tokens, while running, that are counted as its caller's before they are."""
+        length = len(self.tokens)
+        return length - self.planned + min(SLICE, self.limit - length)
+
+    @property
+    def had_slice(self) -> bool:
+        """True if it drew enough tokens since it got its row to lose it to another caller."""
+        return len(self.tokens) - self.known_at_seat >= SLICE
 
     @property
     def choices(self) -> range:
@@ -60,6 +95,7 @@ class SequenceState:
         follows = self.row if self.undrawn else None
         too_early_to_end = samples and end - prompt_length < self.request.min_tokens
         self.planned = end
+        self.turn.served += size
         if samples:
             self.undrawn, self.row = self.undrawn + 1, row
         return Chunk(
@@ -75,4 +111,43 @@ class SequenceState:
             prompt_length=prompt_length,
             history=tuple(self.tokens[: end - 1]) if samples and sampling.has_penalties else (),
             forbidden=self.request.eos_ids if too_early_to_end else frozenset(),
+        )
+
+    def retreat(self, chunk: Chunk) -> None:
+        """Takes back the last chunk that `advance` returned."""
+        self.planned = chunk.start
+        self.turn.served -= len(chunk.token_ids)
+        if chunk.samples:
+            self.undrawn -= 1
+        if chunk.follows is not None:
+            self.row = chunk.follows
+
+    def restarted(self, table: PageTable) -> "SequenceState":
+        """Returns its state in the queue, with all its tokens and an empty table."""
+        return replace(
+            self,
+            table=table,
+            running=False,
+            is_due=False,
+            spare=None,
+            planned=0,
+            undrawn=0,
+            row=0,
+        )
+
+    def rewound(self) -> "SequenceState":
+        """Returns its state with only its last token to compute, and none in open plans."""
+        return replace(self, planned=len(self.tokens) - 1, undrawn=0, row=0)
+
+    def event(self, drawn: Drawn | None = None, reason: FinishReason | None = None) -> Event:
+        """Returns the event of a token, or with none that a part of the prompt was computed."""
+        return Event(
+            request_id=self.request.id,
+            choice=self.choice,
+            drawn=drawn,
+            finish_reason=reason,
+            computed=self.computed if drawn is None else len(self.request.prompt_ids),
+            cached=self.cached,
+            seated=self.seated,
+            steps=self.steps,
         )

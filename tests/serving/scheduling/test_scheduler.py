@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mixtral_jax.sampling_params import SamplingParams
 from serving.errors import ContextTooLong, InvalidRequest, Overloaded
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.scheduling.rows import Rows
 from serving.scheduling.scheduler import Scheduler
 from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
@@ -85,7 +86,7 @@ def test_the_example_of_the_module() -> None:
     assert shape(second) == [("A", 3, 1, True), ("B", 5, 5, True)]
     assert [chunk.pages for chunk in second.chunks] == [(0,), (1, 2, 3)]
     assert [(c.token_ids[0], c.follows) for c in second.chunks] == [(0, 0), (66005, None)]
-    assert told(commit(scheduler, first)) == [("A", 0, 50, None)]
+    assert told(commit(scheduler, first)) == [("A", 0, 50, None), ("B", 0, None, None)]
     assert scheduler.plan() == StepPlan(chunks=())  # both are at their last token
     assert told(commit(scheduler, second, [60, 61])) == [
         ("A", 0, 60, FinishReason.LENGTH),
@@ -190,7 +191,8 @@ def test_one_choice_ends_and_the_others_go_on() -> None:
 
 def test_past_the_deadline_nothing_more_is_computed() -> None:
     a = request("A", 2, 5, deadline=10.0)
-    scheduler = scheduler_of(a, replace(a, id="B", n=2), request("C", 2, 5), max_sequences=1)
+    b = replace(a, id="B", n=2)
+    scheduler = scheduler_of(a, b, request("C", 2, 5), max_sequences=1, max_waiting=4)
     plan = scheduler.plan()
     assert scheduler.expire(now=10.0) == []
     late = FinishReason.DEADLINE
@@ -256,11 +258,11 @@ def test_the_youngest_gives_way_and_goes_on_later() -> None:
     assert plan.chunks[0].prompt_length == 3
 
 
-def test_while_a_plan_is_open_nobody_gives_way() -> None:
+def test_while_a_plan_is_open_nobody_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = scheduler_of(
         request("A", 7, 9), request("B", 7, 9), num_pages=4, max_step_tokens=16, max_sequences=2
     )
-    scheduler._spares = lambda pages: True  # type: ignore[method-assign]  # both at once
+    monkeypatch.setattr(Rows, "_num_spare", 99)  # both at once
     step(scheduler)
     second = scheduler.plan()
     assert shape(second) == [("A", 7, 1, True), ("B", 7, 1, True)]
@@ -294,7 +296,8 @@ def test_with_a_window_the_pool_need_not_hold_the_context(pipelined: bool) -> No
     events = drive(scheduler, device, lambda: pipelined)
     assert shape(device.plans[0]) == [("A", 0, 16, False)]
     assert shape(device.plans[1]) == [("A", 16, 8, False)]
-    assert len(events) == 10
+    assert [event.computed for event in events[:7]] == [16, 24, 32, 40, 48, 56, 64]
+    assert len(events[7:]) == 10
     assert events[-1].finish_reason is FinishReason.LENGTH
     assert scheduler.num_free_pages == 4
 
@@ -359,6 +362,7 @@ def test_without_a_seed_each_request_draws_with_another() -> None:
         *(request(name, 2, 9, sampling=sampling, n=2) for name in "ABC"),
         max_sequences=6,
         num_pages=99,
+        max_waiting=6,
     )
     step(scheduler)
     seeds = [(chunk.choice, chunk.seed) for chunk in scheduler.plan().chunks]
@@ -411,17 +415,19 @@ def test_forks_of_a_choice_that_ends_at_once() -> None:
     assert 0 not in plan.chunks[2].pages
 
 
-def test_forks_without_a_row_wait_in_front() -> None:
+def test_forks_without_a_row_wait_behind_those_that_wait() -> None:
     """They are sequences like any other then, and find the prompt's full pages."""
-    scheduler = scheduler_of(request("A", 6, 2, n=3), request("B", 1, 1), max_sequences=1)
+    scheduler = scheduler_of(
+        request("A", 6, 2, n=3), request("B", 1, 1), max_sequences=1, max_waiting=4
+    )
     step(scheduler), step(scheduler)
     assert scheduler.num_waiting == 3
     assert [shape(step(scheduler)) for _ in range(5)] == [
-        [("A", 4, 2, True)],
-        [("A", 6, 1, True)],
-        [("A", 4, 2, True)],
-        [("A", 6, 1, True)],
         [("B", 0, 1, True)],
+        [("A", 4, 2, True)],
+        [("A", 6, 1, True)],
+        [("A", 4, 2, True)],
+        [("A", 6, 1, True)],
     ]
     assert (scheduler.prompt_tokens, scheduler.prefix_hit_tokens) == (7, 0)
 
@@ -684,6 +690,7 @@ def test_events_tell_when_a_request_was_seated_and_in_how_many_steps() -> None:
         told += commit(scheduler, scheduler.plan())
     assert [(event.request_id, event.seated, event.steps) for event in told] == [
         ("A", 5.0, 1),
+        ("B", 5.0, 1),  # a part of its prompt
         ("A", 5.0, 2),
         ("B", 5.0, 2),
     ]
@@ -696,7 +703,8 @@ def test_a_fork_is_seated_with_its_request_and_counts_its_own_steps() -> None:
         scheduler.expire(now)
         told += commit(scheduler, scheduler.plan())
     assert [(event.choice, event.seated, event.steps) for event in told] == [
-        (0, 5.0, 2),  # 8 tokens of the prompt, then 2
+        (0, 5.0, 1),  # 8 tokens of the prompt
+        (0, 5.0, 2),  # the other 2
         (0, 5.0, 3),
         (1, 5.0, 1),
         (1, 5.0, 2),
