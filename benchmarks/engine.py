@@ -207,7 +207,8 @@ def _decode_step(engine: Engine, context: int) -> tuple[float, float]:
     drawn: dict[str, int] = {}
     while len(drawn) < ROWS:
         for event in engine.step():
-            drawn[event.request_id] = drawn.get(event.request_id, 0) + 1
+            if event.drawn is not None:
+                drawn[event.request_id] = drawn.get(event.request_id, 0) + 1
     for _ in range(3):
         engine.step()
     seconds = _timed(lambda: [engine.step() for _ in range(STEPS)]) / STEPS

@@ -86,6 +86,8 @@ class OfflineEngine:
             events = self._engine.step()
             now = time.perf_counter()
             for event in events:
+                if event.drawn is None:
+                    continue
                 request_state = running[event.request_id]
                 request_state.tokens += 1
                 if request_state.arrivals[-1:] != [now]:

@@ -59,7 +59,8 @@ def answers(smollm2: Path) -> list[tuple[list[int], list[int]]]:
     out: list[list[int]] = [[] for _ in PROMPTS]
     while engine.has_work:
         for event in engine.step():
-            out[int(event.request_id)].append(event.drawn.token_id)
+            if event.drawn is not None:
+                out[int(event.request_id)].append(event.drawn.token_id)
     print([tokenizer.decode(ids) for ids in out])
     return list(zip(prompts, out, strict=True))
 

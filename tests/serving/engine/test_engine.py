@@ -126,7 +126,8 @@ def serve(
                 engine.add(waiting.pop(0))
         for event in engine.step():
             assert event.request_id not in cancelled
-            out[event.request_id, event.choice].append(event.drawn)
+            if event.drawn is not None:
+                out[event.request_id, event.choice].append(event.drawn)
             live[event.request_id, event.choice] = event.finish_reason is None
         if dice.random() < cancel:
             arrived = [r for r in requests if r not in waiting and r.id not in cancelled]

@@ -103,7 +103,8 @@ def answers(model: Transformer, requests: list[Request], kv_dtype: Any = None) -
     found: Answers = {}
     while engine.has_work:
         for event in engine.step():
-            found.setdefault((event.request_id, event.choice), []).append(event.drawn)
+            if event.drawn is not None:
+                found.setdefault((event.request_id, event.choice), []).append(event.drawn)
     assert engine.scheduler.num_free_pages == engine.scheduler.num_pages
     return found
 
