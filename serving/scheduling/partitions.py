@@ -31,13 +31,13 @@ class Partitions:
         # Ids of suspects, and None for all other requests; the first has the next step.
         self._turns = deque[str | None]([None])
 
-    def check_room(self, caller: str, choices: int = 1) -> None:
-        """Raises Overloaded if a request would not be queued; see `Scheduler.check_room`."""
-        self._emptiest().check_room(caller, choices)
-
     def add(self, request: Request) -> None:
         """Queues a request where the fewest sequences are; errors as of `Scheduler.add`."""
-        self._emptiest().add(request)
+        schedulers = sorted(
+            self._schedulers, key=lambda scheduler: scheduler.num_running + scheduler.num_waiting
+        )
+        with_room = (s for s in schedulers if s.has_room(request.n, request.caller))
+        next(with_room, schedulers[0]).add(request)
         if request.suspect:
             self.suspect([request.id])
 
@@ -112,11 +112,6 @@ class Partitions:
     def running(self) -> frozenset[str]:
         """Ids of the requests of which something has a row."""
         return frozenset(name for scheduler in self._schedulers for name in scheduler.running)
-
-    def _emptiest(self) -> Scheduler:
-        return min(
-            self._schedulers, key=lambda scheduler: scheduler.num_running + scheduler.num_waiting
-        )
 
     def _has(self, request_id: str) -> bool:
         return any(scheduler.has(request_id) for scheduler in self._schedulers)

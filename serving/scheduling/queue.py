@@ -70,7 +70,8 @@ class TurnQueue:
         """
         turn = self._turns.get(caller)
         waiting = (turn.waiting if turn is not None else 0) + owed
-        callers = {name for _, name in self._lines} | {caller}
+        # A copy, because the callers' thread asks too.
+        callers = {name for _, name in tuple(self._lines)} | {caller}
         share = self._max_waiting // len(callers)
         if self._max_waiting:
             share = max(1, share)

@@ -45,6 +45,14 @@ class Rows:
             table=PageTable(self._pool, request.salt),
         )
 
+    def num_owed(self, caller: str) -> int:
+        """Returns the number of the caller's choices that wait for the first one's first token."""
+        return sum(
+            len(sequence.choices) - 1
+            for sequence in self.running
+            if sequence.request.caller == caller
+        )
+
     def admit(self, now: float) -> None:
         """Gives rows and pages to the waiting sequences whose turn it is; `now` is noted."""
         while self._queue and self._admit_next(now):

@@ -47,7 +47,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from secrets import randbits
 
-from serving.errors import ContextTooLong, InvalidRequest
+from serving.errors import ContextTooLong, InvalidRequest, Overloaded
 from serving.scheduling.budget import prompt_sizes
 from serving.scheduling.pages import PagePool
 from serving.scheduling.preemption import youngest
@@ -121,18 +121,6 @@ class Scheduler:
         """Returns True if the request has not ended."""
         return any(sequence.request.id == request_id for sequence in self._sequences())
 
-    def check_room(self, caller: str, choices: int = 1) -> None:
-        """Raises Overloaded if a request of this caller, of so many choices, would not be queued.
-
-        The queue holds `max_waiting` choices of a caller; when several wait, each has its share.
-        """
-        owed = sum(
-            len(sequence.choices) - 1
-            for sequence in self._rows.running
-            if sequence.request.caller == caller
-        )
-        self._queue.check_room(caller, choices, owed)
-
     def add(self, request: Request) -> None:
         """Queues a request, or raises and changes nothing.
 
@@ -144,7 +132,7 @@ class Scheduler:
             Overloaded: too many choices wait already, of all callers or of this one.
         """
         _check(request, self.limits.room)
-        self.check_room(request.caller, request.n)
+        self._queue.check_room(request.caller, request.n, self._rows.num_owed(request.caller))
         seed = request.sampling.seed
         seed = randbits(31) if seed is None else seed
         self._queue.push(self._rows.sequence(request, 0, seed))
@@ -154,7 +142,11 @@ class Scheduler:
 
         This is an estimate, for any thread.
         """
-        return len(self._waiting) < self.limits.max_waiting
+        try:
+            self._queue.check_room(caller, n, self._rows.num_owed(caller))
+        except Overloaded:
+            return False
+        return True
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forgets a request, or one choice of it that has had a token, and frees its pages.
