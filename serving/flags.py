@@ -201,9 +201,15 @@ _METRICS_PORT = Flag(
     "metrics_port",
     int | None,
     None,
-    "Port of 127.0.0.1 for Prometheus; 0: any; default: none.",
+    "Port for Prometheus; 0: any; default: none.",
     min=0,
     max=65535,
+)
+_METRICS_HOST = Flag(
+    "metrics_host",
+    str,
+    "127.0.0.1",
+    "Address of the port for Prometheus, which asks for no key.",
 )
 _TRACES_AND_LOGS = (
     Flag(
@@ -215,9 +221,64 @@ _TRACES_AND_LOGS = (
     ),
     Flag("log_format", Literal["text", "json"], "text", "Format of log lines on stderr."),
 )
+_TRUST_TRACEPARENT = Flag(
+    "trust_traceparent",
+    bool,
+    False,
+    "Continue the traces of clients, and sample as they say; else a trace begins here and has a "
+    "link to theirs.",
+)
 _LOG_PROMPTS = Flag("log_prompts", bool, False, "Log the full text of prompts and answers.")
 _USAGE_DB = Flag(
     "usage_db", str, ":memory:", "SQLite file that keeps the usage of each caller.", "FILE"
+)
+_CONNECTIONS = _panel(
+    "Connections of HTTP",
+    Flag(
+        "max_connections",
+        int,
+        4096,
+        "Open connections; the longest idle makes room for a new one.",
+        "N",
+        min=1,
+    ),
+    Flag(
+        "max_connections_per_address",
+        int,
+        512,
+        "The same for each client's address; the proxies of --forwarded-allow-ips are exempt.",
+        "N",
+        min=1,
+    ),
+    Flag(
+        "head_seconds",
+        float,
+        10.0,
+        "Seconds that the head of a request may take to arrive, and a TLS handshake.",
+        min=0.001,
+    ),
+    Flag(
+        "body_seconds",
+        float,
+        30.0,
+        "Seconds that the body of a request may take to arrive.",
+        min=0.001,
+    ),
+    Flag(
+        "keep_alive_seconds",
+        float,
+        75.0,
+        "Seconds that a connection may be idle between two requests; more than those of a load "
+        "balancer in front.",
+        min=0.001,
+    ),
+    Flag(
+        "forwarded_allow_ips",
+        list[str],
+        [],
+        "Address or network of a proxy whose X-Forwarded-For is believed, or *; repeatable.",
+        "ADDRESS",
+    ),
 )
 _ACCESS = _panel(
     "Authentication and limits",
@@ -332,7 +393,7 @@ _UPSTREAM = _panel(
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
     *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
-    *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS, _USAGE_DB),
+    *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS, _USAGE_DB),
     *(*_ACCOUNTING, *_ACCESS),
 )
 GATEWAY = (
@@ -351,8 +412,9 @@ GATEWAY = (
         "Seconds of silence after which a stream sends a chunk without choices.",
     ),
     *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
-    *_panel("Monitoring", _METRICS_PORT, *_TRACES_AND_LOGS, _LOG_PROMPTS, _USAGE_DB),
-    *(*_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM),
+    *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS),
+    *_panel("Monitoring", _TRUST_TRACEPARENT, _LOG_PROMPTS, _USAGE_DB),
+    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM),
 )
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
@@ -361,11 +423,12 @@ SERVE = (
     *(*_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
     *_panel(
         "Monitoring",
-        replace(_METRICS_PORT, min=1, help="Port of 127.0.0.1 for Prometheus; default: none."),
+        replace(_METRICS_PORT, min=1, help="Port for Prometheus; default: none."),
         replace(
             _METRICS_PORT, name="gateway_metrics_port", min=1, help="The same for the gateway."
         ),
-        *(*_TRACES_AND_LOGS, _LOG_PROMPTS),
+        _METRICS_HOST,
+        *(*_TRACES_AND_LOGS, _TRUST_TRACEPARENT, _LOG_PROMPTS),
         replace(
             _USAGE_DB,
             type=str | None,
@@ -373,7 +436,7 @@ SERVE = (
             help="SQLite file that keeps the usage of each caller; default: in ~/.local/state.",
         ),
     ),
-    *(*_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1]),
+    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1]),
 )
 _CHILDREN = {flag.name: flag for flag in (*SERVICE, *GATEWAY)}
 

@@ -61,6 +61,7 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
     from serving.accounting.config import AccountingConfig
     from serving.accounting.ledger import default_ledger_file
     from serving.gateway.config import GatewayConfig
+    from serving.gateway.http.limits import HttpLimits
     from serving.launch.supervisor import environment_from, run
 
     makes_key = not (
@@ -82,6 +83,7 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
         gateway_key=web.key_for_service(),
         metrics_port=given["gateway_metrics_port"],
     )
+    http = record(HttpLimits, given)
     addresses.check()  # before a file is written that another server on this port may have written
     key, bearer = shown_key(
         given["api_key"],
@@ -95,7 +97,7 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
         addresses,
         environment,
         [*engine_arguments, *arguments(grpc, record(AccountingConfig, given))],
-        arguments(gateway, web),
+        arguments(gateway, web, http),
         lambda: print(text, flush=True),
         drain_seconds=gateway.drain_seconds,
         drain_delay=gateway.drain_delay,

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -18,16 +20,23 @@ from serving.access.tls import Certificate
 from serving.channel import join_address
 from serving.command_line import app_of, command, run
 from serving.flags import GATEWAY, record
+from serving.gateway.answering import Limits
 from serving.gateway.app import create_app
 from serving.gateway.config import GatewayConfig, GatewayError
 from serving.gateway.event_stream import StreamAborted
-from serving.gateway.http.drain import Drain, DrainingServer
+from serving.gateway.http.connections import Connections
+from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import refuse_while_draining
+from serving.gateway.http.limits import HttpLimits
 from serving.gateway.http.metrics import GatewayMetrics
-from serving.gateway.http.protocol import Protocol
+from serving.gateway.http.server import HttpServer
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
+from serving.open_files import raise_open_files
 from serving.parent import end_with_parent
+
+# Files of a gateway that are no connections of clients: logs, the ledger, gRPC, keys.
+_OTHER_FILES = 64
 
 logger = logging.getLogger("serving.gateway")
 
@@ -50,12 +59,17 @@ def _serve(given: dict[str, Any]) -> None:
     access = record(AccessConfig, given, admits_gateway=False)
     door, certificate = access.access(), access.certificate()
     config = record(GatewayConfig, given, gateway_key=access.key_for_service())
+    http = record(HttpLimits, given)
     metrics = GatewayMetrics()
+    # `create_app` puts the drain around the application.
+    drain = Drain(
+        refuse_while_draining, refuse_while_draining, config.drain_seconds, config.drain_delay
+    )
     with listen(access.host, config.port) as listener:
-        app = create_app(config, door, metrics=metrics)
+        limits = Limits(config.heartbeat_seconds, body_seconds=http.body_seconds)
+        app = create_app(config, door, metrics=metrics, limits=limits, drain=drain)
         if config.metrics_port is not None:
-            port = serve_metrics(metrics.registry, config.metrics_port)
-            url = f"http://127.0.0.1:{port}/metrics"
+            url = serve_metrics(metrics.registry, config.metrics_host, config.metrics_port)
             print(f"gateway: metrics on {url}", file=sys.stderr, flush=True)
         end_with_parent()
         set_up("serving.gateway", config.log_format, _is_news)
@@ -65,9 +79,10 @@ def _serve(given: dict[str, Any]) -> None:
         host, port = listener.getsockname()[:2]
         address = f"{scheme}://{join_address(host, port)}"
         logger.info("listening on %s for the service at %s", address, config.address)
-        server = _server(app, config, certificate)
+        connections = Connections(_within_files(http), metrics, http.proxies())
+        server = HttpServer(_uvicorn(app, http, certificate), drain, listener, connections)
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+            server.run()
     if not server.started:
         raise SystemExit(1)  # uvicorn has said why
 
@@ -87,27 +102,44 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _server(app: FastAPI, config: GatewayConfig, certificate: Certificate | None) -> DrainingServer:
-    drain = Drain(app, refuse_while_draining, config.drain_seconds, config.drain_delay)
-    return DrainingServer(
-        uvicorn.Config(
-            drain,
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            http=Protocol,
-            server_header=False,
-            ssl_certfile=certificate.chain if certificate else None,
-            ssl_keyfile=certificate.key if certificate else None,
-            timeout_graceful_shutdown=1,  # for what is still open after the drain
-            ws="none",
-        ),
-        drain,
+def _uvicorn(app: FastAPI, http: HttpLimits, certificate: Certificate | None) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        proxy_headers=bool(http.forwarded_allow_ips),
+        forwarded_allow_ips=list(http.forwarded_allow_ips),
+        server_header=False,
+        ssl_certfile=certificate.chain if certificate else None,
+        ssl_keyfile=certificate.key if certificate else None,
+        timeout_graceful_shutdown=1,  # for what is still open after the drain
+        ws="none",
+    )
+
+
+def _within_files(http: HttpLimits) -> HttpLimits:
+    """Raises the process's limit of open files, and returns limits of connections below it."""
+    files = raise_open_files()
+    allowed = max(1, files - _OTHER_FILES)
+    if files == resource.RLIM_INFINITY or http.max_connections <= allowed:
+        return http
+    logger.warning(
+        "at most %d connections instead of %d, because this process may open %d files; raise its "
+        "hard limit (ulimit -n), or give a lower --max-connections",
+        *(allowed, http.max_connections, files),
+    )
+    return replace(
+        http,
+        max_connections=allowed,
+        max_connections_per_address=min(http.max_connections_per_address, allowed),
     )
 
 
 def _is_news(entry: logging.LogRecord) -> bool:
-    """Returns False for the traceback of what has been logged in one line already."""
+    """Returns False for what has been logged in one line already."""
+    if entry.msg == "Invalid HTTP request received.":  # uvicorn's; the access log says more
+        return False
     error = entry.exc_info[1] if entry.exc_info else None
     # uvicorn says itself how many answers it cancels when the grace is over.
     return not isinstance(error, (StreamAborted, asyncio.CancelledError))

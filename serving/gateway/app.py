@@ -25,6 +25,7 @@ from serving.channel import options_for
 from serving.gateway.answering import Gateway, Limits
 from serving.gateway.config import GatewayConfig
 from serving.gateway.http.access_log import AccessLog
+from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import answer_failures
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.origin import OriginCheck
@@ -46,6 +47,7 @@ def create_app(
     metrics: GatewayMetrics | None = None,
     traces: Traces | None = None,
     limits: Limits | None = None,
+    drain: Drain | None = None,
 ) -> FastAPI:
     """Returns the gateway as an ASGI application.
 
@@ -56,6 +58,7 @@ def create_app(
         metrics: The figures of this process.
         traces: Where spans begin; by default as `config` says.
         limits: Bounds of a request; by default with the heartbeat of `config`.
+        drain: Refuses requests when the gateway ends, within the access log.
 
     Accounts and traces are closed with the application.
 
@@ -64,7 +67,9 @@ def create_app(
     service_tls = config.service_tls()
     metrics = metrics or GatewayMetrics()
     report_failed_reload(metrics.registry, lambda: access.reload_failed)
-    traces = traces or Traces.exported(config.otlp_endpoint, "gateway")
+    traces = traces or Traces.exported(
+        config.otlp_endpoint, "gateway", trusts_parents=config.trust_traceparent
+    )
     if accounts is None:
         rates = RateLimits(config.max_requests_per_minute, config.max_tokens_per_minute)
         accounts = Accounts(rates, UsageLedger(config.usage_db))
@@ -100,6 +105,8 @@ def create_app(
     app.state.page = page(app.state.document)
     add_routes(app)
     answer_failures(app)
+    if drain is not None:
+        app.add_middleware(drain.around)
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,

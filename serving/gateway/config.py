@@ -39,12 +39,16 @@ class GatewayConfig(AccountingConfig):
     """Type of the model in /info; None: as the service says."""
     cors_origin: tuple[str, ...]
     """Origins whose pages in browsers may ask; "*" stands for all."""
+    metrics_host: str
+    """Address of the port for Prometheus."""
     metrics_port: int | None
-    """Port of 127.0.0.1 for Prometheus; None: no metrics are served."""
+    """Port for Prometheus; None: no metrics are served."""
     otlp_endpoint: str | None
     """URL of the collector that traces are sent to."""
     log_format: str
     """One of serving.observe.logs.FORMATS."""
+    trust_traceparent: bool
+    """Continue the traces of clients instead of linking to them."""
     log_prompts: bool
     """Log the full text of prompts and answers."""
     drain_delay: float = 0.0

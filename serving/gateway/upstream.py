@@ -36,8 +36,6 @@ from serving.proto import inference_pb2, inference_pb2_grpc
 SHORT_CALL_SECONDS = 3.0
 # Chunks that are kept of an answer whose reader is slow. More of them wait in the service.
 READ_AHEAD = 64
-# Characters of a model's name in a span; clients ask for any name.
-_MAX_NAME_LENGTH = 200
 
 # Statuses without a name of ours: gRPC has found no willing model service for the moment.
 _UNREACHABLE = {
@@ -122,11 +120,12 @@ class ModelService:
         Returns:
             The answer, which the caller must `cancel()` in the end, however it ends.
         """
-        asked_model = (asked_model or model)[:_MAX_NAME_LENGTH]
+        asked_model = asked_model or model
         answers: list[Answer] = []
         try:
             for request in requests:
-                span = record.span.child(f"{operation} {asked_model}", kind=CLIENT)
+                # The name of the model asked for is the client's choice: names must stay few.
+                span = record.span.child(f"{operation} {model}", kind=CLIENT)
                 if span.is_recording:
                     span.set(self._server | _attributes(operation, asked_model, request))
                 answer = self.generate(request, (("x-request-id", record.id), *span.carrier()))

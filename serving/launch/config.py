@@ -11,8 +11,10 @@ class ServiceConfig:
     """Port of gRPC; 0 takes any."""
     drain_seconds: float
     """Time that running answers may take to finish after a signal to end."""
+    metrics_host: str
+    """Address of the port for Prometheus."""
     metrics_port: int | None
-    """Port of 127.0.0.1 for Prometheus; None: no metrics are served."""
+    """Port for Prometheus; None: no metrics are served."""
     otlp_endpoint: str | None
     """URL of the collector that traces are sent to."""
     max_bytes_per_token: int

@@ -35,6 +35,7 @@ from serving.observe.key_reloads import report_failed_reload
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
 from serving.observe.tracing import Traces
+from serving.open_files import raise_open_files
 from serving.parent import beat, end_process, end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.step_plan import Limits
@@ -64,6 +65,7 @@ def _serve(given: dict[str, Any]) -> None:
     accounting = record(AccountingConfig, given)
     rank = record(Rank.of_flags, given)
     end_with_parent()
+    raise_open_files()
     set_up("serving", service.log_format)
     if rank is None:
         access = record(AccessConfig, given, admits_gateway=True)
@@ -96,8 +98,8 @@ def _lead(
     metrics = Metrics(pretrained.card.name)
     report_failed_reload(metrics.registry, lambda: door.reload_failed)
     if service.metrics_port is not None:
-        port = serve_metrics(metrics.registry, service.metrics_port)
-        _say(f"metrics on http://127.0.0.1:{port}/metrics")
+        url = serve_metrics(metrics.registry, service.metrics_host, service.metrics_port)
+        _say(f"metrics on {url}")
     leader = None if rank is None else _gathered(engine, rank, pretrained)
     worker, inference = _build(
         engine, pretrained, metrics, traces, leader, service.max_bytes_per_token

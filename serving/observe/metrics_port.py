@@ -4,19 +4,24 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from serving.errors import SetupError
 
-HOST = "127.0.0.1"
 
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> str:
+    """Serves a registry over HTTP from a thread; returns its URL, which ends in /metrics.
 
-def serve_metrics(registry: CollectorRegistry, port: int) -> int:
-    """Serves a registry at http://127.0.0.1:PORT/metrics from a thread; returns the port.
+    Args:
+        registry: The figures.
+        host: The address to listen on. Whoever reaches it can read the figures.
+        port: The port; 0 takes any free one.
 
-    Port 0 takes any free one. Raises SetupError if the port is taken.
+    Raises:
+        SetupError: The address is not one of this machine, or the port is taken.
     """
     try:
-        server, _ = start_http_server(port, addr=HOST, registry=registry)
+        server, _ = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise SetupError(
-            f"cannot listen on {HOST}:{port} ({error.strerror}); stop what runs there or choose "
-            "another with --metrics-port"
+            f"cannot listen on {host}:{port} ({error.strerror}); stop what runs there or choose "
+            "another with --metrics-port and --metrics-host"
         ) from None
-    return int(server.server_port)
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{server.server_port}/metrics"

@@ -1,8 +1,8 @@
 """Traces of requests, by OpenTelemetry; without a collector they cost next to nothing.
 
-A trace that a client began continues through the gateway and the service. The W3C's `traceparent`
-carries it as an HTTP header and as gRPC metadata. If tracing is off it is passed on unchanged, so
-that the next process can continue it. Spans hold no text of prompts or answers.
+A trace that a trusted client began continues through the gateway and the service. The W3C's
+`traceparent` carries it as an HTTP header and as gRPC metadata. If tracing is off it is passed on
+unchanged, so that the next process can continue it. Spans hold no text of prompts or answers.
 
 The packages come with the extra `otel`. A thread sends spans by OTLP over HTTP, in batches. The
 OTEL_* environment variables work as in any program: sampling, headers, resource.
@@ -108,14 +108,25 @@ class Span:
 
 
 class Traces:
-    """Begins spans. Without a provider they do nothing."""
+    """Begins spans. Without a provider they do nothing.
 
-    def __init__(self, provider: "TracerProvider | None" = None) -> None:
+    Args:
+        provider: OpenTelemetry's, which sends the spans.
+        trusts_parents: Whether a span continues the trace that a request came with, and is sampled
+            as that says. Otherwise it begins a trace, which has a link to the other.
+    """
+
+    def __init__(
+        self, provider: "TracerProvider | None" = None, *, trusts_parents: bool = True
+    ) -> None:
         self._provider = provider
+        self._trusts_parents = trusts_parents
         self._tracer = provider.get_tracer("mixtral-jax") if provider else None
 
     @classmethod
-    def exported(cls, endpoint: str | None, process: str) -> "Traces":
+    def exported(
+        cls, endpoint: str | None, process: str, *, trusts_parents: bool = True
+    ) -> "Traces":
         """Returns traces that are sent to `endpoint`, such as http://127.0.0.1:4318.
 
         Without an endpoint that of the environment is taken, if there is one and the extra is
@@ -124,7 +135,7 @@ class Traces:
         Raises SetupError if an endpoint is given without the extra, or is no URL.
         """
         if endpoint is None and not any(os.environ.get(name) for name in _VARIABLES):
-            return cls()
+            return cls(trusts_parents=trusts_parents)
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -132,7 +143,7 @@ class Traces:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError:
             if endpoint is None:
-                return cls()
+                return cls(trusts_parents=trusts_parents)
             raise SetupError(
                 "--otlp-endpoint needs OpenTelemetry: pip install 'mixtral-jax[otel]'"
             ) from None
@@ -147,7 +158,7 @@ class Traces:
         url = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces"
         exporter = OTLPSpanExporter(endpoint=url, timeout=_SECONDS)
         provider.add_span_processor(BatchSpanProcessor(exporter))
-        return cls(provider)
+        return cls(provider, trusts_parents=trusts_parents)
 
     def begin(
         self,
@@ -157,18 +168,25 @@ class Traces:
         *,
         kind: str = SERVER,
     ) -> Span:
-        """Begins a span, inside the one that `carrier` names, if it names one.
+        """Begins a span, inside the one that `carrier` names, if it names one that is trusted.
 
         `carrier` holds headers or metadata with names in lower case.
         """
         if self._tracer is None:
-            return Span(carrier)
+            return Span(carrier if self._trusts_parents else {})
+        from opentelemetry import trace
         from opentelemetry.context import Context
-        from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         parent = TraceContextTextMapPropagator().extract(_passed_on(carrier), Context())
-        span = self._tracer.start_span(name, parent, SpanKind[kind], dict(attributes or {}))
+        links = []
+        if not self._trusts_parents:
+            context = trace.get_current_span(parent).get_span_context()
+            links = [trace.Link(context)] if context.is_valid else []
+            parent, carrier = Context(), {}
+        span = self._tracer.start_span(
+            name, parent, trace.SpanKind[kind], dict(attributes or {}), links
+        )
         return Span(carrier, self._tracer, span)
 
     def close(self) -> None:

@@ -45,6 +45,7 @@ convert                      | mixtral_jax.model* mixtral_jax.tokenization mixtr
 serving.errors
 serving.channel
 serving.parent
+serving.open_files
 serving.flags
 serving.proto
 serving.command_line         | serving.errors serving.flags
@@ -59,8 +60,8 @@ serving.client               | serving.proto serving.errors serving.channel
 serving.bench                | serving.engine serving.scheduling serving.errors serving.parent mixtral_jax.planning* mixtral_jax
 serving.gateway.dialect      | serving.proto serving.errors
 serving.gateway.http         | serving.gateway.dialect serving.accounting serving.observe serving.proto serving.errors
-serving.gateway              | serving.gateway.dialect serving.gateway.http serving.access serving.accounting serving.observe serving.channel serving.parent serving.flags serving.command_line serving.proto serving.errors
-serving.launch               | serving.errors serving.channel serving.parent serving.flags serving.command_line serving.proto serving.observe serving.access serving.accounting serving.scheduling serving.engine serving.service serving.cluster serving.client mixtral_jax.planning* mixtral_jax
+serving.gateway              | serving.gateway.dialect serving.gateway.http serving.access serving.accounting serving.observe serving.channel serving.parent serving.open_files serving.flags serving.command_line serving.proto serving.errors
+serving.launch               | serving.errors serving.channel serving.parent serving.open_files serving.flags serving.command_line serving.proto serving.observe serving.access serving.accounting serving.scheduling serving.engine serving.service serving.cluster serving.client mixtral_jax.planning* mixtral_jax
 serving                      | serving.launch
 mixtral_jax.cli              | everything
 benchmarks                   | everything
@@ -107,6 +108,7 @@ WITHOUT_JAX = {
     "serving.errors",
     "serving.channel",
     "serving.parent",
+    "serving.open_files",
     "serving.flags",
     "serving.proto",
     "serving.command_line",

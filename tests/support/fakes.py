@@ -19,7 +19,12 @@ from serving.channel import INFERENCE
 from serving.gateway.answering import Limits
 from serving.gateway.app import create_app
 from serving.gateway.config import GatewayConfig
-from serving.gateway.http.protocol import Protocol
+from serving.gateway.http.connections import Connections
+from serving.gateway.http.drain import Drain
+from serving.gateway.http.failures import refuse_while_draining
+from serving.gateway.http.limits import HttpLimits
+from serving.gateway.http.metrics import GatewayMetrics
+from serving.gateway.http.server import HttpServer
 from serving.proto import inference_pb2, inference_pb2_grpc
 
 KEY = "this-key-is-not-a-secret"
@@ -188,7 +193,7 @@ def running_stack(
     heartbeat_seconds: float = 60.0,
     access: Access | None = None,
     limits: Limits | None = None,
-    protocol: type[Protocol] = Protocol,
+    http: HttpLimits | None = None,
     parts: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[Stack]:
@@ -213,6 +218,8 @@ def running_stack(
         await health_servicer.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
         own = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
+        metrics = (parts or {}).get("metrics") or GatewayMetrics()
+        drain = Drain(refuse_while_draining, refuse_while_draining, 0.0)
         app = create_app(
             gateway_config(
                 target=(target or own,),
@@ -222,12 +229,13 @@ def running_stack(
             ),
             access or Access(Keyring({"default": key})),
             limits=limits,
-            **(parts or {}),
+            drain=drain,
+            **({"metrics": metrics} | dict(parts or {})),
         )
-        web = uvicorn.Server(
-            uvicorn.Config(app, http=protocol, log_config=None, log_level="warning", ws="none")
-        )
-        serving = asyncio.create_task(web.serve(sockets=[listener]))
+        connections = Connections(http or HttpLimits(), metrics)
+        config = uvicorn.Config(app, log_config=None, log_level="warning", ws="none")
+        web = HttpServer(config, drain, listener, connections)
+        serving = asyncio.create_task(web.serve())
         while not web.started:
             await asyncio.sleep(0.01)
         loop = asyncio.get_running_loop()

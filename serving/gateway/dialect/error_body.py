@@ -61,7 +61,24 @@ def error_body(error: ServingError) -> ErrorBody:
 
 def _echo(value: object) -> object:
     """Returns a value of the request if it is short enough to be shown, else None."""
+    if _room_behind(value, ECHO_LIMIT) < 0:
+        return None
     try:
         return value if len(json.dumps(value, allow_nan=False)) <= ECHO_LIMIT else None
     except ValueError:  # infinity, or an integer too long to be written
         return None
+
+
+def _room_behind(value: object, room: int) -> int:
+    """Returns what is left of `room` characters behind a value's JSON, at most; stops below 0."""
+    if isinstance(value, str):
+        return room - len(value)
+    if isinstance(value, (list, dict)):
+        members = (
+            (item for pair in value.items() for item in pair) if isinstance(value, dict) else value
+        )
+        for member in members:
+            room = _room_behind(member, room - 1)
+            if room < 0:
+                break
+    return room

@@ -1,8 +1,9 @@
 """The fields that every kind of request has, and what they mean in the proto.
 
 The types take what the clients of Azure, OpenAI and Mistral really send: numbers and booleans as
-strings, null for anything optional. A feature that a field asks for and we do not have is refused
-by name (`only`), never dropped in silence.
+strings, null for anything optional. Every list, map, text and number has a bound, which is checked
+before the value is walked; a test fails for a field without one. A feature that a field asks for
+and we do not have is refused by name (`only`), never dropped in silence.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,6 +14,17 @@ from pydantic_core import PydanticCustomError
 from serving.errors import UnsupportedParameter
 from serving.proto import inference_pb2
 
+# Characters of a text of a prompt: a body (http/body.py) has no more bytes.
+MAX_TEXT = 4 * 2**20
+# Characters of a name.
+MAX_NAME = 256
+# Texts, and ids, that may end an answer; the service allows no more.
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+# Tools, and calls of tools: as many as OpenAI's API allows.
+MAX_TOOLS = 128
+# Token ids with a bias.
+MAX_BIASES = 300
 # The kind of a problem that is a feature we do not have, rather than a mistake.
 NOT_SUPPORTED = UnsupportedParameter.azure_code
 
@@ -47,19 +59,41 @@ def only(*harmless: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def at_most(length: int) -> BeforeValidator:
+    """Returns a check that a list or a map has at most `length` members, before any is looked at.
+
+    pydantic has the check for lists itself, but counts the members of a map when it has read them.
+    """
+
+    def check(value: object) -> object:
+        if isinstance(value, (list, dict)) and len(value) > length:
+            raise PydanticCustomError(
+                "too_long",
+                "there are {given} members; at most {most}",
+                {"given": len(value), "most": length},
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
 def _stop_texts(value: object) -> object:
     if isinstance(value, str):
         value = [value]
+    if not isinstance(value, list) or len(value) > MAX_STOPS:
+        return value
     # An empty text would end every answer before it began; it is sent to mean none.
-    return [text for text in value if text != ""] if isinstance(value, list) else value
+    return [text for text in value if text != ""]
 
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenCount = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopTexts = Annotated[
-    list[str],
+    Annotated[list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)],
     BeforeValidator(_stop_texts, json_schema_input_type=str | list[str]),
 ]
 Never = Annotated[Any, only()]
@@ -75,7 +109,7 @@ class StreamOptions(Described):
 class Parameters(Described):
     """The fields that a request of any kind may have."""
 
-    model: str | None = None
+    model: Name | None = None
     """Accepted for the sake of clients; the endpoint serves a single model."""
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     """0 takes the likeliest token. Azure's range ends at 1, OpenAI's at 2."""
@@ -101,7 +135,11 @@ class Parameters(Described):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     """Choices to generate; 1 where absent. The service may allow fewer."""
     logit_bias: (
-        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)]
+        Annotated[
+            dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIASES),
+            at_most(MAX_BIASES),
+        ]
         | None
     ) = None
     """Token id to a number added to its logit."""
@@ -115,7 +153,7 @@ class Parameters(Described):
     """vLLM's: the number of tokens before which the model does not end its answer."""
     ignore_eos: bool | None = None
     """vLLM's: goes on where the model would end its answer."""
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     """vLLM's: ids of tokens after which the answer ends."""
     priority: Int64 | None = None
     """vLLM's: above 0 the request is answered when no other waits."""

@@ -3,12 +3,13 @@
 An ASGI application around the gateway's own. No text of a request or an answer is logged, unless
 the operator asked for it (`--log-prompts`). The lines have the logger `LOGGER`.
 
-A request ends in one of three ways: `whole`; `dropped`, as its client went away; `broken`, as it
-failed when its answer had begun.
+A request ends in one of four ways: `whole`; `dropped`, as its client went away; `broken`, as it
+failed when its answer had begun; `refused`, as it could not be read (protocol.py).
 """
 
 import logging
 import re
+import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -25,7 +26,7 @@ from serving.observe.logs import fields
 from serving.observe.tracing import Span, Traces
 
 LOGGER = "serving.gateway.http.access_log"
-WHOLE, DROPPED, BROKEN = "whole", "dropped", "broken"
+WHOLE, DROPPED, BROKEN, REFUSED = "whole", "dropped", "broken", "refused"
 OTHER = "other"  # the route, in metrics, of a request for which there is none
 # Health checks come several times a second: they are counted, but not logged or traced.
 UNLOGGED_PREFIX = "/health/"
@@ -99,13 +100,14 @@ class AccessLog:
         if record.calls and (record.first_token is not None or outcome == DROPPED):
             self._metrics.tokens(record.prompt_tokens, record.completion_tokens)
         if not scope["path"].startswith(UNLOGGED_PREFIX):
-            self._log(scope, record, status, outcome)
             _end_spans(scope, record, status, outcome)
+            self._log(scope, record, status, outcome)
 
     def _log(self, scope: Scope, record: RequestRecord, status: int, outcome: str) -> None:
         calls = record.calls
         line: dict[str, object] = {
             "id": record.id,
+            "client": record.client,
             "caller": record.caller,
             "method": scope["method"],
             "path": scope["path"][:_MAX_PATH_LENGTH],
@@ -130,6 +132,27 @@ class AccessLog:
                 line["answers"] = [list((call.tokens.texts or {}).values()) for call in calls]
         level = logging.WARNING if status >= 500 or outcome == BROKEN else logging.INFO
         logger.log(level, "request", extra=fields(**line))
+
+
+def log_refusal(error: ServingError, client: str, metrics: GatewayMetrics) -> None:
+    """Logs and counts a request that was refused before it could be read.
+
+    Args:
+        error: The reason, which the client is told.
+        client: The client's address.
+        metrics: The metrics that count requests.
+    """
+    kind, reason = error_fields(error)
+    line = {
+        "id": uuid.uuid4().hex,
+        "client": client,
+        "status": error.http_status,
+        "outcome": REFUSED,
+        "error": kind,
+        "reason": reason,
+    }
+    metrics.ended(OTHER, error.http_status, REFUSED, None, 0.0)
+    logger.info("request", extra=fields(**line))
 
 
 def error_fields(error: BaseException) -> tuple[str, str | None]:
@@ -181,4 +204,7 @@ def _end_spans(scope: Scope, record: RequestRecord, status: int, outcome: str) -
     )
     if failure:
         span.fail(failure)
-    span.end()
+    # A span that never ends is not sent: a stranger's requests fill no store of traces, whatever
+    # sampling its headers ask for.
+    if record.caller is not None or status not in (401, 404):
+        span.end()

@@ -46,6 +46,11 @@ class Drain:
         self._running = 0
         self._refuses_at: float | None = None  # set by `begin`
 
+    def around(self, app: ASGIApp) -> "Drain":
+        """Takes the place of `app`, the application that it passes requests on to."""
+        self._app = app
+        return self
+
     @property
     def has_begun(self) -> bool:
         """Returns whether readiness fails."""

@@ -18,7 +18,8 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "mixtral_gateway_requests",
-            "Requests that have ended: whole, dropped (by the client) or broken (by a failure).",
+            "Requests that have ended: whole, dropped (by the client), broken (by a failure), or "
+            "refused before they could be read.",
             ["route", "status", "outcome"],
             registry=self.registry,
         )
@@ -48,6 +49,26 @@ class GatewayMetrics:
         self.open_streams = Gauge(
             "mixtral_gateway_open_streams", "Of them, streams.", registry=self.registry
         )
+        self.open_connections = Gauge(
+            "mixtral_gateway_open_connections", "Open connections.", registry=self.registry
+        )
+        self.refused_connections = Counter(
+            "mixtral_gateway_refused_connections",
+            "Connections closed unserved: over the limit of all (total) or of their address, "
+            "without files to open (files), or with a failed handshake.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.ended_idle_connections = Counter(
+            "mixtral_gateway_ended_idle_connections",
+            "Idle connections that were closed to make room for new ones.",
+            registry=self.registry,
+        )
+        self.dropped_trailers = Counter(
+            "mixtral_gateway_dropped_trailers",
+            "Trailer fields of requests, which are read and ignored.",
+            registry=self.registry,
+        )
 
     def ended(
         self, route: str, status: int, outcome: str, first_byte: float | None, seconds: float
@@ -57,7 +78,7 @@ class GatewayMetrics:
         Args:
             route: The route's path as the application wrote it.
             status: The HTTP status.
-            outcome: "whole", "dropped" or "broken".
+            outcome: "whole", "dropped", "broken" or "refused".
             first_byte: Seconds to the first byte of the answer's body; None if there was none.
             seconds: Seconds to the end.
         """

@@ -20,6 +20,7 @@ from serving.proto import inference_pb2
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for it, which no client reads
 _STATE = "record"  # its name in the request's state
+_MAX_ADDRESS_LENGTH = 64  # a proxy may pass on what its client has written
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ class RequestRecord:
         """The caller's name; None if nobody was let in."""
         caller = self._scope["state"].get("caller")
         return None if caller is None else str(caller.name)
+
+    @property
+    def client(self) -> str | None:
+        """The client's address: the connection's, or the one that a trusted proxy names."""
+        address = self._scope.get("client")
+        return None if address is None else str(address[0])[:_MAX_ADDRESS_LENGTH]
 
     @property
     def route(self) -> str | None:

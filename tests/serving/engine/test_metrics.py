@@ -39,7 +39,7 @@ class Running:
         self.compilations = CompilationCount()
         metrics = Metrics("tiny-random")
         metrics.watch(self.engine.scheduler, lambda: self.compilations.value)
-        self.url = f"http://127.0.0.1:{serve_metrics(metrics.registry, 0)}/metrics"
+        self.url = serve_metrics(metrics.registry, "127.0.0.1", 0)
         self.worker = EngineWorker(self.engine, metrics)
         self.worker.start()
 

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.fields import NOT_SUPPORTED, Described
+from serving.gateway.dialect.fields import MAX_TOOLS, NOT_SUPPORTED, Described, Text
 from serving.proto import inference_pb2
 
+# Parts of one message's content.
+MAX_PARTS = 1024
 # Mistral's own endpoint puts this before a conversation that asks for `safe_prompt`.
 SAFETY_PROMPT = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid "
@@ -31,7 +33,7 @@ class TextPart(Described):
 
     type: Literal["text"]
     """The kind of part."""
-    text: str
+    text: Text
     """The text of the part."""
 
 
@@ -50,6 +52,10 @@ def _join_texts(content: object) -> object:
     """Joins the parts of a message; a text-only model must refuse the other kinds by name."""
     if not isinstance(content, list):
         return content
+    if len(content) > MAX_PARTS:
+        raise PydanticCustomError(
+            "too_long", "a content has at most {most} parts", {"most": MAX_PARTS}
+        )
     texts = []
     for item in content:
         kind = item.get("type") if isinstance(item, dict) else None
@@ -90,12 +96,14 @@ class Message(Described):
     role: Annotated[Role, BeforeValidator(_check_role, json_schema_input_type=Role)]
     """`developer` is OpenAI's newer name for `system`."""
     content: Annotated[
-        str | None,
+        Text | None,
         BeforeValidator(_join_texts, json_schema_input_type=str | list[TextPart] | None),
         AfterValidator(_check_content),
     ] = Field(default=None, validate_default=True)
     """A string, or a list of parts of type text. Only an assistant's message may lack it."""
-    tool_calls: Annotated[list[Any] | None, AfterValidator(_check_no_calls)] = None
+    tool_calls: Annotated[
+        Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None, AfterValidator(_check_no_calls)
+    ] = None
     """Calls of tools that the assistant asked for; none for now."""
     prefix: bool | None = None
     """Mistral's, of the last message, an assistant's: the answer goes on from there."""

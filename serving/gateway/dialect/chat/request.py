@@ -10,10 +10,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from serving.gateway.dialect.chat.messages import Message, check_order, conversation
-from serving.gateway.dialect.fields import Never, Parameters, TokenCount, only
+from serving.gateway.dialect.fields import MAX_TOOLS, Name, Never, Parameters, TokenCount, only
 from serving.proto import inference_pb2
 
 MAX_MESSAGES = 2048
+_MAX_MODALITIES = 4
+
+Tools = Annotated[list[Any], Field(max_length=MAX_TOOLS)]
 
 
 def _with_logprobs(count: int | None, info: ValidationInfo) -> int | None:
@@ -33,26 +36,30 @@ class ChatRequest(Parameters):
     """The body of a chat completion request."""
 
     messages: Annotated[
-        list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(check_order)
+        list[Message],
+        Field(min_length=1, max_length=MAX_MESSAGES),
+        AfterValidator(check_order),
     ]
     """The conversation, in the order in which it was said."""
     max_completion_tokens: TokenCount | None = None
     """OpenAI's newer name for `max_tokens`, which wins if both are given."""
     response_format: Annotated[
-        str | None,
+        Name | None,
         BeforeValidator(_format_name, json_schema_input_type=dict[str, Any] | None),
         only("text"),
     ] = None
     """An object with a `type`; only `text` for now."""
-    tools: Annotated[list[Any] | None, only([])] = None
+    tools: Annotated[Tools | None, only([])] = None
     """Functions that the model may call; none for now."""
     tool_choice: Annotated[Any, only("none", "auto")] = None
     """Means nothing without tools."""
-    functions: Annotated[list[Any] | None, only([])] = None
+    functions: Annotated[Tools | None, only([])] = None
     """OpenAI's older name for `tools`."""
     function_call: Annotated[Any, only("none", "auto")] = None
     """OpenAI's older name for `tool_choice`."""
-    modalities: Annotated[list[str] | None, only([], ["text"])] = None
+    modalities: Annotated[
+        Annotated[list[Name], Field(max_length=_MAX_MODALITIES)] | None, only([], ["text"])
+    ] = None
     """The forms that the answer may have; only `text` for now."""
     audio: Never = None
     """OpenAI's options of a spoken answer; not for now."""

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.fields import Parameters, TokenId, only
+from serving.gateway.dialect.fields import Parameters, Text, TokenCount, TokenId, only
 from serving.proto import inference_pb2
 
 # Each prompt is a call of its own to the model service.
@@ -18,7 +18,12 @@ MAX_PROMPTS = 16
 DEFAULT_MAX_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
 
-Prompt = str | Annotated[list[TokenId], Field(min_length=1)]
+# Ids of one prompt; no model's context is longer.
+MAX_PROMPT_IDS = 2**17
+
+Prompt = (
+    Text | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
+)
 
 
 def _prompts(value: object) -> object:
@@ -26,6 +31,10 @@ def _prompts(value: object) -> object:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
+        if len(value) > MAX_PROMPT_IDS:
+            raise PydanticCustomError(
+                "too_long", "a prompt has at most {most} token ids", {"most": MAX_PROMPT_IDS}
+            )
         if value and all(isinstance(item, int) for item in value):
             return [value]
         if all(isinstance(item, (str, list)) for item in value):
@@ -40,17 +49,17 @@ class CompletionRequest(Parameters):
 
     prompt: Annotated[
         list[Prompt],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
         BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt]),
-        Field(min_length=1, max_length=MAX_PROMPTS),
     ]
     """A text to be continued, the ids of its tokens, or a list of either."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The number of likeliest tokens whose log probabilities are returned beside each token's."""
     echo: Annotated[bool | None, only(False)] = None
     """Whether the answer repeats the prompt; not for now."""
-    suffix: Annotated[str | None, only("")] = None
+    suffix: Annotated[Text | None, only("")] = None
     """The text that follows the answer; not for now."""
-    best_of: Annotated[int | None, only(1)] = None
+    best_of: Annotated[TokenCount | None, only(1)] = None
     """Choices to choose from; not for now."""
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:

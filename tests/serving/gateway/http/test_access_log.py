@@ -135,6 +135,7 @@ def test_a_chat_in_the_log_the_metrics_and_the_accounts(
         "logger": "serving.gateway.http.access_log",
         "message": "request",
         "id": response.headers["x-request-id"],
+        "client": "127.0.0.1",
         "caller": "alice",
         "method": "POST",
         "path": "/v1/chat/completions",
@@ -186,7 +187,7 @@ def test_the_spans_of_a_chat(watched: Watched) -> None:
     assert response.text.endswith("data: [DONE]\n\n")
     until(lambda: len(watched.spans()) == 2)
     outer = watched.spans()["POST /openai/deployments/{name}/chat/completions"]
-    inner = watched.spans()["chat mistral-small"]
+    inner = watched.spans()["chat scripted-7B"]
     assert outer.context and outer.parent and inner.context and inner.parent
     assert f"{outer.context.trace_id:032x}" == TRACE
     assert f"{outer.parent.span_id:016x}" == PARENT
@@ -370,7 +371,7 @@ def test_every_metric_is_documented(watched: Watched, lines: list[dict[str, Any]
     until(lambda: lines)
     documented = (Path(__file__).parents[4] / "docs" / "operate.md").read_text(encoding="utf-8")
     names = {re.sub("_(sum|count)$", "", name) for name, *_ in watched.figures()}
-    assert len(names) == 7
+    assert len(names) == 10
     own = {name if name.startswith("mixtral_") else f"mixtral_gateway_{name}" for name in names}
     assert not {name for name in own if f"`{name}`" not in documented}
 

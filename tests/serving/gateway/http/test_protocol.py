@@ -5,16 +5,13 @@ import socket
 
 import pytest
 
-from serving.gateway.http.protocol import Protocol
+from serving.gateway.http.limits import HttpLimits
 from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
 from tests.support.gateway import address, chat_body
 
 
 def test_a_head_that_does_not_come_is_not_waited_for() -> None:
-    class Impatient(Protocol):
-        head_seconds = 0.05
-
-    with running_stack(protocol=Impatient) as stack:
+    with running_stack(http=HttpLimits(head_seconds=0.05)) as stack:
         for sent, status in ((b"GET /info HTTP/1.1\r\nx: ", b"HTTP/1.1 408 "), (b"", b"")):
             with socket.create_connection(address(stack), timeout=PATIENCE) as connection:
                 connection.sendall(sent)
