@@ -38,7 +38,13 @@ def banner(url: str, target: str, key: str, bearer: str | None) -> str:
 
 
 def shown_key(
-    key: str | None, port: int, *, is_made_up: bool, asks_key: bool, is_terminal: bool
+    key: str | None,
+    port: int,
+    *,
+    is_made_up: bool,
+    asks_key: bool,
+    has_file: bool,
+    is_terminal: bool,
 ) -> tuple[str, str | None]:
     """Returns what the banner says about the key, and how its curl line presents it.
 
@@ -46,16 +52,17 @@ def shown_key(
     cannot be written.
 
     Args:
-        key: The key of the environment, or the one made up; None: keys are in a file, or none.
+        key: The key of the environment, or the one made up; None: there is none.
         port: Port of HTTP, which names the file.
         is_made_up: Whether the key was made for this run.
         asks_key: Whether callers must present a key at all.
+        has_file: Whether there is a file of keys; without any key, callers have tokens.
         is_terminal: Whether the banner goes to a terminal.
     """
     if not asks_key:
         return "", None
-    if key is None:  # keys of a file are known to their owners only
-        return "", "$KEY"
+    if key is None:  # its owner alone knows what to present
+        return "", "$KEY" if has_file else "$TOKEN"
     if not is_made_up:
         return f"the one in {KEY_VARIABLE}", f"${KEY_VARIABLE}"
     if is_terminal:

@@ -90,6 +90,7 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
         addresses.port,
         is_made_up=makes_key,
         asks_key=not given["no_auth"],
+        has_file=given["keys"] is not None,
         is_terminal=sys.stdout.isatty(),
     )
     text = banner(addresses.url, addresses.target, key, bearer)

@@ -3,8 +3,9 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -20,6 +21,7 @@ from serving.access.key_file import KeyFile
 from serving.access.keyring import Keyring
 from serving.errors import ERROR_METADATA
 from serving.gateway.__main__ import main
+from serving.gateway.http.metrics import GatewayMetrics
 from serving.launch.supervisor import Addresses, environment_from
 from serving.proto import inference_pb2, inference_pb2_grpc
 from serving.service.interceptor import AccessInterceptor
@@ -51,14 +53,72 @@ def test_keys_come_and_go_while_the_gateway_runs(tmp_path: Path) -> None:
         assert answer.json()["choices"][0]["message"]["content"] == "one two"
 
 
+def test_an_operator_needs_no_key_of_the_environment(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    alice, root = file.add("alice"), file.add("root", role="operator")
+    with (
+        running_stack(access=Access(Keyring({}, file))) as stack,
+        httpx.Client(base_url=stack.url, timeout=PATIENCE) as client,
+    ):
+        chat = client.post("/chat/completions", json=CHAT, headers={"api-key": alice})
+        assert chat.status_code == 200
+        refused = client.get("/usage?all=true", headers={"api-key": alice})
+        assert refused.status_code == 403 and "operators" in refused.json()["error"]["message"]
+        everybody = client.get("/usage?all=true", headers={"api-key": root})
+        assert [row["caller"] for row in everybody.json()["data"]] == ["alice"]
+
+
+def test_an_expired_key_is_401_and_names_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    key = file.add("alice", role="operator", lifetime=timedelta(0))
+    caplog.set_level("INFO", "serving.gateway.http.access_log")
+    with running_stack(access=Access(Keyring({"default": KEY}, file))) as stack:
+        headers = {"authorization": f"Bearer {key}"}
+        answer = httpx.get(f"{stack.url}/info", headers=headers, timeout=PATIENCE)
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        assert "this key has expired" in answer.text and "alice" not in answer.text
+        # The other header may still open, as where a client sends both.
+        assert status(stack, authorization=f"Bearer {key}", api_key=KEY) == 200
+        wrong = httpx.get(f"{stack.url}/info", headers={"api-key": key[:-1]}, timeout=PATIENCE)
+        assert wrong.status_code == 401 and "expired" not in wrong.text
+    reasons = [record.__dict__["mixtral_fields"].get("reason") for record in caplog.records]
+    assert "this key has expired" in reasons[0] and "send the key" in reasons[2]
+    assert key not in caplog.text
+
+
+def test_a_file_of_keys_that_cannot_be_read_shows_in_the_metrics(tmp_path: Path) -> None:
+    file, metrics = KeyFile(tmp_path / "keys.json"), GatewayMetrics()
+    alice, bob = file.add("alice"), file.add("bob")
+
+    def failed() -> float | None:
+        return metrics.registry.get_sample_value("mixtral_keys_reload_failed")
+
+    access = Access(Keyring({}, file))
+    with running_stack(access=access, parts={"metrics": metrics}) as stack:
+        assert failed() == 0
+        file.path.rename(tmp_path / "away")
+        file.path.mkdir()  # which can be opened by nobody
+        assert until(lambda: status(stack, api_key=alice) == 200 and failed() == 1)
+        file.path.rmdir()
+        (tmp_path / "away").rename(file.path)
+        file.remove("alice")
+        assert wait_for(401, stack, alice) and wait_for(200, stack, bob)
+        assert failed() == 0
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether a condition holds within seconds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
 def wait_for(wanted: int, stack: Stack, key: str) -> bool:
     """Whether a key is answered so within seconds."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if status(stack, api_key=key) == wanted:
-            return True
-        time.sleep(0.05)
-    return False
+    return until(lambda: status(stack, api_key=key) == wanted)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +230,8 @@ async def told(channel: grpc.aio.Channel, method: str, headers: Mapping[str, str
 
 def test_the_service_knows_its_callers(tmp_path: Path, identity: Identity) -> None:
     file = KeyFile(tmp_path / "keys.json")
-    alice = file.add("alice")
+    alice, root = file.add("alice"), file.add("root", role="operator")
+    expired = file.add("expired", role="operator", lifetime=timedelta(0))
     keyring = Keyring({"default": "first", "gateway": "second"}, file)
     tokens = TokenVerifier([TENANT], allowed=[identity.object_id], authority=identity.url)
     nobody = TokenVerifier([TENANT], authority=identity.url)
@@ -184,6 +245,8 @@ def test_the_service_knows_its_callers(tmp_path: Path, identity: Identity) -> No
                 ({"authorization": "first"}, "OK", "OK"),
                 ({"api-key": "second"}, "OK", "OK"),
                 ({"api-key": alice}, "OK", forbidden),
+                ({"api-key": root}, "OK", "OK"),
+                ({"api-key": expired}, no, no),
                 (token, "OK", forbidden),
                 ({"api-key": "wrong"}, no, no),
                 ({}, no, no),

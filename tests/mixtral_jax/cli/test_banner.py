@@ -18,7 +18,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def shown(key: str | None = KEY, **changes: bool) -> str:
     """The banner, without the lines that are always there."""
-    facts = {"is_made_up": False, "asks_key": True, "is_terminal": True} | changes
+    usual = {"is_made_up": False, "asks_key": True, "has_file": False, "is_terminal": True}
+    facts = usual | changes
     text, bearer = shown_key(key, 8000, **facts)
     return banner("http://h:8000", "h:50051", text, bearer)
 
@@ -57,7 +58,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(state: Path) 
 
 
 def test_keys_of_a_file_and_no_keys() -> None:
-    text = shown(None)
+    text = shown(None, has_file=True)
     assert "\nkey " not in text and 'Bearer $KEY"' in text
+    assert 'Bearer $TOKEN"' in shown(None)
     assert "Authorization" not in shown(None, asks_key=False)
     assert "Authorization" not in shown(KEY, asks_key=False)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -149,6 +150,28 @@ def test_a_read_that_fails_is_tried_again_each_second(
     assert names(ring, alice, bob) == [None, "bob"]
     assert not ring.reload_failed
     assert "1 keys, 0 of operators, 0 expired" in caplog.text
+
+
+def test_a_removed_key_opens_no_longer_than_the_process_lacks_descriptors(
+    file: KeyFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Finding 5 of the review: 300 idle connections kept a revoked key valid for ever."""
+    clock = Clock()
+    alice, bob = file.add("alice"), file.add("bob")
+    ring = Keyring({}, file, clock)
+    file.remove("alice")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        for _ in range(60):
+            clock.now += RELOAD_SECONDS
+            assert names(ring, alice, bob) == ["alice", "bob"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert ring.reload_failed and caplog.text.count("Too many open files") == 1
+    clock.now += RELOAD_SECONDS
+    assert names(ring, alice, bob) == [None, "bob"]
+    assert not ring.reload_failed
 
 
 def test_a_file_that_comes_back_unchanged_is_read_again(file: KeyFile) -> None:

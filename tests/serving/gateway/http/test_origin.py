@@ -1,6 +1,9 @@
 """Requests as browsers, forged pages and other clients send them, and which of them are refused."""
 
+import socket
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -10,7 +13,7 @@ from serving.access.keyring import Keyring
 from serving.access.loopback import is_loopback
 from serving.errors import Forbidden, InvalidRequest, ServingError, UnsupportedMedia
 from serving.gateway.http.origin import OriginCheck
-from tests.support.fakes import KEY, PATIENCE, running_stack
+from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
 
 JSON = {"content-type": "application/json"}
 PAGE = "https://page.example"
@@ -158,3 +161,33 @@ def test_over_sockets() -> None:
     with running_stack() as stack, httpx.Client(base_url=stack.url, timeout=PATIENCE) as client:
         headers = {"api-key": KEY, "host": "evil.example", "origin": PAGE}
         assert client.get("/info", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("GET /health/live HTTP/1.1\r\n", 400),
+        ("GET /health/live HTTP/1.1\r\nHost: a\r\nHost: a\r\n", 400),
+        ("GET /health/live HTTP/1.1\r\nHost:\r\n", 400),
+        ("GET http://a/health/live HTTP/1.1\r\n", 400),
+        ("GET /nowhere HTTP/1.1\r\n", 400),
+        ("GET /health/live HTTP/1.1\r\nHost: a\r\n", 200),
+        ("GET /health/live HTTP/1.0\r\n", 200),
+    ],
+)
+def test_hosts_on_the_wire(stack: Stack, head: str, status: int) -> None:
+    address = urlsplit(stack.url)
+    with socket.create_connection((address.hostname, address.port), PATIENCE) as connection:
+        connection.sendall(f"{head}Connection: close\r\n\r\n".encode())
+        answer = b""
+        while more := connection.recv(65536):
+            answer += more
+    assert answer.split(b" ")[1] == str(status).encode(), answer
+    if status == 400:
+        assert b"Host: NAME" in answer and b"x-request-id: " in answer
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack() as stack:
+        yield stack
