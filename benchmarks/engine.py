@@ -40,7 +40,8 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
 from mixtral_jax.sampling_params import SamplingParams
 from serving.bench.report import facts
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
+from serving.engine.engine import Engine
 from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
@@ -183,7 +184,7 @@ def _engine(model: Transformer, context: int) -> Engine:
         max_context=context,
         max_waiting=ROWS,
     )
-    return Engine(model, limits, compile_steps(model, limits))
+    return engine_of(model, limits, compile_steps(model, limits))
 
 
 def _request(prompt: list[int], max_tokens: int) -> Request:

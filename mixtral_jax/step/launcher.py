@@ -4,16 +4,27 @@ The engine and the plain loop each have one. It decides nothing.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.stages import Compiled
 
-from mixtral_jax.axes import PackedDraws, Pages, Rows
+from mixtral_jax.axes import DrawnHidden, PackedDraws, Pages, Rows
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepInputs, host_array
 from mixtral_jax.step.programs import SplitModel
-from mixtral_jax.step.sampling import NO_ID
+from mixtral_jax.step.sampling import NO_ID, SamplingArrays
+
+
+class WalkedStep(NamedTuple):
+    """A step that has been through the layers and draws no token yet. On the devices."""
+
+    hidden: DrawnHidden
+    last: Rows  # last token of each row
+    sampling: SamplingArrays
+    program: Compiled
 
 
 class StepLauncher:
@@ -27,7 +38,6 @@ class StepLauncher:
     def __init__(self, model: Transformer, steps: Steps) -> None:
         self.steps = steps
         self._model = SplitModel.of(model)
-        self._layers: list[Pages] = [steps.empty() for _ in self._model.blocks]
         # By number of rows, on the devices: histories of steps in which no row needs one.
         self._no_history = {
             rows: self._model.replicate(
@@ -35,14 +45,38 @@ class StepLauncher:
             )
             for rows in set(steps.rows.values())
         }
-        num_drawn = steps.num_sequence_groups * steps.sizes.max_sequences
-        self._tokens: Rows | Any = np.zeros(num_drawn, np.int32)
+        self._layers: list[Pages] = []
+        self._tokens: Rows | Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes new pages, filled with zeros; what the old ones held is lost."""
+        self._layers.clear()  # first, because there may be no room for both
+        self._layers += [self.steps.empty() for _ in self._model.blocks]
+        num_drawn = self.steps.num_sequence_groups * self.steps.sizes.max_sequences
+        self._tokens = np.zeros(num_drawn, np.int32)
+
+    def is_intact(self) -> bool:
+        """Waits for the devices; returns False if a step that failed took pages with it.
+
+        A layer's pages are given to its program, which returns the new ones: when it fails in
+        between, there are none.
+        """
+        try:
+            jax.block_until_ready(self._layers)
+        except RuntimeError:  # of a page that was given away, or whose program failed
+            return False
+        return not any(pages.is_deleted() for pages in self._layers)
 
     def launch(self, inputs: StepInputs) -> PackedDraws:
         """Starts one step and returns its draws, which `unpack` reads, without waiting for them.
 
         Rows that draw nothing hold values without a meaning.
         """
+        return self.draw(self.walk(inputs))
+
+    def walk(self, inputs: StepInputs) -> WalkedStep:
+        """Starts the part of a step that goes through the layers and writes pages."""
         if not inputs.has_history:
             inputs = inputs.replace_history(self._no_history[inputs.num_rows])
         programs, batch = self.steps.buckets[inputs.num_tokens], inputs.batch
@@ -51,7 +85,12 @@ class StepLauncher:
         for i, block in enumerate(self._model.blocks):
             x, self._layers[i] = programs.block(block, x, rotary, self._layers[i], batch)
         x, last = programs.pick(x, batch.tokens, inputs.last)
-        sampled = programs.draw(rest, x, last, inputs.sampling)
+        return WalkedStep(x, last, inputs.sampling, programs.draw)
+
+    def draw(self, walked: WalkedStep) -> PackedDraws:
+        """Starts the other part, in which each row draws its token."""
+        hidden, last, sampling, program = walked
+        sampled = program(self._model.rest, hidden, last, sampling)
         self._tokens = sampled.tokens
         packed: PackedDraws = sampled.packed
         return packed

@@ -13,7 +13,7 @@ from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from serving.bench.load import Answer, BenchError, Level, Progress, summary
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
 from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
@@ -65,7 +65,7 @@ class OfflineEngine:
             window=card.model.sliding_window,
         )
         steps = compile_steps(Transformer(card.model, placement, rngs=None), limits)
-        self._engine = Engine(pretrained.load(placement), limits, steps)
+        self._engine = engine_of(pretrained.load(placement), limits, steps)
         self._vocabulary = card.model.vocab_size
         self._lengths = prompt_tokens, answer_tokens
         self._shared = min(shared_prefix, prompt_tokens)

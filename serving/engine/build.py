@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import jax
+from jax.typing import DTypeLike
 
 from mixtral_jax.cache import token_bytes
 from mixtral_jax.checkpoint.pretrained import Pretrained
@@ -18,14 +19,75 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import TopologyError
 from mixtral_jax.model.transformer import Transformer, held_bytes
 from mixtral_jax.placement import Placement
-from mixtral_jax.step.buckets import Steps
+from mixtral_jax.step.buckets import Steps, compile_buckets
+from mixtral_jax.step.inputs import StepSizes
 from serving.engine.cache_memory import cache_bytes
 from serving.engine.config import EngineConfig
-from serving.engine.engine import compile_steps
-from serving.scheduling.step_plan import Limits
+from serving.engine.engine import Engine
+from serving.engine.runner import Runner
+from serving.scheduling.step_plan import Limits, StepPlan
 
 # Each process may have the checkpoint elsewhere, and its own memory.
 _OF_ONE_PROCESS = {"model", "kv_memory"}
+_FEW_ROWS = 8
+
+
+def buckets(limits: Limits) -> tuple[int, ...]:
+    """Returns the token counts that a step is padded to.
+
+    They are powers of four, and the numbers that fill all rows or a whole step. Each of them takes
+    a second of compiling at the start; padding takes a part of a step's time.
+    """
+    sizes = {1, _FEW_ROWS, limits.max_sequences, limits.max_step_tokens}
+    size = _FEW_ROWS * 4
+    while size < limits.max_step_tokens:
+        sizes.add(size)
+        size *= 4
+    return tuple(sorted(size for size in sizes if size <= limits.max_step_tokens))
+
+
+def rows_of(bucket: int, limits: Limits) -> int:
+    """Returns the number of sequences that a step of `bucket` tokens has room for."""
+    few = bucket <= _FEW_ROWS and not limits.deterministic
+    return min(bucket, limits.max_sequences) if few else limits.max_sequences
+
+
+def compile_steps(
+    model: Transformer,
+    limits: Limits,
+    progress: Callable[[str], None] = lambda line: None,
+    kv_dtype: DTypeLike | None = None,
+) -> Steps:
+    """Compiles all steps of an engine; `limits` are those of one partition."""
+    sizes = StepSizes(
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        max_sequences=limits.max_sequences,
+        max_context=limits.max_context,
+    )
+    rows = {bucket: rows_of(bucket, limits) for bucket in buckets(limits)}
+    return compile_buckets(model, sizes, rows, progress, kv_dtype)
+
+
+def engine_of(
+    model: Transformer,
+    limits: Limits,
+    steps: Steps,
+    broadcast: Callable[[tuple[StepPlan, ...]], None] | None = None,
+) -> Engine:
+    """Returns an engine for a model on its devices.
+
+    All programs are compiled before the first request; after that they are called directly, and any
+    other shape raises instead of compiling.
+
+    Args:
+        model: the parameters; must not be changed afterwards.
+        limits: sizes of the cache and of a step; under a mesh that splits sequences, of one
+            partition.
+        steps: the result of `compile_steps` for the same shapes and limits.
+        broadcast: see `Engine`.
+    """
+    return Engine(Runner(model, steps), limits, broadcast)
 
 
 def facts(config: EngineConfig, pretrained: Pretrained) -> dict[str, str]:

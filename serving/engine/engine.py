@@ -1,86 +1,92 @@
-"""Engine: continues requests, a step at a time. The scheduler decides, the runner computes.
+"""Engine: continues requests, a step at a time. The scheduler decides, a device computes.
 
-It knows token ids only. All programs are compiled before the first request (mixtral_jax/step);
-after that they are called directly, and any other shape raises instead of compiling.
+It knows token ids only. This is the one loop, whatever the steps are made of:
 
-Steps overlap: the next one is launched before the tokens of the previous one are read. A drawn
-token goes from one step to the next on the device; the host reads it a step later.
+    plan ──> walk ──> (masks) ──> draw ──> commit
+
+Steps overlap: the next one is planned and walked before the tokens of the previous one are read. A
+drawn token goes from one step to the next on the device; the host reads it a step later. Where rows
+have masks, these follow from the tokens of the step before, which are read between walk and draw; a
+row whose mask is not ready then draws nothing, and draws in a later step. Where no row has one,
+walk and draw are one call.
+
+A step may fail. Before it has touched the pages, its plan is withdrawn, and nothing else is lost.
+After that, all pages are made anew, and every sequence is computed again from its tokens; with the
+same seeds at the same positions it goes on with the tokens that it would have had. Either way the
+request that is the reason is found and ends (recovery.py), and the others go on. With several hosts
+a step that fails ends the engine, and so the group, which starts again as a whole.
 """
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from jax.typing import DTypeLike
-
-from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.step.buckets import Steps, compile_buckets
-from mixtral_jax.step.inputs import StepSizes
-from serving.engine.runner import Launched, Runner
+from serving.engine.device import Device, Launched, Masks, MaskSource
+from serving.engine.recovery import Suspects
+from serving.errors import Overloaded
 from serving.scheduling.partitions import Partitions
-from serving.scheduling.request import Event, Request
+from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.step_plan import Limits, StepPlan
 
-_FEW_ROWS = 8
+_log = logging.getLogger(__name__)
 
 
-def buckets(limits: Limits) -> tuple[int, ...]:
-    """Returns the token counts that a step is padded to.
+@dataclass
+class _Step:
+    """A step that is planned, and then launched."""
 
-    They are powers of four, and the numbers that fill all rows or a whole step. Each of them takes
-    a second of compiling at the start; padding takes a part of a step's time.
-    """
-    sizes = {1, _FEW_ROWS, limits.max_sequences, limits.max_step_tokens}
-    size = _FEW_ROWS * 4
-    while size < limits.max_step_tokens:
-        sizes.add(size)
-        size *= 4
-    return tuple(sorted(size for size in sizes if size <= limits.max_step_tokens))
+    plans: tuple[StepPlan, ...]
+    launched: Launched | None = None
+    masks: Masks | None = None
+
+    def drawn(self) -> list[list[Drawn | None]]:
+        """Waits for the step; returns what its chunks drew."""
+        assert self.launched is not None
+        drawn = self.launched.drawn()
+        if self.masks is not None:
+            for plan, chunk in self.masks.late:
+                drawn[plan][chunk] = None
+            for (plan, chunk), token in self.masks.forced.items():
+                drawn[plan][chunk] = Drawn(token_id=token, forced=True)
+        return drawn
 
 
-def rows_of(bucket: int, limits: Limits) -> int:
-    """Returns the number of sequences that a step of `bucket` tokens has room for."""
-    few = bucket <= _FEW_ROWS and not limits.deterministic
-    return min(bucket, limits.max_sequences) if few else limits.max_sequences
+@dataclass
+class _Fault:
+    """An exception that a step met."""
 
-
-def compile_steps(
-    model: Transformer,
-    limits: Limits,
-    progress: Callable[[str], None] = lambda line: None,
-    kv_dtype: DTypeLike | None = None,
-) -> Steps:
-    """Compiles all steps of an engine; `limits` are those of one partition."""
-    sizes = StepSizes(
-        num_pages=limits.num_pages,
-        page_size=limits.page_size,
-        max_sequences=limits.max_sequences,
-        max_context=limits.max_context,
-    )
-    rows = {bucket: rows_of(bucket, limits) for bucket in buckets(limits)}
-    return compile_buckets(model, sizes, rows, progress, kv_dtype)
+    step: _Step
+    error: Exception
 
 
 class Engine:
-    """Continues requests, a step at a time. Used by one thread.
+    """Continues requests, a step at a time. Used by one thread, but for `has_room`.
 
     Args:
-        model: the parameters; must not be changed afterwards.
-        limits: sizes of the cache and of a step; under a mesh that splits sequences, of one
-            partition.
-        steps: the result of `compile_steps` for the same shapes and limits.
+        device: computes the steps.
+        limits: sizes of the cache and of a step; of one partition, where there are several.
         broadcast: called with each step's plans before it is launched; for several hosts.
+        masks: says what rows may draw; None where every row may draw anything.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        device: Device,
         limits: Limits,
-        steps: Steps,
         broadcast: Callable[[tuple[StepPlan, ...]], None] | None = None,
+        masks: MaskSource | None = None,
     ) -> None:
-        self.scheduler = Partitions(limits, steps.num_sequence_groups)
-        self._runner = Runner(model, steps)
+        self.scheduler = Partitions(limits, device.num_partitions)
+        self._device = device
         self._broadcast = broadcast
-        self._launched: Launched | None = None
+        self._masks = masks
+        self._open: _Step | None = None  # launched, and not committed
+        self._suspects = Suspects()
+
+    @property
+    def num_failures(self) -> int:
+        """Number of steps that have failed."""
+        return self._suspects.num_failures
 
     def add(self, request: Request) -> None:
         """Queues a request; raises the errors of `Scheduler.add`."""
@@ -89,10 +95,20 @@ class Engine:
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forgets a request, or one choice of it, and frees its pages; see `Scheduler.cancel`."""
         self.scheduler.cancel(request_id, choice)
+        self._suspects.forget(request_id, choice)
 
     def has_room(self, n: int, caller: str) -> bool:
-        """Returns True if a request of n choices would be queued now; see `Scheduler.has_room`."""
-        return self.scheduler.has_room(n, caller)
+        """Returns True if a request of n choices would be queued now; see `Scheduler.check_room`.
+
+        This is an estimate, for any thread.
+        """
+        try:
+            self.scheduler.check_room(caller, n)
+        except Overloaded:
+            return False
+        except RuntimeError:  # the engine's thread has changed the queue meanwhile
+            return True
+        return True
 
     @property
     def has_work(self) -> bool:
@@ -102,14 +118,102 @@ class Engine:
     def step(self, now: float = 0.0) -> list[Event]:
         """Launches one step, records the previous one and returns the events of that.
 
-        `now` is time.monotonic(): requests whose deadline is before it end.
+        `now` is time.monotonic(): requests whose deadline is before it end. Raises what a step met
+        that cannot be healed.
         """
         events = self.scheduler.expire(now)
-        plans = self.scheduler.plan()
-        has_chunks = any(plan.chunks for plan in plans)
-        if has_chunks and self._broadcast is not None:
-            self._broadcast(plans)
-        before, self._launched = self._launched, self._runner.launch(plans) if has_chunks else None
+        before, self._open = self._open, None
+        step = self._plan()
+        fault: _Fault | None = None
+        walked = None
+        if step is not None:
+            if self._broadcast is not None:
+                self._broadcast(step.plans)
+            try:
+                if self._masks is not None and self._masks.has_rows(step.plans):
+                    walked = self._device.walk(step.plans)
+                else:
+                    step.launched = self._device.launch(step.plans)
+            except Exception as error:
+                fault = _Fault(step, error)
         if before is not None:
-            events += self.scheduler.commit(before.plans, before.drawn())
+            try:
+                drawn = before.drawn()
+            except Exception as error:  # the older step is the reason, also where both have failed
+                fault = _Fault(before, error)
+            else:
+                events += self.scheduler.commit(before.plans, drawn)
+                self._note_passed(before, events)
+        if step is not None and fault is None and step.launched is None:
+            fault = self._draw(step, walked)
+        if fault is not None:
+            return events + self._recover(fault, step, events)
+        self._open = step
         return events
+
+    def _plan(self) -> _Step | None:
+        """Returns the next step, or None if there is nothing to compute now."""
+        plans = self.scheduler.plan()
+        return _Step(plans) if any(plan.chunks for plan in plans) else None
+
+    def _draw(self, step: _Step, walked: object) -> _Fault | None:
+        """Launches the second part of a step whose rows have masks."""
+        assert self._masks is not None
+        try:
+            step.masks = self._masks.masks(step.plans)
+            step.launched = self._device.draw(walked, step.masks)
+        except Exception as error:
+            return _Fault(step, error)
+        return None
+
+    def _note_passed(self, step: _Step, events: list[Event]) -> None:
+        """Trusts the suspects that have come as far as they were when a step failed."""
+        trusted = self._suspects.passed(step.plans)
+        if trusted:
+            self.scheduler.trust(trusted)
+        if self._suspects:
+            for request_id, choice in _ended(events):
+                self._suspects.forget(request_id, choice)
+
+    def _recover(self, fault: _Fault, newest: _Step | None, events: list[Event]) -> list[Event]:
+        """Makes the engine work again after a fault.
+
+        Returns the event of the request that has failed alone. Raises the fault if there is no
+        hope.
+
+        Args:
+            fault: What has happened.
+            newest: The step of this turn, if there is one.
+            events: Events of this turn.
+        """
+        if self._broadcast is not None:
+            raise fault.error
+        plans = fault.step.plans
+        culprit, suspects = self._suspects.failed(plans, self.scheduler.suspects, _ended(events))
+        if self._suspects.is_hopeless:
+            raise fault.error
+        self.scheduler.suspect(suspects)
+        is_unharmed = fault.step is newest and self._device.is_intact()
+        num_requests = len({chunk.request_id for plan in plans for chunk in plan.chunks})
+        _log.error(
+            "a step with %d requests failed%s; %s",
+            num_requests,
+            "" if is_unharmed else ", and the keys and values of all others are computed again",
+            "the others go on" if culprit is None else f"request {culprit} ends, the others go on",
+            exc_info=fault.error,
+        )
+        if is_unharmed:
+            self.scheduler.withdraw(plans)
+        else:
+            self.scheduler.requeue_all()
+            self._device.reset()
+        if culprit is None:
+            return []
+        self.scheduler.cancel(culprit)
+        failed = FinishReason.FAILED
+        return [Event(request_id=culprit, choice=0, drawn=None, finish_reason=failed)]
+
+
+def _ended(events: list[Event]) -> set[tuple[str, int]]:
+    """Returns the choices, by request and number, that have ended."""
+    return {(event.request_id, event.choice) for event in events if event.finish_reason is not None}

@@ -13,8 +13,9 @@ from mixtral_jax.axes import PackedDraws
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import GroupInputs
-from mixtral_jax.step.launcher import StepLauncher
+from mixtral_jax.step.launcher import StepLauncher, WalkedStep
 from mixtral_jax.step.sampling import unpack
+from serving.engine.device import Masks
 from serving.scheduling.request import Drawn
 from serving.scheduling.step_plan import StepPlan
 
@@ -31,8 +32,17 @@ class Runner:
         self._steps = steps
         self._launcher = StepLauncher(model, steps)
 
-    def launch(self, plans: Sequence[StepPlan]) -> "Launched":
+    @property
+    def num_partitions(self) -> int:
+        """Number of plans of a step: one for each sequence group."""
+        return self._steps.num_sequence_groups
+
+    def launch(self, plans: Sequence[StepPlan]) -> "RunningStep":
         """Starts one step: a plan for each sequence group, at least one of them with chunks."""
+        return self.draw(self.walk(plans), None)
+
+    def walk(self, plans: Sequence[StepPlan]) -> "WalkedPlans":
+        """Starts one step, up to where its rows draw."""
         steps = self._steps
         bucket = steps.bucket(max(plan.num_tokens for plan in plans))
         has_history = any(chunk.history for plan in plans for chunk in plan.chunks)
@@ -40,11 +50,34 @@ class Runner:
         for group, plan in enumerate(plans):
             _write(plan, GroupInputs(inputs, group, steps.sizes.max_sequences))
         self._launcher.copy_pages([plan.copies for plan in plans])
-        return Launched(tuple(plans), inputs.num_rows, self._launcher.launch(inputs))
+        return WalkedPlans(tuple(plans), inputs.num_rows, self._launcher.walk(inputs))
+
+    def draw(self, walked: "WalkedPlans", masks: Masks | None) -> "RunningStep":
+        """Lets the rows of a step draw. There are no programs for masks yet."""
+        assert masks is None, "no program draws under a mask"
+        packed = self._launcher.draw(walked.step)
+        return RunningStep(walked.plans, walked.rows, packed)
+
+    def is_intact(self) -> bool:
+        """Returns False if a step that raised has taken pages of earlier steps with it."""
+        return self._launcher.is_intact()
+
+    def reset(self) -> None:
+        """Makes new pages; the content of all earlier ones is lost."""
+        self._launcher.reset()
 
 
 @dataclass(frozen=True)
-class Launched:
+class WalkedPlans:
+    """A step that has been through the layers and draws no token yet."""
+
+    plans: tuple[StepPlan, ...]
+    rows: int  # of each sequence group
+    step: WalkedStep
+
+
+@dataclass(frozen=True)
+class RunningStep:
     """A step that the devices compute."""
 
     plans: tuple[StepPlan, ...]

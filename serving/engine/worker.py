@@ -95,7 +95,7 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = self._is_abandoned = False
         self._open: dict[str, Submission] = {}  # of the callers' loop
-        self._unread: dict[str, int] = {}  # choices of the requests in the inbox
+        self._unread: dict[str, Request] = {}  # in the inbox
         self._turn_began: float | None = None  # time.monotonic(); None while it waits for work
         self._last_step = 0.0  # seconds
         self._final_error: ServingError = Unavailable("the server was stopped")
@@ -130,8 +130,10 @@ class EngineWorker:
         This is an estimate that costs next to nothing, to refuse a request before it is rendered;
         `Submission.accepted` tells for certain.
         """
-        unread = self._unread
-        return self._engine.has_room(n + (sum(unread.copy().values()) if unread else 0), caller)
+        unread = self._unread.copy().values() if self._unread else ()
+        return self._engine.has_room(
+            n + sum(request.n for request in unread if request.caller == caller), caller
+        )
 
     def start(self) -> None:
         """Starts the thread."""
@@ -172,7 +174,7 @@ class EngineWorker:
         def send(submission: Submission, mailbox: Mailbox) -> None:
             if self._draining:
                 raise Unavailable("the server is shutting down; send the request to another one")
-            self._unread[request.id] = request.n
+            self._unread[request.id] = request
             self._inbox.put(_Submit(request, mailbox))
             # The thread empties the inbox once more after it has set `ended`: requests put before
             # that are answered, and later ones are refused here.

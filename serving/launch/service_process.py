@@ -22,9 +22,8 @@ from serving.cluster.follower import follow
 from serving.cluster.leader import Leader, connect
 from serving.cluster.rank import Rank
 from serving.command_line import USER_ERRORS, Errors, app_of, command, exit_status, run
-from serving.engine.build import facts, prepare
+from serving.engine.build import engine_of, facts, prepare
 from serving.engine.config import EngineConfig
-from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
 from serving.engine.watchdog import until_stuck
 from serving.engine.worker import EngineWorker
@@ -161,7 +160,7 @@ def _build(
 
     prepared = prepare(config, pretrained, _say, agree)
     broadcast = None if leader is None else leader.broadcast
-    engine = Engine(prepared.model, prepared.limits, prepared.steps, broadcast)
+    engine = engine_of(prepared.model, prepared.limits, prepared.steps, broadcast)
     if leader is not None:
         leader.await_ready()
     info = pb.ModelInfo(

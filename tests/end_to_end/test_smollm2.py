@@ -13,7 +13,7 @@ from convert.convert import convert
 from mixtral_jax.checkpoint import restore
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
 from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
@@ -44,7 +44,7 @@ def answers(smollm2: Path) -> list[tuple[list[int], list[int]]]:
         max_context=1024,
         max_waiting=8,
     )
-    engine = Engine(model, limits, compile_steps(model, limits))
+    engine = engine_of(model, limits, compile_steps(model, limits))
     prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in PROMPTS]
     for i, ids in enumerate(prompts):
         engine.add(

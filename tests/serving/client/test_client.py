@@ -17,7 +17,7 @@ from serving.access.credentials import Access
 from serving.access.keyring import Keyring
 from serving.client import AsyncClient, Client
 from serving.client.types import Completion, Delta, Message, ModelInfo, completion_of
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
 from serving.errors import (
@@ -47,7 +47,7 @@ class Running:
 
     def __init__(self, model: Any, tokenizer: Tokenizer, steps: Any) -> None:
         self.tokenizer = tokenizer
-        self.engine = Engine(model, LIMITS, steps)
+        self.engine = engine_of(model, LIMITS, steps)
         self.worker = EngineWorker(self.engine, Metrics("toy"))
         self.target = ""
         self._is_up = threading.Event()

@@ -15,7 +15,9 @@ from mixtral_jax.generation import generate_draws, generate_tokens
 from mixtral_jax.kernels.cpu import build
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
-from serving.engine.engine import Engine, buckets, compile_steps
+from serving.engine import build as engines
+from serving.engine.build import buckets, compile_steps
+from serving.engine.engine import Engine
 from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
 from tests.support.models import model_of
@@ -55,7 +57,7 @@ def model(request: pytest.FixtureRequest) -> Transformer:
 
 
 def engine_of(model: Transformer, limits: Limits, kv_dtype: str | None = None) -> Engine:
-    return Engine(model, limits, compile_steps(model, limits, kv_dtype=kv_dtype))
+    return engines.engine_of(model, limits, compile_steps(model, limits, kv_dtype=kv_dtype))
 
 
 def random_requests(count: int, seed: int = 4) -> list[Request]:

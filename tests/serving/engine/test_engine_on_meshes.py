@@ -16,7 +16,7 @@ from mixtral_jax.generation import generate_draws
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
 from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
 from tests.support.models import model_of, split_over
@@ -97,7 +97,7 @@ Answers = dict[tuple[str, int], list[Drawn]]
 
 
 def answers(model: Transformer, requests: list[Request], kv_dtype: Any = None) -> Answers:
-    engine = Engine(model, LIMITS, compile_steps(model, LIMITS, kv_dtype=kv_dtype))
+    engine = engine_of(model, LIMITS, compile_steps(model, LIMITS, kv_dtype=kv_dtype))
     for request in requests:
         engine.add(request)
     found: Answers = {}

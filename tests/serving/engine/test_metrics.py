@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import mixtral_jax
 from mixtral_jax.compilation import CompilationCount
 from mixtral_jax.sampling_params import SamplingParams
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
 from serving.engine.metrics import FINISHED, Finished, Metrics
 from serving.engine.worker import EngineWorker
 from serving.observe.metrics_port import serve_metrics
@@ -35,7 +35,7 @@ class Running:
 
     def __init__(self) -> None:
         model, _ = mixtral_jax.load("tiny-random", mesh=None)
-        self.engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
+        self.engine = engine_of(model, LIMITS, compile_steps(model, LIMITS))
         self.compilations = CompilationCount()
         metrics = Metrics("tiny-random")
         metrics.watch(self.engine.scheduler, lambda: self.compilations.value)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -388,7 +389,8 @@ def test_room_counts_the_choices_that_the_engine_has_not_taken_in() -> None:
     async def run() -> None:
         assert worker.has_room(3, "bob") and not worker.has_room(4, "bob")
         assert not worker.has_room(1, "greedy")
-        answers = [asyncio.create_task(tokens(worker, request(n, 2, n=1))) for n in ("a", "b")]
+        asked = [replace(request(n, 2), caller="bob") for n in ("a", "b")]
+        answers = [asyncio.create_task(tokens(worker, each)) for each in asked]
         await asyncio.sleep(0)  # both are in the inbox of a thread that does not run yet
         assert worker.has_room(1, "bob") and not worker.has_room(2, "bob")
         worker.start()

@@ -19,7 +19,7 @@ import mixtral_jax
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
 from serving.gateway.app import create_app
@@ -49,7 +49,7 @@ class Toy:
     def __init__(self) -> None:
         model, self.tokenizer = mixtral_jax.load("tiny-random", mesh=None)
         self.metrics = Metrics("toy")
-        engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
+        engine = engine_of(model, LIMITS, compile_steps(model, LIMITS))
         self.worker = EngineWorker(engine, self.metrics)
         self.worker.start()
         self.exporters: list[InMemorySpanExporter] = []  # of the test's processes

@@ -12,7 +12,7 @@ import mixtral_jax
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
 from serving.errors import ERROR_METADATA, DeadlineExceeded
@@ -32,7 +32,7 @@ LIMITS = Limits(
 @pytest.fixture(scope="module")
 def parts() -> Iterator[tuple[EngineWorker, Tokenizer]]:
     model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
-    engine = Engine(model, LIMITS, compile_steps(model, LIMITS))
+    engine = engine_of(model, LIMITS, compile_steps(model, LIMITS))
     worker = EngineWorker(engine, Metrics("tiny"))
     worker.start()
     yield worker, tokenizer
