@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 from serving.engine.device import Device, Launched, Masks, MaskSource
 from serving.engine.recovery import Suspects
-from serving.errors import Overloaded
 from serving.scheduling.partitions import Partitions
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.step_plan import Limits, StepPlan
@@ -98,17 +97,8 @@ class Engine:
         self._suspects.forget(request_id, choice)
 
     def has_room(self, n: int, caller: str) -> bool:
-        """Returns True if a request of n choices would be queued now; see `Scheduler.check_room`.
-
-        This is an estimate, for any thread.
-        """
-        try:
-            self.scheduler.check_room(caller, n)
-        except Overloaded:
-            return False
-        except RuntimeError:  # the engine's thread has changed the queue meanwhile
-            return True
-        return True
+        """Returns True if a request of n choices would be queued now; see `Scheduler.has_room`."""
+        return self.scheduler.has_room(n, caller)
 
     @property
     def has_work(self) -> bool:
