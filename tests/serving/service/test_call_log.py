@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import mixtral_jax
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-from serving.engine.engine import Engine, compile_steps
+from serving.engine.build import compile_steps, engine_of
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
 from serving.errors import ERROR_METADATA
@@ -24,7 +24,7 @@ from tests.serving.service.test_service import KEY, LIMITS, chat, collect, servi
 @pytest.fixture(scope="module")
 def parts() -> Iterator[tuple[EngineWorker, Tokenizer]]:
     model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
-    worker = EngineWorker(Engine(model, LIMITS, compile_steps(model, LIMITS)), Metrics("tiny"))
+    worker = EngineWorker(engine_of(model, LIMITS, compile_steps(model, LIMITS)), Metrics("tiny"))
     worker.start()
     yield worker, tokenizer
     worker.stop()
