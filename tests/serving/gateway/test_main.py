@@ -1,7 +1,9 @@
 """The command `python -m serving.gateway`."""
 
+import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -41,6 +43,39 @@ def test_the_command_serves_logs_a_line_and_ends_in_peace(stack: Stack) -> None:
     assert len(lines) == 2, log
     told = 'outcome=broken error=ModelError reason="EngineFailure was asked for"'
     assert all(told in line for line in lines)
+
+
+@pytest.mark.parametrize(("hard", "is_limited"), [(256, True), (4096, False)])
+def test_idle_sockets_keep_nobody_out_where_files_are_few(
+    stack: Stack, hard: int, is_limited: bool
+) -> None:
+    """A process that may open 256 files answers in spite of 300 idle connections."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+
+    command = [sys.executable, "-m", "serving.gateway", "--port", "0", "--target", stack.target]
+    environment = os.environ | {KEY_VARIABLE: KEY, SERVICE_KEY_VARIABLE: KEY}
+    with (
+        subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=limit
+        ) as process,
+        contextlib.ExitStack() as idle,
+    ):
+        try:
+            assert process.stderr is not None
+            url = re.search(r"http://(127\.0\.0\.1):(\d+)", process.stderr.readline())
+            assert url is not None
+            for _ in range(300):
+                idle.enter_context(socket.create_connection((url[1], int(url[2])), PATIENCE))
+            with httpx.Client(base_url=url[0], headers=BEARER, timeout=PATIENCE) as client:
+                assert client.post("/chat/completions", json=chat_body("one")).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            log = process.stderr.read()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    assert ("at most 192 connections instead of 4096" in log) == is_limited
 
 
 def test_what_is_wrong_before_the_start_is_told_in_a_line(
