@@ -197,6 +197,15 @@ _GROUP = _panel(
         "SECONDS",
     ),
 )
+_GROUP_CA = Flag(
+    "tls_client_ca",
+    Path | None,
+    None,
+    "Authority of the certificates of all processes; turns TLS between them on. Their --tls-cert "
+    "and --tls-key then serve both ends, and that of process 0 names the host of --coordinator.",
+    "FILE",
+    panel="Several hosts",
+)
 _METRICS_PORT = Flag(
     "metrics_port",
     int | None,
@@ -336,7 +345,8 @@ _ACCESS = _panel(
         "tls_client_ca",
         Path | None,
         None,
-        "Authority of the certificates that clients must show.",
+        "Authority of the certificates that clients must show, and of those of all processes "
+        "that run the model.",
         "FILE",
     ),
 )
@@ -420,7 +430,7 @@ SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
     *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
-    *(*_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
+    *(*_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP, _GROUP_CA),
     *_panel(
         "Monitoring",
         replace(_METRICS_PORT, min=1, help="Port for Prometheus; default: none."),

@@ -6,9 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from mixtral_jax.cli.banner import banner, shown_key
 from serving.command_line import command
-from serving.flags import GATEWAY, KEY_VARIABLE, SERVE, arguments, defaults, record, secrets
+from serving.flags import (
+    GATEWAY,
+    GROUP_KEY_VARIABLE,
+    KEY_VARIABLE,
+    SERVE,
+    arguments,
+    defaults,
+    record,
+    secrets,
+)
 
 if TYPE_CHECKING:
+    from serving.cluster.rank import Rank
     from serving.launch.supervisor import Addresses
 
 
@@ -21,17 +31,26 @@ def _serve(given: dict[str, Any]) -> None:
 
     With --tls-cert HTTP is served over TLS, and gRPC on 127.0.0.1 only.
 
-    On several hosts, run the same command with --coordinator on each; process 0 serves. They show
-    one another the key in MIXTRAL_JAX_GROUP_KEY.
+    On several hosts, run the same command with --coordinator on each; process 0 serves. They prove
+    to one another that they have the key in MIXTRAL_JAX_GROUP_KEY, which is made up and kept for
+    processes of one user on one machine.
     """
-    from serving.cluster.rank import Rank
+    from serving.access.loopback import is_loopback
+    from serving.cluster.local_key import default_key_file, local_key
+    from serving.cluster.rank import Rank, RankError, split_coordinator
     from serving.engine.config import EngineConfig
     from serving.launch.config import ServiceConfig
     from serving.launch.supervisor import Addresses, run_follower
     from serving.parent import end_with_parent
 
     end_with_parent()
+    environment = dict(os.environ)
+    coordinator = given["coordinator"]
+    if coordinator and not given["group_key"] and is_loopback(split_coordinator(coordinator)[0]):
+        environment[GROUP_KEY_VARIABLE] = given["group_key"] = local_key(default_key_file())
     rank = record(Rank.of_flags, given)
+    if given["tls_client_ca"] and rank is None:
+        raise RankError("--tls-client-ca is for several processes; it needs --coordinator")
     engine = record(EngineConfig, given)
     addresses = Addresses(
         host=given["host"],
@@ -42,20 +61,39 @@ def _serve(given: dict[str, Any]) -> None:
     # The gateway alone waits for load balancers; the service gets its signal after that.
     service = record(ServiceConfig, given, port=addresses.grpc_port, drain_delay=0.0)
     if rank is None or rank.is_leader:
-        _lead(given, addresses, arguments(engine, rank, service))
+        given |= {"tls_client_ca": None} if rank is None else _tls_to_service(rank)
+        _lead(given, addresses, environment, arguments(engine, rank, service))
         return
     joined = (
         f"\nprocess {rank.process_id} of {rank.num_processes} of the group at {rank.coordinator}\n"
     )
     run_follower(
-        os.environ,
+        environment,
         arguments(engine, rank, service),
         lambda: print(joined, flush=True),
         drain_seconds=service.drain_seconds,
     )
 
 
-def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[str]) -> None:
+def _tls_to_service(rank: "Rank") -> dict[str, Any]:
+    """Returns the gateway's flags for a service that leads a group with certificates of its own."""
+    if rank.tls_client_ca is None:
+        return {}
+    return {
+        "service_ca": rank.tls_client_ca,
+        "service_cert": rank.tls_cert,
+        "service_key": rank.tls_key,
+        "service_name": rank.host,
+        "tls_client_ca": None,  # HTTP asks for keys, not for certificates
+    }
+
+
+def _lead(
+    given: dict[str, Any],
+    addresses: "Addresses",
+    environment: dict[str, str],
+    engine_arguments: list[str],
+) -> None:
     """Runs a service and a gateway before it."""
     from serving.access.config import AccessConfig
     from serving.accounting.config import AccountingConfig
@@ -65,9 +103,9 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
     from serving.launch.supervisor import environment_from, run
 
     makes_key = not (
-        os.environ.get(KEY_VARIABLE) or given["keys"] or given["entra_tenant"] or given["no_auth"]
+        environment.get(KEY_VARIABLE) or given["keys"] or given["entra_tenant"] or given["no_auth"]
     )
-    environment = environment_from(os.environ, makes_key=makes_key)
+    environment = environment_from(environment, makes_key=makes_key)
     given = defaults(GATEWAY) | given | secrets(environment)
     given["usage_db"] = given["usage_db"] or default_ledger_file()
     web = record(AccessConfig, given, admits_gateway=False)
@@ -102,7 +140,7 @@ def _lead(given: dict[str, Any], addresses: "Addresses", engine_arguments: list[
         lambda: print(text, flush=True),
         drain_seconds=gateway.drain_seconds,
         drain_delay=gateway.drain_delay,
-        step_timeout=given.get("step_timeout"),
+        step_timeout=given["step_timeout"],
     )
 
 

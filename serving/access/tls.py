@@ -70,6 +70,12 @@ class ServerTls:
             [self.certificate.pair()], roots, require_client_auth=roots is not None
         )
 
+    def client_credentials(self) -> grpc.ChannelCredentials:
+        """Reads the files as a client of another process with certificates of that authority."""
+        assert self.client_ca is not None
+        key, chain = self.certificate.pair()
+        return grpc.ssl_channel_credentials(self.client_ca.read_bytes(), key, chain)
+
 
 @dataclass(frozen=True)
 class ServiceTls:

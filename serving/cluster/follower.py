@@ -4,6 +4,7 @@ It serves no requests and reads no results. It ends when it learns that the lead
 supervisor starts it again, and it then waits for the leader to come back.
 """
 
+import hmac
 import signal
 import socket
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 from types import FrameType
+from typing import Any
 
 import grpc
 
@@ -18,6 +20,8 @@ from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.compilation import keep_programs
 from serving.cluster.codec import limits_message, limits_of, plans_of
 from serving.cluster.leader import JOIN, GroupError, connect
+from serving.cluster.plan_check import PlanCheck
+from serving.cluster.proof import NONCE, PROOF, new_nonce, proof_of
 from serving.cluster.rank import Rank
 from serving.engine.build import prepare
 from serving.engine.config import EngineConfig
@@ -39,6 +43,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _RETRY_SECONDS = 0.5
+_GRACE_SECONDS = 60.0  # beyond the timeout, in which the leader gives up by itself
 _FINAL_REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED)
 
 
@@ -78,7 +83,12 @@ def follow(
     membership.ready()
     say(f"process {rank.process_id} of {rank.num_processes} is ready, as one of {rank.coordinator}")
     tell_parent()
+    model = prepared.model
+    bounds = PlanCheck(
+        prepared.limits, model.placement.num_sequence_groups, model.config.vocab_size
+    )
     for plans in membership.plans():
+        bounds.check(plans)
         runner.launch(plans)
     say(f"{membership.reason}; the group has ended")
 
@@ -105,6 +115,7 @@ class Membership:
         on_loss: Callable[[], None],
     ) -> None:
         self._rank, self._say, self._on_loss = rank, say, on_loss
+        self._patience = rank.coordinator_timeout + _GRACE_SECONDS
         self._hello = pb.Hello(
             process_id=rank.process_id,
             num_processes=rank.num_processes,
@@ -122,7 +133,7 @@ class Membership:
         deadline = time.monotonic() + self._rank.coordinator_timeout
         printed = ""
         while True:
-            channel = grpc.insecure_channel(self._rank.target, options=_CHANNEL_OPTIONS)
+            channel = self._channel()
             began = time.monotonic()
             try:
                 self._open(channel)
@@ -149,9 +160,19 @@ class Membership:
             time.sleep(_RETRY_SECONDS)
 
     def agree(self, limits: Limits) -> Limits:
-        """Tells the leader the limits of this process; returns those of all processes."""
+        """Tells the leader the limits of this process; returns those of all processes.
+
+        The leader itself waits for the slowest no longer than the timeout. Where it does not
+        answer much longer, the process ends as if the leader were lost.
+        """
         self._reports.put(pb.Report(room=limits_message(limits)))
-        return limits_of(self._next().limits)
+        impatience = threading.Timer(self._patience, self._on_loss)
+        impatience.daemon = True
+        impatience.start()
+        try:
+            return limits_of(self._next().limits)
+        finally:
+            impatience.cancel()
 
     def ready(self) -> None:
         """Tells the leader that this process has loaded and compiled."""
@@ -178,18 +199,30 @@ class Membership:
             self._on_loss()
             raise GroupError("process 0 was lost") from None
 
+    def _channel(self) -> grpc.Channel:
+        target, tls = self._rank.target, self._rank.tls()
+        if tls is None:
+            return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        return grpc.secure_channel(target, tls.client_credentials(), options=_CHANNEL_OPTIONS)
+
     def _open(self, channel: grpc.Channel) -> None:
-        """Says hello and waits for Start; raises grpc.RpcError."""
+        """Says hello to a leader that has the key and waits for Start; raises grpc.RpcError."""
         reports = self._reports = SimpleQueue()
-        reports.put(pb.Report(hello=self._hello))
-        key = self._rank.group_key
-        metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        nonce = new_nonce()
         join = channel.stream_stream(
             JOIN, pb.Report.SerializeToString, response_deserializer=pb.Order.FromString
         )
-        call = join(iter(reports.get, None), metadata=metadata)
-        self._orders = iter(call)
-        start = next(self._orders, None)
+        call = join(iter(reports.get, None), metadata=((NONCE, nonce),))
+        # The leader starts the group, or gives up, in this time.
+        impatience = threading.Timer(self._patience, call.cancel)
+        impatience.daemon = True
+        impatience.start()
+        try:
+            self._orders = iter(call)
+            self._greet(call, nonce)
+            start = next(self._orders, None)
+        finally:
+            impatience.cancel()
         if start is None or not start.HasField("start"):
             raise _GoneError
 
@@ -199,3 +232,19 @@ class Membership:
 
         if not call.add_callback(closed):
             closed()
+
+    def _greet(self, call: Any, nonce: str) -> None:
+        """Sends Hello to a leader that proves to have the key; raises GroupError for another."""
+        metadata = dict(call.initial_metadata() or ())
+        if NONCE not in metadata:
+            next(self._orders, None)  # raises the reason if there is nobody
+        key, theirs = self._rank.key, str(metadata.get(NONCE, ""))
+        proof = proof_of(key, "leader", theirs, nonce).hex()
+        if not hmac.compare_digest(str(metadata.get(PROOF, "")).encode(), proof.encode()):
+            call.cancel()
+            raise GroupError(
+                f"what listens at {self._rank.target} does not have the key of this group; set "
+                "MIXTRAL_JAX_GROUP_KEY to the same in all processes, or stop what runs there"
+            )
+        self._hello.proof = proof_of(key, "follower", theirs, nonce)
+        self._reports.put(pb.Report(hello=self._hello))

@@ -28,6 +28,7 @@ import grpc
 import jax
 
 from serving.cluster.codec import limits_message, limits_of, step_message
+from serving.cluster.proof import NONCE, PROOF, is_nonce, new_nonce, proof_of
 from serving.cluster.rank import Rank
 from serving.errors import SetupError
 from serving.proto import group_pb2 as pb
@@ -48,6 +49,9 @@ _SERVER_OPTIONS = (
 )
 _NEWS_SECONDS = 5.0  # time in which a stream breaks after a step has failed
 _FAREWELL_SECONDS = 2.0
+_HELLO_SECONDS = 10.0  # time in which a new stream says who it is
+# All that somebody without the key is told.
+_STRANGER = "the key of this process is not that of process 0; set MIXTRAL_JAX_GROUP_KEY in both"
 
 
 class GroupError(SetupError):
@@ -69,7 +73,7 @@ def connect(rank: Rank) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=max(1, int(rank.coordinator_timeout)),
         # By default it listens on all interfaces.
-        coordinator_bind_address=rank.coordinator if rank.is_local else None,
+        coordinator_bind_address=rank.coordinator,
     )
 
 
@@ -123,15 +127,22 @@ class Leader:
         service, _, method = JOIN.removeprefix("/").partition("/")
         handler = grpc.method_handlers_generic_handler(service, {method: join})
         self._server.add_generic_rpc_handlers((handler,))
-        address = rank.target if rank.is_local else f"[::]:{rank.port + 1}"
+        self._listen_at(rank)
+        self._server.start()
+
+    def _listen_at(self, rank: Rank) -> None:
+        """Opens the port on the interface that --coordinator names, and on no other."""
+        tls = rank.tls()
         try:
-            self._server.add_insecure_port(address)
+            if tls is None:
+                self._server.add_insecure_port(rank.target)
+            else:
+                self._server.add_secure_port(rank.target, tls.credentials())
         except RuntimeError:
             raise GroupError(
-                f"cannot listen on {address}, the port after that of --coordinator; stop what runs "
-                "there or choose another port"
+                f"cannot listen on {rank.target}, the port after that of --coordinator; stop what "
+                "runs there or choose another port, and give an address of this host"
             ) from None
-        self._server.start()
 
     def gather(self) -> None:
         """Waits until all have come, and starts them. Raises GroupError after the timeout."""
@@ -153,16 +164,22 @@ class Leader:
         self._tell(pb.Order(start=pb.Start()))
 
     def agree(self, limits: Limits) -> Limits:
-        """Returns the least of the limits of all processes, this one's among them."""
-        self._await(lambda member: member.room is not None)
+        """Returns the least of the limits of all processes, this one's among them.
+
+        Raises GroupError if they do not come within the timeout.
+        """
+        self._await("tell what they have room for", lambda member: member.room is not None)
         rooms = [limits, *(member.room for member in self._members.values() if member.room)]
         least = min(rooms, key=lambda room: (room.num_pages, room.max_context))
         self._tell(pb.Order(limits=limits_message(least)))
         return least
 
     def await_ready(self) -> None:
-        """Waits until all have loaded and compiled."""
-        self._await(lambda member: member.is_ready)
+        """Waits until all have loaded and compiled, as this process has.
+
+        Raises GroupError if the others take longer by the timeout.
+        """
+        self._await("load the model", lambda member: member.is_ready)
 
     def broadcast(self, plans: tuple[StepPlan, ...]) -> None:
         """Tells all followers to launch a step, without waiting for them."""
@@ -204,9 +221,14 @@ class Leader:
         for member in list(self._members.values()):
             member.orders.put(written)
 
-    def _await(self, is_done: Callable[[_Member], bool]) -> None:
+    def _await(self, what: str, is_done: Callable[[_Member], bool]) -> None:
+        seconds = self._rank.coordinator_timeout
         with self._changed:
-            self._changed.wait_for(lambda: not self._without(is_done))
+            if not self._changed.wait_for(lambda: not self._without(is_done), seconds):
+                raise GroupError(
+                    f"{self._named(self._without(is_done))} did not {what} within {seconds:g} s "
+                    "after process 0; see their logs, or give --coordinator-timeout"
+                )
 
     def _without(self, is_done: Callable[[_Member], bool]) -> list[int]:
         done = {member.id for member in self._members.values() if is_done(member)}
@@ -218,13 +240,7 @@ class Leader:
 
     def _join(self, reports: Iterator[pb.Report], context: grpc.ServicerContext) -> Iterable[bytes]:
         """Serves the stream of a follower, in a thread of its own."""
-        if not self._may_join(dict(context.invocation_metadata())):
-            context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "the key of this process is not that of process 0; set MIXTRAL_JAX_GROUP_KEY to "
-                "the same in both",
-            )
-        hello = next(reports).hello
+        hello = self._greeted(reports, context)
         with self._changed:
             difference = self._difference(hello)
             if difference is not None:
@@ -246,11 +262,27 @@ class Leader:
         ).start()
         yield from iter(member.orders.get, None)
 
-    def _may_join(self, metadata: Mapping[str, str | bytes]) -> bool:
-        if self._rank.group_key is None:
-            return True
-        shown = str(metadata.get("authorization", ""))
-        return hmac.compare_digest(shown.encode(), f"Bearer {self._rank.group_key}".encode())
+    def _greeted(self, reports: Iterator[pb.Report], context: grpc.ServicerContext) -> pb.Hello:
+        """Returns the Hello of a follower that has the key; aborts the stream of all others."""
+        key, nonce = self._rank.key, new_nonce()
+        theirs = str(dict(context.invocation_metadata()).get(NONCE, ""))
+        if not is_nonce(theirs):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, _STRANGER)
+        proof = proof_of(key, "leader", nonce, theirs).hex()
+        context.send_initial_metadata(((NONCE, nonce), (PROOF, proof)))
+        # A stream that never says Hello must not hold a thread.
+        impatience = threading.Timer(_HELLO_SECONDS, context.cancel)
+        impatience.daemon = True
+        impatience.start()
+        try:
+            hello = next(reports).hello
+        except StopIteration:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, _STRANGER)
+        finally:
+            impatience.cancel()
+        if not hmac.compare_digest(hello.proof, proof_of(key, "follower", nonce, theirs)):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, _STRANGER)
+        return hello
 
     def _difference(self, hello: pb.Hello) -> str | None:
         count = self._rank.num_processes

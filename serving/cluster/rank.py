@@ -2,14 +2,17 @@
 
 All processes are given the same coordinator, HOST:PORT of process 0. At PORT JAX finds the devices
 of all processes; at the next port the leader tells its followers what to launch
-(serving/cluster/leader.py). Both, and the collectives, are for a network that nobody else is in:
-nothing on them is encrypted. The key of the group refuses processes that should not join.
+(serving/cluster/leader.py). Both ends of that stream prove that they have the key of the group, and
+with certificates and the authority that has signed them it is encrypted, each end checking the
+other's. JAX's port and the collectives are not: they are for a network that nobody else is in.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from serving.access.keyring import check_key
 from serving.access.loopback import is_loopback
+from serving.access.tls import ServerTls
 from serving.errors import SetupError
 
 TIMEOUT = 300.0
@@ -32,18 +35,23 @@ class Rank:
     coordinator_timeout: float = TIMEOUT
     """Seconds that processes wait for one another."""
     group_key: str | None = field(default=None, repr=False)
-    """Key that followers show to the leader."""
+    """Key that the processes prove to one another to have; without one there is no group."""
+    tls_cert: Path | None = None
+    """Certificate chain of this process, for both roles; used where `tls_client_ca` is given."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """Authority that has signed the certificates of all processes; turns TLS on."""
 
     def __post_init__(self) -> None:
         _check_numbers(self.num_processes, self.process_id)
-        _host_and_port(self.coordinator)
-        if self.group_key is None and not self.is_local:
+        split_coordinator(self.coordinator)
+        if self.group_key is None:
             raise RankError(
-                "MIXTRAL_JAX_GROUP_KEY is not set; where processes are on several hosts it holds "
-                "a key, the same for all, that a process must show to join"
+                "MIXTRAL_JAX_GROUP_KEY is not set; it holds a key, the same for all processes of "
+                "the group, that a process must have to join"
             )
-        if self.group_key is not None:
-            check_key(self.group_key, "MIXTRAL_JAX_GROUP_KEY")
+        check_key(self.group_key, "MIXTRAL_JAX_GROUP_KEY")
+        self.tls()
 
     @classmethod
     def of_flags(
@@ -54,6 +62,9 @@ class Rank:
         process_id: int | None,
         coordinator_timeout: float | None,
         group_key: str | None,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+        tls_client_ca: Path | None = None,
     ) -> "Rank | None":
         """Makes a rank of flags; None without flags, or for a group of a single process."""
         if coordinator is None:
@@ -72,7 +83,7 @@ class Rank:
                 "are, and which of them this is"
             )
         _check_numbers(num_processes, process_id)
-        _host_and_port(coordinator)
+        split_coordinator(coordinator)
         if num_processes == 1:
             return None
         return cls(
@@ -81,17 +92,36 @@ class Rank:
             process_id=process_id,
             coordinator_timeout=TIMEOUT if coordinator_timeout is None else coordinator_timeout,
             group_key=group_key,
+            # Without the authority they are for other servers of this process alone.
+            tls_cert=tls_cert if tls_client_ca else None,
+            tls_key=tls_key if tls_client_ca else None,
+            tls_client_ca=tls_client_ca,
         )
+
+    def tls(self) -> ServerTls | None:
+        """Reads this process's certificate and the authority of all; None without an authority.
+
+        Raises AccessError if a file cannot be used.
+        """
+        if self.tls_client_ca is None:
+            return None
+        return ServerTls.of_flags(self.tls_cert, self.tls_key, self.tls_client_ca)
+
+    @property
+    def key(self) -> str:
+        """Key of the group."""
+        assert self.group_key is not None
+        return self.group_key
 
     @property
     def host(self) -> str:
         """Host of process 0; an IPv6 address stands without brackets."""
-        return _host_and_port(self.coordinator)[0]
+        return split_coordinator(self.coordinator)[0]
 
     @property
     def port(self) -> int:
         """Port of process 0 at which JAX finds the devices of all processes."""
-        return _host_and_port(self.coordinator)[1]
+        return split_coordinator(self.coordinator)[1]
 
     @property
     def is_leader(self) -> bool:
@@ -120,7 +150,8 @@ def _check_numbers(num_processes: int, process_id: int) -> None:
         )
 
 
-def _host_and_port(coordinator: str) -> tuple[str, int]:
+def split_coordinator(coordinator: str) -> tuple[str, int]:
+    """Returns host and port of HOST:PORT, the host without brackets. Raises RankError."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16 - 1:
         raise RankError(

@@ -31,7 +31,7 @@ class Order(_message.Message):
     def __init__(self, start: _Optional[_Union[Start, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("process_id", "num_processes", "host", "facts")
+    __slots__ = ("process_id", "num_processes", "host", "facts", "proof")
     class FactsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -43,11 +43,13 @@ class Hello(_message.Message):
     NUM_PROCESSES_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     process_id: int
     num_processes: int
     host: str
     facts: _containers.ScalarMap[str, str]
-    def __init__(self, process_id: _Optional[int] = ..., num_processes: _Optional[int] = ..., host: _Optional[str] = ..., facts: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, process_id: _Optional[int] = ..., num_processes: _Optional[int] = ..., host: _Optional[str] = ..., facts: _Optional[_Mapping[str, str]] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ()

@@ -45,9 +45,11 @@ class GroupServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Join(self, request_iterator, context):
-        """Opened by a follower, for as long as it lives. The key of the group, where it has one, is in the
-        metadata as `authorization: Bearer KEY`. FAILED_PRECONDITION and UNAUTHENTICATED mean that
-        trying again is in vain, UNAVAILABLE that it is not.
+        """Opened by a follower, for as long as it lives. Each end proves to the other that it has the key
+        of the group, which itself never travels (serving/cluster/proof.py): the follower sends
+        `group-nonce` in the metadata, the leader answers with its own `group-nonce` and `group-proof`
+        in the initial metadata, and Hello has the follower's proof. FAILED_PRECONDITION and
+        UNAUTHENTICATED mean that trying again is in vain, UNAVAILABLE that it is not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

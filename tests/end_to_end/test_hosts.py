@@ -3,17 +3,20 @@
 import asyncio
 import os
 import signal
+import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from tests.support.certificates import Authority
 from tests.support.servers import (
     COMMAND,
     ROOT,
@@ -142,6 +145,24 @@ def test_several_processes_give_the_tokens_of_one(
         for follower in group_.followers:
             assert follower.process.wait(PATIENCE) == 0
             assert not follower.told("started again")
+
+
+@pytest.mark.soak
+def test_processes_with_certificates_make_a_group_of_their_own(tmp_path: Path) -> None:
+    """HTTPS before the gateway, and TLS behind it and between the processes."""
+    authority = Authority(tmp_path, "authority")
+    files = authority.issue("both")
+    flags = [f"--tls-cert={files.cert}", f"--tls-key={files.key}"]
+    with group(2, 1, *flags, f"--tls-client-ca={authority.ca}") as group_:
+        answer = httpx.post(
+            f"{group_.leader.url}/v1/chat/completions",
+            json=body("hi", 4),
+            headers={"api-key": group_.leader.key},
+            verify=ssl.create_default_context(cafile=str(authority.ca)),
+            timeout=PATIENCE,
+        )
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        assert group_.leader.stop(signal.SIGTERM) == 0
 
 
 def test_a_killed_process_ends_the_streams_and_the_group_comes_back(alone: list[str]) -> None:

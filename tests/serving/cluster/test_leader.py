@@ -1,11 +1,14 @@
 """A group's channel, within this process: who may join, what arrives, and who is missed."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -16,15 +19,17 @@ from hypothesis import strategies as st
 from mixtral_jax.sampling_params import SamplingParams
 from serving.cluster.codec import limits_message, limits_of, plans_of, step_message
 from serving.cluster.follower import Membership
-from serving.cluster.leader import GroupError, Leader
+from serving.cluster.leader import JOIN, GroupError, Leader
+from serving.cluster.proof import NONCE, PROOF, new_nonce, proof_of
 from serving.cluster.rank import Rank
 from serving.errors import SetupError
 from serving.proto import group_pb2 as pb
 from serving.scheduling.step_plan import Chunk, Limits, StepPlan
+from tests.support.certificates import Authority
 from tests.support.servers import free_ports
 
 PATIENCE = 20.0
-KEY = "the-key-of-a-group"
+KEY = "0123456789abcdef0123456789abcdef"
 FACTS = {"--dtype": "float32", "jax": "1"}
 LIMITS = Limits(
     num_pages=100,
@@ -122,7 +127,7 @@ class Log:
 
 
 def rank(process_id: int, port: int, count: int = 2, **changes: Any) -> Rank:
-    values: dict[str, Any] = {"coordinator_timeout": PATIENCE, **changes}
+    values: dict[str, Any] = {"coordinator_timeout": PATIENCE, "group_key": KEY, **changes}
     coordinator = f"127.0.0.1:{port}"
     return Rank(coordinator=coordinator, num_processes=count, process_id=process_id, **values)
 
@@ -202,20 +207,15 @@ def test_a_follower_tells_that_nobody_is_there() -> None:
         ({"count": 3}, {}, "--num-processes is 3 there and 2 in process 0"),
         ({}, {"--dtype": "int8"}, "--dtype is int8 in process 1 and float32 in process 0"),
         ({}, {"--mesh": "auto"}, "--mesh is auto in process 1 and not given in process 0"),
-        (
-            {"group_key": "another-group-key"},
-            {},
-            "the key of this process is not that of process 0",
-        ),
-        ({"group_key": None}, {}, "the key of this process is not that of process 0"),
+        ({"group_key": "f" * 32}, {}, "does not have the key of this group; set MIXTRAL_JAX_GROUP"),
     ],
 )
 def test_who_differs_is_refused(
     changes: dict[str, Any], facts: dict[str, str], message: str
 ) -> None:
     port, _ = free_ports(2)
-    with leading(rank(0, port, group_key=KEY)) as (leader, log):
-        one = follower(rank(1, port, **{"group_key": KEY, **changes}), Log(), **facts)
+    with leading(rank(0, port)) as (_, log):
+        one = follower(rank(1, port, **changes), Log(), **facts)
         with pytest.raises(GroupError, match=message):
             one.join()
         assert not log.lost
@@ -230,32 +230,168 @@ def test_a_second_process_of_one_number_waits() -> None:
             follower(rank(1, port, 3, coordinator_timeout=0.1), Log()).join()
 
 
+def joining(
+    channel: grpc.Channel, hello: pb.Hello | None, key: str = KEY, nonce: str | None = None
+) -> tuple[dict[str, str], Iterator[pb.Order]]:
+    """Opens a stream as a follower does; returns what the leader's metadata say, and its orders."""
+    join = channel.stream_stream(
+        JOIN, pb.Report.SerializeToString, response_deserializer=pb.Order.FromString
+    )
+    own = new_nonce() if nonce is None else nonce
+    reports: SimpleQueue[pb.Report | None] = SimpleQueue()
+    call = join(iter(reports.get, None), metadata=((NONCE, own),))
+    metadata = dict(call.initial_metadata() or ())
+    if hello is not None and NONCE in metadata:
+        hello.proof = proof_of(key, "follower", metadata[NONCE], own)
+        reports.put(pb.Report(hello=hello))
+    return metadata, iter(call)
+
+
+def refusal(orders: Iterator[pb.Order]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        next(orders)
+    return caught.value.code(), caught.value.details()
+
+
+def test_a_stranger_learns_nothing_and_takes_no_place() -> None:
+    """Neither the key nor a fact, whatever it says; and the follower still comes."""
+    port, _ = free_ports(2)
+    with ThreadPoolExecutor(1) as pool, leading(rank(0, port)) as (leader, log):
+        target = f"127.0.0.1:{port + 1}"
+        told = set()
+        with grpc.insecure_channel(target) as channel:
+            wrong = pb.Hello(process_id=1, num_processes=9, host="x", facts={"--dtype": "int8"})
+            right = pb.Hello(process_id=1, num_processes=2, host="x", facts=FACTS)
+            for hello, key, nonce in (
+                (wrong, "f" * 32, None),
+                (right, "f" * 32, None),
+                (right, KEY, ""),
+                (right, KEY, "x" * 64),
+            ):
+                metadata, orders = joining(channel, hello, key, nonce)
+                told.add(refusal(orders))
+                assert KEY not in str(metadata)
+            # A proof counts for one stream: shown again, it opens nothing.
+            _, orders = joining(channel, pb.Hello(process_id=1, proof=right.proof), "f" * 32)
+            told.add(refusal(orders))
+        ((code, text),) = told
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+        assert not any(name in text for name in FACTS)
+        joined = pool.submit(follower(rank(1, port), Log()).join)
+        leader.gather()
+        joined.result(PATIENCE)
+        assert not log.lost
+
+
+def test_whoever_listens_in_the_leaders_place_gets_no_hello() -> None:
+    """It has no key, so it cannot show a proof; it is not told what the follower is, either."""
+    port, _ = free_ports(2)
+    heard: list[pb.Report] = []
+    metadata: list[dict[str, Any]] = []
+
+    def listen(reports: Iterator[pb.Report], context: grpc.ServicerContext) -> Iterator[pb.Order]:
+        metadata.append(dict(context.invocation_metadata()))
+        context.send_initial_metadata(((NONCE, new_nonce()), (PROOF, "00" * 32)))
+        heard.extend(reports)
+        yield pb.Order(start=pb.Start())
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        listen, pb.Report.FromString, pb.Order.SerializeToString
+    )
+    service, _, method = JOIN.removeprefix("/").partition("/")
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {method: handler}),)
+    )
+    server.add_insecure_port(f"127.0.0.1:{port + 1}")
+    server.start()
+    with pytest.raises(GroupError, match="does not have the key of this group"):
+        follower(rank(1, port), Log()).join()
+    server.stop(0).wait()
+    assert not heard
+    assert KEY not in str(metadata)
+
+
+def test_nobody_waits_for_ever_for_a_process_that_stands_still() -> None:
+    port, _ = free_ports(2)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        leading(rank(0, port, coordinator_timeout=2.0)) as (
+            leader,
+            _,
+        ),
+    ):
+        one = follower(rank(1, port), Log())
+        joined = pool.submit(one.join)
+        leader.gather()
+        joined.result(PATIENCE)
+        leader._rank = replace(leader._rank, coordinator_timeout=0.2)
+        words = "process 1 of 2 did not tell what they have room for within 0.2 s after process 0"
+        with pytest.raises(GroupError, match=words):
+            leader.agree(LIMITS)
+        agreed = pool.submit(one.agree, LIMITS)
+        eventually(lambda: any(member.room for member in leader._members.values()))
+        assert leader.agree(LIMITS) == agreed.result(PATIENCE) == LIMITS
+        with pytest.raises(GroupError, match="process 1 of 2 did not load the model within 0.2 s"):
+            leader.await_ready()
+
+
+def test_with_certificates_each_end_checks_the_other(tmp_path: Path) -> None:
+    """The authority has signed the leader's for 127.0.0.1; a stranger's or none opens nothing."""
+    authority, stranger = (Authority(tmp_path, name) for name in ("authority", "stranger"))
+
+    def tls(signer: Authority, ca: Authority, name: str) -> dict[str, Path]:
+        files = signer.issue(name)
+        return {"tls_cert": files.cert, "tls_key": files.key, "tls_client_ca": ca.ca}
+
+    port, _ = free_ports(2)
+    brief = {"coordinator_timeout": 0.1}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        leading(rank(0, port, **tls(authority, authority, "leader"))) as (leader, log),
+    ):
+        for wrong in (
+            {},
+            tls(stranger, authority, "a"),  # refused by the leader
+            tls(authority, stranger, "b"),  # refuses the leader
+        ):
+            with pytest.raises(GroupError, match="process 0 of 2 did not take this one in"):
+                follower(rank(1, port, **wrong, **brief), Log()).join()
+        one = follower(rank(1, port, **tls(authority, authority, "follower")), Log())
+        joined = pool.submit(one.join)
+        leader.gather()
+        joined.result(PATIENCE)
+        step = (StepPlan(chunks=(chunk(1, 3),)),)
+        leader.broadcast(step)
+        assert next(one.plans()) == step
+        assert not log.lost
+
+
+def test_only_the_interface_of_the_coordinator_is_bound() -> None:
+    port, _ = free_ports(2)
+    with leading(
+        Rank(coordinator=f"127.0.0.2:{port}", num_processes=2, process_id=0, group_key=KEY)
+    ):
+        socket.create_connection(("127.0.0.2", port + 1), PATIENCE).close()
+        for host in ("127.0.0.1", "::1"):
+            with pytest.raises(OSError):
+                socket.create_connection((host, port + 1), PATIENCE)
+
+
 def test_a_lost_follower_is_noticed_once() -> None:
     port, _ = free_ports(2)
     with leading(rank(0, port)) as (leader, log):
         gathered = threading.Thread(target=leader.gather)
         gathered.start()
         channel = grpc.insecure_channel(f"127.0.0.1:{port + 1}")
-        join = channel.stream_stream(
-            "/mixtral.group.v1.Group/Join",
-            pb.Report.SerializeToString,
-            response_deserializer=pb.Order.FromString,
-        )
-        released = threading.Event()
-
-        def reports() -> Iterator[pb.Report]:
-            yield pb.Report(
-                hello=pb.Hello(process_id=1, num_processes=2, host="elsewhere", facts=FACTS)
-            )
-            released.wait(PATIENCE)
-
-        assert next(iter(join(reports()))).HasField("start")
+        hello = pb.Hello(process_id=1, num_processes=2, host="elsewhere", facts=FACTS)
+        _, orders = joining(channel, hello)
+        assert next(orders).HasField("start")
         gathered.join(PATIENCE)
         assert leader.loss is None
         channel.close()
         assert leader.loss_soon() == "process 1 of 2 at elsewhere was lost"
         eventually(lambda: log.lost)
-        released.set()
     assert log.lost == ["process 1 of 2 at elsewhere was lost"]
 
 
@@ -332,6 +468,7 @@ def of_flags(
         (("127.0.0.1", 2, 0, None), "--coordinator is '127.0.0.1'; give HOST:PORT"),
         (("127.0.0.1:65535", 2, 0, None), "the port after it is free too"),
         (("host-0:1234", 2, 0, None), "MIXTRAL_JAX_GROUP_KEY is not set"),
+        (("127.0.0.1:1234", 2, 0, None), "MIXTRAL_JAX_GROUP_KEY is not set"),
         (("host-0:1234", 2, 0, None, "two words"), "MIXTRAL_JAX_GROUP_KEY cannot be used"),
         (("host-0:1234", 2, 0, None, "k" * 15), "MIXTRAL_JAX_GROUP_KEY .*15 characters"),
     ],
@@ -355,7 +492,7 @@ def test_flags_that_do() -> None:
     assert (one.host, one.port) == ("host-0", 1234)
     assert (one.coordinator, one.target, one.is_leader) == ("host-0:1234", "host-0:1235", False)
     assert KEY not in repr(one)
-    local = of_flags("[::1]:1234", 2, 0)
+    local = of_flags("[::1]:1234", 2, 0, None, KEY)
     assert local is not None and local.is_local and local.target == "[::1]:1235"
 
 

@@ -1,0 +1,77 @@
+"""Bounds of the plans that a follower is told to launch.
+
+A plan becomes indices into the cache and the vocabulary on the devices, which nothing there checks.
+A leader of this version never breaks a bound; whoever does ends the follower before its devices are
+asked.
+"""
+
+from collections.abc import Iterable
+
+from serving.cluster.leader import GroupError
+from serving.scheduling.step_plan import Chunk, Limits, StepPlan
+
+
+class PlanCheck:
+    """Checks the plans of each step in turn.
+
+    Args:
+        limits: Sizes of each partition.
+        num_partitions: Number of plans of a step.
+        vocab_size: Number of token ids.
+    """
+
+    def __init__(self, limits: Limits, num_partitions: int, vocab_size: int) -> None:
+        self._limits, self._vocab_size = limits, vocab_size
+        self._num_before = [0] * num_partitions  # of each partition: chunks of its plan before
+
+    def check(self, plans: tuple[StepPlan, ...]) -> None:
+        """Raises GroupError, which names the number, if one of the plans breaks a bound."""
+        if len(plans) != len(self._num_before):
+            raise GroupError(
+                f"process 0 sent {len(plans)} plans for {len(self._num_before)} partitions; update "
+                "all processes to one version"
+            )
+        limits = self._limits
+        for i, plan in enumerate(plans):
+            _at_most("number of chunks", len(plan.chunks), limits.max_sequences)
+            _at_most("number of tokens", plan.num_tokens, limits.max_step_tokens)
+            for pair in plan.copies:
+                _below("page", pair, limits.num_pages)
+            for chunk in plan.chunks:
+                self._check_chunk(chunk, self._num_before[i])
+            self._num_before[i] = len(plan.chunks)
+
+    def _check_chunk(self, chunk: Chunk, num_before: int) -> None:
+        limits = self._limits
+        _at_most("chunk with an end", chunk.end, limits.max_context)
+        num_pages = -(-chunk.end // limits.page_size)
+        if not chunk.token_ids or len(chunk.pages) != num_pages:
+            raise GroupError(
+                f"process 0 sent a chunk of {len(chunk.token_ids)} tokens with "
+                f"{len(chunk.pages)} pages that ends at {chunk.end}; update all processes to one "
+                "version"
+            )
+        _below("page", chunk.pages, limits.num_pages)
+        _at_most("history of a chunk", len(chunk.history), limits.max_context)
+        for ids in (chunk.token_ids, chunk.history, chunk.forbidden, chunk.sampling.logit_bias):
+            _below("token id", ids, self._vocab_size)
+        if chunk.follows is not None:
+            _below("chunk that follows one with the index", (chunk.follows,), num_before)
+
+
+def _below(name: str, numbers: Iterable[int], bound: int) -> None:
+    for number in numbers:
+        if not 0 <= number < bound:
+            _refuse(name, number, bound - 1)
+
+
+def _at_most(name: str, number: int, bound: int) -> None:
+    if number > bound:
+        _refuse(name, number, bound)
+
+
+def _refuse(name: str, number: int, bound: int) -> None:
+    raise GroupError(
+        f"process 0 sent a {name} of {number}, where {bound} is the most; update all processes to "
+        "one version"
+    )
