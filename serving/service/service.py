@@ -20,7 +20,7 @@ from serving.access.credentials import Access
 from serving.access.tls import ServerTls
 from serving.accounting.caller_fields import CallerFields
 from serving.engine.worker import EngineWorker
-from serving.errors import EngineFailure, ServingError
+from serving.errors import EngineFailure, Overloaded, ServingError
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from serving.service.call_log import CallLog
@@ -147,18 +147,19 @@ class InferenceService(rpc.InferenceServicer):
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         deadline = None if seconds is None else time.monotonic() + seconds
         self._translator.check(message)
+        if not self._worker.has_room(message.n or 1, message.caller):
+            # Asked before the prompt is rendered, which under overload would be in vain.
+            raise Overloaded("too many requests are waiting already; try again shortly")
         # In a thread: a template or a long prompt takes milliseconds, and other streams go on.
         work = partial(self._translator.request, message, deadline)
         request = await self._tokenizing.run(message.caller, work)
         continues = message.WhichOneof("prompt") != "chat" or message.chat.continue_last
         answer = AnswerText(request, self._tokenizer, message.stop, continues=continues)
-        opening: pb.GenerateChunk | None = answer.opening()
         call.submitted(request)
         async with aclosing(self._worker.submit(request)) as events:
+            await events.accepted()
+            yield answer.opening()
             async for event in events:
-                if opening is not None:
-                    yield opening
-                    opening = None
                 if answer.reason(event.choice) is not None:
                     continue  # by a stop text, which reaches the engine a little later
                 if event.drawn is not None:
