@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serving.scheduling.request import Drawn
+from serving.scheduling.request import Drawn, Event
 from serving.scheduling.step_plan import StepPlan
 
 
@@ -40,8 +40,15 @@ class MaskSource(Protocol):
     def has_rows(self, plans: Sequence[StepPlan]) -> bool:
         """Returns True if any row of this step needs a mask."""
 
+    def advance(self, events: Sequence[Event]) -> None:
+        """Takes in what has happened, in every turn: the tokens of earlier steps before `masks`.
+
+        What it raises ends the engine. Whatever is wrong with one request is raised by `masks`,
+        which is a fault of its step, so that this request is found.
+        """
+
     def masks(self, plans: Sequence[StepPlan]) -> Masks:
-        """Returns the masks of a step. All tokens of earlier steps are known by now."""
+        """Returns the masks of a step that was walked."""
 
 
 class Device(Protocol):

@@ -134,6 +134,8 @@ class Engine:
             else:
                 events += self.scheduler.commit(before.plans, drawn)
                 self._note_passed(before, events)
+        if self._masks is not None:
+            self._masks.advance(events)
         if step is not None and fault is None and step.launched is None:
             fault = self._draw(step, walked)
         if fault is not None:

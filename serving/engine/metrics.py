@@ -128,13 +128,25 @@ class Metrics:
         """Records choices of one request that ended with the reason `abort` or `error`."""
         self._ended[reason].inc(choices)
 
-    def watch(self, scheduler: Partitions, compilations: Callable[[], int]) -> None:
+    def watch(
+        self,
+        scheduler: Partitions,
+        compilations: Callable[[], int],
+        failed_steps: Callable[[], int] = lambda: 0,
+    ) -> None:
         """Adds the figures of an engine; to be called once, when it is ready.
 
         They are read one by one from another thread than the engine's: each is right, but two of
         them may be of different moments.
+
+        Args:
+            scheduler: of the engine.
+            compilations: returns the number of programs compiled since the engine was ready.
+            failed_steps: returns the number of steps that have failed.
         """
-        self.registry.register(_EngineFigures(scheduler, compilations, self._model_name))
+        self.registry.register(
+            _EngineFigures(scheduler, compilations, failed_steps, self._model_name)
+        )
 
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
         family = Histogram(name, what, [_LABEL], buckets=buckets, registry=self.registry)
@@ -143,9 +155,14 @@ class Metrics:
 
 class _EngineFigures(Collector):
     def __init__(
-        self, scheduler: Partitions, compilations: Callable[[], int], model_name: str
+        self,
+        scheduler: Partitions,
+        compilations: Callable[[], int],
+        failed_steps: Callable[[], int],
+        model_name: str,
     ) -> None:
         self._scheduler = scheduler
+        self._failed_steps = failed_steps
         self._compilations = compilations
         self._model_name = model_name
 
@@ -182,6 +199,9 @@ class _EngineFigures(Collector):
             "mixtral_compilations",
             "Programs compiled since the engine was ready: 0, or something is wrong.",
             self._compilations(),
+        )
+        yield CounterMetricFamily(
+            "mixtral_failed_steps", "Steps that have failed.", self._failed_steps()
         )
 
     def _gauge(self, name: str, what: str, value: float) -> Metric:

@@ -174,7 +174,7 @@ def _build(
     calls = Calls(metrics, traces)
     inference = InferenceService(worker, tokenizer, info, calls, bytes_per_token)
     compilations = CompilationCount()
-    metrics.watch(engine.scheduler, lambda: compilations.value)
+    metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
     return worker, inference
 
 

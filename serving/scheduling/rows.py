@@ -93,7 +93,8 @@ class Rows:
         self.preemptions += 1
 
     def rewind(self, sequence: SequenceState) -> SequenceState:
-        """Returns the state in which a sequence goes on after its last token, which was forced.
+        """Returns the state in which a sequence goes on from its last token, which was forced or
+        after which nothing was drawn.
 
         What an open plan computes behind another token is passed over.
         """

@@ -221,12 +221,14 @@ class Scheduler:
     def commit(self, plan: StepPlan, drawn: Sequence[Drawn | None]) -> list[Event]:
         """Records the oldest open plan and returns its events.
 
-        `drawn[i]` is read where chunk i samples. Sequences that have ended or lost their pages
-        since `plan`, by cancel or by the previous commit, are passed over. Their pages are free
-        already, and this is safe: steps run in order, so the writes of a stale chunk come before
-        those of the page's next holder. Pages of the prefix cache stay as they are: a page is
-        registered when all its tokens are committed, and uncommitted tokens are written behind
-        those.
+        `drawn[i]` is read where chunk i samples; None there means that the row sits this step out:
+        its last token is computed again, and what an open plan computes behind it is passed over.
+
+        Sequences that have ended or lost their pages since `plan`, by cancel or by the previous
+        commit, are passed over. Their pages are free already, and this is safe: steps run in order,
+        so the writes of a stale chunk come before those of the page's next holder. Pages of the
+        prefix cache stay as they are: a page is registered when all its tokens are committed, and
+        uncommitted tokens are written behind those.
         """
         expected, sequences = self._open.popleft()
         assert plan is expected, "plans are committed in their order"
@@ -235,16 +237,19 @@ class Scheduler:
             if not sequence.running:
                 continue
             sequence.steps += 1
-            sequence.table.register(sequence.tokens, chunk.end)
-            if chunk.samples:
-                assert token is not None
+            sits_out = chunk.samples and token is None
+            kept = chunk.end - sits_out  # tokens that are not computed again
+            sequence.table.register(sequence.tokens, kept)
+            if token is not None and chunk.samples:
                 sequence = self._append(sequence, token, events)
+            elif sits_out:
+                sequence = self._rows.rewind(sequence)
             elif sequence.computed < chunk.end < chunk.prompt_length:
                 sequence.computed = chunk.end
                 events.append(sequence.event())
             if sequence.running:
                 # A chunk of the next plan, if that is open, starts here: it sees no less.
-                sequence.table.slide(self.limits.visible(chunk.end))
+                sequence.table.slide(self.limits.visible(kept))
         return events
 
     def withdraw(self, plan: StepPlan) -> frozenset[str]:

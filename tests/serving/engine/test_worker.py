@@ -1,6 +1,7 @@
 """Crash, drain, stop and deadlines, with an engine that can be worked out by hand."""
 
 import asyncio
+import os
 import threading
 import time
 from contextlib import aclosing
@@ -9,10 +10,13 @@ from dataclasses import replace
 import pytest
 
 from mixtral_jax.sampling_params import SamplingParams
+from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
-from serving.errors import ContextTooLong, DeadlineExceeded, EngineFailure, Unavailable
+from serving.errors import ContextTooLong, DeadlineExceeded, EngineFailure, Overloaded, Unavailable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.scheduling.step_plan import Limits
+from tests.support.scripted_device import ScriptedDevice
 
 
 class CountingEngine:
@@ -482,3 +486,54 @@ def test_requests_can_be_ended_while_the_engine_is_stuck() -> None:
     assert worker.standing(time.monotonic() + 100) == 0
     engine.released.set()
     worker.stop()
+
+
+def test_a_storm_of_requests_that_are_left_at_once_leaves_nothing_behind() -> None:
+    """10,000 of them with MIXTRAL_JAX_SOAK=1, a part before the engine has seen them and a part in mid-answer."""
+    limits = Limits(
+        num_pages=64,
+        page_size=4,
+        max_sequences=8,
+        max_step_tokens=16,
+        max_context=96,
+        max_waiting=64,
+    )
+    engine = Engine(ScriptedDevice(limits), limits)
+    worker = EngineWorker(engine, Metrics("toy"))
+    worker.start()
+    outcomes: list[str] = []
+    count = 10_000 if "MIXTRAL_JAX_SOAK" in os.environ else 3_000
+
+    async def leave(number: int) -> None:
+        name = f"caller{number % 4}"
+        asked = replace(request(str(number), 20, prompt=(1, 2, number % 90)), caller=name)
+        async with aclosing(worker.submit(asked)) as events:
+            if number % 3 == 0:
+                waiting = asyncio.ensure_future(anext(events))
+                await asyncio.sleep(0)  # it is in the inbox
+                waiting.cancel()
+                await asyncio.wait([waiting])
+                outcomes.append("unseen")
+                return
+            try:
+                await events.accepted()
+                if number % 3 == 1:
+                    await anext(events)
+                outcomes.append("seen")
+            except Overloaded:
+                outcomes.append("refused")
+
+    async def run() -> None:
+        for start in range(0, count, 100):
+            await asyncio.gather(*map(leave, range(start, start + 100)))
+        bystander = request("bystander", 5)
+        assert len(await tokens(worker, bystander)) == 5
+
+    asyncio.run(run())
+    assert len(outcomes) == count and outcomes.count("seen") > 100
+    worker.stop()
+    scheduler = engine.scheduler
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+    assert scheduler.num_free_pages == limits.num_pages
+    assert not worker._mailboxes and not worker._open and not worker._unread
+    assert worker._inbox.empty() and not worker.has_failed

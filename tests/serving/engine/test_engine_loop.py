@@ -1,0 +1,208 @@
+"""The loop on a device in plain Python: overlap, masks that come late, tokens that are forced."""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from mixtral_jax.sampling_params import SamplingParams
+from serving.engine.device import Masks
+from serving.engine.engine import Engine
+from serving.scheduling.request import Event, FinishReason, Request
+from serving.scheduling.step_plan import Limits, StepPlan
+from tests.support.scripted_device import ScriptedDevice, next_token, undisturbed
+
+LIMITS = Limits(
+    num_pages=64, page_size=4, max_sequences=8, max_step_tokens=16, max_context=96, max_waiting=99
+)
+EVEN = frozenset(range(0, 97, 2))
+
+
+def request(name: str, prompt: int = 5, max_tokens: int = 12, **changes: Any) -> Request:
+    seed = sum(map(ord, name))
+    values: dict[str, Any] = dict(sampling=SamplingParams(seed=seed), eos_ids=frozenset())
+    ids = tuple((seed * 31 + 7 * i) % 89 for i in range(prompt))
+    return Request(id=name, prompt_ids=ids, max_tokens=max_tokens, **{**values, **changes})
+
+
+def drawn(events: Sequence[Event]) -> list[tuple[str, int]]:
+    return [(event.request_id, event.drawn.token_id) for event in events if event.drawn]
+
+
+def finished(engine: Engine) -> dict[tuple[str, int], list[int]]:
+    """Steps to the end; tokens by request and choice."""
+    answers: dict[tuple[str, int], list[int]] = {}
+    for _ in range(1000):
+        for event in engine.step():
+            assert event.finish_reason is not FinishReason.FAILED
+            if event.drawn is not None:
+                answer = answers.setdefault((event.request_id, event.choice), [])
+                answer.append(event.drawn.token_id)
+        if not engine.has_work:
+            return answers
+    raise AssertionError("it does not end")
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_read() -> None:
+    device = ScriptedDevice(LIMITS)
+    engine = Engine(device, LIMITS)
+    asked = request("A", max_tokens=3)
+    engine.add(asked)
+    tokens = undisturbed(asked)
+    assert drawn(engine.step()) == [] and device.num_steps == 1
+    assert drawn(engine.step()) == [("A", tokens[0])] and device.num_steps == 2
+    assert drawn(engine.step()) == [("A", tokens[1])] and device.num_steps == 3
+    assert drawn(engine.step()) == [("A", tokens[2])] and device.num_steps == 3
+    assert not engine.has_work and engine.step() == []
+
+
+def test_a_device_that_answers_late_is_waited_for_with_the_next_step_launched() -> None:
+    device = ScriptedDevice(LIMITS)
+    engine = Engine(device, LIMITS)
+    asked = request("A")
+    engine.add(asked)
+    engine.step()
+    device.can_answer.clear()
+    events: list[Event] = []
+    turn = threading.Thread(target=lambda: events.extend(engine.step()))
+    turn.start()
+    deadline = time.monotonic() + 10
+    while device.num_steps < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert device.num_steps == 2 and turn.is_alive()
+    device.can_answer.set()
+    turn.join(10)
+    assert drawn(events) == [("A", undisturbed(asked)[0])]
+
+
+class EvenTokens:
+    """Lets requests whose names begin with "m" draw even tokens only.
+
+    Their masks follow from all tokens before: it notices if it is asked before it knows them.
+
+    Args:
+        late: numbers of the masks that come late, counted over all rows.
+        forced: (request, place in its answer) to a token that it must have there.
+    """
+
+    def __init__(
+        self, late: Sequence[int] = (), forced: dict[tuple[str, int], int] | None = None
+    ) -> None:
+        self.known: dict[tuple[str, int], int] = {}  # tokens of each answer
+        self.late_ones = late
+        self.forced = forced or {}
+        self.num_masks = 0
+
+    def has_rows(self, plans: Sequence[StepPlan]) -> bool:
+        return any(c.request_id.startswith("m") for plan in plans for c in plan.chunks)
+
+    def advance(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if event.drawn is not None:
+                key = event.request_id, event.choice
+                self.known[key] = self.known.get(key, 0) + 1
+
+    def masks(self, plans: Sequence[StepPlan]) -> Masks:
+        (plan,) = plans
+        allowed: list[frozenset[int] | None] = []
+        late: set[tuple[int, int]] = set()
+        forced: dict[tuple[int, int], int] = {}
+        for i, chunk in enumerate(plan.chunks):
+            allowed.append(EVEN if chunk.request_id.startswith("m") else None)
+            if allowed[-1] is None or not chunk.samples:
+                continue
+            place = self.known.get((chunk.request_id, chunk.choice), 0)
+            if place < chunk.end - chunk.prompt_length:
+                late.add((0, i))  # it follows a token that was never drawn
+                continue
+            if self.num_masks in self.late_ones:
+                late.add((0, i))
+            elif (chunk.request_id, place) in self.forced:
+                forced[0, i] = self.forced[chunk.request_id, place]
+            self.num_masks += 1
+        return Masks((tuple(allowed),), frozenset(late), forced)
+
+
+def masked(asked: Request, choice: int = 0, forced: dict[int, int] | None = None) -> list[int]:
+    """What a masked request draws, worked out token by token."""
+    assert asked.sampling.seed is not None
+    tokens = list(asked.prompt_ids)
+    for place in range(asked.max_tokens):
+        token = next_token(tokens, asked.sampling.seed + choice, EVEN)
+        tokens.append((forced or {}).get(place, token))
+    return tokens[len(asked.prompt_ids) :]
+
+
+@pytest.mark.parametrize("late", [(), (0,), (1, 2, 3), (4, 9), range(0, 40, 3)])
+def test_rows_whose_mask_is_late_sit_out_and_draw_the_same_later(late: Sequence[int]) -> None:
+    """Beside rows without a mask, which lose no step."""
+    device = ScriptedDevice(LIMITS)
+    engine = Engine(device, LIMITS, masks=EvenTokens(late))
+    asked = [request("m1"), request("A"), request("m2", 7, n=2), request("B", 20)]
+    for one in asked:
+        engine.add(one)
+    answers = finished(engine)
+    for one in asked:
+        for choice in range(one.n):
+            wanted = masked(one, choice) if one.id.startswith("m") else undisturbed(one, choice)
+            assert answers[one.id, choice] == wanted
+    assert engine.scheduler.num_free_pages == LIMITS.num_pages
+    assert engine.num_failures == 0
+
+
+def test_masks_cost_no_step_where_they_come_in_time() -> None:
+    steps = []
+    for name in ("A", "m"):
+        device = ScriptedDevice(LIMITS)
+        engine = Engine(device, LIMITS, masks=EvenTokens())
+        engine.add(request(name))
+        finished(engine)
+        steps.append(device.num_steps)
+        assert [masks is None for masks in device.masks] == [name == "A"] * len(device.masks)
+    assert steps == [12, 12]
+
+
+def test_a_token_that_is_forced_is_taken_whatever_the_row_draws() -> None:
+    forced = {0: 11, 4: 13, 5: 15}
+    engine = Engine(
+        ScriptedDevice(LIMITS),
+        LIMITS,
+        masks=EvenTokens(forced={("m", place): token for place, token in forced.items()}),
+    )
+    asked, other = request("m"), request("A")
+    engine.add(asked)
+    engine.add(other)
+    answers = finished(engine)
+    assert answers["m", 0] == masked(asked, forced=forced)
+    assert answers["A", 0] == undisturbed(other)
+
+
+class BrokenMasks(EvenTokens):
+    """Cannot make the masks of the request "mad"."""
+
+    def masks(self, plans: Sequence[StepPlan]) -> Masks:
+        if any(chunk.request_id == "mad" for plan in plans for chunk in plan.chunks):
+            raise ValueError("no such grammar")
+        return super().masks(plans)
+
+
+def test_a_mask_that_cannot_be_made_ends_its_request_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device = ScriptedDevice(LIMITS)
+    engine = Engine(device, LIMITS, masks=BrokenMasks())
+    asked = [request("m1"), request("mad"), request("A")]
+    for one in asked:
+        engine.add(one)
+    failed, answers = [], dict[str, list[int]]()
+    while engine.has_work:
+        for event in engine.step():
+            if event.finish_reason is FinishReason.FAILED:
+                failed.append(event.request_id)
+            elif event.drawn is not None:
+                answers.setdefault(event.request_id, []).append(event.drawn.token_id)
+    assert failed == ["mad"] and device.num_resets == 0
+    assert answers == {"m1": masked(asked[0]), "A": undisturbed(asked[2])}
+    assert "no such grammar" in caplog.text and "request mad ends" in caplog.text
