@@ -489,7 +489,7 @@ def test_requests_can_be_ended_while_the_engine_is_stuck() -> None:
 
 
 def test_a_storm_of_requests_that_are_left_at_once_leaves_nothing_behind() -> None:
-    """A part before the engine has seen them, a part in mid-answer; 10,000 with MIXTRAL_JAX_SOAK."""
+    """A part before the engine has seen them, a part in mid-answer (soak: 10,000)."""
     limits = Limits(
         num_pages=64,
         page_size=4,
