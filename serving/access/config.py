@@ -14,6 +14,7 @@ from serving.access.errors import AccessError
 from serving.access.key_file import KeyFile
 from serving.access.keyring import Keyring, check_key
 from serving.access.loopback import is_loopback
+from serving.access.renewal import RenewedServerTls
 from serving.access.tls import Certificate, ServerTls
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ class AccessConfig:
     def server_tls(self) -> ServerTls | None:
         """Reads the certificate of a gRPC server and the authority of its clients."""
         return ServerTls.of_flags(self.tls_cert, self.tls_key, self.tls_client_ca)
+
+    def renewed_tls(self) -> RenewedServerTls | None:
+        """Reads the same, and follows the files while the server runs."""
+        tls = self.server_tls()
+        return None if tls is None else RenewedServerTls(tls)
 
     def key_for_service(self) -> str:
         """Returns the key that the gateway presents to the service.

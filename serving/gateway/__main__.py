@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from serving.access.config import AccessConfig
+from serving.access.renewal import RenewedContext
 from serving.access.tls import Certificate
 from serving.channel import join_address
 from serving.command_line import app_of, command, run
@@ -30,6 +31,7 @@ from serving.gateway.http.failures import refuse_while_draining
 from serving.gateway.http.limits import HttpLimits
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.server import HttpServer
+from serving.observe.key_reloads import report_failed_certificate
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
 from serving.open_files import raise_open_files
@@ -80,7 +82,10 @@ def _serve(given: dict[str, Any]) -> None:
         address = f"{scheme}://{join_address(host, port)}"
         logger.info("listening on %s for the service at %s", address, config.address)
         connections = Connections(_within_files(http), metrics, http.proxies())
-        server = HttpServer(_uvicorn(app, http, certificate), drain, listener, connections)
+        settings = _uvicorn(app, http, certificate)
+        if certificate is not None:
+            _renew(settings, certificate, metrics)
+        server = HttpServer(settings, drain, listener, connections)
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
     if not server.started:
@@ -116,6 +121,15 @@ def _uvicorn(app: FastAPI, http: HttpLimits, certificate: Certificate | None) ->
         timeout_graceful_shutdown=1,  # for what is still open after the drain
         ws="none",
     )
+
+
+def _renew(settings: uvicorn.Config, certificate: Certificate, metrics: GatewayMetrics) -> None:
+    """Makes the server show the newest certificate in each handshake."""
+    renewed = RenewedContext(certificate)
+    report_failed_certificate(metrics.registry, lambda: renewed.reload_failed)
+    settings.load()
+    assert settings.ssl is not None
+    renewed.attach(settings.ssl)
 
 
 def _within_files(http: HttpLimits) -> HttpLimits:

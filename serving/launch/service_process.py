@@ -14,7 +14,7 @@ from mixtral_jax.compilation import CompilationCount, keep_programs
 from mixtral_jax.errors import UserError
 from serving.access.config import AccessConfig
 from serving.access.credentials import Access
-from serving.access.tls import ServerTls
+from serving.access.renewal import RenewedServerTls
 from serving.accounting.caller_fields import CallerFields
 from serving.accounting.config import AccountingConfig
 from serving.channel import join_address
@@ -30,7 +30,7 @@ from serving.engine.worker import EngineWorker
 from serving.errors import ServingError, SetupError, Unavailable
 from serving.flags import SERVICE, record
 from serving.launch.config import ServiceConfig
-from serving.observe.key_reloads import report_failed_reload
+from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
 from serving.observe.tracing import Traces
@@ -91,11 +91,13 @@ def _lead(
     rank: Rank | None,
 ) -> None:
     """Serves; with a rank, as the leader of its group."""
-    door, tls = access.access(), access.server_tls()
+    door, tls = access.access(), access.renewed_tls()
     pretrained = open_pretrained(engine.model)
     traces = Traces.exported(service.otlp_endpoint, "service")
     metrics = Metrics(pretrained.card.name)
     report_failed_reload(metrics.registry, lambda: door.reload_failed)
+    if tls is not None:
+        report_failed_certificate(metrics.registry, lambda: tls.reload_failed)
     if service.metrics_port is not None:
         url = serve_metrics(metrics.registry, service.metrics_host, service.metrics_port)
         _say(f"metrics on {url}")
@@ -196,7 +198,7 @@ class _Server:
         self._max_calls = max_calls
 
     async def run(
-        self, address: str, access: Access, tls: ServerTls | None, fields: CallerFields
+        self, address: str, access: Access, tls: RenewedServerTls | None, fields: CallerFields
     ) -> None:
         """Serves at `address`; returns when running answers have finished or their time is up."""
         try:

@@ -1,4 +1,4 @@
-"""The figure that shows whether a server follows its file of keys."""
+"""The figures that show whether a server follows the files of its keys and its certificate."""
 
 from collections.abc import Callable
 
@@ -15,6 +15,22 @@ def report_failed_reload(registry: CollectorRegistry, has_failed: Callable[[], b
     gauge = Gauge(
         "mixtral_keys_reload_failed",
         "1 while the file of keys cannot be read again, and a removed key still opens; else 0.",
+        registry=registry,
+    )
+    gauge.set_function(lambda: float(has_failed()))
+
+
+def report_failed_certificate(registry: CollectorRegistry, has_failed: Callable[[], bool]) -> None:
+    """Adds the gauge `mixtral_certificate_reload_failed` to the metrics of a process.
+
+    Args:
+        registry: The metrics of the process.
+        has_failed: Returns True while an older certificate is in use, because its files, which have
+            changed, cannot be used.
+    """
+    gauge = Gauge(
+        "mixtral_certificate_reload_failed",
+        "1 while the files of the certificate have changed and cannot be used; else 0.",
         registry=registry,
     )
     gauge.set_function(lambda: float(has_failed()))

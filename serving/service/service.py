@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
+from serving.access.renewal import RenewedServerTls
 from serving.access.tls import ServerTls
 from serving.accounting.caller_fields import CallerFields
 from serving.engine.worker import EngineWorker
@@ -188,7 +189,7 @@ async def create_server(
     address: str,
     service: InferenceService,
     access: Access,
-    tls: ServerTls | None = None,
+    tls: ServerTls | RenewedServerTls | None = None,
     fields: CallerFields | None = None,
     max_calls: int = 256,
 ) -> tuple[grpc.aio.Server, int, HealthChecks]:
