@@ -2,10 +2,13 @@
 
 import asyncio
 from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from serving.access.credentials import Access
+from serving.access.key_file import KeyFile
 from serving.access.keyring import Keyring
 from serving.errors import Unauthenticated
 
@@ -67,3 +70,18 @@ def test_a_keyring_without_keys_lets_nobody_in() -> None:
     for headers in ({}, {"authorization": ""}, {"api-key": "x"}):
         with pytest.raises(Unauthenticated):
             admit(headers, Access(Keyring({})))
+
+
+def test_an_expired_key_is_told_so_unless_another_opens(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    old = file.add("old", lifetime=timedelta(0))
+    access = Access(Keyring({"default": "valid"}, file))
+    for headers in (
+        {"api-key": old},
+        {"authorization": f"Bearer {old}", "api-key": "wrong"},
+        {"authorization": "Bearer wrong", "api-key": old},
+    ):
+        with pytest.raises(Unauthenticated, match="this key has expired"):
+            admit(headers, access)
+    assert admit({"authorization": f"Bearer {old}", "api-key": "valid"}, access) == "default"
+    assert admit({"api-key": old}, Access(Keyring({}, file), is_open=True)) == "anonymous"

@@ -1,6 +1,8 @@
 """Keys in a file, and how a server follows it."""
 
 import errno
+import hashlib
+import hmac
 import json
 import os
 import resource
@@ -150,6 +152,66 @@ def test_a_read_that_fails_is_tried_again_each_second(
     assert names(ring, alice, bob) == [None, "bob"]
     assert not ring.reload_failed
     assert "1 keys, 0 of operators, 0 expired" in caplog.text
+    monkeypatch.setattr(file, "read", fail)  # nothing has changed: nothing is read
+    clock.now += RELOAD_SECONDS
+    assert names(ring, bob) == ["bob"] and reads == 5
+
+
+def test_wrong_content_is_read_once(file: KeyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    key = file.add("alice")
+    ring = Keyring({}, file, clock)
+    reads: list[None] = []
+    read = file.read
+
+    def count() -> list[StoredKey]:
+        reads.append(None)
+        return read()
+
+    monkeypatch.setattr(file, "read", count)
+    file.path.write_text("{", encoding="utf-8")
+    for _ in range(5):
+        clock.now += RELOAD_SECONDS
+        assert names(ring, key) == ["alice"] and ring.reload_failed
+    assert len(reads) == 1
+
+
+def test_every_digest_is_compared_whatever_is_presented(
+    file: KeyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of a look-up tells neither whether a key is right nor which one it is."""
+    keys = [file.add(name) for name in ("alice", "bob", "carol")]
+    ring = Keyring({"default": "the-first-of-all"}, file)
+    compare, compared = hmac.compare_digest, 0
+
+    def count(one: bytes, other: bytes) -> bool:
+        nonlocal compared
+        compared += 1
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", count)
+    for presented in ("the-first-of-all", *keys, "wrong", ""):
+        compared = 0
+        ring.find(presented)
+        assert compared == 4
+
+
+def test_a_key_of_two_names_is_the_first_ones_that_is_valid(file: KeyFile) -> None:
+    digest, created = hashlib.sha256(b"shared").hexdigest(), "2026-01-01T00:00:00+00:00"
+    old = {"sha256": digest, "created": created, "expires": created}
+    shared = {"sha256": digest, "created": created}
+    write(
+        file,
+        {
+            "keys": [
+                {"name": "expired", "digests": [old]},
+                {"name": "alice", "digests": [shared]},
+                {"name": "bob", "digests": [shared]},
+            ]
+        },
+    )
+    assert names(Keyring({}, file), "shared") == ["alice"]
+    assert names(Keyring({"default": "shared"}, file), "shared") == ["default"]
 
 
 def test_a_removed_key_opens_no_longer_than_the_process_lacks_descriptors(
