@@ -3,12 +3,10 @@
 A client that drops cancels its call to the service, at every moment of its request.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
 from serving.access.credentials import Caller
@@ -16,19 +14,22 @@ from serving.accounting.admission import Admission, Lease
 from serving.accounting.caller_fields import CallerFields
 from serving.gateway.dialect import parsing
 from serving.gateway.dialect.chat.request import ChatRequest
-from serving.gateway.dialect.chat.response import chat_completion
+from serving.gateway.dialect.chat.response import ChatAnswer
 from serving.gateway.dialect.chat.stream import ChatEvents
-from serving.gateway.dialect.chunks import Chunks, Identity
+from serving.gateway.dialect.chunks import Identity
 from serving.gateway.dialect.fields import Parameters
 from serving.gateway.dialect.sse import Events
 from serving.gateway.dialect.text.request import CompletionRequest
-from serving.gateway.dialect.text.response import text_completion
+from serving.gateway.dialect.text.response import TextAnswer
 from serving.gateway.dialect.text.stream import TextEvents
+from serving.gateway.dialect.whole import WholeAnswer, check_logprobs
 from serving.gateway.event_stream import DisconnectWatch, EventStream
 from serving.gateway.http import body
 from serving.gateway.http.request_record import RequestRecord
 from serving.gateway.joined_answers import RunningAnswer
 from serving.gateway.upstream import ModelService
+from serving.gateway.whole_response import WholeResponse
+from serving.proto import inference_pb2
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,18 @@ class Kind:
     Attributes:
         operation: Its name in OpenTelemetry's conventions for generative AI.
         request: The type of its body.
-        whole: Makes the answer at once from all chunks.
+        whole: Writes the answer at once while its chunks come.
         events: Writes the answer as a stream.
     """
 
     operation: str
     request: type[Parameters]
-    whole: Callable[[Identity, Chunks], BaseModel]
+    whole: type[WholeAnswer]
     events: type[Events]
 
 
-CHAT = Kind("chat", ChatRequest, chat_completion, ChatEvents)
-TEXT = Kind("text_completion", CompletionRequest, text_completion, TextEvents)
+CHAT = Kind("chat", ChatRequest, ChatAnswer, ChatEvents)
+TEXT = Kind("text_completion", CompletionRequest, TextAnswer, TextEvents)
 
 
 class Gateway:
@@ -111,6 +112,8 @@ class Gateway:
         caller: Caller = request.state.caller
         lease = self._admission.admit(caller.name)
         calls = asked.protos()
+        if not asked.stream:
+            check_logprobs(calls)
         for call in calls:
             self._fields.write(call, caller, asked.cache_salt, asked.scheduling_priority)
         answer = self.service.ask(calls, record, kind.operation, asked.model, model)
@@ -139,14 +142,16 @@ class Gateway:
                 )
 
         try:
-            chunks = await answer.read_all()
+            chunks = await _begun(answer)
             if asked.stream and not watch.client_disconnected:
                 events = kind.events(identity, asked.include_usage)
                 opening = events.opening(asked.choices * len(answer.tokens)) + events.write(chunks)
                 seconds = self._limits.heartbeat_seconds
                 return EventStream(events, answer, opening, seconds, watch, end)
-            while more := await answer.read_all():
-                chunks += more
+            whole = kind.whole(identity)
+            while chunks:
+                whole.add(chunks)
+                chunks = await answer.read_all()
         except BaseException:
             end()
             if watch.client_disconnected:
@@ -155,4 +160,18 @@ class Gateway:
         end()
         if watch.client_disconnected:
             raise ClientDisconnect
-        return JSONResponse(kind.whole(identity, chunks).model_dump())
+        return WholeResponse(whole)
+
+
+async def _begun(answer: RunningAnswer) -> list[inference_pb2.GenerateChunk]:
+    """Returns the first chunks of an answer, all of whose prompts have been rendered and queued.
+
+    Raises:
+        ServingError: A prompt was refused; the answer to the client can still be an error.
+    """
+    chunks = await answer.read_all()
+    while not all(tokens.prompt_tokens or tokens.completion_tokens for tokens in answer.tokens):
+        if not (more := await answer.read_all()):
+            break
+        chunks += more
+    return chunks

@@ -1,9 +1,10 @@
 """An answer sent as server-sent events, and the watch for a client that goes away meanwhile.
 
-The status of an answer is decided by the first message of the service, so that a failure before it
-is a plain HTTP error. After it only the end of the connection is left to show a failure: an event
-names the error, and the connection closes without its terminating chunk, which no client takes for
-a complete answer.
+The status of an answer is decided by the first message of the service, which comes when the prompt
+has been rendered and queued, so that a failure before it is a plain HTTP error. While the prompt
+waits and is computed, heartbeats show that the connection lives. After that message only the end of
+the connection is left to show a failure: an event names the error, and the connection closes
+without its terminating chunk, which no client takes for a complete answer.
 """
 
 import asyncio
@@ -101,15 +102,19 @@ class EventStream(Response):
             self._end()
 
     async def _send_answer(self, send: Send) -> None:
-        answer, events = self._answer, self._events
+        answer, events, clock = self._answer, self._events, asyncio.get_running_loop().time
+        # Chunks that show the progress of a prompt become no event: silence ends with an event.
+        silent_until = clock() + self._heartbeat_seconds
         try:
             while True:
-                while not await answer.has_news(self._heartbeat_seconds):
+                while not await answer.has_news(max(0.0, silent_until - clock())):
                     await self._send(send, events.heartbeat())
+                    silent_until = clock() + self._heartbeat_seconds
                 if not (chunks := await answer.read_all()):
                     break
                 if written := events.write(chunks):
                     await self._send(send, written)
+                    silent_until = clock() + self._heartbeat_seconds
         except ServingError as error:
             if self._watch.client_disconnected:
                 return

@@ -42,6 +42,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
     Several choices say the same in turn. The token at place i has the logprob -i. Words that begin
     with "!" are not said but done:
 
+        !open          sends the chunk that says that the prompt has been queued
+        !compute       sends a chunk that says how much of the prompt has been computed
         !wait          waits until `release` is called
         !fail:LEAF     fails with that error of serving/errors.py
         !status:CODE   fails with that status and no name, as gRPC itself does
@@ -90,6 +92,11 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             for word in _prompt(request).split():
                 if word == "!vanish":
                     return
+                if word in ("!open", "!compute"):
+                    tokens = len(request.chat.messages) or 1
+                    name = "prompt_tokens" if word == "!open" else "computed_tokens"
+                    yield inference_pb2.GenerateChunk(**{name: tokens})
+                    continue
                 if word.startswith("!"):
                     await self._do(word, context)
                     continue

@@ -1,6 +1,6 @@
 """The service's chunks, read for answers of every kind: who an answer is, how it ended, its tokens.
 
-Answers at once are built in each kind's response.py, answers as a stream in its stream.py.
+Answers at once are written in each kind's response.py, answers as a stream in its stream.py.
 """
 
 import time
@@ -66,19 +66,6 @@ def usage(chunk: inference_pb2.GenerateChunk) -> Usage:
     """Returns the tokens spent, which the last chunk of an answer carries."""
     prompt, generated = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
     return Usage(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
-
-
-def by_choice(chunks: Chunks) -> list[tuple[int, list[inference_pb2.GenerateChunk]]]:
-    """Returns each choice's number and its chunks, in the order of the numbers."""
-    chunks_of: dict[int, list[inference_pb2.GenerateChunk]] = {}
-    for chunk in chunks:
-        chunks_of.setdefault(chunk.choice, []).append(chunk)
-    return sorted(chunks_of.items())
-
-
-def token_text(token: inference_pb2.TokenLogprob) -> str:
-    """Returns a token's text; U+FFFD stands for bytes that are only a piece of a character."""
-    return token.token.decode("utf-8", "replace")
 
 
 def finite_logprob(token: inference_pb2.TokenLogprob) -> float:

@@ -102,6 +102,39 @@ def test_a_silent_stream_says_that_it_lives() -> None:
     assert spoken == ["", "one", " two", ""]
 
 
+def test_a_stream_that_waits_for_its_first_token_says_that_it_lives() -> None:
+    """Chunks of the service that show the progress of a prompt do not end the silence."""
+    waiting = "!open " + "!compute " * 5 + "!wait one"
+    with (
+        running_stack(heartbeat_seconds=0.02) as stack,
+        httpx.Client(base_url=stack.url, headers=BEARER, timeout=PATIENCE) as client,
+        client.stream("POST", "/v1/completions", json={"prompt": waiting, "stream": True}) as got,
+    ):
+        chunks = []
+        for chunk in events(got.iter_lines()):
+            chunks.append(chunk)
+            if len(chunks) == 2:
+                stack.service.release()
+    assert chunks[0]["choices"] == chunks[1]["choices"] == []
+    assert [chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"]] == ["one", ""]
+
+
+def test_a_failure_before_the_prompt_is_queued_is_a_status(client: httpx.Client) -> None:
+    asked = chat_body("!fail:ContextTooLong", stream=True)
+    check_error(client.post("/chat/completions", json=asked), 400, "context_length_exceeded")
+    asked = chat_body("!open !fail:EngineFailure", stream=True)
+    with client.stream("POST", "/chat/completions", json=asked) as response:
+        assert response.status_code == 200
+        chunks = []
+        with pytest.raises(httpx.RemoteProtocolError):
+            for chunk in events(response.iter_lines()):
+                chunks.append(chunk)
+    assert chunks[-1]["error"]["code"] == "ModelError"
+    # Of several prompts each must have been queued.
+    asked = {"prompt": ["!open !wait", "!fail:ContextTooLong"], "stream": True}
+    check_error(client.post("/v1/completions", json=asked), 400, "context_length_exceeded")
+
+
 def test_several_choices(client: httpx.Client) -> None:
     asked = chat_body("one two", n=2, logprobs=True, top_logprobs=1)
     answer = client.post("/v1/chat/completions", json=asked).json()

@@ -1,25 +1,17 @@
 """A chat's answer at once, and the log-probabilities of its tokens.
 
-    chat_completion   GenerateChunks, all -> ChatCompletion
+    ChatAnswer   GenerateChunks, as they come -> the JSON of a ChatCompletion
 
 A key that is absent and a key that is null differ to some clients; these shapes are the ones that
 every client we know reads without harm.
 """
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Literal
 
-from serving.gateway.dialect.chunks import (
-    Chunks,
-    Identity,
-    Usage,
-    by_choice,
-    finish_reason,
-    finite_logprob,
-    token_text,
-    usage,
-)
+from serving.gateway.dialect.chunks import Usage, finite_logprob
 from serving.gateway.dialect.fields import Described
+from serving.gateway.dialect.whole import WholeAnswer, WholeChoice, encode
 from serving.proto import inference_pb2
 
 
@@ -91,42 +83,62 @@ class ChatCompletion(Described):
     """Tokens spent."""
 
 
-def chat_completion(identity: Identity, chunks: Chunks) -> ChatCompletion:
-    """Returns the answer that the chunks make up; the last one of them ends it."""
-    return ChatCompletion(
-        id=identity.id,
-        created=identity.created,
-        model=identity.model,
-        choices=[
-            Choice(
-                index=index,
-                message=AssistantMessage(content="".join(chunk.text for chunk in own)),
-                finish_reason=finish_reason(own[-1]),
-                logprobs=_logprobs(own),
-            )
-            for index, own in by_choice(chunks)
-        ],
-        usage=usage(chunks[-1]),
+class ChatChoice(WholeChoice):
+    """Writes a `Choice`."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self._logprobs = bytearray()  # the inside of the list `content`
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds."""
+        return len(self.text) + len(self._logprobs)
+
+    def add_logprobs(self, chunk: inference_pb2.GenerateChunk) -> None:
+        """Writes the log-probabilities of a chunk, which has some."""
+        if self._logprobs:
+            self._logprobs += b","
+        self._logprobs += chat_logprobs(chunk, encode).encode()
+
+    def pieces(self) -> Iterator[bytes | bytearray]:
+        """Yields the choice as JSON."""
+        yield f'{{"index":{self.index},"message":{{"role":"assistant","content":"'.encode()
+        yield self.text
+        yield f'","tool_calls":null}},"finish_reason":{encode(self.reason)},"logprobs":'.encode()
+        if self._logprobs:
+            yield b'{"content":['
+            yield self._logprobs
+            yield b"]}}"
+        else:
+            yield b"null}"
+
+
+class ChatAnswer(WholeAnswer):
+    """Writes a `ChatCompletion`."""
+
+    kind = "chat.completion"
+    choice = ChatChoice
+
+
+def chat_logprobs(chunk: inference_pb2.GenerateChunk, encode: Callable[[str], str]) -> str:
+    """Returns the log-probabilities of a chunk's tokens as JSON: `TokenLogprob`s, by commas.
+
+    Args:
+        chunk: A chunk of one choice.
+        encode: Writes a text as JSON.
+    """
+    return ",".join(
+        f'{_logprob(token, encode)},"top_logprobs":['
+        f"{','.join([_logprob(top, encode) + '}' for top in token.top])}]}}"
+        for token in chunk.logprobs
     )
 
 
-def chat_logprobs(chunk: inference_pb2.GenerateChunk) -> list[dict[str, Any]]:
-    """Returns the log-probabilities of a chunk's tokens, each as a `TokenLogprob`'s fields."""
-    return [
-        _logprob(token) | {"top_logprobs": [_logprob(top) for top in token.top]}
-        for token in chunk.logprobs
-    ]
-
-
-def _logprobs(chunks: Iterable[inference_pb2.GenerateChunk]) -> Logprobs | None:
-    content = [logprob for chunk in chunks for logprob in chat_logprobs(chunk)]
-    return Logprobs.model_validate({"content": content}) if content else None
-
-
-def _logprob(token: inference_pb2.TokenLogprob) -> dict[str, Any]:
-    return {
-        "token": token_text(token),
-        "token_id": token.token_id,
-        "logprob": finite_logprob(token),
-        "bytes": list(token.token),
-    }
+def _logprob(token: inference_pb2.TokenLogprob, encode: Callable[[str], str]) -> str:
+    """Returns a `TopLogprob` as JSON, without its last brace."""
+    content = token.token
+    return (
+        f'{{"token":{encode(content.decode("utf-8", "replace"))},"token_id":{token.token_id},'
+        f'"logprob":{finite_logprob(token)!r},"bytes":[{",".join(map(str, content))}]'
+    )

@@ -76,4 +76,4 @@ class ChatEvents(Events):
         )
 
     def _logprobs(self, chunk: inference_pb2.GenerateChunk) -> str:
-        return json.dumps({"content": chat_logprobs(chunk)}, separators=(",", ":"))
+        return f'{{"content":[{chat_logprobs(chunk, json.dumps)}]}}'

@@ -1,25 +1,19 @@
 """A text completion's answer at once, and the log-probabilities of its tokens.
 
-text_completion   GenerateChunks, all -> TextCompletion
+TextAnswer   GenerateChunks, as they come -> the JSON of a TextCompletion
 """
 
 import codecs
-from collections.abc import Iterable
+import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
-from serving.gateway.dialect.chunks import (
-    Chunks,
-    Identity,
-    Usage,
-    by_choice,
-    finish_reason,
-    finite_logprob,
-    usage,
-)
+from serving.gateway.dialect.chunks import Usage, finite_logprob
 from serving.gateway.dialect.error_body import ErrorDetail
 from serving.gateway.dialect.fields import Described, is_none
+from serving.gateway.dialect.whole import WholeAnswer, WholeChoice, encode
 from serving.proto import inference_pb2
 
 
@@ -66,25 +60,6 @@ class TextCompletion(Described):
     """Tokens spent; in a stream in one chunk at the end."""
     error: ErrorDetail | None = Field(default=None, exclude_if=is_none)
     """Why the stream breaks off after this chunk."""
-
-
-def text_completion(identity: Identity, chunks: Chunks) -> TextCompletion:
-    """Returns the answer that the chunks make up; the last one of them ends it."""
-    return TextCompletion(
-        id=identity.id,
-        created=identity.created,
-        model=identity.model,
-        choices=[
-            TextChoice(
-                text="".join(chunk.text for chunk in own),
-                index=index,
-                logprobs=_logprobs(own),
-                finish_reason=finish_reason(own[-1]),
-            )
-            for index, own in by_choice(chunks)
-        ],
-        usage=usage(chunks[-1]),
-    )
 
 
 class TextPosition:
@@ -144,8 +119,48 @@ def _token_name(token: inference_pb2.TokenLogprob) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.token)
 
 
-def _logprobs(chunks: Iterable[inference_pb2.GenerateChunk]) -> TextLogprobs | None:
-    merged = inference_pb2.GenerateChunk()
-    for chunk in chunks:
-        merged.logprobs.extend(chunk.logprobs)
-    return TextLogprobs(**text_logprobs(merged, 0)) if merged.logprobs else None
+class TextPiece(WholeChoice):
+    """Writes a `TextChoice`."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self._position = TextPosition()
+        # The insides of the lists of `TextLogprobs`.
+        self._columns = {name: bytearray() for name in TextLogprobs.model_fields}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds."""
+        return len(self.text) + sum(map(len, self._columns.values()))
+
+    def add_logprobs(self, chunk: inference_pb2.GenerateChunk) -> None:
+        """Writes the log-probabilities of a chunk, which has some."""
+        for name, values in text_logprobs(chunk, position=self._position).items():
+            column = self._columns[name]
+            if column:
+                column += b","
+            written = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+            column += written[1:-1].encode()
+
+    def pieces(self) -> Iterator[bytes | bytearray]:
+        """Yields the choice as JSON."""
+        yield b'{"text":"'
+        yield self.text
+        yield f'","index":{self.index},"logprobs":'.encode()
+        if self._columns["tokens"]:
+            opening = b"{"
+            for name, column in self._columns.items():
+                yield opening + f'"{name}":['.encode()
+                yield column
+                opening = b"],"
+            yield b"]}"
+        else:
+            yield b"null"
+        yield f',"finish_reason":{encode(self.reason)}}}'.encode()
+
+
+class TextAnswer(WholeAnswer):
+    """Writes a `TextCompletion`."""
+
+    kind = "text_completion"
+    choice = TextPiece

@@ -1,6 +1,8 @@
 """A chat's answer at once."""
 
-from serving.gateway.dialect.chat.response import chat_completion
+import json
+
+from serving.gateway.dialect.chat.response import ChatAnswer
 from serving.gateway.dialect.chunks import Identity
 from serving.proto import inference_pb2
 
@@ -13,8 +15,9 @@ IDENTITY = Identity(id="0" * 32, created=7, model="m")
 
 
 def test_a_completion_joins_its_chunks() -> None:
-    answer = chat_completion(IDENTITY, [inference_pb2.GenerateChunk(text="hi"), LAST])
-    assert answer.model_dump() == {
+    answer = ChatAnswer(IDENTITY)
+    answer.add([inference_pb2.GenerateChunk(text="hi"), LAST])
+    assert json.loads(b"".join(answer.pieces())) == {
         "id": "0" * 32,
         "object": "chat.completion",
         "created": 7,

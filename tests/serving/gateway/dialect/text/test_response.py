@@ -6,7 +6,7 @@ import math
 import pytest
 
 from serving.gateway.dialect.chunks import Identity
-from serving.gateway.dialect.text.response import text_completion, text_logprobs
+from serving.gateway.dialect.text.response import TextAnswer, text_logprobs
 from serving.gateway.dialect.text.stream import TextEvents
 from serving.proto import inference_pb2
 
@@ -24,8 +24,9 @@ def test_a_text_completion_counts_the_characters_before_its_tokens() -> None:
         one = inference_pb2.TokenLogprob(token=text.encode(), logprob=logprob, top=[top])
         return inference_pb2.GenerateChunk(text=text, logprobs=[one])
 
-    answer = text_completion(IDENTITY, [chunk("na\u00efve", -1), chunk(" a", -math.inf), LAST])
-    assert answer.model_dump() == {
+    answer = TextAnswer(IDENTITY)
+    answer.add([chunk("na\u00efve", -1), chunk(" a", -math.inf), LAST])
+    assert json.loads(b"".join(answer.pieces())) == {
         "id": "0" * 32,
         "object": "text_completion",
         "created": 7,
