@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 
 from serving.errors import InvalidParameter, InvalidRequest, Problem, UnsupportedParameter
 from serving.gateway.dialect.fields import NOT_SUPPORTED
+from serving.gateway.dialect.json_size import check_values
 
 # The number of problems that one refusal names.
 MAX_PROBLEMS = 10
@@ -34,10 +35,12 @@ def read(body: bytes, kind: type[Request], unknown: UnknownFields) -> Request:
         unknown: The vendor's rule for fields that it does not have.
 
     Raises:
-        InvalidRequest: The body is no JSON object, or the vendor's rule refuses it.
+        InvalidRequest: The body is no JSON object, has too many values, or the vendor's rule
+            refuses it.
         InvalidParameter: A field is missing, or its value is wrong.
         UnsupportedParameter: All that is wrong is that it asks for features we do not have.
     """
+    check_values(body)
     try:
         # PowerShell, .NET and Java put a byte order mark before UTF-8.
         values = from_json(body.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
