@@ -3,7 +3,8 @@
 Several replicas are one gRPC channel. gRPC itself watches the health of each (grpc.health.v1),
 takes the healthy ones in turn, and connects again to those that come back. A call that a replica
 refuses as UNAVAILABLE or RESOURCE_EXHAUSTED before its first message is repeated at another
-replica. After its first message a call is never repeated, because its tokens have been seen.
+replica, unless so many are refused that all of them must be full. After its first message a call is
+never repeated, because its tokens have been seen.
 """
 
 import ipaddress
@@ -16,6 +17,8 @@ INFERENCE = "mixtral.v1.Inference"  # the service whose health is watched
 MAX_RECEIVED = 64 * 2**20
 # The number of replicas that a call may try, one after the other, before its first message.
 _MAX_REPLICAS_TRIED = 3
+# Methods that may be repeated. Drain is not: it would end a second replica.
+_REPEATED = ("Generate", "GetModelInfo", "Tokenize", "Detokenize")
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # A service is a neighbour: a proxy set for the internet must not stand between.
@@ -78,7 +81,7 @@ def options_for(target: str) -> list[tuple[str, int | str]]:
     if _HAS_SCHEME.match(target):  # else there is a single replica: the client decides on retries
         config["methodConfig"] = [
             {
-                "name": [{"service": INFERENCE}],
+                "name": [{"service": INFERENCE, "method": method} for method in _REPEATED],
                 "retryPolicy": {
                     "maxAttempts": _MAX_REPLICAS_TRIED,
                     "initialBackoff": "0.05s",
@@ -88,6 +91,9 @@ def options_for(target: str) -> list[tuple[str, int | str]]:
                 },
             }
         ]
+        # A hundred refusals at once are repeated, as many as a replica that ends may cause; beyond
+        # them one for each five calls that succeed, or else overload would multiply itself.
+        config["retryThrottling"] = {"maxTokens": 200, "tokenRatio": 0.2}
     return [*_OPTIONS, ("grpc.service_config", json.dumps(config))]
 
 

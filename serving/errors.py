@@ -17,14 +17,21 @@
     └── Unavailable             UNAVAILABLE          503  not ready, draining or gone; a retry helps
 
 The service puts the class name into the trailing metadata (`ERROR_METADATA`), because several
-classes share a gRPC status; `from_grpc` turns it back into the same error on the gateway's side.
+classes share a gRPC status, and beside it the details that Google's clients read: RetryInfo and
+BadRequest (https://cloud.google.com/apis/design/errors#error_details). `from_grpc` turns them back
+into the same error on the caller's side.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 ERROR_METADATA = "mixtral-error"
+# gRPC's name for a serialized google.rpc.Status.
+DETAILS_METADATA = "grpc-status-details-bin"
+# Characters of a text in the details, which metadata must have room for.
+_MAX_TEXT = 1000
 
 
 class SetupError(ValueError):
@@ -49,6 +56,11 @@ class ServingError(Exception):
     http_status: ClassVar[int] = 500
     azure_code: ClassVar[str] = "InternalServerError"
     retry_after: int | None = None
+
+    @property
+    def retry_after_ms(self) -> int | None:
+        """The same in milliseconds, more precisely where that is known."""
+        return None if self.retry_after is None else 1000 * self.retry_after
 
 
 class InvalidRequest(ServingError):
@@ -101,7 +113,7 @@ class InvalidParameter(InvalidRequest):
 
     Args:
         message: The message for the caller.
-        problems: Every mistake, where they are known. They do not cross gRPC.
+        problems: Every mistake, where they are known. Their values do not cross gRPC.
     """
 
     http_status = 422
@@ -163,7 +175,7 @@ class Overloaded(ServingError):
 
     Args:
         message: The message for the caller.
-        retry_after: Seconds to wait, where they are known. They do not cross gRPC.
+        retry_after: Seconds to wait, where they are known.
     """
 
     grpc_status = "RESOURCE_EXHAUSTED"
@@ -171,10 +183,15 @@ class Overloaded(ServingError):
     azure_code = "TooManyRequests"
     retry_after = 1
 
-    def __init__(self, message: str, retry_after: int | None = None) -> None:
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
-        if retry_after is not None:
-            self.retry_after = retry_after
+        self._seconds = retry_after
+        self.retry_after = math.ceil(retry_after)
+
+    @property
+    def retry_after_ms(self) -> int:
+        """The milliseconds to wait."""
+        return math.ceil(1000 * self._seconds)
 
 
 class EngineFailure(ServingError):
@@ -220,13 +237,71 @@ _BY_STATUS: dict[str, type[ServingError]] = {
 }
 
 
-def from_grpc(status: str, name: str | None, message: str) -> ServingError:
+def to_grpc(error: ServingError) -> tuple[tuple[str, str | bytes], ...]:
+    """Returns the trailing metadata of a call that ends with the error: its name and details."""
+    from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+    message = str(error)[:_MAX_TEXT]
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.grpc_status), message=message)
+    if error.retry_after_ms is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(error.retry_after_ms)
+        status.details.add().Pack(retry)
+    if isinstance(error, InvalidParameter):
+        bad = error_details_pb2.BadRequest()
+        for problem in error.problems:
+            bad.field_violations.add(field=".".join(problem.path), description=problem.message)
+        if not error.problems:  # the text begins with the parameter's name
+            bad.field_violations.add(field=message.partition(" ")[0], description=message)
+        status.details.add().Pack(bad)
+    name = type(error).__name__
+    return ((ERROR_METADATA, name), (DETAILS_METADATA, status.SerializeToString()))
+
+
+def from_grpc(
+    status: str, message: str, trailing: Iterable[tuple[str, str | bytes]] = ()
+) -> ServingError:
     """Rebuilds the error of a failed call.
 
     Args:
         status: The name of its gRPC status.
-        name: Its class, from the metadata `ERROR_METADATA`; None if there is none.
         message: Its details.
+        trailing: Its trailing metadata, in which a name and details of `to_grpc` may be.
     """
-    kind = LEAVES.get(name or "") or _BY_STATUS.get(status, EngineFailure)
+    metadata = dict(trailing)
+    name = metadata.get(ERROR_METADATA)
+    kind = LEAVES.get(str(name)) or _BY_STATUS.get(status, EngineFailure)
+    seconds, problems = _details(metadata.get(DETAILS_METADATA))
+    if issubclass(kind, InvalidParameter):
+        return kind(message, problems)
+    if issubclass(kind, Overloaded) and seconds is not None:
+        return kind(message, seconds)
     return kind(message)
+
+
+def _details(content: str | bytes | None) -> tuple[float | None, list[Problem]]:
+    """Returns the seconds of RetryInfo and the problems of BadRequest in a google.rpc.Status."""
+    if not isinstance(content, bytes):
+        return None, []
+    from google.protobuf.message import DecodeError
+    from google.rpc import error_details_pb2, status_pb2
+
+    seconds, problems = None, []
+    retry, bad = error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
+    try:
+        for detail in status_pb2.Status.FromString(content).details:
+            if detail.Unpack(retry):
+                seconds = retry.retry_delay.ToMilliseconds() / 1000
+            elif detail.Unpack(bad):
+                problems = [
+                    Problem(
+                        InvalidParameter.azure_code,
+                        ("body", *violation.field.split(".")),
+                        violation.description,
+                        None,
+                    )
+                    for violation in bad.field_violations
+                ]
+    except DecodeError:  # of somebody else, such as a proxy
+        return None, []
+    return seconds, problems

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from serving.accounting.config import AccountingConfig
 from serving.accounting.ledger import Usage, UsageLedger
 from serving.accounting.rate_limits import RateLimits
 
@@ -11,26 +12,33 @@ class Accounts:
 
     Args:
         rates: The limits of each caller; by default there are none.
-        ledger: The record of what callers have used; by default in memory.
+        ledger: The record of what callers have used; without it that is not kept.
     """
 
     def __init__(self, rates: RateLimits | None = None, ledger: UsageLedger | None = None) -> None:
-        self._rates = rates or RateLimits()
-        self._ledger = ledger or UsageLedger()
+        self.rates = rates or RateLimits()
+        self._ledger = ledger
 
-    def take_request(self, caller: str) -> None:
-        """Takes a request from the caller's minute; raises Overloaded, with its `retry_after`."""
-        self._rates.take_request(caller)
+    @classmethod
+    def of(cls, config: AccountingConfig) -> "Accounts":
+        """Returns the accounts that the operator's settings ask for. Raises SetupError."""
+        return cls(RateLimits(config.limits, config.share), UsageLedger(config.usage_db))
 
-    def charge(self, caller: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Takes an answered request's tokens from the caller's minute, and writes it down."""
-        self._rates.take_tokens(caller, prompt_tokens + completion_tokens)
-        self._ledger.add(caller, prompt_tokens, completion_tokens)
+    def add(
+        self, caller: str, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0
+    ) -> None:
+        """Writes down an answered request and its tokens."""
+        if self._ledger is not None:
+            self._ledger.add(caller, prompt_tokens, completion_tokens, cached_tokens)
 
     async def report(self, caller: str | None) -> list[Usage]:
-        """Returns what a caller has used, or all of them if None, by caller and day."""
-        return await asyncio.to_thread(self._ledger.report, caller)
+        """Returns what a caller has used, or all of them if None, by caller and day.
+
+        Raises Unavailable if it cannot be read now.
+        """
+        return [] if self._ledger is None else await asyncio.to_thread(self._ledger.report, caller)
 
     def close(self) -> None:
         """Writes what the ledger has not written yet."""
-        self._ledger.close()
+        if self._ledger is not None:
+            self._ledger.close()

@@ -1,27 +1,105 @@
-"""Admission of a caller's requests, and what they cost when they are over.
+"""Admission of callers' requests, what they reserve, and what they cost when they are over.
 
-It knows neither HTTP nor gRPC: both ports admit a caller by name, and settle the lease that they
-get when the answer has ended.
+It knows neither HTTP nor a gRPC server: both ports begin a lease for a caller before they read its
+request, reserve tokens when they have read it, and settle the lease when its answer has ended.
+
+    begin -> (the request is read) -> reserve -> (the answer runs) -> settle
+
+The reservation of a prompt is an estimate from its bytes, which the service's first chunk corrects.
+The reservation of an answer is all that it may become: n times max_tokens. Settling gives back what
+was not used. A request that waited in the queue only costs nothing, and a prompt of which a part
+was computed costs that part.
 """
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from serving.access.caller import Caller
 from serving.accounting.accounts import Accounts
+from serving.accounting.answer_tokens import AnswerTokens
+from serving.accounting.rate_limits import Allowance
+from serving.errors import EngineFailure, Unavailable
+from serving.proto import inference_pb2 as pb
+
+# Errors for which nobody pays, where they leave the caller without any of the answer.
+OUR_FAULTS = (EngineFailure, Unavailable)
+# Bytes of a prompt that are one token, by estimate.
+_BYTES_PER_TOKEN = 4
 
 
 class Lease:
-    """An admitted request. `settle` it once when its answer is over; without, it costs no tokens.
+    """An admitted request. Call `settle` once when it is over, however it ends.
 
     Args:
-        accounts: The accounts that it is charged to.
-        caller: The name of its caller.
+        admission: That which has admitted it.
+        caller: Its caller.
     """
 
-    def __init__(self, accounts: Accounts, caller: str) -> None:
-        self._accounts = accounts
+    def __init__(self, admission: "Admission", caller: Caller) -> None:
+        self._admission = admission
+        self._rates = admission.accounts.rates
         self._caller = caller
+        self._count = 1  # requests that were taken
+        self._reserved = 0  # tokens
+        self._estimates: list[int] = []  # of each prompt, in tokens
+        self._is_settled = False
 
-    def settle(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """Charges the request and the tokens that were computed for it."""
-        self._accounts.charge(self._caller, prompt_tokens, completion_tokens)
+    def reserve(self, calls: Sequence[pb.GenerateRequest], max_context: int) -> None:
+        """Reserves tokens for calls of the service; each of them counts as a request.
+
+        Args:
+            calls: The calls that answer the request.
+            max_context: Tokens of prompt and answer together that the model holds.
+
+        Raises:
+            InvalidRequest: They may use more than all of the caller's minute.
+            Overloaded: They may use more than the caller has left of it.
+        """
+        if len(calls) > 1:
+            self._rates.enter(self._caller, len(calls) - 1)
+            self._count = len(calls)
+        self._estimates = [estimate(call) for call in calls]
+        least = sum(self._estimates) + sum(call.n or 1 for call in calls)
+        tokens = sum(self._estimates)
+        for call, prompt in zip(calls, self._estimates, strict=True):
+            tokens += (call.n or 1) * self._admission.answer_tokens(call, max_context - prompt)
+        minute = self._rates.tokens_of_a_minute(self._caller)
+        if minute is not None and not any(call.HasField("max_tokens") for call in calls):
+            tokens = max(least, min(tokens, minute))  # nobody has asked for so many
+        self._rates.take_tokens(self._caller, tokens)
+        self._reserved = tokens
+
+    def follow(self, answers: Sequence[AnswerTokens]) -> None:
+        """Corrects the reservation as soon as the number of each prompt's tokens is known."""
+        for tokens, prompt in zip(answers, self._estimates, strict=True):
+            tokens.on_rendered = partial(self._correct, prompt)
+
+    def settle(self, answers: Sequence[AnswerTokens] = ()) -> None:
+        """Charges what was computed, and gives the rest of the reservation back.
+
+        Later calls do nothing.
+
+        Args:
+            answers: The counts of the calls; without them the request costs nothing.
+        """
+        if self._is_settled:
+            return
+        self._is_settled = True
+        for tokens in answers:
+            tokens.on_rendered = None
+        self._rates.leave(self._caller, self._count)
+        prompt = sum(tokens.computed_prompt_tokens for tokens in answers)
+        cached = sum(tokens.cached_tokens for tokens in answers)
+        completion = sum(tokens.completion_tokens for tokens in answers)
+        uncharged = cached * (1 - self._admission.cached_token_charge)
+        self._rates.give_tokens(self._caller, self._reserved - (prompt - uncharged + completion))
+        if prompt or completion:
+            self._admission.accounts.add(self._caller.name, prompt, completion, cached)
+
+    def _correct(self, estimated: int, prompt_tokens: int) -> None:
+        if not self._is_settled:
+            self._reserved += prompt_tokens - estimated
+            self._rates.give_tokens(self._caller, estimated - prompt_tokens)
 
 
 class Admission:
@@ -29,16 +107,68 @@ class Admission:
 
     Args:
         accounts: The accounts of all callers.
+        assumed_max_tokens: Tokens that are reserved for an answer whose request sets no max_tokens.
+        cached_token_charge: The part of a cached token of a prompt that counts against limits.
     """
 
-    def __init__(self, accounts: Accounts) -> None:
-        self._accounts = accounts
+    def __init__(
+        self,
+        accounts: Accounts,
+        assumed_max_tokens: int = 1024,
+        cached_token_charge: float = 1.0,
+    ) -> None:
+        self.accounts = accounts
+        self.cached_token_charge = cached_token_charge
+        self._assumed_max_tokens = assumed_max_tokens
 
-    def admit(self, caller: str) -> Lease:
-        """Returns the lease of a request; raises Overloaded, with its own `retry_after`.
+    def begin(self, caller: Caller) -> Lease:
+        """Admits a request before it is read; raises Overloaded, with its own `retry_after`."""
+        self.accounts.rates.enter(caller)
+        return Lease(self, caller)
+
+    def answer_tokens(self, call: pb.GenerateRequest, room: int) -> int:
+        """Returns the tokens that a choice may have.
 
         Args:
-            caller: The caller's name. Several prompts of one request are admitted once.
+            call: The call.
+            room: Tokens that the context still holds behind the prompt.
         """
-        self._accounts.take_request(caller)
-        return Lease(self._accounts, caller)
+        tokens = call.max_tokens if call.HasField("max_tokens") else self._assumed_max_tokens
+        return max(1, min(tokens, room))
+
+    def headers(self, caller: Caller) -> dict[str, str]:
+        """Returns the headers of an answer that tell the caller's limits, in OpenAI's words.
+
+        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers
+        """
+        return headers_of(self.accounts.rates.allowances(caller))
+
+
+def estimate(call: pb.GenerateRequest) -> int:
+    """Returns the tokens of a call's prompt: those that it gives itself, or its bytes / 4."""
+    match call.WhichOneof("prompt"):
+        case "token_ids":
+            return len(call.token_ids.ids)
+        case "chat":
+            return call.chat.ByteSize() // _BYTES_PER_TOKEN + 1
+        case _:
+            return len(call.text.encode()) // _BYTES_PER_TOKEN + 1
+
+
+def headers_of(allowances: Mapping[str, Allowance]) -> dict[str, str]:
+    """Returns `x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of allowances by unit."""
+    headers = {}
+    for unit, allowance in allowances.items():
+        headers[f"x-ratelimit-limit-{unit}"] = str(allowance.limit)
+        headers[f"x-ratelimit-remaining-{unit}"] = str(allowance.remaining)
+        headers[f"x-ratelimit-reset-{unit}"] = duration(allowance.reset)
+    return headers
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as OpenAI's headers write it: 0s, 120ms, 1.5s, 6m0s."""
+    milliseconds = round(seconds * 1000)
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes}m{rest / 1000:g}s" if minutes else f"{rest / 1000:g}s"

@@ -14,32 +14,48 @@ class AnswerTokens:
 
     Attributes:
         prompt_tokens: Tokens of the rendered prompt; 0 until the service has sent the number.
+        cached_tokens: Those of them that an earlier prompt had computed, known at the end.
         completion_tokens: Tokens generated so far, of all choices.
         finish_reasons: `stop` or `length` of each choice that has ended, in that order.
         first_at: The clock at the first token; None before.
         texts: The text of each choice by its number, if they are kept: set it to {} for that.
+        on_rendered: Called with the number of the prompt's tokens as soon as it is known.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.completion_tokens = 0
         self.finish_reasons: list[str] = []
         self.first_at: float | None = None
         self.texts: dict[int, str] | None = None
+        self.on_rendered: Callable[[int], None] | None = None
+        self._computed_tokens = 0
         self._clock = clock
+
+    @property
+    def computed_prompt_tokens(self) -> int:
+        """Tokens of the prompt that were computed so far; all of them from the first token on."""
+        return self.prompt_tokens if self.completion_tokens else self._computed_tokens
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
         """Counts the next chunk."""
-        if self.first_at is None and chunk.token_ids:
-            self.first_at = self._clock()
+        if chunk.token_ids:
+            if self.first_at is None:
+                self.first_at = self._clock()
+            self.completion_tokens += len(chunk.token_ids)
+        elif chunk.computed_tokens:
+            self._computed_tokens = chunk.computed_tokens
         if chunk.HasField("prompt_tokens"):
             self.prompt_tokens = chunk.prompt_tokens
-        self.completion_tokens += len(chunk.token_ids)
+            if self.on_rendered is not None:
+                self.on_rendered(chunk.prompt_tokens)
         if chunk.finish_reason:
             name = inference_pb2.FinishReason.Name(chunk.finish_reason)
             self.finish_reasons.append(name.removeprefix("FINISH_REASON_").lower())
         if chunk.HasField("usage"):  # the service's own sum, at the end
             self.prompt_tokens = chunk.usage.prompt_tokens
+            self.cached_tokens = chunk.usage.cached_tokens
             self.completion_tokens = chunk.usage.completion_tokens
         if self.texts is not None:
             self.texts[chunk.choice] = self.texts.get(chunk.choice, "") + chunk.text

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import secrets
 
-from serving.access.credentials import Caller
+from serving.access.caller import Caller
 from serving.errors import Forbidden
 from serving.proto import inference_pb2 as pb
 

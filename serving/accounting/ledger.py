@@ -1,8 +1,8 @@
 """The ledger of what callers have used, by day (UTC): counted in memory, kept in SQLite.
 
 No request waits for the disk: `add` counts in memory, and a thread writes what is new twice a
-second. A process that is killed loses at most a second. Several gateways of one machine may share a
-file, because each adds to the sums that are there.
+second. A process that is killed loses at most a second. Several processes of one machine may share
+a file, because each adds to the sums that are there; a file system of the network will not do.
 """
 
 import logging
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import platformdirs
 
-from serving.errors import SetupError
+from serving.errors import SetupError, Unavailable
 
 IN_MEMORY = ":memory:"  # SQLite's name for no file
 _WRITE_SECONDS = 0.5
 _LOCK_SECONDS = 5.0  # the longest wait for another process that has locked the file
-_VERSION = 1
+_VERSION = 2
 _TABLE = """
     CREATE TABLE IF NOT EXISTS usage (
         caller TEXT NOT NULL,
@@ -31,15 +31,20 @@ _TABLE = """
         requests INTEGER NOT NULL,
         prompt_tokens INTEGER NOT NULL,
         completion_tokens INTEGER NOT NULL,
+        cached_tokens INTEGER NOT NULL DEFAULT 0,
         PRIMARY KEY (caller, day)
     ) WITHOUT ROWID
 """
+_COLUMNS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
+_ADD_CACHED = "ALTER TABLE usage ADD COLUMN cached_tokens INTEGER NOT NULL DEFAULT 0"
 _ADD = """
-    INSERT INTO usage VALUES (?, ?, ?, ?, ?)
+    INSERT INTO usage (caller, day, requests, prompt_tokens, completion_tokens, cached_tokens)
+    VALUES (?, ?, ?, ?, ?, ?)
     ON CONFLICT (caller, day) DO UPDATE SET
         requests = requests + excluded.requests,
         prompt_tokens = prompt_tokens + excluded.prompt_tokens,
-        completion_tokens = completion_tokens + excluded.completion_tokens
+        completion_tokens = completion_tokens + excluded.completion_tokens,
+        cached_tokens = cached_tokens + excluded.cached_tokens
 """
 
 logger = logging.getLogger(__name__)
@@ -53,8 +58,9 @@ class Usage:
         caller: The caller's name.
         day: In UTC, such as 2026-11-22.
         requests: Requests that were answered, also those answered in part.
-        prompt_tokens: Tokens of their rendered prompts.
+        prompt_tokens: Tokens of their rendered prompts, as far as they were computed.
         completion_tokens: Tokens generated.
+        cached_tokens: Those of the prompts' tokens that earlier prompts had computed.
     """
 
     caller: str
@@ -62,6 +68,7 @@ class Usage:
     requests: int
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 def default_ledger_file() -> str:
@@ -99,24 +106,35 @@ class UsageLedger:
         self._thread = threading.Thread(target=self._write_on, name="usage", daemon=True)
         self._thread.start()
 
-    def add(self, caller: str, prompt_tokens: int, completion_tokens: int) -> None:
+    def add(
+        self, caller: str, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0
+    ) -> None:
         """Counts one request and its tokens on the current day."""
         day = datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
         with self._counting:
             self._new[caller, day, "requests"] += 1
             self._new[caller, day, "prompt_tokens"] += prompt_tokens
             self._new[caller, day, "completion_tokens"] += completion_tokens
+            self._new[caller, day, "cached_tokens"] += cached_tokens
 
     def report(self, caller: str | None = None) -> list[Usage]:
-        """Returns all use so far by caller and day, of one caller or of all; waits for the disk."""
+        """Returns all use so far by caller and day, of one caller or of all; waits for the disk.
+
+        Raises Unavailable if the file cannot be read now, such as while another process locks it.
+        """
+        where = "" if caller is None else " WHERE caller = ?"
         with self._writing:
             self._write()
-            where = "" if caller is None else " WHERE caller = ?"
-            rows = self._database.execute(
-                f"SELECT * FROM usage{where} ORDER BY caller, day",
-                () if caller is None else (caller,),
-            )
-            return [Usage(*row) for row in rows]
+            try:
+                rows = self._database.execute(
+                    f"SELECT caller, day, {', '.join(_COLUMNS)} FROM usage{where} "
+                    "ORDER BY caller, day",
+                    () if caller is None else (caller,),
+                ).fetchall()
+            except sqlite3.Error as error:
+                logger.error("usage cannot be read: %s", error)
+                raise Unavailable("usage cannot be read now; try again shortly") from error
+        return [Usage(*row) for row in rows]
 
     def close(self) -> None:
         """Writes what is new, and ends the thread; nothing may be added afterwards."""
@@ -135,9 +153,8 @@ class UsageLedger:
         """Writes what is new, or keeps it for the next call if that fails."""
         with self._counting:
             new, self._new = self._new, Counter()
-        columns = ("requests", "prompt_tokens", "completion_tokens")
         rows = [
-            (caller, day, *(new[caller, day, column] for column in columns))
+            (caller, day, *(new[caller, day, column] for column in _COLUMNS))
             for caller, day in sorted({key[:2] for key in new})
         ]
         if not rows:
@@ -173,11 +190,15 @@ def _open(file: str | Path) -> sqlite3.Connection:
 
 def _prepare(database: sqlite3.Connection) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version not in (0, _VERSION):
+    if version not in (0, 1, _VERSION):
         raise sqlite3.DatabaseError(f"version {version} is not ours")
     # With a write-ahead log a killed process leaves a valid file, and readers block no writer.
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     with database:
+        database.execute("BEGIN IMMEDIATE")  # several processes may open a new or an old file
+        (version,) = database.execute("PRAGMA user_version").fetchone()
         database.execute(_TABLE)
+        if version == 1:
+            database.execute(_ADD_CACHED)
         database.execute(f"PRAGMA user_version = {_VERSION}")

@@ -1,20 +1,35 @@
-"""Limits of what each caller may ask in a minute: requests, and tokens of prompts and answers.
+"""Limits of what each caller may ask: requests and tokens in a minute, and requests at a time.
 
-A caller has two token buckets, one for requests and one for tokens. Each holds a minute's worth and
-fills up evenly. A request is taken when it is admitted. Its tokens are taken afterwards, when their
-number is known, so that this bucket can be in debt: its caller waits until it is not. The limits
-hold for one process: two gateways together allow twice as much.
+A caller has two token buckets, one for requests and one for tokens of prompts and answers. Each
+holds a minute's worth and fills up evenly. Tokens are taken before they are computed, as many as a
+request may need, and those that it did not need are given back when it is over. A caller whose
+prompt was longer than estimated can be in debt by the difference, and waits until it is not.
+
+The limits hold for one process. Several gateways of one deployment have a share of them each.
 """
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
-from serving.errors import Overloaded
+from serving.access.caller import Caller, CallerLimits
+from serving.errors import InvalidRequest, Overloaded
 
-# Above this number of callers, those whose buckets are full again are forgotten.
-_MAX_CALLERS = 10_000
+# Above this number of buckets, those that are full again are forgotten.
+_MAX_BUCKETS = 20_000
+UNITS = ("requests", "tokens")
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """The state of a limit, as the headers `x-ratelimit-*` tell it."""
+
+    limit: int
+    remaining: int
+    reset: float
+    """Seconds until all of the limit remains."""
 
 
 @dataclass
@@ -25,9 +40,15 @@ class _Bucket:
     level: float
     at: float  # the clock when that was the level
 
-    def fill(self, now: float) -> None:
+    @property
+    def capacity(self) -> float:
+        return max(1.0, self.per_minute)  # a share of a small limit is less than one request
+
+    def fill(self, now: float, per_minute: float) -> None:
+        """Adds what has come since the last call; the limit may have changed."""
         gained = (now - self.at) * self.per_minute / 60
-        self.level = min(self.per_minute, self.level + gained)
+        self.per_minute = per_minute
+        self.level = min(self.capacity, self.level + gained)
         self.at = now
 
     def wait(self, level: float) -> float:
@@ -37,68 +58,131 @@ class _Bucket:
 
 
 class RateLimits:
-    """Limits every caller to so many requests and tokens a minute. For use in one thread.
+    """Holds callers to limits. For use in one thread.
 
     Args:
-        requests_per_minute: The limit of each caller; None means no limit.
-        tokens_per_minute: The limit of each caller in tokens; None means no limit.
+        limits: The limits of every caller for which its own key does not say otherwise.
+        share: The part of all limits that this process enforces.
         clock: Returns seconds, like time.monotonic.
     """
 
     def __init__(
         self,
-        requests_per_minute: int | None = None,
-        tokens_per_minute: int | None = None,
+        limits: CallerLimits = CallerLimits(),
+        share: Fraction = Fraction(1),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._limits = limits
+        self._share = share
         self._clock = clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}  # (caller, "requests" or "tokens")
+        self._running: dict[str, int] = {}  # requests by caller
 
-    def take_request(self, caller: str) -> None:
-        """Takes a request; or raises Overloaded with the true wait, and takes nothing."""
-        requests, tokens = self._bucket(caller, "requests"), self._bucket(caller, "tokens")
-        # The number of the request's tokens is not known yet: the bucket need only have no debt.
-        waits = {
-            "requests": requests.wait(1) if requests else 0.0,
-            "tokens": tokens.wait(0) if tokens else 0.0,
-        }
-        unit = max(waits, key=lambda name: waits[name])
-        if waits[unit] > 0:
-            seconds = math.ceil(waits[unit])
-            raise Overloaded(
-                f"this key may use {self._limits[unit]} {unit} a minute; "
-                f"try again in {seconds} seconds",
-                retry_after=seconds,
-            )
+    def enter(self, caller: Caller, count: int = 1) -> None:
+        """Takes requests that begin now, which `leave` must end; or raises, and takes nothing.
+
+        Raises:
+            InvalidRequest: They are more than the caller may ever have.
+            Overloaded: They are too many now, or the caller has no tokens.
+        """
+        self._check_running(caller, count)
+        self._check(caller, "requests", count)
+        self._check(caller, "tokens", 1)  # how many it needs is not known yet
+        requests = self._bucket(caller, "requests")
         if requests:
-            requests.level -= 1
+            requests.level -= count
+        self._running[caller.name] = self._running.get(caller.name, 0) + count
 
-    def take_tokens(self, caller: str, tokens: int) -> None:
-        """Takes the tokens of an answer, even if the bucket holds fewer."""
+    def leave(self, caller: Caller, count: int) -> None:
+        """Ends requests that have been taken by `enter`."""
+        running = self._running[caller.name] - count
+        assert running >= 0
+        if running:
+            self._running[caller.name] = running
+        else:
+            del self._running[caller.name]
+
+    def take_tokens(self, caller: Caller, tokens: int) -> None:
+        """Takes tokens before they are computed; or raises as `enter` does, and takes nothing."""
+        self._check(caller, "tokens", tokens)
+        self.give_tokens(caller, -tokens)
+
+    def give_tokens(self, caller: Caller, tokens: float) -> None:
+        """Gives tokens back that were not needed, or takes more where the number is negative."""
         bucket = self._bucket(caller, "tokens")
         if bucket:
-            bucket.level -= tokens
+            bucket.level += tokens
 
-    def _bucket(self, caller: str, unit: str) -> _Bucket | None:
+    def tokens_of_a_minute(self, caller: Caller) -> int | None:
+        """Returns the tokens that a request can have at most; None without a limit."""
+        bucket = self._bucket(caller, "tokens")
+        return None if bucket is None else int(bucket.capacity)
+
+    def allowances(self, caller: Caller) -> dict[str, Allowance]:
+        """Returns the state of the caller's limits of requests and tokens, where there are any."""
+        return {
+            unit: Allowance(
+                limit=int(bucket.capacity),
+                remaining=max(0, math.floor(bucket.level + 1e-9)),
+                reset=round(bucket.wait(bucket.capacity), 3),
+            )
+            for unit in UNITS
+            if (bucket := self._bucket(caller, unit)) is not None
+        }
+
+    def _check_running(self, caller: Caller, count: int) -> None:
+        limit = caller.limits.concurrent_requests or self._limits.concurrent_requests
+        if limit is None:
+            return
+        limit = max(1, math.floor(limit * self._share))
+        if count > limit:
+            raise InvalidRequest(
+                f"the request has {count} prompts, and this key may have {limit} requests at a "
+                "time; send fewer prompts"
+            )
+        if self._running.get(caller.name, 0) + count > limit:
+            raise Overloaded(
+                f"this key may have {limit} requests at a time; try again when one has ended"
+            )
+
+    def _check(self, caller: Caller, unit: str, number: int) -> None:
+        """Raises unless the caller's bucket holds the number."""
+        bucket = self._bucket(caller, unit)
+        if bucket is None:
+            return
+        may = f"this key may use {bucket.per_minute:g} {unit} a minute"
+        if number > bucket.capacity:
+            remedy = (
+                "lower max_tokens or n, or shorten the prompt"
+                if unit == "tokens"
+                else "send fewer prompts"
+            )
+            raise InvalidRequest(f"the request may use {number:,} {unit}, and {may}; {remedy}")
+        if wait := bucket.wait(number):
+            seconds = math.ceil(wait)
+            raise Overloaded(f"{may}; try again in {seconds} seconds", retry_after=wait)
+
+    def _bucket(self, caller: Caller, unit: str) -> _Bucket | None:
         """Returns the caller's bucket of "requests" or "tokens", filled; None without a limit."""
-        limit = self._limits[unit]
+        name = f"{unit}_per_minute"
+        limit: int | None = getattr(caller.limits, name) or getattr(self._limits, name)
         if limit is None:
             return None
-        now = self._clock()
-        bucket = self._buckets.get((caller, unit))
+        now, per_minute = self._clock(), float(limit * self._share)
+        bucket = self._buckets.get((caller.name, unit))
         if bucket is None:
             self._forget(now)
-            bucket = self._buckets[caller, unit] = _Bucket(limit, limit, now)
-        bucket.fill(now)
+            bucket = _Bucket(per_minute, max(1.0, per_minute), now)
+            self._buckets[caller.name, unit] = bucket
+        bucket.fill(now, per_minute)
         return bucket
 
     def _forget(self, now: float) -> None:
         """Drops the full buckets, which are the same as none, when there are very many."""
-        if len(self._buckets) < _MAX_CALLERS:
+        if len(self._buckets) < _MAX_BUCKETS:
             return
         for bucket in self._buckets.values():
-            bucket.fill(now)
+            bucket.fill(now, bucket.per_minute)
         self._buckets = {
-            key: bucket for key, bucket in self._buckets.items() if bucket.level < bucket.per_minute
+            key: bucket for key, bucket in self._buckets.items() if bucket.level < bucket.capacity
         }

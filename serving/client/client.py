@@ -284,4 +284,4 @@ def _error_of(failure: grpc.RpcError) -> ServingError:
         return RequestTooLarge(details)  # gRPC's own refusal of a message
     if name is None and status is grpc.StatusCode.CANCELLED:
         return Unavailable("the connection was closed before the answer was complete")
-    return from_grpc(status.name, name, details)
+    return from_grpc(status.name, details, trailing)

@@ -4,13 +4,14 @@ A client that drops cancels its call to the service, at every moment of its requ
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
-from serving.access.credentials import Caller
-from serving.accounting.admission import Admission, Lease
+from serving.access.caller import Caller
+from serving.accounting.admission import OUR_FAULTS, Admission, Lease
 from serving.accounting.caller_fields import CallerFields
 from serving.gateway.dialect import parsing
 from serving.gateway.dialect.chat.request import ChatRequest
@@ -25,6 +26,7 @@ from serving.gateway.dialect.text.stream import TextEvents
 from serving.gateway.dialect.whole import WholeAnswer, check_logprobs
 from serving.gateway.event_stream import DisconnectWatch, EventStream
 from serving.gateway.http import body
+from serving.gateway.http.failures import LIMIT_HEADERS
 from serving.gateway.http.request_record import RequestRecord
 from serving.gateway.joined_answers import RunningAnswer
 from serving.gateway.upstream import ModelService
@@ -106,19 +108,31 @@ class Gateway:
             ClientDisconnect: The client has gone away.
         """
         record = RequestRecord.of(request)
-        content = await body.read_body(request, self._limits.body_bytes, self._limits.body_seconds)
-        asked = parsing.read(content, kind.request, unknown)
-        model = (await self.service.model()).name
         caller: Caller = request.state.caller
-        lease = self._admission.admit(caller.name)
-        calls = asked.protos()
-        if not asked.stream:
-            check_logprobs(calls)
-        for call in calls:
-            self._fields.write(call, caller, asked.cache_salt, asked.scheduling_priority)
-        answer = self.service.ask(calls, record, kind.operation, asked.model, model)
-        identity = Identity.new(model, id_prefix + record.id)
-        return await self._send(request, kind, asked, identity, answer, lease)
+        limit_headers = partial(self._admission.headers, caller)
+        setattr(request.state, LIMIT_HEADERS, limit_headers)
+        lease = self._admission.begin(caller)
+        try:
+            content = await body.read_body(
+                request, self._limits.body_bytes, self._limits.body_seconds
+            )
+            asked = parsing.read(content, kind.request, unknown)
+            model = await self.service.model()
+            calls = asked.protos()
+            if not asked.stream:
+                check_logprobs(calls)
+            for call in calls:
+                self._fields.write(call, caller, asked.cache_salt, asked.scheduling_priority)
+            lease.reserve(calls, model.max_context)
+            answer = self.service.ask(calls, record, kind.operation, asked.model, model.name)
+            lease.follow(answer.tokens)
+            identity = Identity.new(model.name, id_prefix + record.id)
+            response = await self._send(request, kind, asked, identity, answer, lease)
+        except BaseException:
+            lease.settle()  # unless it has been settled
+            raise
+        response.headers.update(limit_headers())
+        return response
 
     async def _send(
         self,
@@ -134,12 +148,7 @@ class Gateway:
 
         def end() -> None:
             watch.end()
-            has_begun = any(tokens.first_at is not None for tokens in answer.tokens)
-            if has_begun or watch.client_disconnected:
-                lease.settle(
-                    sum(tokens.prompt_tokens for tokens in answer.tokens),
-                    sum(tokens.completion_tokens for tokens in answer.tokens),
-                )
+            lease.settle(answer.tokens)
 
         try:
             chunks = await _begun(answer)
@@ -152,7 +161,9 @@ class Gateway:
             while chunks:
                 whole.add(chunks)
                 chunks = await answer.read_all()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OUR_FAULTS) and not watch.client_disconnected:
+                lease.settle()  # nobody pays for an answer that the server has lost
             end()
             if watch.client_disconnected:
                 raise ClientDisconnect from None

@@ -19,8 +19,6 @@ from serving.access.tls import ServiceTls
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
-from serving.accounting.ledger import UsageLedger
-from serving.accounting.rate_limits import RateLimits
 from serving.channel import options_for
 from serving.gateway.answering import Gateway, Limits
 from serving.gateway.config import GatewayConfig
@@ -36,7 +34,15 @@ from serving.observe.key_reloads import report_failed_reload
 from serving.observe.tracing import Traces
 
 # Headers of an answer that scripts of other origins may read.
-_EXPOSED = ["x-request-id", "x-ms-client-request-id", "x-ms-error-code", "retry-after"]
+_EXPOSED = [
+    *("x-request-id", "x-ms-client-request-id", "x-ms-error-code"),
+    *("retry-after", "retry-after-ms"),
+    *(
+        f"x-ratelimit-{name}-{unit}"
+        for name in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
+    ),
+]
 
 
 def create_app(
@@ -70,9 +76,8 @@ def create_app(
     traces = traces or Traces.exported(
         config.otlp_endpoint, "gateway", trusts_parents=config.trust_traceparent
     )
-    if accounts is None:
-        rates = RateLimits(config.max_requests_per_minute, config.max_tokens_per_minute)
-        accounts = Accounts(rates, UsageLedger(config.usage_db))
+    accounts = accounts or Accounts.of(config)
+    admission = Admission(accounts, config.assumed_max_tokens, config.cached_token_charge)
     limits = limits or Limits(heartbeat_seconds=config.heartbeat_seconds)
 
     @asynccontextmanager
@@ -81,7 +86,7 @@ def create_app(
             async with open_channel(config.address, service_tls) as channel:
                 service = ModelService(channel, config.gateway_key, config.address)
                 fields = CallerFields(config.gateway_key, share_prefixes=config.share_prefixes)
-                app.state.gateway = Gateway(service, Admission(accounts), fields, limits)
+                app.state.gateway = Gateway(service, admission, fields, limits)
                 yield
         finally:
             accounts.close()

@@ -322,8 +322,9 @@ def _error_of(failure: grpc.aio.AioRpcError) -> ServingError:
         )
         return Unavailable("the model service is not available to this gateway")
     if name is not None:
-        return from_grpc(code.name, name, failure.details() or "")
+        trailing: Any = failure.trailing_metadata()
+        return from_grpc(code.name, failure.details() or "", trailing)
     logger.warning("call of the model service failed: %s: %s", code.name, failure.details())
     if code in _UNREACHABLE:
         return Unavailable("the model service cannot be reached; try again shortly")
-    return from_grpc(code.name, None, "the model service failed; its log says why")
+    return from_grpc(code.name, "the model service failed; its log says why")

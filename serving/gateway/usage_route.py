@@ -20,7 +20,9 @@ class UsageOfDay(BaseModel):
     requests: int
     """Requests that were answered, also those answered in part."""
     prompt_tokens: int
-    """Tokens of rendered prompts."""
+    """Tokens of rendered prompts, as far as they were computed."""
+    cached_tokens: int
+    """Those of them that earlier prompts had computed."""
     completion_tokens: int
     """Tokens generated."""
 
@@ -57,6 +59,7 @@ async def report_usage(
                 day=row.day,
                 requests=row.requests,
                 prompt_tokens=row.prompt_tokens,
+                cached_tokens=row.cached_tokens,
                 completion_tokens=row.completion_tokens,
             )
             for row in rows

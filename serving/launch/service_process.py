@@ -15,6 +15,8 @@ from mixtral_jax.errors import UserError
 from serving.access.config import AccessConfig
 from serving.access.credentials import Access
 from serving.access.renewal import RenewedServerTls
+from serving.accounting.accounts import Accounts
+from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.accounting.config import AccountingConfig
 from serving.channel import join_address
@@ -92,6 +94,9 @@ def _lead(
 ) -> None:
     """Serves; with a rank, as the leader of its group."""
     door, tls = access.access(), access.renewed_tls()
+    accounts = Accounts.of(accounting)
+    admission = Admission(accounts, accounting.assumed_max_tokens, accounting.cached_token_charge)
+    fields = CallerFields(access.gateway_key, share_prefixes=accounting.share_prefixes)
     pretrained = open_pretrained(engine.model)
     traces = Traces.exported(service.otlp_endpoint, "service")
     metrics = Metrics(pretrained.card.name)
@@ -110,8 +115,7 @@ def _lead(
         address = join_address(access.host, service.port)
         max_calls = engine.max_waiting + engine.max_sequences
         server = _Server(worker, inference, leader, service, max_calls)
-        fields = CallerFields(access.gateway_key, share_prefixes=accounting.share_prefixes)
-        asyncio.run(server.run(address, door, tls, fields))
+        asyncio.run(server.run(address, door, tls, admission, fields))
     finally:
         if leader is not None:
             if leader.loss is not None:
@@ -119,6 +123,7 @@ def _lead(
             leader.on_loss = _start_again  # the thread would be waited for in vain
         has_ended = worker.stop(service.step_timeout)
         traces.close()
+        accounts.close()
         if not has_ended:
             end_process(1)  # the exit would wait for what the thread holds
     if leader is not None and not worker.has_failed:
@@ -198,12 +203,17 @@ class _Server:
         self._max_calls = max_calls
 
     async def run(
-        self, address: str, access: Access, tls: RenewedServerTls | None, fields: CallerFields
+        self,
+        address: str,
+        access: Access,
+        tls: RenewedServerTls | None,
+        admission: Admission,
+        fields: CallerFields,
     ) -> None:
         """Serves at `address`; returns when running answers have finished or their time is up."""
         try:
             server, port, checks = await create_server(
-                address, self._inference, access, tls, fields, self._max_calls
+                address, self._inference, access, tls, admission, fields, self._max_calls
             )
         except OSError as error:
             raise SetupError(str(error)) from None

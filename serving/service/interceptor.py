@@ -4,25 +4,20 @@ serving/access decides. Keys and tokens are in the metadata under the names that
 have. A refused call ends with the error that `Access.admit` raised.
 
 Behind it every call of Generate says who asks, in the proto's own fields: the gateway has written
-them into its calls, and the interceptor writes them into all others.
+them into its calls, and direct_calls.py writes them into all others.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import aclosing
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health
 
-from serving.access.caller import GATEWAY, Caller
+from serving.access.caller import GATEWAY
 from serving.access.credentials import Access
-from serving.accounting.caller_fields import CallerFields, refuse_caller_fields
 from serving.errors import Forbidden, ServingError
-from serving.proto import inference_pb2 as pb
 from serving.service.call_log import LoggedDetails
+from serving.service.direct_calls import DirectCalls
 from serving.service.refusal import abort
-
-GENERATE = "/mixtral.v1.Inference/Generate"
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
@@ -31,18 +26,19 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     Args:
         access: Decides.
         operators_only: Methods such as "/mixtral.v1.Inference/Drain", for operators alone.
-        fields: Writes who asks into the calls of direct callers.
+        direct_calls: Admits and charges the calls of all callers but the gateway.
     """
 
     def __init__(
         self,
         access: Access,
         operators_only: Collection[str] = (),
-        fields: CallerFields | None = None,
+        *,
+        direct_calls: DirectCalls,
     ) -> None:
         self._access = access
         self._operators_only = frozenset(operators_only)
-        self._fields = fields or CallerFields(None)
+        self._direct_calls = direct_calls
 
     async def intercept_service(
         self,
@@ -62,32 +58,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 raise Forbidden(f"{details.method} is for the operators' keys")
         except ServingError as error:
             return _refusal(handler, error)
-        if details.method == GENERATE and caller.name != GATEWAY:
-            return self._direct(handler, caller)
-        return handler
-
-    def _direct(self, handler: grpc.RpcMethodHandler, caller: Caller) -> grpc.RpcMethodHandler:
-        """Returns the handler of Generate for a caller other than the gateway."""
-
-        behaviour: Any = handler.unary_stream  # an async generator, which the stubs do not know
-
-        async def generate(
-            request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-        ) -> AsyncIterator[pb.GenerateChunk]:
-            try:
-                refuse_caller_fields(request)
-            except ServingError as error:
-                await abort(context, error)
-            self._fields.write(request, caller)
-            async with aclosing(behaviour(request, context)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-
-        return grpc.unary_stream_rpc_method_handler(
-            generate,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        if caller.name == GATEWAY:
+            return handler
+        return self._direct_calls.handler(details.method, handler, caller)
 
 
 def _refusal(handler: grpc.RpcMethodHandler, error: ServingError) -> grpc.RpcMethodHandler:

@@ -4,12 +4,10 @@ from typing import NoReturn
 
 import grpc
 
-from serving.errors import ERROR_METADATA, ServingError
+from serving.errors import ServingError, to_grpc
 
 
 async def abort(context: grpc.aio.ServicerContext, error: ServingError) -> NoReturn:
-    """Ends a call with an error: its status, its text, and its name in the trailing metadata."""
-    await context.abort(
-        grpc.StatusCode[error.grpc_status], str(error), ((ERROR_METADATA, type(error).__name__),)
-    )
+    """Ends a call with an error: its status, its text, and in the metadata its name and details."""
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error), to_grpc(error))
     raise AssertionError("abort raises")

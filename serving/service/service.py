@@ -19,6 +19,8 @@ from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
 from serving.access.renewal import RenewedServerTls
 from serving.access.tls import ServerTls
+from serving.accounting.accounts import Accounts
+from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.engine.worker import EngineWorker
 from serving.errors import EngineFailure, Overloaded, ServingError
@@ -27,6 +29,7 @@ from serving.proto import inference_pb2_grpc as rpc
 from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
 from serving.service.choice_text import AnswerText
+from serving.service.direct_calls import DirectCalls
 from serving.service.health_checks import MAX_WATCHES, HealthChecks
 from serving.service.interceptor import AccessInterceptor
 from serving.service.read_request import BYTES_PER_TOKEN, Translator
@@ -87,6 +90,11 @@ class InferenceService(rpc.InferenceServicer):
         self._translator = Translator(tokenizer, info, bytes_per_token)
         self._tokenizing = Turns()
         self.was_told_to_end = asyncio.Event()  # by Drain
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together that the model holds."""
+        return self._info.max_context
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
@@ -190,18 +198,23 @@ async def create_server(
     service: InferenceService,
     access: Access,
     tls: ServerTls | RenewedServerTls | None = None,
+    admission: Admission | None = None,
     fields: CallerFields | None = None,
     max_calls: int = 256,
 ) -> tuple[grpc.aio.Server, int, HealthChecks]:
     """A started server on `address` (port 0 chooses one): (server, port, health), SERVING.
 
-    `fields` writes who asks into the calls of those who ask it directly. `max_calls` is the number
-    of requests that the engine can hold: a connection may have 100 calls more. Raises OSError if
-    the address is taken.
+    Calls of others than the gateway are admitted and charged by `admission`, by default without
+    limits, and marked by `fields`. `max_calls` is the number of requests that the engine can hold:
+    a connection may have 100 calls more. Raises OSError if the address is taken.
     """
+    direct_calls = DirectCalls(
+        admission or Admission(Accounts()), fields or CallerFields(None), service.max_context
+    )
+    doorkeeper = AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"}, direct_calls=direct_calls)
     streams = max_calls + _SPARE_CALLS
     server = grpc.aio.server(
-        interceptors=[CallLog(AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"}, fields))],
+        interceptors=[CallLog(doorkeeper)],
         options=[*_OPTIONS, ("grpc.max_concurrent_streams", streams)],
         maximum_concurrent_rpcs=streams * _FULL_CONNECTIONS + MAX_WATCHES,
     )

@@ -19,11 +19,15 @@ from serving.access.credentials import Access
 from serving.access.entra import TokenVerifier
 from serving.access.key_file import KeyFile
 from serving.access.keyring import Keyring
+from serving.accounting.accounts import Accounts
+from serving.accounting.admission import Admission
+from serving.accounting.caller_fields import CallerFields
 from serving.errors import ERROR_METADATA
 from serving.gateway.__main__ import main
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.launch.supervisor import Addresses, environment_from
 from serving.proto import inference_pb2, inference_pb2_grpc
+from serving.service.direct_calls import DirectCalls
 from serving.service.interceptor import AccessInterceptor
 from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
 from tests.support.identity import TENANT, Identity, running_identity
@@ -196,7 +200,8 @@ class Inference(inference_pb2_grpc.InferenceServicer):
 async def serving(access: Access) -> AsyncIterator[grpc.aio.Channel]:
     """A service of which Drain is for operators."""
     drain = "/mixtral.v1.Inference/Drain"
-    server = grpc.aio.server(interceptors=[AccessInterceptor(access, {drain})])
+    calls = DirectCalls(Admission(Accounts()), CallerFields(None), 64)
+    server = grpc.aio.server(interceptors=[AccessInterceptor(access, {drain}, direct_calls=calls)])
     inference_pb2_grpc.add_InferenceServicer_to_server(Inference(), server)
     health_pb2_grpc.add_HealthServicer_to_server(
         health.aio.HealthServicer(),  # type: ignore[attr-defined]

@@ -50,5 +50,16 @@ def test_calls_are_repeated_only_where_there_may_be_several() -> None:
     assert "methodConfig" in config("ipv4:10.0.0.1:1,10.0.0.2:2")
 
 
+def test_drain_is_never_repeated_and_overload_not_without_end() -> None:
+    options = dict(options_for("ipv4:10.0.0.1:1,10.0.0.2:2"))
+    config = json.loads(str(options["grpc.service_config"]))
+    (policy,) = config["methodConfig"]
+    named = {(name["service"], name["method"]) for name in policy["name"]}
+    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["Inference"].methods}
+    assert named == {(INFERENCE, method) for method in methods - {"Drain"}}
+    throttling = config["retryThrottling"]
+    assert throttling["maxTokens"] <= 1000 and 0 < throttling["tokenRatio"] < 1
+
+
 def test_the_watched_service_is_that_of_the_contract() -> None:
     assert pb.DESCRIPTOR.services_by_name["Inference"].full_name == INFERENCE

@@ -22,6 +22,9 @@ from serving.gateway.dialect.parsing import refusal
 from serving.gateway.http.body import BodyTooSlow, Lingering
 from serving.gateway.http.request_record import CLIENT_CLOSED_REQUEST, RequestRecord
 
+# The name, in a request's state, of the function that returns the headers of its caller's limits.
+LIMIT_HEADERS = "limit_headers"
+
 
 def answer_failures(app: FastAPI) -> None:
     """Makes the application answer every failure in the same shape."""
@@ -46,6 +49,7 @@ def answer_to(error: ServingError) -> Response:
     if error.retry_after is not None:
         # Azure's clients repeat every request whose answer has it, so no other answer may have it.
         headers["retry-after"] = str(error.retry_after)
+        headers["retry-after-ms"] = str(error.retry_after_ms)
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, EngineFailure):
@@ -58,7 +62,10 @@ def answer_to(error: ServingError) -> Response:
 
 async def _on_serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return answer_to(error)
+    response = answer_to(error)
+    limits = getattr(request.state, LIMIT_HEADERS, None)  # of a caller that was let in
+    response.headers.update(limits() if limits is not None else {})
+    return response
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

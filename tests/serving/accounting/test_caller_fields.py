@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from serving.access.credentials import Caller
+from serving.access.caller import Caller
 from serving.accounting.caller_fields import NAMES, CallerFields, refuse_caller_fields
 from serving.errors import Forbidden
 from serving.proto import inference_pb2 as pb

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from serving.accounting.ledger import Usage, UsageLedger, default_ledger_file
+from serving.errors import Unavailable
 
 NOON = 1795262400.0  # 2026-11-21 12:00 UTC
 DAY = 86_400.0
@@ -95,7 +96,8 @@ def test_a_killed_process_loses_nothing_but_its_last_second(file: Path) -> None:
 def rows(file: Path) -> list[tuple[object, ...]]:
     database = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
     try:
-        return database.execute("SELECT * FROM usage").fetchall()
+        query = "SELECT caller, day, requests, prompt_tokens, completion_tokens FROM usage"
+        return database.execute(query).fetchall()
     finally:
         database.close()
 
@@ -117,6 +119,37 @@ def test_what_cannot_be_written_is_kept(
     assert ledger.report() == [Usage("me", "2026-11-21", 2, 2, 4)]
 
 
+def test_a_file_of_the_first_version_is_taken_over(file: Path) -> None:
+    file.parent.mkdir()
+    old = sqlite3.connect(file)
+    old.execute(
+        "CREATE TABLE usage (caller TEXT NOT NULL, day TEXT NOT NULL, requests INTEGER NOT NULL, "
+        "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, "
+        "PRIMARY KEY (caller, day)) WITHOUT ROWID"
+    )
+    old.execute("INSERT INTO usage VALUES ('me', '2026-11-21', 1, 2, 3)")
+    old.execute("PRAGMA user_version = 1")
+    old.commit()
+    old.close()
+    ledgers = [UsageLedger(file, clock=lambda: NOON) for _ in range(2)]
+    ledgers[0].add("me", 10, 20, 5)
+    assert ledgers[0].report() == [Usage("me", "2026-11-21", 2, 12, 23, cached_tokens=5)]
+    assert ledgers[1].report() == ledgers[0].report()
+    for ledger in ledgers:
+        ledger.close()
+
+
+def test_a_file_that_cannot_be_read_now_is_unavailable(file: Path, ledger: UsageLedger) -> None:
+    ledger.add("me", 1, 2)
+    assert ledger.report()
+    other = sqlite3.connect(file)
+    other.execute("DROP TABLE usage")
+    other.commit()
+    other.close()
+    with pytest.raises(Unavailable, match="usage cannot be read now; try again"):
+        ledger.report()
+
+
 @pytest.mark.parametrize("what", ["folder", "text", "future"])
 def test_a_file_that_is_no_ledger(tmp_path: Path, what: str) -> None:
     file = tmp_path / "x"
@@ -126,7 +159,7 @@ def test_a_file_that_is_no_ledger(tmp_path: Path, what: str) -> None:
         file.write_text("dear diary, " * 100)
     if what == "future":
         database = sqlite3.connect(file)
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA user_version = 3")
         database.close()
     with pytest.raises(ValueError, match=f"cannot be kept in {file} .* with --usage-db"):
         UsageLedger(file)

@@ -1,9 +1,14 @@
-"""Buckets by a clock of our own: every wait can be worked out by hand."""
+"""Limits by a clock of our own: every wait can be worked out by hand."""
+
+from fractions import Fraction
 
 import pytest
 
-from serving.accounting.rate_limits import RateLimits
-from serving.errors import Overloaded
+from serving.access.caller import Caller, CallerLimits
+from serving.accounting.rate_limits import Allowance, RateLimits
+from serving.errors import InvalidRequest, Overloaded
+
+ME, YOU = Caller("me"), Caller("you")
 
 
 class Clock:
@@ -19,85 +24,162 @@ def clock() -> Clock:
     return Clock()
 
 
-def wait(rates: RateLimits, caller: str = "me") -> int:
+def limited(
+    clock: Clock,
+    requests: int | None = None,
+    tokens: int | None = None,
+    running: int | None = None,
+    share: str = "1",
+) -> RateLimits:
+    return RateLimits(CallerLimits(requests, tokens, running), Fraction(share), clock)
+
+
+def wait(rates: RateLimits, caller: Caller = ME) -> int:
     """The seconds that a refused caller is told to wait."""
     with pytest.raises(Overloaded) as refusal:
-        rates.take_request(caller)
+        rates.enter(caller)
     assert isinstance(refusal.value.retry_after, int)
     return refusal.value.retry_after
 
 
 def test_without_limits_everybody_passes(clock: Clock) -> None:
-    rates = RateLimits(clock=clock)
+    rates = limited(clock)
     for _ in range(1000):
-        rates.take_request("me")
-        rates.take_tokens("me", 10**9)
+        rates.enter(ME)
+        rates.take_tokens(ME, 10**9)
+    assert rates.allowances(ME) == {}
 
 
 def test_requests_a_minute(clock: Clock) -> None:
-    rates = RateLimits(requests_per_minute=4, clock=clock)  # one comes back every 15 seconds
+    rates = limited(clock, requests=4)  # one comes back every 15 seconds
     for _ in range(4):
-        rates.take_request("me")
+        rates.enter(ME)
     assert wait(rates) == 15
-    rates.take_request("you")
+    rates.enter(YOU)
     clock.now += 4.5
     assert wait(rates) == 11  # 10.5
     clock.now += 10.5
-    rates.take_request("me")
+    rates.enter(ME)
     assert wait(rates) == 15
     clock.now += 3600
     for _ in range(4):  # no more than a minute's worth is saved up
-        rates.take_request("me")
+        rates.enter(ME)
     assert wait(rates) == 15
 
 
 def test_who_waits_as_long_as_told_is_admitted(clock: Clock) -> None:
     for limit in (1, 3, 7, 11, 59, 60, 61, 1000):
-        rates = RateLimits(requests_per_minute=limit, clock=clock)
+        rates = limited(clock, requests=limit)
         for _ in range(limit):
-            rates.take_request("me")
+            rates.enter(ME)
         for _ in range(50):
             clock.now += wait(rates)
-            rates.take_request("me")
+            rates.enter(ME)
             while True:
                 try:
-                    rates.take_request("me")
+                    rates.enter(ME)
                 except Overloaded:
                     break
 
 
-def test_tokens_a_minute_and_debt(clock: Clock) -> None:
-    rates = RateLimits(tokens_per_minute=600, clock=clock)  # ten come back every second
-    rates.take_request("me")
-    rates.take_tokens("me", 590)
-    rates.take_request("me")  # ten are left, and nobody knows how many this one takes
-    rates.take_tokens("me", 200)
-    assert wait(rates) == 19  # 190 too many
-    with pytest.raises(Overloaded, match="600 tokens a minute; try again in 19 seconds"):
-        rates.take_request("me")
-    clock.now += 18.9
+def test_tokens_are_taken_before_and_given_back_after(clock: Clock) -> None:
+    rates = limited(clock, tokens=600)  # ten come back every second
+    rates.take_tokens(ME, 590)
+    with pytest.raises(Overloaded, match="600 tokens a minute; try again in 1 seconds") as refusal:
+        rates.take_tokens(ME, 15)
+    assert refusal.value.retry_after_ms == 500  # five are missing
+    rates.take_tokens(YOU, 600)
+    rates.give_tokens(ME, 90)
+    rates.take_tokens(ME, 100)
+    rates.give_tokens(ME, -190)  # the prompt was longer than estimated
+    assert wait(rates) == 20  # until a token is there: 191 / 10
+    clock.now += 19.0
     assert wait(rates) == 1
     clock.now += 0.1
-    rates.take_request("me")
+    rates.enter(ME)
+    rates.give_tokens(ME, 10**6)
+    assert rates.allowances(ME)["tokens"].remaining == 600
 
 
-def test_the_longer_wait_counts_and_a_refusal_takes_nothing(clock: Clock) -> None:
-    rates = RateLimits(requests_per_minute=1, tokens_per_minute=60, clock=clock)
-    rates.take_request("me")
-    rates.take_tokens("me", 60 + 90)
-    assert wait(rates) == 90  # for tokens; 60 for the request
+def test_what_can_never_be_is_no_matter_of_waiting(clock: Clock) -> None:
+    rates = limited(clock, requests=2, tokens=50, running=2)
+    with pytest.raises(InvalidRequest, match="may use 51 tokens, .* 50 tokens .* lower max_tokens"):
+        rates.take_tokens(ME, 51)
+    with pytest.raises(InvalidRequest, match="3 prompts, and this key may have 2 requests at"):
+        rates.enter(ME, 3)
+    rates = limited(clock, requests=2)
+    with pytest.raises(InvalidRequest, match="3 requests, .* 2 requests a minute; send fewer"):
+        rates.enter(ME, 3)
+    rates.enter(ME, 2)
+
+
+def test_requests_at_a_time(clock: Clock) -> None:
+    rates = limited(clock, requests=100, running=2)
+    rates.enter(ME)
+    rates.enter(ME)
+    with pytest.raises(Overloaded, match="2 requests at a time; try again when one has ended"):
+        rates.enter(ME)
+    assert rates.allowances(ME)["requests"].remaining == 98  # the refusal took nothing
+    rates.enter(YOU)
+    rates.leave(ME, 1)
+    with pytest.raises(Overloaded):
+        rates.enter(ME, 2)
+    rates.enter(ME)
+    rates.leave(ME, 2)
+    assert rates._running == {"you": 1}
+
+
+def test_a_refusal_takes_nothing(clock: Clock) -> None:
+    rates = limited(clock, requests=2, tokens=60)
+    rates.enter(ME)
+    rates.give_tokens(ME, -(60 + 89))
+    assert wait(rates) == 90  # for a token
     clock.now += 89
     assert wait(rates) == 1
     clock.now += 1
-    rates.take_request("me")  # the two refusals did not take the request
+    rates.enter(ME)  # the refusals did not take a request
+    rates.enter(ME)
+    assert wait(rates) == 30
+
+
+def test_a_key_of_its_own_limits(clock: Clock) -> None:
+    rates = limited(clock, requests=1, tokens=10, running=1)
+    rich = Caller("rich", limits=CallerLimits(requests_per_minute=3, concurrent_requests=2))
+    rates.enter(rich)
+    rates.enter(rich)
+    with pytest.raises(Overloaded, match="2 requests at a time"):
+        rates.enter(rich)
+    assert rates.allowances(rich) == {
+        "requests": Allowance(limit=3, remaining=1, reset=40.0),
+        "tokens": Allowance(limit=10, remaining=10, reset=0.0),
+    }
+    # The operator changes the limit of the key while it is used.
+    poor = Caller("rich", limits=CallerLimits(requests_per_minute=1))
+    assert rates.allowances(poor)["requests"] == Allowance(limit=1, remaining=1, reset=0.0)
+
+
+def test_a_share_of_the_limits(clock: Clock) -> None:
+    rates = limited(clock, requests=6, tokens=300, running=7, share="1/3")
+    assert rates.tokens_of_a_minute(ME) == 100
+    rates.enter(ME, 2)
+    with pytest.raises(Overloaded, match="2 requests at a time"):  # a third of 7
+        rates.enter(ME)
+    rates.leave(ME, 2)
+    assert wait(rates) == 30  # two a minute
+    with pytest.raises(InvalidRequest, match="100 tokens a minute"):
+        rates.take_tokens(ME, 101)
+    small = limited(clock, requests=2, running=2, share="1/3")  # two thirds of a request a minute
+    small.enter(ME)
+    small.leave(ME, 1)
+    assert wait(small) == 90
 
 
 def test_callers_of_the_past_are_forgotten(clock: Clock) -> None:
-    rates = RateLimits(requests_per_minute=1, clock=clock)
-    for number in range(10_000):
-        rates.take_request(f"caller {number}")
-    rates.take_request("one more")  # everybody's bucket is empty: nobody is forgotten
+    rates = limited(clock, requests=1)
+    for number in range(20_000):
+        rates.enter(Caller(f"caller {number}"))
+    rates.enter(Caller("one more"))  # everybody's bucket is empty: nobody is forgotten
     clock.now += 60
-    rates.take_request("and another")
+    rates.enter(Caller("and another"))
     assert len(rates._buckets) == 1
-    assert wait(rates, "and another") == 60
+    assert wait(rates, Caller("and another")) == 60

@@ -9,10 +9,13 @@ import pytest
 
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
+from serving.accounting.accounts import Accounts
+from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.errors import ERROR_METADATA
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
+from serving.service.direct_calls import DirectCalls
 from serving.service.interceptor import AccessInterceptor
 
 KEYS = {"default": "operator's", "gateway": "gateway's"}
@@ -31,10 +34,13 @@ class Noting(rpc.InferenceServicer):
         yield pb.GenerateChunk(text="x", token_ids=[1], finish_reason=pb.FINISH_REASON_STOP)
 
 
-def served(work: Callable[[rpc.InferenceStub, Noting], Awaitable[None]]) -> None:
+def served(
+    work: Callable[[rpc.InferenceStub, Noting], Awaitable[None]], admission: Admission | None = None
+) -> None:
     async def run() -> None:
         access = Access(Keyring(KEYS))
-        server = grpc.aio.server(interceptors=[AccessInterceptor(access, (), FIELDS)])
+        calls = DirectCalls(admission or Admission(Accounts()), FIELDS, 512)
+        server = grpc.aio.server(interceptors=[AccessInterceptor(access, direct_calls=calls)])
         service = Noting()
         rpc.add_InferenceServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")

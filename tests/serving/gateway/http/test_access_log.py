@@ -17,9 +17,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.access.credentials import Access
+from serving.access.credentials import Access, CallerLimits
 from serving.access.keyring import Keyring
 from serving.accounting.accounts import Accounts
+from serving.accounting.ledger import UsageLedger
 from serving.accounting.rate_limits import RateLimits
 from serving.gateway.http.access_log import LOGGER
 from serving.gateway.http.metrics import GatewayMetrics
@@ -81,7 +82,7 @@ def watched(request: pytest.FixtureRequest) -> Iterator[Watched]:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     parts = {
-        "accounts": Accounts(RateLimits(**wishes.get("rates", {}))),
+        "accounts": Accounts(RateLimits(wishes.get("limits", CallerLimits())), UsageLedger()),
         "metrics": (metrics := GatewayMetrics()),
         "traces": Traces(provider),
     }
@@ -165,6 +166,7 @@ def test_a_chat_in_the_log_the_metrics_and_the_accounts(
                 "day": today(),
                 "requests": 1,
                 "prompt_tokens": 1,
+                "cached_tokens": 0,
                 "completion_tokens": 4,
             }
         ],
@@ -332,7 +334,9 @@ def test_text_is_told_if_asked_for(watched: Watched, lines: list[dict[str, Any]]
     assert lines[1]["answers"] == [["three"], ["4 5"]]
 
 
-@pytest.mark.parametrize("watched", [{"rates": {"requests_per_minute": 2}}], indirect=True)
+@pytest.mark.parametrize(
+    "watched", [{"limits": CallerLimits(requests_per_minute=2)}], indirect=True
+)
 def test_too_many_requests(watched: Watched, lines: list[dict[str, Any]]) -> None:
     assert [watched.chat("x").status_code for _ in range(2)] == [200, 200]
     refused = watched.chat("x")
@@ -346,12 +350,16 @@ def test_too_many_requests(watched: Watched, lines: list[dict[str, Any]]) -> Non
     assert watched.get("/usage").json()["data"][0]["requests"] == 2
 
 
-@pytest.mark.parametrize("watched", [{"rates": {"tokens_per_minute": 60}}], indirect=True)
+@pytest.mark.parametrize("watched", [{"limits": CallerLimits(tokens_per_minute=60)}], indirect=True)
 def test_too_many_tokens(watched: Watched) -> None:
-    assert watched.chat("word " * 69).status_code == 200  # 70 with the prompt: a debt of 10
-    refused = watched.chat("x")
+    assert watched.chat("w " * 49).status_code == 200  # 50 with the prompt
+    refused = watched.chat("x")  # without max_tokens it may become anything: all 60 are reserved
     assert refused.status_code == 429
-    assert refused.headers["retry-after"] in ("10", "9")
+    assert refused.headers["retry-after"] in ("50", "49")
+    assert watched.chat("x", max_tokens=2).status_code == 200
+    too_long = watched.chat("x", max_tokens=60)
+    assert too_long.status_code == 400 and "retry-after" not in too_long.headers
+    assert "60 tokens a minute" in too_long.json()["message"]
 
 
 def test_usage_of_everybody_is_for_the_operator(watched: Watched) -> None:
