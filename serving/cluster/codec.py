@@ -74,6 +74,7 @@ def _chunk_message(chunk: Chunk) -> pb.Chunk:
         prompt_length=chunk.prompt_length,
         history=chunk.history,
         forbidden=chunk.forbidden,
+        guesses=chunk.guesses,
     )
 
 
@@ -91,6 +92,7 @@ def _chunk_of(message: pb.Chunk) -> Chunk:
         prompt_length=message.prompt_length,
         history=tuple(message.history),
         forbidden=frozenset(message.forbidden),
+        guesses=message.guesses,
     )
 
 

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serving.scheduling.request import Drawn, Event
+from serving.scheduling.request import Event, RowDraws
 from serving.scheduling.step_plan import StepPlan
 
 
 class Launched(Protocol):
     """A step that the devices compute."""
 
-    def drawn(self) -> list[list[Drawn | None]]:
+    def drawn(self) -> Sequence[Sequence[RowDraws]]:
         """Waits for the step; returns what each chunk of each plan drew, or None for nothing.
 
         Raises whatever has gone wrong on the devices meanwhile; the pages are then lost.

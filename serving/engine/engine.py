@@ -8,7 +8,8 @@ Steps overlap: the next one is planned and walked before the tokens of the previ
 drawn token goes from one step to the next on the device; the host reads it a step later. Where rows
 have masks, these follow from the tokens of the step before, which are read between walk and draw; a
 row whose mask is not ready then draws nothing, and draws in a later step. Where no row has one,
-walk and draw are one call.
+walk and draw are one call. A row whose next tokens are guessed computes several at once, and is
+planned again when it is known how many were right.
 
 A step may fail. Before it has touched the pages, its plan is withdrawn, and nothing else is lost.
 After that, all pages are made anew, and every sequence is computed again from its tokens; with the
@@ -18,13 +19,14 @@ a step that fails ends the engine, and so the group, which starts again as a who
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serving.engine.device import Device, Launched, Masks, MaskSource
 from serving.engine.recovery import Suspects
 from serving.scheduling.partitions import Partitions
-from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.scheduling.proposer import Proposer
+from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws
 from serving.scheduling.step_plan import Limits, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -38,15 +40,17 @@ class _Step:
     launched: Launched | None = None
     masks: Masks | None = None
 
-    def drawn(self) -> list[list[Drawn | None]]:
+    def drawn(self) -> Sequence[Sequence[RowDraws]]:
         """Waits for the step; returns what its chunks drew."""
         assert self.launched is not None
-        drawn = self.launched.drawn()
-        if self.masks is not None:
-            for plan, chunk in self.masks.late:
-                drawn[plan][chunk] = None
-            for (plan, chunk), token in self.masks.forced.items():
-                drawn[plan][chunk] = Drawn(token_id=token, forced=True)
+        rows = self.launched.drawn()
+        if self.masks is None:
+            return rows
+        drawn = [list(row) for row in rows]
+        for plan, chunk in self.masks.late:
+            drawn[plan][chunk] = None
+        for (plan, chunk), token in self.masks.forced.items():
+            drawn[plan][chunk] = Drawn(token_id=token, forced=True)
         return drawn
 
 
@@ -66,6 +70,8 @@ class Engine:
         limits: sizes of the cache and of a step; of one partition, where there are several.
         broadcast: called with each step's plans before it is launched; for several hosts.
         masks: says what rows may draw; None where every row may draw anything.
+        proposer: guesses the next tokens of answers, for a device that checks guesses; None for
+            no guesses.
     """
 
     def __init__(
@@ -74,8 +80,9 @@ class Engine:
         limits: Limits,
         broadcast: Callable[[tuple[StepPlan, ...]], None] | None = None,
         masks: MaskSource | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
-        self.scheduler = Partitions(limits, device.num_partitions)
+        self.scheduler = Partitions(limits, device.num_partitions, proposer)
         self._device = device
         self._broadcast = broadcast
         self._masks = masks

@@ -103,6 +103,7 @@ class RunningStep:
 def _write(plan: StepPlan, inputs: GroupInputs) -> None:
     """Writes the plan of one sequence group into the arrays of a step."""
     for chunk in plan.chunks:
+        assert not chunk.guesses, "no program checks guesses"
         row = inputs.add(chunk.token_ids, chunk.start, chunk.pages, chunk.follows)
         if chunk.samples:
             inputs.sample(

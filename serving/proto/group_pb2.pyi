@@ -106,7 +106,7 @@ class Plan(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., copies: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("request_id", "choice", "token_ids", "start", "pages", "follows", "samples", "sampling", "seed", "prompt_length", "history", "forbidden")
+    __slots__ = ("request_id", "choice", "token_ids", "start", "pages", "follows", "samples", "sampling", "seed", "prompt_length", "history", "forbidden", "guesses")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class Chunk(_message.Message):
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     FORBIDDEN_FIELD_NUMBER: _ClassVar[int]
+    GUESSES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -131,7 +132,8 @@ class Chunk(_message.Message):
     prompt_length: int
     history: _containers.RepeatedScalarFieldContainer[int]
     forbidden: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ..., samples: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., forbidden: _Optional[_Iterable[int]] = ...) -> None: ...
+    guesses: int
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ..., samples: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., forbidden: _Optional[_Iterable[int]] = ..., guesses: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_ids", "bias_values", "seed", "top_logprobs")

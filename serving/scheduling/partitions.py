@@ -12,7 +12,8 @@ suspects and all the others take turns, a step each.
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 
-from serving.scheduling.request import Drawn, Event, Request
+from serving.scheduling.proposer import Proposer
+from serving.scheduling.request import Event, Request, RowDraws
 from serving.scheduling.scheduler import Scheduler
 from serving.scheduling.step_plan import Limits, StepPlan
 
@@ -23,11 +24,12 @@ class Partitions:
     Args:
         limits: of one partition.
         count: number of partitions.
+        proposer: guesses the next tokens of answers; None for no guesses.
     """
 
-    def __init__(self, limits: Limits, count: int = 1) -> None:
+    def __init__(self, limits: Limits, count: int = 1, proposer: Proposer | None = None) -> None:
         self.limits = limits
-        self._schedulers = [Scheduler(limits) for _ in range(count)]
+        self._schedulers = [Scheduler(limits, proposer) for _ in range(count)]
         # Ids of suspects, and None for all other requests; the first has the next step.
         self._turns = deque[str | None]([None])
 
@@ -71,9 +73,7 @@ class Partitions:
                 break
         return plans
 
-    def commit(
-        self, plans: Iterable[StepPlan], drawn: Iterable[Sequence[Drawn | None]]
-    ) -> list[Event]:
+    def commit(self, plans: Iterable[StepPlan], drawn: Iterable[Sequence[RowDraws]]) -> list[Event]:
         """Records a step of all partitions; see `Scheduler.commit`."""
         events = []
         for scheduler, plan, tokens in zip(self._schedulers, plans, drawn, strict=True):

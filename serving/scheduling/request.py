@@ -3,6 +3,7 @@
 They hold token ids only. Text, templates and stop strings live on the caller's side.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
@@ -51,6 +52,10 @@ class Drawn:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
     forced: bool = False  # the host chose it; the device may have drawn another one
+
+
+RowDraws = Drawn | Sequence[Drawn] | None
+"""What a row drew: a token; several where it has guesses; None where it draws none, or sits out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,8 +51,9 @@ from serving.errors import ContextTooLong, InvalidRequest, Overloaded
 from serving.scheduling.budget import prompt_sizes
 from serving.scheduling.pages import PagePool
 from serving.scheduling.preemption import youngest
+from serving.scheduling.proposer import Proposer
 from serving.scheduling.queue import TurnQueue
-from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws
 from serving.scheduling.rows import Rows
 from serving.scheduling.sequence import SequenceState
 from serving.scheduling.step_plan import Limits, StepPlan
@@ -63,9 +64,10 @@ _MAX_ID = 2**31 - 1  # of a token: the device counts in 32 bits
 class Scheduler:
     """Owns the queue, the pages and every sequence's progress. Not thread-safe."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, proposer: Proposer | None = None) -> None:
         assert limits.max_sequences <= limits.max_step_tokens
         self.limits = limits
+        self._proposer = proposer
         self._pool = PagePool(limits.num_pages, limits.page_size, limits.prefix_reuse)
         self._queue = TurnQueue(limits.max_waiting)
         self._rows = Rows(limits, self._queue, self._pool)
@@ -203,26 +205,35 @@ class Scheduler:
             ready = [s for s in ready if only in (None, s.request.id)]
             ready = [s for s in ready if s.request.id not in without]
         draft: dict[SequenceState, int] = {}
-        for sequence in [s for s in ready if s.remaining == 1]:
-            self._claim(sequence, 1, draft)
+        decodes = [s for s in ready if s.remaining == 1]
+        guesses = {} if self._proposer is None else self._guess(decodes)
+        for sequence in decodes:
+            self._claim(sequence, 1 + len(guesses.get(sequence, ())), draft)
         prompts = [s for s in ready if s.running and s.remaining > 1]
         if prompts:
-            for sequence, size in prompt_sizes(prompts, self.limits.max_step_tokens - len(draft)):
+            budget = self.limits.max_step_tokens - sum(draft.values())
+            for sequence, size in prompt_sizes(prompts, budget):
                 self._claim(sequence, size, draft)
         order = sorted(draft, key=lambda sequence: draft[sequence] > 1)
         plan = StepPlan(
-            chunks=tuple(sequence.advance(draft[sequence], i) for i, sequence in enumerate(order)),
+            chunks=tuple(
+                sequence.advance(
+                    draft[sequence], i, guesses.get(sequence, ())[: draft[sequence] - 1]
+                )
+                for i, sequence in enumerate(order)
+            ),
             copies=tuple(copy for sequence in order if (copy := sequence.table.settle())),
         )
         if plan.chunks:
             self._open.append((plan, order))
         return plan
 
-    def commit(self, plan: StepPlan, drawn: Sequence[Drawn | None]) -> list[Event]:
+    def commit(self, plan: StepPlan, drawn: Sequence[RowDraws]) -> list[Event]:
         """Records the oldest open plan and returns its events.
 
         `drawn[i]` is read where chunk i samples; None there means that the row sits this step out:
         its last token is computed again, and what an open plan computes behind it is passed over.
+        Where the chunk has guesses, it has the tokens that follow up to the first wrong guess.
 
         Sequences that have ended or lost their pages since `plan`, by cancel or by the previous
         commit, are passed over. Their pages are free already, and this is safe: steps run in order,
@@ -238,12 +249,14 @@ class Scheduler:
                 continue
             sequence.steps += 1
             sits_out = chunk.samples and token is None
-            kept = chunk.end - sits_out  # tokens that are not computed again
+            kept = chunk.end - chunk.guesses - sits_out  # tokens that are not computed again
             sequence.table.register(sequence.tokens, kept)
-            if token is not None and chunk.samples:
-                sequence = self._append(sequence, token, events)
-            elif sits_out:
+            if sits_out:
                 sequence = self._rows.rewind(sequence)
+            elif isinstance(token, Drawn):
+                sequence = self._append(sequence, token, events)
+            elif token is not None:
+                self._accept(sequence, token, events)
             elif sequence.computed < chunk.end < chunk.prompt_length:
                 sequence.computed = chunk.end
                 events.append(sequence.event())
@@ -318,6 +331,31 @@ class Scheduler:
         elif drawn.forced:
             return self._rows.rewind(sequence)
         return sequence
+
+    def _accept(self, sequence: SequenceState, drawn: Sequence[Drawn], events: list[Event]) -> None:
+        """Records the tokens of a sequence that had guesses; wrong ones are written over."""
+        assert drawn, "the first token is no guess"
+        sequence.undrawn += len(drawn) - 1
+        for token in drawn:
+            self._append(sequence, token, events)
+            if not sequence.running:
+                return
+        sequence.planned = len(sequence.tokens) - 1
+
+    def _guess(self, decodes: list[SequenceState]) -> dict[SequenceState, tuple[int, ...]]:
+        """Returns guesses that fit into the step, and takes out of `decodes` those whose last token
+        must be known first."""
+        assert self._proposer is not None
+        guesses: dict[SequenceState, tuple[int, ...]] = {}
+        decodes[:] = [s for s in decodes if not (s.undrawn and s.may_be_guessed)]
+        spare = self.limits.max_step_tokens - len(decodes)
+        for sequence in decodes:
+            count = min(spare, sequence.limit - len(sequence.tokens) - 1)
+            if sequence.may_be_guessed and count > 0:
+                proposed = self._proposer.propose(sequence.request, sequence.tokens, count)
+                guesses[sequence] = tuple(proposed[:count])
+                spare -= len(guesses[sequence])
+        return guesses
 
     def _drop(self, sequences: Iterable[SequenceState]) -> None:
         for sequence in sequences:

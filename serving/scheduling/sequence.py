@@ -85,13 +85,22 @@ class SequenceState:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
 
-    def advance(self, size: int, row: int) -> Chunk:
+    @property
+    def may_be_guessed(self) -> bool:
+        """True if what is drawn after several guesses depends on their tokens alone."""
+        num_drawn = len(self.tokens) - len(self.request.prompt_ids)
+        has_begun = num_drawn > max(0, self.request.min_tokens - 1)
+        return has_begun and not self.request.sampling.has_penalties
+
+    def advance(self, size: int, row: int, guesses: tuple[int, ...] = ()) -> Chunk:
         """Returns the chunk of its next `size` tokens, which count as planned from now on.
 
-        `row` is the index that the chunk will have in its plan.
+        `row` is the index that the chunk will have in its plan. With `guesses`, which are the last
+        of these tokens, it must know all tokens before them.
         """
         sampling, prompt_length = self.request.sampling, len(self.request.prompt_ids)
-        samples, start, end = size == self.remaining, self.planned, self.planned + size
+        samples = size - len(guesses) == self.remaining
+        start, end = self.planned, self.planned + size
         follows = self.row if self.undrawn else None
         too_early_to_end = samples and end - prompt_length < self.request.min_tokens
         self.planned = end
@@ -101,7 +110,7 @@ class SequenceState:
         return Chunk(
             request_id=self.request.id,
             choice=self.choice,
-            token_ids=tuple(self.tokens[start:end]) if follows is None else (0,),
+            token_ids=(*self.tokens[start:end], *guesses) if follows is None else (0,),
             start=start,
             pages=self.table.covering(end),
             follows=follows,
@@ -111,6 +120,7 @@ class SequenceState:
             prompt_length=prompt_length,
             history=tuple(self.tokens[: end - 1]) if samples and sampling.has_penalties else (),
             forbidden=self.request.eos_ids if too_early_to_end else frozenset(),
+            guesses=len(guesses),
         )
 
     def retreat(self, chunk: Chunk) -> None:

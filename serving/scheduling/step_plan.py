@@ -59,6 +59,9 @@ class Chunk:
     # device knows the last token sooner than the host.
     history: tuple[int, ...]
     forbidden: frozenset[int]  # ids that must not be drawn: before min_tokens those that end
+    # Number of its last tokens that are guesses: a token is drawn after each of them too, and after
+    # the token before them, up to and with the first that differs from the guess behind it.
+    guesses: int = 0
 
     @property
     def end(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from serving.engine.device import Masks
-from serving.scheduling.request import Drawn, Request
+from serving.scheduling.request import Drawn, Request, RowDraws
 from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 VOCAB = 97
@@ -57,6 +57,8 @@ class ScriptedDevice:
         self.script = script or (lambda number, plans: None)
         self.num_steps = 0
         self.num_resets = 0
+        self.num_guesses = 0  # that it was given to check
+        self.num_right = 0  # of these
         self.plans: list[StepPlan] = []  # of all launched steps
         self.masks: list[Masks | None] = []  # of the same
         self.can_answer = threading.Event()  # cleared, `drawn` waits
@@ -84,6 +86,7 @@ class ScriptedDevice:
             self._lose_pages()
             raise DeviceFault(f"step {number}, after its launch")
         read = [self._read(chunk) if chunk.samples else None for chunk in plan.chunks]
+        self.num_guesses += sum(chunk.guesses for chunk in plan.chunks)
         return ScriptedWalk(plan, read, number, fails=place == "drawn")
 
     def draw(self, walked: "ScriptedWalk", masks: Masks) -> "ScriptedStep":
@@ -97,16 +100,32 @@ class ScriptedDevice:
         self._new_pages()
 
     def _draw(self, walked: "ScriptedWalk", masks: Masks | None) -> "ScriptedStep":
-        drawn: list[int | None] = []
+        drawn: list[RowDraws] = []
         for i, (chunk, tokens) in enumerate(zip(walked.plan.chunks, walked.read, strict=True)):
             allowed = None if masks is None else masks.allowed[0][i]
-            drawn.append(None if tokens is None else next_token(tokens, chunk.seed, allowed))
-        self._drawn = drawn
+            if tokens is None:
+                drawn.append(None)
+            elif chunk.guesses:
+                drawn.append(self._check(tokens, chunk))
+            else:
+                drawn.append(Drawn(token_id=next_token(tokens, chunk.seed, allowed)))
+        # A row with guesses has no successor in the next step.
+        self._drawn = [row.token_id if isinstance(row, Drawn) else None for row in drawn]
         self.plans.append(walked.plan)
         self.masks.append(masks)
         if walked.fails:
             self._lose_pages()
         return ScriptedStep(self, drawn, walked)
+
+    def _check(self, tokens: list[int], chunk: Chunk) -> list[Drawn]:
+        """Draws after each of the guesses, up to and with the first that differs."""
+        drawn: list[Drawn] = []
+        for end in range(len(tokens) - chunk.guesses, len(tokens) + 1):
+            drawn.append(Drawn(token_id=next_token(tokens[:end], chunk.seed)))
+            if end == len(tokens) or drawn[-1].token_id != tokens[end]:
+                break
+            self.num_right += 1
+        return drawn
 
     def _new_pages(self) -> None:
         size = self.limits.page_size
@@ -155,11 +174,11 @@ class ScriptedStep:
     """A launched step."""
 
     device: ScriptedDevice
-    tokens: list[int | None]
+    rows: list[RowDraws]
     walked: ScriptedWalk
 
-    def drawn(self) -> list[list[Drawn | None]]:
+    def drawn(self) -> list[list[RowDraws]]:
         assert self.device.can_answer.wait(10)
         if self.walked.fails:
             raise DeviceFault(f"step {self.walked.number}, when it was read")
-        return [[None if token is None else Drawn(token_id=token) for token in self.tokens]]
+        return [self.rows]

@@ -69,6 +69,7 @@ _chunks = st.builds(
     prompt_length=_ids,
     history=_tuples,
     forbidden=st.frozensets(_ids, max_size=4),
+    guesses=_ids,
 )
 _plans = st.builds(
     StepPlan,

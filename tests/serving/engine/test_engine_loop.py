@@ -1,4 +1,4 @@
-"""The loop on a device in plain Python: overlap, masks that come late, tokens that are forced."""
+"""The loop on a device in plain Python: overlap, late masks, forced tokens, rejected guesses."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from serving.engine.device import Masks
 from serving.engine.engine import Engine
 from serving.scheduling.request import Event, FinishReason, Request
 from serving.scheduling.step_plan import Limits, StepPlan
-from tests.support.scripted_device import ScriptedDevice, next_token, undisturbed
+from tests.support.scripted_device import Place, ScriptedDevice, next_token, undisturbed
 
 LIMITS = Limits(
     num_pages=64, page_size=4, max_sequences=8, max_step_tokens=16, max_context=96, max_waiting=99
@@ -177,6 +177,76 @@ def test_a_token_that_is_forced_is_taken_whatever_the_row_draws() -> None:
     answers = finished(engine)
     assert answers["m", 0] == masked(asked, forced=forced)
     assert answers["A", 0] == undisturbed(other)
+
+
+class Guesser:
+    """Guesses the tokens of an undisturbed answer, and every `wrong`-th of them wrong.
+
+    It has nothing to say of requests whose names begin with "s".
+    """
+
+    def __init__(self, wrong: int) -> None:
+        self.wrong = wrong
+        self.count = 0
+
+    def propose(self, request: Request, tokens: Sequence[int], count: int) -> Sequence[int]:
+        if request.id.startswith("s"):
+            return []
+        guesses: list[int] = []
+        assert request.sampling.seed is not None
+        for _ in range(min(count, 3)):
+            self.count += 1
+            token = next_token([*tokens, *guesses], request.sampling.seed)
+            guesses.append((token + (self.count % self.wrong == 0)) % 97)
+        return guesses
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 3, 5, 9999])
+def test_guesses_change_no_answer_whether_right_or_rejected(wrong: int) -> None:
+    device = ScriptedDevice(LIMITS)
+    engine = Engine(device, LIMITS, proposer=Guesser(wrong))
+    asked = [
+        request("A", max_tokens=20),
+        request("B", 21, 13, n=2),
+        request("s", 9),
+        request("C", 3, 30, eos_ids=frozenset(range(0, 97, 9))),
+        request("D", 4, 15, min_tokens=6),
+        request("E", 4, 9, sampling=SamplingParams(seed=5, frequency_penalty=1.0)),
+    ]
+    for one in asked:
+        engine.add(one)
+    answers = finished(engine)
+    for one in asked:
+        for choice in range(one.n):
+            assert answers[one.id, choice] == undisturbed(one, choice), one.id
+    assert engine.scheduler.num_free_pages == LIMITS.num_pages
+    assert 0 < device.num_guesses >= device.num_right
+    assert (device.num_right == 0) == (wrong == 1)
+
+
+def test_right_guesses_save_steps() -> None:
+    """20 tokens: two alone, because nothing is known before; then 4 a step: 18 = 4 x 4 + 2."""
+    device = ScriptedDevice(LIMITS)
+    engine = Engine(device, LIMITS, proposer=Guesser(9999))
+    engine.add(request("A", max_tokens=20))
+    assert len(finished(engine)["A", 0]) == 20
+    assert device.num_steps == 7
+
+
+@pytest.mark.parametrize("place", ["before", "after", "drawn"])
+def test_guesses_survive_a_step_that_fails(place: Place) -> None:
+    asked = [request("A", max_tokens=20), request("B", 21, 13, n=2), request("s", 9)]
+    for number in range(8):
+        device = ScriptedDevice(
+            LIMITS, lambda n, plans, fault=number: place if n == fault else None
+        )
+        engine = Engine(device, LIMITS, proposer=Guesser(3))
+        for one in asked:
+            engine.add(one)
+        answers = finished(engine)
+        for one in asked:
+            for choice in range(one.n):
+                assert answers[one.id, choice] == undisturbed(one, choice), one.id
 
 
 class BrokenMasks(EvenTokens):
