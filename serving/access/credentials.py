@@ -8,14 +8,12 @@ tokens are accepted, a token of Microsoft Entra ID.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from serving.access.caller import ANONYMOUS, Caller, CallerLimits
+from serving.access.caller import ANONYMOUS, Caller
 from serving.access.keyring import Keyring
 from serving.errors import Unauthenticated
 
 if TYPE_CHECKING:  # it needs PyJWT, which is an extra
     from serving.access.entra import TokenVerifier
-
-__all__ = ["Access", "Caller", "CallerLimits"]
 
 FAILED = "auth token validation failed"
 

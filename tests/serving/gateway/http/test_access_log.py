@@ -17,7 +17,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.access.credentials import Access, CallerLimits
+from serving.access.caller import CallerLimits
+from serving.access.credentials import Access
 from serving.access.keyring import Keyring
 from serving.accounting.accounts import Accounts
 from serving.accounting.ledger import UsageLedger
