@@ -9,8 +9,9 @@ operator's log, and never reach a client.
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +28,7 @@ from serving.errors import (
     from_grpc,
 )
 from serving.gateway.aboard import Aboard, Sent
+from serving.gateway.call_attributes import call_attributes, server_attributes
 from serving.gateway.http.request_record import ModelCall, RequestRecord
 from serving.gateway.joined_answers import JoinedAnswers, RunningAnswer
 from serving.observe.tracing import CLIENT
@@ -34,6 +36,8 @@ from serving.proto import inference_pb2, inference_pb2_grpc
 
 # Seconds for calls that the service answers from memory.
 SHORT_CALL_SECONDS = 3.0
+# Seconds for which the served model is remembered: replicas may be replaced by those of another.
+MODEL_SECONDS = 60.0
 # Chunks that are kept of an answer whose reader is slow. More of them wait in the service.
 READ_AHEAD = 64
 
@@ -63,29 +67,54 @@ class ModelService:
         channel: An open channel to the service or its replicas.
         key: The key that the service is shown.
         target: The service as gRPC names it, for spans.
+        clock: Returns seconds, like time.monotonic.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, key: str, target: str = "") -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        key: str,
+        target: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._channel = channel
         self._aboard = Aboard()
         self._inference = inference_pb2_grpc.InferenceStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._model: inference_pb2.ModelInfo | None = None
-        self._server = _server_attributes(target)
+        self._asked_at = 0.0
+        self._clock = clock
+        self._server = server_attributes(target)
 
     async def model(self) -> inference_pb2.ModelInfo:
-        """Returns the served model; asked for once, then remembered. Raises ServingError."""
-        if self._model is None:
-            try:
-                self._model = await self._inference.GetModelInfo(
-                    inference_pb2.GetModelInfoRequest(),
-                    metadata=self._metadata,
-                    timeout=SHORT_CALL_SECONDS,
-                )
-            except grpc.aio.AioRpcError as failure:
-                raise _error_of(failure) from failure
-        return self._model
+        """Returns the served model, which is remembered for MODEL_SECONDS.
+
+        It is forgotten as soon as a service is gone: what comes back may serve another one.
+
+        Raises:
+            ServingError: It is not known, and the service does not tell it.
+        """
+        known = self._model
+        if known is not None and self._clock() - self._asked_at < MODEL_SECONDS:
+            return known
+        self._asked_at = self._clock()  # others take what is known meanwhile
+        try:
+            model: inference_pb2.ModelInfo = await self._inference.GetModelInfo(
+                inference_pb2.GetModelInfoRequest(),
+                metadata=self._metadata,
+                timeout=SHORT_CALL_SECONDS,
+            )
+        except grpc.aio.AioRpcError as failure:
+            if known is not None and not _is_gone(failure):
+                return known
+            self._forget()
+            raise _error_of(failure) from failure
+        self._model = model
+        return model
+
+    def _forget(self) -> None:
+        self._model = None
 
     async def check_ready(self) -> None:
         """Raises Unavailable unless the service says that it is serving."""
@@ -96,6 +125,8 @@ class ModelService:
                 timeout=SHORT_CALL_SECONDS,
             )
         except grpc.aio.AioRpcError as failure:
+            if _is_gone(failure):
+                self._forget()
             raise Unavailable("the model service does not answer; try again shortly") from failure
         if answer.status != health_pb2.HealthCheckResponse.SERVING:
             raise Unavailable("the model service is not ready; try again shortly")
@@ -127,7 +158,7 @@ class ModelService:
                 # The name of the model asked for is the client's choice: names must stay few.
                 span = record.span.child(f"{operation} {model}", kind=CLIENT)
                 if span.is_recording:
-                    span.set(self._server | _attributes(operation, asked_model, request))
+                    span.set(self._server | call_attributes(operation, asked_model, request))
                 answer = self.generate(request, (("x-request-id", record.id), *span.carrier()))
                 answers.append(answer)
                 (tokens,) = answer.tokens
@@ -157,7 +188,7 @@ class ModelService:
         sent = self._aboard.send(request)
         is_connected = self._channel.get_state() is grpc.ChannelConnectivity.READY
         call = self._inference.Generate(request, metadata=(*self._metadata, *metadata))
-        return Answer(call, sent, is_connected=is_connected)
+        return Answer(call, sent, is_connected=is_connected, on_gone=self._forget)
 
 
 class Answer:
@@ -167,13 +198,22 @@ class Answer:
         call: The call of gRPC's stub.
         sent: Is told how the call ends.
         is_connected: Whether the call was begun on a connection to a service.
+        on_gone: Called if the service has gone away.
     """
 
-    def __init__(self, call: Any, sent: Sent | None = None, *, is_connected: bool = False) -> None:
+    def __init__(
+        self,
+        call: Any,
+        sent: Sent | None = None,
+        *,
+        is_connected: bool = False,
+        on_gone: Callable[[], None] = lambda: None,
+    ) -> None:
         self.tokens = (AnswerTokens(),)
         self._call = call
         self._sent = sent
         self._is_aboard = is_connected
+        self._on_gone = on_gone
         self._arrived: deque[inference_pb2.GenerateChunk] = deque()
         self._has_ended = False
         self._failure: ServingError | None = None  # that ended it
@@ -240,6 +280,8 @@ class Answer:
         except grpc.aio.AioRpcError as failure:
             if self._sent is not None and self._is_aboard and _is_death(failure):
                 self._sent.die()
+            if _is_gone(failure):
+                self._on_gone()
             self._failure = _error_of(failure)
             self._failure.__cause__ = failure
         except asyncio.CancelledError:  # by `cancel`, or as the channel was closed
@@ -252,46 +294,8 @@ class Answer:
             self._news.set()
 
 
-def _server_attributes(target: str) -> dict[str, str | int]:
-    """Returns the attributes of a span that name the server, by gRPC's name of it."""
-    address, _, port = target.rpartition(":")
-    if port.isdecimal() and "," not in target:
-        return {"server.address": address, "server.port": int(port)}
-    return {"server.address": target}
-
-
-def _attributes(
-    operation: str, asked_model: str, message: inference_pb2.GenerateRequest
-) -> dict[str, str | int | float | bool | Sequence[str]]:
-    """Returns a span's attributes, by OpenTelemetry's conventions for generative AI.
-
-    Stop texts are left out, because no text of a request is in a span.
-
-    https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
-    """
-    attributes: dict[str, str | int | float | bool | Sequence[str]] = {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": "mixtral_jax",
-        "gen_ai.output.type": "text",
-        "gen_ai.request.model": asked_model,
-    }
-    if message.HasField("max_tokens"):
-        attributes["gen_ai.request.max_tokens"] = message.max_tokens
-    if message.n > 1:
-        attributes["gen_ai.request.choice.count"] = message.n
-    sampling = message.sampling
-    for name in ("temperature", "top_p", "seed"):
-        if sampling.HasField(name):
-            attributes[f"gen_ai.request.{name}"] = _short(getattr(sampling, name))
-    for name in ("top_k", "presence_penalty", "frequency_penalty"):
-        if value := getattr(sampling, name):
-            attributes[f"gen_ai.request.{name}"] = _short(value)
-    return attributes
-
-
-def _short(value: float) -> float:
-    """Returns a float32 as the client wrote it: 0.7, where the proto has 0.699999988."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+def _is_gone(failure: grpc.aio.AioRpcError) -> bool:
+    return failure.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def _is_death(failure: grpc.aio.AioRpcError) -> bool:

@@ -12,12 +12,13 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import DeadlineExceeded, RequestTooLarge, UnsupportedMedia
+from serving.gateway.http.json_structure import JsonStructure
 
 LIMIT = 4 * 2**20
 SECONDS = 30.0
-# A refused client may go on sending, up to these bytes, and pause between them.
+# A refused client may go on sending, up to these bytes, and not for longer.
 _LINGER_BYTES = 8 * 2**20
-_LINGER_SECONDS = 0.5
+_LINGER_SECONDS = 1.0
 
 
 class BodyTooSlow(DeadlineExceeded):
@@ -28,7 +29,8 @@ async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECON
     """Returns the whole body.
 
     Args:
-        request: The request, of which nothing has been read.
+        request: The request, of which nothing has been read. The state of its application has a
+            `json_structure`.
         limit: The bytes that a body may have.
         seconds: The time that it may take to arrive.
 
@@ -36,6 +38,7 @@ async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECON
         UnsupportedMedia: The headers say that it is not JSON, or is compressed.
         RequestTooLarge: It has more bytes than `limit`.
         BodyTooSlow: It took longer than `seconds`.
+        InvalidRequest: It has more values than a request can use.
     """
     _check_type(request)
     too_large = RequestTooLarge(f"the body is larger than {limit:,} bytes; send a smaller one")
@@ -50,7 +53,9 @@ async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECON
                     raise too_large
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {seconds:g} seconds") from None
-    return bytes(body)
+    structure: JsonStructure = request.app.state.json_structure
+    await structure.check(content := bytes(body))
+    return content
 
 
 def _check_type(request: Request) -> None:
@@ -77,10 +82,10 @@ class Lingering(JSONResponse):
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         remaining = _LINGER_BYTES
         with suppress(TimeoutError):
-            while remaining > 0:
-                async with asyncio.timeout(_LINGER_SECONDS):
+            async with asyncio.timeout(_LINGER_SECONDS):
+                while remaining > 0:
                     message = await receive()
-                remaining -= len(message.get("body", b""))
-                if not message.get("more_body"):
-                    break
+                    remaining -= len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        break
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -42,13 +42,13 @@ class Refusing(ScriptedInference):
 class Replica:
     """A service and its health in this event loop."""
 
-    def __init__(self, service: ScriptedInference) -> None:
+    def __init__(self, service: ScriptedInference, address: str = "127.0.0.1:0") -> None:
         self.service = service
         self.health = HealthServicer()
         self.server = grpc.aio.server(options=SERVER_OPTIONS)
         rpc.add_InferenceServicer_to_server(service, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.target = f"127.0.0.1:{self.server.add_insecure_port(address)}"
 
     @property
     def asked(self) -> int:
@@ -223,6 +223,61 @@ def test_metadata_goes_with_the_call() -> None:
         async with replicas(Listening()) as (service, _):
             await text_of(service.generate(asking("x"), [("x-request-id", "abc")]))
         assert seen["x-request-id"] == "abc" and seen["authorization"] == f"Bearer {KEY}"
+
+    run(work)
+
+
+class Renamed(ScriptedInference):
+    """Serves a model whose name the test changes."""
+
+    name = "first"
+    num_told = 0
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.ModelInfo:
+        self.num_told += 1
+        return pb.ModelInfo(name=self.name)
+
+
+def test_the_model_is_remembered_for_a_minute() -> None:
+    async def work() -> None:
+        async with replicas(renamed := Renamed()) as (_, behind):
+            target, now = behind[0].target, 100.0
+            async with grpc.aio.insecure_channel(target, options=options_for(target)) as channel:
+                service = ModelService(channel, KEY, clock=lambda: now)
+                assert (await service.model()).name == "first"
+                renamed.name, now = "second", 159.9
+                assert (await service.model()).name == "first"
+                now = 160.0
+                assert (await service.model()).name == "second"
+                assert renamed.num_told == 2
+
+    run(work)
+
+
+def test_the_model_of_a_service_that_is_gone_is_forgotten() -> None:
+    async def work() -> None:
+        async with replicas(renamed := Renamed()) as (service, behind):
+            assert (await service.model()).name == "first"
+            answer = service.generate(asking("one !wait"))
+            assert await answer.has_news(PATIENCE)
+            renamed.name = "second"
+            await behind[0].server.stop(0)
+            with pytest.raises(Unavailable):
+                await text_of(answer)
+            with pytest.raises(Unavailable):
+                await service.model()
+            again = Replica(renamed, behind[0].target)  # as a service that was restarted
+            await again.server.start()
+            await again.set_serving(True)
+
+            async def is_known() -> bool:
+                try:
+                    return (await service.model()).name == "second"
+                except Unavailable:
+                    return False
+
+            await until(is_known)
+            await again.server.stop(0)
 
     run(work)
 

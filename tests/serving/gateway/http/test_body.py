@@ -1,8 +1,14 @@
 """Bodies that are too large or too slow."""
 
+import asyncio
 import socket
 
+import pytest
+from starlette.types import Message
+
 from serving.gateway.answering import Limits
+from serving.gateway.http import body
+from serving.gateway.http.body import Lingering
 from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
 from tests.support.gateway import address
 
@@ -31,3 +37,23 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"\r\nconnection: close\r\n" in answer
     assert b'"code":"RequestTimeout"' in answer
+
+
+def test_a_refused_client_that_goes_on_is_read_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is that of all it sends: a byte now and then does not prolong it."""
+    monkeypatch.setattr(body, "_LINGER_SECONDS", 0.1)
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def test() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await Lingering({"a": 1}, 413)({"type": "http"}, receive, send)
+
+    asyncio.run(test())
+    assert [message.get("more_body") for message in sent] == [None, True, False]
