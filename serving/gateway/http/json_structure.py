@@ -17,7 +17,7 @@ SMALL = 2**16
 # A chat has at most 2,048 messages with an object each, and some more for the parts of a content.
 MAX_CONTAINERS = 2**15
 MAX_KEYS = 2**15
-# As many as the ids of two prompts of 128k tokens.
+# Two prompts of 128k token ids have as many.
 MAX_VALUES = 2**18
 
 _COUNTED = (
