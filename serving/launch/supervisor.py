@@ -39,7 +39,9 @@ from serving.launch.child import Child, Probe, SupervisorError
 from serving.parent import PARENT_VARIABLE, READY_VARIABLE
 
 _STOP_SECONDS = 10.0  # time that a process may take to end after its drain
-_LATE_SECONDS = 2.0  # time that a heartbeat may take beyond the time of a step
+# Time that a heartbeat may take beyond the time of a step. It comes every second or a little later,
+# so that a process that stops is killed within 2 s beyond the time of a step.
+_LATE_SECONDS = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)

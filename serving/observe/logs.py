@@ -27,6 +27,11 @@ def set_up(
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     if is_news is not None:
         handler.addFilter(is_news)
+    root = logging.getLogger()
+    # Whatever logs by the root logger while it is imported, as libtpu does, leaves a handler there
+    # with a format of its own, which knows no fields.
+    for other in [each for each in root.handlers if type(each) is logging.StreamHandler]:
+        root.removeHandler(other)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger(name).setLevel(logging.INFO)
 

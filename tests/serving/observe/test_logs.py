@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -65,3 +67,17 @@ def test_no_value_breaks_a_line_or_stands_for_another(value: object, written: st
 
 def test_the_formats_have_names() -> None:
     assert FORMATS == ("text", "json")
+
+
+def test_the_format_is_ours_although_a_library_has_logged_before() -> None:
+    """As libtpu does, when it is imported where no TPU is."""
+    program = (
+        "import logging; logging.warning('first')\n"
+        "from serving.observe.logs import fields, set_up\n"
+        "set_up('serving', 'json')\n"
+        "logging.getLogger('serving.x').info('call', extra=fields(status=200))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    first, *rest = ran.stderr.splitlines()
+    assert first == "WARNING:root:first"
+    assert [json.loads(line)["status"] for line in rest] == [200]
