@@ -30,7 +30,7 @@ def set_up(
     root = logging.getLogger()
     # Whatever logs by the root logger while it is imported, as libtpu does, leaves a handler there
     # with a format of its own, which knows no fields.
-    for other in [each for each in root.handlers if type(each) is logging.StreamHandler]:
+    for other in [item for item in root.handlers if type(item) is logging.StreamHandler]:
         root.removeHandler(other)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger(name).setLevel(logging.INFO)
