@@ -74,7 +74,7 @@ def _serve(given: dict[str, Any]) -> None:
             url = serve_metrics(metrics.registry, config.metrics_host, config.metrics_port)
             print(f"gateway: metrics on {url}", file=sys.stderr, flush=True)
         end_with_parent()
-        set_up("serving.gateway", config.log_format, _is_news)
+        set_up("serving", config.log_format, _is_news)
         # Both signals raise KeyboardInterrupt before and after uvicorn waits for them itself.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         scheme = "https" if certificate else "http"
