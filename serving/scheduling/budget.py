@@ -1,14 +1,17 @@
-"""Budget: which tokens of prompts a step computes, of those that are not past their prompts.
+"""Budget: which tokens of prompts a step computes.
 
-Callers share a step's tokens evenly; what one does not need the others get. Of a caller's share at
-least half goes to its oldest prompt, and with what remains its shortest prompts are ended first: a
-short prompt does not wait for a long one, and every prompt gets its half once the older ones end.
-Prompts of BATCH requests get what INTERACTIVE ones do not need, and at least a small share.
+The callers that were served the fewest tokens come first, until all are served alike; what is left
+then is shared evenly, and what one does not need the others get. Of a caller's share at least half
+goes to its oldest prompt, and with what remains its shortest prompts are ended first: a short
+prompt does not wait for a long one, and every prompt gets its half once the older ones end. Prompts
+of BATCH requests get what INTERACTIVE ones do not need, and at least a small share.
 
-Worked example: a budget of 8; A has prompts of 20 and 3 tokens to compute, B one of 2. B gets its
-2, A the other 6: half of them for its oldest, and the other 3 end its short one.
+Worked example: a budget of 8; A was served 12 tokens and has prompts of 20 and 3 tokens to compute,
+B was served 10 and has one of 9. B gets 5 and A 3, so that both come to 15. Of A's 3 its oldest
+prompt gets 2, and the short one 1.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from serving.scheduling.request import Priority
@@ -41,16 +44,29 @@ def _sizes_by_caller(
         by_caller.setdefault(sequence.turn, []).append(sequence)
     if len(by_caller) == 1:
         return _sizes_of_caller(prompts, budget)
-    sizes: list[tuple[SequenceState, int]] = []
     needs = {turn: sum(s.remaining for s in own) for turn, own in by_caller.items()}
-    # The smallest need comes first, so that what it leaves is shared by the others. Of equal needs
-    # the caller that was served fewer tokens comes last and gets what does not divide.
-    order = sorted(needs, key=lambda turn: (needs[turn], -turn.served))
-    for number, turn in enumerate(order):
-        share = min(needs[turn], budget // (len(order) - number))
-        budget -= share
-        sizes += _sizes_of_caller(by_caller[turn], share)
-    return sizes
+    shares = _shares(needs, min(budget, sum(needs.values())))
+    return [size for turn, own in by_caller.items() for size in _sizes_of_caller(own, shares[turn])]
+
+
+def _shares(needs: dict[Turn, int], budget: int) -> dict[Turn, int]:
+    """Returns how many of the `budget` tokens each caller gets, all of them together."""
+
+    def shares(level: int) -> dict[Turn, int]:
+        """Returns the tokens that bring every caller to `level`, as far as it needs them."""
+        return {t: min(need, max(0, level - t.served)) for t, need in needs.items()}
+
+    lowest = min(turn.served for turn in needs)
+    levels = range(lowest, max(turn.served + need for turn, need in needs.items()) + 1)
+    level = levels[bisect_right(levels, budget, key=lambda n: sum(shares(n).values())) - 1]
+    result = shares(level)
+    rest = budget - sum(result.values())
+    # What does not divide goes to those that were served the fewest, a token to each.
+    for turn in sorted(needs, key=lambda turn: turn.served):
+        if rest and needs[turn] > result[turn] and turn.served <= level:
+            result[turn] += 1
+            rest -= 1
+    return result
 
 
 def _sizes_of_caller(

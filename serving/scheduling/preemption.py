@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from serving.scheduling.request import Priority
 from serving.scheduling.sequence import SequenceState, Turn
 
-LEAD = 256  # tokens
+LEAD = 96  # tokens
 
 
 def youngest(running: Sequence[SequenceState]) -> SequenceState:

@@ -44,6 +44,7 @@ class TurnQueue:
         self._turns: dict[str, Turn] = {}
         # Only lines with someone in them, each from the oldest to the youngest.
         self._lines: dict[tuple[Priority, str], list[SequenceState]] = {}
+        self.changes = 0  # number of times that a sequence came or went
         self._size = 0
         self._peak = 0  # the largest number of tokens that a forgotten caller was served
         self._passed = 0  # rows that INTERACTIVE requests got while BATCH ones waited
@@ -90,6 +91,7 @@ class TurnQueue:
         insort(line, sequence, key=lambda other: other.age)
         turn.waiting += len(sequence.choices)
         self._size += 1
+        self.changes += 1
 
     def remove(self, sequence: SequenceState) -> None:
         """Takes a sequence out, wherever it stands."""
@@ -100,6 +102,7 @@ class TurnQueue:
             del self._lines[key]
         sequence.turn.waiting -= len(sequence.choices)
         self._size -= 1
+        self.changes += 1
 
     def seat(self, sequence: SequenceState) -> None:
         """Takes a sequence out because it got a row."""

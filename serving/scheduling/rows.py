@@ -10,6 +10,8 @@ from serving.scheduling.request import Priority, Request
 from serving.scheduling.sequence import SequenceState
 from serving.scheduling.step_plan import Limits
 
+_PATIENCE = 8  # plans after which callers' turns are compared again although nothing else happened
+
 
 class Rows:
     """Sequences that have a row and pages; takes them from the queue and sends them back.
@@ -30,6 +32,9 @@ class Rows:
         self._pool = pool
         self._num_batch = 0  # running sequences of BATCH requests
         self._arrivals = 0
+        self._plans = 0
+        # When nobody could be seated: changes of the queue, rows, pages to spare, and plans.
+        self._stuck = (-1, 0, 0, 0)
 
     def sequence(self, request: Request, choice: int, seed: int) -> SequenceState:
         """Returns a choice of a request that comes now; it neither waits nor runs yet."""
@@ -55,8 +60,12 @@ class Rows:
 
     def admit(self, now: float) -> None:
         """Gives rows and pages to the waiting sequences whose turn it is; `now` is noted."""
+        self._plans += 1
+        if not self._queue or self._is_stuck:
+            return
         while self._queue and self._admit_next(now):
             pass
+        self._stuck = (self._queue.changes, len(self.running), self._num_spare, self._plans)
 
     def fork(self, first: SequenceState, choice: int) -> None:
         """Starts another choice beside the first one, or queues it as if it came now."""
@@ -104,6 +113,20 @@ class Rows:
         self.running[self.running.index(sequence)] = other
         sequence.running = False
         return other
+
+    @property
+    def _is_stuck(self) -> bool:
+        """True if nothing has changed since nobody could be seated, but that callers were served.
+
+        That is looked at again after a few plans, so that a full engine rarely pays for it.
+        """
+        changes, running, spare, plans = self._stuck
+        return (
+            changes == self._queue.changes
+            and running == len(self.running)
+            and spare >= self._num_spare
+            and self._plans < plans + _PATIENCE
+        )
 
     @property
     def _has_row(self) -> bool:

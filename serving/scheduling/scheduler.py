@@ -204,21 +204,28 @@ class Scheduler:
         if without or only is not None:
             ready = [s for s in ready if only in (None, s.request.id)]
             ready = [s for s in ready if s.request.id not in without]
-        draft: dict[SequenceState, int] = {}
-        decodes = [s for s in ready if s.remaining == 1]
+        decodes: list[SequenceState] = []
+        prompts: list[SequenceState] = []
+        for sequence in ready:
+            if remaining := sequence.remaining:
+                (decodes if remaining == 1 else prompts).append(sequence)
         guesses = {} if self._proposer is None else self._guess(decodes)
+        draft: dict[SequenceState, int] = {}
         for sequence in decodes:
-            self._claim(sequence, 1 + len(guesses.get(sequence, ())), draft)
-        prompts = [s for s in ready if s.running and s.remaining > 1]
-        if prompts:
+            self._claim(sequence, 1 + len(guesses.get(sequence, ())) if guesses else 1, draft)
+        if prompts := [sequence for sequence in prompts if sequence.running]:
             budget = self.limits.max_step_tokens - sum(draft.values())
             for sequence, size in prompt_sizes(prompts, budget):
                 self._claim(sequence, size, draft)
-        order = sorted(draft, key=lambda sequence: draft[sequence] > 1)
+        order = [*draft]
+        if prompts or guesses:
+            order.sort(key=lambda sequence: draft[sequence] > 1)
         plan = StepPlan(
             chunks=tuple(
                 sequence.advance(
-                    draft[sequence], i, guesses.get(sequence, ())[: draft[sequence] - 1]
+                    draft[sequence],
+                    i,
+                    guesses.get(sequence, ())[: draft[sequence] - 1] if guesses else (),
                 )
                 for i, sequence in enumerate(order)
             ),

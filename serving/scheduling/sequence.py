@@ -6,7 +6,12 @@ from serving.scheduling.pages import PageTable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.scheduling.step_plan import Chunk
 
-SLICE = 64  # tokens that a sequence may draw before it gives way to a caller that had fewer
+# Tokens that a sequence draws at least before it gives way to a caller that was served fewer. If it
+# had many already, more, because it may have to compute them all again.
+SLICE = 32
+_SLICE_SHARE = 4  # of so many tokens that it had, one
+
+_RESERVE = 16  # tokens of an answer that count as its caller's as soon as it has a row
 
 
 @dataclass(eq=False)
@@ -65,12 +70,13 @@ class SequenceState:
     def reserve(self) -> int:
         """Number of tokens, while running, that are counted as its caller's before they are."""
         length = len(self.tokens)
-        return length - self.planned + min(SLICE, self.limit - length)
+        return length - self.planned + min(_RESERVE, self.limit - length)
 
     @property
     def had_slice(self) -> bool:
         """True if it drew enough tokens since it got its row to lose it to another caller."""
-        return len(self.tokens) - self.known_at_seat >= SLICE
+        drawn = len(self.tokens) - self.known_at_seat
+        return drawn >= max(SLICE, self.known_at_seat // _SLICE_SHARE)
 
     @property
     def choices(self) -> range:
