@@ -3,8 +3,8 @@
 from bisect import insort
 from collections.abc import Sequence
 
+from serving.scheduling import preemption
 from serving.scheduling.pages import PagePool, PageTable
-from serving.scheduling.preemption import LEAD, victims
 from serving.scheduling.queue import TurnQueue
 from serving.scheduling.request import Priority, Request
 from serving.scheduling.sequence import SequenceState
@@ -154,12 +154,12 @@ class Rows:
         for head in heads:
             if blocked is not None and (
                 head.request.priority > blocked.request.priority
-                or head.turn.level >= blocked.turn.level + LEAD
+                or head.turn.level >= blocked.turn.level + preemption.LEAD
             ):
                 return False
             may_take = (
                 (not head.turn.rows and most_rows > 1)
-                or leading >= head.turn.level + LEAD
+                or leading >= head.turn.level + preemption.LEAD
                 or (self._num_batch > 0 and head.request.priority is not Priority.BATCH)
             )
             if (self._has_row or may_take) and self._seat(head, now, may_take=may_take):
@@ -195,7 +195,7 @@ class Rows:
                 enough = lacking <= self._pool.num_free + freed - running
                 return enough and running < self._limits.max_sequences
 
-            giving = victims(sequence, self.running, suffices)
+            giving = preemption.victims(sequence, self.running, suffices)
             if not giving:
                 return False
             for other in giving:

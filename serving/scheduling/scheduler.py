@@ -327,6 +327,7 @@ class Scheduler:
         to_fork = sequence.choices[1:]
         sequence.tokens.append(drawn.token_id)
         sequence.undrawn -= 1
+        sequence.computed = len(sequence.request.prompt_ids)
         reason = sequence.finish_reason
         events.append(sequence.event(drawn, reason))
         if reason is not None:  # its row is free for a fork, its pages only after that

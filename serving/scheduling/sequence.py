@@ -162,7 +162,7 @@ class SequenceState:
             choice=self.choice,
             drawn=drawn,
             finish_reason=reason,
-            computed=self.computed if drawn is None else len(self.request.prompt_ids),
+            computed=self.computed,
             cached=self.cached,
             seated=self.seated,
             steps=self.steps,

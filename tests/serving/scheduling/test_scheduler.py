@@ -1,80 +1,30 @@
-"""Plans worked out by hand, and a device in plain Python that notices every wrong page.
+"""Plans worked out by hand.
 
 Page size 4 and, where a test says nothing else, 8 pages, 2 rows and 8 tokens a step.
 """
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from random import Random
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mixtral_jax.sampling_params import SamplingParams
 from serving.errors import ContextTooLong, InvalidRequest, Overloaded
-from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.scheduling.request import FinishReason
 from serving.scheduling.rows import Rows
-from serving.scheduling.scheduler import Scheduler
-from serving.scheduling.step_plan import Chunk, Limits, StepPlan
-
-EOS = 99
-
-
-def limits(**changes: Any) -> Limits:
-    values: dict[str, Any] = dict(
-        num_pages=8,
-        page_size=4,
-        max_sequences=2,
-        max_step_tokens=8,
-        max_context=32,
-        max_waiting=3,
-    )
-    return Limits(**{**values, **changes})
-
-
-def request(name: str, prompt: int | Sequence[int], max_tokens: int, **changes: Any) -> Request:
-    """A prompt of so many tokens, unlike those of other names, or of these tokens."""
-    if isinstance(prompt, int):
-        prompt = [1000 * ord(name) + i for i in range(prompt)]
-    values: dict[str, Any] = dict(sampling=SamplingParams(seed=0), eos_ids=frozenset({EOS}))
-    return Request(
-        id=name, prompt_ids=tuple(prompt), max_tokens=max_tokens, **{**values, **changes}
-    )
-
-
-def scheduler_of(*requests: Request, **changes: Any) -> Scheduler:
-    scheduler = Scheduler(limits(**changes))
-    for one in requests:
-        scheduler.add(one)
-    return scheduler
-
-
-def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
-    return [(c.request_id, c.start, len(c.token_ids), c.samples) for c in plan.chunks]
-
-
-def commit(
-    scheduler: Scheduler, plan: StepPlan, tokens: Iterable[int | None] | int = 50
-) -> list[Event]:
-    """Commits with these tokens, or always the same one."""
-    if isinstance(tokens, int):
-        tokens = [tokens] * len(plan.chunks)
-    drawn = zip(plan.chunks, tokens, strict=True)
-    return scheduler.commit(plan, [Drawn(token_id=t) if c.samples else None for c, t in drawn])
-
-
-def step(scheduler: Scheduler, tokens: Iterable[int] | int = 50) -> StepPlan:
-    plan = scheduler.plan()
-    commit(scheduler, plan, tokens)
-    return plan
-
-
-def told(events: list[Event]) -> list[tuple[str, int, int | None, FinishReason | None]]:
-    return [(e.request_id, e.choice, e.drawn and e.drawn.token_id, e.finish_reason) for e in events]
+from serving.scheduling.step_plan import Chunk, StepPlan
+from tests.serving.scheduling.plain_device import (
+    EOS,
+    Device,
+    commit,
+    drive,
+    request,
+    scheduler_of,
+    shape,
+    step,
+    told,
+)
 
 
 def test_the_example_of_the_module() -> None:
@@ -439,231 +389,6 @@ def test_cancel_takes_all_choices_wherever_they_are() -> None:
     scheduler.cancel("A")
     assert not scheduler.has_work
     assert scheduler.num_free_pages == 8
-
-
-VOCABULARY = 7
-END = 0
-
-
-def draw(history: tuple[int, ...], seed: int, forbidden: frozenset[int]) -> int:
-    """The model: any function of all tokens and the seed."""
-    token = hash((history, seed)) % VOCABULARY
-    while token in forbidden:
-        token = (token + 1) % VOCABULARY
-    return token
-
-
-def plain_loop(request: Request, choice: int, room: int) -> tuple[int, ...]:
-    """Prompt and answer as they must be, whatever the scheduler does."""
-    tokens = request.prompt_ids
-    for number in range(1, min(request.max_tokens, room - len(tokens)) + 1):
-        forbidden = request.eos_ids if number <= request.min_tokens else frozenset[int]()
-        tokens = (*tokens, draw(tokens, request.sampling.seed + choice, forbidden))
-        if tokens[-1] in request.eos_ids:
-            break
-    return tokens
-
-
-class Device:
-    """Runs plans on pages of which each place remembers which tokens it is made of.
-
-    Keys and values at a position follow from all tokens up to there: that row of tokens stands for
-    them. Within a step all copies are made, then all is written, and then read.
-    """
-
-    def __init__(self, limits: Limits, requests: Sequence[Request]) -> None:
-        self.limits = limits
-        self.pages: list[list[object]] = [
-            [None] * limits.page_size for _ in range(limits.num_pages)
-        ]
-        self.ends = {request.id: request.eos_ids for request in requests}
-        self.plans: list[StepPlan] = []
-        self.drawn: list[int | None] = []  # by the last plan
-        self.full = {
-            (request.id, choice): plain_loop(request, choice, limits.room)
-            for request in requests
-            for choice in range(request.n)
-        }
-
-    def run(self, plan: StepPlan) -> list[int | None]:
-        sources, destinations = {s for s, _ in plan.copies}, [d for _, d in plan.copies]
-        assert len({*destinations}) == len(destinations)
-        assert sources.isdisjoint(destinations)
-        for source, destination in plan.copies:
-            self.pages[destination] = list(self.pages[source])
-        written: set[tuple[int, int]] = set()
-        for chunk in plan.chunks:
-            full = self.full[chunk.request_id, chunk.choice]
-            # A token behind the last may be computed, but only where the end was not foreseen.
-            stale = chunk.end >= len(full)
-            assert not stale or (chunk.end == len(full) and chunk.follows is not None)
-            assert not stale or full[-1] in self.ends[chunk.request_id]
-            for position in range(chunk.start, chunk.end):
-                place = self._place(chunk, position)
-                assert place not in written
-                written.add(place)
-                self.pages[place[0]][place[1]] = "stale" if stale else full[: position + 1]
-        drawn = [self._compute(chunk) for chunk in plan.chunks]
-        self.drawn = drawn
-        self.plans.append(plan)
-        return drawn
-
-    def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
-        page, place = divmod(position, self.limits.page_size)
-        return chunk.pages[page], place
-
-    def _compute(self, chunk: Chunk) -> int | None:
-        full = self.full[chunk.request_id, chunk.choice]
-        tokens = chunk.token_ids
-        if chunk.follows is not None:
-            assert tokens == (0,)
-            followed = self.drawn[chunk.follows]
-            assert followed is not None
-            tokens = (followed,)
-        assert tokens == full[chunk.start : chunk.end]
-        assert len(chunk.pages) == -(-chunk.end // self.limits.page_size)
-        if chunk.end < len(full):
-            for position in range(self.limits.visible(chunk.start), chunk.end):
-                page, place = self._place(chunk, position)
-                assert self.pages[page][place] == full[: position + 1]
-        if not chunk.samples:
-            return None
-        if chunk.sampling.repetition_penalty != 1:
-            assert chunk.history == full[: chunk.end - 1]
-        return draw(full[: chunk.end], chunk.seed, chunk.forbidden)
-
-
-def drive(
-    scheduler: Scheduler,
-    device: Device,
-    goes_on: Callable[[], bool],
-    between: Callable[[], None] = lambda: None,
-) -> list[Event]:
-    """Steps until there is no work. Where `goes_on`, the next plan is made before the commit."""
-    events: list[Event] = []
-    pending: tuple[StepPlan, list[int | None]] | None = None
-    for now in range(3000):
-        events += scheduler.expire(now)
-        plan = scheduler.plan()
-        drawn = device.run(plan) if plan.chunks else []
-        between()
-        if pending is not None:
-            events += commit(scheduler, *pending)
-            between()
-        pending = (plan, drawn) if plan.chunks else None
-        if pending is not None and not goes_on():
-            events += commit(scheduler, *pending)
-            pending = None
-            between()
-        if not scheduler.has_work:
-            return events
-    raise AssertionError("it never ends")
-
-
-@st.composite
-def prompts(draw: st.DrawFn) -> tuple[int, ...]:
-    """Prompts that often begin like others."""
-    kind, shared, own = (draw(st.integers(0, top)) for top in (1, 14, 6))
-    head = tuple(100 * (kind + 1) + i for i in range(shared))
-    return (*head, *draw(st.lists(st.integers(10, 11), min_size=own or 1, max_size=own or 1)))
-
-
-@st.composite
-def worlds(draw: st.DrawFn) -> tuple[Limits, list[Request], Random]:
-    window = draw(st.sampled_from([None, None, 1, 3, 5, 9]))
-    size = limits(
-        num_pages=draw(st.integers(4, 14)),
-        page_size=draw(st.sampled_from([1, 2, 4])),
-        max_sequences=draw(st.integers(1, 4)),
-        max_step_tokens=draw(st.integers(4, 20)),
-        max_waiting=1000,
-        window=window,
-        prefix_reuse=draw(st.booleans()),
-    )
-    requests = [
-        Request(
-            id=str(number),
-            prompt_ids=draw(prompts()),
-            sampling=SamplingParams(
-                seed=draw(st.integers(0, 3)),
-                repetition_penalty=draw(st.sampled_from([1.0, 1.1])),
-            ),
-            max_tokens=draw(st.integers(1, 20)),
-            min_tokens=draw(st.sampled_from([0, 0, 4])),
-            eos_ids=frozenset(draw(st.sampled_from([(), (END,), (END, 1)]))),
-            n=draw(st.sampled_from([1, 1, 2, 3])),
-            deadline=draw(st.sampled_from([None, None, None, 5.0, 30.0])),
-        )
-        for number in range(draw(st.integers(1, 8)))
-    ]
-    return size, requests, Random(draw(st.integers(0, 2**32)))
-
-
-@settings(max_examples=300, deadline=None)
-@given(worlds(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.0, 0.05]))
-def test_every_answer_is_that_of_the_plain_loop(
-    world: tuple[Limits, list[Request], Random], pipelining: float, cancelling: float
-) -> None:
-    """Whatever is preempted, reused, forked, cut into chunks or planned ahead: each token sees all
-    of its own history and nothing else, every answer is whole, and no page is lost."""
-    size, requests, coin = world
-    scheduler, left, cancelled = Scheduler(size), list(requests), set[str]()
-    device = Device(size, requests)
-    refused = {one.id for one in requests if len(one.prompt_ids) >= size.room}
-
-    def between() -> None:
-        # First, so that there is work for as long as any request is left.
-        if coin.random() < cancelling:
-            name = coin.choice(requests).id
-            cancelled.add(name)
-            scheduler.cancel(name)
-        while left and (coin.random() < 0.3 or not scheduler.has_work):
-            one = left.pop()
-            if one.id in refused:
-                with pytest.raises(ContextTooLong):
-                    scheduler.add(one)
-            else:
-                scheduler.add(one)
-
-    between()
-    events = drive(scheduler, device, lambda: coin.random() < pipelining, between)
-    answers: dict[tuple[str, int], tuple[int, ...]] = {}
-    reasons: dict[tuple[str, int], FinishReason] = {}
-    for event in events:
-        key = event.request_id, event.choice
-        assert key not in reasons, "something happened after the end"
-        if event.drawn is not None:
-            answers[key] = (*answers.get(key, ()), event.drawn.token_id)
-        if event.finish_reason is not None:
-            reasons[key] = event.finish_reason
-    for one in requests:
-        for choice in range(one.n):
-            key = one.id, choice
-            whole = device.full[key][len(one.prompt_ids) :]
-            answer, reason = answers.get(key, ()), reasons.get(key)
-            if reason in (FinishReason.STOP, FinishReason.LENGTH):
-                assert answer == whole
-                assert (reason is FinishReason.STOP) == (whole[-1] in one.eos_ids)
-            else:
-                assert answer == whole[: len(answer)]
-                assert one.id in cancelled | refused or reason is FinishReason.DEADLINE
-    for plan in device.plans:
-        assert plan.num_tokens <= size.max_step_tokens
-        assert len(plan.chunks) <= size.max_sequences
-        singles = [len(chunk.token_ids) == 1 for chunk in plan.chunks]
-        assert singles == sorted(singles, reverse=True)
-    assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
-    assert scheduler.num_free_pages == size.num_pages
-    assert_known_pages_are_what_they_say(scheduler, device)
-
-
-def assert_known_pages_are_what_they_say(scheduler: Scheduler, device: Device) -> None:
-    for full in device.full.values():
-        pages, _ = scheduler._pool.match(full)
-        for i, page in enumerate(pages):
-            for place in range(scheduler.limits.page_size):
-                position = i * scheduler.limits.page_size + place
-                assert device.pages[page][place] == full[: position + 1]
 
 
 @pytest.mark.parametrize(
