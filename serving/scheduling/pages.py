@@ -136,9 +136,14 @@ class PagePool:
         """Returns how many of these pages no sequence holds."""
         return sum(self._holders[page] == 0 for page in pages)
 
-    def num_freed(self, tables: Iterable["PageTable"]) -> int:
-        """Returns the number of pages that are free once all these tables are released."""
+    def num_freed(self, tables: Iterable["PageTable"], kept: Iterable[int]) -> int:
+        """Returns the number of pages that are free once all these tables are released.
+
+        Those in `kept` are not counted, because somebody holds them again at once.
+        """
         held = Counter(page for table in tables for page in table.held)
+        for page in kept:
+            held.pop(page, None)
         return sum(self._holders[page] == count for page, count in held.items())
 
     def forget(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from serving.scheduling.request import Request
+from serving.scheduling.sequence import SequenceState
 
 
 class Proposer(Protocol):
@@ -17,3 +18,27 @@ class Proposer(Protocol):
             tokens: Prompt and answer so far, which must not be changed.
             count: Number of tokens that there is room for.
         """
+
+
+def propose(
+    proposer: Proposer, decodes: Sequence[SequenceState], budget: int
+) -> tuple[list[SequenceState], dict[SequenceState, tuple[int, ...]]]:
+    """Returns the sequences of the next step, and the guesses that are checked in it.
+
+    Sequences whose last token must be known first are left out of the step.
+
+    Args:
+        proposer: guesses.
+        decodes: sequences that lack one token.
+        budget: number of tokens of a step.
+    """
+    ready = [s for s in decodes if not (s.undrawn and s.may_be_guessed)]
+    guesses: dict[SequenceState, tuple[int, ...]] = {}
+    spare = budget - len(ready)
+    for sequence in ready:
+        count = min(spare, sequence.limit - len(sequence.tokens) - 1)
+        if sequence.may_be_guessed and count > 0:
+            proposed = proposer.propose(sequence.request, sequence.tokens, count)
+            guesses[sequence] = tuple(proposed[:count])
+            spare -= len(guesses[sequence])
+    return ready, guesses

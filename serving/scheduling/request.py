@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 from mixtral_jax.sampling_params import SamplingParams
+from serving.errors import ContextTooLong, InvalidRequest
+
+_MAX_ID = 2**31 - 1  # of a token: the device counts in 32 bits
 
 
 class FinishReason(Enum):
@@ -42,6 +45,33 @@ class Request:
     salt: bytes = b""  # prefixes are shared under the same salt only
     priority: Priority = Priority.INTERACTIVE
     suspect: bool = False  # computed in steps of its own, because it may end the engine
+
+    def check(self, room: int) -> None:
+        """Raises the errors that it deserves whatever else there is to do.
+
+        Args:
+            room: largest number of tokens of prompt and answer together.
+
+        Raises:
+            ContextTooLong: the prompt leaves no room for an answer.
+            InvalidRequest: the prompt is empty, or a number cannot be.
+        """
+        size = len(self.prompt_ids)
+        if not size:
+            raise InvalidRequest("the prompt is empty; give at least one token")
+        if size >= room:
+            raise ContextTooLong(
+                f"the prompt has {size} tokens; this server holds {room} tokens of prompt and "
+                "answer together: shorten the messages"
+            )
+        if not 0 <= min(self.prompt_ids) <= max(self.prompt_ids) <= _MAX_ID:
+            raise InvalidRequest(f"the prompt has an id outside 0 to {_MAX_ID}")
+        if self.n < 1:
+            raise InvalidRequest(f"n is {self.n}; ask for at least 1 choice")
+        if self.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {self.max_tokens}; ask for at least 1 token")
+        if self.min_tokens < 0:
+            raise InvalidRequest(f"min_tokens is {self.min_tokens}; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

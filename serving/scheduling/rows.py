@@ -191,7 +191,7 @@ class Rows:
 
             def suffices(others: Sequence[SequenceState]) -> bool:
                 running = len(self.running) - len(others)
-                freed = self._pool.num_freed(other.table for other in others)
+                freed = self._pool.num_freed((other.table for other in others), pages[first:])
                 enough = lacking <= self._pool.num_free + freed - running
                 return enough and running < self._limits.max_sequences
 
@@ -206,7 +206,8 @@ class Rows:
         table.grow(end)
         sequence.planned = cached
         if not sequence.was_seated:
-            sequence.was_seated, sequence.seated, sequence.cached = True, now, cached
+            sequence.was_seated, sequence.seated = True, now
+            sequence.cached = sequence.computed = cached
             self.prompt_tokens += len(sequence.tokens)
             self.prefix_hit_tokens += cached
         self._enter(sequence)

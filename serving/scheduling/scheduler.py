@@ -47,18 +47,16 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from secrets import randbits
 
-from serving.errors import ContextTooLong, InvalidRequest, Overloaded
+from serving.errors import Overloaded
 from serving.scheduling.budget import prompt_sizes
 from serving.scheduling.pages import PagePool
 from serving.scheduling.preemption import youngest
-from serving.scheduling.proposer import Proposer
+from serving.scheduling.proposer import Proposer, propose
 from serving.scheduling.queue import TurnQueue
 from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws
 from serving.scheduling.rows import Rows
 from serving.scheduling.sequence import SequenceState
 from serving.scheduling.step_plan import Limits, StepPlan
-
-_MAX_ID = 2**31 - 1  # of a token: the device counts in 32 bits
 
 
 class Scheduler:
@@ -133,7 +131,7 @@ class Scheduler:
             ContextTooLong: it can never fit.
             Overloaded: too many choices wait already, of all callers or of this one.
         """
-        _check(request, self.limits.room)
+        request.check(self.limits.room)
         self._queue.check_room(request.caller, request.n, self._rows.num_owed(request.caller))
         seed = request.sampling.seed
         seed = randbits(31) if seed is None else seed
@@ -209,7 +207,9 @@ class Scheduler:
         for sequence in ready:
             if remaining := sequence.remaining:
                 (decodes if remaining == 1 else prompts).append(sequence)
-        guesses = {} if self._proposer is None else self._guess(decodes)
+        guesses: dict[SequenceState, tuple[int, ...]] = {}
+        if self._proposer is not None:
+            decodes, guesses = propose(self._proposer, decodes, self.limits.max_step_tokens)
         draft: dict[SequenceState, int] = {}
         for sequence in decodes:
             self._claim(sequence, 1 + len(guesses.get(sequence, ())) if guesses else 1, draft)
@@ -350,21 +350,6 @@ class Scheduler:
                 return
         sequence.planned = len(sequence.tokens) - 1
 
-    def _guess(self, decodes: list[SequenceState]) -> dict[SequenceState, tuple[int, ...]]:
-        """Returns guesses that fit into the step, and takes out of `decodes` those whose last token
-        must be known first."""
-        assert self._proposer is not None
-        guesses: dict[SequenceState, tuple[int, ...]] = {}
-        decodes[:] = [s for s in decodes if not (s.undrawn and s.may_be_guessed)]
-        spare = self.limits.max_step_tokens - len(decodes)
-        for sequence in decodes:
-            count = min(spare, sequence.limit - len(sequence.tokens) - 1)
-            if sequence.may_be_guessed and count > 0:
-                proposed = self._proposer.propose(sequence.request, sequence.tokens, count)
-                guesses[sequence] = tuple(proposed[:count])
-                spare -= len(guesses[sequence])
-        return guesses
-
     def _drop(self, sequences: Iterable[SequenceState]) -> None:
         for sequence in sequences:
             if sequence.running:
@@ -372,23 +357,3 @@ class Scheduler:
             else:
                 self._queue.remove(sequence)
             sequence.table.release()
-
-
-def _check(request: Request, room: int) -> None:
-    """Raises the errors that a request deserves whatever else there is to do."""
-    prompt = len(request.prompt_ids)
-    if not prompt:
-        raise InvalidRequest("the prompt is empty; give at least one token")
-    if prompt >= room:
-        raise ContextTooLong(
-            f"the prompt has {prompt} tokens; this server holds {room} tokens of prompt and "
-            "answer together: shorten the messages"
-        )
-    if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) <= _MAX_ID:
-        raise InvalidRequest(f"the prompt has an id outside 0 to {_MAX_ID}")
-    if request.n < 1:
-        raise InvalidRequest(f"n is {request.n}; ask for at least 1 choice")
-    if request.max_tokens < 1:
-        raise InvalidRequest(f"max_tokens is {request.max_tokens}; ask for at least 1 token")
-    if request.min_tokens < 0:
-        raise InvalidRequest(f"min_tokens is {request.min_tokens}; it must be 0 or more")
