@@ -61,7 +61,7 @@ def _shares(needs: dict[Turn, int], budget: int) -> dict[Turn, int]:
     level = levels[bisect_right(levels, budget, key=lambda n: sum(shares(n).values())) - 1]
     result = shares(level)
     rest = budget - sum(result.values())
-    # What does not divide goes to those that were served the fewest, a token to each.
+    # Tokens that do not divide go to those that were served the fewest, one to each.
     for turn in sorted(needs, key=lambda turn: turn.served):
         if rest and needs[turn] > result[turn] and turn.served <= level:
             result[turn] += 1
