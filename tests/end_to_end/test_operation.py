@@ -112,6 +112,7 @@ def test_everything_that_watches(tmp_path: Path, collector: Collector) -> None:
         ]
         assert 'vllm:generation_tokens_total{model_name="tiny-random"} 7.0' in texts[0]
         assert 'mixtral_gateway_tokens_total{kind="completion"} 7.0' in texts[1]
+        assert all("\nmixtral_keys_reload_failed 0.0\n" in text for text in texts)
 
         # What was used survives the gateway, by all but its last second.
         (row,) = ask(server, "/usage").json()["data"]  # which also writes it

@@ -171,6 +171,15 @@ def test_an_entry_that_would_be_half_ignored_is_refused(
         file.read()
 
 
+def test_the_documented_entry_is_one(file: KeyFile) -> None:
+    page = (Path(__file__).parents[3] / "docs/secure.md").read_text(encoding="utf-8")
+    file.path.write_text(page.partition("```json\n")[2].partition("```")[0], encoding="utf-8")
+    file.path.chmod(0o600)
+    (key,) = file.read()
+    assert key.caller == Caller("alice", limits=CallerLimits(60, 100_000, 4))
+    assert key.digests[0].expires_at == 1_775_001_600
+
+
 def test_a_name_stands_once(file: KeyFile) -> None:
     entry = {"name": "alice", "sha256": FIRST, "created": ""}
     write(file, entry, entry | {"sha256": SECOND})
