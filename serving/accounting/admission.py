@@ -56,7 +56,7 @@ class Lease:
             Overloaded: They may use more than the caller has left of it.
         """
         if len(calls) > 1:
-            self._rates.enter(self._caller, len(calls) - 1)
+            self._rates.enter(self._caller, len(calls) - self._count, taken=self._count)
             self._count = len(calls)
         self._estimates = [estimate(call) for call in calls]
         least = sum(self._estimates) + sum(call.n or 1 for call in calls)

@@ -78,15 +78,20 @@ class RateLimits:
         self._buckets: dict[tuple[str, str], _Bucket] = {}  # (caller, "requests" or "tokens")
         self._running: dict[str, int] = {}  # requests by caller
 
-    def enter(self, caller: Caller, count: int = 1) -> None:
+    def enter(self, caller: Caller, count: int = 1, *, taken: int = 0) -> None:
         """Takes requests that begin now, which `leave` must end; or raises, and takes nothing.
+
+        Args:
+            caller: The caller.
+            count: The number of requests to take.
+            taken: The number that was taken before for the same HTTP request.
 
         Raises:
             InvalidRequest: They are more than the caller may ever have.
             Overloaded: They are too many now, or the caller has no tokens.
         """
-        self._check_running(caller, count)
-        self._check(caller, "requests", count)
+        self._check_running(caller, count, taken)
+        self._check(caller, "requests", count, taken)
         self._check(caller, "tokens", 1)  # how many it needs is not known yet
         requests = self._bucket(caller, "requests")
         if requests:
@@ -130,14 +135,14 @@ class RateLimits:
             if (bucket := self._bucket(caller, unit)) is not None
         }
 
-    def _check_running(self, caller: Caller, count: int) -> None:
+    def _check_running(self, caller: Caller, count: int, taken: int) -> None:
         limit = caller.limits.concurrent_requests or self._limits.concurrent_requests
         if limit is None:
             return
         limit = max(1, math.floor(limit * self._share))
-        if count > limit:
+        if (prompts := count + taken) > limit:
             raise InvalidRequest(
-                f"the request has {count} prompts, and this key may have {limit} requests at a "
+                f"the request has {prompts} prompts, and this key may have {limit} requests at a "
                 "time; send fewer prompts"
             )
         if self._running.get(caller.name, 0) + count > limit:
@@ -145,19 +150,19 @@ class RateLimits:
                 f"this key may have {limit} requests at a time; try again when one has ended"
             )
 
-    def _check(self, caller: Caller, unit: str, number: int) -> None:
-        """Raises unless the caller's bucket holds the number."""
+    def _check(self, caller: Caller, unit: str, number: int, taken: int = 0) -> None:
+        """Raises unless the caller's bucket holds the number beside those that were `taken`."""
         bucket = self._bucket(caller, unit)
         if bucket is None:
             return
         may = f"this key may use {bucket.per_minute:g} {unit} a minute"
-        if number > bucket.capacity:
+        if (whole := number + taken) > bucket.capacity:
             remedy = (
                 "lower max_tokens or n, or shorten the prompt"
                 if unit == "tokens"
                 else "send fewer prompts"
             )
-            raise InvalidRequest(f"the request may use {number:,} {unit}, and {may}; {remedy}")
+            raise InvalidRequest(f"the request may use {whole:,} {unit}, and {may}; {remedy}")
         if wait := bucket.wait(number):
             seconds = math.ceil(wait)
             raise Overloaded(f"{may}; try again in {seconds} seconds", retry_after=wait)

@@ -94,6 +94,8 @@ class Gateway:
         kind: Kind,
         unknown: parsing.UnknownFields,
         id_prefix: str = "",
+        *,
+        tells_cached: bool = False,
     ) -> Response:
         """Returns the answer to a request, at once or as a stream.
 
@@ -102,6 +104,7 @@ class Gateway:
             kind: The kind of request that its path is for.
             unknown: The vendor's rule for fields that its API does not have.
             id_prefix: The vendor's beginning of an answer's id; the request's id follows.
+            tells_cached: Whether the vendor's usage tells the cached tokens of a prompt.
 
         Raises:
             ServingError: The request is refused, or failed before the first token.
@@ -126,7 +129,7 @@ class Gateway:
             lease.reserve(calls, model.max_context)
             answer = self.service.ask(calls, record, kind.operation, asked.model, model.name)
             lease.follow(answer.tokens)
-            identity = Identity.new(model.name, id_prefix + record.id)
+            identity = Identity.new(model.name, id_prefix + record.id, tells_cached=tells_cached)
             response = await self._send(request, kind, asked, identity, answer, lease)
         except BaseException:
             lease.settle()  # unless it has been settled

@@ -80,11 +80,12 @@ class JoinedAnswers:
             await self._news.wait()
             while not self._arrived.empty():
                 chunks.append(self._arrived.get_nowait())
-            if not chunks and self._failure is not None:
+            if self._running:
+                self._news.clear()  # the end of one answer is no end of the whole
+            elif not chunks and self._failure is not None:
                 raise self._failure
-            if not self._running or self._failure is not None:
+            else:
                 break
-            self._news.clear()  # the end of one answer is no end of the whole
         return chunks
 
     def cancel(self) -> None:
@@ -104,7 +105,11 @@ class JoinedAnswers:
                     await self._arrived.put(chunk)
                     self._news.set()
         except Exception as error:
-            self._failure = self._failure or error
+            if self._failure is None:
+                self._failure = error
+                # What has come of the others is counted, so it is still passed on.
+                for other in self._answers:
+                    other.cancel()
         finally:
             self._running -= 1
             self._news.set()
@@ -115,6 +120,7 @@ class JoinedAnswers:
             return
         self._without_usage -= 1
         self._usage.prompt_tokens += chunk.usage.prompt_tokens
+        self._usage.cached_tokens += chunk.usage.cached_tokens
         self._usage.completion_tokens += chunk.usage.completion_tokens
         if self._without_usage:
             chunk.ClearField("usage")

@@ -53,6 +53,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
     def __init__(self) -> None:
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, str]] = []  # of the same calls
+        self.cached_tokens = 0  # of each prompt, as its usage says
         self.begun = threading.Event()
         self.cancelled = threading.Event()
         self._released = asyncio.Event()
@@ -117,6 +118,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 if choice == choices[-1]:
                     last.usage.prompt_tokens = len(request.chat.messages) or 1
                     last.usage.completion_tokens = said * len(choices)
+                    last.usage.cached_tokens = self.cached_tokens
                 yield last
         except asyncio.CancelledError:
             self.cancelled.set()

@@ -8,7 +8,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.gateway.dialect.fields import Described
+from pydantic import Field
+
+from serving.gateway.dialect.fields import Described, is_none
 from serving.proto import inference_pb2
 
 # JSON has no infinity. OpenAI's API writes this logarithm for a token without a probability.
@@ -21,8 +23,15 @@ _FINISH_REASONS = {
 Chunks = Sequence[inference_pb2.GenerateChunk]
 
 
+class PromptTokensDetails(Described):
+    """What is known of a prompt's tokens."""
+
+    cached_tokens: int
+    """Tokens that an earlier prompt of the caller had computed."""
+
+
 class Usage(Described):
-    """Tokens spent. Integers only: some clients add all the values up."""
+    """Tokens spent. Integers only on Azure's paths: some clients add all the values up."""
 
     prompt_tokens: int
     """Tokens of the rendered conversation."""
@@ -30,6 +39,8 @@ class Usage(Described):
     """Tokens generated."""
     total_tokens: int
     """The sum of both."""
+    prompt_tokens_details: PromptTokensDetails | None = Field(default=None, exclude_if=is_none)
+    """OpenAI's, on the paths of its clients, where tokens of the prompt were cached."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +51,26 @@ class Identity:
         id: The request's id, 32 hexadecimal digits, behind the vendor's prefix if it has one.
         created: Seconds since 1970.
         model: The served name.
+        tells_cached: Whether its usage tells the cached tokens of the prompt.
     """
 
     id: str
     created: int
     model: str
+    tells_cached: bool = False
 
     @classmethod
-    def new(cls, model: str, request_id: str | None = None) -> "Identity":
+    def new(
+        cls, model: str, request_id: str | None = None, *, tells_cached: bool = False
+    ) -> "Identity":
         """Returns the identity of an answer that begins now, under the request's id if it has one.
 
         Args:
             model: The served name.
             request_id: The answer's id; 32 random hexadecimal digits if absent.
+            tells_cached: Whether its usage tells the cached tokens of the prompt.
         """
-        return cls(request_id or uuid.uuid4().hex, int(time.time()), model)
+        return cls(request_id or uuid.uuid4().hex, int(time.time()), model, tells_cached)
 
 
 def finish_reason(chunk: inference_pb2.GenerateChunk) -> str:
@@ -62,10 +78,21 @@ def finish_reason(chunk: inference_pb2.GenerateChunk) -> str:
     return _FINISH_REASONS[chunk.finish_reason]
 
 
-def usage(chunk: inference_pb2.GenerateChunk) -> Usage:
-    """Returns the tokens spent, which the last chunk of an answer carries."""
+def usage(chunk: inference_pb2.GenerateChunk, *, tells_cached: bool = False) -> Usage:
+    """Returns the tokens spent, which the last chunk of an answer carries.
+
+    Args:
+        chunk: The last chunk.
+        tells_cached: Whether the cached tokens of the prompt are told, if there are any.
+    """
     prompt, generated = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-    return Usage(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
+    cached = chunk.usage.cached_tokens if tells_cached else 0
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=generated,
+        total_tokens=prompt + generated,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached) if cached else None,
+    )
 
 
 def finite_logprob(token: inference_pb2.TokenLogprob) -> float:

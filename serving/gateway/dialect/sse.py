@@ -41,6 +41,7 @@ class Events:
             f'"created":{identity.created},"model":{json.dumps(identity.model)},"choices":['
         )
         self._include_usage = include_usage
+        self._tells_cached = identity.tells_cached
 
     def opening(self, choices: int) -> bytes:
         """Returns the events that a stream of so many choices begins with, before any text."""
@@ -69,7 +70,7 @@ class Events:
         reason = f'"{finish_reason(chunk)}"'
         if not chunk.HasField("usage"):
             return text + self._event(chunk.choice, "", logprobs, reason)
-        spent = f',"usage":{usage(chunk).model_dump_json()}'
+        spent = f',"usage":{usage(chunk, tells_cached=self._tells_cached).model_dump_json()}'
         if not self._include_usage:
             return text + self._event(chunk.choice, "", logprobs, reason, spent)
         last = self._event(chunk.choice, "", logprobs, reason)

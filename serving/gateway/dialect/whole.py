@@ -80,7 +80,8 @@ class WholeAnswer:
         """
         for chunk in chunks:
             if chunk.HasField("usage"):
-                self._usage = usage(chunk).model_dump_json()
+                spent = usage(chunk, tells_cached=self._identity.tells_cached)
+                self._usage = spent.model_dump_json()
             if not (chunk.text or chunk.logprobs or chunk.finish_reason):
                 continue  # it says how far the prompt is computed
             choice = self._choices.get(chunk.choice)

@@ -7,12 +7,15 @@ from typing import Any
 import grpc
 import pytest
 
+from serving.access.caller import Caller, CallerLimits
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
-from serving.errors import ERROR_METADATA
+from serving.accounting.ledger import UsageLedger
+from serving.accounting.rate_limits import RateLimits
+from serving.errors import ERROR_METADATA, InvalidRequest, Overloaded, ServingError, from_grpc
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from serving.service.direct_calls import DirectCalls
@@ -31,7 +34,13 @@ class Noting(rpc.InferenceServicer):
     ) -> AsyncIterator[pb.GenerateChunk]:
         self.requests.append(request)
         yield pb.GenerateChunk(prompt_tokens=3)
+        if request.text == "wait":
+            yield pb.GenerateChunk(computed_tokens=2)
+            await asyncio.Event().wait()
         yield pb.GenerateChunk(text="x", token_ids=[1], finish_reason=pb.FINISH_REASON_STOP)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.Tokens:
+        return pb.Tokens(ids=[1])
 
 
 def served(
@@ -50,6 +59,30 @@ def served(
         await server.stop(0)
 
     asyncio.run(run())
+
+
+class Books:
+    """An admission, and what it has written down."""
+
+    def __init__(self, **limits: int) -> None:
+        self.rates = RateLimits(CallerLimits(**limits), clock=lambda: 1000.0)
+        self.accounts = Accounts(self.rates, UsageLedger())
+        self.admission = Admission(self.accounts, assumed_max_tokens=10)
+
+    async def written(self) -> list[tuple[str, int, int, int]]:
+        rows = await self.accounts.report(None)
+        return [
+            (row.caller, row.requests, row.prompt_tokens, row.completion_tokens) for row in rows
+        ]
+
+
+async def refusal(call: Any) -> ServingError:
+    """The error that a call ends with, as the clients of this repository read it."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    trailing: Any = caught.value.trailing_metadata()
+    return from_grpc(caught.value.code().name, str(caught.value.details()), trailing)
 
 
 def bearer(name: str) -> tuple[tuple[str, str], ...]:
@@ -103,3 +136,79 @@ def test_from_any_other_key_that_is_permission_denied(name: str, value: Any) -> 
         assert service.requests == []
 
     served(work)
+
+
+def test_direct_calls_are_limited_and_written_down_and_the_gateways_are_not() -> None:
+    books = Books(requests_per_minute=2)
+
+    async def work(stub: rpc.InferenceStub, service: Noting) -> None:
+        asked = pb.GenerateRequest(text="one")
+        for _ in range(5):
+            async for _ in stub.Generate(asked, metadata=bearer("gateway")):
+                pass
+        for _ in range(2):
+            async for _ in stub.Generate(asked, metadata=bearer("default")):
+                pass
+        error = await refusal(stub.Generate(asked, metadata=bearer("default")))
+        assert isinstance(error, Overloaded) and error.retry_after_ms == 30_000
+        assert "2 requests a minute" in str(error)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=bearer("default"))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(service.requests) == 7
+        assert await books.written() == [("default", 2, 6, 2)]
+
+    served(work, books.admission)
+    books.accounts.close()
+
+
+def test_a_direct_call_beyond_its_limit_is_refused_before_its_request_comes() -> None:
+    async def run() -> None:
+        books = Books(concurrent_requests=1)
+        access = Access(Keyring(KEYS))
+        calls = DirectCalls(books.admission, FIELDS, 512)
+        server = grpc.aio.server(interceptors=[AccessInterceptor(access, direct_calls=calls)])
+        rpc.add_InferenceServicer_to_server(Noting(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            waiting = rpc.InferenceStub(channel).Generate(
+                pb.GenerateRequest(text="wait"), metadata=bearer("default")
+            )
+            await waiting.read()
+            # On the wire a call of one request is a stream of requests, of which none is sent here.
+            open_call = channel.stream_stream("/mixtral.v1.Inference/Generate")
+            call = open_call(metadata=bearer("default"))
+            assert await asyncio.wait_for(call.code(), 10) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            waiting.cancel()
+        await server.stop(0)
+        books.accounts.close()
+
+    asyncio.run(run())
+
+
+def test_tokens_of_direct_calls_are_reserved() -> None:
+    books = Books(tokens_per_minute=30)
+
+    async def work(stub: rpc.InferenceStub, service: Noting) -> None:
+        def ask(**fields: Any) -> Any:
+            return stub.Generate(pb.GenerateRequest(**fields), metadata=bearer("default"))
+
+        error = await refusal(ask(text="one", max_tokens=31))
+        assert type(error) is InvalidRequest and "30 tokens a minute" in str(error)
+        error = await refusal(ask(text="one", max_tokens=5, n=7))
+        assert type(error) is InvalidRequest
+        first = ask(text="wait", max_tokens=20)
+        assert (await first.read()).prompt_tokens == 3
+        assert books.rates.allowances(Caller("default"))["tokens"].remaining == 30 - 23
+        assert isinstance(await refusal(ask(text="one", max_tokens=9)), Overloaded)
+        assert (await first.read()).computed_tokens == 2
+        first.cancel()
+        while not (written := await books.written()):
+            await asyncio.sleep(0.01)
+        assert written == [("default", 1, 2, 0)]  # what was computed before it was dropped
+        assert books.rates.allowances(Caller("default"))["tokens"].remaining == 30 - 2
+        assert books.rates._running == {}
+
+    served(work, books.admission)
+    books.accounts.close()
