@@ -107,7 +107,7 @@ class JoinedAnswers:
         except Exception as error:
             if self._failure is None:
                 self._failure = error
-                # What has come of the others is counted, so it is still passed on.
+                # The chunks of the others are counted already, so they are still passed on.
                 for other in self._answers:
                     other.cancel()
         finally:

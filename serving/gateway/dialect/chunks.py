@@ -24,7 +24,7 @@ Chunks = Sequence[inference_pb2.GenerateChunk]
 
 
 class PromptTokensDetails(Described):
-    """What is known of a prompt's tokens."""
+    """Kinds of a prompt's tokens."""
 
     cached_tokens: int
     """Tokens that an earlier prompt of the caller had computed."""
