@@ -238,8 +238,7 @@ def running_stack(
             ),
             access or Access(Keyring({"default": key})),
             limits=limits,
-            drain=drain,
-            **({"metrics": metrics} | dict(parts or {})),
+            **({"metrics": metrics, "drain": drain} | dict(parts or {})),
         )
         connections = Connections(http or HttpLimits(), metrics)
         config = uvicorn.Config(app, log_config=None, log_level="warning", ws="none")

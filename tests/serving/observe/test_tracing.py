@@ -8,6 +8,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from serving.observe.tracing import CLIENT, Traces
 
@@ -52,6 +53,29 @@ def test_a_trace_goes_on(traces: Traces, exporter: InMemorySpanExporter) -> None
         "traceparent": f"00-{TRACE}-{inner.context.span_id:016x}-01",
         "tracestate": "a=b",
     }
+
+
+def test_a_stranger_s_trace_is_linked_to(exporter: InMemorySpanExporter) -> None:
+    """Nobody else decides about sampling: a trace of our own begins, and goes on from there."""
+    provider = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    traces = Traces(provider, trusts_parents=False)
+    span = traces.begin("x", {"traceparent": PARENT[:-1] + "0", "tracestate": "a=b"})
+    carrier = dict(span.carrier())
+    span.end()
+    traces.begin("y", {}).end()
+    linked, alone = exporter.get_finished_spans()
+    assert linked.parent is None and linked.context is not None
+    assert f"{linked.context.trace_id:032x}" != TRACE
+    (link,) = linked.links
+    assert f"{link.context.trace_id:032x}-{link.context.span_id:016x}" == f"{TRACE}-{SPAN}"
+    assert list(carrier) == ["traceparent"] and TRACE not in carrier["traceparent"]
+    assert not alone.links
+    traces.close()
+
+
+def test_off_it_passes_no_stranger_s_trace_on() -> None:
+    assert Traces(trusts_parents=False).begin("x", {"traceparent": PARENT}).carrier() == []
 
 
 def test_without_a_parent_a_trace_begins(traces: Traces, exporter: InMemorySpanExporter) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import socket
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -24,10 +25,13 @@ from serving.accounting.accounts import Accounts
 from serving.accounting.ledger import UsageLedger
 from serving.accounting.rate_limits import RateLimits
 from serving.gateway.http.access_log import LOGGER
+from serving.gateway.http.drain import Drain
+from serving.gateway.http.failures import refuse_while_draining
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.observe.logs import JsonFormatter
 from serving.observe.tracing import Traces
 from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
+from tests.support.gateway import address
 
 ALICE = {"authorization": "Bearer alices-key"}
 OPERATOR = {"authorization": f"Bearer {KEY}"}
@@ -82,7 +86,11 @@ def watched(request: pytest.FixtureRequest) -> Iterator[Watched]:
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
+    drain = Drain(refuse_while_draining, refuse_while_draining, 0.0)
+    if wishes.get("drains"):
+        drain.begin()
     parts = {
+        "drain": drain,
         "accounts": Accounts(RateLimits(wishes.get("limits", CallerLimits())), UsageLedger()),
         "metrics": (metrics := GatewayMetrics()),
         "traces": Traces(provider),
@@ -299,6 +307,39 @@ def test_what_is_refused_costs_nothing(
     assert sum(counted.values()) == 1
     assert {key[2] for key in counted} == {str(status)}
     assert watched.get("/usage").json()["data"] == []
+
+
+def test_a_request_that_cannot_be_read_is_seen(
+    watched: Watched, lines: list[dict[str, Any]]
+) -> None:
+    with socket.create_connection(address(watched.stack), timeout=PATIENCE) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 400 ")
+    until(lambda: lines)
+    (line,) = lines
+    assert (line["client"], line["status"], line["outcome"]) == ("127.0.0.1", 400, "refused")
+    assert (line["error"], line["reason"]) == ("BadRequest", "this is not a request in HTTP/1.1")
+    assert watched.figures()["requests_total", "other", "400", "refused"] == 1
+
+
+@pytest.mark.parametrize("watched", [{"drains": True}], indirect=True)
+def test_a_refusal_while_it_drains_is_seen(watched: Watched, lines: list[dict[str, Any]]) -> None:
+    refused = watched.chat("one")
+    assert refused.status_code == 503 and refused.headers["connection"] == "close"
+    until(lambda: lines)
+    (line,) = lines
+    assert line["id"] == refused.headers["x-request-id"]
+    assert (line["status"], line["error"]) == (503, "ServiceUnavailable")
+    assert watched.figures()["requests_total", "other", "503", "whole"] == 1
+
+
+def test_a_stranger_leaves_no_span(watched: Watched, lines: list[dict[str, Any]]) -> None:
+    asking = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    assert watched.get("/info", headers=asking).status_code == 401
+    assert watched.get("/nowhere", headers=asking).status_code == 404
+    assert watched.get("/docs").status_code == 200
+    until(lambda: len(lines) == 3)
+    assert set(watched.spans()) == {"GET /docs"}
 
 
 def test_an_error_of_the_service_costs_nothing(watched: Watched) -> None:
