@@ -25,7 +25,6 @@ from serving.gateway.config import GatewayConfig
 from serving.gateway.http.access_log import AccessLog
 from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import answer_failures
-from serving.gateway.http.json_structure import JsonStructure
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.origin import OriginCheck
 from serving.gateway.openapi import document, page
@@ -90,7 +89,6 @@ def create_app(
                 app.state.gateway = Gateway(service, admission, fields, limits)
                 yield
         finally:
-            app.state.json_structure.close()
             accounts.close()
             traces.close()
 
@@ -104,7 +102,6 @@ def create_app(
         # A redirect would have clients repeat their key and body, or lose them.
         redirect_slashes=False,
     )
-    app.state.json_structure = JsonStructure()
     app.state.access = access
     app.state.accounts = accounts
     app.state.model_type = config.model_type

@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import DeadlineExceeded, RequestTooLarge, UnsupportedMedia
-from serving.gateway.http.json_structure import JsonStructure
 
 LIMIT = 4 * 2**20
 SECONDS = 30.0
@@ -29,8 +28,7 @@ async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECON
     """Returns the whole body.
 
     Args:
-        request: The request, of which nothing has been read. The state of its application has a
-            `json_structure`.
+        request: The request, of which nothing has been read.
         limit: The bytes that a body may have.
         seconds: The time that it may take to arrive.
 
@@ -38,7 +36,6 @@ async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECON
         UnsupportedMedia: The headers say that it is not JSON, or is compressed.
         RequestTooLarge: It has more bytes than `limit`.
         BodyTooSlow: It took longer than `seconds`.
-        InvalidRequest: It has more values than a request can use.
     """
     _check_type(request)
     too_large = RequestTooLarge(f"the body is larger than {limit:,} bytes; send a smaller one")
@@ -53,9 +50,7 @@ async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECON
                     raise too_large
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {seconds:g} seconds") from None
-    structure: JsonStructure = request.app.state.json_structure
-    await structure.check(content := bytes(body))
-    return content
+    return bytes(body)
 
 
 def _check_type(request: Request) -> None:
