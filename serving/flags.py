@@ -109,6 +109,13 @@ _MODEL_TYPE = Flag(
     None,
     "Type of the model in /info, for clients that expect another one than chat-completions.",
 )
+_HEARTBEAT_SECONDS = Flag(
+    "heartbeat_seconds",
+    float,
+    15.0,
+    "Seconds of silence after which a stream sends a chunk without choices.",
+    min=0.001,
+)
 _DRAIN_SECONDS = Flag(
     "drain_seconds",
     float,
@@ -447,12 +454,7 @@ GATEWAY = (
         "HOST:PORT",
     ),
     *(_HOST, _PORT),
-    Flag(
-        "heartbeat_seconds",
-        float,
-        15.0,
-        "Seconds of silence after which a stream sends a chunk without choices.",
-    ),
+    _HEARTBEAT_SECONDS,
     *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS),
     *_panel("Monitoring", _TRUST_TRACEPARENT, _LOG_PROMPTS, _USAGE_DB),
@@ -461,7 +463,7 @@ GATEWAY = (
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
-    *(DTYPE, _MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
+    *(DTYPE, _MODEL_TYPE, _HEARTBEAT_SECONDS, _DRAIN_SECONDS, _DRAIN_DELAY),
     *(*_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP, _GROUP_CA),
     *_panel(
         "Monitoring",
