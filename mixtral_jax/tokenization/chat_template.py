@@ -6,7 +6,7 @@ The template gets the surroundings that transformers documents: a sandboxed envi
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import NoReturn
 
@@ -22,6 +22,12 @@ from mixtral_jax.tokenization.messages import Message, check_text
 # This mark behind a message shows where the message ends in the text that a template writes. It
 # is a noncharacter, which Unicode keeps out of exchanged text. If text holds it, the last counts.
 _END_MARK = "\U0010fffe"
+
+
+# Characters that a template may write beside messages, and for each character of them. One that
+# writes each message before every later one would make a gigabyte of a megabyte.
+_MOST_TEXT, _MOST_GROWTH = 2**20, 4
+_MOST_REASON = 500  # characters
 
 
 class _Generation(jinja2.ext.Extension):
@@ -78,23 +84,25 @@ class ChatTemplate:
         With `continue_last` the last message is the beginning of that answer, and the text ends
         where the message does.
 
-        Raises ChatError if the template itself refuses the chat, writes what is not Unicode, or
-        does not write the last message as it is.
+        Raises ChatError if the template itself refuses the chat, writes what is not Unicode or
+        much more than the chat has, or does not write the last message as it is.
         """
         chat = [dict(message) for message in messages]
         last = messages[-1]["content"]
         if continue_last:
             chat[-1]["content"] = f"{last}{_END_MARK} "
         try:
-            text = self._template.render(
+            pieces = self._template.generate(
                 messages=chat,
                 tools=None,
                 documents=None,
                 add_generation_prompt=not continue_last,
                 **self.tokens,
             )
+            text = _joined(pieces, _MOST_TEXT + _MOST_GROWTH * sum(_size(m) for m in messages))
         except Exception as error:  # a template computes, and may fail like any program
-            raise ChatError(f"the model's chat template refuses this chat: {error}") from error
+            reason = str(error)[:_MOST_REASON]  # it may quote a message
+            raise ChatError(f"the model's chat template refuses this chat: {reason}") from error
         check_text(text, "what the model's chat template writes")
         return _cut_at_mark(text, last) if continue_last else text
 
@@ -135,6 +143,26 @@ class ChatTemplate:
                 "cannot be told from the same text in a message: write it out in the template"
             )
         return template
+
+
+def _size(message: Message) -> int:
+    """Return the characters of a message, and of what a template may write around it."""
+    return 256 + len(message["content"])
+
+
+def _joined(pieces: Iterable[str], most: int) -> str:
+    """Return the pieces as one text. Raises ChatError once they have more characters than `most`.
+
+    The sandbox bounds what one piece can be: `range` ends at 100,000.
+    """
+    written: list[str] = []
+    size = 0
+    for piece in pieces:
+        written.append(piece)
+        size += len(piece)
+        if size > most:
+            raise ChatError(f"it writes more than {most:,} characters")
+    return "".join(written)
 
 
 def _cut_at_mark(text: str, last: str) -> str:

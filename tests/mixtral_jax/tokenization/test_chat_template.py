@@ -96,3 +96,20 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
     tokenizer = load(write(tmp_path, template=template))
     with pytest.raises(ChatError, match="unsafe"):
         tokenizer.chat(turns("go"))
+
+
+def test_what_a_template_writes_has_a_bound() -> None:
+    """Each message and all before it: 2,000 messages of 1,000 characters would be 2 GB."""
+    source = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
+    template = ChatTemplate(source, {})
+    assert template.render(turns("a", "b", "c")) == "abcabcabc"
+    # 2**20 characters, and 4 for each of the messages' and of 256 around each of them.
+    with pytest.raises(ChatError, match="it writes more than 11,096,576 characters"):
+        template.render([say("user", "x" * 1000)] * 2000)
+
+
+def test_a_refusal_quotes_a_part_of_a_message() -> None:
+    template = ChatTemplate("{{ raise_exception('not ' + messages[0].content) }}", {})
+    with pytest.raises(ChatError) as caught:
+        template.render([say("user", "x" * 10_000)])
+    assert "refuses this chat: not xxx" in str(caught.value) and len(str(caught.value)) < 600
