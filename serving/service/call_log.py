@@ -15,9 +15,13 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health
 
+from serving.access.caller import GATEWAY
 from serving.errors import ERROR_METADATA
 from serving.observe.logs import fields
 from serving.proto import inference_pb2 as pb
+from serving.service.bounds import MAX_CALLER_BYTES
+from serving.service.health_checks import HealthCalls
+from serving.service.open_calls import OpenCalls
 
 LOGGER = "serving.service.call_log"
 _STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -81,15 +85,24 @@ class LoggedDetails:
 
 
 class CallLog(grpc.aio.ServerInterceptor):
-    """Logs every call.
+    """Logs every call, and holds calls to the bounds of those that are open.
 
     Args:
         interceptor: Decides on the calls, and may write the caller into `LoggedDetails.line`; what
             it refuses is logged too.
+        open_calls: Bounds the calls of each caller.
+        health_calls: Bounds the health checks.
     """
 
-    def __init__(self, interceptor: grpc.aio.ServerInterceptor) -> None:
+    def __init__(
+        self,
+        interceptor: grpc.aio.ServerInterceptor,
+        open_calls: OpenCalls,
+        health_calls: HealthCalls,
+    ) -> None:
         self._interceptor = interceptor
+        self._open_calls = open_calls
+        self._health_calls = health_calls
 
     async def intercept_service(
         self,
@@ -106,41 +119,52 @@ class CallLog(grpc.aio.ServerInterceptor):
 
         details: Any = LoggedDetails(method, metadata, line)
         handler = await self._interceptor.intercept_service(proceed, details)
-        is_logged = handler is not None and not method.startswith(f"/{health.SERVICE_NAME}/")
-        return _logged(handler, line) if is_logged else handler
+        if handler is None:
+            return None
+        if method.startswith(f"/{health.SERVICE_NAME}/"):
+            return self._health_calls.bounded(handler)
+        caller = None if line.caller == GATEWAY else line.caller
+        return _logged(self._open_calls.bounded(handler, caller), line)
 
 
 def _logged(handler: Any, line: CallLine) -> Any:
-    """Returns a handler of the same kind that writes the line when its call is over."""
+    """Returns a handler that writes the line when its call is over.
 
-    async def whole(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        with _writing(line, context, request):
-            return await (handler.stream_unary or handler.unary_unary)(request, context)
+    Args:
+        handler: One that takes a stream of requests.
+        line: The line.
+    """
 
-    async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        answer = (handler.stream_stream or handler.unary_stream)(request, context)
-        with _writing(line, context, request):
-            async with aclosing(answer) as items:
+    async def whole(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+        with _writing(line, context):
+            return await handler.stream_unary(_noted(requests, line), context)
+
+    async def stream(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        with _writing(line, context):
+            async with aclosing(handler.stream_stream(_noted(requests, line), context)) as items:
                 async for item in items:
                     line.add(item)
                     yield item
 
-    kinds: dict[tuple[bool, bool], tuple[Callable[..., Any], Callable[..., Any]]] = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, whole),
-        (False, True): (grpc.unary_stream_rpc_method_handler, stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, whole),
-        (True, True): (grpc.stream_stream_rpc_method_handler, stream),
-    }
-    make, behaviour = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
-    return make(
-        behaviour,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(
+            stream, handler.request_deserializer, handler.response_serializer
+        )
+    return grpc.stream_unary_rpc_method_handler(
+        whole, handler.request_deserializer, handler.response_serializer
     )
 
 
+async def _noted(requests: Any, line: CallLine) -> AsyncIterator[Any]:
+    """Passes requests on; from one of a gateway the line has its caller."""
+    async for request in requests:
+        if isinstance(request, pb.GenerateRequest) and request.caller and line.caller == GATEWAY:
+            line.caller = request.caller[:MAX_CALLER_BYTES]
+        yield request
+
+
 @contextmanager
-def _writing(line: CallLine, context: grpc.aio.ServicerContext, request: object) -> Iterator[None]:
+def _writing(line: CallLine, context: grpc.aio.ServicerContext) -> Iterator[None]:
     """Writes the line when the block ends, whatever its end is."""
     status = None
     peer = context.peer() or ""  # not at the end: gRPC may have freed the call by then
@@ -153,8 +177,6 @@ def _writing(line: CallLine, context: grpc.aio.ServicerContext, request: object)
         status = _status_of(context) if _status_of(context) != "OK" else "UNKNOWN"
         raise
     finally:
-        if isinstance(request, pb.GenerateRequest) and request.caller:
-            line.caller = request.caller  # for whom the gateway asks
         trailing: Any = context.trailing_metadata() or ()
         error = next((str(value) for key, value in trailing if key == ERROR_METADATA), None)
         line.write(status or _status_of(context), peer, error)

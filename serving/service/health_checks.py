@@ -4,57 +4,63 @@ from collections import Counter
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
-MAX_WATCHES = 1024
-"""Watches of all clients together."""
-_MAX_WATCHES_OF_ADDRESS = 64  # gateways of one machine share an address
+from serving.errors import ServingError
+from serving.service.open_calls import REQUEST_SECONDS, counted, first_request, host_of
+from serving.service.refusal import abort
+
+MAX_HEALTH_CALLS = 1024
+"""Checks and watches of all clients together."""
+MAX_CALLS_OF_ADDRESS = 64
+"""Those of one address, which the gateways of a machine share."""
 _MAX_NAME = 200  # characters of a service's name
 
 
-class HealthChecks(health.aio.HealthServicer):  # type: ignore[name-defined]
-    """Tells the health of the server to whoever asks.
+class HealthCalls:
+    """Bounds the calls of a server's health, of which a watch lives as long as its client.
 
-    A client holds a watch for as long as it lives, so that their number is limited, for each
-    address too. A watch beyond that ends with UNIMPLEMENTED, at which gRPC's clients send their
-    calls without watching (gRFC A17); any other status would keep a gateway from its service.
+    A call beyond the bounds ends with UNIMPLEMENTED, at which gRPC's clients send their calls
+    without watching (gRFC A17). Any other status would keep a gateway from its service.
+
+    Args:
+        request_seconds: Time in which a call's request must have come.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._watches: Counter[str] = Counter()  # by address
+    def __init__(self, request_seconds: float = REQUEST_SECONDS) -> None:
+        self._request_seconds = request_seconds
+        self._open: Counter[str] = Counter()  # by address
 
-    async def Check(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> Any:
-        """Returns the health of a service by its name."""
-        await _check_name(request, context)
-        return await super().Check(request, context)
+    def bounded(self, handler: Any) -> Any:
+        """Returns the handler of Check or Watch with the bounds."""
 
-    async def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        """Streams the health of a service whenever it changes."""
-        await _check_name(request, context)
-        address = (context.peer() or "").rpartition(":")[0]
-        if (
-            self._watches.total() >= MAX_WATCHES
-            or self._watches[address] >= _MAX_WATCHES_OF_ADDRESS
-        ):
-            await context.abort(
-                grpc.StatusCode.UNIMPLEMENTED, "too many watches of this server's health"
-            )
-        self._watches[address] += 1
+        async def answer(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            address = host_of(context)
+            if (
+                self._open.total() >= MAX_HEALTH_CALLS
+                or self._open[address] >= MAX_CALLS_OF_ADDRESS
+            ):
+                await context.abort(
+                    grpc.StatusCode.UNIMPLEMENTED, "too many watches of this server's health"
+                )
+            with counted(self._open, address):
+                request = await self._request(requests, context)
+                return await (handler.unary_unary or handler.unary_stream)(request, context)
+
+        make = grpc.stream_unary_rpc_method_handler
+        if handler.response_streaming:
+            make = grpc.stream_stream_rpc_method_handler
+        return make(answer, handler.request_deserializer, handler.response_serializer)
+
+    async def _request(
+        self, requests: Any, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckRequest:
         try:
-            await super().Watch(request, context)
-        finally:
-            self._watches[address] -= 1
-            if not self._watches[address]:
-                del self._watches[address]
-
-
-async def _check_name(
-    request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-) -> None:
-    if len(request.service) > _MAX_NAME:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the service's name is too long")
+            request: health_pb2.HealthCheckRequest = await first_request(
+                requests, self._request_seconds
+            )
+        except ServingError as error:
+            await abort(context, error)
+        if len(request.service) > _MAX_NAME:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the service's name is too long")
+        return request

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -30,8 +31,9 @@ from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
 from serving.service.choice_text import AnswerText
 from serving.service.direct_calls import DirectCalls
-from serving.service.health_checks import MAX_WATCHES, HealthChecks
+from serving.service.health_checks import MAX_HEALTH_CALLS, HealthCalls
 from serving.service.interceptor import AccessInterceptor
+from serving.service.open_calls import OpenCalls, host_of
 from serving.service.read_request import BYTES_PER_TOKEN, Translator
 from serving.service.reflection import add_reflection
 from serving.service.refusal import abort
@@ -56,11 +58,11 @@ _OPTIONS = (
     # next request fails.
     ("grpc.http2.max_ping_strikes", 0),
 )
-# Calls that a connection may have beyond what the engine can hold, so that a gateway's calls come
-# here to be refused, instead of waiting in its connection.
+# Calls that a caller may have beyond what the engine can hold.
 _SPARE_CALLS = 100
-# Connections that may be full of calls at the same time.
-_FULL_CONNECTIONS = 4
+# Callers who may have as many calls at the same time. A gateway's count as those of one caller or
+# more, and beyond them all gRPC refuses with RESOURCE_EXHAUSTED.
+_FULL_CALLERS = 4
 _log = logging.getLogger(__name__)
 
 
@@ -127,7 +129,7 @@ class InferenceService(rpc.InferenceServicer):
             self._translator.check(request)
             work = partial(self._translator.tokens, request)
             # The caller of these short calls is told by its address.
-            return await self._tokenizing.run(_host_of(context), work)
+            return await self._tokenizing.run(host_of(context), work)
         except Exception as error:
             await abort(context, _failure(error))
 
@@ -201,25 +203,28 @@ async def create_server(
     admission: Admission | None = None,
     fields: CallerFields | None = None,
     max_calls: int = 256,
-) -> tuple[grpc.aio.Server, int, HealthChecks]:
+) -> tuple[grpc.aio.Server, int, Any]:
     """A started server on `address` (port 0 chooses one): (server, port, health), SERVING.
 
     Calls of others than the gateway are admitted and charged by `admission`, by default without
     limits, and marked by `fields`. `max_calls` is the number of requests that the engine can hold:
-    a connection may have 100 calls more. Raises OSError if the address is taken.
+    a caller may have 100 calls more, which are refused by name. Raises OSError if the address is
+    taken.
     """
     direct_calls = DirectCalls(
         admission or Admission(Accounts()), fields or CallerFields(None), service.max_context
     )
     doorkeeper = AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"}, direct_calls=direct_calls)
-    streams = max_calls + _SPARE_CALLS
+    most = max_calls + _SPARE_CALLS
+    rpcs = most * _FULL_CALLERS + MAX_HEALTH_CALLS
     server = grpc.aio.server(
-        interceptors=[CallLog(doorkeeper)],
-        options=[*_OPTIONS, ("grpc.max_concurrent_streams", streams)],
-        maximum_concurrent_rpcs=streams * _FULL_CONNECTIONS + MAX_WATCHES,
+        interceptors=[CallLog(doorkeeper, OpenCalls(most), HealthCalls())],
+        # A stream beyond these is reset, which tells its caller nothing: calls end before that.
+        options=[*_OPTIONS, ("grpc.max_concurrent_streams", 2 * rpcs)],
+        maximum_concurrent_rpcs=rpcs,
     )
     rpc.add_InferenceServicer_to_server(service, server)
-    checks = HealthChecks()
+    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     add_reflection((SERVICE_NAME, health.SERVICE_NAME), server)
     try:
@@ -234,12 +239,7 @@ async def create_server(
     return server, port, checks
 
 
-def _host_of(context: grpc.aio.ServicerContext) -> str:
-    """Returns the address of a call's sender without its port."""
-    return (context.peer() or "").rpartition(":")[0]
-
-
-async def set_serving(checks: HealthChecks, serving: bool) -> None:
+async def set_serving(checks: Any, serving: bool) -> None:
     """Sets the answer of grpc.health.v1 for the server as a whole and for Inference."""
     status = (
         health_pb2.HealthCheckResponse.SERVING

@@ -20,6 +20,8 @@ from tests.support.bystander import (
     ATTACKER,
     CONTEXT,
     PATIENCE,
+    POOR,
+    POOR_TOKENS,
     Endpoint,
     attacked,
     endpoint,
@@ -234,3 +236,13 @@ def test_a_chat_that_renders_to_nothing(victim: Endpoint) -> None:
             answer = client.post("/v1/chat/completions", json=body)
             assert answer.status_code == 400, answer.text
             assert "makes no text of these messages" in answer.text
+
+
+def test_32_at_once_under_a_limit_of_50_tokens_a_minute(victim: Endpoint) -> None:
+    body = chat(max_tokens=16, ignore_eos=True)
+    with attacked(victim), victim.client(POOR) as client, ThreadPoolExecutor(32) as pool:
+        sent = [pool.submit(client.post, "/v1/chat/completions", json=body) for _ in range(32)]
+        answers = [answer.result() for answer in sent]
+    good = [answer.json()["usage"] for answer in answers if answer.status_code == 200]
+    assert sum(usage["total_tokens"] for usage in good) <= POOR_TOKENS
+    assert {answer.status_code for answer in answers} <= {200, 429}

@@ -1,0 +1,122 @@
+"""Open calls: their number is bounded for each caller, and their request must come soon.
+
+gRPC counts a call as soon as its head has come. Whoever sent heads without requests would fill the
+server's number of calls, so that here a handler begins with the head, and waits for its request.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import grpc
+
+from serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
+from serving.service.refusal import abort
+
+REQUEST_SECONDS = 30.0
+"""Seconds from the head of a call to the end of its request."""
+
+
+class OpenCalls:
+    """Counts the calls that are open.
+
+    Args:
+        most: Calls that one caller may have open.
+        request_seconds: Time in which a call's request must have come.
+    """
+
+    def __init__(self, most: int, request_seconds: float = REQUEST_SECONDS) -> None:
+        self._most = most
+        self._request_seconds = request_seconds
+        self._open: Counter[str] = Counter()  # by caller
+
+    def bounded(self, handler: Any, caller: str | None) -> Any:
+        """Returns a method's handler with these bounds.
+
+        Args:
+            handler: That of the method, or of its refusal.
+            caller: The caller's name; None for a stranger, who is refused at once, and for a
+                gateway, which asks for many.
+        """
+
+        async def whole(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                with self._counted(caller):
+                    request = await self._request(handler, requests)
+                    answer = handler.stream_unary or handler.unary_unary
+                    return await answer(request, context)
+            except ServingError as error:
+                await abort(context, error)
+
+        async def stream(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            try:
+                with self._counted(caller):
+                    request = await self._request(handler, requests)
+                    answer = handler.stream_stream or handler.unary_stream
+                    async with aclosing(answer(request, context)) as items:
+                        async for item in items:
+                            yield item
+            except ServingError as error:
+                await abort(context, error)
+
+        # Handlers that take a stream of requests begin before the first of them has come.
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                stream, handler.request_deserializer, handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(
+            whole, handler.request_deserializer, handler.response_serializer
+        )
+
+    @contextmanager
+    def _counted(self, caller: str | None) -> Iterator[None]:
+        if caller is None:
+            yield
+            return
+        if self._open[caller] >= self._most:
+            raise Overloaded(f"{self._most} calls of yours are open already; end some first")
+        with counted(self._open, caller):
+            yield
+
+    async def _request(self, handler: Any, requests: Any) -> Any:
+        if handler.request_streaming:
+            return requests
+        return await first_request(requests, self._request_seconds)
+
+
+@contextmanager
+def counted(counts: "Counter[str]", name: str) -> Iterator[None]:
+    """Counts a name during the block."""
+    counts[name] += 1
+    try:
+        yield
+    finally:
+        counts[name] -= 1
+        if not counts[name]:
+            del counts[name]
+
+
+async def first_request(requests: Any, seconds: float) -> Any:
+    """Returns the first of a call's requests.
+
+    Raises:
+        DeadlineExceeded: It has not come within `seconds`.
+        InvalidRequest: There is none.
+    """
+    reading = asyncio.ensure_future(anext(aiter(requests)))
+    try:
+        done, _ = await asyncio.wait([reading], timeout=seconds)
+        if not done:
+            raise DeadlineExceeded(f"no request has come within {seconds:g} seconds")
+        return reading.result()
+    except StopAsyncIteration:
+        raise InvalidRequest("the call has no request") from None
+    finally:
+        reading.cancel()
+
+
+def host_of(context: grpc.aio.ServicerContext) -> str:
+    """Returns the address of a call's sender without its port."""
+    return (context.peer() or "").rpartition(":")[0]

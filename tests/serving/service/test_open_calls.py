@@ -1,0 +1,87 @@
+"""Calls that are open: so many of a caller, and none without a request."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from serving.errors import ERROR_METADATA
+from serving.service.open_calls import OpenCalls
+
+
+class Echo(grpc.aio.ServerInterceptor):
+    """Answers every method with its request, once `gate` is set, within the bounds."""
+
+    def __init__(self, calls: OpenCalls) -> None:
+        self.gate = asyncio.Event()
+        self._calls = calls
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        async def whole(request: bytes, context: object) -> bytes:
+            await self.gate.wait()
+            return request
+
+        async def stream(request: bytes, context: object) -> AsyncIterator[bytes]:
+            await self.gate.wait()
+            yield request
+
+        caller = dict(handler_call_details.invocation_metadata).get("caller")
+        handler: Any = grpc.unary_unary_rpc_method_handler(whole)
+        if handler_call_details.method == "/a/stream":
+            handler = grpc.unary_stream_rpc_method_handler(stream)
+        return self._calls.bounded(handler, caller)
+
+
+@asynccontextmanager
+async def echoing(most: int, seconds: float) -> AsyncIterator[tuple[Echo, grpc.aio.Channel]]:
+    echo = Echo(OpenCalls(most, seconds))
+    server = grpc.aio.server(interceptors=[echo])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield echo, channel
+    await server.stop(0)
+
+
+def test_a_caller_has_so_many_calls_and_others_have_theirs() -> None:
+    async def run() -> None:
+        async with echoing(2, 30.0) as (echo, channel):
+            ask, stream = channel.unary_unary("/a/whole"), channel.unary_stream("/a/stream")
+            alice, bob = (("caller", "alice"),), (("caller", "bob"),)
+            held: list[Any] = [ask(b"1", metadata=alice), stream(b"2", metadata=alice)]
+            while echo._calls._open["alice"] < 2:
+                await asyncio.sleep(0.01)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask(b"3", metadata=alice)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert dict(caught.value.trailing_metadata())[ERROR_METADATA] == "Overloaded"
+            gateway, other = ask(b"4"), ask(b"5", metadata=bob)  # None is bounded by itself
+            echo.gate.set()
+            assert [await held[0], await gateway, await other] == [b"1", b"4", b"5"]
+            assert [item async for item in held[1]] == [b"2"]
+            assert await ask(b"6", metadata=alice) == b"6"
+            while echo._calls._open:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+@pytest.mark.parametrize("method", ["/a/whole", "/a/stream"])
+def test_a_head_without_a_request_ends(method: str) -> None:
+    async def run() -> None:
+        async with echoing(1, 0.05) as (echo, channel):
+            call = channel.stream_stream(method)(metadata=(("caller", "alice"),))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            call = channel.stream_stream(method)(metadata=(("caller", "alice"),))
+            await call.done_writing()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert not echo._calls._open
+
+    asyncio.run(asyncio.wait_for(run(), 30))
