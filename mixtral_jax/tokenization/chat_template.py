@@ -150,8 +150,8 @@ def _size(message: Message) -> int:
     return 256 + len(message["content"])
 
 
-def _joined(pieces: Iterable[str], most: int) -> str:
-    """Return the pieces as one text. Raises ChatError once they have more characters than `most`.
+def _joined(pieces: Iterable[str], max_chars: int) -> str:
+    """Return the pieces as one text. Raises ChatError once they have more characters than `max_chars`.
 
     The sandbox bounds what one piece can be: `range` ends at 100,000.
     """
@@ -160,8 +160,8 @@ def _joined(pieces: Iterable[str], most: int) -> str:
     for piece in pieces:
         written.append(piece)
         size += len(piece)
-        if size > most:
-            raise ChatError(f"it writes more than {most:,} characters")
+        if size > max_chars:
+            raise ChatError(f"it writes more than {max_chars:,} characters")
     return "".join(written)
 
 

@@ -23,12 +23,12 @@ class OpenCalls:
     """Counts the calls that are open.
 
     Args:
-        most: Calls that one caller may have open.
+        max_calls: Calls that one caller may have open.
         request_seconds: Time in which a call's request must have come.
     """
 
-    def __init__(self, most: int, request_seconds: float = REQUEST_SECONDS) -> None:
-        self._most = most
+    def __init__(self, max_calls: int, request_seconds: float = REQUEST_SECONDS) -> None:
+        self._max_calls = max_calls
         self._request_seconds = request_seconds
         self._open: Counter[str] = Counter()  # by caller
 
@@ -75,8 +75,8 @@ class OpenCalls:
         if caller is None:
             yield
             return
-        if self._open[caller] >= self._most:
-            raise Overloaded(f"{self._most} calls of yours are open already; end some first")
+        if self._open[caller] >= self._max_calls:
+            raise Overloaded(f"{self._max_calls} calls of yours are open already; end some first")
         with counted(self._open, caller):
             yield
 

@@ -215,10 +215,10 @@ async def create_server(
         admission or Admission(Accounts()), fields or CallerFields(None), service.max_context
     )
     doorkeeper = AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"}, direct_calls=direct_calls)
-    most = max_calls + _SPARE_CALLS
-    rpcs = most * _FULL_CALLERS + MAX_HEALTH_CALLS
+    calls_of_caller = max_calls + _SPARE_CALLS
+    rpcs = calls_of_caller * _FULL_CALLERS + MAX_HEALTH_CALLS
     server = grpc.aio.server(
-        interceptors=[CallLog(doorkeeper, OpenCalls(most), HealthCalls())],
+        interceptors=[CallLog(doorkeeper, OpenCalls(calls_of_caller), HealthCalls())],
         # A stream beyond these is reset, which tells its caller nothing: calls end before that.
         options=[*_OPTIONS, ("grpc.max_concurrent_streams", 2 * rpcs)],
         maximum_concurrent_rpcs=rpcs,
