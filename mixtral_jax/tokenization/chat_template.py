@@ -151,7 +151,7 @@ def _size(message: Message) -> int:
 
 
 def _joined(pieces: Iterable[str], max_chars: int) -> str:
-    """Return the pieces as one text. Raises ChatError once they have more characters than `max_chars`.
+    """Return the pieces as one text. Raises ChatError if it has more than `max_chars` characters.
 
     The sandbox bounds what one piece can be: `range` ends at 100,000.
     """
