@@ -87,6 +87,7 @@ class Engine:
         self._broadcast = broadcast
         self._masks = masks
         self._open: _Step | None = None  # launched, and not committed
+        self._last_events: list[Event] = []  # of the turn before
         self._suspects = Suspects()
 
     @property
@@ -140,14 +141,16 @@ class Engine:
                 fault = _Fault(before, error)
             else:
                 events += self.scheduler.commit(before.plans, drawn)
-                self._note_passed(before, events)
+                trusted = self._suspects.passed(before.plans)
+                if trusted:
+                    self.scheduler.trust(trusted)
         if self._masks is not None:
             self._masks.advance(events)
         if step is not None and fault is None and step.launched is None:
             fault = self._draw(step, walked)
         if fault is not None:
             return events + self._recover(fault, step, events)
-        self._open = step
+        self._open, self._last_events = step, events
         return events
 
     def _plan(self) -> _Step | None:
@@ -165,15 +168,6 @@ class Engine:
             return _Fault(step, error)
         return None
 
-    def _note_passed(self, step: _Step, events: list[Event]) -> None:
-        """Trusts the suspects that have come as far as they were when a step failed."""
-        trusted = self._suspects.passed(step.plans)
-        if trusted:
-            self.scheduler.trust(trusted)
-        if self._suspects:
-            for request_id, choice in _ended(events):
-                self._suspects.forget(request_id, choice)
-
     def _recover(self, fault: _Fault, newest: _Step | None, events: list[Event]) -> list[Event]:
         """Makes the engine work again after a fault.
 
@@ -188,10 +182,12 @@ class Engine:
         if self._broadcast is not None:
             raise fault.error
         plans = fault.step.plans
-        culprit, suspects = self._suspects.failed(plans, self.scheduler.suspects, _ended(events))
+        ended = _ended(self._last_events) | _ended(events)
+        culprit, suspects = self._suspects.failed(plans, self.scheduler.suspects, ended)
         if self._suspects.is_hopeless:
             raise fault.error
         self.scheduler.suspect(suspects)
+        self._suspects.keep(self.scheduler.suspects)  # some have ended since they were planned
         is_unharmed = fault.step is newest and self._device.is_intact()
         num_requests = len({chunk.request_id for plan in plans for chunk in plan.chunks})
         _log.error(

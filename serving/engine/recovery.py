@@ -43,6 +43,12 @@ class Suspects:
         if choice is None or not target:
             self._targets.pop(request_id, None)
 
+    def keep(self, request_ids: Collection[str]) -> None:
+        """Forgets all but these."""
+        self._targets = {
+            name: target for name, target in self._targets.items() if name in request_ids
+        }
+
     def passed(self, plans: Sequence[StepPlan]) -> Collection[str]:
         """Notes a step that did not fail; returns the suspects that are trusted now."""
         self._failures_in_a_row = 0
@@ -93,7 +99,7 @@ class Suspects:
                 targets.setdefault(chunk.request_id, {})[chunk.choice] = chunk.end
         known = {chunk.request_id for plan in self._last_good for chunk in plan.chunks}
         newest = targets.keys() - known
-        if newest and newest != targets.keys():
+        if newest:
             targets = {name: target for name, target in targets.items() if name in newest}
         self._targets.update(targets)
         return None, targets.keys()

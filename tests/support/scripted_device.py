@@ -3,7 +3,7 @@
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from serving.engine.device import Masks
@@ -11,8 +11,9 @@ from serving.scheduling.request import Drawn, Request, RowDraws
 from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 VOCAB = 97
-Place = Literal["before", "after", "drawn"]
-"""Where a step fails: before its launch has touched a page, after that, or when it is read."""
+Place = Literal["before", "after", "drawn", "answer"]
+"""Where a step fails: before its launch has touched a page, after that, when it is read, or when it
+is read and the pages are whole."""
 Script = Callable[[int, Sequence[StepPlan]], Place | None]
 """Says where a step fails, by its number from 0 and its plans."""
 
@@ -87,7 +88,7 @@ class ScriptedDevice:
             raise DeviceFault(f"step {number}, after its launch")
         read = [self._read(chunk) if chunk.samples else None for chunk in plan.chunks]
         self.num_guesses += sum(chunk.guesses for chunk in plan.chunks)
-        return ScriptedWalk(plan, read, number, fails=place == "drawn")
+        return ScriptedWalk(plan, read, number, fails=place)
 
     def draw(self, walked: "ScriptedWalk", masks: Masks) -> "ScriptedStep":
         return self._draw(walked, masks)
@@ -113,7 +114,7 @@ class ScriptedDevice:
         self._drawn = [row.token_id if isinstance(row, Drawn) else None for row in drawn]
         self.plans.append(walked.plan)
         self.masks.append(masks)
-        if walked.fails:
+        if walked.fails == "drawn":
             self._lose_pages()
         return ScriptedStep(self, drawn, walked)
 
@@ -166,7 +167,7 @@ class ScriptedWalk:
     plan: StepPlan
     read: list[list[int] | None]
     number: int
-    fails: bool = field(kw_only=True)
+    fails: Place | None
 
 
 @dataclass

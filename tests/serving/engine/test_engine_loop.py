@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,9 +117,11 @@ class EvenTokens:
             place = self.known.get((chunk.request_id, chunk.choice), 0)
             if place < chunk.end - chunk.prompt_length:
                 late.add((0, i))  # it follows a token that was never drawn
+                allowed[-1] = None
                 continue
             if self.num_masks in self.late_ones:
                 late.add((0, i))
+                allowed[-1] = None
             elif (chunk.request_id, place) in self.forced:
                 forced[0, i] = self.forced[chunk.request_id, place]
             self.num_masks += 1
@@ -150,6 +153,18 @@ def test_rows_whose_mask_is_late_sit_out_and_draw_the_same_later(late: Sequence[
             assert answers[one.id, choice] == wanted
     assert engine.scheduler.num_free_pages == LIMITS.num_pages
     assert engine.num_failures == 0
+
+
+def test_masks_where_pages_run_out_and_steps_are_empty() -> None:
+    """6 pages of 4 tokens, and two answers that end with 4 each."""
+    small = replace(LIMITS, num_pages=6)
+    engine = Engine(ScriptedDevice(small), small, masks=EvenTokens((5, 6)))
+    asked = [request("m1"), request("m2"), request("m3", 11)]
+    for one in asked:
+        engine.add(one)
+    answers = finished(engine)
+    assert answers == {(one.id, 0): masked(one) for one in asked}
+    assert engine.scheduler.preemptions > 0
 
 
 def test_masks_cost_no_step_where_they_come_in_time() -> None:
@@ -233,7 +248,7 @@ def test_right_guesses_save_steps() -> None:
     assert device.num_steps == 7
 
 
-@pytest.mark.parametrize("place", ["before", "after", "drawn"])
+@pytest.mark.parametrize("place", ["before", "after", "drawn", "answer"])
 def test_guesses_survive_a_step_that_fails(place: Place) -> None:
     asked = [request("A", max_tokens=20), request("B", 21, 13, n=2), request("s", 9)]
     for number in range(8):

@@ -1,7 +1,13 @@
 """A real model on the engine whose launcher fails: the pages that XLA has taken are gone."""
 
+import asyncio
+import itertools
 import logging
 from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import replace
+from itertools import cycle
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,7 +18,9 @@ from mixtral_jax.step.inputs import StepInputs
 from mixtral_jax.step.launcher import StepLauncher
 from serving.engine.build import compile_steps
 from serving.engine.engine import Engine
+from serving.engine.metrics import Metrics
 from serving.engine.runner import Runner
+from serving.engine.worker import EngineWorker
 from serving.scheduling.request import FinishReason, Request
 from serving.scheduling.step_plan import Limits
 
@@ -113,3 +121,62 @@ def test_the_others_have_the_tokens_of_a_run_without_faults(
     tokens, failed, engine = answers(parts, asked, [poisoned], breaking(place))
     assert failed == ["bad"] and engine.num_failures == 2
     assert tokens == wanted
+
+
+def test_ten_faults_under_32_streams_of_4_callers(
+    parts: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps fail whoever is in them; each stream has the tokens of a run without faults."""
+    caplog.set_level(logging.CRITICAL, "serving.engine")
+    model, steps = parts
+    dice = Random(1)
+    places = cycle(["before", "in between", "after"])
+    faults = list(zip(sorted(dice.sample(range(5, 110), 10)), places, strict=False))
+    asked = [
+        replace(request, id=f"{request.id}/{i}", caller=f"caller{i % 4}")
+        for i, request in enumerate(requests() * 6)
+    ][:32]
+
+    def run(num_quiet: int) -> tuple[dict[tuple[str, int], list[int]], Engine]:
+        runner = Runner(model, steps)
+        walk, count = runner._launcher.walk, itertools.count()
+
+        def failing(inputs: StepInputs) -> Any:
+            number, place = next(count), None
+            # Not while a suspect is alone, which would end it.
+            if len(faults) > num_quiet and number >= faults[0][0] and not engine.scheduler.suspects:
+                place = faults.pop(0)[1]
+            if place == "before":
+                raise RuntimeError(place)
+            walked = walk(inputs)
+            if place == "in between":
+                runner._launcher._layers[1].delete()
+            if place is not None:
+                raise RuntimeError(place)
+            return walked
+
+        runner._launcher.walk = failing  # type: ignore[method-assign]
+        engine = Engine(runner, LIMITS)
+        worker = EngineWorker(engine, Metrics("tiny"))
+        worker.start()
+        tokens: dict[tuple[str, int], list[int]] = {}
+
+        async def stream(request: Request) -> None:
+            async with aclosing(worker.submit(request)) as events:
+                async for event in events:
+                    if event.drawn is not None:
+                        answer = tokens.setdefault((request.id, event.choice), [])
+                        answer.append(event.drawn.token_id)
+
+        async def all_streams() -> None:
+            await asyncio.gather(*map(stream, asked))
+
+        asyncio.run(all_streams())
+        worker.stop()
+        assert engine.scheduler.num_free_pages == LIMITS.num_pages
+        return tokens, engine
+
+    wanted, quiet = run(num_quiet=10)
+    tokens, engine = run(num_quiet=0)
+    assert (quiet.num_failures, engine.num_failures) == (0, 10)
+    assert tokens == wanted and len(tokens) == 32 + 5

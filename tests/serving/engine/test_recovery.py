@@ -22,7 +22,7 @@ from tests.support.scripted_device import DeviceFault, Place, Script, ScriptedDe
 LIMITS = Limits(
     num_pages=64, page_size=4, max_sequences=8, max_step_tokens=16, max_context=96, max_waiting=99
 )
-PLACES: tuple[Place, ...] = ("before", "after", "drawn")
+PLACES: tuple[Place, ...] = ("before", "after", "drawn", "answer")
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,7 @@ class Run:
         assert self.failed == list(but)
         scheduler = self.engine.scheduler
         assert scheduler.num_free_pages == LIMITS.num_pages and not scheduler.suspects
+        assert not self.engine._suspects
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -102,6 +103,8 @@ def test_the_newest_is_tried_alone_and_ends_alone(place: Place) -> None:
     run.assert_whole(but=["C"])
     assert run.engine.num_failures == 2
     assert run.device.num_resets == (0 if place == "before" else 2)
+    aboard = [{chunk.request_id for chunk in plan.chunks} for plan in run.device.plans]
+    assert {"A"} not in aboard and {"B"} not in aboard  # nobody suspects them
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -147,6 +150,34 @@ def test_forks_and_prompts_of_many_chunks_survive(place: Place) -> None:
         Run(fails_at([number], place), arrivals).assert_whole()
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_answers_that_end_while_a_step_fails(place: Place) -> None:
+    """A step is planned for them before it is known that they have ended."""
+    ends = frozenset(range(0, 97, 7))
+    arrivals = [
+        (i // 2, request(name, n=1 + i % 3, eos_ids=ends)) for i, name in enumerate("ABCDEF")
+    ]
+    for number in range(12):
+        Run(fails_at([number], place), arrivals).assert_whole()
+
+
+def test_a_suspect_is_alone_until_it_is_where_it_was() -> None:
+    """After step 5 each of the two draws one token alone. Steps overlap: B is alone before it is
+    known that A is trusted, and A goes on by itself before it is known of B."""
+    run = Run(fails_at([5], "before"), [(0, request("A")), (0, request("B"))])
+    run.assert_whole()
+    aboard = ["".join(chunk.request_id for chunk in plan.chunks) for plan in run.device.plans]
+    assert aboard == ["AB"] * 5 + ["A", "B", "A"] + ["AB"] * 5 + ["B"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_prompt_that_is_bad_in_its_third_chunk(place: Place) -> None:
+    arrivals = [(0, request("A", max_tokens=40)), (2, request("B", 40))]
+    run = Run(fails_with("B", place, 35), arrivals)
+    run.assert_whole(but=["B"])
+    assert run.engine.num_failures == 2
+
+
 def test_a_sole_request_is_tried_once_more() -> None:
     Run(fails_at([2], "after"), [(0, request("A"))]).assert_whole()
     run = Run(fails_with("A", "after", 8), [(0, request("A"))])
@@ -173,6 +204,31 @@ def test_several_bad_ones_are_all_found() -> None:
     run.failed.sort()
     run.assert_whole(but=bad)
     assert run.engine.num_failures == 1 + len(bad) < MAX_FAILURES
+
+
+def test_any_number_of_bad_ones_that_come_one_after_another_are_found() -> None:
+    def script(number: int, plans: Sequence[StepPlan]) -> Place | None:
+        bad = any(chunk.request_id.startswith("x") for plan in plans for chunk in plan.chunks)
+        return "after" if bad else None
+
+    bad = [f"x{i}" for i in range(MAX_FAILURES)]
+    arrivals = [(0, request("A", max_tokens=90)), *((9 * i, request(x)) for i, x in enumerate(bad))]
+    run = Run(script, arrivals)
+    run.assert_whole(but=bad)
+    assert run.engine.num_failures == 2 * MAX_FAILURES
+
+
+def test_of_two_steps_that_fail_the_older_is_the_reason() -> None:
+    """A and B are in step 3, which fails when it is read; C comes with step 4, which fails too."""
+    device = ScriptedDevice(LIMITS, lambda number, plans: {3: "drawn", 4: "after"}.get(number))
+    engine = Engine(device, LIMITS)
+    for name in "AB":
+        engine.add(request(name, max_tokens=20))
+    for _ in range(4):
+        engine.step()
+    engine.add(request("C"))
+    engine.step()
+    assert engine.scheduler.suspects == {"A", "B"} and engine.num_failures == 1
 
 
 def test_a_request_from_a_dead_process_is_computed_alone() -> None:

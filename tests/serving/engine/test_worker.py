@@ -160,6 +160,30 @@ def test_the_engine_does_not_stand_still_while_it_has_no_work() -> None:
     worker.stop()
 
 
+class WatchedEngine(CountingEngine):
+    """Notes, in each step, for how long its turn lasts at a time that is the same for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker: EngineWorker | None = None
+        self.seen: list[float] = []
+
+    def step(self, now: float) -> list[Event]:
+        assert self.worker is not None
+        self.seen.append(self.worker.standing(now))
+        time.sleep(0.001)
+        return super().step(now)
+
+
+def test_a_turn_begins_with_each_step_also_when_nobody_comes() -> None:
+    engine = WatchedEngine()
+    engine.worker = worker = EngineWorker(engine, Metrics("tiny"))
+    worker.start()
+    assert asyncio.run(tokens(worker, request("a", 9))) == list(range(9))
+    worker.stop()
+    assert len(engine.seen) >= 9 and set(engine.seen) == {0.0}
+
+
 def test_a_request_lasts_until_its_last_choice_has_ended() -> None:
     worker, engine = started()
 
@@ -397,6 +421,7 @@ def test_room_counts_the_choices_that_the_engine_has_not_taken_in() -> None:
         answers = [asyncio.create_task(tokens(worker, each)) for each in asked]
         await asyncio.sleep(0)  # both are in the inbox of a thread that does not run yet
         assert worker.has_room(1, "bob") and not worker.has_room(2, "bob")
+        assert worker.has_room(3, "eve")
         worker.start()
         engine.released.set()
         assert await asyncio.gather(*answers) == [[0, 1], [0, 1]]
