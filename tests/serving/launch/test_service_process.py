@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
+from serving.accounting.accounts import Accounts
+from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
@@ -79,7 +81,7 @@ def test_a_step_that_stands_still_ends_the_streams_the_health_and_the_beats(
         server = _Server(worker, service, None, config, 32)
         access = Access(Keyring({"default": "secret"}))
         serving = asyncio.create_task(
-            server.run(f"127.0.0.1:{port}", access, None, CallerFields(None))
+            server.run(f"127.0.0.1:{port}", access, None, Admission(Accounts()), CallerFields(None))
         )
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             await channel.channel_ready()
