@@ -26,7 +26,7 @@ from serving.cluster.rank import Rank
 from serving.engine.build import prepare
 from serving.engine.config import EngineConfig
 from serving.engine.runner import Runner
-from serving.parent import end_process, tell_parent
+from serving.parent import beat, end_process, tell_parent
 from serving.proto import group_pb2 as pb
 from serving.scheduling.step_plan import Limits, StepPlan
 
@@ -91,6 +91,14 @@ def follow(
         bounds.check(plans)
         runner.launch(plans)
     say(f"{membership.reason}; the group has ended")
+
+
+def _beat() -> None:
+    """Tells the parent every second that this process is not stopped. A step may take its time:
+    the leader watches how long."""
+    while True:
+        beat()
+        time.sleep(1.0)
 
 
 class _GoneError(Exception):

@@ -42,6 +42,7 @@ _STOP_SECONDS = 10.0  # time that a process may take to end after its drain
 # Time that a heartbeat may take beyond the time of a step. It comes every second or a little later,
 # so that a process that stops is killed within 2 s beyond the time of a step.
 _LATE_SECONDS = 1.5
+_FOLLOWER_SECONDS = 15.0  # the same for a follower, whose heart beats also in a long step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,13 @@ def run_follower(
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     variables = {PARENT_VARIABLE: str(os.getpid()), READY_VARIABLE: str(writing)}
-    child = Child("follower", ["serving", *options], {**environment, **variables}, (writing,))
+    child = Child(
+        "follower",
+        ["serving", *options],
+        {**environment, **variables},
+        (writing,),
+        beat_seconds=_FOLLOWER_SECONDS,
+    )
     with _Signals() as signals:
         try:
             announced = False
@@ -197,6 +204,7 @@ def run_follower(
                 time.sleep(0.2)
         finally:
             stop([child.process] if child.process else [], drain_seconds + _STOP_SECONDS)
+            child.close()
             os.close(reading)
             os.close(writing)
 

@@ -184,13 +184,13 @@ def test_a_killed_process_ends_the_streams_and_the_group_comes_back(alone: list[
 
 @pytest.mark.soak
 def test_a_process_that_stands_still_is_lost_too() -> None:
-    """As a machine that vanishes it closes nothing: only pings tell."""
+    """As a machine that vanishes it closes nothing: only pings tell. Its supervisor kills it."""
     with group(2, 1, "--mesh", "data=1,expert=2,tensor=1") as group_:
         (follower,) = group_.followers
         still = follower.service
         assert kill_under_load(group_.leader, still, signal.SIGSTOP) < 12.0
-        still.send_signal(signal.SIGCONT)
         until_back(group_.leader)
+        assert follower.told("the follower has not moved for 15 s; it is killed")
 
 
 def kill_under_load(

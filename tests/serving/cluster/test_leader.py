@@ -497,10 +497,22 @@ def test_flags_that_do() -> None:
     assert local is not None and local.is_local and local.target == "[::1]:1235"
 
 
+def full_step() -> tuple[StepPlan, ...]:
+    """A step of 32 sequences of 512 tokens, each with a token that the step before draws."""
+    return (StepPlan(chunks=tuple(chunk(1, 32) for _ in range(32))),)
+
+
+def test_a_step_is_a_few_kilobytes() -> None:
+    """32 chunks: an id of 32 bytes, 32 pages of a byte, and 11 numbers of some 60 bytes each."""
+    size = len(step_message(full_step()).SerializeToString())
+    assert 32 * (32 + 32) < size < 32 * (32 + 32 + 100)
+
+
+@pytest.mark.soak
 def test_a_step_is_told_in_less_than_a_millisecond() -> None:
-    """From the leader's thread; 32 sequences of 512 tokens. The best of many: others run too."""
+    """From the leader's thread. The best of many: others run too."""
     port, _ = free_ports(2)
-    step = (StepPlan(chunks=tuple(chunk(1, 32) for _ in range(32))),)
+    step = full_step()
     with ThreadPoolExecutor(1) as pool, leading(rank(0, port)) as (leader, _):
         one = follower(rank(1, port), Log())
         joined = pool.submit(one.join)
