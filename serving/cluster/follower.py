@@ -83,6 +83,7 @@ def follow(
     membership.ready()
     say(f"process {rank.process_id} of {rank.num_processes} is ready, as one of {rank.coordinator}")
     tell_parent()
+    threading.Thread(target=_beat, name="beat", daemon=True).start()
     model = prepared.model
     bounds = PlanCheck(
         prepared.limits, model.placement.num_sequence_groups, model.config.vocab_size

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from serving.access.key_file import KeyFile
-from tests.support import lost_device
+from tests.support import lost_device, poison
 from tests.support.servers import Server, free_ports, running, serve_command
 
 pytestmark = pytest.mark.slow
@@ -244,6 +244,68 @@ def test_a_service_that_dies_or_stands_still_ends_32_streams_and_comes_back(
 
     with running(serve_command("tiny-random", *options), **variables) as server:
         asyncio.run(run(server))
+
+
+@pytest.mark.soak
+def test_a_request_that_kills_the_service_is_found_and_refused(tmp_path: Path) -> None:
+    """Three others are aboard each time, and come again as it does; they are answered at last."""
+
+    async def persist(client: httpx.AsyncClient, **parameters: object) -> list[int]:
+        """Asks until the answer is not that it should be tried again; returns all statuses."""
+        statuses: list[int] = []
+        deadline = time.monotonic() + 2 * PATIENCE
+        while not statuses or statuses[-1] == 503:
+            assert time.monotonic() < deadline
+            answer = await client.post(
+                "/v1/chat/completions", json=body("x", stream=False, **parameters)
+            )
+            statuses.append(answer.status_code)
+            await asyncio.sleep(0.3)
+        return statuses
+
+    async def run(server: Server) -> None:
+        async with httpx.AsyncClient(
+            base_url=server.url, headers={"api-key": server.key}, timeout=PATIENCE, trust_env=False
+        ) as client:
+            bystanders = [
+                asyncio.create_task(persist(client, max_tokens=300 + i)) for i in range(3)
+            ]
+            await asyncio.sleep(1.0)
+            assert (await persist(client, seed=poison.SEED))[-1] == 424
+            for bystander in bystanders:
+                assert (await bystander)[-1] == 200
+            again = await client.post(
+                "/v1/chat/completions", json=body("x", stream=False, seed=poison.SEED)
+            )
+            assert again.status_code == 424 and "died when it answered" in again.text
+
+    with running(serve_command("tiny-random"), **poison.environment_for(tmp_path)) as server:
+        asyncio.run(run(server))
+        deaths = [line for line in list(server.said) if "ended with SIGKILL" in line]
+        assert 2 <= len(deaths) <= 3, deaths
+
+
+@pytest.mark.soak
+def test_a_gateway_that_stands_still_is_killed_and_comes_back(server: Server) -> None:
+    """It does not answer six questions, one each 10 s."""
+    (gateway,) = [
+        child
+        for child in psutil.Process(server.process.pid).children()
+        if "serving.gateway" in child.cmdline()
+    ]
+    gateway.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + PATIENCE
+    while not any("the gateway did not answer 6 times; it is killed" in s for s in server.said):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    while True:
+        try:
+            if httpx.get(f"{server.url}/health/ready", trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_sigterm_lets_streams_finish_and_refuses_new_ones(tmp_path: Path, server: Server) -> None:
