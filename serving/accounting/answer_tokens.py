@@ -40,22 +40,22 @@ class AnswerTokens:
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
         """Counts the next chunk."""
-        if chunk.token_ids:
+        if tokens := len(chunk.token_ids):
+            self.completion_tokens += tokens
             if self.first_at is None:
                 self.first_at = self._clock()
-            self.completion_tokens += len(chunk.token_ids)
         elif chunk.computed_tokens:
             self._computed_tokens = chunk.computed_tokens
-        if chunk.HasField("prompt_tokens"):
+        if not self.prompt_tokens and chunk.HasField("prompt_tokens"):
             self.prompt_tokens = chunk.prompt_tokens
             if self.on_rendered is not None:
                 self.on_rendered(chunk.prompt_tokens)
         if chunk.finish_reason:
             name = inference_pb2.FinishReason.Name(chunk.finish_reason)
             self.finish_reasons.append(name.removeprefix("FINISH_REASON_").lower())
-        if chunk.HasField("usage"):  # the service's own sum, at the end
-            self.prompt_tokens = chunk.usage.prompt_tokens
-            self.cached_tokens = chunk.usage.cached_tokens
-            self.completion_tokens = chunk.usage.completion_tokens
+            if chunk.HasField("usage"):  # the service's own sum, at the end
+                self.prompt_tokens = chunk.usage.prompt_tokens
+                self.cached_tokens = chunk.usage.cached_tokens
+                self.completion_tokens = chunk.usage.completion_tokens
         if self.texts is not None:
             self.texts[chunk.choice] = self.texts.get(chunk.choice, "") + chunk.text

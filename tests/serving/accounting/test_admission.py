@@ -69,6 +69,11 @@ def chunk(tokens: int = 0, **fields: object) -> pb.GenerateChunk:
     return pb.GenerateChunk(token_ids=[1] * tokens, **fields)
 
 
+def end(prompt: int, answer: int, cached: int) -> pb.GenerateChunk:
+    usage = pb.Usage(prompt_tokens=prompt, completion_tokens=answer, cached_tokens=cached)
+    return pb.GenerateChunk(finish_reason=pb.FINISH_REASON_STOP, usage=usage)
+
+
 def test_a_lease_reserves_all_that_it_may_become(desks: list[Desk]) -> None:
     desks.append(desk := Desk(tokens=100))
     lease = desk.admission.begin(ME)
@@ -188,7 +193,7 @@ def test_thirty_two_at_once_get_one_minute_of_tokens(desks: list[Desk]) -> None:
             [
                 chunk(prompt_tokens=90),
                 chunk(2),
-                chunk(usage=pb.Usage(prompt_tokens=90, completion_tokens=3, cached_tokens=80)),
+                end(90, 3, 80),
             ],
             [(1, 90, 3, 80)],
         ),
@@ -214,8 +219,7 @@ def test_cached_tokens_cost_what_the_operator_says(
     desks.append(desk := Desk(tokens=1000, charge=charge))
     lease = desk.admission.begin(ME)
     lease.reserve([ids(90, max_tokens=10)], CONTEXT)
-    usage = pb.Usage(prompt_tokens=90, completion_tokens=3, cached_tokens=80)
-    lease.settle([answered(chunk(3, prompt_tokens=90), chunk(usage=usage))])
+    lease.settle([answered(chunk(3, prompt_tokens=90), end(90, 3, 80))])
     assert desk.tokens == 1000 - taken
     assert desk.written == [(1, 90, 3, 80)]
 

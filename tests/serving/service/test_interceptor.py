@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.accounting.ledger import UsageLedger
 from serving.accounting.rate_limits import RateLimits
+from serving.client import Client
 from serving.errors import ERROR_METADATA, InvalidRequest, Overloaded, ServingError, from_grpc
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
@@ -43,20 +45,28 @@ class Noting(rpc.InferenceServicer):
         return pb.Tokens(ids=[1])
 
 
+@asynccontextmanager
+async def serving(admission: Admission | None = None) -> AsyncIterator[tuple[str, Noting]]:
+    access = Access(Keyring(KEYS))
+    calls = DirectCalls(admission or Admission(Accounts()), FIELDS, 512)
+    server = grpc.aio.server(interceptors=[AccessInterceptor(access, direct_calls=calls)])
+    service = Noting()
+    rpc.add_InferenceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}", service
+    await server.stop(0)
+
+
 def served(
     work: Callable[[rpc.InferenceStub, Noting], Awaitable[None]], admission: Admission | None = None
 ) -> None:
     async def run() -> None:
-        access = Access(Keyring(KEYS))
-        calls = DirectCalls(admission or Admission(Accounts()), FIELDS, 512)
-        server = grpc.aio.server(interceptors=[AccessInterceptor(access, direct_calls=calls)])
-        service = Noting()
-        rpc.add_InferenceServicer_to_server(service, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with (
+            serving(admission) as (target, service),
+            grpc.aio.insecure_channel(target) as channel,
+        ):
             await work(rpc.InferenceStub(channel), service)
-        await server.stop(0)
 
     asyncio.run(run())
 
@@ -163,15 +173,13 @@ def test_direct_calls_are_limited_and_written_down_and_the_gateways_are_not() ->
 
 
 def test_a_direct_call_beyond_its_limit_is_refused_before_its_request_comes() -> None:
+    books = Books(concurrent_requests=1)
+
     async def run() -> None:
-        books = Books(concurrent_requests=1)
-        access = Access(Keyring(KEYS))
-        calls = DirectCalls(books.admission, FIELDS, 512)
-        server = grpc.aio.server(interceptors=[AccessInterceptor(access, direct_calls=calls)])
-        rpc.add_InferenceServicer_to_server(Noting(), server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with (
+            serving(books.admission) as (target, _),
+            grpc.aio.insecure_channel(target) as channel,
+        ):
             waiting = rpc.InferenceStub(channel).Generate(
                 pb.GenerateRequest(text="wait"), metadata=bearer("default")
             )
@@ -181,10 +189,31 @@ def test_a_direct_call_beyond_its_limit_is_refused_before_its_request_comes() ->
             call = open_call(metadata=bearer("default"))
             assert await asyncio.wait_for(call.code(), 10) is grpc.StatusCode.RESOURCE_EXHAUSTED
             waiting.cancel()
-        await server.stop(0)
-        books.accounts.close()
 
     asyncio.run(run())
+    books.accounts.close()
+
+
+def test_the_python_client_reads_how_long_to_wait() -> None:
+    books = Books(requests_per_minute=1)
+
+    def ask(target: str) -> list[float | None]:
+        waits: list[float | None] = []
+        with Client(target, key=KEYS["default"]) as client:
+            for _ in range(2):
+                try:
+                    list(client.generate("one"))
+                    waits.append(None)
+                except Overloaded as error:
+                    waits.append(error.retry_after)
+        return waits
+
+    async def run() -> None:
+        async with serving(books.admission) as (target, _):
+            assert await asyncio.to_thread(ask, target) == [None, 60]
+
+    asyncio.run(run())
+    books.accounts.close()
 
 
 def test_tokens_of_direct_calls_are_reserved() -> None:
