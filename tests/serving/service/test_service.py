@@ -261,6 +261,36 @@ def test_a_deadline_ends_the_call_and_frees_its_pages(
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+def test_a_deadline_that_passes_in_the_queue_ends_there(
+    parts: tuple[EngineWorker, Tokenizer],
+) -> None:
+    async def run() -> None:
+        scheduler = parts[0]._engine.scheduler
+        service = InferenceService(*parts, pb.ModelInfo(max_context=512, vocab_size=261))
+        long = chat(max_tokens=450, ignore_eos=True)
+        async with serving(parts) as channel:
+            stub = rpc.InferenceStub(channel)
+            running = [stub.Generate(long, metadata=KEY) for _ in range(LIMITS.max_sequences)]
+            for call in running:
+                while not (await call.read()).token_ids:
+                    pass
+            chunks = []
+            # Another caller would be given a row of this one.
+            late = chat(max_tokens=450, ignore_eos=True, caller="default")
+            with pytest.raises(DeadlineExceeded, match="deadline passed"):
+                async for chunk in service._generate(late, 0.05, Calls().begin("", "", {})):
+                    chunks.append(chunk)
+            # It had no row: nothing was computed for it, and it costs nothing.
+            assert not any(chunk.token_ids or chunk.computed_tokens for chunk in chunks)
+            assert (scheduler.num_running, scheduler.num_waiting) == (LIMITS.max_sequences, 0)
+            for call in running:
+                call.cancel()
+        while scheduler.has_work:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_a_stop_text_ends_the_stream_before_it(parts: tuple[EngineWorker, Tokenizer]) -> None:
     async def run() -> None:
         async with serving(parts) as channel:
