@@ -7,7 +7,7 @@ server's number of calls, so that here a handler begins with the head, and waits
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -40,6 +40,9 @@ class OpenCalls:
             caller: The caller's name; None for a stranger, who is refused at once, and for a
                 gateway, which asks for many.
         """
+
+        if caller is None and handler.request_streaming:
+            return handler  # a refusal, which reads nothing
 
         async def whole(requests: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
@@ -81,9 +84,17 @@ class OpenCalls:
             yield
 
     async def _request(self, handler: Any, requests: Any) -> Any:
-        if handler.request_streaming:
-            return requests
+        if handler.request_streaming:  # it may refuse the call before it reads one
+            return _timely(requests, self._request_seconds)
         return await first_request(requests, self._request_seconds)
+
+
+async def _timely(requests: Any, seconds: float) -> AsyncIterator[Any]:
+    """Yields a call's requests; raises DeadlineExceeded if the first has not come in time."""
+    with suppress(InvalidRequest):  # a stream may be empty
+        yield await first_request(requests, seconds)
+        async for request in requests:
+            yield request
 
 
 @contextmanager

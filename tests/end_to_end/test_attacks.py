@@ -6,7 +6,7 @@ One server stands for all of them. Nothing is timed here but in the tests that a
 import asyncio
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serving.proto import inference_pb2 as pb
 from tests.support.bystander import (
@@ -22,6 +23,7 @@ from tests.support.bystander import (
     PATIENCE,
     POOR,
     POOR_TOKENS,
+    Bystander,
     Endpoint,
     attacked,
     endpoint,
@@ -246,3 +248,65 @@ def test_32_at_once_under_a_limit_of_50_tokens_a_minute(victim: Endpoint) -> Non
     good = [answer.json()["usage"] for answer in answers if answer.status_code == 200]
     assert sum(usage["total_tokens"] for usage in good) <= POOR_TOKENS
     assert {answer.status_code for answer in answers} <= {200, 429}
+
+
+def test_watches_and_heads_without_a_key(victim: Endpoint) -> None:
+    """1,500 watches of the health, and as many calls whose request never comes."""
+    request = health_pb2.HealthCheckRequest()
+
+    async def run() -> None:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(victim.server.target, options=options) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            head = channel.stream_unary("/mixtral.v1.Inference/GetModelInfo")
+            for _ in range(3):
+                watches = [stub.Watch(request) for _ in range(500)]
+                heads = [head() for _ in range(500)]
+                read = await asyncio.gather(
+                    *(watch.read() for watch in watches), return_exceptions=True
+                )
+                refused = [item for item in read if isinstance(item, grpc.aio.AioRpcError)]
+                assert len(refused) >= 500 - 64
+                ends = await asyncio.gather(*heads, return_exceptions=True)
+                assert {end.code() for end in ends} == {grpc.StatusCode.UNAUTHENTICATED}
+
+    with attacked(victim):
+        asyncio.run(run())
+
+
+ATTACKS: list[Callable[[Endpoint], None]] = [
+    test_trailers_without_end,
+    test_heads_without_end,
+    test_a_thousand_idle_connections,
+    test_4_mb_of_wrong_values_in_every_field,
+    test_400_000_stop_texts,
+    test_256_choices_of_one_request,
+    test_six_prompts_of_600_kb_of_digits,
+    test_millions_of_token_ids,
+    test_detokenize_of_4_million_ids,
+    test_a_storm_of_aborts,
+    test_retries_under_overload,
+    test_a_chat_that_renders_to_nothing,
+    test_32_at_once_under_a_limit_of_50_tokens_a_minute,
+    test_watches_and_heads_without_a_key,
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("attack", ATTACKS, ids=[attack.__name__[5:] for attack in ATTACKS])
+def test_a_bystander_waits_no_longer(victim: Endpoint, attack: Callable[[Endpoint], None]) -> None:
+    """A small chat each 100 ms: of 100, the one that waits longest but one, in quiet and under
+    attack."""
+    with Bystander(victim, every=0.1) as bystander:
+        bystander.wait_for_answers(100)
+    quiet = sorted(bystander.first_tokens)[-2]
+    victim.every, victim.first_tokens = 0.1, []
+    try:
+        while len(victim.first_tokens) < 100:
+            attack(victim)
+    finally:
+        victim.every = None
+    times = sorted(victim.first_tokens)
+    p99 = times[int(0.99 * len(times)) - 1]
+    print(f"{attack.__name__}: p99 {p99:.3f} s of {len(times)}, in quiet {quiet:.3f} s")
+    assert p99 <= 3 * quiet

@@ -60,6 +60,8 @@ class Endpoint:
     gateway: psutil.Process
     metrics: list[str]  # URLs
     quiet: dict[str, int] = field(default_factory=dict)  # peaks of memory in bytes, by process
+    every: float | None = None  # seconds from a chat of bystanders to the next; None: no pause
+    first_tokens: list[float] = field(default_factory=list)  # of all bystanders under attack
 
     @property
     def port(self) -> int:
@@ -221,10 +223,11 @@ def attacked(endpoint: Endpoint) -> Iterator[Bystander]:
     has needed MOST_MEMORY times its memory; and when all is over no page is held.
     """
     endpoint.forget_peaks()
-    with Bystander(endpoint) as bystander:
+    with Bystander(endpoint, endpoint.every) as bystander:
         bystander.wait_for_answers(1)
         yield bystander
         bystander.wait_for_answers(2)
+    endpoint.first_tokens += bystander.first_tokens
     assert not bystander.errors, bystander.errors[:3]
     deadline = time.monotonic() + PATIENCE
     while True:

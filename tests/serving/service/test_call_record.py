@@ -192,6 +192,24 @@ def test_a_stop_text_is_a_stop(toy: Toy) -> None:
     assert toy.ended() == before | expected
 
 
+def test_a_stop_text_on_the_last_token_is_a_stop(toy: Toy) -> None:
+    """In the metrics as in the answer."""
+    before = toy.ended()
+
+    async def work(client: httpx.AsyncClient) -> None:
+        body = chat("x", max_tokens=6, seed=1, ignore_eos=True)
+        body["logit_bias"] = {"65": 100}  # "A", of the byte tokenizer
+        free = await client.post("/v1/chat/completions", json=body)
+        assert free.json()["choices"][0]["message"]["content"] == "AAAAAA"
+        answer = await client.post("/v1/chat/completions", json={**body, "stop": "AAAAAA"})
+        (choice,) = answer.json()["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
+
+    run(toy, work)
+    expected = {"length": before["length"] + 1, "stop": before["stop"] + 1}
+    assert toy.ended() == before | expected
+
+
 def test_a_dropped_call_is_an_abort(toy: Toy) -> None:
     before = toy.ended()
 

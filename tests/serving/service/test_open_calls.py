@@ -29,7 +29,14 @@ class Echo(grpc.aio.ServerInterceptor):
             yield request
 
         caller = dict(handler_call_details.invocation_metadata).get("caller")
+
+        async def streams(requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+            async for request in requests:
+                yield request
+
         handler: Any = grpc.unary_unary_rpc_method_handler(whole)
+        if handler_call_details.method == "/a/streams":
+            handler = grpc.stream_stream_rpc_method_handler(streams)
         if handler_call_details.method == "/a/stream":
             handler = grpc.unary_stream_rpc_method_handler(stream)
         return self._calls.bounded(handler, caller)
@@ -69,7 +76,7 @@ def test_a_caller_has_so_many_calls_and_others_have_theirs() -> None:
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-@pytest.mark.parametrize("method", ["/a/whole", "/a/stream"])
+@pytest.mark.parametrize("method", ["/a/whole", "/a/stream", "/a/streams"])
 def test_a_head_without_a_request_ends(method: str) -> None:
     async def run() -> None:
         async with echoing(1, 0.05) as (echo, channel):
@@ -79,9 +86,25 @@ def test_a_head_without_a_request_ends(method: str) -> None:
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             call = channel.stream_stream(method)(metadata=(("caller", "alice"),))
             await call.done_writing()
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call.read()
-            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            if method == "/a/streams":
+                assert await call.read() is grpc.aio.EOF
+            else:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert not echo._calls._open
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_stream_of_requests_comes_whole() -> None:
+    async def run() -> None:
+        async with echoing(1, 30.0) as (_, channel):
+            call = channel.stream_stream("/a/streams")(metadata=(("caller", "alice"),))
+            for number in range(3):
+                await call.write(b"%d" % number)
+                assert await call.read() == b"%d" % number
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
 
     asyncio.run(asyncio.wait_for(run(), 30))
