@@ -5,6 +5,7 @@ admitted, asked of the service and answered (answering.py). Every failure on the
 (http/failures.py), and every request ends in the access log (http/access_log.py).
 """
 
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -106,8 +107,10 @@ def create_app(
     app.state.accounts = accounts
     app.state.model_type = config.model_type
     app.state.created = int(time.time())
-    app.state.document = document()
-    app.state.page = page(app.state.document)
+    described = document()
+    # Anybody may ask for it: it is written once.
+    app.state.document = json.dumps(described).encode()
+    app.state.page = page(described)
     add_routes(app)
     answer_failures(app)
     if drain is not None:

@@ -130,7 +130,7 @@ async def ready(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     """Returns the OpenAPI document."""
-    return JSONResponse(request.app.state.document)
+    return Response(request.app.state.document, media_type="application/json")
 
 
 async def docs(request: Request) -> Response:

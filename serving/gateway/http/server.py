@@ -6,6 +6,7 @@ minute. Here a connection is counted before anything of it is read (connections.
 
 import asyncio
 import errno
+import logging
 import socket
 from contextlib import suppress
 
@@ -18,8 +19,10 @@ from serving.gateway.http.protocol import Protocol, refusal_of
 
 # Errors of accept(2) where the process, or the machine, may open no more files.
 _NO_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_NO_FILES_SECONDS = 0.1  # after which it is tried again
+_PAUSE_SECONDS = 0.1  # after an error of accept(2)
 _CLOSING_SECONDS = 5.0  # time for the end of a TLS connection
+
+logger = logging.getLogger(__name__)
 
 
 class HttpServer(DrainingServer):
@@ -65,12 +68,18 @@ class HttpServer(DrainingServer):
         while True:
             try:
                 connection, address = await loop.sock_accept(self._listener)
+            except ConnectionError:
+                continue  # the client has gone already
             except OSError as error:
                 if error.errno in _NO_FILES:
                     self._connections.refuse("files", "")
-                    await asyncio.sleep(_NO_FILES_SECONDS)
-                continue  # else the client has gone already
-            self._take(connection, str(address[0]))
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            try:
+                self._take(connection, str(address[0]))
+            except Exception:  # a fault of ours must not keep the others out
+                logger.exception("a connection could not be taken")
+                connection.close()
             await asyncio.sleep(0)  # lets others run, and the connection's task begin
 
     def _take(self, connection: socket.socket, address: str) -> None:

@@ -4,16 +4,17 @@ import asyncio
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from serving.gateway.http.connections import Connections
+from serving.gateway.http.connections import Connections, Place
 from serving.gateway.http.drain import Drain
 from serving.gateway.http.limits import HttpLimits
 from serving.gateway.http.metrics import GatewayMetrics
@@ -177,3 +178,23 @@ def test_the_address_behind_a_trusted_proxy_is_taken() -> None:
     asyncio.run(test((), b"127.0.0.1"))
     asyncio.run(test(("192.0.2.1",), b"127.0.0.1"))
     asyncio.run(test(("127.0.0.0/8",), b"203.0.113.9"))
+
+
+def test_a_fault_with_one_connection_keeps_no_other_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Connections.take
+
+    def faulty(self: Connections, address: str, end: Callable[[], None]) -> Place | None:
+        monkeypatch.setattr(Connections, "take", take)
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(Connections, "take", faulty)
+
+    async def test() -> None:
+        async with running() as door:
+            assert await is_closed(await door.open())
+            assert await status(await door.open(REQUEST)) == 200
+
+    asyncio.run(test())
+    assert [record.message for record in caplog.records] == ["a connection could not be taken"]
