@@ -14,7 +14,7 @@ import psutil
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.support.servers import COMMAND, Server, free_ports, running
+from tests.support.servers import COMMAND, Server, free_ports, running, serve_command
 
 pytestmark = pytest.mark.slow
 PATIENCE = 60.0
@@ -138,3 +138,28 @@ def test_everything_that_watches(tmp_path: Path, collector: Collector) -> None:
         ("mixtral-jax-service", "mixtral.v1.Inference/Generate"),
         ("mixtral-jax-service", "decode"),
     } <= collector.spans
+
+
+def test_a_stream_in_the_queue_says_that_it_lives() -> None:
+    """A second stream waits for the only row of the engine, and has heartbeats meanwhile."""
+    options = ("--max-sequences=1", "--heartbeat-seconds=0.05", "--metrics-host=127.0.0.2")
+    port = free_ports(1)[0]
+    with running(serve_command("tiny-random", *options, f"--metrics-port={port}")) as server:
+        headers = {"authorization": f"Bearer {server.key}"}
+        url = f"{server.url}/v1/chat/completions"
+        with (
+            httpx.Client(headers=headers, timeout=PATIENCE, trust_env=False) as client,
+            client.stream("POST", url, json=chat("x", 400) | {"stream": True}) as first,
+        ):
+            spoken = first.iter_lines()
+            while '"content":""' in (line := next(spoken)) or not line:
+                pass  # until the first text
+            with client.stream("POST", url, json=chat("y", 2) | {"stream": True}) as second:
+                lines = [line for line in second.iter_lines() if line]
+            assert second.status_code == 200
+        role, beat, *_ = map(json.loads, (line.removeprefix("data: ") for line in lines[:-1]))
+        assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert beat["choices"] == [] and "usage" not in beat
+        assert lines[-1] == "data: [DONE]"
+        metrics = httpx.get(f"http://127.0.0.2:{port}/metrics", trust_env=False).text
+        assert "vllm:generation_tokens_total" in metrics
