@@ -37,6 +37,8 @@ from serving.observe.metrics_port import serve_metrics
 from serving.open_files import raise_open_files
 from serving.parent import end_with_parent
 
+# Warnings of uvicorn about requests, for which the access log has a line that says more.
+_SAID = ("Invalid HTTP request", "Unsupported upgrade request", "No supported WebSocket library")
 # Files of a gateway that are no connections of clients: logs, the ledger, gRPC, keys.
 _OTHER_FILES = 64
 
@@ -152,7 +154,7 @@ def _within_files(http: HttpLimits) -> HttpLimits:
 
 def _is_news(entry: logging.LogRecord) -> bool:
     """Returns False for what has been logged in one line already."""
-    if entry.msg == "Invalid HTTP request received.":  # uvicorn's; the access log says more
+    if str(entry.msg).startswith(_SAID):
         return False
     error = entry.exc_info[1] if entry.exc_info else None
     # uvicorn says itself how many answers it cancels when the grace is over.

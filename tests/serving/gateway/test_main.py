@@ -28,6 +28,8 @@ def test_the_command_serves_logs_a_line_and_ends_in_peace(stack: Stack) -> None:
             assert url is not None
             with httpx.Client(base_url=url[0], headers=BEARER, timeout=PATIENCE) as client:
                 assert client.get("/health/ready").status_code == 200
+                asking = {"connection": "upgrade", "upgrade": "websocket"}
+                assert client.get("/health/live", headers=asking).status_code == 200
                 for _ in range(2):
                     with pytest.raises(httpx.RemoteProtocolError):
                         client.post(
