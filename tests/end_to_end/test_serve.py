@@ -145,7 +145,7 @@ def test_a_taken_port_for_metrics_is_one_clear_line(server: Server) -> None:
     assert out.returncode == 1
     assert (
         f"mixtral-jax: cannot listen on 127.0.0.1:{port} (Address already in use); "
-        "stop what runs there or choose another with --metrics-port"
+        "stop what runs there or choose another with --metrics-port and --metrics-host"
     ) in out.stderr.splitlines()
     assert "Traceback" not in out.stderr
 
