@@ -257,8 +257,10 @@ class _Server:
         seconds = self._config.step_timeout
         await until_stuck(self._worker.standing, seconds, beat)
         _say(f"a step takes longer than the {seconds:g} s of --step-timeout; the service ends")
-        await set_serving(checks, False)
-        self._worker.abandon(_STOOD_STILL)
+        try:
+            await set_serving(checks, False)
+        finally:
+            self._worker.abandon(_STOOD_STILL)
 
     async def _engine_ended(self) -> None:
         while not self._worker.ended.is_set():

@@ -22,3 +22,4 @@ def test_a_beat_is_a_byte_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) 
     os.close(reading)
     beat()  # the parent is gone
     os.close(writing)
+    beat()  # the variable names no pipe
