@@ -25,6 +25,8 @@ from serving.proto import inference_pb2 as pb
 OUR_FAULTS = (EngineFailure, Unavailable)
 # Bytes of a prompt that are one token, by estimate.
 _BYTES_PER_TOKEN = 4
+# Tokens that a chat template adds to a message.
+_TOKENS_PER_MESSAGE = 3
 
 
 class Lease:
@@ -145,12 +147,13 @@ class Admission:
 
 
 def estimate(call: pb.GenerateRequest) -> int:
-    """Returns the tokens of a call's prompt: those that it gives itself, or its bytes / 4."""
+    """Returns the tokens of a call's prompt: those that it gives itself, or about its bytes / 4."""
     match call.WhichOneof("prompt"):
         case "token_ids":
             return len(call.token_ids.ids)
         case "chat":
-            return call.chat.ByteSize() // _BYTES_PER_TOKEN + 1
+            overhead = _TOKENS_PER_MESSAGE * len(call.chat.messages)
+            return call.chat.ByteSize() // _BYTES_PER_TOKEN + overhead
         case _:
             return len(call.text.encode()) // _BYTES_PER_TOKEN + 1
 

@@ -213,3 +213,18 @@ def test_cached_tokens_are_told_on_openais_paths_and_written_down() -> None:
         assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
         (row,) = client.get("/usage").json()["data"]
         assert (row["prompt_tokens"], row["cached_tokens"]) == (6, 6)
+
+
+def test_the_ledger_has_what_the_client_of_a_broken_joined_answer_has_read() -> None:
+    with limited() as (_, client):
+        read = 0
+        for length in (1, 5, 40):
+            prompts = ["one " * length + "!wait", "a b !fail:EngineFailure", "c !wait"]
+            asked = {"prompt": prompts, "max_tokens": 60, "stream": True}
+            with (
+                pytest.raises(httpx.RemoteProtocolError),
+                client.stream("POST", "/v1/completions", json=asked) as response,
+            ):
+                for event in events(response.iter_lines()):
+                    read += sum(bool(choice["text"]) for choice in event["choices"])
+        assert used(client)[2] == read > 3
