@@ -1,7 +1,8 @@
-"""The service's process when a step of its engine stands still, without a model."""
+"""The service's process when a step of its engine stands still, and when it ends; no model."""
 
 import asyncio
 import os
+import signal
 import threading
 import time
 
@@ -17,6 +18,7 @@ from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
+from serving.errors import EngineFailure
 from serving.flags import SERVICE, defaults, record
 from serving.launch.config import ServiceConfig
 from serving.launch.service_process import _Server
@@ -109,3 +111,39 @@ def test_a_step_that_stands_still_ends_the_streams_the_health_and_the_beats(
     engine.released.set()
     for descriptor in (reading, writing):
         os.close(descriptor)
+
+
+def test_during_the_drain_delay_health_says_no_and_requests_are_served() -> None:
+    """The delay of ten minutes ends with the engine."""
+    engine = StuckEngine()
+    engine.released.set()
+    worker = EngineWorker(engine, Metrics("toy"))
+    worker.start()
+    info = pb.ModelInfo(name="toy", type="chat-completions", max_context=512, vocab_size=261)
+    (port,) = free_ports(1)
+    config = record(ServiceConfig, defaults(SERVICE, drain_delay=600.0, port=port))
+    states = health_pb2.HealthCheckResponse
+
+    async def run() -> None:
+        service = InferenceService(worker, ByteTokenizer(), info)
+        server = _Server(worker, service, None, config, 32)
+        access = Access(Keyring({"default": "secret"}))
+        serving = asyncio.create_task(
+            server.run(f"127.0.0.1:{port}", access, None, Admission(Accounts()), CallerFields(None))
+        )
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await channel.channel_ready()
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == states.SERVING
+            signal.raise_signal(signal.SIGTERM)
+            assert (await watch.read()).status == states.NOT_SERVING
+            stub = rpc.InferenceStub(channel)
+            answer = stub.Generate(pb.GenerateRequest(text="hello", max_tokens=9), metadata=KEY)
+            opening = await answer.read()  # the request is queued
+            assert isinstance(opening, pb.GenerateChunk) and opening.prompt_tokens > 0
+            answer.cancel()
+            assert not serving.done()
+            worker.abandon(EngineFailure("over"))  # which ends the delay
+        await asyncio.wait_for(serving, 10)
+
+    asyncio.run(run())
