@@ -99,6 +99,9 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _Flow(transport, self._may_read)
         self._place.end = transport.abort
+        # Every byte that the client does not take starts the time of `pause_writing`. A transport
+        # with TLS counts from the limit on, others from the byte behind it.
+        transport.set_write_buffer_limits(high=1 if self.scheme == "https" else 0, low=0)
         self._enter(_Phase.HEAD)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -157,7 +160,7 @@ class Protocol(HttpToolsProtocol):
         """Goes on with what came behind the request that has been answered."""
         super().on_response_complete()
         if self.transport.is_closing():
-            return
+            return self._place.wait()  # only for the client to read the rest
         if self._refusal is not None:
             return self._send_refusal(self._refusal)
         if self._waiting and not self._waits_for_answer:
@@ -201,7 +204,7 @@ class Protocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         for start in range(0, len(data), _PIECE):
             if self._refusal is not None or self.transport.is_closing():
-                return
+                break
             if self._waits_for_answer:
                 self._waiting += data[start:]
                 break

@@ -36,6 +36,9 @@ class Wire(asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += bytes(data)
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        assert (high, low) == (0, 0)
+
     def is_closing(self) -> bool:
         return self.is_closed
 
@@ -221,6 +224,20 @@ def test_a_wrong_request_behind_another_waits_for_its_answer() -> None:
             await connection.until(lambda: connection.wire.is_closed)
             statuses = [part[:3] for part in connection.wire.written.split(b"HTTP/1.1 ")[1:]]
             assert statuses == [b"200", b"400"]
+
+    run(test)
+
+
+def test_much_behind_a_wrong_request_does_not_end_the_answer_before() -> None:
+    async def test() -> None:
+        async with connected(app := Echo(), head_seconds=0.02) as connection:
+            app.may_answer.clear()
+            await connection.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" + b"nonsense\r\n" * 1000)
+            await asyncio.sleep(0.05)
+            assert not connection.wire.is_closed
+            app.may_answer.set()
+            await connection.until(lambda: connection.wire.is_closed)
+            assert connection.wire.written.startswith(b"HTTP/1.1 200 ")
 
     run(test)
 

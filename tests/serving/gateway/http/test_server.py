@@ -37,6 +37,8 @@ class Doorkeeper:
         if scope["path"] == "/wait":
             self.num_waiting += 1
             await self.released.wait()
+        if scope["path"] == "/long":
+            return await PlainTextResponse("x" * 2**24)(scope, receive, send)
         await PlainTextResponse(scope["client"][0])(scope, receive, send)
 
 
@@ -163,6 +165,23 @@ def test_a_handshake_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None
             assert all([await is_closed(pair) for pair in silent])
             assert await is_closed(await door.open(b"GET / HTTP/1.1\r\n\r\n"))  # no TLS
             assert (door.refused("handshake") or 0) >= 5
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_a_client_that_does_not_read_its_answer_is_cut_off(tmp_path: Path, is_tls: bool) -> None:
+    pem = certificate(tmp_path) if is_tls else None
+    request = b"GET /long HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+
+    async def test() -> None:
+        async with running(cert=pem, write_seconds=0.1) as door:
+            client = ssl.create_default_context(cafile=str(pem)) if is_tls else None
+            silent = await door.open(request, limit=1024, ssl=client)
+            assert await status(silent) == 200
+            opened = "mixtral_gateway_open_connections"
+            while door.metrics.registry.get_sample_value(opened):
+                await asyncio.sleep(0.01)
 
     asyncio.run(test())
 
