@@ -30,7 +30,7 @@ def propose(
     Args:
         proposer: guesses.
         decodes: sequences that lack one token.
-        budget: number of tokens of a step.
+        budget: number of tokens that the step has for them all.
     """
     ready = [s for s in decodes if not (s.undrawn and s.may_be_guessed)]
     guesses: dict[SequenceState, tuple[int, ...]] = {}

@@ -209,7 +209,9 @@ class Scheduler:
                 (decodes if remaining == 1 else prompts).append(sequence)
         guesses: dict[SequenceState, tuple[int, ...]] = {}
         if self._proposer is not None:
-            decodes, guesses = propose(self._proposer, decodes, self.limits.max_step_tokens)
+            # Prompts come first: a guess may be in vain, and a prompt is not.
+            room = self.limits.max_step_tokens - sum(s.remaining for s in prompts)
+            decodes, guesses = propose(self._proposer, decodes, room)
         draft: dict[SequenceState, int] = {}
         for sequence in decodes:
             self._claim(sequence, 1 + len(guesses.get(sequence, ())) if guesses else 1, draft)

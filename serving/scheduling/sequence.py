@@ -64,7 +64,8 @@ class SequenceState:
     def remaining(self) -> int:
         """Number of tokens to compute, of those that exist once the open plans have run."""
         length = len(self.tokens) + self.undrawn
-        return length - self.planned if length < self.limit else 0
+        # With guesses in an open plan, more is planned than is sure to exist.
+        return max(0, length - self.planned) if length < self.limit else 0
 
     @property
     def reserve(self) -> int:

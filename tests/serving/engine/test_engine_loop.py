@@ -239,6 +239,38 @@ def test_guesses_change_no_answer_whether_right_or_rejected(wrong: int) -> None:
     assert (device.num_right == 0) == (wrong == 1)
 
 
+def test_guesses_take_nothing_from_a_prompt() -> None:
+    """Of 16 tokens a step four answers take one each; a prompt of 60 has its first token after the
+    same number of steps with guesses and without."""
+    steps = []
+    for proposer in (None, Guesser(9999)):
+        device = ScriptedDevice(LIMITS)
+        engine = Engine(device, LIMITS, proposer=proposer)
+        for name in "ABCD":
+            engine.add(request(name, max_tokens=60))
+        for _ in range(4):
+            engine.step()
+        engine.add(request("P", 60, 3))
+        before = device.num_steps
+        while not any(event.request_id == "P" and event.drawn for event in engine.step()):
+            assert device.num_steps < 100
+        steps.append(device.num_steps - before)
+        finished(engine)
+    assert steps[1] <= steps[0]
+
+
+def test_prefixes_of_guessed_answers_are_found_again() -> None:
+    """Pages are registered with tokens that are sure, so that the next ones chain on them."""
+    engine = Engine(ScriptedDevice(LIMITS), LIMITS, proposer=Guesser(2))
+    asked = request("A", max_tokens=20)
+    engine.add(asked)
+    answer = finished(engine)["A", 0]
+    prompt = (*asked.prompt_ids, *answer[:13], 96)
+    engine.add(replace(asked, id="B", prompt_ids=prompt, max_tokens=1))
+    finished(engine)
+    assert engine.scheduler.prefix_hit_tokens == 16  # all full pages of its first 18 tokens
+
+
 def test_right_guesses_save_steps() -> None:
     """20 tokens: two alone, because nothing is known before; then 4 a step: 18 = 4 x 4 + 2."""
     device = ScriptedDevice(LIMITS)
