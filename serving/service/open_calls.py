@@ -7,12 +7,13 @@ server's number of calls, so that here a handler begins with the head, and waits
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
 
 from serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
+from serving.service.message_size import counting
 from serving.service.refusal import abort
 
 REQUEST_SECONDS = 30.0
@@ -64,14 +65,11 @@ class OpenCalls:
             except ServingError as error:
                 await abort(context, error)
 
+        parse = handler.request_deserializer and counting(handler.request_deserializer)
         # Handlers that take a stream of requests begin before the first of them has come.
         if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
-            )
-        return grpc.stream_unary_rpc_method_handler(
-            whole, handler.request_deserializer, handler.response_serializer
-        )
+            return grpc.stream_stream_rpc_method_handler(stream, parse, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(whole, parse, handler.response_serializer)
 
     @contextmanager
     def _counted(self, caller: str | None) -> Iterator[None]:
@@ -91,8 +89,9 @@ class OpenCalls:
 
 async def _timely(requests: Any, seconds: float) -> AsyncIterator[Any]:
     """Yields a call's requests; raises DeadlineExceeded if the first has not come in time."""
-    with suppress(InvalidRequest):  # a stream may be empty
-        yield await first_request(requests, seconds)
+    first = await _first(requests, seconds)
+    if first is not None:
+        yield first
         async for request in requests:
             yield request
 
@@ -114,16 +113,22 @@ async def first_request(requests: Any, seconds: float) -> Any:
 
     Raises:
         DeadlineExceeded: It has not come within `seconds`.
-        InvalidRequest: There is none.
+        InvalidRequest: There is none, or it has too many fields.
     """
-    reading = asyncio.ensure_future(anext(aiter(requests)))
+    first = await _first(requests, seconds)
+    if first is None:
+        raise InvalidRequest("the call has no request")
+    return first
+
+
+async def _first(requests: Any, seconds: float) -> Any:
+    """Returns the first of a call's requests, None if there is none; raises DeadlineExceeded."""
+    reading = asyncio.ensure_future(anext(aiter(requests), None))
     try:
         done, _ = await asyncio.wait([reading], timeout=seconds)
         if not done:
             raise DeadlineExceeded(f"no request has come within {seconds:g} seconds")
         return reading.result()
-    except StopAsyncIteration:
-        raise InvalidRequest("the call has no request") from None
     finally:
         reading.cancel()
 
