@@ -151,7 +151,8 @@ _ENGINE = _panel(
         "max_waiting",
         int,
         256,
-        "Maximum number of requests in the queue; more are refused with status 429.",
+        "Maximum number of choices of one caller in the queue; when several callers wait, each "
+        "has an even share. More are refused with status 429.",
         min=1,
     ),
     Flag(

@@ -8,24 +8,23 @@ It owns the queue, the rows, the pages and the progress of every sequence. A ste
     cancel and expire: gone from either state, and its pages are free in the same step
 
 Order. Callers take turns (queue.py); of a caller the first to come is the first served. A waiting
-sequence can get the place of a running one of another caller (preemption.py). If the pages run out
-as sequences grow, the youngest of the caller with the most rows loses its own. Whoever loses them
-goes back to the queue with all tokens it has, to compute them again; often it finds most of them in
-the prefix cache. The largest need of a sequence fits into the pool (`add` refuses others), so the
-oldest always goes on, and all end. While a sequence waits for pages, others of its caller and class
-wait behind it; those of other callers pass it until they are `LEAD` tokens ahead.
+sequence can get the place of a running one of another caller (preemption.py), and if the pages run
+out as sequences grow, the youngest of the caller with the most rows loses its own. It goes back to
+the queue with all its tokens, to compute them again; often it finds most of them in the prefix
+cache. The largest need of a sequence fits into the pool (`add` refuses others), so the oldest
+always goes on, and all end. While a sequence waits for pages, others of its caller and class wait
+behind it; those of other callers pass it until they are `LEAD` tokens ahead.
 
 A step's tokens. Each sequence past its prompt gets one; prompts share the rest (budget.py). So a
 long prompt makes no answer wait for more than the step in which one chunk of it is computed.
 
-Prefixes and windows. Full pages are registered by their content once they are computed, and found
-by later requests of the same salt (pages.py). Pages before the window, which no later token sees,
-are given back; a sequence then needs pages for its window and a chunk, however long it grows.
+Prefixes and windows. Full pages are found by later requests of the same salt (pages.py). Pages
+before the window, which no later token sees, are given back; a sequence then needs pages for its
+window and a chunk, however long it grows.
 
 Choices. The prompt of n choices is computed once, as choice 0. When its first token is known the
 others are forked from it: they share the prompt's pages and compute its last token again, each to
-draw its own first token. If there is no row or page for a fork, or anybody waits already, it goes
-to the queue as if it had come just now.
+draw its own first token. Without a row or page, or if anybody waits, a fork goes to the queue.
 
 Pipelining. The next plan may be made while one is not committed yet, so that the device never waits
 for the host. A token that the open plan draws is written in the next one as 0, and `follows` has
@@ -33,8 +32,7 @@ the index of the chunk that draws it. Steps run on the device in the order of th
 gives way to another caller loses what the open plan draws for it, and draws the same again later.
 
 Faults. `withdraw(plan)` undoes a plan whose step did not start. `requeue_all()` is for a device
-whose pages are lost: every sequence goes back to the queue and goes on from its tokens, with the
-seeds and positions of before. `plan(without=..., only=...)` leaves requests out of a step.
+whose pages are lost. `plan(without=..., only=...)` leaves requests out of a step.
 
 Worked example: budget 8, page size 4. A has a prompt of 3 tokens and max_tokens 2, B has a prompt
 of 10 and max_tokens 1. The first plan takes A's 3 tokens and B's first 5; A draws. The second, made
@@ -124,7 +122,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a request, or raises and changes nothing.
 
-        The prompt must leave room for at least one token; the answer is cut at the context's end.
+        The answer is cut at the context's end.
 
         Raises:
             InvalidRequest: the prompt is empty, or one of its numbers cannot be.
@@ -187,9 +185,8 @@ class Scheduler:
     def plan(self, without: Collection[str] = (), only: str | None = None) -> StepPlan:
         """Plans the next step. At most one earlier plan may be open, that is, not committed.
 
-        The plan is empty if there is no work, or none before the open plan is committed: with a
-        plan open no sequence loses its pages to those that grow, because the device still writes
-        them. An empty plan is not committed.
+        The plan is empty, and not committed, if there is no work, or none before the open plan is
+        committed: with a plan open no sequence loses its pages to those that grow.
 
         Args:
             without: ids of requests of which nothing is computed in this step. They keep their
@@ -200,8 +197,8 @@ class Scheduler:
         self._rows.admit(self._now)
         ready = self._rows.running
         if without or only is not None:
-            ready = [s for s in ready if only in (None, s.request.id)]
-            ready = [s for s in ready if s.request.id not in without]
+            allowed = (s for s in ready if only in (None, s.request.id))
+            ready = [s for s in allowed if s.request.id not in without]
         decodes: list[SequenceState] = []
         prompts: list[SequenceState] = []
         for sequence in ready:
@@ -214,21 +211,17 @@ class Scheduler:
             decodes, guesses = propose(self._proposer, decodes, room)
         draft: dict[SequenceState, int] = {}
         for sequence in decodes:
-            self._claim(sequence, 1 + len(guesses.get(sequence, ())) if guesses else 1, draft)
+            self._claim(sequence, 1 + len(guesses.get(sequence, ())), draft)
         if prompts := [sequence for sequence in prompts if sequence.running]:
-            budget = self.limits.max_step_tokens - sum(draft.values())
-            for sequence, size in prompt_sizes(prompts, budget):
+            spare = self.limits.max_step_tokens - sum(draft.values())
+            for sequence, size in prompt_sizes(prompts, spare):
                 self._claim(sequence, size, draft)
         order = [*draft]
         if prompts or guesses:
             order.sort(key=lambda sequence: draft[sequence] > 1)
         plan = StepPlan(
             chunks=tuple(
-                sequence.advance(
-                    draft[sequence],
-                    i,
-                    guesses.get(sequence, ())[: draft[sequence] - 1] if guesses else (),
-                )
+                sequence.advance(draft[sequence], i, guesses.get(sequence, ()))
                 for i, sequence in enumerate(order)
             ),
             copies=tuple(copy for sequence in order if (copy := sequence.table.settle())),
@@ -243,16 +236,15 @@ class Scheduler:
         `drawn[i]` is read where chunk i samples; None there means that the row sits this step out:
         its last token is computed again, and what an open plan computes behind it is passed over.
         Where the chunk has guesses, it has the tokens that follow up to the first wrong guess.
-
-        Sequences that have ended or lost their pages since `plan`, by cancel or by the previous
-        commit, are passed over. Their pages are free already, and this is safe: steps run in order,
-        so the writes of a stale chunk come before those of the page's next holder. Pages of the
-        prefix cache stay as they are: a page is registered when all its tokens are committed, and
-        uncommitted tokens are written behind those.
+        Sequences that have ended or lost their pages since `plan` are passed over. Their pages are
+        free already, and this is safe: steps run in order, so the writes of a stale chunk come
+        before those of the page's next holder. Pages of the prefix cache stay as they are: a page
+        is registered when all its tokens are committed, and others are written behind those.
         """
         expected, sequences = self._open.popleft()
         assert plan is expected, "plans are committed in their order"
         events: list[Event] = []
+        has_window = self.limits.window is not None
         for chunk, sequence, token in zip(plan.chunks, sequences, drawn, strict=True):
             if not sequence.running:
                 continue
@@ -269,7 +261,7 @@ class Scheduler:
             elif sequence.computed < chunk.end < chunk.prompt_length:
                 sequence.computed = chunk.end
                 events.append(sequence.event())
-            if sequence.running:
+            if has_window and sequence.running:
                 # A chunk of the next plan, if that is open, starts here: it sees no less.
                 sequence.table.slide(self.limits.visible(kept))
         return events
@@ -277,8 +269,8 @@ class Scheduler:
     def withdraw(self, plan: StepPlan) -> frozenset[str]:
         """Undoes the newest open plan, whose step did not start; the next plan repeats it.
 
-        Returns the ids of those of its requests of which nothing was ever computed: it may be one
-        of them that keeps the step from starting.
+        Returns the ids of its requests of which nothing was ever computed: one of them may be what
+        keeps the step from starting.
         """
         newest, sequences = self._open.pop()
         assert plan is newest, "only the newest plan can be withdrawn"

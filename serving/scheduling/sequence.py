@@ -102,10 +102,11 @@ class SequenceState:
     def advance(self, size: int, row: int, guesses: tuple[int, ...] = ()) -> Chunk:
         """Returns the chunk of its next `size` tokens, which count as planned from now on.
 
-        `row` is the index that the chunk will have in its plan. With `guesses`, which are the last
-        of these tokens, it must know all tokens before them.
+        `row` is the index that the chunk will have in its plan. The last of these tokens are from
+        `guesses`, as many as fit; all tokens before them must be known then.
         """
         sampling, prompt_length = self.request.sampling, len(self.request.prompt_ids)
+        guesses = guesses[: size - 1]
         samples = size - len(guesses) == self.remaining
         start, end = self.planned, self.planned + size
         follows = self.row if self.undrawn else None

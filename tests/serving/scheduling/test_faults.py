@@ -3,6 +3,7 @@
 Page size 4, 8 pages, 2 rows and 8 tokens a step, where a test says nothing else.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -162,6 +163,49 @@ def test_a_forced_token_that_ends() -> None:
     (event,) = scheduler.commit(first, [Drawn(token_id=99, forced=True)])
     assert event.finish_reason is FinishReason.STOP
     assert commit(scheduler, second) == [] and not scheduler.has_work
+
+
+class Counting:
+    """Guesses that numbers go on one by one, at most 3 of them."""
+
+    def propose(self, request: Request, tokens: Sequence[int], count: int) -> Sequence[int]:
+        return [tokens[-1] + i + 1 for i in range(min(3, count))]
+
+
+def test_guesses_are_kept_up_to_the_first_wrong_one() -> None:
+    """11 and 12 are right, 13 is not: the device draws 20 in its place, and goes on from there."""
+    scheduler = Scheduler(limits(), Counting())
+    scheduler.add(request("A", [1, 2], 9))
+    commit(scheduler, scheduler.plan(), 10)
+    plan = scheduler.plan()
+    (chunk,) = plan.chunks
+    assert (chunk.token_ids, chunk.start, chunk.guesses) == ((10, 11, 12, 13), 2, 3)
+    assert scheduler.plan() == StepPlan(chunks=())  # its last token must be known first
+    drawn = [Drawn(token_id=token) for token in (11, 12, 20)]
+    assert [told([e])[0][2] for e in scheduler.commit(plan, [drawn])] == [11, 12, 20]
+    (chunk,) = scheduler.plan().chunks
+    assert (chunk.token_ids, chunk.start) == ((20, 21, 22, 23), 5)
+
+
+def test_an_answer_ends_among_its_guesses() -> None:
+    scheduler = Scheduler(limits(), Counting())
+    scheduler.add(request("A", [95, 96], 9))
+    commit(scheduler, scheduler.plan(), 97)
+    plan = scheduler.plan()
+    assert plan.chunks[0].token_ids == (97, 98, 99, 100)
+    events = scheduler.commit(plan, [[Drawn(token_id=token) for token in (98, 99, 100)]])
+    assert told(events) == [("A", 0, 98, None), ("A", 0, 99, FinishReason.STOP)]
+    assert not scheduler.has_work and scheduler.num_free_pages == 8
+
+
+def test_guesses_fit_into_the_step_and_the_answer() -> None:
+    """A may have 2 tokens more, the second of which follows a guess. B gets what is left of 5."""
+    scheduler = Scheduler(limits(max_step_tokens=5), Counting())
+    for name, max_tokens in ("A", 3), ("B", 9):
+        scheduler.add(request(name, [1, 2], max_tokens))
+    commit(scheduler, scheduler.plan(), 10)
+    (a, b) = scheduler.plan().chunks
+    assert (a.token_ids, b.token_ids) == ((10, 11), (10, 11, 12))
 
 
 def state(scheduler: Scheduler) -> Any:

@@ -114,6 +114,21 @@ def test_one_row_in_32_is_batchs() -> None:
     assert len(waiting) == 0
 
 
+def test_rows_count_against_batch_only_while_it_waits() -> None:
+    waiting = TurnQueue(999)
+    for number in range(50):
+        waiting.push(sequence(waiting, "a", number))
+        waiting.push(sequence(waiting, "b", number))
+    for _ in range(40):
+        waiting.seat(waiting.heads([])[0])
+    batch = sequence(waiting, "c", 99, priority=Priority.BATCH)
+    waiting.push(batch)
+    for _ in range(31):
+        assert waiting.heads([])[0] is not batch
+        waiting.seat(waiting.heads([])[0])
+    assert waiting.heads([])[0] is batch
+
+
 def test_the_queue_counts_choices() -> None:
     waiting = TurnQueue(10)
     waiting.push(sequence(waiting, "a", 0, n=7))
