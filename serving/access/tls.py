@@ -106,6 +106,20 @@ class ServiceTls:
         key, chain = self.certificate.pair() if self.certificate else (None, None)
         return grpc.ssl_channel_credentials(self.ca.read_bytes(), key, chain)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        own = [self.certificate.chain, self.certificate.key] if self.certificate else []
+        return [self.ca, *own]
+
+    def checked_credentials(self) -> grpc.ChannelCredentials:
+        """Reads the files again, which may have changed. Raises AccessError or OSError."""
+        chain, key = (
+            (self.certificate.chain, self.certificate.key) if self.certificate else (None, None)
+        )
+        ServiceTls.of_flags(self.ca, chain, key, self.name)
+        return self.credentials()
+
     def options(self) -> list[tuple[str, str]]:
         """Returns options of the channel."""
         return [("grpc.ssl_target_name_override", self.name)] if self.name else []

@@ -10,19 +10,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import grpc
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from serving.access.credentials import Access
 from serving.access.loopback import is_loopback
-from serving.access.tls import ServiceTls
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
-from serving.channel import options_for
 from serving.gateway.answering import Gateway, Limits
 from serving.gateway.config import GatewayConfig
+from serving.gateway.connection import Connection
 from serving.gateway.http.access_log import AccessLog
 from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import answer_failures
@@ -31,7 +29,7 @@ from serving.gateway.http.origin import OriginCheck
 from serving.gateway.openapi import document, page
 from serving.gateway.routes import add_routes
 from serving.gateway.upstream import ModelService
-from serving.observe.key_reloads import report_failed_reload
+from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
 from serving.observe.tracing import Traces
 
 # Headers of an answer that scripts of other origins may read.
@@ -71,8 +69,11 @@ def create_app(
 
     Raises SetupError if what `config` names cannot be used.
     """
-    service_tls = config.service_tls()
+    connection = Connection(config.address, config.service_tls())
     metrics = metrics or GatewayMetrics()
+    report_failed_certificate(
+        metrics.registry, lambda: connection.reload_failed, "mixtral_service_certificate"
+    )
     report_failed_reload(metrics.registry, lambda: access.reload_failed)
     traces = traces or Traces.exported(
         config.otlp_endpoint, "gateway", trusts_parents=config.trust_traceparent
@@ -84,7 +85,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            async with open_channel(config.address, service_tls) as channel:
+            async with connection.channel(lambda newest: service.use(newest)) as channel:
                 service = ModelService(channel, config.gateway_key, config.address)
                 fields = CallerFields(config.gateway_key, share_prefixes=config.share_prefixes)
                 app.state.gateway = Gateway(service, admission, fields, limits)
@@ -130,11 +131,3 @@ def create_app(
     )
     app.add_middleware(AccessLog, metrics=metrics, traces=traces, log_prompts=config.log_prompts)
     return app
-
-
-def open_channel(target: str, tls: ServiceTls | None) -> grpc.aio.Channel:
-    """A channel to the service; it connects when it is first used, and whenever it must again."""
-    options = options_for(target)
-    if tls is None:
-        return grpc.aio.insecure_channel(target, options=options)
-    return grpc.aio.secure_channel(target, tls.credentials(), [*options, *tls.options()])

@@ -77,15 +77,19 @@ class ModelService:
         target: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._channel = channel
         self._aboard = Aboard()
-        self._inference = inference_pb2_grpc.InferenceStub(channel)
-        self._health = health_pb2_grpc.HealthStub(channel)
+        self.use(channel)
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._model: inference_pb2.ModelInfo | None = None
         self._asked_at = 0.0
         self._clock = clock
         self._server = server_attributes(target)
+
+    def use(self, channel: grpc.aio.Channel) -> None:
+        """Sends all later calls over this channel; those under way go on over theirs."""
+        self._channel = channel
+        self._inference = inference_pb2_grpc.InferenceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
 
     async def model(self) -> inference_pb2.ModelInfo:
         """Returns the served model, which is remembered for MODEL_SECONDS.

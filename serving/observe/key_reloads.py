@@ -20,16 +20,20 @@ def report_failed_reload(registry: CollectorRegistry, has_failed: Callable[[], b
     gauge.set_function(lambda: float(has_failed()))
 
 
-def report_failed_certificate(registry: CollectorRegistry, has_failed: Callable[[], bool]) -> None:
-    """Adds the gauge `mixtral_certificate_reload_failed` to the metrics of a process.
+def report_failed_certificate(
+    registry: CollectorRegistry, has_failed: Callable[[], bool], name: str = "mixtral_certificate"
+) -> None:
+    """Adds the gauge NAME_reload_failed to the metrics of a process.
 
     Args:
         registry: The metrics of the process.
         has_failed: Returns True while an older certificate is in use, because its files, which have
             changed, cannot be used.
+        name: The certificate: `mixtral_certificate` is the one that clients are shown,
+            `mixtral_service_certificate` what a gateway needs to reach the service.
     """
     gauge = Gauge(
-        "mixtral_certificate_reload_failed",
+        f"{name}_reload_failed",
         "1 while the files of the certificate have changed and cannot be used; else 0.",
         registry=registry,
     )
