@@ -17,18 +17,14 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from starlette.types import Message
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.errors import DeadlineExceeded, InvalidRequest, ServingError
 from serving.gateway.dialect.error_body import error_body
 from serving.gateway.http.access_log import log_refusal
 from serving.gateway.http.connections import Connections, Place
+from serving.gateway.http.until_close import CycleUntilClose
 
 # The parser is fed in pieces of so many bytes, after each of which the limits are checked.
 _PIECE = 4096
@@ -144,7 +140,7 @@ class Protocol(HttpToolsProtocol):
         self._num_heads += 1
         if self.scope["http_version"] == "1.0":
             # Its task has been created, but has not begun to run.
-            self.cycle.__class__ = _CycleUntilClose
+            self.cycle.__class__ = CycleUntilClose
 
     def on_body(self, body: bytes) -> None:
         """Counts and keeps bytes of a body."""
@@ -315,38 +311,3 @@ def refusal_of(error: ServingError) -> bytes:
     if error.retry_after is not None:
         head += f"retry-after: {error.retry_after}\r\n"
     return STATUS_LINE[error.http_status] + head.encode() + b"\r\n" + body
-
-
-class _CycleUntilClose(RequestResponseCycle):
-    """A request in HTTP/1.0: an answer without a length is sent as it is, and ends by closing.
-
-    RFC 9112, section 6.1: a server must not send Transfer-Encoding to a client of HTTP/1.0.
-    """
-
-    _has_length = True
-
-    async def send(self, message: Message) -> None:  # type: ignore[override]
-        """Sends a message of ASGI."""
-        is_start = message["type"] == "http.response.start"
-        if is_start:
-            names = {name.lower() for name, _ in message["headers"]}
-            self._has_length = b"content-length" in names or self.scope["method"] == "HEAD"
-        if self._has_length:
-            return await super().send(message)  # type: ignore[arg-type]
-        if self.flow.write_paused and not self.disconnected:
-            await self.flow.drain()
-        if self.disconnected:
-            return
-        if is_start:
-            self.response_started = True
-            self.waiting_for_100_continue = False
-            headers = [*self.default_headers, *message["headers"], (b"connection", b"close")]
-            lines = [b"%s: %s\r\n" % header for header in headers]
-            self.transport.write(STATUS_LINE[message["status"]] + b"".join(lines) + b"\r\n")
-            return
-        self.transport.write(message.get("body", b""))
-        if not message.get("more_body", False):
-            self.response_complete = True
-            self.message_event.set()
-            self.transport.close()
-            self.on_response()
