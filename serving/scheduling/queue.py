@@ -46,7 +46,6 @@ class TurnQueue:
         self._lines: dict[tuple[Priority, str], list[SequenceState]] = {}
         self.changes = 0  # number of times that a sequence came or went
         self._size = 0
-        self._peak = 0  # the largest number of tokens that a forgotten caller was served
         self._passed = 0  # rows that INTERACTIVE requests got while BATCH ones waited
 
     def __len__(self) -> int:
@@ -149,13 +148,12 @@ class TurnQueue:
         waiting = [self._turns[caller].served for _, caller in self._lines]
         if waiting:
             return min(waiting)
-        return max((turn.served for turn in self._turns.values()), default=self._peak)
+        return max(turn.served for turn in self._turns.values())
 
     def _forget(self) -> None:
         """Drops callers that neither wait nor run, when there are very many."""
         if len(self._turns) < _MAX_CALLERS:
             return
-        self._peak = max(turn.served for turn in self._turns.values())
         self._turns = {
             caller: turn for caller, turn in self._turns.items() if turn.waiting or turn.rows
         }

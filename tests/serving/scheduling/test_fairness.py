@@ -169,6 +169,15 @@ def test_interactive_goes_before_batch() -> None:
     assert served.scheduler.preemptions == 2
 
 
+def test_interactive_goes_before_the_batch_of_its_own_caller() -> None:
+    served = Served(max_sequences=2)
+    served.add(*(ask(f"b{i}", "bob", 10, 500, priority=Priority.BATCH) for i in range(2)))
+    served.step(5)
+    served.add(ask("i", "bob", 10, 500))
+    served.step()
+    assert sorted(served.scheduler.running) == ["b0", "i"]
+
+
 def test_batch_never_waits_for_ever() -> None:
     """One in 32 rows is given to it, and it keeps the row for a slice at least."""
     served = Served(max_sequences=1)

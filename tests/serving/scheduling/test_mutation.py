@@ -12,7 +12,16 @@ LIMITS = ("tests/serving/accounting/test_rate_limits.py",)
 SECONDS = 120.0
 
 # Survivors, and why no test can, or need, notice them.
-EXPLAINED: dict[str, str] = {}
+_ROWS = "serving.scheduling.rows: "
+_TAKES = (
+    "may_take = not head.turn.rows and most_rows {} 1 or leading >= head.turn.level + "
+    "preemption.LEAD or (self._num_batch > 0 and head.request.priority is not Priority.BATCH)"
+)
+EXPLAINED = {
+    f"{_ROWS}self._plans = 0 -> self._plans = 1": "plans are counted from any number",
+    f"{_ROWS}self._stuck = (-1, 0, 0, 0) -> self._stuck = (-1, 0, 1, 0)": "no change is the -1st",
+    f"{_ROWS}{_TAKES.format('>')} -> {_TAKES.format('>=')}": "spares a search that finds nobody",
+}
 
 
 @pytest.mark.soak
