@@ -186,6 +186,22 @@ def test_detokenize_of_4_million_ids(victim: Endpoint) -> None:
         assert "ids has 4,000,000 ids" in caught.value.details()  # type: ignore[attr-defined]
 
 
+def test_logprobs_of_16_long_choices(victim: Endpoint) -> None:
+    """11 MB of JSON in one piece."""
+    body = chat(n=16, logprobs=True, top_logprobs=20, max_tokens=512, ignore_eos=True)
+    with (
+        attacked(victim) as bystander,
+        victim.client(ATTACKER) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        sent = pool.submit(client.post, "/v1/chat/completions", json=body)
+        bystander.wait_for_answers(3)
+        answer = sent.result()
+        assert answer.status_code in (200, 400, 422)
+        if answer.status_code == 200:
+            assert answer.json()["usage"]["completion_tokens"] == 16 * 512
+
+
 def test_a_storm_of_aborts(victim: Endpoint) -> None:
     """300 requests whose clients reset their connection at any moment of them."""
     payload = json.dumps(chat("a long story " * 50, max_tokens=200, n=4, stream=True)).encode()
@@ -287,6 +303,7 @@ ATTACKS: list[Callable[[Endpoint], None]] = [
     test_six_prompts_of_600_kb_of_digits,
     test_millions_of_token_ids,
     test_detokenize_of_4_million_ids,
+    test_logprobs_of_16_long_choices,
     test_a_storm_of_aborts,
     test_retries_under_overload,
     test_a_chat_that_renders_to_nothing,
