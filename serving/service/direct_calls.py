@@ -19,6 +19,12 @@ from serving.service.refusal import abort
 
 GENERATE = "/mixtral.v1.Inference/Generate"
 _COUNTED = (GENERATE, "/mixtral.v1.Inference/Tokenize", "/mixtral.v1.Inference/Detokenize")
+# Statuses of errors for which nobody pays who has had no token, as gRPC has them in a context.
+_OUR_FAULTS = frozenset(
+    number
+    for status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
+    for number in (status, status.value[0])
+)
 
 
 class DirectCalls:
@@ -79,7 +85,8 @@ class DirectCalls:
             except ServingError as error:
                 await abort(context, error)
             finally:
-                lease.settle([tokens])
+                is_lost = not tokens.completion_tokens and context.code() in _OUR_FAULTS
+                lease.settle(() if is_lost else [tokens])
 
         return generate
 

@@ -17,11 +17,19 @@ from serving.accounting.caller_fields import CallerFields
 from serving.accounting.ledger import UsageLedger
 from serving.accounting.rate_limits import RateLimits
 from serving.client import Client
-from serving.errors import ERROR_METADATA, InvalidRequest, Overloaded, ServingError, from_grpc
+from serving.errors import (
+    ERROR_METADATA,
+    EngineFailure,
+    InvalidRequest,
+    Overloaded,
+    ServingError,
+    from_grpc,
+)
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from serving.service.direct_calls import DirectCalls
 from serving.service.interceptor import AccessInterceptor
+from serving.service.refusal import abort
 
 KEYS = {"default": "operator's", "gateway": "gateway's"}
 FIELDS = CallerFields("gateway's")
@@ -39,6 +47,9 @@ class Noting(rpc.InferenceServicer):
         if request.text == "wait":
             yield pb.GenerateChunk(computed_tokens=2)
             await asyncio.Event().wait()
+        if request.text == "fail":
+            yield pb.GenerateChunk(computed_tokens=2)
+            await abort(context, EngineFailure("broken"))
         yield pb.GenerateChunk(text="x", token_ids=[1], finish_reason=pb.FINISH_REASON_STOP)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.Tokens:
@@ -213,6 +224,20 @@ def test_the_python_client_reads_how_long_to_wait() -> None:
             assert await asyncio.to_thread(ask, target) == [None, 60]
 
     asyncio.run(run())
+    books.accounts.close()
+
+
+def test_nobody_pays_for_a_direct_call_that_the_server_has_lost() -> None:
+    books = Books()
+
+    async def work(stub: rpc.InferenceStub, service: Noting) -> None:
+        asked = pb.GenerateRequest(text="fail")
+        error = await refusal(stub.Generate(asked, metadata=bearer("default")))
+        assert isinstance(error, EngineFailure)
+        assert await books.written() == []
+        assert books.rates._running == {}
+
+    served(work, books.admission)
     books.accounts.close()
 
 
