@@ -17,9 +17,11 @@ _TAKES = (
     "may_take = not head.turn.rows and most_rows {} 1 or leading >= head.turn.level + "
     "preemption.LEAD or (self._num_batch > 0 and head.request.priority is not Priority.BATCH)"
 )
+_LEADING = "leading = max((s.turn.level for s in self.running if s.had_slice), default={})"
 EXPLAINED = {
     f"{_ROWS}self._plans = 0 -> self._plans = 1": "plans are counted from any number",
     f"{_ROWS}self._stuck = (-1, 0, 0, 0) -> self._stuck = (-1, 0, 1, 0)": "no change is the -1st",
+    f"{_ROWS}{_LEADING.format(0)} -> {_LEADING.format(1)}": "LEAD is more than 1 anyway",
     f"{_ROWS}{_TAKES.format('>')} -> {_TAKES.format('>=')}": "spares a search that finds nobody",
 }
 
