@@ -1,6 +1,7 @@
 """The gateway's side of gRPC before scripted services, of which some fail and some are killed."""
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -106,11 +107,15 @@ def run(work: Any) -> None:
 
 
 async def connected(service: ModelService, behind: list[Replica]) -> None:
-    """Waits until each has answered: while a channel looks for more it uses what it has."""
+    """Waits until each has answered: while a channel looks for more it uses what it has.
+
+    Each try has a text of its own, because a text that has failed twice is suspected.
+    """
+    numbers = itertools.count()
 
     async def all_asked() -> bool:
         with suppress(ServingError):
-            await text_of(service.generate(asking("x")))
+            await text_of(service.generate(asking(f"x{next(numbers)}")))
         return all(one.asked for one in behind)
 
     await until(all_asked)
