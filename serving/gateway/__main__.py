@@ -56,7 +56,7 @@ def _serve(given: dict[str, Any]) -> None:
 
     Keys come from the environment, where no list of processes shows them: MIXTRAL_JAX_API_KEY
     holds one that clients present, MIXTRAL_JAX_SERVICE_KEY the one that is presented to the
-    service; without it that is the first.
+    service, where the same must be set.
 
     A signal ends it with status 0 when running answers have finished, or after --drain-seconds.
     """
