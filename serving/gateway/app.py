@@ -26,7 +26,7 @@ from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import answer_failures
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.origin import OriginCheck
-from serving.gateway.openapi import document, page
+from serving.gateway.openapi import RATE_LIMIT_HEADERS, document, page
 from serving.gateway.routes import add_routes
 from serving.gateway.upstream import ModelService
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
@@ -36,11 +36,7 @@ from serving.observe.tracing import Traces
 _EXPOSED = [
     *("x-request-id", "x-ms-client-request-id", "x-ms-error-code"),
     *("retry-after", "retry-after-ms"),
-    *(
-        f"x-ratelimit-{name}-{unit}"
-        for name in ("limit", "remaining", "reset")
-        for unit in ("requests", "tokens")
-    ),
+    *RATE_LIMIT_HEADERS,
 ]
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from serving.accounting.rate_limits import UNITS
+from serving.errors import Overloaded
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import ChatCompletion
 from serving.gateway.dialect.chat.stream import ChatCompletionChunk
@@ -53,6 +55,19 @@ _ERRORS = {
     503: "The model is not ready, or not there; Retry-After tells how long.",
 }
 _RETRIED = (429, 503)
+RATE_LIMIT_HEADERS: Schema = {
+    f"x-ratelimit-{name}-{unit}": {
+        "description": f"{meaning} of {unit} in a minute; absent where the caller has none.",
+        "schema": {"type": kind},
+    }
+    for unit in UNITS
+    for name, meaning, kind in (
+        ("limit", "The caller's limit", "integer"),
+        ("remaining", "What remains of the caller's limit", "integer"),
+        ("reset", "The time, such as 1.5s or 6m0s, until all remains of its limit", "string"),
+    )
+}
+"""Headers of answers that tell a caller's limits, as the document describes them."""
 
 
 def document() -> Schema:
@@ -251,6 +266,7 @@ def _post(path: str, summary: str, types: tuple[str, str, str], parameters: list
     answers = {
         "200": {
             "description": "The answer; with `stream`, its events as they come.",
+            "headers": RATE_LIMIT_HEADERS,
             "content": _json(_ref(answer)) | {"text/event-stream": {"schema": event}},
         }
     }
@@ -284,9 +300,18 @@ def _parameters(path: str, own: list[Schema]) -> list[Schema]:
 def _failures(*statuses: int) -> Schema:
     answers: Schema = {}
     for status in statuses:
-        headers = {"x-ms-error-code": {"schema": {"type": "string"}}}
+        headers: Schema = {"x-ms-error-code": {"schema": {"type": "string"}}}
         if status in _RETRIED:
-            headers["retry-after"] = {"schema": {"type": "integer"}}
+            headers["retry-after"] = {
+                "description": "Seconds until a retry may help.",
+                "schema": {"type": "integer"},
+            }
+            headers["retry-after-ms"] = {
+                "description": "The same in milliseconds.",
+                "schema": {"type": "integer"},
+            }
+        if status == Overloaded.http_status:
+            headers |= RATE_LIMIT_HEADERS
         answers[str(status)] = {
             "description": _ERRORS[status],
             "headers": headers,

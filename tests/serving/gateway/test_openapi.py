@@ -8,6 +8,8 @@ import pytest
 
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
+from serving.accounting.admission import headers_of
+from serving.accounting.rate_limits import UNITS, Allowance
 from serving.gateway.app import create_app
 from serving.gateway.openapi import document, page
 from tests.support.fakes import KEY, gateway_config, running_stack
@@ -52,6 +54,15 @@ def test_requests_and_answers_are_described_field_by_field(told: dict[str, Any])
     assert set(chat["responses"]) == {"200", *(str(status) for status in ERRORS)}
     assert "retry-after" in chat["responses"]["429"]["headers"]
     assert "retry-after" not in chat["responses"]["422"]["headers"]
+
+
+def test_the_headers_of_limits_are_described(told: dict[str, Any]) -> None:
+    written = headers_of({unit: Allowance(60, 59, 1.0) for unit in UNITS})
+    responses = told["paths"]["/v1/completions"]["post"]["responses"]
+    assert responses["200"]["headers"].keys() == written.keys()
+    others = {"x-ms-error-code", "retry-after", "retry-after-ms"}
+    assert responses["429"]["headers"].keys() == written.keys() | others
+    assert responses["503"]["headers"].keys() == others
 
 
 ERRORS = (400, 401, 403, 404, 405, 408, 413, 415, 422, 424, 429, 500, 503)
