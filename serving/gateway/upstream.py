@@ -291,6 +291,10 @@ class Answer:
         except asyncio.CancelledError:  # by `cancel`, or as the channel was closed
             self._failure = Unavailable("the answer was given up; try again shortly")
             raise
+        except Exception:  # a bug of ours, or a service of another version
+            logger.exception("an answer of the model service could not be read")
+            self._failure = EngineFailure("the model service's answer could not be read")
+            self._call.cancel()
         finally:
             if self._sent is not None:
                 self._sent.end(is_whole=is_whole)

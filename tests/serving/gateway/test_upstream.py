@@ -310,6 +310,22 @@ def test_a_slow_reader_has_no_more_than_so_many_chunks_in_memory() -> None:
     run(work)
 
 
+class Newer(ScriptedInference):
+    """Ends its answer for a reason that this gateway does not know."""
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[Any]:
+        yield pb.GenerateChunk(text="word", token_ids=[1], finish_reason=99)  # type: ignore[arg-type]
+
+
+def test_an_answer_that_cannot_be_read_is_no_whole_answer() -> None:
+    async def work() -> None:
+        async with replicas(Newer()) as (service, _):
+            with pytest.raises(EngineFailure, match="could not be read"):
+                await text_of(service.generate(asking("one")))
+
+    run(work())
+
+
 def test_patience_and_cancelling() -> None:
     async def work() -> None:
         scripted = ScriptedInference()
