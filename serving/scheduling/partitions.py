@@ -81,13 +81,11 @@ class Partitions:
                 events += scheduler.commit(plan, tokens)
         return events
 
-    def withdraw(self, plans: Iterable[StepPlan]) -> frozenset[str]:
+    def withdraw(self, plans: Iterable[StepPlan]) -> None:
         """Undoes the newest plans, whose step did not start; see `Scheduler.withdraw`."""
-        arrivals = frozenset[str]()
         for scheduler, plan in zip(self._schedulers, plans, strict=True):
             if plan.chunks:
-                arrivals |= scheduler.withdraw(plan)
-        return arrivals
+                scheduler.withdraw(plan)
 
     def requeue_all(self) -> None:
         """Sends every running sequence back to the queue; see `Scheduler.requeue_all`."""
@@ -107,11 +105,6 @@ class Partitions:
     def suspects(self) -> frozenset[str]:
         """Ids of the requests that are computed alone."""
         return frozenset(turn for turn in self._turns if turn is not None and self._has(turn))
-
-    @property
-    def running(self) -> frozenset[str]:
-        """Ids of the requests of which something has a row."""
-        return frozenset(name for scheduler in self._schedulers for name in scheduler.running)
 
     def _has(self, request_id: str) -> bool:
         return any(scheduler.has(request_id) for scheduler in self._schedulers)

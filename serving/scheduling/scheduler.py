@@ -110,11 +110,6 @@ class Scheduler:
         """Number of those prompt tokens that the prefix cache had."""
         return self._rows.prefix_hit_tokens
 
-    @property
-    def running(self) -> frozenset[str]:
-        """Ids of the requests of which something has a row."""
-        return frozenset(sequence.request.id for sequence in self._rows.running)
-
     def has(self, request_id: str) -> bool:
         """Returns True if the request has not ended."""
         return any(sequence.request.id == request_id for sequence in self._sequences())
@@ -266,26 +261,18 @@ class Scheduler:
                 sequence.table.slide(self.limits.visible(kept))
         return events
 
-    def withdraw(self, plan: StepPlan) -> frozenset[str]:
-        """Undoes the newest open plan, whose step did not start; the next plan repeats it.
-
-        Returns the ids of its requests of which nothing was ever computed: one of them may be what
-        keeps the step from starting.
-        """
+    def withdraw(self, plan: StepPlan) -> None:
+        """Undoes the newest open plan, whose step did not start; the next plan repeats it."""
         newest, sequences = self._open.pop()
         assert plan is newest, "only the newest plan can be withdrawn"
         filled = {destination for _, destination in plan.copies}
-        arrivals = set[str]()
         for chunk, sequence in zip(plan.chunks, sequences, strict=True):
             if not sequence.running:
                 continue
-            if not sequence.steps and not sequence.choice:
-                arrivals.add(chunk.request_id)
             if chunk.pages[chunk.start // self.limits.page_size] in filled:
                 self._rows.requeue(sequence)  # its first page was never filled
             else:
                 sequence.retreat(chunk)
-        return frozenset(arrivals)
 
     def requeue_all(self) -> None:
         """Sends every running sequence back to the queue, because the device's pages are lost.

@@ -67,6 +67,11 @@ def step(scheduler: Scheduler, tokens: Iterable[int] | int = 50) -> StepPlan:
     return plan
 
 
+def with_rows(scheduler: Scheduler) -> list[str]:
+    """Returns the ids of the requests of which something has a row, in alphabetical order."""
+    return sorted({sequence.request.id for sequence in scheduler._rows.running})
+
+
 def told(events: list[Event]) -> list[tuple[str, int, int | None, FinishReason | None]]:
     return [
         (e.request_id, e.choice, e.drawn.token_id if e.drawn else None, e.finish_reason)

@@ -10,6 +10,7 @@ from mixtral_jax.sampling_params import SamplingParams
 from serving.scheduling.request import Drawn, Priority, Request
 from serving.scheduling.scheduler import Scheduler
 from serving.scheduling.step_plan import Limits, StepPlan
+from tests.serving.scheduling.plain_device import with_rows
 
 TOKEN = Drawn(token_id=7)
 
@@ -165,7 +166,7 @@ def test_interactive_goes_before_batch() -> None:
     served.step(5)
     served.add(*(ask(f"i{i}", "bob", 10, 500) for i in range(2)))
     served.step()
-    assert sorted(served.scheduler.running) == ["i0", "i1"]
+    assert with_rows(served.scheduler) == ["i0", "i1"]
     assert served.scheduler.preemptions == 2
 
 
@@ -175,7 +176,7 @@ def test_interactive_goes_before_the_batch_of_its_own_caller() -> None:
     served.step(5)
     served.add(ask("i", "bob", 10, 500))
     served.step()
-    assert sorted(served.scheduler.running) == ["b0", "i"]
+    assert with_rows(served.scheduler) == ["b0", "i"]
 
 
 def test_batch_never_waits_for_ever() -> None:
