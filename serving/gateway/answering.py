@@ -26,6 +26,7 @@ from serving.gateway.dialect.text.stream import TextEvents
 from serving.gateway.dialect.whole import WholeAnswer, check_logprobs
 from serving.gateway.event_stream import DisconnectWatch, EventStream
 from serving.gateway.http import body
+from serving.gateway.http.body_room import BodyRoom, Hold
 from serving.gateway.http.failures import LIMIT_HEADERS
 from serving.gateway.http.request_record import RequestRecord
 from serving.gateway.joined_answers import RunningAnswer
@@ -87,6 +88,7 @@ class Gateway:
         self._admission = admission
         self._fields = fields
         self._limits = limits
+        self._bodies = BodyRoom()
 
     async def answer(
         self,
@@ -115,11 +117,9 @@ class Gateway:
         limit_headers = partial(self._admission.headers, caller)
         setattr(request.state, LIMIT_HEADERS, limit_headers)
         lease = self._admission.begin(caller)
+        hold = self._bodies.hold(caller.name)
         try:
-            content = await body.read_body(
-                request, self._limits.body_bytes, self._limits.body_seconds
-            )
-            asked = parsing.read(content, kind.request, unknown)
+            asked = await self._read(request, kind, unknown, hold)
             model = await self.service.model()
             calls = asked.protos()
             if not asked.stream:
@@ -130,12 +130,22 @@ class Gateway:
             answer = self.service.ask(calls, record, kind.operation, asked.model, model.name)
             lease.follow(answer.tokens)
             identity = Identity.new(model.name, id_prefix + record.id, tells_cached=tells_cached)
-            response = await self._send(request, kind, asked, identity, answer, lease)
+            response = await self._send(request, kind, asked, identity, answer, lease, hold)
         except BaseException:
             lease.settle()  # unless it has been settled
             raise
+        finally:
+            hold.free()
         response.headers.update(limit_headers())
         return response
+
+    async def _read(
+        self, request: Request, kind: Kind, unknown: parsing.UnknownFields, hold: Hold
+    ) -> Parameters:
+        """Returns what is asked. The bytes of the body, which may be many more, are not kept."""
+        limits = self._limits
+        content = await body.read_body(request, hold, limits.body_bytes, limits.body_seconds)
+        return parsing.read(content, kind.request, unknown)
 
     async def _send(
         self,
@@ -145,8 +155,12 @@ class Gateway:
         identity: Identity,
         answer: RunningAnswer,
         lease: Lease,
+        hold: Hold,
     ) -> Response:
-        """Returns the response that reads the answer, and settles the lease when it has ended."""
+        """Returns the response that reads the answer, and settles the lease when it has ended.
+
+        The room of the body is given back when the prompts have been queued.
+        """
         watch = DisconnectWatch(request, answer)
 
         def end() -> None:
@@ -155,6 +169,7 @@ class Gateway:
 
         try:
             chunks = await _begun(answer)
+            hold.free()
             if asked.stream and not watch.client_disconnected:
                 events = kind.events(identity, asked.include_usage)
                 opening = events.opening(asked.choices * len(answer.tokens)) + events.write(chunks)

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import DeadlineExceeded, RequestTooLarge, UnsupportedMedia
+from serving.gateway.http.body_room import SMALL, Hold
 
 LIMIT = 4 * 2**20
 SECONDS = 30.0
@@ -24,22 +25,28 @@ class BodyTooSlow(DeadlineExceeded):
     """The body has not arrived in time, and its rest will not be waited for."""
 
 
-async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECONDS) -> bytes:
+async def read_body(
+    request: Request, hold: Hold, limit: int = LIMIT, seconds: float = SECONDS
+) -> bytes:
     """Returns the whole body.
 
     Args:
         request: The request, of which nothing has been read.
+        hold: Takes room for a body that is not small when its first bytes have come; while it
+            waits for room, what its client sends stays in the network.
         limit: The bytes that a body may have.
-        seconds: The time that it may take to arrive.
+        seconds: The time that it may take to arrive, with the time that it waits.
 
     Raises:
         UnsupportedMedia: The headers say that it is not JSON, or is compressed.
         RequestTooLarge: It has more bytes than `limit`.
+        Overloaded: Too many large bodies of the caller wait already.
         BodyTooSlow: It took longer than `seconds`.
     """
     _check_type(request)
     too_large = RequestTooLarge(f"the body is larger than {limit:,} bytes; send a smaller one")
-    if int(request.headers.get("content-length", 0)) > limit:
+    size = int(request.headers.get("content-length", limit))
+    if size > limit:
         raise too_large
     body = bytearray()
     try:
@@ -48,6 +55,8 @@ async def read_body(request: Request, limit: int = LIMIT, seconds: float = SECON
                 body += chunk
                 if len(body) > limit:
                     raise too_large
+                if len(body) > SMALL and not hold.has_room:
+                    await hold.take(size)
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {seconds:g} seconds") from None
     return bytes(body)

@@ -1,8 +1,10 @@
 """Bodies that are too large or too slow."""
 
 import asyncio
+import json
 import socket
 
+import httpx
 import pytest
 from starlette.types import Message
 
@@ -10,7 +12,7 @@ from serving.gateway.answering import Limits
 from serving.gateway.http import body
 from serving.gateway.http.body import Lingering
 from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
-from tests.support.gateway import address
+from tests.support.gateway import BEARER, address
 
 
 def test_a_body_that_is_too_large_is_not_read(stack: Stack) -> None:
@@ -57,3 +59,29 @@ def test_a_refused_client_that_goes_on_is_read_for_a_while(monkeypatch: pytest.M
 
     asyncio.run(test())
     assert [message.get("more_body") for message in sent] == [None, True, False]
+
+
+def test_large_bodies_wait_for_room_and_small_ones_do_not(stack: Stack) -> None:
+    """Nine bodies of 4 MiB whose last byte never comes: of all but eight, the rest is not read."""
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+    most = body.LIMIT - 1
+    links = []
+    try:
+        for _ in range(9):
+            link = socket.create_connection(address(stack), timeout=PATIENCE)
+            links.append(link)
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+            link.sendall(f"{head}content-length: {body.LIMIT}\r\n\r\n".encode())
+            if len(links) <= 8:
+                link.sendall(b" " * most)
+        link.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            link.sendall(b" " * most)
+        small = json.dumps({"prompt": "one", "max_tokens": 1})
+        answer = httpx.post(
+            f"{stack.url}/v1/completions", content=small, headers=BEARER, timeout=PATIENCE
+        )
+        assert answer.status_code == 200
+    finally:
+        for link in links:
+            link.close()
