@@ -323,7 +323,7 @@ def test_an_answer_that_cannot_be_read_is_no_whole_answer() -> None:
             with pytest.raises(EngineFailure, match="could not be read"):
                 await text_of(service.generate(asking("one")))
 
-    run(work())
+    run(work)
 
 
 def test_patience_and_cancelling() -> None:
