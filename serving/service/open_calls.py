@@ -1,5 +1,11 @@
 """Open calls: their number is bounded for each caller, and their request must come soon.
 
+A call of a gateway counts as one of the caller for whom the gateway asks: without that a caller's
+prompts that wait to be tokenized would take every call that the server has.
+
+A call of a gateway counts as one of the caller for whom the gateway asks: else the prompts of one
+caller that wait to be tokenized would take every call that the server has.
+
 gRPC counts a call as soon as its head has come. Whoever sent heads without requests would fill the
 server's number of calls, so that here a handler begins with the head, and waits for its request.
 """
@@ -13,6 +19,7 @@ from typing import Any
 import grpc
 
 from serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
+from serving.proto import inference_pb2 as pb
 from serving.service.message_size import counting
 from serving.service.refusal import abort
 
@@ -39,7 +46,7 @@ class OpenCalls:
         Args:
             handler: That of the method, or of its refusal.
             caller: The caller's name; None for a stranger, who is refused at once, and for a
-                gateway, which asks for many.
+                gateway, whose requests name their callers.
         """
 
         if caller is None and handler.request_streaming:
@@ -59,9 +66,10 @@ class OpenCalls:
                 with self._counted(caller):
                     request = await self._request(handler, requests)
                     answer = handler.stream_stream or handler.unary_stream
-                    async with aclosing(answer(request, context)) as items:
-                        async for item in items:
-                            yield item
+                    with self._counted(_caller_of(request) if caller is None else None):
+                        async with aclosing(answer(request, context)) as items:
+                            async for item in items:
+                                yield item
             except ServingError as error:
                 await abort(context, error)
 
@@ -85,6 +93,11 @@ class OpenCalls:
         if handler.request_streaming:  # it may refuse the call before it reads one
             return _timely(requests, self._request_seconds)
         return await first_request(requests, self._request_seconds)
+
+
+def _caller_of(request: Any) -> str | None:
+    """Returns the caller whom a gateway's request names, if it names one."""
+    return request.caller or None if isinstance(request, pb.GenerateRequest) else None
 
 
 async def _timely(requests: Any, seconds: float) -> AsyncIterator[Any]:

@@ -60,8 +60,8 @@ _OPTIONS = (
 )
 # Calls that a caller may have beyond what the engine can hold.
 _SPARE_CALLS = 100
-# Callers who may have as many calls at the same time. A gateway's count as those of one caller or
-# more, and beyond them all gRPC refuses with RESOURCE_EXHAUSTED.
+# Callers who may have as many calls at the same time, also through a gateway. Beyond them all gRPC
+# refuses with RESOURCE_EXHAUSTED.
 _FULL_CALLERS = 4
 _log = logging.getLogger(__name__)
 

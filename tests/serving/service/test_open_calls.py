@@ -9,7 +9,10 @@ import grpc
 import pytest
 
 from serving.errors import ERROR_METADATA
+from serving.proto import inference_pb2 as pb
+from serving.proto import inference_pb2_grpc as rpc
 from serving.service.open_calls import OpenCalls
+from tests.support.fakes import KEY, ScriptedInference
 
 
 class Echo(grpc.aio.ServerInterceptor):
@@ -72,6 +75,47 @@ def test_a_caller_has_so_many_calls_and_others_have_theirs() -> None:
             assert await ask(b"6", metadata=alice) == b"6"
             while echo._calls._open:
                 await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+class Gateways(grpc.aio.ServerInterceptor):
+    """Takes every call for a gateway's."""
+
+    def __init__(self, calls: OpenCalls) -> None:
+        self._calls = calls
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        return self._calls.bounded(await continuation(handler_call_details), None)
+
+
+def test_calls_of_a_gateway_count_as_its_callers() -> None:
+    """Two prompts of alice wait; her third is refused, and bob's is answered."""
+
+    def ask(stub: rpc.InferenceStub, caller: str, text: str = "!wait") -> Any:
+        key = (("authorization", f"Bearer {KEY}"),)
+        return stub.Generate(pb.GenerateRequest(text=text, caller=caller), metadata=key)
+
+    async def run() -> None:
+        calls, service = OpenCalls(2), ScriptedInference()
+        server = grpc.aio.server(interceptors=[Gateways(calls)])
+        rpc.add_InferenceServicer_to_server(service, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = rpc.InferenceStub(channel)
+            held = [ask(stub, "alice") for _ in range(2)]
+            while calls._open["alice"] < 2:
+                await asyncio.sleep(0.01)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask(stub, "alice").read()
+            assert dict(caught.value.trailing_metadata())[ERROR_METADATA] == "Overloaded"
+            assert [chunk async for chunk in ask(stub, "bob", "one")]
+            for call in held:
+                call.cancel()
+            while calls._open:
+                await asyncio.sleep(0.01)
+        await server.stop(0)
 
     asyncio.run(asyncio.wait_for(run(), 30))
 
