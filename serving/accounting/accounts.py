@@ -18,6 +18,8 @@ class Accounts:
     def __init__(self, rates: RateLimits | None = None, ledger: UsageLedger | None = None) -> None:
         self.rates = rates or RateLimits()
         self._ledger = ledger
+        # Reports read the disk one at a time: many at once would hold every thread of the loop.
+        self._reporting = asyncio.Lock()
 
     @classmethod
     def of(cls, config: AccountingConfig) -> "Accounts":
@@ -36,7 +38,10 @@ class Accounts:
 
         Raises Unavailable if it cannot be read now.
         """
-        return [] if self._ledger is None else await asyncio.to_thread(self._ledger.report, caller)
+        if self._ledger is None:
+            return []
+        async with self._reporting:
+            return await asyncio.to_thread(self._ledger.report, caller)
 
     def close(self) -> None:
         """Writes what the ledger has not written yet."""
