@@ -5,6 +5,7 @@ The gateway has done all of that for the calls that come under its key, so they 
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from serving.accounting.answer_tokens import AnswerTokens
 from serving.accounting.caller_fields import CallerFields, refuse_caller_fields
 from serving.errors import InvalidRequest, ServingError
 from serving.proto import inference_pb2 as pb
+from serving.service.open_calls import host_of
 from serving.service.refusal import abort
 
 GENERATE = "/mixtral.v1.Inference/Generate"
@@ -25,6 +27,14 @@ _OUR_FAULTS = frozenset(
     for status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
     for number in (status, status.value[0])
 )
+# The name of the caller of the call that a task answers, where it did not come by a gateway.
+_caller: ContextVar[str] = ContextVar("_caller")
+
+
+def turn_of(context: grpc.aio.ServicerContext) -> str:
+    """Returns what a call takes its turns by: its caller's name, or else the gateway's address."""
+    caller = _caller.get(None)
+    return f"address {host_of(context)}" if caller is None else f"caller {caller}"
 
 
 class DirectCalls:
@@ -98,6 +108,7 @@ class DirectCalls:
                 lease = self._admission.begin(caller)
             except ServingError as error:
                 await abort(context, error)
+            _caller.set(caller.name)
             try:
                 return await behaviour(await _only(requests), context)
             except ServingError as error:

@@ -14,13 +14,16 @@ from serving.errors import InvalidRequest
 MAX_FIELDS = 2**14
 """Fields of a message and of those in it; 2,048 messages of a chat have a third as many."""
 _SMALL = 2**16  # bytes of a message that is parsed without being counted
+# Bytes of fields that this version does not have: the parser keeps them as long as the message.
+_MAX_UNKNOWN = 2**16
 # How many bytes a field's value has, by its wire type, where the type says it.
 _FIXED_SIZES = {1: 8, 5: 4}
 _VARINT, _BYTES = 0, 2
+_GROUPS = (3, 4)  # begin and end of a group, which version 3 does not have, but its parsers read
 
 
 def counting(deserialize: Any) -> Callable[[bytes], Any]:
-    """Returns a parser of messages that raises InvalidRequest for one of too many fields.
+    """Returns a parser of messages that raises InvalidRequest as `check_fields` does.
 
     `deserialize` is the method FromString of the message's class.
     """
@@ -35,12 +38,15 @@ def counting(deserialize: Any) -> Callable[[bytes], Any]:
 
 
 def check_fields(data: bytes, descriptor: Descriptor) -> None:
-    """Raises InvalidRequest if a message has more than MAX_FIELDS fields.
+    """Raises InvalidRequest if a message has more than MAX_FIELDS fields, or much that is unknown.
+
+    Unknown are fields that its type does not have, and groups. Without a bound they could be all of
+    a message, and it would be kept in memory as long as its answer runs.
 
     What is no message at all may pass: the parser refuses it. Source of the format:
     https://protobuf.dev/programming-guides/encoding/
     """
-    room = MAX_FIELDS
+    room, unknown = MAX_FIELDS, 0
     waiting = [(0, len(data), descriptor)]  # messages that are to be counted
     while waiting:
         start, end, message = waiting.pop()
@@ -58,13 +64,22 @@ def check_fields(data: bytes, descriptor: Descriptor) -> None:
             elif wire == _BYTES:
                 size, start = _varint(data, start)
                 field = message.fields_by_number.get(tag >> 3)
-                if field is not None and field.message_type is not None:
+                if field is None:
+                    unknown += size
+                elif field.message_type is not None:
                     waiting.append((start, min(start + size, end), field.message_type))
                 start += size
             elif wire in _FIXED_SIZES:
                 start += _FIXED_SIZES[wire]
+            elif wire in _GROUPS:
+                raise InvalidRequest("the message has a group; send fields of version 3 alone")
             else:
-                return  # a form that version 3 does not have
+                return  # what no message has
+            if unknown > _MAX_UNKNOWN:
+                raise InvalidRequest(
+                    f"the message has more than {_MAX_UNKNOWN:,} bytes in fields that this server "
+                    "does not know; leave them out"
+                )
 
 
 def _varint(data: bytes, start: int) -> tuple[int, int]:

@@ -30,10 +30,10 @@ from serving.proto import inference_pb2_grpc as rpc
 from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
 from serving.service.choice_text import AnswerText
-from serving.service.direct_calls import DirectCalls
+from serving.service.direct_calls import DirectCalls, turn_of
 from serving.service.health_checks import MAX_HEALTH_CALLS, HealthCalls
 from serving.service.interceptor import AccessInterceptor
-from serving.service.open_calls import OpenCalls, host_of
+from serving.service.open_calls import OpenCalls
 from serving.service.read_request import BYTES_PER_TOKEN, Translator
 from serving.service.reflection import add_reflection
 from serving.service.refusal import abort
@@ -128,8 +128,7 @@ class InferenceService(rpc.InferenceServicer):
         try:
             self._translator.check(request)
             work = partial(self._translator.tokens, request)
-            # The caller of these short calls is told by its address.
-            return await self._tokenizing.run(host_of(context), work)
+            return await self._tokenizing.run(turn_of(context), work)
         except Exception as error:
             await abort(context, _failure(error))
 

@@ -27,7 +27,7 @@ from serving.errors import (
 )
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
-from serving.service.direct_calls import DirectCalls
+from serving.service.direct_calls import DirectCalls, turn_of
 from serving.service.interceptor import AccessInterceptor
 from serving.service.refusal import abort
 
@@ -38,6 +38,7 @@ FIELDS = CallerFields("gateway's")
 class Noting(rpc.InferenceServicer):
     def __init__(self) -> None:
         self.requests: list[pb.GenerateRequest] = []
+        self.turns: list[str] = []
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Any
@@ -53,6 +54,7 @@ class Noting(rpc.InferenceServicer):
         yield pb.GenerateChunk(text="x", token_ids=[1], finish_reason=pb.FINISH_REASON_STOP)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.Tokens:
+        self.turns.append(turn_of(context))
         return pb.Tokens(ids=[1])
 
 
@@ -266,3 +268,16 @@ def test_tokens_of_direct_calls_are_reserved() -> None:
 
     served(work, books.admission)
     books.accounts.close()
+
+
+def test_calls_without_an_answer_take_turns_by_their_caller() -> None:
+    """All of one machine have one address, and those that tokenize much are one of them."""
+
+    async def work(stub: rpc.InferenceStub, service: Noting) -> None:
+        for name in ("default", "gateway", "default"):
+            await stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=bearer(name))
+        first, gateway, last = service.turns
+        assert first == last == "caller default"
+        assert gateway.startswith("address ipv4:127.0.0.1")
+
+    served(work)

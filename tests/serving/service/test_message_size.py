@@ -47,6 +47,24 @@ def test_packed_numbers_and_texts_are_one_field() -> None:
         assert counting(pb.GenerateRequest.FromString)(message.SerializeToString()) == message
 
 
-@pytest.mark.parametrize("data", [b"\xff" * 100_000, b"\x0b" * 100_000, b"\x0a\xff\xff\xff\x7f"])
+@pytest.mark.parametrize("data", [b"\xff" * 100_000, b"\x0f" * 100_000, b"\x0a\xff\xff\xff\x7f"])
 def test_what_is_no_message_is_left_to_the_parser(data: bytes) -> None:
     check_fields(data, DESCRIPTOR)
+
+
+@pytest.mark.parametrize("group", [b"\x0b\x0c", b"\xa3\x06\xa4\x06", b"\x0b" * 9])
+def test_a_group_hides_nothing_that_stands_behind_it(group: bytes) -> None:
+    """The parser reads groups, although version 3 has none, and goes on behind them."""
+    chat = pb.Chat(messages=[pb.ChatMessage()] * 100_000)
+    data = group + pb.GenerateRequest(chat=chat).SerializeToString()
+    with pytest.raises(InvalidRequest, match="a group"):
+        counting(pb.GenerateRequest.FromString)(data)
+
+
+def test_unknown_fields_have_few_bytes() -> None:
+    """A field of number 1000 with as many bytes as are allowed, and one more."""
+    known = pb.GenerateRequest(text="x" * 100_000).SerializeToString()
+    most = known + b"\xc2\x3e\x80\x80\x04" + b"x" * 2**16
+    assert counting(pb.GenerateRequest.FromString)(most).text == "x" * 100_000
+    with pytest.raises(InvalidRequest, match="65,536 bytes in fields that this server does not"):
+        counting(pb.GenerateRequest.FromString)(most + b"\xc2\x3e\x01x")
