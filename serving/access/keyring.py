@@ -5,10 +5,10 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from serving.access.caller import DEFAULT, GATEWAY, Caller
 from serving.access.errors import AccessError
+from serving.access.file_version import Version, version_of
 from serving.access.key_file import KeyFile, digest_of
 from serving.errors import Unauthenticated
 
@@ -59,12 +59,12 @@ class Keyring:
         self._clock = clock
         self._calendar = calendar
         self._stored: list[_Entry] = []
-        self._seen: tuple[int, ...] | None = None
+        self._seen: Version = None
         self._looked = clock()
         self._must_retry = False
         self._reload_error: str | None = None
         if file is not None:
-            self._seen = _version(file.path)
+            self._seen = version_of(file.path)
             self._load(file)
 
     @property
@@ -99,7 +99,7 @@ class Keyring:
         if self._file is None or now - self._looked < RELOAD_SECONDS:
             return
         self._looked = now
-        seen = _version(self._file.path)
+        seen = version_of(self._file.path)
         if seen == self._seen and not self._must_retry:
             return
         # The version is noted before the file is read: a later write is a new version.
@@ -149,12 +149,3 @@ def _check_form(key: str, source: str) -> None:
         raise AccessError(
             f"{source} cannot be used: a key must be visible ASCII characters without spaces"
         )
-
-
-def _version(path: Path) -> tuple[int, ...] | None:
-    """Returns numbers that change whenever the file is written; None if there is no file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)

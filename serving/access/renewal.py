@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from serving.access.file_version import Version, version_of
 from serving.access.tls import Certificate, ServerTls
 
 LOOK_SECONDS = 1.0
@@ -76,8 +77,8 @@ class Renewed(Generic[T]):
 
         threading.Thread(target=look, name="certificates", daemon=True).start()
 
-    def _versions(self) -> list[tuple[int, ...] | None]:
-        return [_version(path) for path in self._paths]
+    def _versions(self) -> list[Version]:
+        return [version_of(path) for path in self._paths]
 
 
 class RenewedServerTls:
@@ -152,12 +153,3 @@ class RenewedContext:
         # OpenSSL calls it in every handshake, also where the client names no server.
         context.sni_callback = choose
         self._renewed.follow()
-
-
-def _version(path: Path) -> tuple[int, ...] | None:
-    """Returns numbers that change whenever the file is written; None if there is no file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)

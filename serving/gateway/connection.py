@@ -51,7 +51,7 @@ class Connection:
             following.cancel()
             with suppress(asyncio.CancelledError):
                 await following
-            for channel in channels:
+            for channel in tuple(channels):  # replaced ones leave the list as they close
                 await channel.close(None)
 
     async def _follow(
