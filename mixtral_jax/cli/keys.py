@@ -9,7 +9,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,11 @@ def duration(text: str) -> timedelta:
     return timedelta(**{_UNITS[match.group(2)]: int(match.group(1))})
 
 
+def _time_option(explanation: str) -> Any:
+    """Returns an option that is a time such as 90d, with that explanation."""
+    return typer.Option(parser=duration, metavar="TIME", show_default=False, help=explanation)
+
+
 NameArgument = Annotated[str, typer.Argument(help="Name of a caller.")]
 FileOption = Annotated[
     Path,
@@ -54,12 +59,7 @@ def add(
     ] = "user",
     expires: Annotated[
         timedelta | None,
-        typer.Option(
-            parser=duration,
-            metavar="TIME",
-            show_default=False,
-            help="Time after which the key opens nothing, such as 90d or 12h; default: none.",
-        ),
+        _time_option("Time after which the key opens nothing, such as 90d or 12h; default: none."),
     ] = None,
     requests_per_minute: Annotated[
         int | None,
@@ -91,21 +91,15 @@ def rotate(
     file: FileOption,
     overlap: Annotated[
         timedelta | None,
-        typer.Option(
-            parser=duration,
-            metavar="TIME",
-            show_default=False,
-            help="Time for which the older key stays valid, such as 7d; default: until "
-            "`keys remove NAME --old`.",
+        _time_option(
+            "Time for which the older key stays valid, such as 7d; default: until "
+            "`keys remove NAME --old`."
         ),
     ] = None,
     expires: Annotated[
         timedelta | None,
-        typer.Option(
-            parser=duration,
-            metavar="TIME",
-            show_default=False,
-            help="Time after which the new key opens nothing; default: as long as the older key's.",
+        _time_option(
+            "Time after which the new key opens nothing; default: as long as the older key's."
         ),
     ] = None,
 ) -> None:

@@ -76,6 +76,7 @@ class RateLimits:
         self._share = share
         self._clock = clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}  # (caller, "requests" or "tokens")
+        self._num_looked_at = 0  # buckets that were looked through last, to forget some
         self._running: dict[str, int] = {}  # requests by caller
 
     def enter(self, caller: Caller, count: int = 1, *, taken: int = 0) -> None:
@@ -183,11 +184,16 @@ class RateLimits:
         return bucket
 
     def _forget(self, now: float) -> None:
-        """Drops the full buckets, which are the same as none, when there are very many."""
-        if len(self._buckets) < _MAX_BUCKETS:
+        """Drops the full buckets, which are the same as none, when there are very many.
+
+        Where few of them are full, it looks again when there are twice as many: its time, shared
+        among the buckets that have come since, stays the same.
+        """
+        if len(self._buckets) < max(_MAX_BUCKETS, 2 * self._num_looked_at):
             return
         for bucket in self._buckets.values():
             bucket.fill(now, bucket.per_minute)
         self._buckets = {
             key: bucket for key, bucket in self._buckets.items() if bucket.level < bucket.capacity
         }
+        self._num_looked_at = len(self._buckets)

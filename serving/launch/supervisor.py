@@ -134,18 +134,12 @@ def run(
     """
     addresses.check()
     environment = {**environment, PARENT_VARIABLE: str(os.getpid())}
+    beat_seconds = None if step_timeout is None else step_timeout + _LATE_SECONDS
     service = Child(
-        "service",
-        ["serving", *service_options],
-        environment,
-        beat_seconds=None if step_timeout is None else step_timeout + _LATE_SECONDS,
+        "service", ["serving", *service_options], environment, beat_seconds=beat_seconds
     )
-    gateway = Child(
-        "gateway",
-        ["serving.gateway", *gateway_options],
-        environment,
-        probe=Probe(answers=lambda: _answers(addresses, "live")),
-    )
+    probe = Probe(answers=lambda: _answers(addresses, "live"))
+    gateway = Child("gateway", ["serving.gateway", *gateway_options], environment, probe=probe)
     children = (service, gateway)
     with _Signals() as signals:
         try:

@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 
 from serving.access.caller import Caller, CallerLimits
+from serving.accounting import rate_limits
 from serving.accounting.rate_limits import Allowance, RateLimits
 from serving.errors import InvalidRequest, Overloaded
 
@@ -183,3 +184,24 @@ def test_callers_of_the_past_are_forgotten(clock: Clock) -> None:
     rates.enter(Caller("and another"))
     assert len(rates._buckets) == 1
     assert wait(rates, Caller("and another")) == 60
+
+
+def test_full_buckets_are_forgotten_and_few_looks_are_needed(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """Of 4 buckets or more: looked through at 4, at 8 and at 16, where the old ones are full."""
+    monkeypatch.setattr(rate_limits, "_MAX_BUCKETS", 4)
+    rates = limited(clock, requests=60)
+
+    def come(numbers: range) -> None:
+        for number in numbers:
+            caller = Caller(f"caller {number}")
+            rates.enter(caller)
+            rates.leave(caller, 1)
+
+    come(range(10))
+    assert len(rates._buckets) == 10 and rates._num_looked_at == 8
+    clock.now += 60
+    come(range(10, 17))
+    assert set(rates._buckets) == {(f"caller {number}", "requests") for number in range(10, 17)}
+    assert rates._num_looked_at == 6
