@@ -19,6 +19,7 @@ from serving.errors import InvalidRequest, Overloaded
 
 # Above this number of buckets, those that are full again are forgotten.
 _MAX_BUCKETS = 20_000
+_FORGET_SECONDS = 1.0
 UNITS = ("requests", "tokens")
 
 
@@ -76,7 +77,7 @@ class RateLimits:
         self._share = share
         self._clock = clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}  # (caller, "requests" or "tokens")
-        self._num_looked_at = 0  # buckets that were looked through last, to forget some
+        self._forgot_at = -math.inf  # the clock when all buckets were looked through
         self._running: dict[str, int] = {}  # requests by caller
 
     def enter(self, caller: Caller, count: int = 1, *, taken: int = 0) -> None:
@@ -186,14 +187,13 @@ class RateLimits:
     def _forget(self, now: float) -> None:
         """Drops the full buckets, which are the same as none, when there are very many.
 
-        Where few of them are full, it looks again when there are twice as many: its time, shared
-        among the buckets that have come since, stays the same.
+        It looks through them once a second at most: that takes milliseconds of the event loop.
         """
-        if len(self._buckets) < max(_MAX_BUCKETS, 2 * self._num_looked_at):
+        if len(self._buckets) < _MAX_BUCKETS or now - self._forgot_at < _FORGET_SECONDS:
             return
+        self._forgot_at = now
         for bucket in self._buckets.values():
             bucket.fill(now, bucket.per_minute)
         self._buckets = {
             key: bucket for key, bucket in self._buckets.items() if bucket.level < bucket.capacity
         }
-        self._num_looked_at = len(self._buckets)

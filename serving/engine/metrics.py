@@ -180,7 +180,7 @@ class _EngineFigures(Collector):
         )
         yield counter(
             "vllm:num_preemptions",
-            "Choices put back into the queue for want of pages.",
+            "Choices put back into the queue, for want of pages or for another caller.",
             scheduler.preemptions,
         )
         yield counter("vllm:prompt_tokens", "Tokens of prompts.", scheduler.prompt_tokens)

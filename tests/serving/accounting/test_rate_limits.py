@@ -186,22 +186,18 @@ def test_callers_of_the_past_are_forgotten(clock: Clock) -> None:
     assert wait(rates, Caller("and another")) == 60
 
 
-def test_full_buckets_are_forgotten_and_few_looks_are_needed(
+def test_all_buckets_are_looked_through_once_a_second(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    """Of 4 buckets or more: looked through at 4, at 8 and at 16, where the old ones are full."""
+    """With 4 buckets and more there is a look at each that comes; here at 0, 1 and 62 seconds."""
     monkeypatch.setattr(rate_limits, "_MAX_BUCKETS", 4)
-    rates = limited(clock, requests=60)
-
-    def come(numbers: range) -> None:
-        for number in numbers:
-            caller = Caller(f"caller {number}")
-            rates.enter(caller)
-            rates.leave(caller, 1)
-
-    come(range(10))
-    assert len(rates._buckets) == 10 and rates._num_looked_at == 8
-    clock.now += 60
-    come(range(10, 17))
-    assert set(rates._buckets) == {(f"caller {number}", "requests") for number in range(10, 17)}
-    assert rates._num_looked_at == 6
+    rates = limited(clock, requests=1)
+    looks = []
+    for number, seconds in enumerate((0, 0, 0, 0, 0, 0.9, 0.1, 0.5, 60.5)):
+        clock.now += seconds
+        before = rates._forgot_at
+        rates.enter(Caller(f"caller {number}"))
+        if rates._forgot_at != before:
+            looks.append(number)
+    assert looks == [4, 6, 8]
+    assert list(rates._buckets) == [("caller 8", "requests")]
