@@ -30,6 +30,7 @@ from serving.gateway.http.body_room import BodyRoom, Hold
 from serving.gateway.http.failures import LIMIT_HEADERS
 from serving.gateway.http.request_record import RequestRecord
 from serving.gateway.joined_answers import RunningAnswer
+from serving.gateway.prompt_size import check_prompts
 from serving.gateway.upstream import ModelService
 from serving.gateway.whole_response import WholeResponse
 from serving.proto import inference_pb2
@@ -122,6 +123,7 @@ class Gateway:
             asked = await self._read(request, kind, unknown, hold)
             model = await self.service.model()
             calls = asked.protos()
+            check_prompts(calls, model)
             if not asked.stream:
                 check_logprobs(calls)
             for call in calls:

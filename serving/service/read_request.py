@@ -32,6 +32,9 @@ class Translator:
         info: The model's sizes.
         bytes_per_token: Most bytes of a prompt for each token of the context. A prompt of more is
             refused before it is tokenized, because to tokenize it would take seconds.
+
+    Attributes:
+        prompt_bytes: Most bytes of a prompt.
     """
 
     def __init__(
@@ -42,8 +45,8 @@ class Translator:
         self._info = info
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         # Text of more bytes than the longest piece has for each token never fits.
-        prompt_bytes = info.max_context * min(longest, bytes_per_token)
-        self._bounds = Bounds(info.max_context, prompt_bytes)
+        self.prompt_bytes = info.max_context * min(longest, bytes_per_token)
+        self._bounds = Bounds(info.max_context, self.prompt_bytes)
 
     def check(self, message: ProtoMessage) -> None:
         """Raises InvalidRequest naming the field that is too large; quick enough for a loop.

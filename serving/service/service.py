@@ -88,8 +88,10 @@ class InferenceService(rpc.InferenceServicer):
         self._calls = calls or Calls()
         self._worker = worker
         self._tokenizer = tokenizer
-        self._info = info
         self._translator = Translator(tokenizer, info, bytes_per_token)
+        self._info = pb.ModelInfo()
+        self._info.CopyFrom(info)
+        self._info.max_prompt_bytes = self._translator.prompt_bytes
         self._tokenizing = Turns()
         self.was_told_to_end = asyncio.Event()  # by Drain
 

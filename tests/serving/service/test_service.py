@@ -405,6 +405,9 @@ def test_keys(parts: tuple[EngineWorker, Tokenizer]) -> None:
             metadata = (("api-key", "secret"),)
             info = await stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=metadata)
             assert info.name == "toy"
+            # No text of more bytes fits: its tokens have 16 at most.
+            longest = max(len(parts[1].token_bytes(i)) for i in range(parts[1].vocab_size))
+            assert info.max_prompt_bytes == 512 * min(longest, 16)
             health = health_pb2_grpc.HealthStub(channel)
             answer = await health.Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -1,0 +1,34 @@
+"""Size of prompts, held against the model's before the service is asked.
+
+The service refuses too long a prompt itself. Were it asked, megabytes that can be no prompt would
+be written, sent and read on the event loops of both processes, while others wait.
+"""
+
+from collections.abc import Sequence
+
+from serving.errors import ContextTooLong
+from serving.proto import inference_pb2 as pb
+
+
+def check_prompts(calls: Sequence[pb.GenerateRequest], model: pb.ModelInfo) -> None:
+    """Raises ContextTooLong if a prompt has more bytes, or ids, than the model's context holds."""
+    for call in calls:
+        ids = len(call.token_ids.ids)
+        if model.max_context and ids > model.max_context:
+            raise ContextTooLong(
+                f"the prompt has {ids:,} tokens; the context of this server holds "
+                f"{model.max_context:,} tokens of prompt and answer"
+            )
+        size = _size(call)
+        if model.max_prompt_bytes and size > model.max_prompt_bytes:
+            raise ContextTooLong(
+                f"the prompt has {size:,} bytes; the {model.max_context:,} tokens of this server's "
+                "context cannot hold so many: shorten what you send"
+            )
+
+
+def _size(call: pb.GenerateRequest) -> int:
+    """Returns the bytes of a prompt's text, without the roles of messages."""
+    if call.WhichOneof("prompt") == "chat":
+        return sum(len(message.content.encode()) for message in call.chat.messages)
+    return len(call.text.encode())

@@ -1,0 +1,39 @@
+"""Prompts that no context holds are refused by the gateway itself."""
+
+import pytest
+
+from serving.errors import ContextTooLong
+from serving.gateway.prompt_size import check_prompts
+from serving.proto import inference_pb2 as pb
+
+MODEL = pb.ModelInfo(max_context=8, max_prompt_bytes=20)
+
+
+def chat(*texts: str) -> pb.GenerateRequest:
+    messages = [pb.ChatMessage(role="user", content=text) for text in texts]
+    return pb.GenerateRequest(chat=pb.Chat(messages=messages))
+
+
+@pytest.mark.parametrize(
+    ("most", "more"),
+    [
+        (pb.GenerateRequest(text="a" * 20), pb.GenerateRequest(text="a" * 21)),
+        (pb.GenerateRequest(text="\u00e9" * 10), pb.GenerateRequest(text="\u00e9" * 11)),
+        (chat("a" * 10, "b" * 10), chat("a" * 10, "b" * 11)),
+        (
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 8)),
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 9)),
+        ),
+    ],
+    ids=["text", "two bytes a letter", "chat", "ids"],
+)
+def test_a_prompt_has_so_many_bytes_or_ids(
+    most: pb.GenerateRequest, more: pb.GenerateRequest
+) -> None:
+    check_prompts([most, most], MODEL)
+    with pytest.raises(ContextTooLong):
+        check_prompts([most, more], MODEL)
+
+
+def test_a_service_that_does_not_tell_its_bytes_decides_itself() -> None:
+    check_prompts([pb.GenerateRequest(text="a" * 10_000)], pb.ModelInfo(max_context=8))
