@@ -19,6 +19,7 @@ from serving.gateway.dialect.chat.response import ChatAnswer
 from serving.gateway.dialect.chat.stream import ChatEvents
 from serving.gateway.dialect.chunks import Identity
 from serving.gateway.dialect.fields import Parameters
+from serving.gateway.dialect.prompt_size import check_prompts
 from serving.gateway.dialect.sse import Events
 from serving.gateway.dialect.text.request import CompletionRequest
 from serving.gateway.dialect.text.response import TextAnswer
@@ -30,7 +31,6 @@ from serving.gateway.http.body_room import BodyRoom, Hold
 from serving.gateway.http.failures import LIMIT_HEADERS
 from serving.gateway.http.request_record import RequestRecord
 from serving.gateway.joined_answers import RunningAnswer
-from serving.gateway.prompt_size import check_prompts
 from serving.gateway.upstream import ModelService
 from serving.gateway.whole_response import WholeResponse
 from serving.proto import inference_pb2

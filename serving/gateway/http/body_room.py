@@ -13,8 +13,8 @@ from collections import Counter, deque
 
 from serving.errors import Overloaded
 
-ROOM = 64 * 2**20
-"""Bytes of all large bodies."""
+ROOM = 16 * 2**20
+"""Bytes of all large bodies. What is under way takes its part of each pass of the event loop."""
 SMALL = 2**16
 """Bytes of a body that needs no room: as many arrive before anybody reads them."""
 _MAX_WAITING = 64  # bodies of one caller that wait for room; of each, SMALL and more has arrived

@@ -3,7 +3,7 @@
 import pytest
 
 from serving.errors import ContextTooLong
-from serving.gateway.prompt_size import check_prompts
+from serving.gateway.dialect.prompt_size import check_prompts
 from serving.proto import inference_pb2 as pb
 
 MODEL = pb.ModelInfo(max_context=8, max_prompt_bytes=20)
