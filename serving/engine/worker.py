@@ -240,6 +240,8 @@ class EngineWorker:
 
     def _add(self, request: Request, mailbox: Mailbox) -> None:
         """Takes in a request; whatever that raises is for its caller alone."""
+        # Before it is in the queue: `has_room`, in another thread, must not count it twice.
+        self._unread.pop(request.id, None)
         try:
             self._engine.add(request)
             self._mailboxes[request.id] = mailbox
@@ -249,8 +251,6 @@ class EngineWorker:
         except Exception:
             _log.exception("the engine could not take in request %s", request.id)
             mailbox.put(EngineFailure("the request failed; see the server's log"))
-        finally:
-            self._unread.pop(request.id, None)
 
     def _cancel(self, request_id: str, choice: int | None) -> None:
         mailbox = self._mailboxes.get(request_id)

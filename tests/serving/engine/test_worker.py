@@ -223,6 +223,33 @@ def test_the_deadline_of_one_choice_ends_the_request_and_no_other() -> None:
     assert not worker._mailboxes
 
 
+class AskedEngine(CountingEngine):
+    """Notes how many choices `has_room` asks for just after a request was queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker: EngineWorker | None = None
+        self.asked: list[int] = []
+
+    def add(self, request: Request) -> None:
+        super().add(request)
+        assert self.worker is not None
+        self.worker.has_room(1, request.caller)
+
+    def has_room(self, n: int, caller: str) -> bool:
+        self.asked.append(n)
+        return True
+
+
+def test_what_is_queued_is_not_counted_as_unread_too() -> None:
+    engine = AskedEngine()
+    engine.worker = worker = EngineWorker(engine, Metrics("tiny"))
+    worker.start()
+    assert asyncio.run(tokens(worker, request("a", 2))) == [0, 1]
+    worker.stop()
+    assert engine.asked == [1]
+
+
 class StrictEngine(CountingEngine):
     """Tells that the deadline of the last choice alone has passed, as soon as it has work."""
 
