@@ -14,7 +14,7 @@ class AnswerTokens:
 
     Attributes:
         prompt_tokens: Tokens of the rendered prompt; 0 until the service has sent the number.
-        cached_tokens: Those of them that an earlier prompt had computed, known at the end.
+        cached_tokens: Those of them that an earlier prompt had computed.
         completion_tokens: Tokens generated so far, of all choices.
         finish_reasons: `stop` or `length` of each choice that has ended, in that order.
         first_at: The clock at the first token; None before.
@@ -46,6 +46,8 @@ class AnswerTokens:
                 self.first_at = self._clock()
         elif chunk.computed_tokens:
             self._computed_tokens = chunk.computed_tokens
+        if chunk.cached_tokens:
+            self.cached_tokens = chunk.cached_tokens
         if not self.prompt_tokens and chunk.HasField("prompt_tokens"):
             self.prompt_tokens = chunk.prompt_tokens
             if self.on_rendered is not None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dserving/proto/inference.proto\x12\nmixtral.v1\"\xbb\x03\n\x0fGenerateRequest\x12 \n\x04\x63hat\x18\x01 \x01(\x0b\x32\x10.mixtral.v1.ChatH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.mixtral.v1.TokenIdsH\x00\x12\x0e\n\x04text\x18\x0b \x01(\tH\x00\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.mixtral.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x0e\n\x01n\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x19\n\x0ctop_logprobs\x18\n \x01(\rH\x03\x88\x01\x01\x12\x0e\n\x06\x63\x61ller\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\x0c\x12&\n\x08priority\x18\x0e \x01(\x0e\x32\x14.mixtral.v1.Priority\x12\x0f\n\x07suspect\x18\x0f \x01(\x08\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x04\n\x02_nB\x0f\n\r_top_logprobs\"H\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.mixtral.v1.ChatMessage\x12\x15\n\rcontinue_last\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf0\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).mixtral.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"\x9f\x02\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.mixtral.v1.FinishReason\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.mixtral.v1.Usage\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.mixtral.v1.TokenLogprob\x12\x1a\n\rprompt_tokens\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0f\x63omputed_tokens\x18\x08 \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x12\n\x10_computed_tokens\"g\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.mixtral.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x15\n\x13GetModelInfoRequest\"|\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x18\n\x10max_prompt_bytes\x18\x06 \x01(\x04\"L\n\x0fTokenizeRequest\x12 \n\x04\x63hat\x18\x01 \x01(\x0b\x32\x10.mixtral.v1.ChatH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05input\"%\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\" \n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x14\n\x04Text\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x0e\n\x0c\x44rainRequest\"\x1d\n\nDrainReply\x12\x0f\n\x07running\x18\x01 \x01(\r*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd0\x02\n\tInference\x12\x44\n\x08Generate\x12\x1b.mixtral.v1.GenerateRequest\x1a\x19.mixtral.v1.GenerateChunk0\x01\x12\x46\n\x0cGetModelInfo\x12\x1f.mixtral.v1.GetModelInfoRequest\x1a\x15.mixtral.v1.ModelInfo\x12;\n\x08Tokenize\x12\x1b.mixtral.v1.TokenizeRequest\x1a\x12.mixtral.v1.Tokens\x12=\n\nDetokenize\x12\x1d.mixtral.v1.DetokenizeRequest\x1a\x10.mixtral.v1.Text\x12\x39\n\x05\x44rain\x12\x18.mixtral.v1.DrainRequest\x1a\x16.mixtral.v1.DrainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dserving/proto/inference.proto\x12\nmixtral.v1\"\xbb\x03\n\x0fGenerateRequest\x12 \n\x04\x63hat\x18\x01 \x01(\x0b\x32\x10.mixtral.v1.ChatH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.mixtral.v1.TokenIdsH\x00\x12\x0e\n\x04text\x18\x0b \x01(\tH\x00\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.mixtral.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x0e\n\x01n\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x19\n\x0ctop_logprobs\x18\n \x01(\rH\x03\x88\x01\x01\x12\x0e\n\x06\x63\x61ller\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\x0c\x12&\n\x08priority\x18\x0e \x01(\x0e\x32\x14.mixtral.v1.Priority\x12\x0f\n\x07suspect\x18\x0f \x01(\x08\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x04\n\x02_nB\x0f\n\r_top_logprobs\"H\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.mixtral.v1.ChatMessage\x12\x15\n\rcontinue_last\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf0\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).mixtral.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"\xb6\x02\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.mixtral.v1.FinishReason\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.mixtral.v1.Usage\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.mixtral.v1.TokenLogprob\x12\x1a\n\rprompt_tokens\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0f\x63omputed_tokens\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x15\n\rcached_tokens\x18\t \x01(\rB\x10\n\x0e_prompt_tokensB\x12\n\x10_computed_tokens\"g\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.mixtral.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x15\n\x13GetModelInfoRequest\"|\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x18\n\x10max_prompt_bytes\x18\x06 \x01(\x04\"L\n\x0fTokenizeRequest\x12 \n\x04\x63hat\x18\x01 \x01(\x0b\x32\x10.mixtral.v1.ChatH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05input\"%\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\" \n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x14\n\x04Text\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x0e\n\x0c\x44rainRequest\"\x1d\n\nDrainReply\x12\x0f\n\x07running\x18\x01 \x01(\r*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd0\x02\n\tInference\x12\x44\n\x08Generate\x12\x1b.mixtral.v1.GenerateRequest\x1a\x19.mixtral.v1.GenerateChunk0\x01\x12\x46\n\x0cGetModelInfo\x12\x1f.mixtral.v1.GetModelInfoRequest\x1a\x15.mixtral.v1.ModelInfo\x12;\n\x08Tokenize\x12\x1b.mixtral.v1.TokenizeRequest\x1a\x12.mixtral.v1.Tokens\x12=\n\nDetokenize\x12\x1d.mixtral.v1.DetokenizeRequest\x1a\x10.mixtral.v1.Text\x12\x39\n\x05\x44rain\x12\x18.mixtral.v1.DrainRequest\x1a\x16.mixtral.v1.DrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_PRIORITY']._serialized_start=1853
-  _globals['_PRIORITY']._serialized_end=1935
-  _globals['_FINISHREASON']._serialized_start=1937
-  _globals['_FINISHREASON']._serialized_end=2032
+  _globals['_PRIORITY']._serialized_start=1876
+  _globals['_PRIORITY']._serialized_end=1958
+  _globals['_FINISHREASON']._serialized_start=1960
+  _globals['_FINISHREASON']._serialized_end=2055
   _globals['_GENERATEREQUEST']._serialized_start=46
   _globals['_GENERATEREQUEST']._serialized_end=489
   _globals['_CHAT']._serialized_start=491
@@ -50,27 +50,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=899
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=947
   _globals['_GENERATECHUNK']._serialized_start=1008
-  _globals['_GENERATECHUNK']._serialized_end=1295
-  _globals['_TOKENLOGPROB']._serialized_start=1297
-  _globals['_TOKENLOGPROB']._serialized_end=1400
-  _globals['_USAGE']._serialized_start=1402
-  _globals['_USAGE']._serialized_end=1482
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1484
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1505
-  _globals['_MODELINFO']._serialized_start=1507
-  _globals['_MODELINFO']._serialized_end=1631
-  _globals['_TOKENIZEREQUEST']._serialized_start=1633
-  _globals['_TOKENIZEREQUEST']._serialized_end=1709
-  _globals['_TOKENS']._serialized_start=1711
-  _globals['_TOKENS']._serialized_end=1748
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1750
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1782
-  _globals['_TEXT']._serialized_start=1784
-  _globals['_TEXT']._serialized_end=1804
-  _globals['_DRAINREQUEST']._serialized_start=1806
-  _globals['_DRAINREQUEST']._serialized_end=1820
-  _globals['_DRAINREPLY']._serialized_start=1822
-  _globals['_DRAINREPLY']._serialized_end=1851
-  _globals['_INFERENCE']._serialized_start=2035
-  _globals['_INFERENCE']._serialized_end=2371
+  _globals['_GENERATECHUNK']._serialized_end=1318
+  _globals['_TOKENLOGPROB']._serialized_start=1320
+  _globals['_TOKENLOGPROB']._serialized_end=1423
+  _globals['_USAGE']._serialized_start=1425
+  _globals['_USAGE']._serialized_end=1505
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1507
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1528
+  _globals['_MODELINFO']._serialized_start=1530
+  _globals['_MODELINFO']._serialized_end=1654
+  _globals['_TOKENIZEREQUEST']._serialized_start=1656
+  _globals['_TOKENIZEREQUEST']._serialized_end=1732
+  _globals['_TOKENS']._serialized_start=1734
+  _globals['_TOKENS']._serialized_end=1771
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1773
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1805
+  _globals['_TEXT']._serialized_start=1807
+  _globals['_TEXT']._serialized_end=1827
+  _globals['_DRAINREQUEST']._serialized_start=1829
+  _globals['_DRAINREQUEST']._serialized_end=1843
+  _globals['_DRAINREPLY']._serialized_start=1845
+  _globals['_DRAINREPLY']._serialized_end=1874
+  _globals['_INFERENCE']._serialized_start=2058
+  _globals['_INFERENCE']._serialized_end=2394
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,7 @@ class AnswerText:
             Choice(index, tokenizer, stops, continues=continues) for index in range(request.n)
         ]
         self._usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
+        self._has_begun = False  # a chunk has had a token
 
     @property
     def has_ended(self) -> bool:
@@ -52,10 +53,18 @@ class AnswerText:
         """
         self._usage.cached_tokens = max(self._usage.cached_tokens, event.cached)
         if event.drawn is None:
-            return pb.GenerateChunk(choice=event.choice, computed_tokens=event.computed)
+            return pb.GenerateChunk(
+                choice=event.choice,
+                computed_tokens=event.computed,
+                cached_tokens=self._usage.cached_tokens,
+            )
         self._usage.completion_tokens += 1
         chunk = self._choices[event.choice].push(event)
-        if chunk is not None and self.has_ended:
+        if chunk is None:
+            return None
+        if not self._has_begun:
+            self._has_begun, chunk.cached_tokens = True, self._usage.cached_tokens
+        if self.has_ended:
             chunk.usage.CopyFrom(self._usage)
         return chunk
 

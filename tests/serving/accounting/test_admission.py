@@ -189,6 +189,12 @@ def test_thirty_two_at_once_get_one_minute_of_tokens(desks: list[Desk]) -> None:
             [(1, 64, 0, 0)],
         ),
         ([chunk(prompt_tokens=90), chunk(computed_tokens=32), chunk(2)], [(1, 90, 2, 0)]),
+        # Whoever leaves early is told of the cached tokens before the end.
+        (
+            [chunk(prompt_tokens=90), chunk(computed_tokens=64, cached_tokens=48)],
+            [(1, 64, 0, 48)],
+        ),
+        ([chunk(prompt_tokens=90), chunk(2, cached_tokens=80)], [(1, 90, 2, 80)]),
         (
             [
                 chunk(prompt_tokens=90),
