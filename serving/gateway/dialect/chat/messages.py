@@ -63,7 +63,8 @@ def _join_texts(content: object) -> object:
             raise PydanticCustomError(
                 NOT_SUPPORTED,
                 "this model reads text only, not content of type '{kind}'",
-                {"kind": str(kind)[:40]},
+                # A list of a hundred thousand may stand here, which is not written out.
+                {"kind": kind[:40] if isinstance(kind, str) else type(kind).__name__},
             )
         if not isinstance(item.get("text"), str):
             raise PydanticCustomError("string_type", "a part of type 'text' needs a string 'text'")
