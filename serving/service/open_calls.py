@@ -8,6 +8,9 @@ caller that wait to be tokenized would take every call that the server has.
 
 gRPC counts a call as soon as its head has come. Whoever sent heads without requests would fill the
 server's number of calls, so that here a handler begins with the head, and waits for its request.
+
+A request that has come in part is kept by gRPC, megabytes of it. So a few requests of a caller come
+at the same time, and gRPC leaves the others in the network, which it does while nobody reads them.
 """
 
 import asyncio
@@ -25,6 +28,8 @@ from serving.service.refusal import abort
 
 REQUEST_SECONDS = 30.0
 """Seconds from the head of a call to the end of its request."""
+MAX_READING = 4
+"""Requests of a caller that are read at the same time, and its calls that go on with more."""
 
 
 class OpenCalls:
@@ -39,6 +44,8 @@ class OpenCalls:
         self._max_calls = max_calls
         self._request_seconds = request_seconds
         self._open: Counter[str] = Counter()  # by caller
+        self._reading: dict[str, asyncio.Semaphore] = {}  # of callers with open calls
+        self._going_on: Counter[str] = Counter()  # calls with several requests, by caller
 
     def bounded(self, handler: Any, caller: str | None) -> Any:
         """Returns a method's handler with these bounds.
@@ -55,7 +62,7 @@ class OpenCalls:
         async def whole(requests: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
                 with self._counted(caller):
-                    request = await self._request(handler, requests)
+                    request = await self._request(handler, requests, caller)
                     answer = handler.stream_unary or handler.unary_unary
                     return await answer(request, context)
             except ServingError as error:
@@ -64,7 +71,7 @@ class OpenCalls:
         async def stream(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
                 with self._counted(caller):
-                    request = await self._request(handler, requests)
+                    request = await self._request(handler, requests, caller)
                     answer = handler.stream_stream or handler.unary_stream
                     with self._counted(_caller_of(request) if caller is None else None):
                         async with aclosing(answer(request, context)) as items:
@@ -86,13 +93,32 @@ class OpenCalls:
             return
         if self._open[caller] >= self._max_calls:
             raise Overloaded(f"{self._max_calls} calls of yours are open already; end some first")
-        with counted(self._open, caller):
-            yield
+        try:
+            with counted(self._open, caller):
+                yield
+        finally:
+            if not self._open[caller]:
+                self._reading.pop(caller, None)
 
-    async def _request(self, handler: Any, requests: Any) -> Any:
+    async def _request(self, handler: Any, requests: Any, caller: str | None) -> Any:
+        if caller is not None:
+            requests = self._in_turn(requests, caller)
         if handler.request_streaming:  # it may refuse the call before it reads one
             return _timely(requests, self._request_seconds)
         return await first_request(requests, self._request_seconds)
+
+    async def _in_turn(self, requests: Any, caller: str) -> AsyncIterator[Any]:
+        """Yields a call's requests; raises Overloaded if too many calls go on behind the first."""
+        async with self._reading.setdefault(caller, asyncio.Semaphore(MAX_READING)):
+            first = await anext(aiter(requests), None)
+        if first is None:
+            return
+        yield first
+        if self._going_on[caller] >= MAX_READING:
+            raise Overloaded(f"{MAX_READING} calls of yours send requests already; end some first")
+        with counted(self._going_on, caller):
+            async for request in requests:
+                yield request
 
 
 def _caller_of(request: Any) -> str | None:

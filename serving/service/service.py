@@ -47,6 +47,9 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 32 * 2**10),
     # A little more than the gateway accepts of a body. The parser works on the event loop.
     ("grpc.max_receive_message_length", 5 * 2**20),
+    # The probe lets each call send megabytes ahead, whether anybody reads them or not; without it
+    # they are 64 KiB, and a message that is being read.
+    ("grpc.http2.bdp_probe", 0),
     # A client whose machine is lost closes no connection, so the server pings.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -11,7 +11,7 @@ import pytest
 from serving.errors import ERROR_METADATA
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
-from serving.service.open_calls import OpenCalls
+from serving.service.open_calls import MAX_READING, OpenCalls
 from tests.support.fakes import KEY, ScriptedInference
 
 
@@ -150,5 +150,72 @@ def test_a_stream_of_requests_comes_whole() -> None:
                 assert await call.read() == b"%d" % number
             await call.done_writing()
             assert await call.read() is grpc.aio.EOF
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+class Slow:
+    """The requests of a call, of which the next comes when `gate` is set."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.is_read = False
+
+    def __aiter__(self) -> "Slow":
+        return self
+
+    async def __anext__(self) -> bytes:
+        self.is_read = True
+        await self.gate.wait()
+        return b"request"
+
+
+def test_a_few_requests_of_a_caller_are_read_at_the_same_time() -> None:
+    async def run() -> None:
+        calls = OpenCalls(100)
+        mine = [Slow() for _ in range(MAX_READING + 2)]
+        tasks = [asyncio.create_task(anext(calls._in_turn(slow, "alice"))) for slow in mine]
+        other = Slow()
+        tasks.append(asyncio.create_task(anext(calls._in_turn(other, "bob"))))
+        await asyncio.sleep(0.01)
+        assert [slow.is_read for slow in mine] == [True] * MAX_READING + [False] * 2
+        assert other.is_read
+        tasks[0].cancel()  # a call that has ended makes room for the next
+        mine[1].gate.set()
+        await asyncio.sleep(0.01)
+        assert all(slow.is_read for slow in mine)
+        assert await tasks[1] == b"request"
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_few_calls_of_a_caller_go_on_behind_their_first_request() -> None:
+    """Another one is refused, and takes the place of one that has ended."""
+
+    async def run() -> None:
+        async with echoing(100, 30.0) as (echo, channel):
+            echo.gate.set()
+            streams = channel.stream_stream("/a/streams")
+            metadata = (("caller", "alice"),)
+            begun: list[Any] = []
+            for _ in range(MAX_READING):
+                begun.append(streams(metadata=metadata))
+                for request in (b"1", b"2"):
+                    await begun[-1].write(request)
+                    assert await begun[-1].read() == request
+            extra = streams(metadata=metadata)
+            await extra.write(b"1")
+            assert await extra.read() == b"1"
+            with pytest.raises(grpc.aio.AioRpcError, match="send requests already"):
+                await extra.read()
+            begun[0].cancel()
+            while echo._calls._going_on["alice"] == MAX_READING:
+                await asyncio.sleep(0.01)
+            again = streams(metadata=metadata)
+            for request in (b"1", b"2"):
+                await again.write(request)
+                assert await again.read() == request
 
     asyncio.run(asyncio.wait_for(run(), 30))
