@@ -13,6 +13,11 @@ HISTORY = [
 ]
 
 
+def counts(usage: openai.types.CompletionUsage) -> tuple[int, int, int]:
+    """Returns the counts without what the prefix cache had, which the second request finds."""
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+
+
 def check_chat(client: openai.OpenAI, model: str) -> None:
     answer = client.chat.completions.create(
         model=model, messages=HISTORY, max_completion_tokens=8, temperature=0
@@ -31,7 +36,7 @@ def check_chat(client: openai.OpenAI, model: str) -> None:
     text = "".join(chunk.choices[0].delta.content for chunk in chunks)
     assert text == answer.choices[0].message.content
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
-    assert not last.choices and last.usage == answer.usage
+    assert not last.choices and counts(last.usage) == counts(answer.usage)
 
 
 with openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY) as client:

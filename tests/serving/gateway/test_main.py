@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -52,15 +51,20 @@ def test_idle_sockets_keep_nobody_out_where_files_are_few(
     stack: Stack, hard: int, is_limited: bool
 ) -> None:
     """A process that may open 256 files answers in spite of 300 idle connections."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-
+    # A program of its own sets the limit, because a process with threads must not fork.
+    limited = (
+        "import os, resource, sys; "
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard})); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     command = [sys.executable, "-m", "serving.gateway", "--port", "0", "--target", stack.target]
     environment = os.environ | {KEY_VARIABLE: KEY, SERVICE_KEY_VARIABLE: KEY}
     with (
         subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=limit
+            [sys.executable, "-c", limited, *command],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process,
         contextlib.ExitStack() as idle,
     ):
