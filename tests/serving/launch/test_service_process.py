@@ -65,6 +65,16 @@ class StuckEngine:
         ]
 
 
+async def serve(worker: EngineWorker, config: ServiceConfig) -> None:
+    """Serves a toy model by this worker until the server ends."""
+    info = pb.ModelInfo(name="toy", type="chat-completions", max_context=512, vocab_size=261)
+    service = InferenceService(worker, ByteTokenizer(), info)
+    server = _Server(worker, service, None, config, 32)
+    access = Access(Keyring({"default": "secret"}))
+    address = f"127.0.0.1:{config.port}"
+    await server.run(address, access, None, Admission(Accounts()), CallerFields(None))
+
+
 def test_a_step_that_stands_still_ends_the_streams_the_health_and_the_beats(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -74,17 +84,11 @@ def test_a_step_that_stands_still_ends_the_streams_the_health_and_the_beats(
     engine = StuckEngine()
     worker = EngineWorker(engine, Metrics("toy"))
     worker.start()
-    info = pb.ModelInfo(name="toy", type="chat-completions", max_context=512, vocab_size=261)
     (port,) = free_ports(1)
     config = record(ServiceConfig, defaults(SERVICE, step_timeout=0.5, port=port))
 
     async def run() -> None:
-        service = InferenceService(worker, ByteTokenizer(), info)
-        server = _Server(worker, service, None, config, 32)
-        access = Access(Keyring({"default": "secret"}))
-        serving = asyncio.create_task(
-            server.run(f"127.0.0.1:{port}", access, None, Admission(Accounts()), CallerFields(None))
-        )
+        serving = asyncio.create_task(serve(worker, config))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             await channel.channel_ready()
             request = health_pb2.HealthCheckRequest()
@@ -119,18 +123,12 @@ def test_during_the_drain_delay_health_says_no_and_requests_are_served() -> None
     engine.released.set()
     worker = EngineWorker(engine, Metrics("toy"))
     worker.start()
-    info = pb.ModelInfo(name="toy", type="chat-completions", max_context=512, vocab_size=261)
     (port,) = free_ports(1)
     config = record(ServiceConfig, defaults(SERVICE, drain_delay=600.0, port=port))
     states = health_pb2.HealthCheckResponse
 
     async def run() -> None:
-        service = InferenceService(worker, ByteTokenizer(), info)
-        server = _Server(worker, service, None, config, 32)
-        access = Access(Keyring({"default": "secret"}))
-        serving = asyncio.create_task(
-            server.run(f"127.0.0.1:{port}", access, None, Admission(Accounts()), CallerFields(None))
-        )
+        serving = asyncio.create_task(serve(worker, config))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             await channel.channel_ready()
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
