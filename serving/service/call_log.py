@@ -7,7 +7,7 @@ a request or an answer. Health checks come several times a second and are not lo
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,15 +136,25 @@ def _logged(handler: Any, line: CallLine) -> Any:
     """
 
     async def whole(requests: Any, context: grpc.aio.ServicerContext) -> Any:
-        with _writing(line, context):
-            return await handler.stream_unary(_noted(requests, line), context)
+        try:
+            with _writing(line, context):
+                async with aclosing(_noted(requests, line)) as noted:
+                    return await handler.stream_unary(noted, context)
+        except grpc.aio.AbortError as error:
+            raise _without_frames(error) from None
 
     async def stream(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        with _writing(line, context):
-            async with aclosing(handler.stream_stream(_noted(requests, line), context)) as items:
-                async for item in items:
-                    line.add(item)
-                    yield item
+        try:
+            with _writing(line, context):
+                async with (
+                    aclosing(_noted(requests, line)) as noted,
+                    aclosing(handler.stream_stream(noted, context)) as items,
+                ):
+                    async for item in items:
+                        line.add(item)
+                        yield item
+        except grpc.aio.AbortError as error:
+            raise _without_frames(error) from None
 
     if handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(
@@ -155,12 +165,26 @@ def _logged(handler: Any, line: CallLine) -> Any:
     )
 
 
-async def _noted(requests: Any, line: CallLine) -> AsyncIterator[Any]:
-    """Passes requests on; from one of a gateway the line has its caller."""
-    async for request in requests:
-        if isinstance(request, pb.GenerateRequest) and request.caller and line.caller == GATEWAY:
-            line.caller = request.caller[:MAX_CALLER_BYTES]
-        yield request
+def _without_frames(error: grpc.aio.AbortError) -> grpc.aio.AbortError:
+    """Returns the error without the frames that it came through, and without its cause.
+
+    A call refers to the error that ended it, and the frames refer to the call and to its request:
+    a circle, which would keep a refused request's megabytes until the collector comes to it.
+    """
+    error.__context__ = None
+    return error.with_traceback(None)
+
+
+async def _noted(requests: Any, line: CallLine) -> AsyncGenerator[Any, None]:
+    """Passes requests on; from one of a gateway the line has its caller.
+
+    It closes what it reads from, which else would keep its last request until the collector comes.
+    """
+    async with aclosing(aiter(requests)) as messages:
+        async for request in messages:
+            if isinstance(request, pb.GenerateRequest) and line.caller == GATEWAY:
+                line.caller = request.caller[:MAX_CALLER_BYTES] or GATEWAY
+            yield request
 
 
 @contextmanager

@@ -3,9 +3,6 @@
 A call of a gateway counts as one of the caller for whom the gateway asks: without that a caller's
 prompts that wait to be tokenized would take every call that the server has.
 
-A call of a gateway counts as one of the caller for whom the gateway asks: else the prompts of one
-caller that wait to be tokenized would take every call that the server has.
-
 gRPC counts a call as soon as its head has come. Whoever sent heads without requests would fill the
 server's number of calls, so that here a handler begins with the head, and waits for its request.
 
@@ -105,7 +102,9 @@ class OpenCalls:
             requests = self._in_turn(requests, caller)
         if handler.request_streaming:  # it may refuse the call before it reads one
             return _timely(requests, self._request_seconds)
-        return await first_request(requests, self._request_seconds)
+        # Else it keeps its request until the collector comes to it.
+        async with aclosing(aiter(requests)) as requests:
+            return await first_request(requests, self._request_seconds)
 
     async def _in_turn(self, requests: Any, caller: str) -> AsyncIterator[Any]:
         """Yields a call's requests; raises Overloaded if too many calls go on behind the first."""
@@ -162,14 +161,13 @@ async def first_request(requests: Any, seconds: float) -> Any:
 
 async def _first(requests: Any, seconds: float) -> Any:
     """Returns the first of a call's requests, None if there is none; raises DeadlineExceeded."""
-    reading = asyncio.ensure_future(anext(aiter(requests), None))
+    # No task of its own: what it raised and this frame would refer to each other, and keep the
+    # megabytes of a refused message until the collector comes to them.
     try:
-        done, _ = await asyncio.wait([reading], timeout=seconds)
-        if not done:
-            raise DeadlineExceeded(f"no request has come within {seconds:g} seconds")
-        return reading.result()
-    finally:
-        reading.cancel()
+        async with asyncio.timeout(seconds):
+            return await anext(aiter(requests), None)
+    except TimeoutError:
+        raise DeadlineExceeded(f"no request has come within {seconds:g} seconds") from None
 
 
 def host_of(context: grpc.aio.ServicerContext) -> str:

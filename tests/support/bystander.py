@@ -6,7 +6,9 @@ that the server took before it refused, pages that stay held, peaks of each proc
 
 import dataclasses
 import json
+import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -60,8 +62,6 @@ class Endpoint:
     gateway: psutil.Process
     metrics: list[str]  # URLs
     quiet: dict[str, int] = field(default_factory=dict)  # peaks of memory in bytes, by process
-    every: float | None = None  # seconds from a chat of bystanders to the next; None: no pause
-    first_tokens: list[float] = field(default_factory=list)  # of all bystanders under attack
 
     @property
     def port(self) -> int:
@@ -153,25 +153,37 @@ class Bystander:
 
     Args:
         endpoint: the server.
-        every: seconds from the start of a chat to the start of the next; None for no pause.
+        every: seconds from the start of a chat to the start of the next.
     """
 
-    def __init__(self, endpoint: Endpoint, every: float | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, every: float = 0.0) -> None:
         self.errors: list[str] = []
         self.first_tokens: list[float] = []  # seconds to the first token, of each answer
-        self._endpoint = endpoint
-        self._every = every
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.small_chats", endpoint.server.url, "0.02",
+             str(every)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "API_KEY": endpoint.keys[BYSTANDER]},
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> "Bystander":
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            assert self._process.wait(PATIENCE) == 0
+        finally:
+            self._process.kill()
+            self._thread.join(PATIENCE)
+            assert self._process.stdout
+            self._process.stdout.close()
 
     def wait_for_answers(self, count: int) -> None:
         """Waits until `count` more chats were answered, or one has failed."""
@@ -181,38 +193,14 @@ class Bystander:
             assert time.monotonic() < deadline, "the bystander waits for an answer"
             time.sleep(0.01)
 
-    def _run(self) -> None:
-        number = 0
-        with self._endpoint.client(BYSTANDER) as client:
-            while not self._stop.is_set():
-                began = time.monotonic()
-                try:
-                    self.first_tokens.append(self._ask(client, number))
-                except Exception as error:
-                    self.errors.append(repr(error))
-                number += 1
-                rest = 0.02 if self._every is None else began + self._every - time.monotonic()
-                self._stop.wait(max(0.0, rest))
-
-    def _ask(self, client: httpx.Client, number: int) -> float:
-        """Returns the seconds to the first token of a chat that nobody has sent before."""
-        message = {"role": "user", "content": f"{number} bystanders ask for little"}
-        body = {"messages": [message], "max_tokens": 3, "ignore_eos": True, "stream": True}
-        began, first, events = time.monotonic(), None, []
-        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            assert answer.status_code == 200, answer.read()
-            for line in answer.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                events.append(json.loads(line.removeprefix("data: ")))
-                for choice in events[-1]["choices"]:
-                    if first is None and (
-                        choice["delta"].get("content") or choice["finish_reason"]
-                    ):
-                        first = time.monotonic() - began
-        assert events[-1].get("usage", {}).get("completion_tokens") == 3, events
-        assert first is not None
-        return first
+    def _read(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            found = json.loads(line)
+            if isinstance(found, float):
+                self.first_tokens.append(found)
+            else:
+                self.errors.append(found)
 
 
 @contextmanager
@@ -223,11 +211,10 @@ def attacked(endpoint: Endpoint) -> Iterator[Bystander]:
     has needed MOST_MEMORY times its memory; and when all is over no page is held.
     """
     endpoint.forget_peaks()
-    with Bystander(endpoint, endpoint.every) as bystander:
+    with Bystander(endpoint) as bystander:
         bystander.wait_for_answers(1)
         yield bystander
         bystander.wait_for_answers(2)
-    endpoint.first_tokens += bystander.first_tokens
     assert not bystander.errors, bystander.errors[:3]
     deadline = time.monotonic() + PATIENCE
     while True:
