@@ -10,6 +10,7 @@ command line prints it in one line; any other exception is a fault of ours and k
       CheckpointError  files of a checkpoint that are damaged or do not fit its config
       ChatError        a chat or a text that a tokenizer cannot render
       SamplingError    parameters of an answer that have the wrong type or are out of range
+      StructureError   a schema or grammar that cannot be enforced
       TopologyError    devices or a mesh that do not exist or do not fit
       (convert adds ConversionError and PullError, planning CompileError, serving its own leaves)
 """
@@ -37,6 +38,20 @@ class ChatError(UserError):
 
 class SamplingError(UserError):
     """A parameter of an answer that has the wrong type, is out of range or contradicts another."""
+
+
+class StructureError(UserError):
+    """A schema or a grammar that is wrong, too large, or cannot be enforced.
+
+    Args:
+        message: What is wrong, and the remedy.
+        pointer: JSON pointer (RFC 6901) of the part that is wrong, within the schema; empty for the
+            whole.
+    """
+
+    def __init__(self, message: str, pointer: str = "") -> None:
+        super().__init__(message)
+        self.pointer = pointer
 
 
 class TopologyError(UserError):

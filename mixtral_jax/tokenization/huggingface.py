@@ -11,7 +11,7 @@ import tokenizers
 
 from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.chat_template import ChatTemplate
-from mixtral_jax.tokenization.messages import Message, check_text, checked
+from mixtral_jax.tokenization.messages import Message, Tool, check_text, checked
 from mixtral_jax.tokenization.special_tokens import (
     eos_ids,
     extra_special_tokens,
@@ -96,13 +96,21 @@ class TemplateTokenizer(Vocabulary):
         check_text(text, "the text")
         return self._ids(text.replace(_RESERVED, "\ufffd"), add_special_tokens=True)
 
-    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
         """Return the ids of the chat as the template writes it, with its generation prompt.
 
         With `continue_last` they end with the last message's text instead.
 
         Raises ChatError if the template refuses the chat, or if there is no template.
         """
+        if tools:
+            raise ChatError("this model has no form for tools")
         if self._template is None:
             raise ChatError(
                 "this model has no chat template: send a plain prompt, or put a "

@@ -5,11 +5,20 @@ code that formats them afterwards need not check.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 from mixtral_jax.errors import ChatError
 
 ROLES = ("system", "user", "assistant")
+
+
+class ToolCall(TypedDict):
+    """A call of a tool that an assistant's message holds."""
+
+    id: str  # in answers nine letters and digits; in a history whatever it was given
+    name: str
+    arguments: str  # JSON; in a history perhaps not
 
 
 class Message(TypedDict):
@@ -17,6 +26,18 @@ class Message(TypedDict):
 
     role: str  # one of ROLES
     content: str
+    tool_calls: NotRequired[list[ToolCall]]  # of an assistant's message
+    tool_call_id: NotRequired[str]  # of a tool's message: the id of the call that it answers
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str = ""
+    parameters: str = ""  # JSON Schema of the arguments, as JSON; empty for none
+    strict: bool = False  # refuses parameters of which a part cannot be enforced
 
 
 def check_text(text: str, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.chat_template import ChatTemplate
-from mixtral_jax.tokenization.messages import Message, check_text, checked
+from mixtral_jax.tokenization.messages import Message, Tool, check_text, checked
 from mixtral_jax.tokenization.special_tokens import named_tokens, template_source
 from mixtral_jax.tokenization.vocabulary import Vocabulary, spm_bytes
 
@@ -91,12 +91,20 @@ class MistralTokenizer(Vocabulary):
         except ValueError as error:
             raise ChatError(f"the text {_NOT_CUT}: {error}") from error
 
-    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
         """Return <s>[INST] ... [/INST] and so on, to the last [/INST].
 
         With `continue_last` it ends with the assistant's text instead, where v2 and v3 leave
         spaces out. Raises ChatError.
         """
+        if tools:
+            raise ChatError("this model has no form for tools")
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct import messages as turns
         from mistral_common.protocol.instruct.request import ChatCompletionRequest

@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 from mixtral_jax.errors import TokenizerError
 from mixtral_jax.tokenization.detokenizer import Detokenizer
 from mixtral_jax.tokenization.huggingface import TOKENIZER_FILE, TemplateTokenizer
-from mixtral_jax.tokenization.messages import Message
+from mixtral_jax.tokenization.messages import Message, Tool
 from mixtral_jax.tokenization.mistral import MistralTokenizer, foreign_format
 from mixtral_jax.tokenization.special_tokens import (
     CHAT_TEMPLATE,
@@ -49,11 +49,17 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, after bos where the model has one."""
 
-    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
         """Return the ids of a chat, up to where the assistant's answer begins. Raises ChatError.
 
         With `continue_last` the last message is the beginning of that answer, which goes on from
-        there: its turn is not closed.
+        there: its turn is not closed. `tools` are those that the model may call.
         """
 
     def token_bytes(self, token_id: int) -> bytes:

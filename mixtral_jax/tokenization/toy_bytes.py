@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtral_jax.tokenization.messages import ROLES, Message, check_text, checked
+from mixtral_jax.errors import ChatError
+from mixtral_jax.tokenization.messages import ROLES, Message, Tool, check_text, checked
 from mixtral_jax.tokenization.vocabulary import Vocabulary
 
 TOY_FILE = "byte_tokenizer.json"
@@ -28,8 +29,16 @@ class ByteTokenizer(Vocabulary):
         check_text(text, "the text")
         return [self._BOS, *text.encode()]
 
-    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
         """Return the chat's ids, e.g. [256, 259, 104, 105, 257, 260] for the user's "hi"."""
+        if tools:
+            raise ChatError("this model has no form for tools")
         ids = [self._BOS]
         for message in checked(messages, continue_last=continue_last):
             ids += [self._ROLE_IDS[message["role"]], *message["content"].encode(), self._EOS]

@@ -45,6 +45,8 @@ class Request:
     salt: bytes = b""  # prefixes are shared under the same salt only
     priority: Priority = Priority.INTERACTIVE
     suspect: bool = False  # computed in steps of its own, because it may end the engine
+    # What each choice must match: a mixtral_jax.structure.form.Form, which only the engine reads.
+    form: object | None = None
 
     def check(self, room: int) -> None:
         """Raises the errors that it deserves whatever else there is to do.
