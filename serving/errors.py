@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 ERROR_METADATA = "mixtral-error"
+# Initial metadata of an answer that is not held to all that was asked of it.
+WEAKENED_METADATA = "mixtral-weakened"
 # gRPC's name for a serialized google.rpc.Status.
 DETAILS_METADATA = "grpc-status-details-bin"
 # Characters of a text in the details, which metadata must have room for.

@@ -18,6 +18,13 @@ class RunningAnswer(Protocol):
     def tokens(self) -> Sequence[AnswerTokens]:
         """The counts of each call, which grow while it runs."""
 
+    @property
+    def weakened(self) -> str:
+        """The parts of the caller's schemas that are not enforced; known with the first chunk.
+
+        At most 1 KB of printable ASCII, for a header; empty where all of them are enforced.
+        """
+
     async def has_news(self, seconds: float | None = None) -> bool:
         """Waits until a read will return at once; returns False if `seconds` pass before."""
 
@@ -59,6 +66,11 @@ class JoinedAnswers:
     def tokens(self) -> Sequence[AnswerTokens]:
         """The counts of each call, in the order of the prompts."""
         return [tokens for answer in self._answers for tokens in answer.tokens]
+
+    @property
+    def weakened(self) -> str:
+        """The parts of the caller's schemas that are not enforced, which all calls have alike."""
+        return next((answer.weakened for answer in self._answers if answer.weakened), "")
 
     async def has_news(self, seconds: float | None = None) -> bool:
         """Waits until a read will return at once; returns False if `seconds` pass before."""

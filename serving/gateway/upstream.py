@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving.accounting.answer_tokens import AnswerTokens
 from serving.errors import (
     ERROR_METADATA,
+    WEAKENED_METADATA,
     EngineFailure,
     Forbidden,
     ServingError,
@@ -203,6 +204,11 @@ class Answer:
         sent: Is told how the call ends.
         is_connected: Whether the call was begun on a connection to a service.
         on_gone: Called if the service has gone away.
+
+    Attributes:
+        tokens: The counts of the call.
+        weakened: The parts of the caller's schemas that are not enforced, as the metadata
+            `mixtral-weakened` lists them; known with the first chunk.
     """
 
     def __init__(
@@ -214,6 +220,7 @@ class Answer:
         on_gone: Callable[[], None] = lambda: None,
     ) -> None:
         self.tokens = (AnswerTokens(),)
+        self.weakened = ""
         self._call = call
         self._sent = sent
         self._is_aboard = is_connected
@@ -269,6 +276,8 @@ class Answer:
         is_whole = False
         try:
             while isinstance(chunk := await self._call.read(), inference_pb2.GenerateChunk):
+                if chunk.HasField("prompt_tokens"):
+                    self.weakened = _weakened_in(await self._call.initial_metadata())
                 self._is_aboard = True
                 self.tokens[0].add(chunk)
                 is_whole = chunk.HasField("usage")  # only the last chunk of all choices has it
@@ -300,6 +309,11 @@ class Answer:
                 self._sent.end(is_whole=is_whole)
             self._has_ended = True
             self._news.set()
+
+
+def _weakened_in(metadata: Any) -> str:
+    """Returns what initial metadata says of the parts of a schema that are not enforced."""
+    return next((str(value) for key, value in metadata or () if key == WEAKENED_METADATA), "")
 
 
 def _is_gone(failure: grpc.aio.AioRpcError) -> bool:

@@ -27,6 +27,14 @@ MAX_MESSAGES = 2048
 MAX_LOGPROBS = 20
 MAX_CALLER_BYTES, MAX_SALT_BYTES = 256, 32
 _MAX_ROLE_BYTES = 32
+# A schema is walked, and an expression or a grammar compiled, for each request.
+MAX_SCHEMA_BYTES, MAX_GRAMMAR_BYTES = 2**18, 2**16
+# Each text of a choice is an alternative of a grammar.
+MAX_TEXTS, MAX_TEXT_BYTES = 2**12, 2**12
+# The number of functions that OpenAI's API takes.
+MAX_TOOLS, MAX_TOOL_NAME_BYTES = 128, 64
+# An agent may repeat calls of a model that called many tools at the same time.
+MAX_TOOL_CALLS, MAX_TOOL_CALL_ID_BYTES = 128, 256
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         prompt_bytes: Most bytes of a prompt.
     """
     prompt = Bound(size=prompt_bytes, is_prompt=True)
+    schema, grammar = Bound(size=MAX_SCHEMA_BYTES), Bound(size=MAX_GRAMMAR_BYTES)
+    call_id = Bound(size=MAX_TOOL_CALL_ID_BYTES)
     return {
         "GenerateRequest.chat": _MESSAGE,
         "GenerateRequest.token_ids": _MESSAGE,
@@ -75,10 +85,34 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         "GenerateRequest.cache_salt": Bound(size=MAX_SALT_BYTES),
         "GenerateRequest.priority": _FIXED,
         "GenerateRequest.suspect": _FIXED,
+        "GenerateRequest.response_format": _MESSAGE,
+        "ResponseFormat.json_object": _MESSAGE,
+        "ResponseFormat.json_schema": schema,
+        "ResponseFormat.regex": grammar,
+        "ResponseFormat.choice": _MESSAGE,
+        "ResponseFormat.lark": grammar,
+        "ResponseFormat.gbnf": grammar,
+        "ResponseFormat.strict": _FIXED,
+        "Texts.texts": Bound(entries=MAX_TEXTS, unit="texts", size=MAX_TEXT_BYTES),
         "Chat.messages": Bound(entries=MAX_MESSAGES, unit="messages"),
         "Chat.continue_last": _FIXED,
+        "Chat.tools": Bound(entries=MAX_TOOLS, unit="tools"),
+        "Chat.tool_choice": _MESSAGE,
+        "Chat.parallel_tool_calls": _FIXED,
         "ChatMessage.role": Bound(size=_MAX_ROLE_BYTES),
         "ChatMessage.content": prompt,
+        "ChatMessage.tool_calls": Bound(entries=MAX_TOOL_CALLS, unit="calls"),
+        "ChatMessage.tool_call_id": call_id,
+        "ToolCall.id": call_id,
+        # A model may have written any name into the history.
+        "ToolCall.name": Bound(size=MAX_TOOL_CALL_ID_BYTES),
+        "ToolCall.arguments": prompt,
+        "Tool.name": Bound(size=MAX_TOOL_NAME_BYTES),
+        "Tool.description": prompt,
+        "Tool.parameters": schema,
+        "Tool.strict": _FIXED,
+        "ToolChoice.mode": _FIXED,
+        "ToolChoice.allowed": Bound(entries=MAX_TOOLS, unit="names", size=MAX_TOOL_NAME_BYTES),
         "TokenIds.ids": Bound(entries=context, unit="tokens", is_prompt=True),
         "SamplingParams.temperature": _FIXED,
         "SamplingParams.top_p": _FIXED,

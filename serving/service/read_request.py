@@ -15,6 +15,7 @@ from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.errors import InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb
+from serving.proto.prompt_size import chat_size
 from serving.scheduling.request import Priority, Request
 from serving.service.bounds import MAX_STOP_IDS, Bounds
 
@@ -202,8 +203,8 @@ class Translator:
             raise InvalidRequest("the model's tokenizer cannot read this prompt") from None
 
     def _check_chat(self, chat: pb.Chat) -> None:
-        size = sum(len(message.content.encode()) for message in chat.messages)
-        self._bounds.check_prompt("the messages have", size)
+        name = "the messages and tools have" if chat.tools else "the messages have"
+        self._bounds.check_prompt(name, chat_size(chat))
 
 
 def _priority(priority: pb.Priority) -> Priority:

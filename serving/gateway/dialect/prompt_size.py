@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from serving.errors import ContextTooLong
 from serving.proto import inference_pb2 as pb
+from serving.proto.prompt_size import chat_size
 
 
 def check_prompts(calls: Sequence[pb.GenerateRequest], model: pb.ModelInfo) -> None:
@@ -30,5 +31,5 @@ def check_prompts(calls: Sequence[pb.GenerateRequest], model: pb.ModelInfo) -> N
 def _size(call: pb.GenerateRequest) -> int:
     """Returns the bytes of a prompt's text, without the roles of messages."""
     if call.WhichOneof("prompt") == "chat":
-        return sum(len(message.content.encode()) for message in call.chat.messages)
+        return chat_size(call.chat)
     return len(call.text.encode())

@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from serving.channel import INFERENCE, options_for, target_of
-from serving.errors import EngineFailure, Overloaded, ServingError, Unavailable
+from serving.errors import WEAKENED_METADATA, EngineFailure, Overloaded, ServingError, Unavailable
+from serving.gateway.joined_answers import JoinedAnswers
 from serving.gateway.upstream import READ_AHEAD, Answer, ModelService
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
@@ -228,6 +229,34 @@ def test_metadata_goes_with_the_call() -> None:
         async with replicas(Listening()) as (service, _):
             await text_of(service.generate(asking("x"), [("x-request-id", "abc")]))
         assert seen["x-request-id"] == "abc" and seen["authorization"] == f"Bearer {KEY}"
+
+    run(work)
+
+
+def test_what_a_schema_is_not_held_to_is_known_with_the_first_chunk() -> None:
+    class Weakening(ScriptedInference):
+        async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+            if request.HasField("response_format"):
+                await context.send_initial_metadata(((WEAKENED_METADATA, "uniqueItems at /a"),))
+            async for chunk in super().Generate(request, context):
+                yield chunk
+
+    async def work() -> None:
+        async with replicas(Weakening()) as (service, _):
+            plain, held = asking("!open one"), asking("!open one !wait")
+            held.response_format.json_schema = "{}"
+            answer = service.generate(held)
+            assert answer.weakened == ""
+            await answer.read()
+            assert answer.weakened == "uniqueItems at /a"
+            joined = JoinedAnswers([service.generate(plain), service.generate(held)], 1)
+            while "uniqueItems" not in joined.weakened:
+                await joined.read_all()
+            joined.cancel()
+            answer.cancel()
+            answer = service.generate(plain)
+            await text_of(answer)
+            assert answer.weakened == ""
 
     run(work)
 

@@ -14,18 +14,34 @@ def chat(*texts: str) -> pb.GenerateRequest:
     return pb.GenerateRequest(chat=pb.Chat(messages=messages))
 
 
+def tools(*texts: str) -> pb.GenerateRequest:
+    """A chat of 20 bytes or more whose texts all stand beside the messages' content."""
+    name, description, parameters, call, called, arguments, result = texts
+    tool = pb.Tool(name=name, description=description, parameters=parameters)
+    calls = [pb.ToolCall(id=call, name=called, arguments=arguments)]
+    messages = [
+        pb.ChatMessage(role="assistant", tool_calls=calls),
+        pb.ChatMessage(role="tool", tool_call_id=result, content="four"),
+    ]
+    return pb.GenerateRequest(chat=pb.Chat(messages=messages, tools=[tool]))
+
+
 @pytest.mark.parametrize(
     ("most", "more"),
     [
         (pb.GenerateRequest(text="a" * 20), pb.GenerateRequest(text="a" * 21)),
         (pb.GenerateRequest(text="\u00e9" * 10), pb.GenerateRequest(text="\u00e9" * 11)),
         (chat("a" * 10, "b" * 10), chat("a" * 10, "b" * 11)),
+        *[
+            (tools(*["ab"] * 7), tools(*["abcde" if place == i else "ab" for i in range(7)]))
+            for place in range(7)
+        ],
         (
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 8)),
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 9)),
         ),
     ],
-    ids=["text", "two bytes a letter", "chat", "ids"],
+    ids=["text", "two bytes a letter", "chat", *[f"tools {i}" for i in range(7)], "ids"],
 )
 def test_a_prompt_has_so_many_bytes_or_ids(
     most: pb.GenerateRequest, more: pb.GenerateRequest
