@@ -10,7 +10,7 @@ from mixtral_jax.structure.matcher import Matcher
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """What an answer must match, ready to be used."""
+    """Compiled grammar that an answer must match, ready to be used."""
 
     warm: Matcher
     """A matcher at the beginning, which is copied and never moved."""

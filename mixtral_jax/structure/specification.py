@@ -17,7 +17,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Specification:
-    """What the text of an answer must match."""
+    """Structure that the text of an answer must have."""
 
     kind: Kind
     text: str = ""
