@@ -114,7 +114,7 @@ class _Pieces:
             self.tokens[i] = f"<control {i}>".encode()
         self.eos_token_id = min(tokenizer.eos_ids)
         self.bos_token_id: int | None = None
-        # A piece that stands before every text, so that the ids of `text` are those in the middle of one.
+        # A piece before every text, so that the ids of `text` are those in the middle of a text.
         self._opening = tokenizer.encode("\n")
 
     def __call__(self, text: str | bytes) -> list[int]:

@@ -45,7 +45,7 @@ class Request:
     salt: bytes = b""  # prefixes are shared under the same salt only
     priority: Priority = Priority.INTERACTIVE
     suspect: bool = False  # computed in steps of its own, because it may end the engine
-    # Grammar that each choice must match: a mixtral_jax.structure.form.Form, which only the engine reads.
+    # Grammar of each choice: a mixtral_jax.structure.form.Form, which only the engine reads.
     form: object | None = None
 
     def check(self, room: int) -> None:
