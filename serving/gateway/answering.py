@@ -3,8 +3,10 @@
 A client that drops cancels its call to the service, at every moment of its request.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -20,11 +22,11 @@ from serving.gateway.dialect.chat.stream import ChatEvents
 from serving.gateway.dialect.chunks import Identity
 from serving.gateway.dialect.fields import Parameters
 from serving.gateway.dialect.prompt_size import check_prompts
-from serving.gateway.dialect.sse import Events
 from serving.gateway.dialect.text.request import CompletionRequest
 from serving.gateway.dialect.text.response import TextAnswer
 from serving.gateway.dialect.text.stream import TextEvents
-from serving.gateway.dialect.whole import WholeAnswer, check_logprobs
+from serving.gateway.dialect.whole import check_logprobs
+from serving.gateway.dialect.writers import EventWriter, WholeWriter
 from serving.gateway.event_stream import DisconnectWatch, EventStream
 from serving.gateway.http import body
 from serving.gateway.http.body_room import BodyRoom, Hold
@@ -34,6 +36,8 @@ from serving.gateway.joined_answers import RunningAnswer
 from serving.gateway.upstream import ModelService
 from serving.gateway.whole_response import WholeResponse
 from serving.proto import inference_pb2
+
+Asked = TypeVar("Asked", bound=Parameters)
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,34 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Generic[Asked]):
     """A kind of request, and how it is read and answered.
 
     Attributes:
         operation: Its name in OpenTelemetry's conventions for generative AI.
         request: The type of its body.
-        whole: Writes the answer at once while its chunks come.
-        events: Writes the answer as a stream.
+        whole: Makes what writes the answer to a request at once.
+        events: Makes what writes it as a stream.
     """
 
     operation: str
-    request: type[Parameters]
-    whole: type[WholeAnswer]
-    events: type[Events]
+    request: type[Asked]
+    whole: Callable[[Identity, Asked], WholeWriter]
+    events: Callable[[Identity, Asked], EventWriter]
 
 
-CHAT = Kind("chat", ChatRequest, ChatAnswer, ChatEvents)
-TEXT = Kind("text_completion", CompletionRequest, TextAnswer, TextEvents)
+CHAT = Kind(
+    "chat",
+    ChatRequest,
+    lambda identity, asked: ChatAnswer(identity),
+    lambda identity, asked: ChatEvents(identity, asked.include_usage),
+)
+TEXT = Kind(
+    "text_completion",
+    CompletionRequest,
+    lambda identity, asked: TextAnswer(identity),
+    lambda identity, asked: TextEvents(identity, asked.include_usage),
+)
 
 
 class Gateway:
@@ -94,7 +108,7 @@ class Gateway:
     async def answer(
         self,
         request: Request,
-        kind: Kind,
+        kind: Kind[Asked],
         unknown: parsing.UnknownFields,
         id_prefix: str = "",
         *,
@@ -142,8 +156,8 @@ class Gateway:
         return response
 
     async def _read(
-        self, request: Request, kind: Kind, unknown: parsing.UnknownFields, hold: Hold
-    ) -> Parameters:
+        self, request: Request, kind: Kind[Asked], unknown: parsing.UnknownFields, hold: Hold
+    ) -> Asked:
         """Returns what is asked. The bytes of the body, which may be many more, are not kept."""
         limits = self._limits
         content = await body.read_body(request, hold, limits.body_bytes, limits.body_seconds)
@@ -152,8 +166,8 @@ class Gateway:
     async def _send(
         self,
         request: Request,
-        kind: Kind,
-        asked: Parameters,
+        kind: Kind[Asked],
+        asked: Asked,
         identity: Identity,
         answer: RunningAnswer,
         lease: Lease,
@@ -173,11 +187,11 @@ class Gateway:
             chunks = await _begun(answer)
             hold.free()
             if asked.stream and not watch.client_disconnected:
-                events = kind.events(identity, asked.include_usage)
+                events = kind.events(identity, asked)
                 opening = events.opening(asked.choices * len(answer.tokens)) + events.write(chunks)
                 seconds = self._limits.heartbeat_seconds
                 return EventStream(events, answer, opening, seconds, watch, end)
-            whole = kind.whole(identity)
+            whole = kind.whole(identity, asked)
             while chunks:
                 whole.add(chunks)
                 chunks = await answer.read_all()

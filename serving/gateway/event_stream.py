@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import ServingError
-from serving.gateway.dialect.sse import DONE, Events
+from serving.gateway.dialect.writers import EventWriter
 from serving.gateway.joined_answers import RunningAnswer
 
 STREAM_HEADERS = {
@@ -75,7 +75,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: Events,
+        events: EventWriter,
         answer: RunningAnswer,
         opening: bytes,
         heartbeat_seconds: float,
@@ -121,7 +121,8 @@ class EventStream(Response):
             await self._send(send, events.failure(error))
             raise StreamAborted from error
         if not self._watch.client_disconnected:
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            end = {"type": "http.response.body", "body": events.closing(), "more_body": False}
+            await send(end)
 
     @staticmethod
     async def _send(send: Send, written: bytes) -> None:

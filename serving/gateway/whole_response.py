@@ -5,7 +5,7 @@ import asyncio
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.gateway.dialect.whole import WholeAnswer
+from serving.gateway.dialect.writers import WholeWriter
 
 _PIECE = 2**16  # bytes of an ASGI message
 
@@ -17,7 +17,7 @@ class WholeResponse(Response):
         answer: The answer.
     """
 
-    def __init__(self, answer: WholeAnswer) -> None:
+    def __init__(self, answer: WholeWriter) -> None:
         self.status_code = 200
         self.background = None
         self._pieces = list(answer.pieces())

@@ -60,6 +60,10 @@ class Events:
         fields = json.dumps(error_body(error).error.model_dump(), separators=(",", ":"))
         return f'{self._head}],"error":{fields}}}\n\n'.encode()
 
+    def closing(self) -> bytes:
+        """Returns what follows the last event of a whole answer."""
+        return DONE
+
     def _events(self, chunk: inference_pb2.GenerateChunk) -> str:
         logprobs = self._logprobs(chunk) if chunk.logprobs else "null"
         if not chunk.finish_reason:
