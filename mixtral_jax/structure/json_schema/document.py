@@ -61,5 +61,5 @@ def _refuse(constant: str) -> Never:
 
 def point(pointer: str, *steps: str | int) -> str:
     """Returns the JSON pointer (RFC 6901) of what lies under `pointer` by the given steps."""
-    parts = (str(step).replace("~", "~0").replace("/", "~1") for step in steps)
-    return pointer + "".join(f"/{part}" for part in parts)
+    escaped = (str(step).replace("~", "~0").replace("/", "~1") for step in steps)
+    return pointer + "".join(f"/{step}" for step in escaped)
