@@ -38,6 +38,10 @@ from serving.gateway.whole_response import WholeResponse
 from serving.proto import inference_pb2
 
 Asked = TypeVar("Asked", bound=Parameters)
+# The header of an answer that names the parts of schemas that were enforced in a weaker form, and
+# the most characters of it.
+WEAKENED_HEADER = "x-mixtral-weakened"
+MAX_WEAKENED = 1024
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ class Gateway:
         finally:
             hold.free()
         response.headers.update(limit_headers())
+        if answer.weakened:
+            response.headers[WEAKENED_HEADER] = answer.weakened[:MAX_WEAKENED]
         return response
 
     async def _read(

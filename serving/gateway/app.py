@@ -18,7 +18,7 @@ from serving.access.loopback import is_loopback
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
-from serving.gateway.answering import Gateway, Limits
+from serving.gateway.answering import WEAKENED_HEADER, Gateway, Limits
 from serving.gateway.config import GatewayConfig
 from serving.gateway.connection import Connection
 from serving.gateway.http.access_log import AccessLog
@@ -35,7 +35,7 @@ from serving.observe.tracing import Traces
 # Headers of an answer that scripts of other origins may read.
 _EXPOSED = [
     *("x-request-id", "x-ms-client-request-id", "x-ms-error-code"),
-    *("retry-after", "retry-after-ms"),
+    *("retry-after", "retry-after-ms", WEAKENED_HEADER),
     *RATE_LIMIT_HEADERS,
 ]
 

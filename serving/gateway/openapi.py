@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from serving.accounting.rate_limits import UNITS
 from serving.errors import Overloaded
+from serving.gateway.answering import MAX_WEAKENED, WEAKENED_HEADER
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import ChatCompletion
 from serving.gateway.dialect.chat.stream import ChatCompletionChunk
@@ -68,6 +69,14 @@ RATE_LIMIT_HEADERS: Schema = {
     )
 }
 """Headers of answers that tell a caller's limits, as the document describes them."""
+
+_WEAKENED: Schema = {
+    WEAKENED_HEADER: {
+        "description": "The parts of schemas without `strict` that could not be enforced, or only "
+        "in a weaker form: JSON pointers with their keywords.",
+        "schema": {"type": "string", "maxLength": MAX_WEAKENED},
+    }
+}
 
 
 def document() -> Schema:
@@ -266,7 +275,7 @@ def _post(path: str, summary: str, types: tuple[str, str, str], parameters: list
     answers = {
         "200": {
             "description": "The answer; with `stream`, its events as they come.",
-            "headers": RATE_LIMIT_HEADERS,
+            "headers": RATE_LIMIT_HEADERS | _WEAKENED,
             "content": _json(_ref(answer)) | {"text/event-stream": {"schema": event}},
         }
     }

@@ -6,8 +6,10 @@ from serving.gateway.dialect.chat.response import (
     AssistantMessage,
     ChatCompletion,
     Choice,
+    FunctionCall,
     Logprobs,
     TokenLogprob,
+    ToolCall,
     TopLogprob,
 )
 from serving.gateway.dialect.chunks import Chunks, Identity, finish_reason, finite_logprob, usage
@@ -29,7 +31,9 @@ def chat_completion(identity: Identity, chunks: Chunks) -> ChatCompletion:
         choices=[
             Choice(
                 index=index,
-                message=AssistantMessage(content="".join(chunk.text for chunk in own)),
+                message=AssistantMessage(
+                    content="".join(chunk.text for chunk in own), tool_calls=_calls(own) or None
+                ),
                 finish_reason=finish_reason(own[-1]),
                 logprobs=_chat_logprobs(own),
             )
@@ -63,6 +67,18 @@ def _by_choice(chunks: Chunks) -> list[tuple[int, list[inference_pb2.GenerateChu
     for chunk in chunks:
         chunks_of.setdefault(chunk.choice, []).append(chunk)
     return sorted(chunks_of.items())
+
+
+def _calls(chunks: Iterable[inference_pb2.GenerateChunk]) -> list[ToolCall]:
+    calls = [call for chunk in chunks for call in chunk.tool_calls]
+    return [
+        ToolCall(
+            id=call.id,
+            index=place,
+            function=FunctionCall(name=call.name, arguments=call.arguments),
+        )
+        for place, call in enumerate(calls)
+    ]
 
 
 def _chat_logprobs(chunks: Iterable[inference_pb2.GenerateChunk]) -> Logprobs | None:

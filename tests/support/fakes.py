@@ -44,6 +44,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
 
         !open          sends the chunk that says that the prompt has been queued
         !compute       sends a chunk that says how much of the prompt has been computed
+        !call:F:ARGS   calls the tool F, a token, with these arguments, without spaces
+        !weak:TEXT     says in the metadata that these parts of schemas were weakened
         !wait          waits until `release` is called
         !fail:LEAF     fails with that error of serving/errors.py
         !status:CODE   fails with that status and no name, as gRPC itself does
@@ -98,6 +100,21 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                     name = "prompt_tokens" if word == "!open" else "computed_tokens"
                     yield inference_pb2.GenerateChunk(**{name: tokens})
                     continue
+                if word.startswith("!call:"):
+                    name, _, arguments = word.removeprefix("!call:").partition(":")
+                    for choice in choices:
+                        call = inference_pb2.ToolCall(
+                            id=f"call{said:05}", name=name, arguments=arguments
+                        )
+                        chunk = inference_pb2.GenerateChunk(
+                            tool_calls=[call], token_ids=[said], choice=choice
+                        )
+                        if said == choice == 0:
+                            chunk.prompt_tokens = len(request.chat.messages)
+                        yield chunk
+                    said += 1
+                    reason = inference_pb2.FINISH_REASON_TOOL_CALLS
+                    continue
                 if word.startswith("!"):
                     await self._do(word, context)
                     continue
@@ -129,6 +146,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         match order:
             case "wait":
                 await self._released.wait()
+            case "weak":
+                await context.send_initial_metadata((("mixtral-weakened", argument),))
             case "fail":
                 leaf = errors.LEAVES[argument]
                 await context.abort(

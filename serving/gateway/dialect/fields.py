@@ -161,16 +161,6 @@ class Parameters(Described):
     """OpenAI's: `flex` and `batch` are answered when no other waits."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """vLLM's: computed prefixes are shared with the caller's requests of the same salt only."""
-    guided_json: Never = None
-    """vLLM's; not for now, like the four that follow."""
-    guided_regex: Never = None
-    """vLLM's."""
-    guided_choice: Never = None
-    """vLLM's."""
-    guided_grammar: Never = None
-    """vLLM's."""
-    structured_outputs: Never = None
-    """vLLM's."""
 
     @property
     def choices(self) -> int:

@@ -28,7 +28,7 @@ class Capabilities(Described):
     """Chats."""
     completion_fim: bool = False
     """Filling in the middle."""
-    function_calling: bool = False
+    function_calling: bool = True
     """Tools."""
     fine_tuning: bool = False
     """Training through the API."""

@@ -48,7 +48,7 @@ class Events:
         return b""
 
     def write(self, chunks: Sequence[inference_pb2.GenerateChunk]) -> bytes:
-        """Returns the events of the service's chunks: none to three for each chunk."""
+        """Returns the events of the chunks: three of each at most, and one for each call."""
         return "".join(map(self._events, chunks)).encode()
 
     def heartbeat(self) -> bytes:
@@ -66,11 +66,11 @@ class Events:
 
     def _events(self, chunk: inference_pb2.GenerateChunk) -> str:
         logprobs = self._logprobs(chunk) if chunk.logprobs else "null"
+        text = self._news(chunk, logprobs)
         if not chunk.finish_reason:
-            return self._event(chunk.choice, chunk.text, logprobs) if chunk.text else ""
-        text = ""
-        if chunk.text:
-            text, logprobs = self._event(chunk.choice, chunk.text, logprobs), "null"
+            return text
+        if text:
+            logprobs = "null"
         reason = f'"{finish_reason(chunk)}"'
         if not chunk.HasField("usage"):
             return text + self._event(chunk.choice, "", logprobs, reason)
@@ -79,6 +79,10 @@ class Events:
             return text + self._event(chunk.choice, "", logprobs, reason, spent)
         last = self._event(chunk.choice, "", logprobs, reason)
         return f"{text}{last}{self._head}]{spent}}}\n\n"
+
+    def _news(self, chunk: inference_pb2.GenerateChunk, logprobs: str) -> str:
+        """Returns the events of what a chunk adds to its choice; "" if that is nothing."""
+        return self._event(chunk.choice, chunk.text, logprobs) if chunk.text else ""
 
     def _event(
         self, index: int, text: str, logprobs: str, reason: str = "null", usage: str = ""

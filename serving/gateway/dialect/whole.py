@@ -82,7 +82,7 @@ class WholeAnswer:
             if chunk.HasField("usage"):
                 spent = usage(chunk, tells_cached=self._identity.tells_cached)
                 self._usage = spent.model_dump_json()
-            if not (chunk.text or chunk.logprobs or chunk.finish_reason):
+            if not (chunk.text or chunk.logprobs or chunk.finish_reason or chunk.tool_calls):
                 continue  # it says how far the prompt is computed
             choice = self._choices.get(chunk.choice)
             if choice is None:

@@ -158,6 +158,54 @@ def test_several_choices(client: httpx.Client) -> None:
     assert [("usage" in chunk) for chunk in chunks] == [False] * 7 + [True]
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
+def test_calls_of_tools(client: httpx.Client, stack: Stack, path: str) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    asked = chat_body('!call:f:{"a":1} !call:f:{}', tools=[tool], tool_choice="required")
+    answer = client.post(path, json=asked).json()
+    calls = [
+        {
+            "id": f"call0000{place}",
+            "type": "function",
+            "index": place,
+            "function": {"name": "f", "arguments": arguments},
+        }
+        for place, arguments in enumerate(['{"a":1}', "{}"])
+    ]
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "", "tool_calls": calls}
+    assert choice["finish_reason"] == "tool_calls"
+    assert answer["usage"]["completion_tokens"] == 2
+    (call,) = stack.service.requests
+    assert call.chat.tools == [pb.Tool(name="f", parameters='{"type":"object"}')]
+    assert call.chat.tool_choice.mode == pb.ToolChoice.MODE_REQUIRED
+
+    with client.stream("POST", path, json=asked | {"stream": True}) as response:
+        opening, *middle, last = events(response.iter_lines())
+    assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    deltas = [chunk["choices"][0]["delta"] for chunk in middle]
+    assert deltas == [{"content": "", "tool_calls": [call]} for call in calls]
+    assert last["choices"][0]["delta"] == {"content": ""}
+    assert last["choices"][0]["finish_reason"] == "tool_calls"
+    assert last["usage"] == answer["usage"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_the_service_has_weakened_stands_in_a_header(
+    client: httpx.Client, path: str, is_stream: bool
+) -> None:
+    asked = {"stream": is_stream, "guided_json": {"type": "object"}}
+    for script, told in (("!weak:/a/not one", "/a/not"), ("one", None)):
+        prompt = chat_body(script) if "chat" in path else {"prompt": [script, script]}
+        answer = client.post(path, json=asked | prompt)
+        assert answer.status_code == 200
+        assert answer.headers.get("x-mixtral-weakened") == told
+    long = chat_body(f"!weak:{'x' * 1500} one")
+    answer = client.post("/v1/chat/completions", json=asked | long)
+    assert answer.headers["x-mixtral-weakened"] == "x" * 1024
+
+
 def test_a_text_completion(client: httpx.Client, stack: Stack) -> None:
     answer = client.post("/v1/completions", json={"prompt": "one two three", "max_tokens": 2})
     whole = answer.json()

@@ -11,6 +11,8 @@ import pytest
 from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
 from tests.support.gateway import BEARER, chat_body, check_error
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+
 
 @pytest.mark.parametrize(
     ("path", "headers", "content", "status", "code"),
@@ -45,7 +47,7 @@ from tests.support.gateway import BEARER, chat_body, check_error
         (
             "/chat/completions",
             {"extra-params": "pass-through"},
-            {"guided_json": {}},
+            {"structural_tag": {}},
             422,
             "parameter_not_supported",
         ),
@@ -77,11 +79,16 @@ from tests.support.gateway import BEARER, chat_body, check_error
         ("/v1/chat/completions", {}, {"safe_prompt": True}, 200, ""),
         ("/v1/completions", {}, {"echo": True}, 422, "Invalid input"),
         ("/v1/completions", {}, b"[]", 400, "BadRequest"),
-        ("/chat/completions", {}, {"tools": [{}]}, 422, "parameter_not_supported"),
+        ("/chat/completions", {}, {"tools": [{}]}, 422, "Invalid input"),
+        ("/chat/completions", {}, {"tools": [{"type": "web_search"}]}, 422, "Invalid input"),
+        ("/chat/completions", {}, {"tools": [TOOL], "tool_choice": "required"}, 200, ""),
+        ("/chat/completions", {}, {"parallel_tool_calls": False}, 400, "BadRequest"),
+        ("/v1/chat/completions", {}, {"parallel_tool_calls": False}, 200, ""),
+        ("/chat/completions", {}, {"response_format": {"type": "json_object"}}, 200, ""),
         (
             "/chat/completions",
             {},
-            {"response_format": {"type": "json_object"}},
+            {"response_format": {"type": "structural_tag"}},
             422,
             "parameter_not_supported",
         ),

@@ -4,20 +4,23 @@
 
 A message may carry whatever else a client stores in it (`name`, `index`, the fields of a delta that
 it kept); fields that we do not know are ignored. Text comes as a string or as parts of type text.
-Tools and other kinds of parts are refused by name.
+Other kinds of parts are refused by name.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.fields import MAX_TOOLS, NOT_SUPPORTED, Described, Text
+from serving.gateway.dialect.fields import MAX_TOOLS, NOT_SUPPORTED, Described, Name, Never, Text
 from serving.proto import inference_pb2
 
 # Parts of one message's content.
 MAX_PARTS = 1024
+# Characters of the id of a call. Some servers keep signatures of thoughts in theirs.
+MAX_CALL_ID = 8192
 # Mistral's own endpoint puts this before a conversation that asks for `safe_prompt`.
 SAFETY_PROMPT = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid "
@@ -25,7 +28,8 @@ SAFETY_PROMPT = (
     "positivity."
 )
 
-Role = Literal["system", "developer", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+CallId = Annotated[str, Field(max_length=MAX_CALL_ID)]
 
 
 class TextPart(Described):
@@ -38,12 +42,11 @@ class TextPart(Described):
 
 
 def _check_role(role: object) -> object:
-    if role in ("tool", "function"):
+    if role == "function":
         raise PydanticCustomError(
             NOT_SUPPORTED,
-            "tools are not supported yet: leave out messages of the role '{role}' and the calls "
-            "that they answer",
-            {"role": role},
+            "messages of the role 'function' are not supported: send results in messages of the "
+            "role 'tool', with the tool_call_id of their calls",
         )
     return role
 
@@ -59,6 +62,9 @@ def _join_texts(content: object) -> object:
     texts = []
     for item in content:
         kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "refusal" and isinstance(item.get("refusal"), str):
+            texts.append(item["refusal"])  # OpenAI's, of an assistant's earlier answer
+            continue
         if kind != "text":
             raise PydanticCustomError(
                 NOT_SUPPORTED,
@@ -74,21 +80,74 @@ def _join_texts(content: object) -> object:
 
 def _check_content(content: str | None, info: ValidationInfo) -> str | None:
     role = info.data.get("role")
-    if content is None and role not in (None, "assistant"):
+    if content is None and role not in (None, "assistant", "tool"):
         raise PydanticCustomError(
             "missing", "a message of the role {role} needs a content", {"role": role}
         )
     return content
 
 
-def _check_no_calls(calls: list[Any] | None) -> list[Any] | None:
-    if calls:
+def _arguments(value: object) -> object:
+    """Returns arguments as JSON, for clients of Mistral's send them as an object."""
+    if not isinstance(value, dict):
+        return "" if value is None else value
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise PydanticCustomError("number", "a number of the arguments is out of range") from None
+
+
+class CalledFunction(Described):
+    """A function that the assistant called, and with what."""
+
+    name: Name
+    """The function's name."""
+    arguments: Annotated[
+        Text, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any] | None)
+    ] = ""
+    """The arguments: JSON, or whatever the model wrote; Mistral's clients send an object."""
+
+
+def _call_type(kind: object) -> object:
+    if isinstance(kind, str) and kind != "function":
         raise PydanticCustomError(
-            NOT_SUPPORTED,
-            "tools are not supported yet: leave out the tool_calls of earlier messages, and the "
-            "messages of the role 'tool' that answer them",
+            NOT_SUPPORTED, "calls of type '{kind}' are not supported", {"kind": kind[:40]}
         )
+    return "function" if kind is None else kind
+
+
+class ToolCall(Described):
+    """A call of a tool in an earlier message."""
+
+    id: CallId | None = None
+    """The id that the call had: any text, the same in the message with its result."""
+    type: Annotated[
+        Literal["function"],
+        BeforeValidator(_call_type, json_schema_input_type=Literal["function"] | None),
+    ] = "function"
+    """Always `function`."""
+    function: CalledFunction
+    """What was called."""
+
+    def proto(self) -> inference_pb2.ToolCall:
+        """Returns the call for the service."""
+        return inference_pb2.ToolCall(
+            id=self.id or "", name=self.function.name, arguments=self.function.arguments
+        )
+
+
+def _check_calls(calls: list[ToolCall] | None, info: ValidationInfo) -> list[ToolCall] | None:
+    if calls and info.data.get("role") not in (None, "assistant"):
+        raise PydanticCustomError("tool_calls", "only messages of the role assistant call tools")
     return calls
+
+
+def _check_call_id(call_id: str | None, info: ValidationInfo) -> str | None:
+    if not call_id and info.data.get("role") == "tool":
+        raise PydanticCustomError(
+            "missing", "a message of the role tool needs the tool_call_id of the call it answers"
+        )
+    return call_id
 
 
 class Message(Described):
@@ -101,13 +160,35 @@ class Message(Described):
         BeforeValidator(_join_texts, json_schema_input_type=str | list[TextPart] | None),
         AfterValidator(_check_content),
     ] = Field(default=None, validate_default=True)
-    """A string, or a list of parts of type text. Only an assistant's message may lack it."""
+    """A string, or a list of parts of type text. An assistant's and a tool's may lack it."""
+    refusal: Text | None = None
+    """OpenAI's, of an assistant: stands in the place of an absent content."""
     tool_calls: Annotated[
-        Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None, AfterValidator(_check_no_calls)
+        Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None,
+        AfterValidator(_check_calls),
     ] = None
-    """Calls of tools that the assistant asked for; none for now."""
+    """What the assistant called, beside its content or in place of it."""
+    tool_call_id: Annotated[CallId | None, AfterValidator(_check_call_id)] = Field(
+        default=None, validate_default=True
+    )
+    """Of the role tool: the id of the call whose result the content is."""
+    function_call: Never = None
+    """OpenAI's older name for `tool_calls`; not supported."""
+    audio: Never = None
+    """OpenAI's, of a spoken answer; not supported."""
     prefix: bool | None = None
     """Mistral's, of the last message, an assistant's: the answer goes on from there."""
+
+    def proto(self) -> inference_pb2.ChatMessage:
+        """Returns the message for the service."""
+        content = self.refusal if self.content is None else self.content
+        is_result = self.role == "tool"
+        return inference_pb2.ChatMessage(
+            role="system" if self.role == "developer" else self.role,
+            content=content or "",
+            tool_calls=[call.proto() for call in self.tool_calls or []],
+            tool_call_id=(self.tool_call_id or "") if is_result else "",
+        )
 
 
 def check_order(messages: list[Message]) -> list[Message]:
@@ -123,13 +204,7 @@ def check_order(messages: list[Message]) -> list[Message]:
 
 def conversation(messages: Sequence[Message], *, is_safe: bool) -> inference_pb2.Chat:
     """Returns the chat, which begins with Mistral's safety prompt if `is_safe`."""
-    turns = [
-        inference_pb2.ChatMessage(
-            role="system" if message.role == "developer" else message.role,
-            content=message.content or "",
-        )
-        for message in messages
-    ]
+    turns = [message.proto() for message in messages]
     if is_safe and turns[0].role == "system":  # one system message is all that some models take
         turns[0].content = f"{SAFETY_PROMPT}\n\n{turns[0].content}"
     elif is_safe:

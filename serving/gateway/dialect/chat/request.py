@@ -6,17 +6,17 @@ that only a chat has.
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from serving.gateway.dialect.chat.messages import Message, check_order, conversation
-from serving.gateway.dialect.fields import MAX_TOOLS, Name, Never, Parameters, TokenCount, only
+from serving.gateway.dialect.chat.tools import Choice, Tools, add_tools
+from serving.gateway.dialect.fields import MAX_TOOLS, Name, Never, TokenCount, only
+from serving.gateway.dialect.forms import FormParameters
 from serving.proto import inference_pb2
 
 MAX_MESSAGES = 2048
 _MAX_MODALITIES = 4
-
-Tools = Annotated[list[Any], Field(max_length=MAX_TOOLS)]
 
 
 def _with_logprobs(count: int | None, info: ValidationInfo) -> int | None:
@@ -25,14 +25,7 @@ def _with_logprobs(count: int | None, info: ValidationInfo) -> int | None:
     return count
 
 
-def _format_name(value: object) -> object:
-    # Early clients nest it once more: {"type": {"type": "text"}}.
-    while isinstance(value, dict) and "type" in value:
-        value = value["type"]
-    return value
-
-
-class ChatRequest(Parameters):
+class ChatRequest(FormParameters):
     """The body of a chat completion request."""
 
     messages: Annotated[
@@ -43,20 +36,16 @@ class ChatRequest(Parameters):
     """The conversation, in the order in which it was said."""
     max_completion_tokens: TokenCount | None = None
     """OpenAI's newer name for `max_tokens`, which wins if both are given."""
-    response_format: Annotated[
-        Name | None,
-        BeforeValidator(_format_name, json_schema_input_type=dict[str, Any] | None),
-        only("text"),
-    ] = None
-    """An object with a `type`; only `text` for now."""
-    tools: Annotated[Tools | None, only([])] = None
-    """Functions that the model may call; none for now."""
-    tool_choice: Annotated[Any, only("none", "auto")] = None
-    """Means nothing without tools."""
-    functions: Annotated[Tools | None, only([])] = None
-    """OpenAI's older name for `tools`."""
+    tools: Tools = None
+    """Functions that the model may call."""
+    tool_choice: Choice | None = None
+    """`auto`, `none`, `required` (Mistral's `any`), or a function; OpenAI's `allowed_tools`."""
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may call several; true where absent, unless one function is named."""
+    functions: Annotated[Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None, only([])] = None
+    """OpenAI's older name for `tools`; not supported."""
     function_call: Annotated[Any, only("none", "auto")] = None
-    """OpenAI's older name for `tool_choice`."""
+    """OpenAI's older name for `tool_choice`; not supported."""
     modalities: Annotated[
         Annotated[list[Name], Field(max_length=_MAX_MODALITIES)] | None, only([], ["text"])
     ] = None
@@ -76,6 +65,7 @@ class ChatRequest(Parameters):
         """Returns the one call of the model service that answers the chat."""
         request = self.without_prompt()
         request.chat.CopyFrom(conversation(self.messages, is_safe=bool(self.safe_prompt)))
+        add_tools(request.chat, self.tools, self.tool_choice, self.parallel_tool_calls)
         if self.max_tokens is None and self.max_completion_tokens is not None:
             request.max_tokens = self.max_completion_tokens
         if self.logprobs:

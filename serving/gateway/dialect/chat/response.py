@@ -42,15 +42,37 @@ class Logprobs(Described):
     """The tokens in order."""
 
 
+class FunctionCall(Described):
+    """A function that is to be called, and with what."""
+
+    name: str
+    """The function's name."""
+    arguments: str
+    """Its arguments, an object as JSON."""
+
+
+class ToolCall(Described):
+    """A call of a tool, whole."""
+
+    id: str
+    """Nine letters and digits."""
+    type: Literal["function"] = "function"
+    """Always `function`."""
+    index: int
+    """Its place among the calls of the choice."""
+    function: FunctionCall
+    """What is to be called."""
+
+
 class AssistantMessage(Described):
     """The answer of a completion."""
 
     role: Literal["assistant"] = "assistant"
     """Always `assistant`."""
     content: str
-    """The text, never null."""
-    tool_calls: None = None
-    """No tools for now."""
+    """The text, never null; mostly empty beside calls."""
+    tool_calls: list[ToolCall] | None = None
+    """Tools that are to be called; null if there are none."""
 
 
 class Choice(Described):
@@ -61,7 +83,7 @@ class Choice(Described):
     message: AssistantMessage
     """The answer."""
     finish_reason: str
-    """`stop` or `length`."""
+    """`stop`, `length` or `tool_calls`."""
     logprobs: Logprobs | None = None
     """Log-probabilities of the same tokens, where they were asked for."""
 
@@ -89,11 +111,22 @@ class ChatChoice(WholeChoice):
     def __init__(self, index: int) -> None:
         super().__init__(index)
         self._logprobs = bytearray()  # the inside of the list `content`
+        self._calls = bytearray()  # the inside of the list `tool_calls`
+        self._num_calls = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds."""
-        return len(self.text) + len(self._logprobs)
+        return len(self.text) + len(self._logprobs) + len(self._calls)
+
+    def add(self, chunk: inference_pb2.GenerateChunk) -> None:
+        """Writes a chunk of the choice."""
+        super().add(chunk)
+        for call in chunk.tool_calls:
+            if self._calls:
+                self._calls += b","
+            self._calls += tool_call(call, self._num_calls, encode).encode()
+            self._num_calls += 1
 
     def add_logprobs(self, chunk: inference_pb2.GenerateChunk) -> None:
         """Writes the log-probabilities of a chunk, which has some."""
@@ -105,7 +138,14 @@ class ChatChoice(WholeChoice):
         """Yields the choice as JSON."""
         yield f'{{"index":{self.index},"message":{{"role":"assistant","content":"'.encode()
         yield self.text
-        yield f'","tool_calls":null}},"finish_reason":{encode(self.reason)},"logprobs":'.encode()
+        yield b'","tool_calls":'
+        if self._calls:
+            yield b"["
+            yield self._calls
+            yield b"]"
+        else:
+            yield b"null"
+        yield f'}},"finish_reason":{encode(self.reason)},"logprobs":'.encode()
         if self._logprobs:
             yield b'{"content":['
             yield self._logprobs
@@ -119,6 +159,20 @@ class ChatAnswer(WholeAnswer):
 
     kind = "chat.completion"
     choice = ChatChoice
+
+
+def tool_call(call: inference_pb2.ToolCall, index: int, encode: Callable[[str], str]) -> str:
+    """Returns a call as JSON: a `ToolCall`.
+
+    Args:
+        call: The call.
+        index: Its place among the calls of its choice.
+        encode: Writes a text as JSON.
+    """
+    return (
+        f'{{"id":{encode(call.id)},"type":"function","index":{index},'
+        f'"function":{{"name":{encode(call.name)},"arguments":{encode(call.arguments)}}}}}'
+    )
 
 
 def chat_logprobs(chunk: inference_pb2.GenerateChunk, encode: Callable[[str], str]) -> str:

@@ -1,12 +1,16 @@
-"""A chat's answer as a stream: text comes in deltas, and the role before it."""
+"""A chat's answer as a stream: text comes in deltas, and the role before it.
+
+A call of a tool comes whole in one delta: Mistral's client refuses a delta of a call without name
+and arguments, and others keep the first delta only.
+"""
 
 import json
 from typing import Literal
 
 from pydantic import Field
 
-from serving.gateway.dialect.chat.response import Logprobs, chat_logprobs
-from serving.gateway.dialect.chunks import Usage
+from serving.gateway.dialect.chat.response import Logprobs, ToolCall, chat_logprobs, tool_call
+from serving.gateway.dialect.chunks import Identity, Usage
 from serving.gateway.dialect.error_body import ErrorDetail
 from serving.gateway.dialect.fields import Described, is_none
 from serving.gateway.dialect.sse import Events
@@ -19,7 +23,9 @@ class Delta(Described):
     role: Literal["assistant"] | None = Field(default=None, exclude_if=is_none)
     """In the first chunk only."""
     content: str
-    """The new text; empty in the first and the last chunk, never null."""
+    """The new text; empty in the first and the last chunk and beside calls, never null."""
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=is_none)
+    """A tool that is to be called, whole; absent in all other chunks."""
 
 
 class ChunkChoice(Described):
@@ -30,7 +36,7 @@ class ChunkChoice(Described):
     delta: Delta
     """The new text."""
     finish_reason: str | None = None
-    """`stop` or `length` in the last chunk, null before."""
+    """`stop`, `length` or `tool_calls` in the last chunk, null before."""
     logprobs: Logprobs | None = None
     """Log-probabilities of the same tokens, where they were asked for."""
 
@@ -59,6 +65,10 @@ class ChatEvents(Events):
 
     kind = "chat.completion.chunk"
 
+    def __init__(self, identity: Identity, include_usage: bool) -> None:
+        super().__init__(identity, include_usage)
+        self._num_calls: dict[int, int] = {}  # by choice
+
     def opening(self, choices: int) -> bytes:
         """Returns an event for each choice, with its role and no text yet."""
         return "".join(
@@ -66,6 +76,18 @@ class ChatEvents(Events):
             '"finish_reason":null,"logprobs":null}]}\n\n'
             for index in range(choices)
         ).encode()
+
+    def _news(self, chunk: inference_pb2.GenerateChunk, logprobs: str) -> str:
+        events = super()._news(chunk, logprobs)
+        for call in chunk.tool_calls:
+            place = self._num_calls.get(chunk.choice, 0)
+            self._num_calls[chunk.choice] = place + 1
+            events += (
+                f'{self._head}{{"index":{chunk.choice},"delta":{{"content":"","tool_calls":['
+                f'{tool_call(call, place, json.dumps)}]}},"finish_reason":null,'
+                f'"logprobs":{"null" if events else logprobs}}}]}}\n\n'
+            )
+        return events
 
     def _event(
         self, index: int, text: str, logprobs: str, reason: str = "null", usage: str = ""

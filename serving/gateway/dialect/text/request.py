@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.fields import Parameters, Text, TokenCount, TokenId, only
+from serving.gateway.dialect.fields import Text, TokenCount, TokenId, only
+from serving.gateway.dialect.forms import FormParameters
 from serving.proto import inference_pb2
 
 # Each prompt is a call of its own to the model service.
@@ -44,7 +45,7 @@ def _prompts(value: object) -> object:
     )
 
 
-class CompletionRequest(Parameters):
+class CompletionRequest(FormParameters):
     """The body of a text completion request."""
 
     prompt: Annotated[

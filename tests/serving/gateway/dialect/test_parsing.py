@@ -40,11 +40,11 @@ def test_a_body_may_begin_with_a_byte_order_mark() -> None:
 
 def test_a_mistake_beside_a_missing_feature_is_a_mistake() -> None:
     with pytest.raises(InvalidParameter) as caught:
-        asked(tools=[{}], top_p=2)
+        asked(functions=[{}], top_p=2, unknown=ignore_unknown)
     assert type(caught.value) is InvalidParameter
     assert {problem.path for problem in caught.value.problems} == {
         ("body", "top_p"),
-        ("body", "tools"),
+        ("body", "functions"),
     }
 
 

@@ -70,6 +70,52 @@ def test_a_chunk_without_news_becomes_nothing() -> None:
     assert chat(inference_pb2.GenerateChunk(token_ids=[5])) == []
 
 
+def test_each_call_comes_whole_in_one_delta_with_its_place() -> None:
+    def called(*names: str) -> inference_pb2.GenerateChunk:
+        calls = [
+            inference_pb2.ToolCall(id=f"{name}" * 9, name=name, arguments='{"a":1}')
+            for name in names
+        ]
+        return inference_pb2.GenerateChunk(tool_calls=calls, logprobs=[TOKEN], token_ids=[9])
+
+    end = inference_pb2.GenerateChunk(
+        finish_reason=inference_pb2.FINISH_REASON_TOOL_CALLS, usage=USAGE
+    )
+    chunks = [called("f"), called("g", "h"), end]
+    *calls, last = events_of(ChatEvents(IDENTITY, False).write(chunks))
+    assert [call["choices"][0]["delta"] for call in calls] == [
+        {
+            "content": "",
+            "tool_calls": [
+                {
+                    "id": name * 9,
+                    "type": "function",
+                    "index": place,
+                    "function": {"name": name, "arguments": '{"a":1}'},
+                }
+            ],
+        }
+        for place, name in enumerate("fgh")
+    ]
+    # The tokens of a chunk are told once.
+    told = [call["choices"][0]["logprobs"] for call in calls]
+    assert [each is not None for each in told] == [True, True, False]
+    assert last["choices"][0]["delta"] == {"content": ""}
+    assert last["choices"][0]["finish_reason"] == "tool_calls"
+    assert last["usage"]["total_tokens"] == 5
+
+
+def test_calls_of_several_choices_are_counted_apart() -> None:
+    events = ChatEvents(IDENTITY, False)
+    for choice, place in ((0, 0), (1, 0), (1, 1), (0, 1)):
+        call = inference_pb2.ToolCall(id="a", name="f")
+        (event,) = events_of(
+            events.write([inference_pb2.GenerateChunk(tool_calls=[call], choice=choice)])
+        )
+        assert event["choices"][0]["index"] == choice
+        assert event["choices"][0]["delta"]["tool_calls"][0]["index"] == place
+
+
 def test_offsets_of_a_text_go_on_from_chunk_to_chunk() -> None:
     events = TextEvents(IDENTITY, False)
     for choice, text, offset in ((0, "a", 0), (1, "bcd", 0), (0, "e", 1), (1, "f", 3)):
@@ -83,7 +129,11 @@ def test_offsets_of_a_text_go_on_from_chunk_to_chunk() -> None:
 @pytest.mark.parametrize("include_usage", [False, True])
 @given(
     text=st.text(),
-    reason=st.sampled_from([0, STOP, inference_pb2.FINISH_REASON_LENGTH]),
+    reason=st.sampled_from([0, STOP, inference_pb2.FINISH_REASON_TOOL_CALLS]),
+    calls=st.lists(
+        st.builds(inference_pb2.ToolCall, id=st.text(), name=st.text(), arguments=st.text()),
+        max_size=2,
+    ),
     has_usage=st.booleans(),
     logprobs=st.lists(st.floats(-100, 0, width=32), max_size=2),
     choice=st.integers(0, 3),
@@ -93,6 +143,7 @@ def test_every_event_is_what_its_type_says(
     include_usage: bool,
     text: str,
     reason: inference_pb2.FinishReason,
+    calls: list[inference_pb2.ToolCall],
     has_usage: bool,
     logprobs: list[float],
     choice: int,
@@ -101,6 +152,7 @@ def test_every_event_is_what_its_type_says(
         text=text,
         finish_reason=reason,
         choice=choice,
+        tool_calls=calls,
         usage=USAGE if has_usage else None,
         logprobs=[
             inference_pb2.TokenLogprob(token=b"a", logprob=each, top=[TOKEN]) for each in logprobs

@@ -37,21 +37,29 @@ TOKENS = st.builds(
     ),
 )
 
+CALLS = st.builds(inference_pb2.ToolCall, id=st.text(), name=st.text(), arguments=st.text())
+
 
 @pytest.mark.parametrize(
     ("kind", "twin"), [(ChatAnswer, chat_completion), (TextAnswer, text_completion)]
 )
 @given(
     pieces=st.lists(
-        st.tuples(st.integers(0, 2), st.text(), st.lists(TOKENS, max_size=2)), max_size=8
+        st.tuples(
+            st.integers(0, 2),
+            st.text(),
+            st.lists(TOKENS, max_size=2),
+            st.lists(CALLS, max_size=2),
+        ),
+        max_size=8,
     )
 )
 def test_the_bytes_of_an_answer_are_those_of_its_type(
-    kind: type[WholeAnswer], twin: Twin, pieces: list[tuple[int, str, list[Any]]]
+    kind: type[WholeAnswer], twin: Twin, pieces: list[tuple[int, str, list[Any], list[Any]]]
 ) -> None:
     chunks = [
-        inference_pb2.GenerateChunk(choice=choice, text=text, logprobs=logprobs)
-        for choice, text, logprobs in pieces
+        inference_pb2.GenerateChunk(choice=choice, text=text, logprobs=logprobs, tool_calls=calls)
+        for choice, text, logprobs, calls in pieces
     ]
     for choice in range(3):
         reason = inference_pb2.FINISH_REASON_LENGTH if choice else inference_pb2.FINISH_REASON_STOP

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import pytest
+
+from serving.errors import InvalidParameter
 from serving.gateway.dialect.chat.messages import SAFETY_PROMPT
+from serving.proto import inference_pb2 as pb
 from tests.support.chats import HELLO, asked
 
 
@@ -50,3 +54,62 @@ def test_a_prefix_is_the_beginning_of_the_answer() -> None:
     assert chat.continue_last
     assert chat.messages[-1].content == "Once"
     assert not asked(messages=[*HELLO, begun | {"prefix": False}]).chat.continue_last
+
+
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+def test_calls_and_their_results() -> None:
+    stored = {"index": 0, "function": {"name": "g", "arguments": {"b": "é"}}}
+    chat = asked(
+        messages=[
+            *HELLO,
+            {"role": "assistant", "content": "I look.", "tool_calls": [CALL, stored]},
+            {"role": "tool", "tool_call_id": "abcdefghi", "content": "12", "name": None},
+            {
+                "role": "tool",
+                "tool_call_id": "call_xyz",
+                "content": [{"type": "text", "text": "5"}],
+            },
+            {"role": "tool", "tool_call_id": "call_xyz"},
+            {"role": "assistant", "content": None, "refusal": "I cannot."},
+        ]
+    ).chat
+    said, first, second, third, refused = chat.messages[1:]
+    assert said == pb.ChatMessage(
+        role="assistant",
+        content="I look.",
+        tool_calls=[
+            pb.ToolCall(id="abcdefghi", name="f", arguments='{"a": 1}'),
+            pb.ToolCall(name="g", arguments='{"b": "é"}'),
+        ],
+    )
+    assert first == pb.ChatMessage(role="tool", content="12", tool_call_id="abcdefghi")
+    assert (second.content, second.tool_call_id) == ("5", "call_xyz")
+    assert (third.content, refused.content) == ("", "I cannot.")
+
+
+@pytest.mark.parametrize("arguments", ["{", "", None])
+def test_arguments_may_be_whatever_a_model_wrote(arguments: str | None) -> None:
+    call = {"id": "a", "function": {"name": "f", "arguments": arguments}}
+    chat = asked(messages=[*HELLO, {"role": "assistant", "tool_calls": [call]}]).chat
+    assert chat.messages[1].tool_calls[0].arguments == (arguments or "")
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        ({"role": "user", "content": "a", "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "tool", "content": "a"}, "tool_call_id"),
+        ({"role": "tool", "content": "a", "tool_call_id": ""}, "tool_call_id"),
+        ({"role": "tool", "content": "a", "tool_call_id": "a" * 8193}, "tool_call_id"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "tool_calls.0.function"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "tool_calls.0.function.name"),
+        ({"role": "assistant", "tool_calls": [CALL] * 129}, "tool_calls"),
+    ],
+)
+def test_mistakes_in_calls_are_named(message: dict[str, Any], path: str) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        asked(messages=[*HELLO, message])
+    (problem,) = caught.value.problems
+    assert ".".join(problem.path) == f"body.messages.1.{path}"

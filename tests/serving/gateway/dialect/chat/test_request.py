@@ -165,7 +165,7 @@ def test_stop(stop: object, texts: list[str]) -> None:
         ({"stop": ["a", 5]}, "body.stop.1"),
         ({"stream": "perhaps"}, "body.stream"),
         ({"presence_penalty": 4.567}, "body.presence_penalty"),
-        ({"response_format": {}}, "body.response_format"),
+        ({"response_format": {}}, "body.response_format.type"),
         ({"frequency_penalty": "heavy"}, "body.frequency_penalty"),
         ({"n": 0}, "body.n"),
         ({"n": 129}, "body.n"),
@@ -193,25 +193,21 @@ def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:
 @pytest.mark.parametrize(
     ("parameters", "path"),
     [
-        ({"response_format": {"type": "json_object"}}, "body.response_format"),
-        ({"response_format": {"type": {"type": "json_object"}}}, "body.response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "body.response_format"),
-        ({"tools": [{"type": "function"}]}, "body.tools"),
-        ({"tool_choice": "required"}, "body.tool_choice"),
         ({"modalities": ["text", "audio"]}, "body.modalities"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "body.messages.0.content",
         ),
+        ({"messages": [{"role": "function", "content": "a"}]}, "body.messages.0.role"),
         (
-            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
-            "body.messages.0.tool_calls",
+            {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
+            "body.messages.0.function_call",
         ),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "body.messages.0.role"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "body.messages.0.audio"),
         ({"functions": [{"name": "f"}]}, "body.functions"),
         ({"function_call": {"name": "f"}}, "body.function_call"),
         ({"audio": {"voice": "a"}}, "body.audio"),
-        ({"guided_json": {}}, "body.guided_json"),
+        ({"structural_tag": {}}, "body.structural_tag"),
     ],
 )
 def test_features_we_do_not_have_are_named(parameters: dict[str, Any], path: str) -> None:
