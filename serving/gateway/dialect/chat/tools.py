@@ -92,7 +92,7 @@ _MODES: dict[Mode, inference_pb2.ToolChoice.Mode] = {
 
 
 class ToolChoice(Described):
-    """Whether the model calls tools, in the one shape that all vendors' forms are read into."""
+    """The choice of tools that may or must be called, in the one shape that all vendors' forms are read into."""
 
     mode: Mode
     """Whether it may, must not or must call one."""
