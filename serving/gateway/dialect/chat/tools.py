@@ -92,7 +92,7 @@ _MODES: dict[Mode, inference_pb2.ToolChoice.Mode] = {
 
 
 class ToolChoice(Described):
-    """The choice of tools that may or must be called, in the one shape that all vendors' forms are read into."""
+    """The tools that may or must be called; all vendors' forms are read into this one."""
 
     mode: Mode
     """Whether it may, must not or must call one."""
