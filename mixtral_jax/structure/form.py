@@ -5,7 +5,12 @@ It is what travels with a request from the service to the engine's thread.
 
 from dataclasses import dataclass
 
-from mixtral_jax.structure.matcher import Matcher
+import numpy as np
+
+from mixtral_jax.structure.matcher import Guide, Matcher
+from mixtral_jax.structure.specification import Grammar
+
+_TRIED_TOKENS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,3 +28,33 @@ class Form:
     def matcher(self) -> Matcher:
         """Returns a matcher for one choice."""
         return self.warm.copy()
+
+
+def form_of(grammar: Grammar, guide: Guide) -> Form:
+    """Returns the form of a grammar after a trial: masks are computed along a few tokens.
+
+    Some grammars compile and cannot be matched, and the trial also leaves the form warm. Raises
+    StructureError.
+    """
+    matcher = guide.matcher(grammar.text)
+    mask = np.zeros(guide.words, np.int32)
+    if grammar.begins_after is not None:
+        matcher.consume([grammar.begins_after])
+    for _ in range(_TRIED_TOKENS):
+        matcher.fill(mask)
+        token_id = _longest_allowed(mask, guide)
+        if token_id is None:
+            break  # the answer can only end here
+        matcher.consume([token_id])
+    else:
+        matcher.fill(mask)
+    matcher.rewind()
+    return Form(matcher, grammar.begins_after, grammar.weakened)
+
+
+def _longest_allowed(mask: np.ndarray, guide: Guide) -> int | None:
+    """Returns the id with the most bytes of those that are in a mask; None if all are controls."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: guide.width]
+    lengths = bits * guide.text_lengths
+    token_id = int(lengths.argmax())
+    return token_id if lengths[token_id] else None

@@ -26,3 +26,18 @@ class Specification:
     """Of CHOICE."""
     strict: bool = False
     """Refuses a schema of which a part cannot be enforced; else that part is listed as weakened."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar that our own code wrote, such as that of tool calls.
+
+    It may name control ids, which a caller's grammar may not.
+    """
+
+    text: str
+    """In llguidance's notation: Lark, or the JSON of several grammars."""
+    begins_after: int | None = None
+    """The control id after which it begins; the grammar itself begins with that id."""
+    weakened: tuple[str, ...] = ()
+    """What it does not enforce though the caller asked for it, each with its pointer."""

@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
     def eos_ids(self) -> frozenset[int]:
         """Ids that end generation."""
 
+    @property
+    def dummy_space(self) -> bool:
+        """Whether encoding puts a space before each text, which decoding takes off again."""
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, after bos where the model has one."""
 

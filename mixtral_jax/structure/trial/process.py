@@ -1,0 +1,140 @@
+"""TrialProcess: the parent's side of one process that tries grammars."""
+
+import base64
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.specification import Grammar, Specification
+from mixtral_jax.tokenization.tokenizer import Tokenizer
+
+LONGEST_TRIAL = 2.0  # seconds
+LONGEST_START = 60.0  # seconds
+_LARGEST_ANSWER = 64 << 20  # bytes
+_PACKAGES = Path(__file__).parents[3]
+
+
+class Died(StructureError):
+    """What a trial's process died of, or did not end in time."""
+
+
+class TrialProcess:
+    """A process that tries one grammar after the other, and is started anew when it dies.
+
+    Used by one thread. Starting takes half a second, which `start` does not wait for.
+
+    Args:
+        tokenizer: that of the model.
+        width: V of the output layer.
+        stack: bytes of the stack of the thread that compiles.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, width: int, stack: int) -> None:
+        size = tokenizer.vocab_size
+        pieces = [tokenizer.token_bytes(i) if i < size else b"" for i in range(width)]
+        opening = {
+            "pieces": ",".join(base64.b64encode(piece).decode() for piece in pieces),
+            "eos_ids": sorted(tokenizer.eos_ids),
+            "stack": stack,
+        }
+        self._opening = json.dumps(opening).encode() + b"\n"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._rest = b""
+        self.starts = 0
+        """How often the process was started."""
+
+    def start(self) -> None:
+        """Starts the process and waits until it can try. Raises RuntimeError if it cannot."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        self.starts += 1
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mixtral_jax.structure.trial"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a Rust panic writes the caller's text
+            env={**os.environ, "PYTHONPATH": _with_packages(), "OPENBLAS_NUM_THREADS": "1"},
+        )
+        try:
+            answer = self._ask(self._opening, LONGEST_START)
+        except Died as error:
+            raise RuntimeError(f"the process that tries grammars does not start: {error}") from None
+        assert answer == {"ready": True}, answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        process, self._process, self._rest = self._process, None, b""
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def trial(self, wanted: Specification | Grammar, *, space: bool) -> Grammar:
+        """Returns the grammar of what is wanted, which was compiled and matched for two tokens.
+
+        Raises StructureError; Died if the process had to be killed or died.
+        """
+        self.start()
+        if isinstance(wanted, Grammar):
+            request: dict[str, Any] = {"text": wanted.text, "begins_after": wanted.begins_after}
+        else:
+            request = {
+                "kind": wanted.kind.value,
+                "text": wanted.text,
+                "choices": wanted.choices,
+                "strict": wanted.strict,
+                "space": space,
+            }
+        try:
+            answer = self._ask(json.dumps(request).encode() + b"\n", LONGEST_TRIAL)
+        except Died:
+            self.close()
+            raise
+        if "error" in answer:
+            raise StructureError(answer["error"], answer["pointer"])
+        if isinstance(wanted, Grammar):
+            return wanted
+        return Grammar(answer["text"], weakened=tuple(answer["weakened"]))
+
+    def _ask(self, line: bytes, seconds: float) -> Any:
+        """Returns what the process answers to a line. Raises Died."""
+        process, deadline = self._process, time.monotonic() + seconds
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except OSError:
+            raise Died("the structure cannot be compiled: make it smaller") from None
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        while b"\n" not in self._rest:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not poll.poll(remaining * 1000):
+                raise Died(
+                    f"the structure takes more than {seconds:.0f} seconds to compile: make it "
+                    "smaller"
+                )
+            data = os.read(process.stdout.fileno(), 1 << 20)
+            if not data or len(self._rest) > _LARGEST_ANSWER:
+                raise Died("the structure cannot be compiled: make it smaller, or nest it less")
+            self._rest += data
+        answer, _, self._rest = self._rest.partition(b"\n")
+        return json.loads(answer)
+
+
+def _with_packages() -> str:
+    """Returns the PYTHONPATH on which the child finds our packages, installed or not."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(_PACKAGES), *([given] if given else [])])
