@@ -8,7 +8,7 @@ Value = TypeVar("Value")
 
 
 class FormCache(Generic[Value]):
-    """What was made of what a caller asked, the least recently used forgotten first. Thread-safe.
+    """Store of what was made for each caller, the least recently used forgotten first. Thread-safe.
 
     A caller finds only what it asked for itself. When the bytes are used up, the caller that holds
     the most of them loses its oldest entry, so that nobody can push out what others hold, nor see
@@ -48,8 +48,8 @@ class FormCache(Generic[Value]):
             self._entries.setdefault(salt, OrderedDict())[key] = (value, size)
             self._bytes[salt] = self._bytes.get(salt, 0) + size
             while sum(self._bytes.values()) > self.max_bytes:
-                most = max(self._bytes, key=self._bytes.__getitem__)
-                self._forget(most, next(iter(self._entries[most])))
+                largest = max(self._bytes, key=self._bytes.__getitem__)
+                self._forget(largest, next(iter(self._entries[largest])))
 
     def _forget(self, salt: bytes, key: bytes) -> None:
         entries = self._entries.get(salt)

@@ -69,9 +69,9 @@ def _check_size(specification: Specification) -> None:
         size = len(specification.text.encode())
         if not size:
             raise StructureError(f"the {kind.value} is empty")
-    most = LARGEST_SCHEMA if kind is Kind.JSON_SCHEMA else LARGEST_TEXT
-    if size > most:
-        raise StructureError(f"the {kind.value} has {size} bytes; at most {most} are read")
+    limit = LARGEST_SCHEMA if kind is Kind.JSON_SCHEMA else LARGEST_TEXT
+    if size > limit:
+        raise StructureError(f"the {kind.value} has {size} bytes; at most {limit} are read")
 
 
 def _with_options(schema: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 @runtime_checkable
 class Lexicon(Protocol):
-    """What a guide needs of a tokenizer."""
+    """Part of a tokenizer that a guide needs."""
 
     @property
     def vocab_size(self) -> int:
@@ -213,10 +213,10 @@ class _Pieces:
         """Returns ids that spell `data`, each the longest piece that fits."""
         controls = set(self.special_token_ids)
         ids = {piece: i for i, piece in enumerate(self.tokens) if piece and i not in controls}
-        most = max(map(len, ids), default=1)
+        longest = max(map(len, ids), default=1)
         spelled, place = [], 0
         while place < len(data):
-            for size in range(most, 0, -1):
+            for size in range(longest, 0, -1):
                 if (piece := ids.get(data[place : place + size])) is not None:
                     spelled.append(piece)
                     break

@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
 
     @property
     def dummy_space(self) -> bool:
-        """Whether encoding puts a space before each text, which decoding takes off again."""
+        """True if encoding puts a space before each text, which decoding takes off again."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, after bos where the model has one."""

@@ -85,7 +85,7 @@ STARTS_WITHOUT_JAX = [
     "mixtral_jax",
     "mixtral_jax.cli.main",
     "mixtral_jax.tokenization.tokenizer",
-    "mixtral_jax.structure.form",
+    "mixtral_jax.structure.compiler",
     "serving.scheduling.scheduler",
     "serving.flags",
     "serving.command_line",

@@ -22,7 +22,7 @@ _PACKAGES = Path(__file__).parents[3]
 
 
 class Died(StructureError):
-    """What a trial's process died of, or did not end in time."""
+    """A trial whose process died, or did not end in time."""
 
 
 class TrialProcess:

@@ -9,6 +9,7 @@ import pytest
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.structure.form import Form
+from mixtral_jax.structure.matcher import Matcher
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ def accepts(form: Form, ids: list[int]) -> bool:
     return matcher.may_end
 
 
-def allowed(matcher) -> set[int]:
+def allowed(matcher: Matcher) -> set[int]:
     mask = np.zeros(matcher.words, np.int32)
     matcher.fill(mask)
     return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
@@ -102,8 +103,8 @@ def test_a_continued_text_begins_without_the_space(
     middle = tokenizer.encode("x{}")[2:]
     assert tokenizer.token_bytes(middle[0]) == b"{}"
     assert accepts(form, middle)
-    (space,) = (i for i in allowed(form.matcher()) if tokenizer.token_bytes(i) == b" ")
-    assert not accepts(form, [space, *tokenizer.encode(" []")[1:]])
+    first = {tokenizer.token_bytes(token_id)[:1] for token_id in allowed(form.matcher())}
+    assert first == {b"{"}
 
 
 def test_a_grammar_of_our_own_begins_after_its_control_id(
