@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -47,13 +48,11 @@ def run_node(script: Path, environment: Mapping[str, str]) -> str:
         _call([*_node(folder, "npm"), "ci", "--silent", "--no-audit", "--no-fund"], folder)
 
     folder = _made("node", listed, make)
-    # A module finds its packages beside itself.
-    placed = folder / f"{script.stem}-{os.getpid()}{script.suffix}"
-    shutil.copy(script, placed)
-    try:
-        return run([*_node(folder, "node"), str(placed)], environment)
-    finally:
-        placed.unlink()
+    # A module finds its packages in the folders above its own, and modules of ours beside itself.
+    with tempfile.TemporaryDirectory(prefix="run-", dir=folder) as place:
+        for module in script.parent.glob("*.mjs"):
+            shutil.copy(module, place)
+        return run([*_node(folder, "node"), str(Path(place) / script.name)], environment)
 
 
 def run(command: list[str], environment: Mapping[str, str]) -> str:
