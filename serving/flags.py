@@ -426,6 +426,16 @@ _BROWSERS = _panel(
         "ORIGIN",
     ),
 )
+_DIALECTS = _panel(
+    "Dialects",
+    Flag(
+        "ignore_hosted_tools",
+        bool,
+        False,
+        "Leave out tools of the Responses API that only OpenAI can run, such as web_search, and "
+        "list them in a header of the answer; else they are refused.",
+    ),
+)
 _UPSTREAM = _panel(
     "TLS to the service",
     Flag("service_ca", Path | None, None, "Authority of its certificate; turns TLS on.", "FILE"),
@@ -459,7 +469,7 @@ GATEWAY = (
     *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS),
     *_panel("Monitoring", _TRUST_TRACEPARENT, _LOG_PROMPTS, _USAGE_DB),
-    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM),
+    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM, *_DIALECTS),
 )
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
@@ -481,7 +491,7 @@ SERVE = (
             help="SQLite file that keeps the usage of each caller; default: in ~/.local/state.",
         ),
     ),
-    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1]),
+    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_DIALECTS),
 )
 _CHILDREN = {flag.name: flag for flag in (*SERVICE, *GATEWAY)}
 

@@ -22,6 +22,9 @@ from serving.gateway.dialect.chat.stream import ChatEvents
 from serving.gateway.dialect.chunks import Identity
 from serving.gateway.dialect.fields import Parameters
 from serving.gateway.dialect.prompt_size import check_prompts
+from serving.gateway.dialect.responses.request import ResponsesRequest
+from serving.gateway.dialect.responses.response import ResponsesAnswer
+from serving.gateway.dialect.responses.stream import ResponsesEvents
 from serving.gateway.dialect.text.request import CompletionRequest
 from serving.gateway.dialect.text.response import TextAnswer
 from serving.gateway.dialect.text.stream import TextEvents
@@ -87,6 +90,12 @@ TEXT = Kind(
     CompletionRequest,
     lambda identity, asked: TextAnswer(identity),
     lambda identity, asked: TextEvents(identity, asked.include_usage),
+)
+RESPONSES = Kind(
+    "chat",
+    ResponsesRequest,
+    lambda identity, asked: ResponsesAnswer(identity, asked.repeated()),
+    lambda identity, asked: ResponsesEvents(identity, asked.repeated()),
 )
 
 

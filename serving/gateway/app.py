@@ -21,6 +21,7 @@ from serving.accounting.caller_fields import CallerFields
 from serving.gateway.answering import WEAKENED_HEADER, Gateway, Limits
 from serving.gateway.config import GatewayConfig
 from serving.gateway.connection import Connection
+from serving.gateway.dialect.responses.hosted_tools import IGNORED_HEADER
 from serving.gateway.http.access_log import AccessLog
 from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import answer_failures
@@ -35,7 +36,7 @@ from serving.observe.tracing import Traces
 # Headers of an answer that scripts of other origins may read.
 _EXPOSED = [
     *("x-request-id", "x-ms-client-request-id", "x-ms-error-code"),
-    *("retry-after", "retry-after-ms", WEAKENED_HEADER),
+    *("retry-after", "retry-after-ms", WEAKENED_HEADER, IGNORED_HEADER),
     *RATE_LIMIT_HEADERS,
 ]
 
@@ -103,6 +104,7 @@ def create_app(
     app.state.access = access
     app.state.accounts = accounts
     app.state.model_type = config.model_type
+    app.state.ignores_hosted_tools = config.ignore_hosted_tools
     app.state.created = int(time.time())
     described = document()
     # Anybody may ask for it: it is written once.

@@ -51,6 +51,8 @@ class GatewayConfig(AccountingConfig):
     """Continue the traces of clients instead of linking to them."""
     log_prompts: bool
     """Log the full text of prompts and answers."""
+    ignore_hosted_tools: bool = False
+    """Leave out tools of the Responses API that only OpenAI can run, instead of refusing them."""
     drain_delay: float = 0.0
     """Time after such a signal in which requests are still served, while readiness fails."""
 

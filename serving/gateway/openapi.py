@@ -20,6 +20,10 @@ from serving.gateway.dialect.chat.response import ChatCompletion
 from serving.gateway.dialect.chat.stream import ChatCompletionChunk
 from serving.gateway.dialect.error_body import ErrorBody
 from serving.gateway.dialect.models import ModelCard, ModelInfo, ModelList
+from serving.gateway.dialect.responses.hosted_tools import IGNORED_HEADER
+from serving.gateway.dialect.responses.request import ResponsesRequest
+from serving.gateway.dialect.responses.response import ResponseObject
+from serving.gateway.dialect.responses.stream import ResponseEvent
 from serving.gateway.dialect.text.request import CompletionRequest
 from serving.gateway.dialect.text.response import TextCompletion
 from serving.gateway.routes import (
@@ -29,6 +33,7 @@ from serving.gateway.routes import (
     MODEL_PATHS,
     OPENAI_PREFIXES,
     PREFIXES,
+    RESPONSES_PREFIXES,
     Status,
 )
 from serving.gateway.usage_route import UsageReport
@@ -89,7 +94,7 @@ def document() -> Schema:
             "description": _ABOUT,
         },
         "security": [{"bearer": []}, {"key": []}],
-        "paths": _chats() | _completions() | _embeddings() | _models() | _open(),
+        "paths": _chats() | _completions() | _responses() | _embeddings() | _models() | _open(),
         "components": {
             "schemas": _schemas(),
             "securitySchemes": {
@@ -148,11 +153,13 @@ def _type_of(schema: Schema) -> str:
 
 
 def _schemas() -> Schema:
-    read: list[type[BaseModel]] = [ChatRequest, CompletionRequest]
+    read: list[type[BaseModel]] = [ChatRequest, CompletionRequest, ResponsesRequest]
     written: list[type[BaseModel]] = [
         ChatCompletion,
         ChatCompletionChunk,
         TextCompletion,
+        ResponseObject,
+        ResponseEvent,
         ModelInfo,
         ModelCard,
         ModelList,
@@ -198,6 +205,29 @@ def _completions() -> Schema:
         )
         for prefix in ("", *OPENAI_PREFIXES)
     }
+
+
+def _responses() -> Schema:
+    paths = {
+        f"{prefix}/responses": _post(
+            f"{prefix}/responses",
+            "Answers a conversation in OpenAI's Responses API, at once or as a stream.",
+            ("ResponsesRequest", "ResponseObject", "ResponseEvent"),
+            [],
+        )
+        for prefix in RESPONSES_PREFIXES
+    }
+    for methods in paths.values():
+        answer = methods["post"]["responses"]["200"]
+        answer["headers"] = answer["headers"] | {
+            IGNORED_HEADER: {
+                "description": "Hosted tools that were left out, by --ignore-hosted-tools.",
+                "schema": {"type": "string"},
+            }
+        }
+        event = answer["content"]["text/event-stream"]["schema"]["properties"]
+        event["data"]["description"] = "ResponseEvent; no [DONE] follows the last one"
+    return paths
 
 
 def _embeddings() -> Schema:

@@ -9,17 +9,20 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from serving.errors import NotFound
-from serving.gateway.answering import CHAT, TEXT, Gateway
+from serving.gateway.answering import CHAT, RESPONSES, TEXT, Gateway
 from serving.gateway.auth import require
 from serving.gateway.dialect import models, openai
 from serving.gateway.dialect.azure import ExtraParameters, check_api_version
 from serving.gateway.dialect.fields import Described
+from serving.gateway.dialect.responses.hosted_tools import ResponsesFields
 from serving.gateway.usage_route import report_usage
 
 AZURE_PREFIXES = ("", "/models")
 # A client of Azure OpenAI's names a deployment in the path; it is accepted whatever it is.
 OPENAI_PREFIXES = ("/v1", "/openai/v1", "/openai/deployments/{name}")
 PREFIXES = (*AZURE_PREFIXES, *OPENAI_PREFIXES)
+# The clients of Azure OpenAI's ask for responses under /openai, without a deployment.
+RESPONSES_PREFIXES = ("", "/openai", *OPENAI_PREFIXES)
 MODEL_PATHS = ("/v1/models", "/openai/v1/models", "/openai/models", "/models")
 INFO_PATHS = ("/info", "/models/info")
 EMBEDDINGS = ("/embeddings", "/images/embeddings")
@@ -35,8 +38,8 @@ class Status(Described):
 def add_routes(app: FastAPI) -> None:
     """Adds all routes to the application.
 
-    Its state must hold `gateway`, `access`, `accounts`, `model_type`, `created`, `document` and
-    `page`.
+    Its state must hold `gateway`, `access`, `accounts`, `model_type`, `created`, `document`, `page`
+    and `ignores_hosted_tools`.
     """
     guarded = [Depends(_check)]
     for prefix in AZURE_PREFIXES:
@@ -48,6 +51,9 @@ def add_routes(app: FastAPI) -> None:
     for prefix in ("", *OPENAI_PREFIXES):
         path = f"{prefix}/completions"
         app.add_api_route(path, completions, methods=["POST"], dependencies=guarded)
+    for prefix in RESPONSES_PREFIXES:
+        path = f"{prefix}/responses"
+        app.add_api_route(path, responses, methods=["POST"], dependencies=guarded)
     for prefix in PREFIXES:
         for name in EMBEDDINGS:
             path = f"{prefix}{name}"
@@ -87,6 +93,16 @@ async def completions(request: Request) -> Response:
     return await _gateway(request).answer(
         request, TEXT, openai.ignore_unknown, openai.TEXT_ID_PREFIX, tells_cached=True
     )
+
+
+async def responses(request: Request) -> Response:
+    """Answers a request to OpenAI's Responses API."""
+    fields = ResponsesFields(ignores_hosted_tools=request.app.state.ignores_hosted_tools)
+    response = await _gateway(request).answer(
+        request, RESPONSES, fields.apply, openai.RESPONSE_ID_PREFIX, tells_cached=True
+    )
+    response.headers.update(fields.headers)
+    return response
 
 
 async def embeddings(request: Request) -> Response:

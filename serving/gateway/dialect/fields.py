@@ -157,7 +157,9 @@ class Parameters(Described):
     """vLLM's: ids of tokens after which the answer ends."""
     priority: Int64 | None = None
     """vLLM's: above 0 the request is answered when no other waits."""
-    service_tier: Literal["auto", "default", "priority", "scale", "flex", "batch"] | None = None
+    service_tier: (
+        Literal["auto", "default", "priority", "fast", "scale", "flex", "batch"] | None
+    ) = None
     """OpenAI's: `flex` and `batch` are answered when no other waits."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """vLLM's: computed prefixes are shared with the caller's requests of the same salt only."""

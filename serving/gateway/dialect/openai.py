@@ -6,6 +6,7 @@ from typing import Any
 # Beginnings of the ids of answers, for which OpenAI's own .NET package looks.
 CHAT_ID_PREFIX = "chatcmpl-"
 TEXT_ID_PREFIX = "cmpl-"
+RESPONSE_ID_PREFIX = "resp_"
 
 
 def ignore_unknown(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:

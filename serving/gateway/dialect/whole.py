@@ -16,7 +16,7 @@ from serving.proto import inference_pb2
 # a token is about 25,000 bytes.
 MAX_BYTES = 64 * 2**20
 # Bytes of one log-probability, about.
-_LOGPROB_BYTES = 80
+LOGPROB_BYTES = 80
 
 # Writes a text as JSON, in Unicode.
 encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -126,4 +126,4 @@ def check_logprobs(calls: list[inference_pb2.GenerateRequest]) -> None:
         for call in calls
         if call.HasField("top_logprobs")
     )
-    check_size(num_logprobs * _LOGPROB_BYTES)
+    check_size(num_logprobs * LOGPROB_BYTES)

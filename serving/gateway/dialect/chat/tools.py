@@ -3,7 +3,8 @@
 https://platform.openai.com/docs/guides/function-calling
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
@@ -56,6 +57,11 @@ class Tool(Described):
     strict: bool | None = None
     """LangChain's place for the function's `strict`."""
 
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return self.function.name
+
     def proto(self) -> inference_pb2.Tool:
         """Returns the tool for the service."""
         function = self.function
@@ -67,21 +73,35 @@ class Tool(Described):
         )
 
 
-def _names_once(tools: list[Tool] | None) -> list[Tool] | None:
+class CallableTool(Protocol):
+    """A tool that the model may call, in whichever form an API has it."""
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+
+    def proto(self) -> inference_pb2.Tool:
+        """Returns the tool for the service."""
+
+
+Given = TypeVar("Given", bound=Sequence[CallableTool])
+
+
+def names_once(tools: Given | None) -> Given | None:
+    """Returns the tools; refuses two of the same name."""
     seen = set()
-    for tool in tools or []:
-        name = tool.function.name
-        if name in seen:
+    for tool in tools or ():
+        if tool.name in seen:
             raise PydanticCustomError(
-                "two_tools", "there are two tools with the name '{name}'", {"name": name}
+                "two_tools", "there are two tools with the name '{name}'", {"name": tool.name}
             )
-        seen.add(name)
+        seen.add(tool.name)
     return tools
 
 
 Tools = Annotated[
     Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None,
-    AfterValidator(_names_once),
+    AfterValidator(names_once),
 ]
 Mode = Literal["auto", "none", "required"]
 _MODES: dict[Mode, inference_pb2.ToolChoice.Mode] = {
@@ -143,7 +163,7 @@ def _known(choice: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None
     """Refuses a choice that the tools cannot keep."""
     if choice is None or "tools" not in info.data:  # the tools themselves are refused
         return choice
-    names = [tool.function.name for tool in info.data["tools"] or []]
+    names = [tool.name for tool in info.data["tools"] or []]
     for name in choice.allowed:
         if name not in names:
             raise PydanticCustomError(
@@ -169,7 +189,7 @@ Choice = Annotated[
 
 def add_tools(
     chat: inference_pb2.Chat,
-    tools: list[Tool] | None,
+    tools: Sequence[CallableTool] | None,
     choice: ToolChoice | None,
     is_parallel: bool | None,
 ) -> None:
