@@ -150,7 +150,7 @@ def _as_items(value: object) -> object:
 
 Input = Annotated[
     list[Item],
-    Field(min_length=1, max_length=MAX_ITEMS),
+    Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True),
     BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
 ]
 

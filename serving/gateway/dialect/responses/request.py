@@ -37,11 +37,16 @@ MAX_METADATA = 16
 _MAX_KEY = 64
 _MAX_VALUE = 512
 _MAX_INCLUDED = 32
+_MAX_SETTINGS = 64
 
 Pairs = Annotated[
     dict[Annotated[str, Field(max_length=_MAX_KEY)], Annotated[str, Field(max_length=_MAX_VALUE)]],
     Field(max_length=MAX_METADATA),
     at_most(MAX_METADATA),
+]
+# Settings that mean nothing here.
+Settings = Annotated[
+    dict[Name, Text | None], Field(max_length=_MAX_SETTINGS), at_most(_MAX_SETTINGS)
 ]
 # Additions to items; all but the last but one are to items that no answer of ours has.
 Included = Literal[
@@ -182,11 +187,11 @@ class ResponsesRequest(Parameters):
     """The newer name for `user`."""
     prompt_cache_key: Text | None = None
     """Means nothing here: what is computed is found by its content."""
-    prompt_cache_options: dict[Name, Name | None] | None = None
+    prompt_cache_options: Settings | None = None
     """Means nothing here."""
     prompt_cache_retention: Name | None = None
     """Means nothing here."""
-    client_metadata: dict[Name, Text | None] | None = None
+    client_metadata: Settings | None = None
     """Codex's notes about itself."""
 
     previous_response_id: Never = None

@@ -13,9 +13,10 @@ from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.error_body import error_body
 from serving.gateway.dialect.fields import at_most
 from serving.gateway.dialect.parsing import read
+from serving.gateway.dialect.responses.request import ResponsesRequest
 from serving.gateway.dialect.text.request import CompletionRequest
 
-REQUESTS: list[type[BaseModel]] = [ChatRequest, CompletionRequest]
+REQUESTS: list[type[BaseModel]] = [ChatRequest, CompletionRequest, ResponsesRequest]
 # Bytes of a body; its longest list has half as many members.
 BODY = 4 * 2**20
 # Kinds of pydantic's schemas that hold no value of their own, by the key of what is in them.
@@ -67,6 +68,9 @@ def walk(
             yield from walk(schema["values_schema"], shared, f"{path}{{}}")
         case "union":
             for choice in schema["choices"]:
+                yield from walk(choice, shared, path, is_refused)
+        case "tagged-union":
+            for choice in schema["choices"].values():
                 yield from walk(choice, shared, path, is_refused)
         case "definition-ref":  # it must not be recursive: depth has no bound then
             yield from walk(shared[schema["schema_ref"]], shared, path, is_refused)
@@ -146,6 +150,13 @@ def test_wrong_lists_inside_messages_make_few_errors() -> None:
         with pytest.raises(ValidationError) as raised:
             ChatRequest.model_validate({"messages": [message] * 2000})
         assert raised.value.error_count() <= 3 * 2000
+
+
+def test_wrong_items_make_one_error() -> None:
+    for item in ([1] * BODY, {"role": "user", "content": [1] * BODY}, {"type": "x" * BODY}):
+        with pytest.raises(ValidationError) as raised:
+            ResponsesRequest.model_validate({"input": [item] * 4096})
+        assert raised.value.error_count() == 1
 
 
 def test_a_map_is_counted_before_it_is_read() -> None:

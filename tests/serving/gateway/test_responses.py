@@ -1,0 +1,143 @@
+"""OpenAI's Responses API through the gateway, as openai's own client asks it."""
+
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from tests.support.fakes import KEY, Stack, running_stack
+from tests.support.gateway import BEARER
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{stack.url}/v1",
+        api_key=KEY,
+        max_retries=0,
+        _strict_response_validation=True,  # pydantic checks every field of an answer
+    ) as client:
+        yield client
+
+
+def test_an_answer_at_once(stack: Stack, client: openai.OpenAI) -> None:
+    stack.service.cached_tokens = 1
+    answer = client.responses.create(model="any", input="one two", instructions="be brief")
+    stack.service.cached_tokens = 0
+    assert (answer.output_text, answer.status, answer.model) == (
+        "one two",
+        "completed",
+        "scripted-7B",
+    )
+    assert answer.id.startswith("resp_") and answer.id.removeprefix("resp_").isalnum()
+    assert answer.usage is not None
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (2, 2)
+    assert answer.usage.input_tokens_details.cached_tokens == 1
+    assert answer.model_extra == {"store": False}
+    (asked,) = stack.service.requests
+    assert [message.role for message in asked.chat.messages] == ["system", "user"]
+
+
+def test_a_cut_answer(client: openai.OpenAI) -> None:
+    answer = client.responses.create(model="any", input="one two three", max_output_tokens=2)
+    assert (answer.output_text, answer.status) == ("one two", "incomplete")
+    assert answer.incomplete_details is not None
+    assert answer.incomplete_details.reason == "max_output_tokens"
+
+
+def test_a_stream(client: openai.OpenAI) -> None:
+    with client.responses.stream(model="any", input="one two") as stream:
+        events = list(stream)
+        answer = stream.get_final_response()
+    assert [event.sequence_number for event in events] == list(range(10))
+    assert events[-1].type == "response.completed"
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == answer.output_text == "one two"
+    last = list(client.responses.create(model="any", input="a b", max_output_tokens=1, stream=True))
+    assert last[-1].type == "response.incomplete"
+
+
+def test_heartbeats_are_no_events_of_the_client() -> None:
+    with running_stack(heartbeat_seconds=0.05) as stack:
+        body = {"input": "!open !wait one", "stream": True}
+        with (
+            httpx.Client(base_url=stack.url, headers=BEARER) as plain,
+            plain.stream("POST", "/v1/responses", json=body) as answer,
+        ):
+            lines = answer.iter_lines()
+            assert ": heartbeat" in lines
+            stack.service.release()
+            assert list(lines)[-2].startswith('data: {"type":"response.completed"')
+        stack.service.reset()
+        with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=KEY) as client:
+            stream = client.responses.create(model="any", input="!open !wait one", stream=True)
+            types = [next(stream).type, next(stream).type]
+            stack.loop.call_soon_threadsafe(stack.loop.call_later, 0.2, stack.service.release)
+            types += [event.type for event in stream]
+    assert types[:2] == ["response.created", "response.in_progress"]
+    assert len(types) == 9 and types[-1] == "response.completed"
+
+
+def test_a_failure_in_the_middle(client: openai.OpenAI) -> None:
+    stream = client.responses.create(model="any", input="one !fail:EngineFailure", stream=True)
+    types = []
+    with pytest.raises(httpx.RemoteProtocolError):
+        for event in stream:
+            types.append(event.type)
+            if event.type == "response.failed":
+                assert event.response.error is not None
+                assert event.response.error.code == "server_error"
+                assert event.response.error.message == "EngineFailure was asked for"
+    assert types[-1] == "response.failed"
+
+
+def test_a_failure_before_the_first_event_is_a_status(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.RateLimitError):
+        client.responses.create(model="any", input="!fail:Overloaded", stream=True)
+
+
+@pytest.mark.parametrize("field", ["store", "background"])
+def test_what_is_refused_is_named(client: openai.OpenAI, field: str) -> None:
+    with pytest.raises(openai.APIStatusError, match=field) as raised:
+        client.responses.create(model="any", input="one", extra_body={field: True})
+    assert raised.value.status_code in (400, 422)
+
+
+def test_azure_openais_client(stack: Stack) -> None:
+    with openai.AzureOpenAI(
+        azure_endpoint=stack.url, api_key=KEY, api_version="2025-04-01-preview", max_retries=0
+    ) as client:
+        assert client.responses.create(model="any", input="one two").output_text == "one two"
+    with openai.AzureOpenAI(
+        azure_endpoint=stack.url,
+        azure_deployment="any",
+        api_key=KEY,
+        api_version="preview",
+        max_retries=0,
+    ) as client:
+        assert client.responses.create(model="any", input="one two").output_text == "one two"
+
+
+@pytest.mark.parametrize("path", ["/responses", "/openai/v1/responses", "/v1/responses"])
+def test_other_paths(stack: Stack, path: str) -> None:
+    with httpx.Client(base_url=stack.url) as client:
+        answer = client.post(path, headers=BEARER, json={"input": "one"})
+        assert answer.json()["object"] == "response"
+        assert client.post(path, json={"input": "one"}).status_code == 401
+
+
+def test_hosted_tools_are_listed_where_they_are_left_out() -> None:
+    tools = [{"type": "web_search"}, {"type": "function", "name": "f", "parameters": None}]
+    body = {"input": "one", "tools": tools}
+    with (
+        running_stack(ignore_hosted_tools=True) as stack,
+        httpx.Client(base_url=stack.url, headers=BEARER) as client,
+    ):
+        answer = client.post("/v1/responses", json=body)
+        assert answer.headers["x-mixtral-ignored-tools"] == "web_search"
+        assert [tool["name"] for tool in answer.json()["tools"]] == ["f"]
+        with client.stream("POST", "/v1/responses", json=body | {"stream": True}) as stream:
+            assert stream.headers["x-mixtral-ignored-tools"] == "web_search"
+        (asked, _) = stack.service.requests
+    assert [tool.name for tool in asked.chat.tools] == ["f"]
