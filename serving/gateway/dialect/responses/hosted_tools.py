@@ -81,9 +81,9 @@ class ResponsesFields:
         """The headers of the answer that list what was left out."""
         return {IGNORED_HEADER: ", ".join(self.ignored)} if self.ignored else {}
 
-    def _without(self, members: object, types: Collection[str], most: int) -> object:
+    def _without(self, members: object, types: Collection[str], max_members: int) -> object:
         """Returns a list without members of these types; what is no list, or too long, as it is."""
-        if not isinstance(members, list) or len(members) > most:
+        if not isinstance(members, list) or len(members) > max_members:
             return members
         kept = []
         for member in members:

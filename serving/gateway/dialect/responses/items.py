@@ -108,7 +108,7 @@ class FunctionCallOutput(Described):
 
 
 class ReasoningItem(Described):
-    """What a reasoning model has thought; it is left out."""
+    """The reasoning of a model that reasons; it is left out."""
 
     type: Literal["reasoning"]
     """Always `reasoning`."""

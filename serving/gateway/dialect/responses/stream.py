@@ -62,7 +62,7 @@ class ResponseEvent(Described):
     """The item that grows."""
     content_index: int | None = Field(default=None, exclude_if=is_none)
     """The place of the part; always 0."""
-    part: OutputText | None = Field(default=None, exclude_if=is_none)
+    content_part: OutputText | None = Field(default=None, alias="part", exclude_if=is_none)
     """The part that begins or ends."""
     delta: str | None = Field(default=None, exclude_if=is_none)
     """New text, or arguments."""
@@ -153,9 +153,9 @@ class ResponsesEvents:
 
     def _begin_message(self) -> str:
         message = self._message = self._output.begin_message()
-        part = f'{self._place(message)},"content_index":0,"part":{message.part()}'
+        place = f'{self._place(message)},"content_index":0'
         return self._item("added", message, "in_progress") + self._event(
-            "response.content_part.added", part
+            "response.content_part.added", f'{place},"part":{message.part()}'
         )
 
     def _end_message(self, status: Status) -> str:

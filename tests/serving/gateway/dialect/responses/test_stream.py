@@ -37,7 +37,8 @@ def parsed(written: bytes) -> list[dict[str, Any]]:
         event = json.loads(data.removeprefix("data: "))
         assert name == f"event: {event['type']}"
         assert EVENT.validate_python(event).type == event["type"]
-        assert ResponseEvent.model_validate(event).model_dump(exclude_unset=True) == event
+        twin = ResponseEvent.model_validate(event)
+        assert twin.model_dump(exclude_unset=True, by_alias=True) == event
         events.append(event)
     return events
 
