@@ -114,6 +114,34 @@ def test_what_can_never_be_is_no_matter_of_waiting(clock: Clock) -> None:
     rates.enter(ME, 2)
 
 
+def test_prompts_that_were_taken_before_count(clock: Clock) -> None:
+    """The first prompt of a request is taken before its others are known."""
+    rates = limited(clock, running=3)
+    rates.enter(ME)
+    with pytest.raises(InvalidRequest, match="4 prompts, and this key may have 3 requests at"):
+        rates.enter(ME, 3, taken=1)
+    rates.enter(ME, 2, taken=1)
+    rates = limited(clock, requests=3)
+    rates.enter(ME)
+    with pytest.raises(InvalidRequest, match="4 requests, .* 3 requests a minute"):
+        rates.enter(ME, 3, taken=1)
+    rates.enter(ME, 2, taken=1)
+
+
+def test_a_process_alone_enforces_all_of_a_limit(clock: Clock) -> None:
+    rates = RateLimits(CallerLimits(requests_per_minute=4, concurrent_requests=4), clock=clock)
+    for _ in range(4):
+        rates.enter(ME)
+    assert rates.allowances(ME)["requests"] == Allowance(limit=4, remaining=0, reset=60.0)
+
+
+def test_a_share_leaves_one_request_at_a_time(clock: Clock) -> None:
+    rates = limited(clock, running=2, share="1/3")
+    rates.enter(ME)
+    with pytest.raises(Overloaded, match="may have 1 requests at a time"):
+        rates.enter(ME)
+
+
 def test_requests_at_a_time(clock: Clock) -> None:
     rates = limited(clock, requests=100, running=2)
     rates.enter(ME)
