@@ -19,6 +19,7 @@ from mixtral_jax.tokenization.special_tokens import (
     read_text,
     template_source,
 )
+from mixtral_jax.tokenization.tool_prompt import PROMPT_FORM, prompted
 from mixtral_jax.tokenization.vocabulary import Vocabulary, byte_level_bytes, spm_bytes
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class TemplateTokenizer(Vocabulary):
                 folder,
             )
         super().__init__(pieces, ends, dummy_space=dummy_space)
+        self.tool_form = PROMPT_FORM
         self._required = 1 + max(self._writable(named, controls, spelling), default=-1)
 
     def encode(self, text: str) -> list[int]:
@@ -109,14 +111,12 @@ class TemplateTokenizer(Vocabulary):
 
         Raises ChatError if the template refuses the chat, or if there is no template.
         """
-        if tools:
-            raise ChatError("this model has no form for tools")
         if self._template is None:
             raise ChatError(
                 "this model has no chat template: send a plain prompt, or put a "
                 "chat_template.jinja beside its tokenizer.json"
             )
-        chat = checked(messages, continue_last=continue_last)
+        chat = prompted(checked(messages, continue_last=continue_last), tools)
         for message in chat:
             message["content"] = message["content"].replace(_RESERVED, "\ufffd")
         text = self._template.render(chat, continue_last=continue_last)

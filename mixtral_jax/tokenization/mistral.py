@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING
 from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.chat_template import ChatTemplate
 from mixtral_jax.tokenization.messages import Message, Tool, check_text, checked
+from mixtral_jax.tokenization.mistral_chat import NOT_CUT, MistralChat, call_form
 from mixtral_jax.tokenization.special_tokens import named_tokens, template_source
+from mixtral_jax.tokenization.tool_prompt import PROMPT_FORM, prompted
 from mixtral_jax.tokenization.vocabulary import Vocabulary, spm_bytes
 
 if TYPE_CHECKING:
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as ChatEncoder
     from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 _SENTENCEPIECE_VERSIONS = ("v1", "v2", "v3", "v7")
 _TEKKEN_VERSIONS = ("v3", "v7", "v11", "v13")
-_CHAT_RULES = (
-    "A chat for this model ends with a user message, and has no empty assistant message and no "
-    "system message right after an assistant's"
-)
 _BOS, _EOS = "<s>", "</s>"
 # A chat of one-letter messages, by which a template's format is recognised.
 _SYSTEM: Message = {"role": "system", "content": "s"}
@@ -34,7 +31,6 @@ _TURNS: list[Message] = [
     {"role": "assistant", "content": "a"},
     {"role": "user", "content": "w"},
 ]
-_NOT_CUT = "cannot be cut into tokens, perhaps for a very long run of white space"
 
 
 class MistralTokenizer(Vocabulary):
@@ -77,7 +73,10 @@ class MistralTokenizer(Vocabulary):
             dummy_space=path.suffix != ".json",
         )
         self.version = self._model.version.value
-        self._chats = _chat_encoder(self._model)
+        self._chats = MistralChat(self._model)
+        self.tool_form = (
+            call_form(self._model, self.version, dummy_space=self.dummy_space) or PROMPT_FORM
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return <s>, then the pieces of the text.
@@ -89,7 +88,7 @@ class MistralTokenizer(Vocabulary):
         try:
             return self._model.encode(text, bos=True, eos=False)
         except ValueError as error:
-            raise ChatError(f"the text {_NOT_CUT}: {error}") from error
+            raise ChatError(f"the text {NOT_CUT}: {error}") from error
 
     def chat(
         self,
@@ -101,33 +100,13 @@ class MistralTokenizer(Vocabulary):
         """Return <s>[INST] ... [/INST] and so on, to the last [/INST].
 
         With `continue_last` it ends with the assistant's text instead, where v2 and v3 leave
-        spaces out. Raises ChatError.
+        spaces out. Tools, calls and results are written in the format of the version; v1 has none,
+        and is asked by a prompt (see `tool_prompt`). Raises ChatError.
         """
-        if tools:
-            raise ChatError("this model has no form for tools")
-        from mistral_common.exceptions import MistralCommonException
-        from mistral_common.protocol.instruct import messages as turns
-        from mistral_common.protocol.instruct.request import ChatCompletionRequest
-
-        classes = {
-            "system": turns.SystemMessage,
-            "user": turns.UserMessage,
-            "assistant": turns.AssistantMessage,
-        }
-        chat = [
-            classes[message["role"]](content=message["content"])
-            for message in checked(messages, continue_last=continue_last)
-        ]
-        if continue_last:
-            chat[-1] = turns.AssistantMessage(content=messages[-1]["content"], prefix=True)
-        request = ChatCompletionRequest(messages=chat)
-        try:
-            ids: list[int] = self._chats.encode_chat_completion(request).tokens
-            return ids
-        except MistralCommonException as error:
-            raise ChatError(f"{error}. {_CHAT_RULES}") from error
-        except ValueError as error:
-            raise ChatError(f"a message {_NOT_CUT}: {error}") from error
+        chat = checked(messages, continue_last=continue_last)
+        if self.version == "v1":
+            chat, tools = prompted(chat, tools), ()
+        return self._chats.ids(chat, continue_last=continue_last, tools=tools)
 
 
 def foreign_format(folder: Path, version: str) -> str | None:
@@ -235,23 +214,3 @@ def _check_version(path: Path, version: str, supported: Sequence[str]) -> None:
             f"{path.name} is a Mistral tokenizer of version {version}; "
             f"supported are {', '.join(supported)}"
         )
-
-
-def _chat_encoder(model: "Tekkenizer | SentencePieceTokenizer") -> "ChatEncoder":
-    """Put together what renders chats: checks, merging of messages, and the format."""
-    from mistral_common.protocol.instruct import normalize, validator
-    from mistral_common.tokens.tokenizers import instruct, mistral
-
-    formats = {
-        "v1": instruct.InstructTokenizerV1,
-        "v2": instruct.InstructTokenizerV2,
-        "v3": instruct.InstructTokenizerV3,
-        "v7": instruct.InstructTokenizerV7,
-        "v11": instruct.InstructTokenizerV11,
-        "v13": instruct.InstructTokenizerV13,
-    }
-    return mistral.MistralTokenizer(
-        formats[model.version.value](model),
-        validator=validator.get_validator(model.version, mode=validator.ValidationMode.test),
-        request_normalizer=normalize.get_normalizer(model.version, None),
-    )

@@ -27,6 +27,7 @@ from mixtral_jax.tokenization.special_tokens import (
     eos_ids,
     read_object,
 )
+from mixtral_jax.tokenization.tool_form import ToolForm
 from mixtral_jax.tokenization.toy_bytes import TOY_FILE, ByteTokenizer
 
 
@@ -49,6 +50,10 @@ class Tokenizer(Protocol):
     @property
     def dummy_space(self) -> bool:
         """True if encoding puts a space before each text, which decoding takes off again."""
+
+    @property
+    def tool_form(self) -> ToolForm:
+        """How this model writes calls of tools."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, after bos where the model has one."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtral_jax.errors import ChatError
-from mixtral_jax.tokenization.messages import ROLES, Message, Tool, check_text, checked
+from mixtral_jax.tokenization.messages import Message, Tool, check_text, checked
+from mixtral_jax.tokenization.tool_prompt import PROMPT_FORM, prompted
 from mixtral_jax.tokenization.vocabulary import Vocabulary
 
 TOY_FILE = "byte_tokenizer.json"
@@ -18,10 +18,12 @@ class ByteTokenizer(Vocabulary):
     """
 
     _BOS, _EOS = 256, 257
-    _ROLE_IDS = {role: 258 + place for place, role in enumerate(ROLES)}
+    _ROLE_IDS = {"system": 258, "user": 259, "assistant": 260}
+
+    tool_form = PROMPT_FORM
 
     def __init__(self) -> None:
-        controls = [b""] * (2 + len(ROLES))
+        controls = [b""] * (2 + len(self._ROLE_IDS))
         super().__init__([*(bytes([byte]) for byte in range(256)), *controls], [self._EOS])
 
     def encode(self, text: str) -> list[int]:
@@ -36,11 +38,12 @@ class ByteTokenizer(Vocabulary):
         continue_last: bool = False,
         tools: Sequence[Tool] = (),
     ) -> list[int]:
-        """Return the chat's ids, e.g. [256, 259, 104, 105, 257, 260] for the user's "hi"."""
-        if tools:
-            raise ChatError("this model has no form for tools")
+        """Return the chat's ids, e.g. [256, 259, 104, 105, 257, 260] for the user's "hi".
+
+        Tools are asked for by a prompt (see `tool_prompt`).
+        """
         ids = [self._BOS]
-        for message in checked(messages, continue_last=continue_last):
+        for message in prompted(checked(messages, continue_last=continue_last), tools):
             ids += [self._ROLE_IDS[message["role"]], *message["content"].encode(), self._EOS]
         return ids[:-1] if continue_last else [*ids, self._ROLE_IDS["assistant"]]
 

@@ -9,7 +9,10 @@ from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.tokenization.mistral import MistralTokenizer
 from mixtral_jax.tokenization.tokenizer import Tokenizer, load
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+from tests.mixtral_jax.tokenization.conftest import all_tokenizers, mistral_files
 from tests.support.tokenizers import INST, MISTRAL_FILES, SPECS, write
+
+__all__ = ["all_tokenizers", "mistral_files"]  # fixtures of tokenization
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,11 @@ from tests.support.tokenizers import each, say, turns
     ("chat", "complaint"),
     [
         ([], "the chat is empty"),
-        ([say("tool", "x")], r"messages\[0\] has role 'tool': use one of system, user, assistant"),
+        (
+            [say("robot", "x")],
+            r"messages\[0\] has role 'robot': use one of system, user, assistant, tool",
+        ),
+        ([say("tool", "x")], r"messages\[0\] is the result of the call ''"),
         ([say("user", "x"), {"role": "user"}], r"messages\[1\] has no text"),
         ([{"role": "user", "content": ["x"]}], r"messages\[0\] has no text"),
         ([say("user", "ab\ud800")], r"messages\[0\] has half of a surrogate pair at character 2"),

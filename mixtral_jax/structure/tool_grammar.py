@@ -1,0 +1,209 @@
+"""Grammars of tool calls: the form of the model, the names that may be called, and their arguments.
+
+Such a grammar is one in Lark's notation for the form, and one JSON Schema for the arguments of each
+function. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.schema import Schema, read, read_parameters
+from mixtral_jax.structure.specification import Grammar, Kind, Specification
+from mixtral_jax.tokenization.messages import Tool
+from mixtral_jax.tokenization.tool_form import Part, Slot, ToolForm
+
+# What arguments are written with. The first is what Mistral's formats have: nothing but ", " and
+# ": " lets most of a call be forced. In the second a small model has its own line breaks, few
+# enough that it cannot write nothing else.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_BOUNDED = {"whitespace_pattern": r"[ \n\t\r]{1,8}"}
+
+
+class Mode(Enum):
+    """Whether an answer calls tools."""
+
+    AUTO = "auto"  # it may
+    NONE = "none"  # it does not
+    REQUIRED = "required"  # it does
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """How an answer may call tools. Plain data, as a caller asks for it."""
+
+    form: ToolForm
+    """How the model writes calls: `Tokenizer.tool_form`."""
+    tools: tuple[Tool, ...]
+    """As the prompt has them."""
+    mode: Mode = Mode.AUTO
+    allowed: tuple[str, ...] = ()
+    """Names of those that may be called; empty for all of them."""
+    parallel: bool = True
+    """Whether one answer may have several calls."""
+    response: Specification | None = None
+    """What an answer that calls nothing must match."""
+
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """Returns the tools that may be called.
+
+        Raises StructureError for allowed names that no tool has, and for calls that are required
+        where there is nothing to call.
+        """
+        known = {tool.name for tool in self.tools}
+        for name in self.allowed:
+            if name not in known:
+                raise StructureError(
+                    f"tool_choice names the function {name[:100]!r}, which is none of tools"
+                )
+        if self.mode is Mode.REQUIRED and not self.tools:
+            raise StructureError("tool_choice requires a call, and there are no tools: send some")
+        if self.mode is Mode.NONE:
+            return ()
+        return tuple(t for t in self.tools if not self.allowed or t.name in self.allowed)
+
+
+def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
+    """Returns the grammar of an answer that may call tools; None if it calls none.
+
+    Where a control id begins calls and nothing is asked of other answers, the grammar begins after
+    that id, and text before it is free. Its time grows with the schemas that a caller sent.
+
+    Args:
+        use: what the caller asked for.
+        space: whether a space must stand before an answer that begins with text.
+
+    Raises StructureError for unknown names and for parameters that are wrong, or strict and not
+    enforceable; its pointer is one within the parameters, whose function the message names.
+    """
+    tools = use.callable_tools()
+    if not tools:
+        return None
+    schemas = [_schema(tool) for tool in tools]
+    weakened = tuple(
+        f"{tool.name}#{rule}"
+        for tool, schema in zip(tools, schemas, strict=True)
+        for rule in schema.weakened
+    )
+    form, trigger = use.form, use.form.trigger_id
+    rules = _call_rules(form, tools, several=use.parallel and not form.at_most_one)
+    grammars: list[dict[str, Any]] = [
+        {"name": f"arguments_{place}", "json_schema": _with_options(schema, form)}
+        for place, schema in enumerate(schemas)
+    ]
+    begins_after = None
+    ways = ["calls"]
+    if use.mode is Mode.REQUIRED:
+        pass
+    elif use.response is not None:
+        grammar, left_out = _response(use.response)
+        grammars.append(grammar)
+        weakened += left_out
+        ways.append("@response")
+    elif trigger is not None:
+        begins_after = trigger
+    else:
+        ways.append("OTHER")
+        rules += f"OTHER: /{_no_beginning(form.trigger_text)}/\n"
+    lead = '" " ' if space else ""
+    ways = [way if way == "calls" and trigger is not None else f"{lead}{way}" for way in ways]
+    first = {"name": "answer", "lark_grammar": f"start: {' | '.join(ways)}\n{rules}"}
+    return Grammar(json.dumps({"grammars": [first, *grammars]}), begins_after, weakened)
+
+
+def _schema(tool: Tool) -> Schema:
+    try:
+        return read_parameters(tool.parameters, tool.strict)
+    except StructureError as error:
+        raise StructureError(
+            f"parameters of the function {tool.name}: {error}", error.pointer
+        ) from error
+
+
+def _with_options(schema: Schema, form: ToolForm) -> dict[str, Any]:
+    value = json.loads(schema.text)
+    if not isinstance(value, dict):
+        value = {"type": "object"}
+    return {**value, "x-guidance": _COMPACT if form.is_compact else _BOUNDED}
+
+
+def _call_rules(form: ToolForm, tools: Sequence[Tool], *, several: bool) -> str:
+    """Returns the rules of `calls`.
+
+    Each function has a rule of its own with its name written out, so that the name decides whose
+    arguments follow. A text that begins calls is one word, which ends where no other text can go
+    on; the first call has a rule without it.
+    """
+    trigger = form.trigger_text
+    begin: Sequence[Part] = [trigger] if trigger else form.begin
+    first = _without_text(form.call) if trigger else form.call
+    more = f" ({_words(form.separator)} call)*" if several else ""
+    lines = [f"calls: {_words(begin)} first{more} {_words(form.end)}"]
+    for rule, parts in (("first", first), ("call", form.call)):
+        lines.append(f"{rule}: {' | '.join(f'{rule}_{place}' for place in range(len(tools)))}")
+        for place, tool in enumerate(tools):
+            lines.append(f"{rule}_{place}: {_words(parts, tool.name, place)}")
+    if form.has_ids:
+        lines.append("ID: /[a-zA-Z0-9]{9}/")
+    return "\n".join(lines) + "\n"
+
+
+def _without_text(parts: Sequence[Part]) -> Sequence[Part]:
+    """Returns the parts without the text at their beginning."""
+    return next(parts[i:] for i, part in enumerate(parts) if not isinstance(part, str))
+
+
+def _words(parts: Sequence[Part], name: str = "", place: int = 0) -> str:
+    """Returns parts in Lark's notation; a name is one word with the text around it."""
+    words: list[str] = []
+    text = ""
+    for part in (*parts, None):
+        if isinstance(part, str):
+            text += part
+        elif part is Slot.NAME:
+            text += name
+        else:
+            words += [_literal(text)] if text else []
+            text = ""
+            if isinstance(part, int):
+                words.append(f"<[{part}]>")
+            elif part is not None:
+                words.append("ID" if part is Slot.ID else f"@arguments_{place}")
+    return " ".join(words)
+
+
+def _response(response: Specification) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns what an answer without calls must match, as a grammar named `response`."""
+    match response.kind:
+        case Kind.JSON_OBJECT:
+            schema = Schema('{"type": "object"}', "")
+        case Kind.JSON_SCHEMA:
+            schema = read(response.text, response.strict)
+        case kind:
+            raise StructureError(
+                f"tools cannot be combined with a {kind.value}: ask for a json_schema or a "
+                "json_object beside tools, or for no tools"
+            )
+    value = json.loads(schema.text)
+    if not isinstance(value, dict):
+        value = {} if value else {"not": {}}
+    grammar = {"name": "response", "json_schema": {**value, "x-guidance": _BOUNDED}}
+    return grammar, schema.weakened
+
+
+def _literal(text: str) -> str:
+    """Returns a text as a string of Lark, whose escapes are those of JSON."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _no_beginning(text: str) -> str:
+    """Returns an expression for every text that does not begin with `text`."""
+    expression = ""
+    for character in reversed(text):
+        escaped = f"\\x{{{ord(character):X}}}"
+        tail = f"{escaped}{expression}|" if expression else ""
+        expression = f"({tail}[^{escaped}](?s:.*))?"
+    return expression

@@ -1,0 +1,159 @@
+"""Grammars of calls: what they allow, what they force, and what they refuse."""
+
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.matcher import Guide, Matcher
+from mixtral_jax.structure.specification import Kind, Specification
+from mixtral_jax.structure.tool_grammar import Mode, ToolUse, tool_grammar
+from mixtral_jax.tokenization.messages import Message, Tool
+from mixtral_jax.tokenization.tokenizer import Tokenizer
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+from tests.support.tokenizers import MISTRAL_NAMES
+from tests.support.tools import ROME, SUM, TOOLS, asked
+
+BYTES = ByteTokenizer()
+GUIDE = Guide(BYTES, BYTES.vocab_size)
+
+
+def called_ids(tokenizer: Tokenizer, *calls: str) -> list[int]:
+    """The ids of a whole answer that calls: what stands between the question and the results."""
+    chosen = [{"Rome": ROME, "sum": SUM}[call] for call in calls]
+    chat = asked(*chosen)
+    results: list[Message] = [
+        {"role": "tool", "content": "1", "tool_call_id": call["id"]} for call in chosen
+    ]
+    before = tokenizer.chat(chat[:1], tools=TOOLS)
+    ids = tokenizer.chat([*chat, *results], tools=TOOLS)
+    assert ids[: len(before)] == before
+    (eos,) = tokenizer.eos_ids
+    return ids[len(before) : ids.index(eos, len(before))]
+
+
+def follow(matcher: Matcher, ids: Sequence[int]) -> int:
+    """Takes in the ids, and returns how many of them were forced; those must be the same."""
+    count = place = 0
+    while place < len(ids):
+        forced = matcher.forced()
+        if not forced:
+            matcher.consume([ids[place]])
+            place += 1
+            continue
+        assert forced == tuple(ids[place : place + len(forced)])
+        matcher.consume(forced)
+        place += len(forced)
+        count += len(forced)
+    return count
+
+
+@pytest.mark.parametrize("name", [*MISTRAL_NAMES, "bytes"])
+@pytest.mark.parametrize("mode", [Mode.AUTO, Mode.REQUIRED])
+def test_calls_as_the_format_writes_them_match_and_forced_ids_are_the_formats(
+    name: str, mode: Mode, all_tokenizers: dict[str, Tokenizer]
+) -> None:
+    tokenizer = all_tokenizers[name]
+    calls = ["Rome"] if tokenizer.tool_form.at_most_one else ["Rome", "sum"]
+    ids = called_ids(tokenizer, *calls)
+    use = ToolUse(tokenizer.tool_form, TOOLS, mode)
+    grammar = tool_grammar(use, space=tokenizer.dummy_space)
+    assert grammar is not None
+    matcher = Guide(tokenizer, tokenizer.vocab_size).matcher(grammar.text)
+    forced = follow(matcher, ids)
+    assert matcher.may_end
+    if name == "v3":
+        assert forced >= len(ids) / 2
+
+
+def accepts(use: ToolUse, text: str) -> bool:
+    grammar = tool_grammar(use, space=False)
+    assert grammar is not None
+    matcher = GUIDE.matcher(grammar.text)
+    try:
+        matcher.consume(BYTES.encode(text)[1:])
+    except StructureError:
+        return False
+    return matcher.may_end
+
+
+ONE = '<tool_call>[{"name": "add", "arguments": {"a": 1, "b": 2}}]</tool_call>'
+TWO = ONE.replace("]<", f", {ONE[len('<tool_call>[') :]}"[: -len("</tool_call>")] + "<")
+
+
+@pytest.mark.parametrize(
+    ("text", "auto", "required", "single", "named"),
+    [
+        (ONE, True, True, True, True),
+        (TWO, True, True, False, True),
+        ("Hello", True, False, True, False),
+        ("", True, False, True, False),
+        ("<tool_call>", True, False, True, False),  # not yet a call
+        ('<tool_call>[{"name": "sub", "arguments": {}}]</tool_call>', *[False] * 4),
+        (ONE.replace("2", '"2"'), *[False] * 4),
+        (ONE.replace(', "b": 2', ""), *[False] * 4),
+        (f"Hello {ONE}", True, False, True, False),  # text
+        (f"{ONE} Hello", *[False] * 4),
+        (ONE.replace(": 1", ":\n1"), True, True, True, True),
+        (ONE.replace(": 1", ":" + 9 * " " + "1"), *[False] * 4),
+        ('<tool_call>[{"name": "get_weather", "arguments": {"city": "", "days": 0}}]</tool_call>',
+         True, True, True, False),
+    ],
+)  # fmt: skip
+def test_what_an_answer_may_be(
+    text: str, auto: bool, required: bool, single: bool, named: bool
+) -> None:
+    form = BYTES.tool_form
+    assert accepts(ToolUse(form, TOOLS), text) is auto
+    assert accepts(ToolUse(form, TOOLS, Mode.REQUIRED), text) is required
+    assert accepts(ToolUse(form, TOOLS, parallel=False), text) is single
+    assert accepts(ToolUse(form, TOOLS, Mode.REQUIRED, allowed=("add",)), text) is named
+
+
+def test_an_answer_calls_or_has_the_form_that_was_asked_for() -> None:
+    response = Specification(Kind.JSON_OBJECT)
+    use = ToolUse(BYTES.tool_form, TOOLS, response=response)
+    assert accepts(use, ONE)
+    assert accepts(use, '{"a": 1}')
+    assert not accepts(use, "Hello")
+    schema = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}})
+    use = ToolUse(BYTES.tool_form, TOOLS, response=Specification(Kind.JSON_SCHEMA, schema))
+    assert accepts(use, '{"a": 1}')
+    assert not accepts(use, '{"a": "1"}')
+
+
+def test_text_before_the_control_id_of_calls_is_free(
+    all_tokenizers: dict[str, Tokenizer],
+) -> None:
+    form = all_tokenizers["v3"].tool_form
+    auto = tool_grammar(ToolUse(form, TOOLS), space=True)
+    required = tool_grammar(ToolUse(form, TOOLS, Mode.REQUIRED), space=True)
+    assert auto is not None
+    assert auto.begins_after == 5
+    assert required is not None
+    assert required.begins_after is None
+
+
+def test_without_calls_there_is_no_grammar() -> None:
+    assert tool_grammar(ToolUse(BYTES.tool_form, TOOLS, Mode.NONE), space=False) is None
+    assert tool_grammar(ToolUse(BYTES.tool_form, ()), space=False) is None
+
+
+@pytest.mark.parametrize(
+    ("use", "complaint", "pointer"),
+    [
+        (ToolUse(BYTES.tool_form, TOOLS, allowed=("sub",)), "names the function 'sub'", ""),
+        (ToolUse(BYTES.tool_form, (), Mode.REQUIRED), "requires a call", ""),
+        (ToolUse(BYTES.tool_form, (Tool("f", parameters="{"),)), "of the function f: ", ""),
+        (
+            ToolUse(BYTES.tool_form, TOOLS, response=Specification(Kind.REGEX, "a")),
+            "combined with a regex",
+            "",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(use: ToolUse, complaint: str, pointer: str) -> None:
+    with pytest.raises(StructureError, match=complaint) as caught:
+        tool_grammar(use, space=False)
+    assert caught.value.pointer == pointer
