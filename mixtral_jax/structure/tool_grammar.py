@@ -14,9 +14,9 @@ from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.schema import Schema, read, read_parameters
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 from mixtral_jax.tokenization.messages import Tool
-from mixtral_jax.tokenization.tool_form import Part, Slot, ToolForm
+from mixtral_jax.tokenization.tool_form import Piece, Slot, ToolForm
 
-# What arguments are written with. The first is what Mistral's formats have: nothing but ", " and
+# White space in arguments. The first is that of Mistral's formats: nothing but ", " and
 # ": " lets most of a call be forced. In the second a small model has its own line breaks, few
 # enough that it cannot write nothing else.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -24,7 +24,7 @@ _BOUNDED = {"whitespace_pattern": r"[ \n\t\r]{1,8}"}
 
 
 class Mode(Enum):
-    """Whether an answer calls tools."""
+    """Choice between answers that call tools and answers that do not."""
 
     AUTO = "auto"  # it may
     NONE = "none"  # it does not
@@ -33,10 +33,10 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How an answer may call tools. Plain data, as a caller asks for it."""
+    """Tools that an answer may call, as a caller asks for it. Plain data."""
 
     form: ToolForm
-    """How the model writes calls: `Tokenizer.tool_form`."""
+    """The model's form of calls: `Tokenizer.tool_form`."""
     tools: tuple[Tool, ...]
     """As the prompt has them."""
     mode: Mode = Mode.AUTO
@@ -138,40 +138,40 @@ def _call_rules(form: ToolForm, tools: Sequence[Tool], *, several: bool) -> str:
     on; the first call has a rule without it.
     """
     trigger = form.trigger_text
-    begin: Sequence[Part] = [trigger] if trigger else form.begin
+    begin: Sequence[Piece] = [trigger] if trigger else form.begin
     first = _without_text(form.call) if trigger else form.call
     more = f" ({_words(form.separator)} call)*" if several else ""
     lines = [f"calls: {_words(begin)} first{more} {_words(form.end)}"]
-    for rule, parts in (("first", first), ("call", form.call)):
+    for rule, pieces in (("first", first), ("call", form.call)):
         lines.append(f"{rule}: {' | '.join(f'{rule}_{place}' for place in range(len(tools)))}")
         for place, tool in enumerate(tools):
-            lines.append(f"{rule}_{place}: {_words(parts, tool.name, place)}")
+            lines.append(f"{rule}_{place}: {_words(pieces, tool.name, place)}")
     if form.has_ids:
         lines.append("ID: /[a-zA-Z0-9]{9}/")
     return "\n".join(lines) + "\n"
 
 
-def _without_text(parts: Sequence[Part]) -> Sequence[Part]:
-    """Returns the parts without the text at their beginning."""
-    return next(parts[i:] for i, part in enumerate(parts) if not isinstance(part, str))
+def _without_text(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Returns the pieces without the text at their beginning."""
+    return next(pieces[i:] for i, piece in enumerate(pieces) if not isinstance(piece, str))
 
 
-def _words(parts: Sequence[Part], name: str = "", place: int = 0) -> str:
-    """Returns parts in Lark's notation; a name is one word with the text around it."""
+def _words(pieces: Sequence[Piece], name: str = "", place: int = 0) -> str:
+    """Returns pieces in Lark's notation; a name is one word with the text around it."""
     words: list[str] = []
     text = ""
-    for part in (*parts, None):
-        if isinstance(part, str):
-            text += part
-        elif part is Slot.NAME:
+    for piece in (*pieces, None):
+        if isinstance(piece, str):
+            text += piece
+        elif piece is Slot.NAME:
             text += name
         else:
             words += [_literal(text)] if text else []
             text = ""
-            if isinstance(part, int):
-                words.append(f"<[{part}]>")
-            elif part is not None:
-                words.append("ID" if part is Slot.ID else f"@arguments_{place}")
+            if isinstance(piece, int):
+                words.append(f"<[{piece}]>")
+            elif piece is not None:
+                words.append("ID" if piece is Slot.ID else f"@arguments_{place}")
     return " ".join(words)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from mixtral_jax.tokenization.call_ids import ID_LENGTH, new_call_id
 from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-from mixtral_jax.tokenization.tool_form import Part, Slot, ToolForm
+from mixtral_jax.tokenization.tool_form import Piece, Slot, ToolForm
 
 _ID_CHARACTERS = frozenset(string.ascii_letters + string.digits)
 _NAME_CHARACTERS = _ID_CHARACTERS | set("_.-")
@@ -81,7 +81,7 @@ class ToolReader:
 
     def _begin(self) -> None:
         self._calls = _Calls(self._form)
-        # The first space of a text behind a control token is a part of the form.
+        # The first space of a text behind a control token is a piece of the form.
         self._detokenizer = self._tokenizer.detokenizer(continues=True)
 
     def _read_control(self, token_id: int) -> tuple[str, list[ToolCall]]:
@@ -166,9 +166,9 @@ class _Calls:
 
     def __init__(self, form: ToolForm) -> None:
         self._form = form
-        self._parts: list[Part] = [*form.begin, *form.call]
-        self._is_call = True  # whether the parts to come end a call
-        self._done = 0  # characters of the first part, if that is text
+        self._pieces: list[Piece] = [*form.begin, *form.call]
+        self._is_call = True  # whether the pieces to come end a call
+        self._done = 0  # characters of the first piece, if that is text
         self._slots = dict.fromkeys(Slot, "")
         self._object = _ObjectEnd()
         self.whole: list[ToolCall] = []
@@ -178,23 +178,23 @@ class _Calls:
     @property
     def may_end(self) -> bool:
         """True if the answer may end here: behind all that calls have, or behind a call."""
-        return not self._parts
+        return not self._pieces
 
     def take(self, symbol: str | int) -> bool:
         """Takes in a symbol. Returns False if it may not stand here."""
-        if not self._parts and not self._choose(symbol):
+        if not self._pieces and not self._choose(symbol):
             return False
-        part = self._parts[0]
-        if part is Slot.NAME and self._slots[part] and symbol not in _NAME_CHARACTERS:
-            self._parts.pop(0)
+        piece = self._pieces[0]
+        if piece is Slot.NAME and self._slots[piece] and symbol not in _NAME_CHARACTERS:
+            self._pieces.pop(0)
             return self.take(symbol)
         if isinstance(symbol, str):
             self.taken += symbol
-        if not self._fits(part, symbol):
+        if not self._fits(piece, symbol):
             if isinstance(symbol, str):
                 self.taken = self.taken[:-1]
             return False
-        if not self._parts and self._is_call:
+        if not self._pieces and self._is_call:
             self._end_call()
         return True
 
@@ -202,38 +202,38 @@ class _Calls:
         """Chooses between another call and the end, by its first symbol."""
         if not self._is_call:
             return False
-        for parts, is_call in (
+        for pieces, is_call in (
             ((*self._form.separator, *self._form.call), True),
             (self._form.end, False),
         ):
-            first = parts[0] if parts else None
+            first = pieces[0] if pieces else None
             if first == symbol or (isinstance(first, str) and first[0] == symbol):
-                self._parts, self._is_call = list(parts), is_call
+                self._pieces, self._is_call = list(pieces), is_call
                 return True
         return False
 
-    def _fits(self, part: Part, symbol: str | int) -> bool:
-        """Returns whether the symbol goes on with the part, and drops the part where that ends."""
-        if isinstance(part, int) or isinstance(symbol, int):
-            is_right = part == symbol
+    def _fits(self, piece: Piece, symbol: str | int) -> bool:
+        """Returns whether the symbol continues the piece, and drops a piece that ends."""
+        if isinstance(piece, int) or isinstance(symbol, int):
+            is_right = piece == symbol
             ends = is_right
-        elif isinstance(part, str):
-            is_right = part[self._done] == symbol
-            self._done = (self._done + is_right) % len(part)
+        elif isinstance(piece, str):
+            is_right = piece[self._done] == symbol
+            self._done = (self._done + is_right) % len(piece)
             ends = is_right and self._done == 0
         else:
-            self._slots[part] += symbol
-            match part:
+            self._slots[piece] += symbol
+            match piece:
                 case Slot.NAME:
                     is_right, ends = symbol in _NAME_CHARACTERS, False
                 case Slot.ID:
                     is_right = symbol in _ID_CHARACTERS
-                    ends = len(self._slots[part]) == ID_LENGTH
+                    ends = len(self._slots[piece]) == ID_LENGTH
                 case _:
                     is_right = self._object.take(symbol)
                     ends = self._object.has_ended
         if ends and is_right:
-            self._parts.pop(0)
+            self._pieces.pop(0)
         return is_right
 
     def _end_call(self) -> None:

@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
 
     @property
     def tool_form(self) -> ToolForm:
-        """How this model writes calls of tools."""
+        """Form in which this model writes calls of tools."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, after bos where the model has one."""

@@ -9,25 +9,25 @@ from enum import Enum
 
 
 class Slot(Enum):
-    """What stands in a call beside fixed text."""
+    """Content of a call beside fixed text."""
 
     NAME = "name"  # of the tool: [a-zA-Z0-9_.-]{1,64}
     ARGUMENTS = "arguments"  # a JSON object
     ID = "id"  # nine letters and digits
 
 
-Part = str | int | Slot  # fixed text, the id of a control token, or a slot
+Piece = str | int | Slot  # fixed text, the id of a control token, or a slot
 
 
 @dataclass(frozen=True)
 class ToolForm:
-    """How a model writes one or more calls: begin, call, separator, call, ..., end.
+    """Form in which a model writes one or more calls: begin, call, separator, call, ..., end.
 
     Texts are as the tokens spell them: where sentencepiece puts a space before a text that stands
     behind a control token, the text has that space.
     """
 
-    call: tuple[Part, ...]
+    call: tuple[Piece, ...]
     """One call. It has the slots NAME and ARGUMENTS, once each, and ID or not."""
     begin: tuple[str | int, ...] = ()
     separator: tuple[str | int, ...] = ()
@@ -55,8 +55,8 @@ class ToolForm:
     def trigger_text(self) -> str:
         """The text by which calls are recognised; "" if a control id begins them."""
         text = ""
-        for part in (*self.begin, *self.call):
-            if not isinstance(part, str):
+        for piece in (*self.begin, *self.call):
+            if not isinstance(piece, str):
                 break
-            text += part
+            text += piece
         return text
