@@ -1,6 +1,7 @@
 """What clients send for structured answers and calls of functions, and what the service is asked.
 
-The bodies are those of tests/clients/bodies, which the packages themselves have sent.
+The bodies are those of tests/clients/bodies, which the packages themselves have sent; .NET's were
+recorded from its packages elsewhere.
 """
 
 import json
@@ -13,7 +14,7 @@ import pytest
 from serving.proto import inference_pb2
 from tests.support.fakes import PATIENCE, Stack, running_stack
 from tests.support.gateway import BEARER
-from tests.support.structure_clients import STRUCTURE_CLIENTS, Body, recorded
+from tests.support.structure_clients import BODIES, Body, recorded
 
 # Client -> the calls of its script by chat or completion, and the request in the words of
 # `summary`.
@@ -204,6 +205,48 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ),
         ("compatible loop from a required call", "required, of get_weather add"),
     ],
+    "dotnet": [
+        ("azure json_object", "json_object"),
+        ("azure json_schema", "json_schema!"),
+        ("azure named call", "required get_weather, of get_weather, one"),
+        ("azure required call, streamed", "required, of get_weather"),
+        (
+            "azure answer to a result",
+            "none, of get_weather, after get_weather abcdefghi, result abcdefghi",
+        ),
+        ("openai json_schema", "json_schema!"),
+        ("openai json_object, streamed", "json_object"),
+        ("openai named call", "required get_weather, of get_weather!, one"),
+        (
+            "openai answer to a result",
+            "none, of get_weather!, after get_weather abcdefghi, result abcdefghi",
+        ),
+        ("openai required call, streamed", "required, of get_weather!, one"),
+        ("azure openai json_schema", "json_schema!"),
+        ("azure openai json_object, streamed", "json_object"),
+        ("azure openai named call", "required get_weather, of get_weather!, one"),
+        (
+            "azure openai answer to a result",
+            "none, of get_weather!, after get_weather abcdefghi, result abcdefghi",
+        ),
+        ("azure openai required call, streamed", "required, of get_weather!, one"),
+        ("extensions.ai json_schema", "json_schema"),
+        ("extensions.ai required call", "required, of get_weather"),
+        (
+            "extensions.ai call without a choice",
+            "auto, of get_weather, after get_weather abcdefghi, result abcdefghi",
+        ),
+        ("semantic kernel required call", "required, of clock-Now"),
+        (
+            "semantic kernel answer to a result",
+            "none, of NonInvocableTool, after clock-Now abcdefghi, result abcdefghi",
+        ),
+        ("semantic kernel required call by a deployment", "required, of clock-Now"),
+        (
+            "semantic kernel answer to a result by a deployment",
+            "none, of NonInvocableTool, after clock-Now abcdefghi, result abcdefghi",
+        ),
+    ],
 }
 
 
@@ -234,10 +277,16 @@ def stack() -> Iterator[Stack]:
         yield stack
 
 
-def asked(stack: Stack, body: Body) -> inference_pb2.GenerateRequest:
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(headers=BEARER, timeout=PATIENCE) as client:
+        yield client
+
+
+def asked(stack: Stack, http: httpx.Client, body: Body) -> inference_pb2.GenerateRequest:
     """What the service is asked for a body; the gateway has answered with 200."""
     stack.service.reset()
-    answer = httpx.post(stack.url + body.path, json=body.body, headers=BEARER, timeout=PATIENCE)
+    answer = http.post(stack.url + body.path, json=body.body)
     assert answer.status_code == 200, answer.text
     (request,) = stack.service.requests
     return request
@@ -257,11 +306,11 @@ def parts(value: Any) -> Iterator[object]:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_bodies_of_a_client(stack: Stack, name: str) -> None:
+def test_the_bodies_of_a_client(stack: Stack, http: httpx.Client, name: str) -> None:
     bodies = [body for body in recorded(name)[1] if not body.path.endswith("/responses")]
     seen = []
     for body in bodies:
-        request = asked(stack, body)
+        request = asked(stack, http, body)
         seen.append((body.call, summary(request)))
         schemas = [tool.parameters for tool in request.chat.tools]
         schemas += [request.response_format.json_schema] * bool(request.response_format.json_schema)
@@ -269,14 +318,16 @@ def test_the_bodies_of_a_client(stack: Stack, name: str) -> None:
         sent = list(parts(body.body))
         assert all(ordered(schema) in sent for schema in schemas), body.call
         for message in request.chat.messages:
-            for call in message.tool_calls:
-                assert json.loads(call.arguments) == {"town": "Paris", "unit": "c"}
-            assert message.tool_call_id == "" or message.content == "12 degrees, rain"
+            assert all(
+                call.arguments in sent or ordered(call.arguments) in sent
+                for call in message.tool_calls
+            )
+            assert message.content == "" or message.content in sent
         limit = body.body.get("max_completion_tokens") or body.body.get("max_tokens")
         assert request.max_tokens == limit
     assert seen == EXPECTED[name]
 
 
 def test_every_client_has_its_bodies() -> None:
-    assert list(EXPECTED) == [client.name for client in STRUCTURE_CLIENTS]
+    assert set(EXPECTED) == {path.stem for path in BODIES.glob("*.jsonl")}
     assert sum(map(len, EXPECTED.values())) >= 25
