@@ -93,6 +93,10 @@ def _person(seed: int) -> dict[str, Any]:
 
 
 def _calls(seed: int) -> dict[str, Any]:
+    functions = [
+        {"name": name, "strict": True, "parameters": parameters}
+        for name, parameters in FUNCTIONS.items()
+    ]
     return {
         "messages": [{"role": "user", "content": f"What is {seed} plus {seed % 7}?"}],
         "tools": [

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +218,7 @@ def gateway_config(**changes: Any) -> GatewayConfig:
 def running_stack(
     key: str = KEY,
     target: str | None = None,
+    inference: Callable[[], contextlib.AbstractAsyncContextManager[str]] | None = None,
     heartbeat_seconds: float = 60.0,
     access: Access | None = None,
     limits: Limits | None = None,
@@ -227,7 +228,7 @@ def running_stack(
 ) -> Iterator[Stack]:
     """Runs a gateway before the scripted service, or before `target`, in a thread of its own.
 
-    `parts` are keywords of `create_app`, and `settings` fields of GatewayConfig.
+    `inference` runs another service in the gateway's event loop and gives its target. `parts` are keywords of `create_app`, and `settings` fields of GatewayConfig.
 
     Both live in one event loop: gRPC's poller serves several loops of one process badly.
     """
@@ -246,11 +247,13 @@ def running_stack(
         await health_servicer.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
         own = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
+        others = contextlib.AsyncExitStack()
+        other = await others.enter_async_context(inference()) if inference else None
         metrics = (parts or {}).get("metrics") or GatewayMetrics()
         drain = Drain(refuse_while_draining, refuse_while_draining, 0.0)
         app = create_app(
             gateway_config(
-                target=(target or own,),
+                target=(target or other or own,),
                 gateway_key=key,
                 heartbeat_seconds=heartbeat_seconds,
                 **settings,
@@ -271,6 +274,7 @@ def running_stack(
         await stop.wait()
         web.should_exit = True
         await serving
+        await others.aclose()
         await server.stop(0)
 
     thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
