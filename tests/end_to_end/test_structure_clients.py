@@ -99,13 +99,7 @@ def _calls(seed: int) -> dict[str, Any]:
     ]
     return {
         "messages": [{"role": "user", "content": f"What is {seed} plus {seed % 7}?"}],
-        "tools": [
-            {
-                "type": "function",
-                "function": {"name": name, "strict": True, "parameters": parameters},
-            }
-            for name, parameters in FUNCTIONS.items()
-        ],
+        "tools": [{"type": "function", "function": function} for function in functions],
         "tool_choice": "required",
         "parallel_tool_calls": False,
     }

@@ -228,7 +228,8 @@ def running_stack(
 ) -> Iterator[Stack]:
     """Runs a gateway before the scripted service, or before `target`, in a thread of its own.
 
-    `inference` runs another service in the gateway's event loop and gives its target. `parts` are keywords of `create_app`, and `settings` fields of GatewayConfig.
+    `inference` runs another service in the gateway's event loop and gives its target. `parts` are
+    keywords of `create_app`, and `settings` fields of GatewayConfig.
 
     Both live in one event loop: gRPC's poller serves several loops of one process badly.
     """
