@@ -16,8 +16,8 @@ from tests.support.fakes import PATIENCE, Stack, running_stack
 from tests.support.gateway import BEARER
 from tests.support.structure_clients import BODIES, Body, recorded
 
-# Client -> the calls of its script by chat or completion, and the request in the words of
-# `summary`.
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+# Client -> the calls of its script, and the request in the words of `summary`.
 EXPECTED: dict[str, list[tuple[str, str]]] = {
     "openai-python": [
         ("chat parse", "json_schema!"),
@@ -35,6 +35,13 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
             "none, of get_weather add, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
         ),
         ("chat allowed_tools", "required get_weather, of get_weather add, one"),
+        ("responses parse", "json_schema!"),
+        ("responses named call", "required get_weather, of get_weather add, one"),
+        (
+            "responses answer to a result",
+            "none, of get_weather add, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
+        ),
+        ("responses required call, strict, streamed", "required, of get_weather! add!, one"),
     ],
     "extras-python": [
         ("vllm structured_outputs json", "json_schema"),
@@ -153,6 +160,12 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
             "chat answer to a result",
             "none, of get_weather!, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
         ),
+        ("responses output type", "json_schema!"),
+        ("responses named call", "required get_weather, of get_weather!, one"),
+        (
+            "responses answer to a result",
+            "none, of get_weather!, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
+        ),
     ],
     "openai-node": [
         ("chat parse", "json_schema!"),
@@ -166,6 +179,13 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
             "chat answer to the result of a required, zodFunction, call",
             "none, of get_weather! add!, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
         ),
+        ("responses parse", "json_schema!"),
+        ("responses named call", "required get_weather, of get_weather! add!, one"),
+        (
+            "responses answer to a result",
+            "none, of get_weather! add!, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
+        ),
+        ("responses required call, streamed", "required, of get_weather! add!"),
     ],
     "azure-node": [
         ("json_schema", "json_schema!"),
@@ -204,6 +224,16 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
             "none, of get_weather add, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
         ),
         ("compatible loop from a required call", "required, of get_weather add"),
+        ("openai responses object", "json_schema!"),
+        (
+            "openai responses loop from a named call",
+            "required get_weather, of get_weather add, one",
+        ),
+        (
+            "openai responses loop from a named call",
+            "none, of get_weather add, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
+        ),
+        ("openai responses loop from a required call", "required, of get_weather add"),
     ],
     "dotnet": [
         ("azure json_object", "json_object"),
@@ -230,6 +260,9 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
             "none, of get_weather!, after get_weather abcdefghi, result abcdefghi",
         ),
         ("azure openai required call, streamed", "required, of get_weather!, one"),
+        ("responses json_schema", "json_schema!"),
+        ("responses named call", "required get_weather, of get_weather!, one"),
+        ("responses answer to a result", "after get_weather call_1, result call_1"),
         ("extensions.ai json_schema", "json_schema"),
         ("extensions.ai required call", "required, of get_weather"),
         (
@@ -307,9 +340,8 @@ def parts(value: Any) -> Iterator[object]:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_bodies_of_a_client(stack: Stack, http: httpx.Client, name: str) -> None:
-    bodies = [body for body in recorded(name)[1] if not body.path.endswith("/responses")]
     seen = []
-    for body in bodies:
+    for body in recorded(name)[1]:
         request = asked(stack, http, body)
         seen.append((body.call, summary(request)))
         schemas = [tool.parameters for tool in request.chat.tools]
@@ -323,8 +355,8 @@ def test_the_bodies_of_a_client(stack: Stack, http: httpx.Client, name: str) -> 
                 for call in message.tool_calls
             )
             assert message.content == "" or message.content in sent
-        limit = body.body.get("max_completion_tokens") or body.body.get("max_tokens")
-        assert request.max_tokens == limit
+        limits = [body.body.get(name) for name in LIMITS]
+        assert request.max_tokens in limits, body.call
     assert seen == EXPECTED[name]
 
 
