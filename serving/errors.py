@@ -51,12 +51,14 @@ class ServingError(Exception):
         grpc_status: The name of its gRPC status.
         http_status: Its HTTP status.
         azure_code: Its code in the bodies of Azure's API.
+        openai_code: Its code in the bodies of OpenAI's API.
         retry_after: Seconds to wait before a retry; None where a retry does not help.
     """
 
     grpc_status: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
     azure_code: ClassVar[str] = "InternalServerError"
+    openai_code: ClassVar[str] = "server_error"
     retry_after: int | None = None
 
     @property
@@ -71,12 +73,35 @@ class InvalidRequest(ServingError):
     grpc_status = "INVALID_ARGUMENT"
     http_status = 400
     azure_code = "BadRequest"
+    openai_code = "invalid_request"
 
 
 class ContextTooLong(InvalidRequest):
-    """Prompt and answer together exceed the model's context."""
+    """Prompt and answer together exceed the model's context.
+
+    Args:
+        message: The message for the caller.
+
+    Attributes:
+        parameter: The parameter that has the prompt, in the client's words, where it is known.
+    """
 
     azure_code = "context_length_exceeded"
+    openai_code = "context_length_exceeded"
+    parameter: str | None = None
+
+    @classmethod
+    def of(cls, context: int, excess: str) -> "ContextTooLong":
+        """Returns the error in the words of OpenAI's API, which agents look for in messages.
+
+        Args:
+            context: Tokens that the context holds.
+            excess: What is too long, such as "the prompt has 9 tokens".
+        """
+        return cls(
+            f"This model's maximum context length is {context} tokens. However, {excess}. Please "
+            "reduce the length of the messages."
+        )
 
 
 class RequestTooLarge(InvalidRequest):
@@ -84,6 +109,7 @@ class RequestTooLarge(InvalidRequest):
 
     http_status = 413
     azure_code = "RequestEntityTooLarge"
+    openai_code = "request_too_large"
 
 
 class UnsupportedMedia(InvalidRequest):
@@ -91,6 +117,7 @@ class UnsupportedMedia(InvalidRequest):
 
     http_status = 415
     azure_code = "UnsupportedMediaType"
+    openai_code = "unsupported_media_type"
 
 
 @dataclass(frozen=True)
@@ -120,6 +147,7 @@ class InvalidParameter(InvalidRequest):
 
     http_status = 422
     azure_code = "Invalid input"
+    openai_code = "invalid_value"
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
@@ -130,6 +158,7 @@ class UnsupportedParameter(InvalidParameter):
     """A known parameter asks for a feature that this server does not have."""
 
     azure_code = "parameter_not_supported"
+    openai_code = "unsupported_parameter"
 
 
 class Unauthenticated(ServingError):
@@ -138,6 +167,7 @@ class Unauthenticated(ServingError):
     grpc_status = "UNAUTHENTICATED"
     http_status = 401
     azure_code = "Unauthorized"
+    openai_code = "invalid_api_key"
 
 
 class Forbidden(ServingError):
@@ -146,6 +176,7 @@ class Forbidden(ServingError):
     grpc_status = "PERMISSION_DENIED"
     http_status = 403
     azure_code = "Forbidden"
+    openai_code = "permission_denied"
 
 
 class NotFound(ServingError):
@@ -154,6 +185,7 @@ class NotFound(ServingError):
     grpc_status = "NOT_FOUND"
     http_status = 404
     azure_code = "NotFound"
+    openai_code = "not_found"
 
 
 class MethodNotAllowed(ServingError):
@@ -162,6 +194,7 @@ class MethodNotAllowed(ServingError):
     grpc_status = "UNIMPLEMENTED"
     http_status = 405
     azure_code = "MethodNotAllowed"
+    openai_code = "method_not_allowed"
 
 
 class DeadlineExceeded(ServingError):
@@ -170,6 +203,7 @@ class DeadlineExceeded(ServingError):
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 408
     azure_code = "RequestTimeout"
+    openai_code = "timeout"
 
 
 class Overloaded(ServingError):
@@ -183,6 +217,7 @@ class Overloaded(ServingError):
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 429
     azure_code = "TooManyRequests"
+    openai_code = "rate_limit_exceeded"
     retry_after = 1
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
@@ -202,6 +237,7 @@ class EngineFailure(ServingError):
     grpc_status = "INTERNAL"
     http_status = 424
     azure_code = "ModelError"
+    openai_code = "model_error"
 
 
 class Unavailable(ServingError):
@@ -210,6 +246,7 @@ class Unavailable(ServingError):
     grpc_status = "UNAVAILABLE"
     http_status = 503
     azure_code = "ServiceUnavailable"
+    openai_code = "service_unavailable"
     retry_after = 2
 
 

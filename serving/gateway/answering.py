@@ -15,12 +15,14 @@ from starlette.requests import ClientDisconnect
 from serving.access.caller import Caller
 from serving.accounting.admission import OUR_FAULTS, Admission, Lease
 from serving.accounting.caller_fields import CallerFields
+from serving.errors import InvalidRequest
 from serving.gateway.dialect import parsing
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import ChatAnswer
 from serving.gateway.dialect.chat.stream import ChatEvents
 from serving.gateway.dialect.chunks import Identity
 from serving.gateway.dialect.fields import Parameters
+from serving.gateway.dialect.openai import is_openai_path
 from serving.gateway.dialect.prompt_size import check_prompts
 from serving.gateway.dialect.responses.request import ResponsesRequest
 from serving.gateway.dialect.responses.response import ResponsesAnswer
@@ -146,6 +148,7 @@ class Gateway:
         setattr(request.state, LIMIT_HEADERS, limit_headers)
         lease = self._admission.begin(caller)
         hold = self._bodies.hold(caller.name)
+        asked: Asked | None = None
         try:
             asked = await self._read(request, kind, unknown, hold)
             model = await self.service.model()
@@ -158,10 +161,17 @@ class Gateway:
             lease.reserve(calls, model.max_context)
             answer = self.service.ask(calls, record, kind.operation, asked.model, model.name)
             lease.follow(answer.tokens)
-            identity = Identity.new(model.name, id_prefix + record.id, tells_cached=tells_cached)
+            identity = Identity.new(
+                model.name,
+                id_prefix + record.id,
+                tells_cached=tells_cached,
+                is_openai=is_openai_path(request.url.path),
+            )
             response = await self._send(request, kind, asked, identity, answer, lease, hold)
-        except BaseException:
+        except BaseException as error:
             lease.settle()  # unless it has been settled
+            if asked is not None and isinstance(error, InvalidRequest):
+                raise asked.as_sent(error) from error
             raise
         finally:
             hold.free()

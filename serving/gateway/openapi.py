@@ -13,13 +13,14 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serving.accounting.rate_limits import UNITS
-from serving.errors import Overloaded
+from serving.errors import InvalidParameter, Overloaded
 from serving.gateway.answering import MAX_WEAKENED, WEAKENED_HEADER
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import ChatCompletion
 from serving.gateway.dialect.chat.stream import ChatCompletionChunk
-from serving.gateway.dialect.error_body import ErrorBody
+from serving.gateway.dialect.error_body import ErrorBody, OpenAIErrorBody
 from serving.gateway.dialect.models import ModelCard, ModelInfo, ModelList
+from serving.gateway.dialect.openai import is_openai_path
 from serving.gateway.dialect.responses.hosted_tools import IGNORED_HEADER
 from serving.gateway.dialect.responses.request import ResponsesRequest
 from serving.gateway.dialect.responses.response import ResponseObject
@@ -46,7 +47,8 @@ The Azure AI Model Inference API, and OpenAI's and Mistral's dialects of it, for
 Where a number or a boolean is asked for, a string that holds one is taken too; null means that a
 parameter is absent. What is known but not supported is refused by name."""
 _ERRORS = {
-    400: "The request is malformed, or does not fit the model's context.",
+    400: "The request is malformed, does not fit the model's context, or, on OpenAI's paths, has a "
+    "parameter that is wrong.",
     401: "There is no key or token, or a wrong one.",
     403: "The caller is known, but not allowed here.",
     404: "There is no such route or model.",
@@ -164,6 +166,7 @@ def _schemas() -> Schema:
         ModelCard,
         ModelList,
         ErrorBody,
+        OpenAIErrorBody,
         Status,
         UsageReport,
     ]
@@ -233,16 +236,15 @@ def _responses() -> Schema:
 def _embeddings() -> Schema:
     summary = "Not supported by a chat model: always 404."
     return {
-        f"{prefix}{name}": {
+        path: {
             "post": {
                 "summary": summary,
-                "operationId": _identifier("post", f"{prefix}{name}"),
-                "parameters": _parameters(f"{prefix}{name}", []),
-                "responses": _failures(400, 401, 403, 404, 405, 500, 503),
+                "operationId": _identifier("post", path),
+                "parameters": _parameters(path, []),
+                "responses": _failures(path, 400, 401, 403, 404, 405, 500, 503),
             }
         }
-        for prefix in PREFIXES
-        for name in EMBEDDINGS
+        for path in (f"{prefix}{name}" for prefix in PREFIXES for name in EMBEDDINGS)
     }
 
 
@@ -256,7 +258,7 @@ def _models() -> Schema:
         "schema": {"type": "boolean", "default": False},
     }
     paths["/usage"]["get"]["parameters"].append(everybody)
-    paths["/usage"]["get"]["responses"] |= _failures(422)
+    paths["/usage"]["get"]["responses"] |= _failures("/usage", 422)
     for path in MODEL_PATHS:
         paths[path] = _get(path, "The models that are served: one.", "ModelList")
         card = f"{path}/{{model_id}}"
@@ -289,7 +291,7 @@ def _get(path: str, summary: str, answer: str | None) -> Schema:
             "summary": summary,
             "operationId": _identifier("get", path),
             "parameters": _parameters(path, []),
-            "responses": answers | _failures(400, 401, 403, 404, 405, 500, 503),
+            "responses": answers | _failures(path, 400, 401, 403, 404, 405, 500, 503),
         }
     }
 
@@ -315,7 +317,7 @@ def _post(path: str, summary: str, types: tuple[str, str, str], parameters: list
             "operationId": _identifier("post", path),
             "parameters": _parameters(path, parameters),
             "requestBody": {"required": True, "content": _json(_ref(request))},
-            "responses": answers | _failures(*_ERRORS),
+            "responses": answers | _failures(path, *_ERRORS),
         }
     }
 
@@ -336,9 +338,12 @@ def _parameters(path: str, own: list[Schema]) -> list[Schema]:
     return [*in_path, version, *own]
 
 
-def _failures(*statuses: int) -> Schema:
+def _failures(path: str, *statuses: int) -> Schema:
+    is_openai = is_openai_path(path)
     answers: Schema = {}
     for status in statuses:
+        if is_openai and status == InvalidParameter.http_status:
+            continue  # it is 400 there
         headers: Schema = {"x-ms-error-code": {"schema": {"type": "string"}}}
         if status in _RETRIED:
             headers["retry-after"] = {
@@ -354,7 +359,7 @@ def _failures(*statuses: int) -> Schema:
         answers[str(status)] = {
             "description": _ERRORS[status],
             "headers": headers,
-            "content": _json(_ref("ErrorBody")),
+            "content": _json(_ref("OpenAIErrorBody" if is_openai else "ErrorBody")),
         }
     return answers
 

@@ -62,10 +62,7 @@ class Request:
         if not size:
             raise InvalidRequest("the prompt is empty; give at least one token")
         if size >= room:
-            raise ContextTooLong(
-                f"the prompt has {size} tokens; this server holds {room} tokens of prompt and "
-                "answer together: shorten the messages"
-            )
+            raise ContextTooLong.of(room, f"the prompt has {size}, and an answer needs some")
         if not 0 <= min(self.prompt_ids) <= max(self.prompt_ids) <= _MAX_ID:
             raise InvalidRequest(f"the prompt has an id outside 0 to {_MAX_ID}")
         if self.n < 1:

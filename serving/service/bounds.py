@@ -164,17 +164,13 @@ class Bounds:
     def check_prompt(self, name: str, size: int) -> None:
         """Raises ContextTooLong for a prompt, called `name`, of more bytes than a context holds."""
         if size > self._prompt_bytes:
-            raise ContextTooLong(
-                f"{name} {size:,} bytes; the {self._context:,} tokens of this server's context "
-                "cannot hold so many: shorten what you send"
+            raise ContextTooLong.of(
+                self._context, f"{name} {size:,} bytes, more than so many tokens can hold"
             )
 
     def _too_many(self, field: FieldDescriptor, bound: Bound, count: int) -> Exception:
         if bound.is_prompt:
-            return ContextTooLong(
-                f"the prompt has {count:,} {bound.unit}; the context of this server holds "
-                f"{self._context:,} tokens of prompt and answer"
-            )
+            return ContextTooLong.of(self._context, f"the prompt has {count:,} {bound.unit}")
         return InvalidParameter(
             f"{field.name} has {count:,} {bound.unit}; give at most {bound.entries:,}"
         )

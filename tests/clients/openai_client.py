@@ -84,8 +84,9 @@ with openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY) as client:
     try:
         client.chat.completions.create(model=model.id, messages=HISTORY, top_p=7)
         raise AssertionError("top_p 7 was taken")
-    except openai.UnprocessableEntityError as error:
-        assert "top_p" in str(error), error
+    except openai.BadRequestError as error:
+        assert "top_p" in str(error) and error.param == "top_p", error
+        assert (error.code, error.type) == ("invalid_value", "invalid_request_error")
     try:
         client.embeddings.create(model=model.id, input="text")
         raise AssertionError("a chat model embedded")

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from serving.gateway.dialect.openai import is_openai_path
 from tests.support.fakes import KEY, Stack, running_stack
 
 HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
@@ -107,11 +108,16 @@ def check(answer: httpx.Response, sent: object) -> None:
         return
     assert answer.status_code in STATUSES, (answer.status_code, sent, answer.text)
     body = answer.json()
+    assert ("retry-after" in answer.headers) == (answer.status_code in (429, 503)), sent
+    if is_openai_path(answer.request.url.path):
+        assert body["error"].keys() == {"code", "message", "type", "param"}, (sent, body)
+        assert body["error"]["message"] and body["error"]["code"]
+        assert answer.status_code != 422
+        return
     assert body["error"].keys() >= {"code", "message", "status"}, (sent, body)
     assert body["status"] == body["error"]["status"] == answer.status_code
     assert body["code"] == body["error"]["code"] == answer.headers["x-ms-error-code"]
     assert body["message"] and body["detail"]
-    assert ("retry-after" in answer.headers) == (answer.status_code in (429, 503)), sent
 
 
 @pytest.mark.slow
@@ -136,7 +142,7 @@ def test_mutated_bodies(stack: Stack) -> None:
 
     asyncio.run(run())
     assert sum(seen.values()) == count
-    assert seen[200] > count / 10 and seen[400] > count / 40 and seen[422] > count / 10, seen
+    assert seen[200] > count / 10 and seen[400] > count / 8 and seen[422] > count / 40, seen
 
 
 @pytest.mark.slow
@@ -213,7 +219,7 @@ def test_a_body_of_100_mb_is_refused_and_not_kept(stack: Stack) -> None:
     [
         (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
         (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, 400),
-        (json.dumps({"messages": [{"role": "user", "content": "a"}] * 10_000}).encode(), 422),
+        (json.dumps({"messages": [{"role": "user", "content": "a"}] * 10_000}).encode(), 400),
         (b'{"messages": [{"role": "user", "content": ' + b"9" * 5_000 + b"}]}", 400),
         (b"\xff\xfe{}", 400),
         (b"", 400),

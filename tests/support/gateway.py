@@ -6,6 +6,8 @@ from typing import Any
 
 import httpx
 
+from serving.errors import LEAVES
+from serving.gateway.dialect.openai import is_openai_path
 from tests.support.fakes import KEY, Stack
 
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -24,7 +26,15 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def check_error(response: httpx.Response, status: int, code: str) -> str:
-    """Checks that an answer keeps the error contract; returns its message."""
+    """Checks that an answer keeps the error contract of its path; returns its message.
+
+    Args:
+        response: The answer.
+        status: The status that it has on Azure's paths; OpenAI's have 400 in the place of 422.
+        code: Azure's code.
+    """
+    if is_openai_path(response.request.url.path):
+        return _check_openai_error(response, status, code)
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-ms-error-code"] == code
@@ -34,6 +44,23 @@ def check_error(response: httpx.Response, status: int, code: str) -> str:
     assert inner == {"code": code, "message": answer["message"], "status": status}
     assert (answer["code"], answer["status"]) == (code, status)
     assert isinstance(answer["detail"], list if status == 422 else str)
+    return str(inner["message"])
+
+
+def _check_openai_error(response: httpx.Response, status: int, code: str) -> str:
+    assert response.status_code == (400 if status == 422 else status), response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-ms-error-code"] == code
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+    answer = response.json()
+    assert answer.keys() == {"error"}
+    inner = answer["error"]
+    assert list(inner) == ["message", "type", "param", "code"]
+    leaf = {leaf.azure_code: leaf for leaf in LEAVES.values()}[code]
+    if status != 422:
+        assert inner["code"] == leaf.openai_code
+    kinds = {429: "rate_limit_error", 424: "server_error", 503: "server_error"}
+    assert inner["type"] == kinds.get(status, "invalid_request_error")
     return str(inner["message"])
 
 

@@ -52,16 +52,23 @@ class Identity:
         created: Seconds since 1970.
         model: The served name.
         tells_cached: Whether its usage tells the cached tokens of the prompt.
+        is_openai: Whether an error in mid-stream has OpenAI's shape.
     """
 
     id: str
     created: int
     model: str
     tells_cached: bool = False
+    is_openai: bool = False
 
     @classmethod
     def new(
-        cls, model: str, request_id: str | None = None, *, tells_cached: bool = False
+        cls,
+        model: str,
+        request_id: str | None = None,
+        *,
+        tells_cached: bool = False,
+        is_openai: bool = False,
     ) -> "Identity":
         """Returns the identity of an answer that begins now, under the request's id if it has one.
 
@@ -69,8 +76,10 @@ class Identity:
             model: The served name.
             request_id: The answer's id; 32 random hexadecimal digits if absent.
             tells_cached: Whether its usage tells the cached tokens of the prompt.
+            is_openai: Whether an error in mid-stream has OpenAI's shape.
         """
-        return cls(request_id or uuid.uuid4().hex, int(time.time()), model, tells_cached)
+        answer_id = request_id or uuid.uuid4().hex
+        return cls(answer_id, int(time.time()), model, tells_cached, is_openai)
 
 
 def finish_reason(chunk: inference_pb2.GenerateChunk) -> str:

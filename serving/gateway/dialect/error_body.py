@@ -1,19 +1,27 @@
-"""The body of every answer that is not 2xx, in one shape for all clients.
+"""The body of every answer that is not 2xx: in OpenAI's shape on OpenAI's paths, else in Azure's.
 
-error_body   ServingError -> ErrorBody
+error_body     ServingError -> ErrorBody, which many clients of Azure's API find their places in
+openai_error   ServingError -> OpenAIErrorBody
 """
 
 import json
 
-from serving.errors import InvalidParameter, Problem, ServingError
-from serving.gateway.dialect.fields import Described
+from serving.errors import (
+    ContextTooLong,
+    InvalidParameter,
+    Overloaded,
+    Problem,
+    ServingError,
+    UnsupportedParameter,
+)
+from serving.gateway.dialect.fields import NOT_SUPPORTED, Described
 
 # A value of a request is shown back in an error if its JSON has no more characters than this.
 ECHO_LIMIT = 200
 
 
 class ErrorDetail(Described):
-    """An error as Azure's and OpenAI's clients look for it."""
+    """An error as Azure's clients look for it."""
 
     code: str
     """A name for programs."""
@@ -24,7 +32,7 @@ class ErrorDetail(Described):
 
 
 class ErrorBody(Described):
-    """The body of every answer that is not 2xx; one shape for clients that look in other places."""
+    """The body of answers that are not 2xx; one shape for clients that look in other places."""
 
     error: ErrorDetail
     """Where most clients look."""
@@ -36,6 +44,85 @@ class ErrorBody(Described):
     """The message again."""
     detail: str | list[dict[str, object]]
     """The message, or for 422 what is wrong with each parameter: `type`, `loc`, `msg`, `input`."""
+
+
+class OpenAIErrorDetail(Described):
+    """An error as OpenAI's clients look for it."""
+
+    message: str
+    """What is wrong and what to do; it begins with the name of the parameter, if there is one."""
+    type: str
+    """The class of errors, such as `invalid_request_error`."""
+    param: str | None
+    """The parameter that is wrong, such as `messages[0].content`."""
+    code: str
+    """A name for programs."""
+
+
+class OpenAIErrorBody(Described):
+    """The body of answers that are not 2xx, on the paths of OpenAI's clients."""
+
+    error: OpenAIErrorDetail
+    """All that is said."""
+
+
+# OpenAI's codes of what pydantic finds wrong with a value. All others are invalid_value.
+_VALUE_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    NOT_SUPPORTED: UnsupportedParameter.openai_code,
+}
+
+
+def openai_status(error: ServingError) -> int:
+    """Returns the HTTP status on OpenAI's paths: 400 where Azure's API has 422."""
+    return 400 if isinstance(error, InvalidParameter) else error.http_status
+
+
+def openai_error(error: ServingError) -> OpenAIErrorBody:
+    """Returns the body that a client of OpenAI's reads when its request failed.
+
+    https://platform.openai.com/docs/guides/error-codes
+    """
+    kind = "invalid_request_error" if error.http_status < 500 else "server_error"
+    if isinstance(error, Overloaded):
+        kind = "rate_limit_error"
+    if error.grpc_status in ("INTERNAL", "UNAVAILABLE"):
+        kind = "server_error"
+    message, param, code = str(error), None, error.openai_code
+    if isinstance(error, ContextTooLong):
+        param = error.parameter
+    if isinstance(error, InvalidParameter) and error.problems:
+        param, code = _parameter(error.problems[0]), _code(error)
+        message = "; ".join(map(_sentence, error.problems))
+    return OpenAIErrorBody(
+        error=OpenAIErrorDetail(message=message, type=kind, param=param, code=code)
+    )
+
+
+def _code(error: InvalidParameter) -> str:
+    if isinstance(error, UnsupportedParameter):
+        return error.openai_code
+    kind = error.problems[0].kind
+    if kind.endswith(("_type", "_parsing")):
+        return "invalid_type"
+    return _VALUE_CODES.get(kind, error.openai_code)
+
+
+def _parameter(problem: Problem) -> str | None:
+    """Returns the path of a parameter as OpenAI writes it: messages[0].content."""
+    name = ""
+    for step in problem.path[1:]:
+        name += f"[{step}]" if step.isdecimal() else f".{step}"
+    return name.removeprefix(".") or None
+
+
+def _sentence(problem: Problem) -> str:
+    name = _parameter(problem)
+    # The service's own sentences begin with a parameter's name.
+    top = (name or "").partition("[")[0].partition(".")[0]
+    is_named = name is None or problem.message.startswith(top)
+    return problem.message if is_named else f"{name}: {problem.message}"
 
 
 def error_body(error: ServingError) -> ErrorBody:

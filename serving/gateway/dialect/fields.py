@@ -6,12 +6,18 @@ before the value is walked; a test fails for a field without one. A feature that
 and we do not have is refused by name (`only`), never dropped in silence.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from serving.errors import UnsupportedParameter
+from serving.errors import (
+    ContextTooLong,
+    InvalidParameter,
+    InvalidRequest,
+    UnsupportedParameter,
+)
+from serving.gateway.dialect.names import Path, renamed
 from serving.proto import inference_pb2
 
 # Characters of a text of a prompt: a body (http/body.py) has no more bytes.
@@ -107,7 +113,13 @@ class StreamOptions(Described):
 
 
 class Parameters(Described):
-    """The fields that a request of any kind may have."""
+    """The fields that a request of any kind may have.
+
+    Attributes:
+        prompt_field: The name of the field that has the prompt.
+    """
+
+    prompt_field: ClassVar[str] = "prompt"
 
     model: Name | None = None
     """Accepted for the sake of clients; the endpoint serves a single model."""
@@ -180,6 +192,18 @@ class Parameters(Described):
     def include_usage(self) -> bool:
         """Returns whether a stream's usage is wanted in a chunk of its own."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def as_sent(self, error: InvalidRequest) -> InvalidRequest:
+        """Returns a refusal of the service with the names of the fields that the client used."""
+        if isinstance(error, ContextTooLong):
+            error.parameter = self.prompt_field
+        if isinstance(error, InvalidParameter):
+            return renamed(error, self.sent_path)
+        return error
+
+    def sent_path(self, path: Path) -> Path:
+        """Returns the client's path of a parameter, from the path that the service names."""
+        return path
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:
         """Returns the calls of the model service that answer the request, one for each prompt."""

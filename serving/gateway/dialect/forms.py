@@ -32,6 +32,7 @@ from serving.gateway.dialect.fields import (
     at_most,
     only,
 )
+from serving.gateway.dialect.names import Path
 from serving.proto import inference_pb2
 
 # Characters of a schema as JSON. The service has a bound of its own.
@@ -304,6 +305,20 @@ class FormParameters(Parameters):
             case name:
                 nested: ResponseFormat | StructuredOutputs = getattr(self, name)
                 return nested.proto()
+
+    def sent_path(self, path: Path) -> Path:
+        """Returns the client's path of a parameter, from the path that the service names."""
+        name = self.form_field
+        if path[:1] != ("response_format",) or name is None:
+            return super().sent_path(path)
+        field = getattr(self, name)
+        if isinstance(field, ResponseFormat):
+            inner = ("json_schema", "schema") if field.json_schema is not None else ()
+            return (name, *(inner or (("schema",) if field.schema_text is not None else ())))
+        if isinstance(field, StructuredOutputs):
+            given = next(iter(field.model_dump(by_alias=True, exclude_none=True)))
+            return (name, given)
+        return (name,)
 
     def without_prompt(self) -> inference_pb2.GenerateRequest:
         """Returns the call without its prompt, with the form that the answer is held to."""

@@ -7,6 +7,13 @@ from typing import Any
 CHAT_ID_PREFIX = "chatcmpl-"
 TEXT_ID_PREFIX = "cmpl-"
 RESPONSE_ID_PREFIX = "resp_"
+# Beginnings of the paths of OpenAI's and Azure OpenAI's clients.
+_PATHS = ("/v1/", "/openai/")
+
+
+def is_openai_path(path: str) -> bool:
+    """Returns whether errors under a path have OpenAI's shape, and not Azure's."""
+    return path.startswith(_PATHS)
 
 
 def ignore_unknown(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:

@@ -16,15 +16,12 @@ def check_prompts(calls: Sequence[pb.GenerateRequest], model: pb.ModelInfo) -> N
     for call in calls:
         ids = len(call.token_ids.ids)
         if model.max_context and ids > model.max_context:
-            raise ContextTooLong(
-                f"the prompt has {ids:,} tokens; the context of this server holds "
-                f"{model.max_context:,} tokens of prompt and answer"
-            )
+            raise ContextTooLong.of(model.max_context, f"the prompt has {ids:,} tokens")
         size = _size(call)
         if model.max_prompt_bytes and size > model.max_prompt_bytes:
-            raise ContextTooLong(
-                f"the prompt has {size:,} bytes; the {model.max_context:,} tokens of this server's "
-                "context cannot hold so many: shorten what you send"
+            raise ContextTooLong.of(
+                model.max_context,
+                f"the prompt has {size:,} bytes, more than so many tokens can hold",
             )
 
 

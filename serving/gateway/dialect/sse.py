@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from serving.errors import ServingError
 from serving.gateway.dialect.chunks import Identity, finish_reason, usage
-from serving.gateway.dialect.error_body import error_body
+from serving.gateway.dialect.error_body import error_body, openai_error
 from serving.proto import inference_pb2
 
 # The end of a stream; .NET's client waits for it for ever.
@@ -42,6 +42,7 @@ class Events:
         )
         self._include_usage = include_usage
         self._tells_cached = identity.tells_cached
+        self._is_openai = identity.is_openai
 
     def opening(self, choices: int) -> bytes:
         """Returns the events that a stream of so many choices begins with, before any text."""
@@ -57,7 +58,8 @@ class Events:
 
     def failure(self, error: ServingError) -> bytes:
         """Returns the event that says why the stream breaks off."""
-        fields = json.dumps(error_body(error).error.model_dump(), separators=(",", ":"))
+        body = openai_error(error) if self._is_openai else error_body(error)
+        fields = json.dumps(body.error.model_dump(), separators=(",", ":"))
         return f'{self._head}],"error":{fields}}}\n\n'.encode()
 
     def closing(self) -> bytes:

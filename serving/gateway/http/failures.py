@@ -1,4 +1,4 @@
-"""Every answer that is not 2xx: an error of serving/errors.py in one shape, with its headers."""
+"""Every answer that is not 2xx: an error of serving/errors.py in its path's shape, with headers."""
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +17,8 @@ from serving.errors import (
     Unauthenticated,
     Unavailable,
 )
-from serving.gateway.dialect.error_body import error_body
+from serving.gateway.dialect.error_body import error_body, openai_error, openai_status
+from serving.gateway.dialect.openai import is_openai_path
 from serving.gateway.dialect.parsing import refusal
 from serving.gateway.http.body import BodyTooSlow, Lingering
 from serving.gateway.http.request_record import CLIENT_CLOSED_REQUEST, RequestRecord
@@ -38,13 +39,18 @@ def answer_failures(app: FastAPI) -> None:
 async def refuse_while_draining(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers a request that comes while the gateway drains: 503. An ASGI application."""
     error = Unavailable("this server is shutting down; send the request again, to another one")
-    response = answer_to(error)
+    response = answer_to(error, scope["path"])
     response.headers["connection"] = "close"
     await response(scope, receive, send)
 
 
-def answer_to(error: ServingError) -> Response:
-    """Returns the answer that shows an error to a client: its body, status and headers."""
+def answer_to(error: ServingError, path: str) -> Response:
+    """Returns the answer that shows an error to a client: its body, status and headers.
+
+    Args:
+        error: The error.
+        path: The request's path, which says whose clients read it.
+    """
     headers = {"x-ms-error-code": error.azure_code}
     if error.retry_after is not None:
         # Azure's clients repeat every request whose answer has it, so no other answer may have it.
@@ -57,12 +63,14 @@ def answer_to(error: ServingError) -> Response:
         headers["ms-azureml-model-error-statuscode"] = "500"
     # The rest of such a body must not be waited for.
     kind = Lingering if isinstance(error, (RequestTooLarge, BodyTooSlow)) else JSONResponse
+    if is_openai_path(path):
+        return kind(openai_error(error).model_dump(), openai_status(error), headers)
     return kind(error_body(error).model_dump(), error.http_status, headers)
 
 
 async def _on_serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    response = answer_to(error)
+    response = answer_to(error, request.url.path)
     limits = getattr(request.state, LIMIT_HEADERS, None)  # of a caller that was let in
     response.headers.update(limits() if limits is not None else {})
     return response
@@ -78,7 +86,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == NotFound.http_status:
         text = "not found; chats go to POST /chat/completions, and GET /docs"
         answered = NotFound(f"{operation}: {text}")
-    response = answer_to(answered)
+    response = answer_to(answered, request.url.path)
     response.headers.update(error.headers or {})
     return response
 
@@ -86,7 +94,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 async def _on_query(request: Request, error: Exception) -> Response:
     """Answers a wrong value in the query, which FastAPI itself has read."""
     assert isinstance(error, RequestValidationError)
-    return answer_to(refusal(error.errors()))
+    return answer_to(refusal(error.errors()), request.url.path)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
@@ -96,7 +104,8 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     """Answers an exception that is a bug of ours; the server logs its traceback."""
-    response = answer_to(ServingError("the gateway failed; its log says why"))
+    failure = ServingError("the gateway failed; its log says why")
+    response = answer_to(failure, request.url.path)
     # The access log adds the id to all other answers, but this one is made outside of it.
     response.headers["x-request-id"] = RequestRecord.of(request).id
     return response

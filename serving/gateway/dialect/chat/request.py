@@ -13,6 +13,7 @@ from serving.gateway.dialect.chat.messages import Message, check_order, conversa
 from serving.gateway.dialect.chat.tools import Choice, Tools, add_tools
 from serving.gateway.dialect.fields import MAX_TOOLS, Name, Never, TokenCount, only
 from serving.gateway.dialect.forms import FormParameters
+from serving.gateway.dialect.names import Path
 from serving.proto import inference_pb2
 
 MAX_MESSAGES = 2048
@@ -27,6 +28,8 @@ def _with_logprobs(count: int | None, info: ValidationInfo) -> int | None:
 
 class ChatRequest(FormParameters):
     """The body of a chat completion request."""
+
+    prompt_field = "messages"
 
     messages: Annotated[
         list[Message],
@@ -60,6 +63,12 @@ class ChatRequest(FormParameters):
         Annotated[int, Field(ge=0, le=20)] | None, AfterValidator(_with_logprobs)
     ] = None
     """The number of likeliest tokens to return beside it."""
+
+    def sent_path(self, path: Path) -> Path:
+        """Returns the client's path of a parameter, from the path that the service names."""
+        if path[:1] == ("tools",) and len(path) == 3:
+            return (*path[:2], "function", path[2])
+        return super().sent_path(path)
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:
         """Returns the one call of the model service that answers the chat."""

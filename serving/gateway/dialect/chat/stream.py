@@ -11,7 +11,7 @@ from pydantic import Field
 
 from serving.gateway.dialect.chat.response import Logprobs, ToolCall, chat_logprobs, tool_call
 from serving.gateway.dialect.chunks import Identity, Usage
-from serving.gateway.dialect.error_body import ErrorDetail
+from serving.gateway.dialect.error_body import ErrorDetail, OpenAIErrorDetail
 from serving.gateway.dialect.fields import Described, is_none
 from serving.gateway.dialect.sse import Events
 from serving.proto import inference_pb2
@@ -56,7 +56,7 @@ class ChatCompletionChunk(Described):
     """One choice; none in a heartbeat, a chunk of usage, a failure."""
     usage: Usage | None = Field(default=None, exclude_if=is_none)
     """Tokens spent, in one chunk at the end."""
-    error: ErrorDetail | None = Field(default=None, exclude_if=is_none)
+    error: ErrorDetail | OpenAIErrorDetail | None = Field(default=None, exclude_if=is_none)
     """Why the stream breaks off after this chunk."""
 
 

@@ -26,6 +26,7 @@ from serving.gateway.dialect.fields import (
     only,
 )
 from serving.gateway.dialect.forms import Schema
+from serving.gateway.dialect.names import Path
 from serving.gateway.dialect.responses.items import Input, conversation
 from serving.gateway.dialect.responses.output import check_size
 from serving.gateway.dialect.responses.tools import Tools, repeated_choice
@@ -146,6 +147,8 @@ def _with_logprobs(count: int | None, info: ValidationInfo) -> int | None:
 class ResponsesRequest(Parameters):
     """The body of a request to the Responses API."""
 
+    prompt_field = "input"
+
     input: Input
     """A text of the user, or the items of a conversation in order."""
     instructions: Text | None = None
@@ -208,6 +211,12 @@ class ResponsesRequest(Parameters):
     """An answer has one choice."""
     max_tokens: Annotated[TokenCount | None, AfterValidator(_newer_name)] = None
     """Not a name of this API."""
+
+    def sent_path(self, path: Path) -> Path:
+        """Returns the client's path of a parameter, from the path that the service names."""
+        if path[:1] != ("response_format",):
+            return super().sent_path(path)
+        return ("text", "format", "schema") if path[1:] == ("json_schema",) else ("text", "format")
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:
         """Returns the one call of the model service that answers the request."""

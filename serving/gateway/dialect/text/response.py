@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from serving.gateway.dialect.chunks import Usage, finite_logprob
-from serving.gateway.dialect.error_body import ErrorDetail
+from serving.gateway.dialect.error_body import ErrorDetail, OpenAIErrorDetail
 from serving.gateway.dialect.fields import Described, is_none
 from serving.gateway.dialect.whole import WholeAnswer, WholeChoice, encode
 from serving.proto import inference_pb2
@@ -58,7 +58,7 @@ class TextCompletion(Described):
     """As many as were asked for, in order; in a stream one, or none as in a chat's."""
     usage: Usage | None = Field(default=None, exclude_if=is_none)
     """Tokens spent; in a stream in one chunk at the end."""
-    error: ErrorDetail | None = Field(default=None, exclude_if=is_none)
+    error: ErrorDetail | OpenAIErrorDetail | None = Field(default=None, exclude_if=is_none)
     """Why the stream breaks off after this chunk."""
 
 

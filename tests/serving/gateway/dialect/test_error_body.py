@@ -5,8 +5,15 @@ import math
 
 import pytest
 
-from serving.errors import LEAVES, InvalidParameter, Problem, ServingError
-from serving.gateway.dialect.error_body import error_body
+from serving.errors import (
+    LEAVES,
+    ContextTooLong,
+    InvalidParameter,
+    Problem,
+    ServingError,
+    UnsupportedParameter,
+)
+from serving.gateway.dialect.error_body import error_body, openai_error, openai_status
 
 
 @pytest.mark.parametrize("leaf", [ServingError, *LEAVES.values()])
@@ -43,3 +50,65 @@ def test_only_short_values_are_shown_back(value: object, shown: object) -> None:
     error = InvalidParameter("m", [Problem("kind", ("body", "wine"), "m", value)])
     (detail,) = error_body(error).model_dump()["detail"]
     assert detail == {"type": "kind", "loc": ["body", "wine"], "msg": "m", "input": shown}
+
+
+@pytest.mark.parametrize("leaf", [ServingError, *LEAVES.values()])
+def test_openais_clients_read_one_object(leaf: type[ServingError]) -> None:
+    error = leaf("what is wrong")
+    assert openai_error(error).model_dump() == {
+        "error": {
+            "message": "what is wrong",
+            "type": TYPES.get(leaf.http_status, "invalid_request_error"),
+            "param": None,
+            "code": leaf.openai_code,
+        }
+    }
+    assert openai_status(error) == (400 if leaf.http_status == 422 else leaf.http_status)
+
+
+TYPES = {
+    429: "rate_limit_error",
+    **dict.fromkeys((424, 500, 503), "server_error"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "code", "param"),
+    [
+        ("missing", ("messages",), "missing_required_parameter", "messages"),
+        ("less_than_equal", ("temperature",), "invalid_value", "temperature"),
+        ("int_parsing", ("max_tokens",), "invalid_type", "max_tokens"),
+        ("string_type", ("messages", "0", "content"), "invalid_type", "messages[0].content"),
+        (
+            "extra_forbidden",
+            ("structured_outputs", "x"),
+            "unknown_parameter",
+            "structured_outputs.x",
+        ),
+        ("parameter_not_supported", ("stop", "12"), "unsupported_parameter", "stop[12]"),
+        ("anything", (), "invalid_value", None),
+    ],
+)
+def test_a_wrong_parameter_is_named_as_openai_names_it(
+    kind: str, path: tuple[str, ...], code: str, param: str | None
+) -> None:
+    error = InvalidParameter("m", [Problem(kind, ("body", *path), "it is wrong", 5)])
+    told = openai_error(error).error
+    assert (told.code, told.param) == (code, param)
+    assert told.message == (f"{param}: it is wrong" if param else "it is wrong")
+
+
+def test_each_problem_is_told_and_a_name_is_not_told_twice() -> None:
+    own = Problem("a", ("body", "n"), "n is 17; it must be within 1 and 16", None)
+    other = Problem("b", ("body", "top_p"), "too large", None)
+    told = openai_error(UnsupportedParameter("m", [own, other])).error
+    assert told.message == "n is 17; it must be within 1 and 16; top_p: too large"
+    assert (told.param, told.code) == ("n", "unsupported_parameter")
+
+
+def test_a_context_that_is_too_short_is_told_in_openais_words() -> None:
+    error = ContextTooLong.of(4096, "the prompt has 5000 tokens")
+    error.parameter = "messages"
+    told = openai_error(error).error
+    assert told.message.startswith("This model's maximum context length is 4096 tokens. However, ")
+    assert (told.code, told.param) == ("context_length_exceeded", "messages")

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -127,6 +127,7 @@ def test_offsets_of_a_text_go_on_from_chunk_to_chunk() -> None:
 
 @pytest.mark.parametrize("kind", [ChatEvents, TextEvents])
 @pytest.mark.parametrize("include_usage", [False, True])
+@settings(deadline=None)  # the first example builds the types
 @given(
     text=st.text(),
     reason=st.sampled_from([0, STOP, inference_pb2.FINISH_REASON_TOOL_CALLS]),

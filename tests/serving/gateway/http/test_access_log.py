@@ -282,7 +282,8 @@ def test_a_broken_stream_is_charged(watched: Watched, lines: list[dict[str, Any]
     ("path", "headers", "status", "route", "caller"),
     [
         ("/v1/chat/completions", {}, 401, "/v1/chat/completions", None),
-        ("/v1/chat/completions", ALICE, 422, "/v1/chat/completions", "alice"),
+        ("/v1/chat/completions", ALICE, 400, "/v1/chat/completions", "alice"),
+        ("/chat/completions", ALICE, 422, "/chat/completions", "alice"),
         ("/nowhere%0a", ALICE, 404, "other", None),
         ("/info", ALICE, 405, "other", None),
     ],
@@ -385,7 +386,7 @@ def test_too_many_requests(watched: Watched, lines: list[dict[str, Any]]) -> Non
     assert refused.status_code == 429
     assert refused.headers["retry-after"] in ("29", "30")  # one comes back every 30 seconds
     assert refused.headers["x-ms-error-code"] == "TooManyRequests"
-    assert "2 requests a minute" in refused.json()["message"]
+    assert "2 requests a minute" in refused.json()["error"]["message"]
     body = {"messages": [{"role": "user", "content": "x"}]}
     assert watched.post("/v1/chat/completions", headers=OPERATOR, **body).status_code == 200
     assert watched.get("/info").status_code == 200  # only answers are counted
@@ -401,7 +402,7 @@ def test_too_many_tokens(watched: Watched) -> None:
     assert watched.chat("x", max_tokens=2).status_code == 200
     too_long = watched.chat("x", max_tokens=60)
     assert too_long.status_code == 400 and "retry-after" not in too_long.headers
-    assert "60 tokens a minute" in too_long.json()["message"]
+    assert "60 tokens a minute" in too_long.json()["error"]["message"]
 
 
 def test_usage_of_everybody_is_for_the_operator(watched: Watched) -> None:

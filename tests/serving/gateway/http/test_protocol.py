@@ -399,4 +399,4 @@ def test_a_stream_to_http_1_0_that_fails_says_so_and_has_no_end(stack: Stack) ->
     sent = {"messages": [{"role": "user", "content": "one !fail:EngineFailure"}], "stream": True}
     head, body = ask(stack, "1.0", **sent)
     assert head.startswith(b"http/1.1 200 ")
-    assert b'"code":"ModelError"' in body and b"[DONE]" not in body
+    assert b'"code":"model_error"' in body and b"[DONE]" not in body

@@ -1,0 +1,89 @@
+"""Names of parameters in refusals: those that the client has used."""
+
+import json
+from typing import Any
+
+import pytest
+
+from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest, Problem
+from serving.gateway.dialect.chat.request import ChatRequest
+from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.parsing import read
+from serving.gateway.dialect.responses.request import ResponsesRequest
+from serving.gateway.dialect.text.request import CompletionRequest
+from tests.support.chats import HELLO
+
+
+def chat(**parameters: Any) -> ChatRequest:
+    body = json.dumps({"messages": HELLO} | parameters).encode()
+    return read(body, ChatRequest, ignore_unknown)
+
+
+def refusal(*path: str) -> InvalidParameter:
+    """Returns a refusal as the service's crosses gRPC."""
+    text = f"{'.'.join(path)}: not is not supported (at /properties/a)"
+    problem = Problem(InvalidParameter.azure_code, ("body", *path), text, None)
+    return InvalidParameter(text, [problem])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "own", "sent"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema",
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            "response_format.json_schema",
+            "response_format.schema",
+        ),
+        ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
+        ({"guided_json": {}}, "response_format.json_schema", "guided_json"),
+        ({"grammar": "root ::= a"}, "response_format.gbnf", "grammar"),
+        (
+            {"structured_outputs": {"json": {}}},
+            "response_format.json_schema",
+            "structured_outputs.json",
+        ),
+        (
+            {"structured_outputs": {"regex": "("}},
+            "response_format.regex",
+            "structured_outputs.regex",
+        ),
+        ({}, "tools.3.parameters", "tools.3.function.parameters"),
+        ({}, "tool_choice", "tool_choice"),
+        ({}, "n", "n"),
+    ],
+)
+def test_a_refusal_names_what_the_client_sent(
+    parameters: dict[str, Any], own: str, sent: str
+) -> None:
+    told = chat(**parameters).as_sent(refusal(*own.split(".")))
+    assert str(told) == f"{sent}: not is not supported (at /properties/a)"
+    assert isinstance(told, InvalidParameter)
+    (problem,) = told.problems
+    assert ".".join(problem.path) == f"body.{sent}"
+    assert problem.message == str(told)
+
+
+def test_a_prompt_that_is_too_long_is_named() -> None:
+    text = read(b'{"prompt": "a"}', CompletionRequest, ignore_unknown)
+    response = read(b'{"input": "a"}', ResponsesRequest, ignore_unknown)
+    for asked, name in ((chat(), "messages"), (text, "prompt"), (response, "input")):
+        told = asked.as_sent(ContextTooLong("too long"))
+        assert isinstance(told, ContextTooLong)
+        assert told.parameter == name
+
+
+def test_a_schema_of_the_responses_api_is_named() -> None:
+    body = b'{"input": "a", "text": {"format": {"type": "json_schema", "schema": {}}}}'
+    asked = read(body, ResponsesRequest, ignore_unknown)
+    told = asked.as_sent(refusal("response_format", "json_schema"))
+    assert str(told).startswith("text.format.schema: not is not supported")
+
+
+def test_other_refusals_stay() -> None:
+    for error in (InvalidRequest("what"), InvalidParameter("n is 17")):
+        assert chat().as_sent(error) is error
