@@ -129,12 +129,15 @@ class Problem:
         path: The way to the parameter, such as ("body", "messages", "0", "role").
         message: A sentence for people.
         value: The wrong value.
+        pointer: The JSON pointer (RFC 6901) of the mistake within the parameter, if that is a
+            schema.
     """
 
     kind: str
     path: tuple[str, ...]
     message: str
     value: object
+    pointer: str = ""
 
 
 class InvalidParameter(InvalidRequest):
@@ -289,7 +292,9 @@ def to_grpc(error: ServingError) -> tuple[tuple[str, str | bytes], ...]:
     if isinstance(error, InvalidParameter):
         bad = error_details_pb2.BadRequest()
         for problem in error.problems:
-            bad.field_violations.add(field=".".join(problem.path), description=problem.message)
+            # Google's names of fields do not say how to point into a text; URIs do it so.
+            field = ".".join(problem.path) + ("#" + problem.pointer if problem.pointer else "")
+            bad.field_violations.add(field=field, description=problem.message[:_MAX_TEXT])
         if not error.problems:  # the text begins with the parameter's name
             bad.field_violations.add(field=message.partition(" ")[0], description=message)
         status.details.add().Pack(bad)
@@ -318,6 +323,13 @@ def from_grpc(
     return kind(message)
 
 
+def _problem(field: str, description: str) -> Problem:
+    """Returns the problem of a violation, whose field may have a JSON pointer behind a `#`."""
+    name, _, pointer = field.partition("#")
+    path = ("body", *name.split("."))
+    return Problem(InvalidParameter.azure_code, path, description, None, pointer)
+
+
 def _details(content: str | bytes | None) -> tuple[float | None, list[Problem]]:
     """Returns the seconds of RetryInfo and the problems of BadRequest in a google.rpc.Status."""
     if not isinstance(content, bytes):
@@ -333,12 +345,7 @@ def _details(content: str | bytes | None) -> tuple[float | None, list[Problem]]:
                 seconds = retry.retry_delay.ToMilliseconds() / 1000
             elif detail.Unpack(bad):
                 problems = [
-                    Problem(
-                        InvalidParameter.azure_code,
-                        ("body", *violation.field.split(".")),
-                        violation.description,
-                        None,
-                    )
+                    _problem(violation.field, violation.description)
                     for violation in bad.field_violations
                 ]
     except DecodeError:  # of somebody else, such as a proxy
