@@ -12,13 +12,17 @@ sent.
 This module needs grpcio and protobuf alone, never jax.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
 
 from serving.channel import options_for, target_of
+from serving.client.functions import result_text, tools_of
+from serving.client.rounds import Rounds, Run, explain
+from serving.client.translation import delta_of, info_of, tokenize_request_of, tokens_of
 from serving.client.types import (
     Completion,
     Delta,
@@ -27,14 +31,17 @@ from serving.client.types import (
     Options,
     Prompt,
     Tokens,
+    Tool,
     completion_of,
-    delta_of,
-    info_of,
-    request_of,
-    tokenize_request_of,
-    tokens_of,
 )
-from serving.errors import ERROR_METADATA, RequestTooLarge, ServingError, Unavailable, from_grpc
+from serving.errors import (
+    ERROR_METADATA,
+    WEAKENED_METADATA,
+    RequestTooLarge,
+    ServingError,
+    Unavailable,
+    from_grpc,
+)
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 
@@ -114,23 +121,31 @@ class Client:
         Args:
             messages: The chat.
             continue_last: Whether the last message, an assistant's, is the beginning of the answer.
-            options: How to answer.
+            options: How to answer. Of `tools`, functions are run and the model answers again, until
+                it calls none, or calls a tool that is no function.
         """
-        return self._stream(request_of(messages, continue_last, options), options)
+        return self._answers(_rounds(messages, continue_last, options), options)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Delta]:
         """Yields what continues a text or token ids, or the answer to a chat, as it comes."""
-        return self._stream(request_of(prompt, False, options), options)
+        return self._answers(_rounds(prompt, False, options), options)
 
     def complete(
         self, prompt: Prompt, *, continue_last: bool = False, **options: Unpack[Options]
     ) -> Completion:
         """Returns the whole answer to a chat, or what continues a text or token ids."""
-        return completion_of(self._stream(request_of(prompt, continue_last, options), options))
+        return completion_of(self._answers(_rounds(prompt, continue_last, options), options))
 
-    def tokenize(self, prompt: Sequence[Message] | str, *, continue_last: bool = False) -> Tokens:
+    def tokenize(
+        self,
+        prompt: Sequence[Message] | str,
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Tool | Callable[..., Any]] = (),
+    ) -> Tokens:
         """Returns the ids that the model would read."""
-        return tokens_of(self._ask("Tokenize", tokenize_request_of(prompt, continue_last)))
+        request = tokenize_request_of(prompt, continue_last, tools_of(tools))
+        return tokens_of(self._ask("Tokenize", request))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""
@@ -162,12 +177,28 @@ class Client:
     ) -> None:
         self.close()
 
+    def _answers(self, rounds: Rounds, options: Options) -> Iterator[Delta]:
+        """Yields the answers of all rounds; between them it runs what they call."""
+        while True:
+            for delta in self._stream(rounds.request, options):
+                rounds.note(delta)
+                yield delta
+            runs = rounds.runs()
+            if not runs:
+                return
+            yield rounds.add([_result(run) for run in runs])
+
     def _stream(self, request: pb.GenerateRequest, options: Options) -> Iterator[Delta]:
         timeout = options.get("timeout")
         call = self._stub.Generate(request, metadata=self._metadata, timeout=timeout)
+        weakened = None
         try:
             for chunk in call:
-                yield delta_of(chunk)
+                if weakened is None:
+                    weakened = _weakened(call.initial_metadata())
+                    yield delta_of(chunk, weakened)
+                else:
+                    yield delta_of(chunk)
         except grpc.RpcError as failure:
             raise _error_of(failure) from failure
         finally:
@@ -210,24 +241,29 @@ class AsyncClient:
         **options: Unpack[Options],
     ) -> AsyncIterator[Delta]:
         """Yields the answer to a chat as it comes, like `Client.chat`."""
-        return self._stream(request_of(messages, continue_last, options), options)
+        return self._answers(Rounds(messages, continue_last, options), options)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[Delta]:
         """Yields what continues a prompt as it comes, like `Client.generate`."""
-        return self._stream(request_of(prompt, False, options), options)
+        return self._answers(Rounds(prompt, False, options), options)
 
     async def complete(
         self, prompt: Prompt, *, continue_last: bool = False, **options: Unpack[Options]
     ) -> Completion:
         """Returns the whole answer, like `Client.complete`."""
-        deltas = self._stream(request_of(prompt, continue_last, options), options)
+        deltas = self._answers(Rounds(prompt, continue_last, options), options)
         return completion_of([delta async for delta in deltas])
 
     async def tokenize(
-        self, prompt: Sequence[Message] | str, *, continue_last: bool = False
+        self,
+        prompt: Sequence[Message] | str,
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Tool | Callable[..., Any]] = (),
     ) -> Tokens:
         """Returns the ids that the model would read, like `Client.tokenize`."""
-        return tokens_of(await self._ask("Tokenize", tokenize_request_of(prompt, continue_last)))
+        request = tokenize_request_of(prompt, continue_last, tools_of(tools))
+        return tokens_of(await self._ask("Tokenize", request))
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, like `Client.detokenize`."""
@@ -256,12 +292,31 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
+    async def _answers(self, rounds: Rounds, options: Options) -> AsyncIterator[Delta]:
+        """Yields the answers of all rounds; between them it runs what they call, one by one.
+
+        Functions that are not to be awaited run in a thread.
+        """
+        while True:
+            async for delta in self._stream(rounds.request, options):
+                rounds.note(delta)
+                yield delta
+            runs = rounds.runs()
+            if not runs:
+                return
+            yield rounds.add([await _awaited_result(run) for run in runs])
+
     async def _stream(self, request: pb.GenerateRequest, options: Options) -> AsyncIterator[Delta]:
         timeout = options.get("timeout")
         call = self._stub.Generate(request, metadata=self._metadata, timeout=timeout)
+        weakened = None
         try:
             async for chunk in call:
-                yield delta_of(chunk)
+                if weakened is None:
+                    weakened = _weakened(await call.initial_metadata())
+                    yield delta_of(chunk, weakened)
+                else:
+                    yield delta_of(chunk)
         except grpc.RpcError as failure:
             raise _error_of(failure) from failure
         finally:
@@ -274,6 +329,39 @@ class AsyncClient:
             )
         except grpc.RpcError as failure:
             raise _error_of(failure) from failure
+
+
+def _rounds(prompt: Prompt, continue_last: bool, options: Options) -> Rounds:
+    """Returns the rounds of a client that awaits nothing."""
+    rounds = Rounds(prompt, continue_last, options)
+    if rounds.has_coroutines:
+        raise TypeError("a function of tools is to be awaited; use AsyncClient")
+    return rounds
+
+
+def _result(run: Run) -> str:
+    """Returns what a function returns, as text for the model."""
+    if run.arguments is None:
+        return run.mistake
+    try:
+        return result_text(run.function.run(run.arguments))
+    except Exception as error:
+        explain(error, run)
+        raise
+
+
+async def _awaited_result(run: Run) -> str:
+    if not run.function.is_async or run.arguments is None:
+        return await asyncio.to_thread(_result, run)
+    try:
+        return result_text(await run.function.run(run.arguments))
+    except Exception as error:
+        explain(error, run)
+        raise
+
+
+def _weakened(metadata: Any) -> str:
+    return next((str(value) for key, value in metadata or () if key == WEAKENED_METADATA), "")
 
 
 def _error_of(failure: grpc.RpcError) -> ServingError:

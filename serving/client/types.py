@@ -1,29 +1,60 @@
-"""Types of the Python client: plain data, and its translation to protobuf and back."""
+"""Types of the Python client: plain data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, get_type_hints
+from typing import Any, Literal, NotRequired, TypedDict
 
+from serving.client import formats
 from serving.errors import EngineFailure
-from serving.proto import inference_pb2 as pb
 
-FinishReason = Literal["stop", "length"]
-_FINISH: dict[int, FinishReason] = {
-    pb.FINISH_REASON_STOP: "stop",
-    pb.FINISH_REASON_LENGTH: "length",
-}
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class ToolCall(TypedDict):
+    """A call of a tool by the model.
+
+    Attributes:
+        id: Names the call; its result has the same.
+        name: The tool's.
+        arguments: An object in JSON.
+    """
+
+    id: str
+    name: str
+    arguments: str
 
 
 class Message(TypedDict):
     """One turn of a chat.
 
     Attributes:
-        role: "system", "user" or "assistant".
-        content: The text.
+        role: "system", "user", "assistant" or "tool".
+        content: The text; of a tool, the result of a call.
+        tool_calls: Of an assistant: the calls of tools, beside or in place of a text.
+        tool_call_id: Of a tool: the id of the call.
     """
 
     role: str
     content: str
+    tool_calls: NotRequired[Sequence[ToolCall]]
+    tool_call_id: NotRequired[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tool:
+    """A function that the model may call, and that the caller runs.
+
+    Attributes:
+        name: Letters, digits, `_`, `.` and `-`; at most 64.
+        description: For the model.
+        parameters: The JSON Schema of the arguments, an object; None for no arguments.
+        strict: Refuses parameters of which a part cannot be enforced.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+    strict: bool = False
 
 
 Prompt = Sequence[Message] | str | Sequence[int]  # a chat, a text to be continued, or token ids
@@ -32,7 +63,13 @@ Prompt = Sequence[Message] | str | Sequence[int]  # a chat, a text to be continu
 class Options(TypedDict, total=False):
     """Options of an answer, whose meanings and ranges stand in serving/proto/inference.proto.
 
-    An option that is None counts as left out. `timeout` is in seconds, for the whole answer.
+    An option that is None counts as left out. `timeout` is in seconds, for a whole answer of the
+    model. Those from `tools` on are for chats:
+
+    * `tools` are Python functions, which the client runs, or `Tool`s, which the caller runs.
+    * `tool_choice` is "auto", "none" or "required", or a list of names, of which one is called.
+      Where functions are run it is for the first answer; later ones are "auto".
+    * `max_rounds` is how often functions are run before the model must answer; 8 by default.
     """
 
     max_tokens: int | None
@@ -51,10 +88,12 @@ class Options(TypedDict, total=False):
     ignore_eos: bool | None
     stop_token_ids: Sequence[int] | None
     top_logprobs: int | None
+    response_format: formats.ResponseFormat | None
     timeout: float | None
-
-
-_SAMPLING = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+    tools: Sequence[Tool | Callable[..., Any]] | None
+    tool_choice: Literal["auto", "none", "required"] | Sequence[str] | None
+    parallel_tool_calls: bool | None
+    max_rounds: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +130,14 @@ class Delta:
         token_ids: The ids of the new tokens.
         choice: The number of the choice.
         finish_reason: On the last delta of each choice.
-        usage: On the last delta of all.
+        usage: On the last delta of all; where functions were run, of each answer.
         logprobs: An entry for each of `token_ids`, where `top_logprobs` was asked for.
+        tool_calls: Calls that are complete now.
+        violation: On the last delta of a choice: how it misses a part of its schema that is not
+            enforced.
+        weakened: On the first delta: the parts of the caller's schemas that are not enforced.
+        messages: On a delta of its own, when functions were run: what they add to the chat, the
+            assistant's message with the calls and a tool's message with each result.
     """
 
     text: str
@@ -101,13 +146,19 @@ class Delta:
     finish_reason: FinishReason | None
     usage: Usage | None
     logprobs: tuple[Logprob, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    violation: str = ""
+    weakened: str = ""
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(kw_only=True)
 class Choice:
-    """One choice of a whole answer."""
+    """One choice of a whole answer. `violation` is as in Delta."""
 
     text: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    violation: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[Logprob] = field(default_factory=list)
@@ -115,15 +166,34 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A whole answer."""
+    """A whole answer.
+
+    Attributes:
+        choices: The choices; where functions were run, of the last answer.
+        usage: The tokens of it all.
+        weakened: The parts of the caller's schemas that are not enforced.
+        earlier: The messages that runs of functions added to the chat before the last answer.
+    """
 
     choices: tuple[Choice, ...]
     usage: Usage
+    weakened: str = ""
+    earlier: tuple[Message, ...] = ()
 
     @property
     def text(self) -> str:
         """Returns the text of the first choice."""
         return self.choices[0].text
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Returns the calls of the first choice."""
+        return self.choices[0].tool_calls
+
+    @property
+    def messages(self) -> list[Message]:
+        """Returns all that was added to the chat, the first choice's message last."""
+        return [*self.earlier, assistant_message(self.text, self.tool_calls)]
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -154,6 +224,7 @@ class ModelInfo:
         provider: The maker of the model.
         max_context: Tokens that prompt and answer may have together.
         vocab_size: The number of token ids.
+        capabilities: What answers can be held to, such as "json_schema", and "tools".
     """
 
     name: str
@@ -161,130 +232,42 @@ class ModelInfo:
     provider: str
     max_context: int
     vocab_size: int
+    capabilities: tuple[str, ...] = ()
 
 
-def check_names(options: Mapping[str, object]) -> None:
-    """Raises TypeError for an option that does not exist."""
-    known = get_type_hints(Options)
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{name!r} is no option of an answer; there are {', '.join(known)}")
-
-
-def request_of(prompt: Prompt, continue_last: bool, options: Options) -> pb.GenerateRequest:
-    """Returns the message for the wire; raises TypeError or ValueError that names the mistake."""
-    check_names(options)
-    content: Any = prompt
-    match _kind(prompt):
-        case "chat":
-            request = pb.GenerateRequest(chat=_chat(content, continue_last))
-        case "text":
-            request = pb.GenerateRequest(text=content)
-        case "token_ids":
-            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=content))
-    if continue_last and not request.HasField("chat"):
-        raise TypeError("continue_last is for chats; a text or token ids are continued anyway")
-    for name, value in options.items():
-        if value is not None and name != "timeout":
-            _set(request.sampling if name in _SAMPLING else request, name, value)
-    return request
-
-
-def tokenize_request_of(prompt: Prompt, continue_last: bool) -> pb.TokenizeRequest:
-    """Returns the message for the wire; raises TypeError that names the mistake."""
-    if _kind(prompt) == "text":
-        return pb.TokenizeRequest(text=str(prompt))
-    return pb.TokenizeRequest(chat=_chat(prompt, continue_last))
-
-
-def delta_of(chunk: pb.GenerateChunk) -> Delta:
-    """Returns a chunk of the wire as a Delta."""
-    usage = None
-    if chunk.HasField("usage"):
-        usage = Usage(
-            prompt_tokens=chunk.usage.prompt_tokens,
-            completion_tokens=chunk.usage.completion_tokens,
-        )
-    return Delta(
-        text=chunk.text,
-        token_ids=tuple(chunk.token_ids),
-        choice=chunk.choice,
-        finish_reason=_FINISH.get(chunk.finish_reason),
-        usage=usage,
-        logprobs=tuple(map(_logprob_of, chunk.logprobs)),
-    )
+def assistant_message(text: str, calls: Sequence[ToolCall]) -> Message:
+    """Returns an answer as a message of the chat that goes on."""
+    message: Message = {"role": "assistant", "content": text}
+    if calls:
+        message["tool_calls"] = list(calls)
+    return message
 
 
 def completion_of(deltas: Iterable[Delta]) -> Completion:
     """Joins the deltas of an answer; raises EngineFailure if its end is missing."""
     choices: dict[int, Choice] = {}
-    usage = None
+    usages: list[Usage] = []
+    earlier: list[Message] = []
+    weakened = ""
     for delta in deltas:
+        if delta.messages:
+            earlier += delta.messages
+            choices.clear()
+            continue
         choice = choices.setdefault(delta.choice, Choice())
         choice.text += delta.text
         choice.token_ids += delta.token_ids
         choice.logprobs += delta.logprobs
+        choice.tool_calls += delta.tool_calls
+        choice.violation = delta.violation or choice.violation
         choice.finish_reason = delta.finish_reason or choice.finish_reason
-        usage = delta.usage or usage
-    if usage is None:
+        weakened = weakened or delta.weakened
+        usages += [delta.usage] if delta.usage else []
+    if not choices or not all(choice.finish_reason for choice in choices.values()):
         raise EngineFailure("the server ended its answer without a reason to finish")
-    return Completion(choices=tuple(choices[i] for i in sorted(choices)), usage=usage)
-
-
-def tokens_of(tokens: pb.Tokens) -> Tokens:
-    """Returns a message of the wire as Tokens."""
-    return Tokens(ids=tuple(tokens.ids), pieces=tuple(tokens.pieces))
-
-
-def info_of(info: pb.ModelInfo) -> ModelInfo:
-    """Returns a message of the wire as a ModelInfo."""
-    return ModelInfo(
-        name=info.name,
-        type=info.type,
-        provider=info.provider,
-        max_context=info.max_context,
-        vocab_size=info.vocab_size,
+    usage = Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
     )
-
-
-def _kind(prompt: Any) -> Literal["chat", "text", "token_ids"]:
-    if isinstance(prompt, str):
-        return "text"
-    if all(isinstance(token, int) for token in prompt) and len(prompt):
-        return "token_ids"
-    return "chat"
-
-
-def _chat(messages: Any, continue_last: bool) -> pb.Chat:
-    chat = pb.Chat(continue_last=continue_last)
-    for place, message in enumerate(messages):
-        if not (isinstance(message, Mapping) and message.keys() == {"role", "content"}):
-            raise TypeError(
-                f"messages[{place}] must be a dictionary of 'role' and 'content', "
-                f"not {message!r:.60}"
-            )
-        chat.messages.add(role=message["role"], content=message["content"])
-    return chat
-
-
-def _set(message: Any, name: str, value: Any) -> None:
-    try:
-        if name == "logit_bias":
-            message.logit_bias.update(value)
-        elif name == "stop":
-            message.stop.extend([value] if isinstance(value, str) else value)
-        elif name == "stop_token_ids":
-            message.stop_token_ids.extend(value)
-        else:
-            setattr(message, name, value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name} cannot be {value!r}: {error}") from None
-
-
-def _logprob_of(token: pb.TokenLogprob) -> Logprob:
-    return Logprob(
-        token_id=token.token_id,
-        token=token.token,
-        logprob=token.logprob,
-        top=tuple(map(_logprob_of, token.top)),
-    )
+    ordered = tuple(choices[i] for i in sorted(choices))
+    return Completion(choices=ordered, usage=usage, weakened=weakened, earlier=tuple(earlier))

@@ -59,6 +59,11 @@ class Metrics:
             registry=self.registry,
         )
         self._ended = {reason: ended.labels(model_name, reason) for reason in FINISHED}
+        self._violations = Counter(
+            "mixtral_structure_violations",
+            "Choices that have ended and miss a part of their schema that is not enforced.",
+            registry=self.registry,
+        )
         self._first = self._histogram(
             "vllm:time_to_first_token_seconds",
             "From a request's arrival to the first token of each of its choices.",
@@ -127,6 +132,10 @@ class Metrics:
     def given_up(self, reason: str, choices: int) -> None:
         """Records choices of one request that ended with the reason `abort` or `error`."""
         self._ended[reason].inc(choices)
+
+    def structure_violated(self) -> None:
+        """Records a choice that misses a part of its schema that is not enforced."""
+        self._violations.inc()
 
     def watch(
         self,

@@ -18,6 +18,8 @@ from serving.errors import InvalidParameter, Problem
 from serving.proto import inference_pb2 as pb
 
 FIELD = "response_format"
+CAPABILITIES = tuple(kind.value for kind in Kind)
+"""The names by which ModelInfo tells what an answer can be held to."""
 MAX_WEAKENED_BYTES = 1024
 """Of a line of metadata, or of a header."""
 _PROBLEM = "structure"  # the kind of a Problem
@@ -34,7 +36,7 @@ class AnswerForm:
     """For the engine."""
     weakened: tuple[str, ...] = ()
     """The parts that the caller has asked for and that are not enforced, each with its pointer."""
-    mismatch: Callable[[str], str | None] | None = None
+    violation: Callable[[str], str | None] | None = None
     """Returns what is wrong with a whole answer that is not held to all parts; None: nothing."""
 
 

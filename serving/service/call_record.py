@@ -100,6 +100,10 @@ class Call:
             ),
         )
 
+    def violated(self) -> None:
+        """Notes that a choice that has ended misses a part of its schema that is not enforced."""
+        self._metrics.structure_violated()
+
     def fail(self, error: ServingError) -> None:
         """Notes that the call ends with an error."""
         self._error = error

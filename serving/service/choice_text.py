@@ -1,10 +1,15 @@
-"""Text of an answer: the tokens of each choice become text, as far as it is certain, in chunks."""
+"""Text of an answer: the tokens of each choice become text, as far as it is certain, in chunks.
+
+An answer that is held to a form is whole where the form ends it. Cut by a stop text or a stop id it
+is not, and its reason is `length`, as at the end of its tokens.
+"""
 
 from collections.abc import Sequence
 
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.service.answer_form import AnswerForm
 from serving.service.stop_texts import StopTexts
 
 _FINISH = {
@@ -21,14 +26,26 @@ class AnswerText:
         tokenizer: That of the model.
         stop: The texts that end a choice.
         continues: Whether the answer continues the prompt's text.
+        form: The form that the answer is held to; None where there is none.
+
+    Attributes:
+        needs_check: Whether a part of the form is not enforced.
     """
 
     def __init__(
-        self, request: Request, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        *,
+        continues: bool,
+        form: AnswerForm | None = None,
     ) -> None:
         stops = tuple(stop)  # one for all choices: it may be long
+        self.needs_check = form is not None and form.violation is not None
         self._choices = [
-            Choice(index, tokenizer, stops, continues=continues) for index in range(request.n)
+            Choice(index, tokenizer, stops, continues=continues, form=form)
+            for index in range(request.n)
         ]
         self._usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
         self._has_begun = False  # a chunk has had a token
@@ -41,6 +58,13 @@ class AnswerText:
     def reason(self, index: int) -> FinishReason | None:
         """Returns why a choice has ended; None while it goes on."""
         return self._choices[index].reason
+
+    def violation(self, index: int) -> str | None:
+        """Returns how a choice that has ended misses a part of its form that is not enforced.
+
+        It takes time: call it in a thread. None where it was cut, or nothing is wrong.
+        """
+        return self._choices[index].violation()
 
     def opening(self) -> pb.GenerateChunk:
         """Returns the first chunk of the stream, which tells the size of the prompt."""
@@ -73,13 +97,21 @@ class Choice:
     """Turns the events of one choice into chunks. Tokens wait until their text is certain."""
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        *,
+        continues: bool,
+        form: AnswerForm | None = None,
     ) -> None:
         self.reason: FinishReason | None = None  # why it ended
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(continues=continues)
         self._stops = StopTexts(stop)
         self._chunk = pb.GenerateChunk(choice=index)
+        self._form = form
+        self._texts: list[str] = []  # of the whole choice, if it is to be checked
 
     @property
     def has_ended(self) -> bool:
@@ -98,7 +130,11 @@ class Choice:
         if reason is not None:
             text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
         if self._stops.stopped:
-            reason = FinishReason.STOP
+            reason = FinishReason.STOP if self._form is None else FinishReason.LENGTH
+        elif reason is FinishReason.STOP and self._is_cut(event.drawn.token_id):
+            reason = FinishReason.LENGTH
+        if self._form is not None and self._form.violation is not None:
+            self._texts.append(text)
         if reason is not None:
             self.reason = reason
             self._chunk.finish_reason = _FINISH[reason]
@@ -107,6 +143,16 @@ class Choice:
         chunk, self._chunk = self._chunk, pb.GenerateChunk(choice=self._chunk.choice)
         chunk.text = text
         return chunk
+
+    def violation(self) -> str | None:
+        """Returns how the choice misses a part of its form, as `AnswerText.violation` does."""
+        if self.reason is not FinishReason.STOP or self._form is None or not self._form.violation:
+            return None
+        return self._form.violation("".join(self._texts))
+
+    def _is_cut(self, last: int) -> bool:
+        """Returns whether the id that ended the choice is one of the caller's, within its form."""
+        return self._form is not None and last not in self._tokenizer.eos_ids
 
     def _note(self, drawn: Drawn) -> None:
         self._chunk.token_ids.append(drawn.token_id)

@@ -11,12 +11,14 @@ from google.protobuf.message import Message as ProtoMessage
 
 from mixtral_jax.errors import ChatError, SamplingError
 from mixtral_jax.sampling_params import MAX_BIASES, MAX_LOGIT_BIAS, SamplingFields, SamplingParams
+from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.errors import InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb
 from serving.proto.prompt_size import chat_size
 from serving.scheduling.request import Priority, Request
+from serving.service.answer_form import AnswerForm, AnswerForms
 from serving.service.bounds import MAX_STOP_IDS, Bounds
 
 # Text has three to five bytes for each token of a large vocabulary, and runs of spaces have more.
@@ -33,13 +35,18 @@ class Translator:
         info: The model's sizes.
         bytes_per_token: Most bytes of a prompt for each token of the context. A prompt of more is
             refused before it is tokenized, because to tokenize it would take seconds.
+        compiler: Compiles what answers are held to; None for one of its own.
 
     Attributes:
         prompt_bytes: Most bytes of a prompt.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, info: pb.ModelInfo, bytes_per_token: int = BYTES_PER_TOKEN
+        self,
+        tokenizer: Tokenizer,
+        info: pb.ModelInfo,
+        bytes_per_token: int = BYTES_PER_TOKEN,
+        compiler: Compiler | None = None,
     ) -> None:
         assert MAX_LOGIT_BIAS + MAX_STOP_IDS + len(tokenizer.eos_ids) <= MAX_BIASES
         self._tokenizer = tokenizer
@@ -48,6 +55,7 @@ class Translator:
         # Text of more bytes than the longest piece has for each token never fits.
         self.prompt_bytes = info.max_context * min(longest, bytes_per_token)
         self._bounds = Bounds(info.max_context, self.prompt_bytes)
+        self._forms = AnswerForms(compiler or Compiler(tokenizer, info.vocab_size))
 
     def check(self, message: ProtoMessage) -> None:
         """Raises InvalidRequest naming the field that is too large; quick enough for a loop.
@@ -98,6 +106,19 @@ class Translator:
             salt=message.cache_salt,
             priority=_priority(message.priority),
             suspect=message.suspect,
+        )
+
+    def needs_form(self, message: pb.GenerateRequest) -> bool:
+        """Returns whether the answer to a request is held to something."""
+        return message.HasField("response_format")
+
+    def form(self, message: pb.GenerateRequest) -> AnswerForm:
+        """Returns what the answer to a request that `needs_form` is held to.
+
+        It is compiled, which may take seconds. Raises InvalidParameter naming the field.
+        """
+        return self._forms.form(
+            message.response_format, continues=continues(message), salt=message.cache_salt
         )
 
     def tokens(self, message: pb.TokenizeRequest) -> pb.Tokens:
@@ -205,6 +226,11 @@ class Translator:
     def _check_chat(self, chat: pb.Chat) -> None:
         name = "the messages and tools have" if chat.tools else "the messages have"
         self._bounds.check_prompt(name, chat_size(chat))
+
+
+def continues(message: pb.GenerateRequest) -> bool:
+    """Returns whether an answer continues the text of its prompt, so that its first space stays."""
+    return message.WhichOneof("prompt") != "chat" or message.chat.continue_last
 
 
 def _priority(priority: pb.Priority) -> Priority:

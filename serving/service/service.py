@@ -8,14 +8,16 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
 from serving.access.renewal import RenewedServerTls
@@ -24,9 +26,11 @@ from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.engine.worker import EngineWorker
-from serving.errors import EngineFailure, Overloaded, ServingError
+from serving.errors import WEAKENED_METADATA, EngineFailure, Overloaded, ServingError
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
+from serving.scheduling.request import Request
+from serving.service.answer_form import CAPABILITIES, AnswerForm, header
 from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
 from serving.service.choice_text import AnswerText
@@ -34,7 +38,7 @@ from serving.service.direct_calls import DirectCalls, turn_of
 from serving.service.health_checks import MAX_HEALTH_CALLS, HealthCalls
 from serving.service.interceptor import AccessInterceptor
 from serving.service.open_calls import OpenCalls
-from serving.service.read_request import BYTES_PER_TOKEN, Translator
+from serving.service.read_request import BYTES_PER_TOKEN, Translator, continues
 from serving.service.reflection import add_reflection
 from serving.service.refusal import abort
 from serving.service.turns import Turns
@@ -61,6 +65,9 @@ _OPTIONS = (
     # next request fails.
     ("grpc.http2.max_ping_strikes", 0),
 )
+# Callers whose grammars are compiled at the same time, one of each. The compiler has fewer
+# processes; a thread more serves grammars that it knows already.
+_COMPILING_THREADS = 4
 # Calls that a caller may have beyond what the engine can hold.
 _SPARE_CALLS = 100
 # Callers who may have as many calls at the same time, also through a gateway. Beyond them all gRPC
@@ -78,6 +85,7 @@ class InferenceService(rpc.InferenceServicer):
         info: The model's name and sizes.
         calls: Records the calls.
         bytes_per_token: Most bytes of a prompt for each token of the context.
+        compiler: Compiles what answers are held to; None for one of its own.
     """
 
     def __init__(
@@ -87,15 +95,18 @@ class InferenceService(rpc.InferenceServicer):
         info: pb.ModelInfo,
         calls: Calls | None = None,
         bytes_per_token: int = BYTES_PER_TOKEN,
+        compiler: Compiler | None = None,
     ) -> None:
         self._calls = calls or Calls()
         self._worker = worker
         self._tokenizer = tokenizer
-        self._translator = Translator(tokenizer, info, bytes_per_token)
+        self._translator = Translator(tokenizer, info, bytes_per_token, compiler)
         self._info = pb.ModelInfo()
         self._info.CopyFrom(info)
         self._info.max_prompt_bytes = self._translator.prompt_bytes
+        self._info.capabilities.extend(CAPABILITIES)
         self._tokenizing = Turns()
+        self._compiling = Turns(_COMPILING_THREADS, most=1, name="compile")
         self.was_told_to_end = asyncio.Event()  # by Drain
 
     @property
@@ -116,7 +127,9 @@ class InferenceService(rpc.InferenceServicer):
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         call = self._calls.begin(SERVICE_NAME, "Generate", metadata)
         try:
-            async with aclosing(self._generate(request, context.time_remaining(), call)) as chunks:
+            begin = partial(_begin, context)
+            answer = self._generate(request, context.time_remaining(), call, begin)
+            async with aclosing(answer) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except Exception as error:
@@ -157,22 +170,42 @@ class InferenceService(rpc.InferenceServicer):
         self.was_told_to_end.set()
         return pb.DrainReply(running=running)
 
-    async def _generate(
-        self, message: pb.GenerateRequest, seconds: float | None, call: Call
-    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+    async def _read(
+        self, message: pb.GenerateRequest, seconds: float | None
+    ) -> tuple[Request, AnswerForm | None]:
+        """Returns the engine's request for a message, and the form of its answer."""
         deadline = None if seconds is None else time.monotonic() + seconds
         self._translator.check(message)
         if not self._worker.has_room(message.n or 1, message.caller):
             # Asked before the prompt is rendered, which under overload would be in vain.
             raise Overloaded("too many requests are waiting already; try again shortly")
         # In a thread: a template or a long prompt takes milliseconds, and other streams go on.
-        work = partial(self._translator.request, message, deadline)
-        request = await self._tokenizing.run(message.caller, work)
-        continues = message.WhichOneof("prompt") != "chat" or message.chat.continue_last
-        answer = AnswerText(request, self._tokenizer, message.stop, continues=continues)
+        read = partial(self._translator.request, message, deadline)
+        request = await self._tokenizing.run(message.caller, read)
+        if not self._translator.needs_form(message):
+            return request, None
+        # In threads of its own, so that prompts do not wait for grammars.
+        compiled = partial(self._translator.form, message)
+        form = await self._compiling.run(message.caller, compiled)
+        return replace(request, form=form.form), form
+
+    async def _generate(
+        self,
+        message: pb.GenerateRequest,
+        seconds: float | None,
+        call: Call,
+        begin: Callable[[AnswerForm | None], Awaitable[None]] | None = None,
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """Yields the answer's chunks; `begin` is called with its form before the first one."""
+        request, form = await self._read(message, seconds)
+        answer = AnswerText(
+            request, self._tokenizer, message.stop, continues=continues(message), form=form
+        )
         call.submitted(request)
         async with aclosing(self._worker.submit(request)) as events:
             await events.accepted()
+            if begin is not None:
+                await begin(form)
             yield answer.opening()
             async for event in events:
                 if answer.reason(event.choice) is not None:
@@ -182,12 +215,37 @@ class InferenceService(rpc.InferenceServicer):
                 chunk = answer.push(event)
                 if (reason := answer.reason(event.choice)) is not None:
                     call.ended(event.choice, reason)
+                    if chunk is not None and answer.needs_check:
+                        chunk.violation = await self._violation(answer, request, event.choice)
+                        if chunk.violation:
+                            call.violated()
                 if chunk is not None:
                     yield chunk
                 if answer.has_ended:
                     return  # which cancels what the engine still does
                 if reason is not None and event.finish_reason is None:
                     self._worker.end(request.id, event.choice)
+
+    async def _violation(self, answer: AnswerText, request: Request, index: int) -> str:
+        """Returns how a choice misses a part of its form that is not enforced; "" if it does not.
+
+        In a thread: the schema is the caller's, and so is the time that a check of it takes.
+        """
+        work = partial(answer.violation, index)
+        try:
+            return await self._compiling.run(request.caller, work) or ""
+        except Exception as error:
+            _log.error("an answer could not be checked", exc_info=error)
+            return "the answer could not be checked against its schema"
+
+
+async def _begin(context: grpc.aio.ServicerContext, form: AnswerForm | None) -> None:
+    """Tells what of an answer's form is not enforced, before the first chunk is sent.
+
+    So a gateway that has read that chunk can still say it in a header.
+    """
+    if form is not None and form.weakened:
+        await context.send_initial_metadata(((WEAKENED_METADATA, header(form.weakened)),))
 
 
 def _failure(error: Exception) -> ServingError:

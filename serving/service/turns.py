@@ -1,8 +1,8 @@
-"""Turns: the few threads that tokenize, which callers take in turn.
+"""Turns: the few threads that tokenize or compile, which callers take in turn.
 
-Tokenizing a long prompt takes a second. In threads of its own it delays neither the event loop nor
-what the default executor does, and a caller with many long prompts delays another's prompt by the
-one that its thread is at.
+Tokenizing a long prompt takes a second, and compiling a grammar up to two. In threads of its own it
+delays neither the event loop nor what the default executor does, and a caller with many long
+prompts delays another's prompt by the one that its thread is at.
 """
 
 import asyncio
@@ -22,13 +22,18 @@ class Turns:
     To be used in one event loop.
 
     Args:
-        threads: Number of threads, at least 2. One caller has all but one of them at most.
+        threads: Number of threads, at least 2.
+        most: Most threads of one caller; None for all but one.
+        name: What they do.
     """
 
-    def __init__(self, threads: int = _THREADS) -> None:
+    def __init__(
+        self, threads: int = _THREADS, most: int | None = None, name: str = "tokenize"
+    ) -> None:
         assert threads >= 2, threads
         self._threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._most = threads - 1 if most is None else most
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._busy: Counter[str] = Counter()  # threads of each caller
         # The callers with work that waits, in the order of their turns.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
@@ -64,7 +69,7 @@ class Turns:
             raise
 
     def _may_take(self, caller: str) -> bool:
-        return self._busy.total() < self._threads and self._busy[caller] < self._threads - 1
+        return self._busy.total() < self._threads and self._busy[caller] < self._most
 
     def _give_back(self, caller: str) -> None:
         """Frees a thread of a caller, and gives it to the next caller in turn."""

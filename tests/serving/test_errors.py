@@ -56,13 +56,18 @@ def test_wrong_parameters_cross_by_name() -> None:
     (violation,) = bad.field_violations
     assert violation.field == "top_p"
     assert violation.description == "top_p is 1.5; it must be within 0 and 1"
-    problems = [Problem("x", ("stop", "0"), "is empty", ""), Problem("x", ("n",), "is 0", 0)]
-    error = InvalidParameter("two mistakes", problems)
-    again = from_grpc("INVALID_ARGUMENT", "two mistakes", to_grpc(error))
+    problems = [
+        Problem("x", ("stop", "0"), "is empty", ""),
+        Problem("x", ("n",), "is 0", 0),
+        Problem("x", ("response_format", "json_schema"), "has `not`", None, "/a.b/not#"),
+    ]
+    error = InvalidParameter("three mistakes", problems)
+    again = from_grpc("INVALID_ARGUMENT", "three mistakes", to_grpc(error))
     assert isinstance(again, InvalidParameter)
-    assert [(problem.path, problem.message) for problem in again.problems] == [
-        (("body", "stop", "0"), "is empty"),
-        (("body", "n"), "is 0"),
+    assert [(problem.path, problem.message, problem.pointer) for problem in again.problems] == [
+        (("body", "stop", "0"), "is empty", ""),
+        (("body", "n"), "is 0", ""),
+        (("body", "response_format", "json_schema"), "has `not`", "/a.b/not#"),
     ]
 
 

@@ -40,6 +40,29 @@ def test_a_caller_with_much_work_leaves_a_thread_to_others() -> None:
     asyncio.run(run())
 
 
+def test_a_caller_has_no_more_threads_than_it_may() -> None:
+    """Of four threads Alice has one, in which she stands still; Bob's and Carol's work runs."""
+
+    async def run() -> None:
+        turns, gate, running = Turns(4, most=1), threading.Event(), []
+
+        def held() -> None:
+            running.append("alice")
+            gate.wait(10)
+
+        async with asyncio.timeout(10):
+            alice = [asyncio.create_task(turns.run("alice", held)) for _ in range(30)]
+            await until(lambda: bool(running))
+            for name in ("bob", "carol", "bob"):
+                assert await turns.run(name, lambda name=name: name) == name
+            assert running == ["alice"]
+            gate.set()
+            await asyncio.gather(*alice)
+            assert len(running) == 30
+
+    asyncio.run(run())
+
+
 def test_callers_take_turns() -> None:
     """In one thread for each of two callers' next pieces: a, b, a, b, although a came first."""
 
