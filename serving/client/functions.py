@@ -66,7 +66,8 @@ class Function:
         try:
             # Here, for pydantic would look up names in the module of `arguments`.
             arguments.__annotations__ = typing.get_type_hints(function, include_extras=True)
-            self._adapter: Any = TypeAdapter(arguments)
+            adapter: Any = TypeAdapter  # whose types know of no functions
+            self._adapter = adapter(arguments)
             parameters = self._adapter.json_schema()
         except (PydanticUserError, NameError) as error:
             raise TypeError(f"the signature of {name} has no JSON Schema: {error}") from error

@@ -62,8 +62,9 @@ class Metrics:
         self._violations = Counter(
             "mixtral_structure_violations",
             "Choices that have ended and miss a part of their schema that is not enforced.",
+            [_LABEL],
             registry=self.registry,
-        )
+        ).labels(model_name)
         self._first = self._histogram(
             "vllm:time_to_first_token_seconds",
             "From a request's arrival to the first token of each of its choices.",

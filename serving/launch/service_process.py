@@ -12,6 +12,7 @@ from grpc_health.v1._async import HealthServicer
 from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained
 from mixtral_jax.compilation import CompilationCount, keep_programs
 from mixtral_jax.errors import UserError
+from mixtral_jax.structure.compiler import Compiler
 from serving.access.config import AccessConfig
 from serving.access.credentials import Access
 from serving.access.renewal import RenewedServerTls
@@ -107,8 +108,10 @@ def _lead(
         url = serve_metrics(metrics.registry, service.metrics_host, service.metrics_port)
         _say(f"metrics on {url}")
     leader = None if rank is None else _gathered(engine, rank, pretrained)
+    # Its processes start beside the loading of the weights. Without a tokenizer nothing is served.
+    compiler = Compiler(pretrained.tokenizer, pretrained.card.model.vocab_size)
     worker, inference = _build(
-        engine, pretrained, metrics, traces, leader, service.max_bytes_per_token
+        engine, pretrained, metrics, traces, leader, service.max_bytes_per_token, compiler
     )
     worker.start()
     try:
@@ -122,6 +125,7 @@ def _lead(
                 _start_again(leader.loss)
             leader.on_loss = _start_again  # the thread would be waited for in vain
         has_ended = worker.stop(service.step_timeout)
+        compiler.close()
         traces.close()
         accounts.close()
         if not has_ended:
@@ -153,9 +157,9 @@ def _build(
     traces: Traces,
     leader: Leader | None,
     bytes_per_token: int,
+    compiler: Compiler,
 ) -> tuple[EngineWorker, InferenceService]:
     """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service."""
-    tokenizer = pretrained.tokenizer  # before the weights: without one, nothing can be served
     keep_programs()
     card = pretrained.card
 
@@ -179,7 +183,9 @@ def _build(
     )
     worker = EngineWorker(engine, metrics, explain)
     calls = Calls(metrics, traces)
-    inference = InferenceService(worker, tokenizer, info, calls, bytes_per_token)
+    inference = InferenceService(
+        worker, pretrained.tokenizer, info, calls, bytes_per_token, compiler
+    )
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
     return worker, inference

@@ -14,11 +14,11 @@ from mixtral_jax.sampling_params import MAX_BIASES, MAX_LOGIT_BIAS, SamplingFiel
 from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-from serving.errors import InvalidParameter, InvalidRequest
+from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from serving.proto import inference_pb2 as pb
 from serving.proto.prompt_size import chat_size
 from serving.scheduling.request import Priority, Request
-from serving.service.answer_form import AnswerForm, AnswerForms
+from serving.service.answer_form import CAPABILITIES, AnswerForm, AnswerForms
 from serving.service.bounds import MAX_STOP_IDS, Bounds
 
 # Text has three to five bytes for each token of a large vocabulary, and runs of spaces have more.
@@ -35,7 +35,7 @@ class Translator:
         info: The model's sizes.
         bytes_per_token: Most bytes of a prompt for each token of the context. A prompt of more is
             refused before it is tokenized, because to tokenize it would take seconds.
-        compiler: Compiles what answers are held to; None for one of its own.
+        compiler: Compiles what answers are held to; None refuses to hold them to anything.
 
     Attributes:
         prompt_bytes: Most bytes of a prompt.
@@ -55,7 +55,7 @@ class Translator:
         # Text of more bytes than the longest piece has for each token never fits.
         self.prompt_bytes = info.max_context * min(longest, bytes_per_token)
         self._bounds = Bounds(info.max_context, self.prompt_bytes)
-        self._forms = AnswerForms(compiler or Compiler(tokenizer, info.vocab_size))
+        self._forms = None if compiler is None else AnswerForms(compiler)
 
     def check(self, message: ProtoMessage) -> None:
         """Raises InvalidRequest naming the field that is too large; quick enough for a loop.
@@ -112,11 +112,18 @@ class Translator:
         """Returns whether the answer to a request is held to something."""
         return message.HasField("response_format")
 
+    @property
+    def capabilities(self) -> Sequence[str]:
+        """What answers can be held to, by the names of ModelInfo."""
+        return () if self._forms is None else CAPABILITIES
+
     def form(self, message: pb.GenerateRequest) -> AnswerForm:
         """Returns what the answer to a request that `needs_form` is held to.
 
         It is compiled, which may take seconds. Raises InvalidParameter naming the field.
         """
+        if self._forms is None:
+            raise UnsupportedParameter("response_format is nothing that this server can hold to")
         return self._forms.form(
             message.response_format, continues=continues(message), salt=message.cache_salt
         )

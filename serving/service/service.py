@@ -30,7 +30,7 @@ from serving.errors import WEAKENED_METADATA, EngineFailure, Overloaded, Serving
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from serving.scheduling.request import Request
-from serving.service.answer_form import CAPABILITIES, AnswerForm, header
+from serving.service.answer_form import AnswerForm, header
 from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
 from serving.service.choice_text import AnswerText
@@ -85,7 +85,7 @@ class InferenceService(rpc.InferenceServicer):
         info: The model's name and sizes.
         calls: Records the calls.
         bytes_per_token: Most bytes of a prompt for each token of the context.
-        compiler: Compiles what answers are held to; None for one of its own.
+        compiler: Compiles what answers are held to; None refuses to hold them to anything.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class InferenceService(rpc.InferenceServicer):
         self._info = pb.ModelInfo()
         self._info.CopyFrom(info)
         self._info.max_prompt_bytes = self._translator.prompt_bytes
-        self._info.capabilities.extend(CAPABILITIES)
+        self._info.capabilities.extend(self._translator.capabilities)
         self._tokenizing = Turns()
         self._compiling = Turns(_COMPILING_THREADS, most=1, name="compile")
         self.was_told_to_end = asyncio.Event()  # by Drain

@@ -165,5 +165,5 @@ def test_every_metric_is_documented(running: Running) -> None:
         if not name.endswith("_created")
     }
     families |= {"vllm:request_success_total"}
-    assert len(families) == 24
+    assert len(families) == 25
     assert not {name for name in families if f"`{name}`" not in documented}

@@ -1,6 +1,6 @@
 """A ResponseFormat of the wire becomes a form, or an error that names the field and the pointer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ class Failing(Compiler):
     """Raises an error in place of compiling."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(TOKENIZER, TOKENIZER.vocab_size)
+        super().__init__(TOKENIZER, TOKENIZER.vocab_size, processes=0)
         self._error = error
 
     def compile(self, specification: Specification, *, continues: bool, salt: bytes) -> Form:
@@ -42,8 +42,9 @@ class Panic(BaseException):
 
 
 @pytest.fixture(scope="module")
-def forms() -> AnswerForms:
-    return AnswerForms(Compiler(TOKENIZER, TOKENIZER.vocab_size))
+def forms() -> Iterator[AnswerForms]:
+    with Compiler(TOKENIZER, TOKENIZER.vocab_size, processes=0) as compiler:
+        yield AnswerForms(compiler)
 
 
 def allowed(form: Form, text: str) -> set[str]:
@@ -116,8 +117,8 @@ def test_the_wrong_field_is_named(forms: AnswerForms, asked: pb.ResponseFormat, 
 
 def refusal(error: BaseException) -> InvalidParameter:
     asked = pb.ResponseFormat(json_schema="{}")
-    with pytest.raises(InvalidParameter) as caught:
-        AnswerForms(Failing(error)).form(asked, continues=False, salt=b"")
+    with Failing(error) as failing, pytest.raises(InvalidParameter) as caught:
+        AnswerForms(failing).form(asked, continues=False, salt=b"")
     return caught.value
 
 
@@ -143,10 +144,9 @@ def test_a_panic_of_the_compiler_ends_its_request_alone() -> None:
     assert str(refusal(Panic("stack"))) == (
         "response_format.json_schema cannot be compiled; simplify it"
     )
-    with pytest.raises(MemoryError):
-        AnswerForms(Failing(MemoryError())).form(
-            pb.ResponseFormat(regex="a"), continues=False, salt=b""
-        )
+    asked = pb.ResponseFormat(regex="a")
+    with Failing(MemoryError()) as failing, pytest.raises(MemoryError):
+        AnswerForms(failing).form(asked, continues=False, salt=b"")
 
 
 @pytest.mark.parametrize(
