@@ -18,7 +18,7 @@ from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParamete
 from serving.proto import inference_pb2 as pb
 from serving.proto.prompt_size import chat_size
 from serving.scheduling.request import Priority, Request
-from serving.service.answer_form import CAPABILITIES, AnswerForm, AnswerForms
+from serving.service.answer.form import CAPABILITIES, AnswerForm, AnswerForms
 from serving.service.bounds import MAX_STOP_IDS, Bounds
 
 # Text has three to five bytes for each token of a large vocabulary, and runs of spaces have more.
@@ -114,7 +114,7 @@ class Translator:
 
     @property
     def capabilities(self) -> Sequence[str]:
-        """What answers can be held to, by the names of ModelInfo."""
+        """Names of ModelInfo for the forms that answers can be held to."""
         return () if self._forms is None else CAPABILITIES
 
     def form(self, message: pb.GenerateRequest) -> AnswerForm:

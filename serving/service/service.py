@@ -1,7 +1,7 @@
 """The gRPC service: proto on one side, the engine's worker on the other.
 
 A request is checked and rendered to token ids (read_request.py), and the tokens of each of its
-choices become text, which stop texts may end (choice_text.py).
+choices become text, which stop texts may end (answer/).
 """
 
 import asyncio
@@ -30,10 +30,10 @@ from serving.errors import WEAKENED_METADATA, EngineFailure, Overloaded, Serving
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from serving.scheduling.request import Request
-from serving.service.answer_form import AnswerForm, header
+from serving.service.answer.choice_text import AnswerText
+from serving.service.answer.form import AnswerForm, header
 from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
-from serving.service.choice_text import AnswerText
 from serving.service.direct_calls import DirectCalls, turn_of
 from serving.service.health_checks import MAX_HEALTH_CALLS, HealthCalls
 from serving.service.interceptor import AccessInterceptor
@@ -106,7 +106,7 @@ class InferenceService(rpc.InferenceServicer):
         self._info.max_prompt_bytes = self._translator.prompt_bytes
         self._info.capabilities.extend(self._translator.capabilities)
         self._tokenizing = Turns()
-        self._compiling = Turns(_COMPILING_THREADS, most=1, name="compile")
+        self._compiling = Turns(_COMPILING_THREADS, limit=1, name="compile")
         self.was_told_to_end = asyncio.Event()  # by Drain
 
     @property

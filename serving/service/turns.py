@@ -23,16 +23,16 @@ class Turns:
 
     Args:
         threads: Number of threads, at least 2.
-        most: Most threads of one caller; None for all but one.
+        limit: Most threads of one caller; None for all but one.
         name: What they do.
     """
 
     def __init__(
-        self, threads: int = _THREADS, most: int | None = None, name: str = "tokenize"
+        self, threads: int = _THREADS, limit: int | None = None, name: str = "tokenize"
     ) -> None:
         assert threads >= 2, threads
         self._threads = threads
-        self._most = threads - 1 if most is None else most
+        self._limit = threads - 1 if limit is None else limit
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._busy: Counter[str] = Counter()  # threads of each caller
         # The callers with work that waits, in the order of their turns.
@@ -69,7 +69,7 @@ class Turns:
             raise
 
     def _may_take(self, caller: str) -> bool:
-        return self._busy.total() < self._threads and self._busy[caller] < self._most
+        return self._busy.total() < self._threads and self._busy[caller] < self._limit
 
     def _give_back(self, caller: str) -> None:
         """Frees a thread of a caller, and gives it to the next caller in turn."""

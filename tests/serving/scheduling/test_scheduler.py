@@ -396,7 +396,7 @@ def test_cancel_takes_all_choices_wherever_they_are() -> None:
     [
         "serving.scheduling.scheduler",
         "serving.scheduling.pages",
-        "serving.service.stop_texts",
+        "serving.service.answer.stop_texts",
         "serving.errors",
     ],
 )

@@ -44,7 +44,7 @@ def test_a_caller_has_no_more_threads_than_it_may() -> None:
     """Of four threads Alice has one, in which she stands still; Bob's and Carol's work runs."""
 
     async def run() -> None:
-        turns, gate, running = Turns(4, most=1), threading.Event(), []
+        turns, gate, running = Turns(4, limit=1), threading.Event(), []
 
         def held() -> None:
             running.append("alice")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
-from serving.service.answer_form import AnswerForm
-from serving.service.stop_texts import StopTexts
+from serving.service.answer.form import AnswerForm
+from serving.service.answer.stop_texts import StopTexts
 
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,

@@ -12,7 +12,7 @@ from mixtral_jax.structure.specification import Kind, Specification
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.errors import InvalidParameter, to_grpc
 from serving.proto import inference_pb2 as pb
-from serving.service.answer_form import (
+from serving.service.answer.form import (
     MAX_WEAKENED_BYTES,
     AnswerForms,
     header,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.service.stop_texts import StopTexts
+from serving.service.answer.stop_texts import StopTexts
 
 
 def pushed(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:

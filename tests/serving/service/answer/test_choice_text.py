@@ -12,8 +12,8 @@ from mixtral_jax.structure.matcher import Guide
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
-from serving.service.answer_form import AnswerForm
-from serving.service.choice_text import AnswerText
+from serving.service.answer.choice_text import AnswerText
+from serving.service.answer.form import AnswerForm
 
 REQUEST = Request(
     id="a",
