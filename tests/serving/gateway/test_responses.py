@@ -1,10 +1,13 @@
 """OpenAI's Responses API through the gateway, as openai's own client asks it."""
 
+import json
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.support.fakes import KEY, Stack, running_stack
 from tests.support.gateway import BEARER
@@ -141,3 +144,73 @@ def test_hosted_tools_are_listed_where_they_are_left_out() -> None:
             assert stream.headers["x-mixtral-ignored-tools"] == "web_search"
         (asked, _) = stack.service.requests
     assert [tool.name for tool in asked.chat.tools] == ["f"]
+
+
+class GetWeather(BaseModel):
+    """The weather in a town."""
+
+    town: str
+    unit: Literal["c", "f"]
+
+
+class Person(BaseModel):
+    name: str
+
+
+ARGUMENTS = '{"town":"Paris","unit":"c"}'
+
+
+def test_calls_and_their_results(stack: Stack, client: openai.OpenAI) -> None:
+    tools: list[Any] = [openai.pydantic_function_tool(GetWeather)]
+    asked: list[Any] = [{"role": "user", "content": f"weather? !call:GetWeather:{ARGUMENTS}"}]
+    answer = client.responses.parse(
+        model="any",
+        input=asked,
+        tools=tools,
+        tool_choice={"type": "function", "name": "GetWeather"},
+    )
+    text, call = answer.output
+    assert text.type == "message" and call.type == "function_call"
+    assert call.parsed_arguments == GetWeather(town="Paris", unit="c")
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"}
+    after = client.responses.create(
+        model="any", input=[*asked, *answer.output, result], tools=tools, tool_choice="none"
+    )
+    assert after.output_text == "12 degrees"
+    first, second = stack.service.requests
+    assert first.chat.tools[0].strict and list(first.chat.tool_choice.allowed) == ["GetWeather"]
+    user, assistant, tool = second.chat.messages
+    assert assistant.content == "weather?" and assistant.tool_calls[0].arguments == ARGUMENTS
+    assert (tool.role, tool.tool_call_id) == ("tool", assistant.tool_calls[0].id)
+
+
+def test_calls_as_a_stream(client: openai.OpenAI) -> None:
+    tools: list[Any] = [openai.pydantic_function_tool(GetWeather)]
+    asked = f"!call:GetWeather:{ARGUMENTS} !call:GetWeather:{ARGUMENTS}"
+    with client.responses.stream(model="any", input=asked, tools=tools) as stream:
+        deltas = [
+            (event.output_index, event.snapshot)
+            for event in stream
+            if event.type == "response.function_call_arguments.delta"
+        ]
+        answer = stream.get_final_response()
+    assert deltas == [(0, ARGUMENTS), (1, ARGUMENTS)]
+    found = [item.parsed_arguments for item in answer.output if item.type == "function_call"]
+    assert found == [GetWeather(town="Paris", unit="c")] * 2
+
+
+def test_a_form_of_the_text(stack: Stack, client: openai.OpenAI) -> None:
+    answer = client.responses.parse(model="any", input='{"name":"Ada"}', text_format=Person)
+    assert answer.output_parsed == Person(name="Ada")
+    with client.responses.stream(model="any", input='{"name":"Ada"}', text_format=Person) as stream:
+        assert stream.get_final_response().output_parsed == Person(name="Ada")
+    for request in stack.service.requests:
+        form = request.response_format
+        assert form.strict and json.loads(form.json_schema)["required"] == ["name"]
+
+
+def test_parts_that_are_not_enforced_are_listed(stack: Stack) -> None:
+    body = {"input": "!weak:/properties/a/not one"}
+    with httpx.Client(base_url=stack.url, headers=BEARER) as client:
+        answer = client.post("/v1/responses", json=body)
+        assert answer.headers["x-mixtral-weakened"] == "/properties/a/not"
