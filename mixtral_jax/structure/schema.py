@@ -26,13 +26,13 @@ class Schema:
     """JSON for llguidance. What it accepts is valid under the original, but for `weakened`."""
     original: str
     """The caller's schema, without the keywords whose form is wrong."""
-    draft: str
-    """Draft that the original is read in, such as "draft2020-12"."""
     weakened: tuple[str, ...] = ()
     """Rules that are not enforced token by token, each as "POINTER: what and why"; formats that are
     annotations and keywords that say nothing are among them."""
     is_enforced: bool = True
     """False if a finished answer must be checked against the original."""
+    draft: str = "draft2020-12"
+    """Draft that the original is read in."""
     risky: tuple[str, ...] = ()
     """Pointers of rules whose grammar may be refused as too complex."""
 
@@ -58,9 +58,9 @@ def _written(document: Document, report: Report) -> Schema:
     return Schema(
         json.dumps(written, ensure_ascii=False),
         json.dumps(document.root.value, ensure_ascii=False),
-        document.draft,
         tuple(report.entries),
         report.is_enforced,
+        document.draft,
         tuple(dict.fromkeys(report.risky)),
     )
 

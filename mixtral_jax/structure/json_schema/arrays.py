@@ -52,7 +52,7 @@ def _write_contains(place: Place, out: dict[str, Any], report: Report) -> None:
         return
     if rules["contains"] in (True, {}):  # every item counts
         least = max(out.get("minItems", 0), rules.get("minContains", 1))
-        most = [m for m in (out.get("maxItems"), rules.get("maxContains")) if m is not None]
-        out.update({"minItems": least} | ({"maxItems": min(most)} if most else {}))
+        limits = [m for m in (out.get("maxItems"), rules.get("maxContains")) if m is not None]
+        out.update({"minItems": least} | ({"maxItems": min(limits)} if limits else {}))
         return
     report.weaken(place, "contains", "items are not counted")

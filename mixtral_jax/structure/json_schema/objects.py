@@ -157,10 +157,10 @@ def _names_pattern(names: dict[str, Any]) -> str | None:
             return translate(names["pattern"]) if len(names) == 1 else None
         except UnsupportedPattern:
             return None
-    least, most = names.get("minLength", 0), names.get("maxLength", MOST)
+    least, limit = names.get("minLength", 0), names.get("maxLength", MOST)
     if least > MOST:
         return None
-    return f"^(?s:.{{{least},{most if most < MOST else ''}}})$"
+    return f"^(?s:.{{{least},{limit if limit < MOST else ''}}})$"
 
 
 def _write_counts(place: Place, out: dict[str, Any], is_composed: bool, report: Report) -> None:
@@ -169,17 +169,17 @@ def _write_counts(place: Place, out: dict[str, Any], is_composed: bool, report: 
     own = {name for name, schema in out.get("properties", {}).items() if schema is not False}
     required = {*out.get("required", ())}
     is_open = out.get("additionalProperties", True) is not False or "patternProperties" in out
-    least, most = rules.get("minProperties", 0), rules.get("maxProperties", MOST)
+    least, limit = rules.get("minProperties", 0), rules.get("maxProperties", MOST)
     if least <= len(required):
         least = 0
-    if most >= MOST or (not is_open and most >= len(own | required)):
-        most = None
-    if not least and most is None:
+    if limit >= MOST or (not is_open and limit >= len(own | required)):
+        limit = None
+    if not least and limit is None:
         return
     keyword = "minProperties" if least else "maxProperties"
     optional = own - required
     rest = least - len(required)
-    small = rest <= 1 and (most is None or most - len(required) == 1)
+    small = rest <= 1 and (limit is None or limit - len(required) == 1)
     counted = not optional or (small and not is_open)
     if is_composed or not counted or not report.allows(place, keyword):
         report.weaken(place, keyword, "names are not counted beside optional properties")
@@ -188,5 +188,5 @@ def _write_counts(place: Place, out: dict[str, Any], is_composed: bool, report: 
         report.weaken(place, keyword, "a name may come twice")
     if least:
         out["minProperties"] = least
-    if most is not None:
-        out["maxProperties"] = most
+    if limit is not None:
+        out["maxProperties"] = limit

@@ -29,7 +29,7 @@ _DECIMAL_OF_DIGITS = re.compile(
 _TWO_DIGITS = re.compile("[0-9A-Fa-f]{2}")
 _FOUR_DIGITS = re.compile(r"[0-9A-Fa-f]{4}|\{[0-9A-Fa-f]{1,6}\}")
 _ANY = "(?s:.*)"
-# What every reading takes as a space, and what any reading takes as one.
+# Characters that every reading takes as a space, and those that any reading takes as such.
 _SPACE_ALL = r"\t\n\x0b\x0c\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 _SPACE_ANY = _SPACE_ALL + r"\x1c-\x1f\x85\x{feff}"
 _NARROW = {"d": "0-9", "w": "0-9A-Za-z_", "s": _SPACE_ALL}
@@ -69,7 +69,7 @@ class _Node:
     anchor: str = ""
     alternatives: list[list["_Node"]] = field(default_factory=list)
     repeat: str = ""
-    most: int = 1  # repetitions within repetitions
+    repeats: int = 1  # repetitions within repetitions
 
     @property
     def has_anchor(self) -> bool:
@@ -134,8 +134,8 @@ class _Parser:
                 rows.append([])
             else:
                 rows[-1].append(self.term(depth))
-        most = max((item.most for row in rows for item in row), default=1)
-        return _Node(alternatives=rows, most=most)
+        repeats = max((item.repeats for row in rows for item in row), default=1)
+        return _Node(alternatives=rows, repeats=repeats)
 
     def term(self, depth: int) -> _Node:
         character = self.next()
@@ -183,13 +183,13 @@ class _Parser:
         if match[1]:
             if max(len(match[1]), len(match[3] or "")) > 9:
                 raise UnsupportedPattern("too many repetitions")
-            least, most = int(match[1]), int(match[3] or match[1])
-            if least > most:
-                raise UnsupportedPattern("a repetition with more at least than at most")
-            product = node.most * max(most, 1)
-            if most > MAX_REPEAT or (node.most > 1 and product > MAX_REPEAT // 5):
+            least, repeats = int(match[1]), int(match[3] or match[1])
+            if least > repeats:
+                raise UnsupportedPattern("a repetition with a larger least than greatest number")
+            product = node.repeats * max(repeats, 1)
+            if repeats > MAX_REPEAT or (node.repeats > 1 and product > MAX_REPEAT // 5):
                 raise UnsupportedPattern("too many repetitions")
-            node.most = product
+            node.repeats = product
         if self.peek("?"):
             self.place += 1  # the shortest match first: the same texts
         if re.compile(r"[*+?]|\{\d+(,\d*)?\}").match(self.pattern, self.place):

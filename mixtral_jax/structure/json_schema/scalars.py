@@ -87,7 +87,7 @@ def write_text(place: Place, types: frozenset[str], report: Report) -> dict[str,
     return out
 
 
-def write_range(place: Place, least: str, most: str, report: Report) -> dict[str, Any]:
+def write_range(place: Place, least: str, limit: str, report: Report) -> dict[str, Any]:
     """Returns the least and the most of a count, without those that no answer meets or breaks."""
     rules = place.value
     out: dict[str, Any] = {}
@@ -95,8 +95,8 @@ def write_range(place: Place, least: str, most: str, report: Report) -> dict[str
         report.weaken(place, least, f"no answer is longer than {MOST}")
     elif rules.get(least, 0) > 0:
         out[least] = rules[least]
-    if most in rules and rules[most] <= MOST:
-        out[most] = rules[most]
+    if limit in rules and rules[limit] <= MOST:
+        out[limit] = rules[limit]
     return out
 
 
