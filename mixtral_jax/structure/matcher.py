@@ -8,6 +8,7 @@ https://github.com/guidance-ai/llguidance
 """
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -211,16 +212,21 @@ class _Pieces:
 
     def _longest(self, data: bytes) -> list[int]:
         """Returns ids that spell `data`, each the longest piece that fits."""
-        controls = set(self.special_token_ids)
-        ids = {piece: i for i, piece in enumerate(self.tokens) if piece and i not in controls}
-        longest = max(map(len, ids), default=1)
+        ids, longest = self._ids
         spelled, place = [], 0
         while place < len(data):
-            for size in range(longest, 0, -1):
-                if (piece := ids.get(data[place : place + size])) is not None:
-                    spelled.append(piece)
+            for size in range(min(longest, len(data) - place), 0, -1):
+                if (token_id := ids.get(data[place : place + size])) is not None:
+                    spelled.append(token_id)
                     break
             else:
                 break  # a byte without a piece: what comes after it cannot be written either
             place += size
         return spelled
+
+    @cached_property
+    def _ids(self) -> tuple[dict[bytes, int], int]:
+        """Returns the ids of all pieces of text, and the bytes of the longest."""
+        controls = set(self.special_token_ids)
+        ids = {piece: i for i, piece in enumerate(self.tokens) if piece and i not in controls}
+        return ids, max(map(len, ids), default=1)
