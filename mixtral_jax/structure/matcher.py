@@ -30,6 +30,8 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 _LONGEST_MESSAGE = 600  # characters; llguidance repeats the lines that are wrong
+_LONGEST_FORCED = 512  # bytes of forced text that are written as tokens at once
+_CUT = 64  # bytes of them that may be written otherwise with what follows
 Result = TypeVar("Result")
 
 
@@ -70,6 +72,7 @@ class Guide:
             )
         self.width = width
         self.words = -(-width // 32)
+        self.eos_ids = frozenset(tokenizer.eos_ids)
         pieces = _Pieces(tokenizer, width)
         self.vocabulary = LLTokenizer(TokenizerWrapper(pieces), eos_token=sorted(tokenizer.eos_ids))
         self.text_lengths = np.array([len(piece) for piece in pieces.tokens])
@@ -82,7 +85,7 @@ class Guide:
         Raises StructureError if the grammar is wrong, or so large that matching would be slow.
         """
         inner = _guarded(lambda: LLMatcher(self.vocabulary, grammar, log_level=0, limits=LIMITS))
-        matcher = Matcher(inner, self.words)
+        matcher = Matcher(inner, self)
         matcher.check()
         return matcher
 
@@ -95,13 +98,18 @@ class Matcher:
     itself would then allow the end of the answer alone, which would look whole.
     """
 
-    def __init__(self, inner: LLMatcher, words: int) -> None:
+    def __init__(self, inner: LLMatcher, guide: Guide) -> None:
         self._inner = inner
-        self.words = words
+        self._guide = guide
+        self.words = guide.words
+        """int32 of a mask."""
 
     @property
     def has_ended(self) -> bool:
-        """True after the token that ended the answer. Raises StructureError as `check` does."""
+        """True if nothing but the end of the answer can follow, or if that was taken in too.
+
+        Raises StructureError as `check` does.
+        """
         self.check()
         return bool(self._inner.is_stopped())
 
@@ -114,7 +122,7 @@ class Matcher:
 
     def copy(self) -> "Matcher":
         """Returns another matcher at the same place, which has all that this one has computed."""
-        return Matcher(self._inner.deep_copy(), self.words)
+        return Matcher(self._inner.deep_copy(), self._guide)
 
     def check(self) -> None:
         """Raises StructureError if the grammar is wrong, or matching has run into a limit."""
@@ -132,15 +140,29 @@ class Matcher:
             raise StructureError("no token of this model may follow here")
 
     def consume(self, token_ids: Sequence[int]) -> None:
-        """Takes in tokens of the answer. Raises StructureError for one that may not follow."""
-        if not _guarded(lambda: self._inner.consume_tokens(list(token_ids))):
+        """Takes in tokens of the answer, the id that ends it too.
+
+        Raises StructureError for one that may not follow, and is in error then.
+        """
+        ids = list(token_ids)
+        for place, token_id in enumerate(ids):
+            if token_id in self._guide.eos_ids:
+                self._consume(ids[:place])
+                if not self.has_ended:  # where only an end can follow, llguidance takes none
+                    self._consume(ids[place : place + 1])
+                ids = ids[place + 1 :]
+                break
+        self._consume(ids)
+
+    def _consume(self, ids: list[int]) -> None:
+        if ids and not _guarded(lambda: self._inner.consume_tokens(ids)):
             self.check()
             raise StructureError("a token does not match the grammar")
 
     def forced(self) -> tuple[int, ...]:
         """Returns the tokens that must follow, as the tokenizer would write them; often none.
 
-        Raises StructureError as `check` does.
+        Of a long text only the beginning. Raises StructureError as `check` does.
         """
         forced = _guarded(self._inner.compute_ff_tokens)
         self.check()
@@ -195,6 +217,8 @@ class _Pieces:
         would be wrong tokens in an answer: then the longest pieces are taken instead.
         """
         data = text if isinstance(text, bytes) else text.encode()
+        if len(data) > _LONGEST_FORCED:
+            return self._beginning(data)
         plain = data.decode("utf-8", "replace")
         # A newline takes the space that some tokenizers put before each text.
         for opening in ("", "\n", "a"):
@@ -206,6 +230,19 @@ class _Pieces:
             if ids[: len(before)] == before and self._spell(ids[len(before) :]) == data:
                 return ids[len(before) :]
         return self._longest(data)
+
+    def _beginning(self, data: bytes) -> list[int]:
+        """Returns ids of the beginning of a long text, so that a step costs no more for it.
+
+        The last ones are left out: with the rest of the text they might be others.
+        """
+        ids = self(data[:_LONGEST_FORCED].decode("utf-8", "ignore"))
+        spelled = 0
+        for count, token_id in enumerate(ids):
+            spelled += len(self._tokenizer.token_bytes(token_id))
+            if spelled > _LONGEST_FORCED - _CUT:
+                return ids[:count]
+        return ids
 
     def _spell(self, ids: Sequence[int]) -> bytes:
         return b"".join(self._tokenizer.token_bytes(i) for i in ids)
