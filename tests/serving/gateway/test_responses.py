@@ -173,8 +173,9 @@ def test_calls_and_their_results(stack: Stack, client: openai.OpenAI) -> None:
     assert text.type == "message" and call.type == "function_call"
     assert call.parsed_arguments == GetWeather(town="Paris", unit="c")
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"}
+    given: list[Any] = [tool.to_dict() for tool in answer.tools]  # flat, as the answer repeats them
     after = client.responses.create(
-        model="any", input=[*asked, *answer.output, result], tools=tools, tool_choice="none"
+        model="any", input=[*asked, *answer.output, result], tools=given, tool_choice="none"
     )
     assert after.output_text == "12 degrees"
     first, second = stack.service.requests
