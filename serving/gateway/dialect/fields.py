@@ -201,6 +201,11 @@ class Parameters(Described):
             return renamed(error, self.sent_path)
         return error
 
+    @classmethod
+    def place(cls, steps: Path) -> Path:
+        """Returns the path of a value in the body, from the steps that pydantic names."""
+        return steps
+
     def sent_path(self, path: Path) -> Path:
         """Returns the client's path of a parameter, from the path that the service names."""
         return path

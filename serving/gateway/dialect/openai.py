@@ -13,7 +13,7 @@ _PATHS = ("/v1/", "/openai/")
 
 def is_openai_path(path: str) -> bool:
     """Returns whether errors under a path have OpenAI's shape, and not Azure's."""
-    return path.startswith(_PATHS)
+    return path.startswith(_PATHS) or path == "/responses"  # which no API of Azure's own has
 
 
 def ignore_unknown(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:

@@ -8,19 +8,20 @@ import codecs
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from serving.errors import InvalidParameter, InvalidRequest, Problem, UnsupportedParameter
-from serving.gateway.dialect.fields import NOT_SUPPORTED
+from serving.gateway.dialect.fields import NOT_SUPPORTED, Parameters
 from serving.gateway.dialect.json_size import check_values
+from serving.gateway.dialect.names import Path
 
 # The number of problems that one refusal names.
 MAX_PROBLEMS = 10
 # Characters of a name that the client chose.
 _NAME_LENGTH = 100
 
-Request = TypeVar("Request", bound=BaseModel)
+Request = TypeVar("Request", bound=Parameters)
 # A vendor's rule for fields that its API does not have: from the fields of the body and the names
 # that the request's type knows to the fields that are to be read, or an error.
 UnknownFields = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
@@ -54,7 +55,7 @@ def read(body: bytes, kind: type[Request], unknown: UnknownFields) -> Request:
         return kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
-        raise refusal(problems, ("body",)) from error
+        raise refusal(problems, ("body",), kind.place) from error
 
 
 def forbidden(names: list[str], values: dict[str, Any]) -> InvalidParameter:
@@ -79,20 +80,26 @@ def shortened(name: str) -> str:
     return name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."
 
 
-def refusal(problems: Sequence[Any], place: tuple[str, ...] = ()) -> InvalidParameter:
+def refusal(
+    problems: Sequence[Any],
+    place: Path = (),
+    place_of: Callable[[Path], Path] = lambda steps: steps,
+) -> InvalidParameter:
     """Returns the error that names what pydantic has found wrong.
 
     Args:
         problems: pydantic's list of errors.
         place: The place in the request that their paths begin at, such as ("body",).
+        place_of: From the steps that pydantic names to the path behind that place.
     """
-    shown = [_problem(details, place) for details in problems[:MAX_PROBLEMS]]
+    shown = [_problem(details, place, place_of) for details in problems[:MAX_PROBLEMS]]
     is_feature = all(problem.kind == NOT_SUPPORTED for problem in shown)
     kind = UnsupportedParameter if is_feature else InvalidParameter
     return kind("; ".join(problem.message for problem in shown), shown)
 
 
-def _problem(details: ErrorDetails, place: tuple[str, ...]) -> Problem:
+def _problem(details: ErrorDetails, place: Path, place_of: Callable[[Path], Path]) -> Problem:
     # Microsoft's own sample code joins the path with dots, so all of it must be text.
-    path = (*place, *(shortened(str(step)) for step in details["loc"]))
+    steps = tuple(shortened(str(step)) for step in details["loc"])
+    path = (*place, *place_of(steps))
     return Problem(details["type"], path, details["msg"], details["input"])

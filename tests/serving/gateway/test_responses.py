@@ -100,11 +100,37 @@ def test_a_failure_before_the_first_event_is_a_status(client: openai.OpenAI) -> 
         client.responses.create(model="any", input="!fail:Overloaded", stream=True)
 
 
-@pytest.mark.parametrize("field", ["store", "background"])
-def test_what_is_refused_is_named(client: openai.OpenAI, field: str) -> None:
-    with pytest.raises(openai.APIStatusError, match=field) as raised:
-        client.responses.create(model="any", input="one", extra_body={field: True})
-    assert raised.value.status_code in (400, 422)
+@pytest.mark.parametrize(
+    ("refused", "param", "code"),
+    [
+        ({"store": True}, "store", "unsupported_parameter"),
+        ({"wine": "red"}, "wine", "unknown_parameter"),
+        ({"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
+        ({"input": ["x"]}, "input[0]", "invalid_type"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content",
+            "unsupported_parameter",
+        ),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]", "unsupported_parameter"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format", "invalid_value"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/responses", "/openai/responses", "/v1/responses"])
+def test_a_refusal_has_openais_shape(
+    stack: Stack, path: str, refused: dict[str, Any], param: str, code: str
+) -> None:
+    with httpx.Client(base_url=stack.url, headers=BEARER) as client:
+        answer = client.post(path, json={"input": "one"} | refused)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+def test_too_long_an_input_is_named(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.responses.create(model="any", input="!fail:ContextTooLong")
+    assert (raised.value.param, raised.value.code) == ("input", "context_length_exceeded")
 
 
 def test_azure_openais_client(stack: Stack) -> None:

@@ -27,7 +27,7 @@ from serving.gateway.dialect.fields import (
 )
 from serving.gateway.dialect.forms import Schema
 from serving.gateway.dialect.names import Path
-from serving.gateway.dialect.responses.items import Input, conversation
+from serving.gateway.dialect.responses.items import ITEM_TYPES, Input, conversation
 from serving.gateway.dialect.responses.output import check_size
 from serving.gateway.dialect.responses.tools import Tools, repeated_choice
 from serving.gateway.dialect.whole import LOGPROB_BYTES
@@ -211,6 +211,13 @@ class ResponsesRequest(Parameters):
     """An answer has one choice."""
     max_tokens: Annotated[TokenCount | None, AfterValidator(_newer_name)] = None
     """Not a name of this API."""
+
+    @classmethod
+    def place(cls, steps: Path) -> Path:
+        """Returns the path of a value in the body; pydantic names the types of items too."""
+        if steps[:1] == ("input",) and steps[2:3] and steps[2] in ITEM_TYPES:
+            return (*steps[:2], *steps[3:])
+        return steps
 
     def sent_path(self, path: Path) -> Path:
         """Returns the client's path of a parameter, from the path that the service names."""
