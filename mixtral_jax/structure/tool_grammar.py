@@ -114,6 +114,20 @@ def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
     return Grammar(json.dumps({"grammars": [first, *grammars]}), begins_after, weakened)
 
 
+def text_grammar(form: ToolForm, *, space: bool) -> Grammar:
+    """Returns the grammar of an answer that calls nothing although its prompt shows tools.
+
+    No control id is in it, and no text by which calls are recognised at its beginning.
+
+    Args:
+        form: the model's form of calls.
+        space: whether a space must stand before the answer.
+    """
+    text = _no_beginning(form.trigger_text) or "(?s:.*)"
+    lead = '" " ' if space else ""
+    return Grammar(f"start: {lead}OTHER\nOTHER: /{text}/\n")
+
+
 def _schema(tool: Tool) -> Schema:
     try:
         return read_parameters(tool.parameters, tool.strict)
