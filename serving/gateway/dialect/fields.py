@@ -97,12 +97,17 @@ TokenCount = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
+ServiceTier = Literal[
+    "auto", "default", "priority", "fast", "scale", "flex", "batch", "standard_only"
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopTexts = Annotated[
     Annotated[list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)],
     BeforeValidator(_stop_texts, json_schema_input_type=str | list[str]),
 ]
 Never = Annotated[Any, only()]
+# A field that means nothing here: its value is thrown away unread.
+Harmless = Annotated[None, BeforeValidator(lambda value: None, json_schema_input_type=Any)]
 
 
 class StreamOptions(Described):
@@ -110,6 +115,10 @@ class StreamOptions(Described):
 
     include_usage: bool | None = None
     """Moves the usage from the last chunk into one of its own, without choices."""
+    include_obfuscation: Annotated[bool | None, only(False)] = None
+    """Whether events are filled up to hide the lengths of texts; not supported."""
+    continuous_usage_stats: Annotated[bool | None, only(False)] = None
+    """vLLM's: whether every chunk has the usage so far; not supported."""
 
 
 class Parameters(Described):
@@ -169,10 +178,8 @@ class Parameters(Described):
     """vLLM's: ids of tokens after which the answer ends."""
     priority: Int64 | None = None
     """vLLM's: above 0 the request is answered when no other waits."""
-    service_tier: (
-        Literal["auto", "default", "priority", "fast", "scale", "flex", "batch"] | None
-    ) = None
-    """OpenAI's: `flex` and `batch` are answered when no other waits."""
+    service_tier: ServiceTier | None = None
+    """OpenAI's: `flex` and `batch` are answered when no other waits; Mistral's `standard_only`."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """vLLM's: computed prefixes are shared with the caller's requests of the same salt only."""
 

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from serving.gateway.dialect.chat.messages import Message, check_order, conversation
 from serving.gateway.dialect.chat.tools import Choice, Tools, add_tools
-from serving.gateway.dialect.fields import MAX_TOOLS, Name, Never, TokenCount, only
+from serving.gateway.dialect.fields import MAX_TOOLS, Harmless, Name, Never, TokenCount, only
 from serving.gateway.dialect.forms import FormParameters
 from serving.gateway.dialect.names import Path
 from serving.proto import inference_pb2
@@ -55,6 +55,38 @@ class ChatRequest(FormParameters):
     """The forms that the answer may have; only `text` for now."""
     audio: Never = None
     """OpenAI's options of a spoken answer; not for now."""
+    prompt_mode: Never = None
+    """Mistral's system prompt of models that reason; not supported."""
+    guardrails: Annotated[Any, only([])] = None
+    """Mistral's checks of prompt and answer; not supported."""
+    moderation: Never = None
+    """OpenAI's checks of prompt and answer; not supported."""
+    web_search_options: Never = None
+    """OpenAI's search of the web; not supported."""
+    store: Annotated[bool | None, only(False)] = None
+    """Whether OpenAI keeps the answer; not supported."""
+    prompt_logprobs: Annotated[bool | None, only(False)] = None
+    """Mistral's and vLLM's log probabilities of the prompt's tokens; not supported."""
+    top_prompt_logprobs: Annotated[TokenCount | None, only(0)] = None
+    """The likeliest tokens beside them; not supported."""
+    user: Harmless = None
+    """The client's own user; means nothing here, like the fields that follow."""
+    safety_identifier: Harmless = None
+    """OpenAI's newer name for `user`."""
+    metadata: Harmless = None
+    """What the client notes."""
+    prompt_cache_key: Harmless = None
+    """Prompts that share prefixes: they are found by their content."""
+    prompt_cache_retention: Harmless = None
+    """The time for which prefixes are kept."""
+    prompt_cache_options: Harmless = None
+    """Options of prefixes."""
+    prediction: Harmless = None
+    """A guess of the answer, which would only make it faster."""
+    reasoning_effort: Harmless = None
+    """Of models that reason."""
+    verbosity: Harmless = None
+    """Of models that were trained for it."""
     safe_prompt: bool | None = None
     """Mistral's: puts its safety prompt before the conversation."""
     logprobs: bool | None = None

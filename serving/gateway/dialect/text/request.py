@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.fields import Text, TokenCount, TokenId, only
+from serving.gateway.dialect.fields import Harmless, Text, TokenCount, TokenId, only
 from serving.gateway.dialect.forms import FormParameters
 from serving.proto import inference_pb2
 
@@ -62,6 +62,12 @@ class CompletionRequest(FormParameters):
     """The text that follows the answer; not for now."""
     best_of: Annotated[TokenCount | None, only(1)] = None
     """Choices to choose from; not for now."""
+    user: Harmless = None
+    """The client's own user; means nothing here."""
+    metadata: Harmless = None
+    """What the client notes; means nothing here."""
+    prompt_cache_key: Harmless = None
+    """Prompts that share prefixes: they are found by their content."""
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:
         """Returns the calls of the model service that answer it, one for each prompt."""
