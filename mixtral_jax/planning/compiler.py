@@ -167,12 +167,14 @@ def _memory(model: Transformer, steps: Steps) -> dict[str, int]:
     # Pages are the only arguments that a block gives back in place.
     pages = sizes.alias_size_in_bytes or pages_of_block
     weights = sizes.argument_size_in_bytes - pages - x - rotary - batch
-    distinct = {id(p): p for b in buckets for p in (b.embed, b.block, b.pick, b.draw)}.values()
+    distinct = {
+        id(p): p for b in buckets for p in (b.embed, b.block, b.pick, b.draw, b.draw_masked)
+    }.values()
     analyses = [_memory_analysis(program) for program in distinct]
     # One program runs at a time, but those behind it have the place for their results already.
     results = max(_memory_analysis(b.block).output_size_in_bytes for b in buckets) - pages
     inputs = max(
-        sum(_argument_bytes(b.embed)[1:]) + sum(_argument_bytes(b.draw)[1:]) for b in buckets
+        sum(_argument_bytes(b.embed)[1:]) + sum(_argument_bytes(b.draw_masked)[1:]) for b in buckets
     )
     largest = max(analysis.temp_size_in_bytes for analysis in analyses)
     return {

@@ -63,14 +63,14 @@ def compile_buckets(
     groups = None if model.layout is None else split.num_sequence_groups
     num_drawn = split.num_sequence_groups * sizes.max_sequences
     # One after the other: the compiler itself uses all cores.
-    draw: dict[int, Compiled] = {}
+    draw: dict[int, tuple[Compiled, Compiled]] = {}
     programs: dict[int, Programs] = {}
     for number, (size, rows) in enumerate(sorted(rows_of.items()), start=1):
         progress(f"compiling step {number} of {len(rows_of)}: {size} tokens")
         inputs = StepInputs.blank(size, rows, sizes, groups)
         if rows not in draw:
             draw[rows] = split.compile_draw(inputs, num_drawn)
-        programs[size] = Programs(*split.compile_walk(pages, inputs, num_drawn), draw[rows])
+        programs[size] = Programs(*split.compile_walk(pages, inputs, num_drawn), *draw[rows])
     return Steps(
         pages=pages,
         buckets=programs,

@@ -195,6 +195,11 @@ class GroupInputs:
             values.biases.values[at, : len(biases)] = [*biases.values()]
 
 
+def mask_words(vocab_size: int) -> int:
+    """Returns the number of words of a row's mask, which has a bit for each id."""
+    return -(-vocab_size // 32)
+
+
 def host_array(shape: int | tuple[int, ...], value: int, dtype: type = np.int32) -> Any:
     """Returns a numpy array, as compiled programs take it in place of one of jax's."""
     return np.full(shape, value, dtype)

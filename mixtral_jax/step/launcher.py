@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from mixtral_jax.axes import DrawnHidden, PackedDraws, Pages, Rows
+from mixtral_jax.axes import DrawnHidden, HostRowMasks, PackedDraws, Pages, Rows
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepInputs, host_array
@@ -25,6 +25,7 @@ class WalkedStep(NamedTuple):
     last: Rows  # last token of each row
     sampling: SamplingArrays
     program: Compiled
+    masked_program: Compiled
 
 
 class StepLauncher:
@@ -48,6 +49,11 @@ class StepLauncher:
         self._layers: list[Pages] = []
         self._tokens: Rows | Any = None
         self.reset()
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the model's logits."""
+        return self._model.config.vocab_size
 
     def reset(self) -> None:
         """Makes new pages, filled with zeros; what the old ones held is lost."""
@@ -85,12 +91,19 @@ class StepLauncher:
         for i, block in enumerate(self._model.blocks):
             x, self._layers[i] = programs.block(block, x, rotary, self._layers[i], batch)
         x, last = programs.pick(x, batch.tokens, inputs.last)
-        return WalkedStep(x, last, inputs.sampling, programs.draw)
+        return WalkedStep(x, last, inputs.sampling, programs.draw, programs.draw_masked)
 
-    def draw(self, walked: WalkedStep) -> PackedDraws:
-        """Starts the other part, in which each row draws its token."""
-        hidden, last, sampling, program = walked
-        sampled = program(self._model.rest, hidden, last, sampling)
+    def draw(self, walked: WalkedStep, allowed: HostRowMasks | None = None) -> PackedDraws:
+        """Starts the other part, in which each row draws its token.
+
+        Args:
+            walked: the step.
+            allowed: which tokens each row may draw, as `sample` reads it, all groups one behind
+                the other; None where every row may draw any.
+        """
+        hidden, last, sampling, program, masked_program = walked
+        given = (self._model.rest, hidden, last, sampling)
+        sampled = program(*given) if allowed is None else masked_program(*given, allowed)
         self._tokens = sampled.tokens
         packed: PackedDraws = sampled.packed
         return packed

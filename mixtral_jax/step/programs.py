@@ -1,6 +1,7 @@
 """The programs of one step, compiled for shapes: the only place that compiles them.
 
-A step is a few programs: `embed`, `block` (called once for each layer), `pick` and `draw`. All
+A step is a few programs: `embed`, `block` (called once for each layer), `pick` and `draw`, or
+`draw_masked` where some row has a mask. All
 layers have the same shapes, so one compilation serves them all and the start does not grow with the
 depth. What a sequence drew goes from `draw` to the next `embed` on the device, so a step can be
 launched before the tokens of the previous one are read.
@@ -26,13 +27,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jax.typing import DTypeLike
 
-from mixtral_jax.axes import DrawnHidden, FlatHidden, FlatTokens, PagePairs, Pages, Rows
+from mixtral_jax.axes import DrawnHidden, FlatHidden, FlatTokens, PagePairs, Pages, RowMasks, Rows
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layout import Layout
 from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.step.inputs import StepInputs
+from mixtral_jax.step.inputs import StepInputs, mask_words
 from mixtral_jax.step.sampling import Sampled, SamplingArrays, sample
 
 # ShapeDtypeStruct where programs are only compiled.
@@ -48,6 +49,7 @@ class Programs:
     block: Compiled  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
     pick: Compiled  # (x, tokens, last) -> x and tokens of the rows that draw
     draw: Compiled  # (rest, x, last tokens, sampling) -> Sampled
+    draw_masked: Compiled  # (rest, x, last tokens, sampling, allowed) -> Sampled
 
 
 class ModuleStructure(NamedTuple):
@@ -193,23 +195,35 @@ class SplitModel:
             picking.lower(x, batch.tokens, inputs.last).compile(),
         )
 
-    def compile_draw(self, inputs: StepInputs, num_drawn: int) -> Compiled:
-        """Compiles `draw` for as many rows as these inputs have."""
+    def compile_draw(self, inputs: StepInputs, num_drawn: int) -> tuple[Compiled, Compiled]:
+        """Compiles `draw` and `draw_masked` for as many rows as these inputs have."""
 
-        def draw(rest: Arrays, x: DrawnHidden, last: Rows, sampling: SamplingArrays) -> Sampled:
+        def draw(
+            rest: Arrays,
+            x: DrawnHidden,
+            last: Rows,
+            sampling: SamplingArrays,
+            allowed: RowMasks | None = None,
+        ) -> Sampled:
             model = self.rest_structure.module(rest)
             sampling = sampling._replace(history=sampling.history._replace(last=last))
-            sampled = sample(model.paged_logits(model.norm.paged(x)), sampling)
+            sampled = sample(model.paged_logits(model.norm.paged(x)), sampling, allowed)
             # The same width for every bucket, because a step of any size may come next.
             tokens = sampled.tokens.reshape(self.num_sequence_groups, -1)
             short = num_drawn // self.num_sequence_groups - tokens.shape[1]
             return sampled._replace(tokens=jnp.pad(tokens, ((0, 0), (0, short))).reshape(-1))
 
         x = jax.ShapeDtypeStruct((len(inputs.last), self.config.hidden_size), self.dtype)
-        given = (self.rest_structure.specs, _REPLICATED, _REPLICATED, _REPLICATED)
-        program = self._jit(draw, given, _REPLICATED)
+        specs = (self.rest_structure.specs, _REPLICATED, _REPLICATED, _REPLICATED)
         last = jax.ShapeDtypeStruct(inputs.last.shape, jnp.int32)
-        return program.lower(self.rest, x, last, inputs.sampling).compile()
+        words = mask_words(self.config.vocab_size)
+        allowed = jax.ShapeDtypeStruct((len(inputs.last), words), jnp.int32)
+        given = (self.rest, x, last, inputs.sampling)
+        masked = self._jit(draw, (*specs, _REPLICATED), _REPLICATED)
+        return (
+            self._jit(draw, specs, _REPLICATED).lower(*given).compile(),
+            masked.lower(*given, allowed).compile(),
+        )
 
     def compile_copy(self, pages: jax.ShapeDtypeStruct, max_sequences: int) -> Compiled:
         """Compiles (pages, pairs [S 2]) -> pages: copies whole pages within each group."""

@@ -3,8 +3,12 @@
 The order is that of Hugging Face's `generate`:
 
     biases (forbidden ids are -inf) -> repetition penalty -> presence and frequency penalty
+    -> a mask, where the row has one
     -> the likeliest token where temperature is 0, else
     temperature -> top_k -> top_p -> min_p -> a draw
+
+A mask says which tokens a grammar lets follow, and it wins over all before it: a row whose biases
+forbid every token of its mask draws among these by the model's own logits.
 
 vLLM has the same order but for min_p, which it applies before top_k and top_p.
 
@@ -34,6 +38,7 @@ from mixtral_jax.axes import (
     RowBiasIds,
     RowFloats,
     RowHistory,
+    RowMasks,
     Rows,
 )
 from mixtral_jax.sampling_params import MAX_TOP_LOGPROBS
@@ -148,13 +153,22 @@ def unpack(packed: HostPackedDraws) -> Draws:
     return Draws(packed[:, 0], packed[:, 1].view(np.float32), ids, values.view(np.float32))
 
 
-def sample(logits: FlatLogits, params: SamplingArrays) -> Sampled:
-    """Draws a token for each row of logits [R V] f32."""
+def sample(logits: FlatLogits, params: SamplingArrays, allowed: RowMasks | None = None) -> Sampled:
+    """Draws a token for each row of logits [R V] f32.
+
+    Args:
+        logits: the model's own.
+        params: of each row.
+        allowed: [R ceil(V / 32)] i32; bit i of word w is set if the row may draw the id 32 w + i.
+            All ones, -1, let a row draw as it would without. None for no masks at all.
+    """
     p = params
     penalised = (p.repetition_penalty != 1) | (p.presence_penalty != 0) | (p.frequency_penalty != 0)
     # One after the other, each skipped if no row asks.
     scores = jax.lax.cond(jnp.any(p.biases.ids < logits.shape[-1]), _bias, _as_is, logits, p)
     scores = jax.lax.cond(jnp.any(penalised), _penalise, _as_is, scores, p)
+    if allowed is not None:
+        scores = _mask(scores, logits, allowed)
     tokens = jax.lax.cond(jnp.any(p.temperature > 0), _draw, _likeliest, scores, p)
     packed = jax.lax.cond(jnp.any(p.top_logprobs >= 0), _logprobs, _no_logprobs, logits, tokens, p)
     return Sampled(tokens, packed)
@@ -187,6 +201,19 @@ def _penalise(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:
 def _bias(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:
     row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return logits.at[row, params.biases.ids].add(params.biases.values, mode="drop")
+
+
+def _mask(scores: FlatLogits, logits: FlatLogits, allowed: RowMasks) -> FlatLogits:
+    """Returns the scores with -inf for each token that its row may not draw.
+
+    A row whose scores are all -inf by that has its own logits in their place.
+    """
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]) & 1
+    may_follow = bits.reshape(allowed.shape[0], -1)[:, : scores.shape[1]] == 1
+    scores = jnp.where(may_follow, scores, -jnp.inf)
+    is_masked = jnp.any(allowed != -1, axis=-1)
+    is_empty = is_masked & (jnp.max(scores, axis=-1) == -jnp.inf)
+    return jnp.where(is_empty[:, None], jnp.where(may_follow, logits, -jnp.inf), scores)
 
 
 def _likeliest(logits: FlatLogits, params: SamplingArrays) -> Rows:

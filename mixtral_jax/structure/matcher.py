@@ -103,6 +103,8 @@ class Matcher:
         self._guide = guide
         self.words = guide.words
         """int32 of a mask."""
+        self.end_ids = guide.eos_ids
+        """Ids of which one ends an answer that is whole."""
 
     @property
     def has_ended(self) -> bool:

@@ -20,10 +20,11 @@ from mixtral_jax.errors import TopologyError
 from mixtral_jax.model.transformer import Transformer, held_bytes
 from mixtral_jax.placement import Placement
 from mixtral_jax.step.buckets import Steps, compile_buckets
-from mixtral_jax.step.inputs import StepSizes
+from mixtral_jax.step.inputs import StepSizes, mask_words
 from serving.engine.cache_memory import cache_bytes
 from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine
+from serving.engine.grammars import Grammars
 from serving.engine.runner import Runner
 from serving.scheduling.step_plan import Limits, StepPlan
 
@@ -87,7 +88,8 @@ def engine_of(
         steps: the result of `compile_steps` for the same shapes and limits.
         broadcast: see `Engine`.
     """
-    return Engine(Runner(model, steps), limits, broadcast)
+    masks = Grammars(mask_words(model.config.vocab_size))
+    return Engine(Runner(model, steps), limits, broadcast, masks)
 
 
 def facts(config: EngineConfig, pretrained: Pretrained) -> dict[str, str]:

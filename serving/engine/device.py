@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serving.scheduling.request import Event, RowDraws
+import numpy as np
+
+from serving.scheduling.request import Event, Request, RowDraws
 from serving.scheduling.step_plan import StepPlan
 
 
@@ -22,20 +24,30 @@ class Launched(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Masks:
-    """The tokens that rows of one step may draw, by plan and chunk."""
+    """The tokens that rows of one step may draw."""
 
-    allowed: tuple[tuple[frozenset[int] | None, ...], ...]
-    """Ids that each row may draw; None for all of them."""
+    allowed: tuple[np.ndarray | None, ...]
+    """Of each plan [chunks ceil(V / 32)] i32: bit i of word w is set if the chunk's row may draw
+    the id 32 w + i. None where every row of the plan may draw any."""
     late: frozenset[tuple[int, int]] = frozenset()
     """(plan, chunk) of rows whose mask is not known yet: they sit this step out."""
-    forced: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    """The only token that a row may have, by (plan, chunk), whatever it draws."""
+    forced: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    """The only tokens that can come next in a row, by (plan, chunk): it has them at once, and what
+    it draws is passed over."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Requests of which no mask can be made, and what their callers are told: they end."""
 
 
 class MaskSource(Protocol):
     """Says which tokens may follow, for rows whose answer has a form, such as a grammar."""
+
+    def add(self, request: Request) -> Request:
+        """Takes in a request; returns it as it must be scheduled."""
+
+    def forget(self, request_id: str, choice: int | None = None) -> None:
+        """Forgets a request that has ended, or one choice of it."""
 
     def has_rows(self, plans: Sequence[StepPlan]) -> bool:
         """Returns True if any row of this step needs a mask."""
@@ -43,8 +55,7 @@ class MaskSource(Protocol):
     def advance(self, events: Sequence[Event]) -> None:
         """Takes in what has happened, in every turn: the tokens of earlier steps before `masks`.
 
-        What it raises ends the engine. Whatever is wrong with one request is raised by `masks`,
-        which is a fault of its step, so that this request is found.
+        What it raises ends the engine. What `masks` raises is a fault of its step.
         """
 
     def masks(self, plans: Sequence[StepPlan]) -> Masks:

@@ -26,7 +26,7 @@ from serving.engine.device import Device, Launched, Masks, MaskSource
 from serving.engine.recovery import Suspects
 from serving.scheduling.partitions import Partitions
 from serving.scheduling.proposer import Proposer
-from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws
+from serving.scheduling.request import Event, FinishReason, Request, RowDraws
 from serving.scheduling.step_plan import Limits, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -49,8 +49,6 @@ class _Step:
         drawn = [list(row) for row in rows]
         for plan, chunk in self.masks.late:
             drawn[plan][chunk] = None
-        for (plan, chunk), token in self.masks.forced.items():
-            drawn[plan][chunk] = Drawn(token_id=token, forced=True)
         return drawn
 
 
@@ -97,12 +95,22 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queues a request; raises the errors of `Scheduler.add`."""
-        self.scheduler.add(request)
+        if self._masks is None:
+            self.scheduler.add(request)
+            return
+        request = self._masks.add(request)
+        try:
+            self.scheduler.add(request)
+        except Exception:
+            self._masks.forget(request.id)
+            raise
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forgets a request, or one choice of it, and frees its pages; see `Scheduler.cancel`."""
         self.scheduler.cancel(request_id, choice)
         self._suspects.forget(request_id, choice)
+        if self._masks is not None:
+            self._masks.forget(request_id, choice)
 
     def has_room(self, n: int, caller: str) -> bool:
         """Returns True if a request of n choices would be queued now; see `Scheduler.has_room`."""
@@ -147,7 +155,7 @@ class Engine:
         if self._masks is not None:
             self._masks.advance(events)
         if step is not None and fault is None and step.launched is None:
-            fault = self._draw(step, walked)
+            fault = self._draw(step, walked, events)
         if fault is not None:
             return events + self._recover(fault, step, events)
         self._open, self._last_events = step, events
@@ -158,14 +166,24 @@ class Engine:
         plans = self.scheduler.plan()
         return _Step(plans) if any(plan.chunks for plan in plans) else None
 
-    def _draw(self, step: _Step, walked: object) -> _Fault | None:
-        """Launches the second part of a step whose rows have masks."""
+    def _draw(self, step: _Step, walked: object, events: list[Event]) -> _Fault | None:
+        """Launches the second part of a step whose rows have masks.
+
+        Adds the events of tokens that are forced, and of requests that cannot go on.
+        """
         assert self._masks is not None
         try:
-            step.masks = self._masks.masks(step.plans)
-            step.launched = self._device.draw(walked, step.masks)
+            step.masks = masks = self._masks.masks(step.plans)
+            step.launched = self._device.draw(walked, masks)
         except Exception as error:
             return _Fault(step, error)
+        forced = self.scheduler.force(masks.forced)
+        self._masks.advance(forced)
+        events += forced
+        for request_id, problem in masks.failed.items():
+            _log.error("request %s ends: %s", request_id, problem)
+            self.cancel(request_id)
+            events.append(_failed(request_id, problem))
         return None
 
     def _recover(self, fault: _Fault, newest: _Step | None, events: list[Event]) -> list[Event]:
@@ -204,9 +222,19 @@ class Engine:
             self._device.reset()
         if culprit is None:
             return []
-        self.scheduler.cancel(culprit)
-        failed = FinishReason.FAILED
-        return [Event(request_id=culprit, choice=0, drawn=None, finish_reason=failed)]
+        self.cancel(culprit)
+        return [_failed(culprit)]
+
+
+def _failed(request_id: str, problem: str = "") -> Event:
+    """Returns the event of a request that has failed alone."""
+    return Event(
+        request_id=request_id,
+        choice=0,
+        drawn=None,
+        finish_reason=FinishReason.FAILED,
+        problem=problem,
+    )
 
 
 def _ended(events: list[Event]) -> set[tuple[str, int]]:

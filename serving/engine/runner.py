@@ -12,7 +12,7 @@ import numpy as np
 from mixtral_jax.axes import PackedDraws
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
-from mixtral_jax.step.inputs import GroupInputs
+from mixtral_jax.step.inputs import GroupInputs, mask_words
 from mixtral_jax.step.launcher import StepLauncher, WalkedStep
 from mixtral_jax.step.sampling import unpack
 from serving.engine.device import Masks
@@ -53,9 +53,16 @@ class Runner:
         return WalkedPlans(tuple(plans), inputs.num_rows, self._launcher.walk(inputs))
 
     def draw(self, walked: "WalkedPlans", masks: Masks | None) -> "RunningStep":
-        """Lets the rows of a step draw. There are no programs for masks yet."""
-        assert masks is None, "no program draws under a mask"
-        packed = self._launcher.draw(walked.step)
+        """Lets the rows of a step draw what their masks allow; None for no masks."""
+        allowed: np.ndarray | None = None
+        if masks is not None and any(rows is not None for rows in masks.allowed):
+            words = mask_words(self._launcher.vocab_size)
+            allowed = np.full((len(walked.plans) * walked.rows, words), -1, np.int32)
+            for group, rows in enumerate(masks.allowed):
+                if rows is not None:
+                    first = group * walked.rows
+                    allowed[first : first + len(rows)] = rows
+        packed = self._launcher.draw(walked.step, allowed)
         return RunningStep(walked.plans, walked.rows, packed)
 
     def is_intact(self) -> bool:

@@ -270,7 +270,7 @@ class EngineWorker:
                 self._fail(event.request_id, DeadlineExceeded(_TOO_LATE))
                 return
             case FinishReason.FAILED:
-                self._fail(event.request_id, EngineFailure(_FAILED))
+                self._fail(event.request_id, EngineFailure(event.problem or _FAILED))
                 return
         if event.drawn is not None:
             before = mailbox.latest.get(event.choice)

@@ -10,7 +10,7 @@ suspects and all the others take turns, a step each.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from serving.scheduling.proposer import Proposer
 from serving.scheduling.request import Event, Request, RowDraws
@@ -80,6 +80,14 @@ class Partitions:
             if plan.chunks:
                 events += scheduler.commit(plan, tokens)
         return events
+
+    def force(self, tokens: Mapping[tuple[int, int], Sequence[int]]) -> list[Event]:
+        """Records tokens that must come next, by plan and chunk; see `Scheduler.force`."""
+        return [
+            event
+            for (plan, chunk), forced in tokens.items()
+            for event in self._schedulers[plan].force(chunk, forced)
+        ]
 
     def withdraw(self, plans: Iterable[StepPlan]) -> None:
         """Undoes the newest plans, whose step did not start; see `Scheduler.withdraw`."""

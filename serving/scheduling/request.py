@@ -80,7 +80,7 @@ class Drawn:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
-    forced: bool = False  # the host chose it; the device may have drawn another one
+    forced: bool = False  # no step drew it: a grammar let nothing else follow
 
 
 RowDraws = Drawn | Sequence[Drawn] | None
@@ -105,3 +105,4 @@ class Event:
     # the number of steps so far that computed for this choice.
     seated: float = field(default=0.0, compare=False)
     steps: int = field(default=0, compare=False)
+    problem: str = ""  # with FAILED, what the caller is told; empty where only the log says it

@@ -15,8 +15,9 @@ cache. The largest need of a sequence fits into the pool (`add` refuses others),
 always goes on, and all end. While a sequence waits for pages, others of its caller and class wait
 behind it; those of other callers pass it until they are `LEAD` tokens ahead.
 
-A step's tokens. Each sequence past its prompt gets one; prompts share the rest (budget.py). So a
-long prompt makes no answer wait for more than the step in which one chunk of it is computed.
+A step's tokens. Each sequence past its prompt gets one, and those that were forced since; prompts
+share the rest (budget.py). So a long prompt makes no answer wait for more than the step in which
+one chunk of it is computed.
 
 Prefixes and windows. Full pages are found by later requests of the same salt (pages.py). Pages
 before the window, which no later token sees, are given back; a sequence then needs pages for its
@@ -30,6 +31,9 @@ Pipelining. The next plan may be made while one is not committed yet, so that th
 for the host. A token that the open plan draws is written in the next one as 0, and `follows` has
 the index of the chunk that draws it. Steps run on the device in the order of their plans. Whoever
 gives way to another caller loses what the open plan draws for it, and draws the same again later.
+
+Forced tokens. Where a grammar lets only certain tokens follow, `force(chunk, tokens)` records them
+while the step that would draw the first of them is open. The next plan takes them all at once.
 
 Faults. `withdraw(plan)` undoes a plan whose step did not start. `requeue_all()` is for a device
 whose pages are lost. `plan(without=..., only=...)` leaves requests out of a step.
@@ -197,22 +201,25 @@ class Scheduler:
         decodes: list[SequenceState] = []
         prompts: list[SequenceState] = []
         for sequence in ready:
-            if remaining := sequence.remaining:
-                (decodes if remaining == 1 else prompts).append(sequence)
+            if sequence.remaining:
+                (decodes if sequence.answers else prompts).append(sequence)
         guesses: dict[SequenceState, tuple[int, ...]] = {}
         if self._proposer is not None:
             # Prompts come first: a guess may be in vain, and a prompt is not.
             room = self.limits.max_step_tokens - sum(s.remaining for s in prompts)
             decodes, guesses = propose(self._proposer, decodes, room)
         draft: dict[SequenceState, int] = {}
+        extra = self.limits.max_step_tokens - len(decodes) - sum(map(len, guesses.values()))
         for sequence in decodes:
-            self._claim(sequence, 1 + len(guesses.get(sequence, ())), draft)
+            forced = min(sequence.remaining - 1, extra)
+            extra -= forced
+            self._claim(sequence, 1 + forced + len(guesses.get(sequence, ())), draft)
         if prompts := [sequence for sequence in prompts if sequence.running]:
             spare = self.limits.max_step_tokens - sum(draft.values())
             for sequence, size in prompt_sizes(prompts, spare):
                 self._claim(sequence, size, draft)
         order = [*draft]
-        if prompts or guesses:
+        if sum(draft.values()) > len(draft):
             order.sort(key=lambda sequence: draft[sequence] > 1)
         plan = StepPlan(
             chunks=tuple(
@@ -244,13 +251,17 @@ class Scheduler:
             if not sequence.running:
                 continue
             sequence.steps += 1
-            sits_out = chunk.samples and token is None
+            # A draw is passed over where its token was forced since the plan.
+            is_known = chunk.end < len(sequence.tokens)
+            sits_out = chunk.samples and token is None and not is_known
             kept = chunk.end - chunk.guesses - sits_out  # tokens that are not computed again
             sequence.table.register(sequence.tokens, kept)
             if sits_out:
                 sequence = self._rows.rewind(sequence)
+            elif is_known and chunk.samples:
+                pass
             elif isinstance(token, Drawn):
-                sequence = self._append(sequence, token, events)
+                self._append(sequence, token, events)
             elif token is not None:
                 self._accept(sequence, token, events)
             elif sequence.computed < chunk.end < chunk.prompt_length:
@@ -259,6 +270,29 @@ class Scheduler:
             if has_window and sequence.running:
                 # A chunk of the next plan, if that is open, starts here: it sees no less.
                 sequence.table.slide(self.limits.visible(kept))
+        return events
+
+    def force(self, chunk: int, tokens: Sequence[int]) -> list[Event]:
+        """Records tokens that must come next in a row of the newest plan; returns their events.
+
+        What the row draws is passed over. All tokens before must be committed. The next plan
+        computes the forced ones together, and draws the token after them.
+
+        Args:
+            chunk: index of the row's chunk, which samples and has no guesses.
+            tokens: at least one; those behind the one that ends the answer are left out.
+        """
+        plan, sequences = self._open[-1]
+        sequence = sequences[chunk]
+        events: list[Event] = []
+        if not sequence.running:
+            return events
+        assert plan.chunks[chunk].end == len(sequence.tokens), "an earlier token is not committed"
+        sequence.undrawn += len(tokens) - 1
+        for token in tokens:
+            self._append(sequence, Drawn(token_id=token, forced=True), events)
+            if not sequence.running:
+                break
         return events
 
     def withdraw(self, plan: StepPlan) -> None:
@@ -303,8 +337,8 @@ class Scheduler:
             draft.pop(victim, None)
             self._rows.preempt(victim)
 
-    def _append(self, sequence: SequenceState, drawn: Drawn, events: list[Event]) -> SequenceState:
-        """Records a token; returns the state in which the sequence goes on."""
+    def _append(self, sequence: SequenceState, drawn: Drawn, events: list[Event]) -> None:
+        """Records a token."""
         to_fork = sequence.choices[1:]
         sequence.tokens.append(drawn.token_id)
         sequence.undrawn -= 1
@@ -317,9 +351,6 @@ class Scheduler:
             self._rows.fork(sequence, choice)
         if reason is not None:
             sequence.table.release()
-        elif drawn.forced:
-            return self._rows.rewind(sequence)
-        return sequence
 
     def _accept(self, sequence: SequenceState, drawn: Sequence[Drawn], events: list[Event]) -> None:
         """Records the tokens of a sequence that had guesses; wrong ones are written over."""

@@ -68,6 +68,11 @@ class SequenceState:
         return max(0, length - self.planned) if length < self.limit else 0
 
     @property
+    def answers(self) -> bool:
+        """True if what it has to compute are tokens of its answer that came since it has a row."""
+        return self.remaining == 1 or self.planned >= self.known_at_seat
+
+    @property
     def reserve(self) -> int:
         """Number of tokens, while running, that are counted as its caller's before they are."""
         length = len(self.tokens)
@@ -97,7 +102,8 @@ class SequenceState:
         """True if what is drawn after several guesses depends on their tokens alone."""
         num_drawn = len(self.tokens) - len(self.request.prompt_ids)
         has_begun = num_drawn > max(0, self.request.min_tokens - 1)
-        return has_begun and not self.request.sampling.has_penalties
+        has_form = self.request.form is not None
+        return has_begun and not self.request.sampling.has_penalties and not has_form
 
     def advance(self, size: int, row: int, guesses: tuple[int, ...] = ()) -> Chunk:
         """Returns the chunk of its next `size` tokens, which count as planned from now on.
@@ -135,7 +141,7 @@ class SequenceState:
         """Takes back the last chunk that `advance` returned."""
         self.planned = chunk.start
         self.turn.served -= len(chunk.token_ids)
-        if chunk.samples:
+        if chunk.samples and chunk.end >= len(self.tokens):  # else its token was forced meanwhile
             self.undrawn -= 1
         if chunk.follows is not None:
             self.row = chunk.follows

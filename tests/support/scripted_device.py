@@ -2,9 +2,11 @@
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from serving.engine.device import Masks
 from serving.scheduling.request import Drawn, Request, RowDraws
@@ -27,6 +29,19 @@ def next_token(tokens: Sequence[int], seed: int, allowed: frozenset[int] | None 
     number = zlib.crc32(repr((list(tokens), seed)).encode())
     choices = range(VOCAB) if allowed is None else sorted(allowed)
     return choices[number % len(choices)]
+
+
+def bits_of(ids: Iterable[int]) -> np.ndarray:
+    """A row of a mask that allows these ids."""
+    bits = np.zeros(-(-VOCAB // 32) * 32, np.uint8)
+    bits[[*ids]] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def ids_of(row: np.ndarray) -> frozenset[int]:
+    """The ids that a row of a mask allows."""
+    bits = np.unpackbits(np.ascontiguousarray(row).view(np.uint8), bitorder="little")
+    return frozenset(np.flatnonzero(bits[:VOCAB]).tolist())
 
 
 def undisturbed(request: Request, choice: int = 0) -> list[int]:
@@ -103,7 +118,8 @@ class ScriptedDevice:
     def _draw(self, walked: "ScriptedWalk", masks: Masks | None) -> "ScriptedStep":
         drawn: list[RowDraws] = []
         for i, (chunk, tokens) in enumerate(zip(walked.plan.chunks, walked.read, strict=True)):
-            allowed = None if masks is None else masks.allowed[0][i]
+            rows = None if masks is None else masks.allowed[0]
+            allowed = None if rows is None else ids_of(rows[i])
             if tokens is None:
                 drawn.append(None)
             elif chunk.guesses:

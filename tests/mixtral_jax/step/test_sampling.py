@@ -169,6 +169,63 @@ def test_what_was_forbidden_is_never_drawn() -> None:
     assert set(drawn.tolist()) == {1, 2}
 
 
+def masks(*rows: set[int] | None, vocab: int) -> np.ndarray:
+    """A mask for each row that allows these ids; None for all."""
+    bits = np.zeros((len(rows), -(-vocab // 32) * 32), np.uint8)
+    for row, ids in enumerate(rows):
+        bits[row, slice(None) if ids is None else list(ids)] = 1
+    return np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+
+
+draw_masked = jax.jit(sample)
+
+
+def test_masked_rows_by_hand() -> None:
+    """Of 70 ids, in three words, each row draws the likeliest that is allowed: id 69 is likelier
+    than 68, and so on. Biases and penalties act within the mask; where they leave nothing, the mask
+    wins, and the likeliest of it by the model itself is drawn."""
+    vocab = 70
+    logits = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.float32), (8, vocab))
+    allowed = masks(None, {0}, {3, 31}, {32, 5}, {64, 63}, {7, 9}, {7, 9}, {7, 9}, vocab=vocab)
+    minus = -np.inf
+    params = arrays(
+        8,
+        top_logprobs=0,
+        biases=biases({}, {0: minus}, {}, {}, {}, {9: minus}, {7: minus, 9: minus}, {7: 5.0}),
+    )
+    draws = unpack(np.asarray(draw_masked(logits, params, allowed).packed))
+    assert draws.tokens.tolist() == [69, 0, 31, 32, 64, 7, 9, 7]
+    whole = jax.nn.logsumexp(logits, axis=-1)  # logprobs are those of the raw logits
+    expected = draws.tokens - np.asarray(whole)
+    np.testing.assert_allclose(draws.logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_masked_draw_is_among_the_allowed_and_others_keep_their_bits() -> None:
+    """Rows without a mask draw what they draw without masks beside them, also where a row has
+    top_k, top_p and penalties; those with one never leave it, at any temperature."""
+    vocab, rows = 600, 64
+    logits = jax.random.normal(jax.random.key(1), (rows, vocab)) * 3
+    params = arrays(
+        rows,
+        temperature=[0.0, 0.7, 1.5, 30.0] * 16,
+        top_k=[0, 5] * 32,
+        top_p=[1.0, 0.9, 0.5] * 21 + [1.0],
+        seed=[*range(rows)],
+        position=[*range(rows)],
+        top_logprobs=3,
+    )
+    some = {1, 40, 299, 300, 511, 512, 599}
+    allowed = masks(*[some if i % 3 else None for i in range(rows)], vocab=vocab)
+    masked, plain = draw_masked(logits, params, allowed), draw(logits, params)
+    tokens = np.asarray(masked.tokens)
+    for row in range(rows):
+        if row % 3:
+            assert tokens[row] in some
+        else:
+            assert (np.asarray(masked.packed)[row] == np.asarray(plain.packed)[row]).all()
+    assert {*tokens.tolist()} >= some
+
+
 def test_logprobs_are_of_the_raw_logits() -> None:
     torch = pytest.importorskip("torch", reason="no torch for this Python: see the test extra")
     logits = np.random.default_rng(3).normal(size=(4, 700)).astype(np.float32) * 5

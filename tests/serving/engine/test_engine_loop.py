@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mixtral_jax.sampling_params import SamplingParams
@@ -13,7 +14,13 @@ from serving.engine.device import Masks
 from serving.engine.engine import Engine
 from serving.scheduling.request import Event, FinishReason, Request
 from serving.scheduling.step_plan import Limits, StepPlan
-from tests.support.scripted_device import Place, ScriptedDevice, next_token, undisturbed
+from tests.support.scripted_device import (
+    Place,
+    ScriptedDevice,
+    bits_of,
+    next_token,
+    undisturbed,
+)
 
 LIMITS = Limits(
     num_pages=64, page_size=4, max_sequences=8, max_step_tokens=16, max_context=96, max_waiting=99
@@ -96,6 +103,12 @@ class EvenTokens:
         self.forced = forced or {}
         self.num_masks = 0
 
+    def add(self, request: Request) -> Request:
+        return request
+
+    def forget(self, request_id: str, choice: int | None = None) -> None:
+        pass
+
     def has_rows(self, plans: Sequence[StepPlan]) -> bool:
         return any(c.request_id.startswith("m") for plan in plans for c in plan.chunks)
 
@@ -107,25 +120,31 @@ class EvenTokens:
 
     def masks(self, plans: Sequence[StepPlan]) -> Masks:
         (plan,) = plans
-        allowed: list[frozenset[int] | None] = []
+        allowed = np.full((len(plan.chunks), 4), -1, np.int32)
         late: set[tuple[int, int]] = set()
-        forced: dict[tuple[int, int], int] = {}
+        forced: dict[tuple[int, int], tuple[int, ...]] = {}
         for i, chunk in enumerate(plan.chunks):
-            allowed.append(EVEN if chunk.request_id.startswith("m") else None)
-            if allowed[-1] is None or not chunk.samples:
+            if not chunk.request_id.startswith("m") or not chunk.samples:
                 continue
             place = self.known.get((chunk.request_id, chunk.choice), 0)
             if place < chunk.end - chunk.prompt_length:
                 late.add((0, i))  # it follows a token that was never drawn
-                allowed[-1] = None
                 continue
             if self.num_masks in self.late_ones:
                 late.add((0, i))
-                allowed[-1] = None
-            elif (chunk.request_id, place) in self.forced:
-                forced[0, i] = self.forced[chunk.request_id, place]
+            elif run := self._forced(chunk.request_id, place):
+                forced[0, i] = run
+            else:
+                allowed[i] = bits_of(EVEN)
             self.num_masks += 1
-        return Masks((tuple(allowed),), frozenset(late), forced)
+        return Masks((allowed,), frozenset(late), forced)
+
+    def _forced(self, request_id: str, place: int) -> tuple[int, ...]:
+        """The tokens from a place on, up to the first that is not forced."""
+        run: list[int] = []
+        while (request_id, place + len(run)) in self.forced:
+            run.append(self.forced[request_id, place + len(run)])
+        return tuple(run)
 
 
 def masked(asked: Request, choice: int = 0, forced: dict[int, int] | None = None) -> list[int]:

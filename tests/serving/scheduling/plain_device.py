@@ -91,7 +91,7 @@ def draw(history: tuple[int, ...], seed: int, forbidden: frozenset[int]) -> int:
     return token
 
 
-# Tokens that the host chooses in place of the device, by request, choice and position.
+# Tokens that a grammar forces, by request, choice and position.
 Forced = Mapping[tuple[str, int, int], int]
 NONE: Forced = MappingProxyType({})
 
@@ -146,8 +146,8 @@ class Device:
         for chunk in plan.chunks:
             full = self.full[chunk.request_id, chunk.choice]
             # A token behind the last may be computed, but only where the end was not foreseen.
-            stale = self._is_misled(chunk) or chunk.end >= len(full)
-            if stale and not self._is_misled(chunk):
+            stale = chunk.end >= len(full)
+            if stale:
                 assert chunk.end == len(full) and chunk.follows is not None
                 assert full[-1] in self.ends[chunk.request_id]
             for position in range(chunk.start, chunk.end):
@@ -162,10 +162,18 @@ class Device:
         self.plans.append(plan)
         return drawn
 
-    def _is_misled(self, chunk: Chunk) -> bool:
-        """True if it goes on from a token of the device in whose place the host chooses another."""
-        place = chunk.request_id, chunk.choice, chunk.start
-        return chunk.follows is not None and place in self.forced
+    def forced_after(self, plan: StepPlan) -> dict[int, list[int]]:
+        """Returns the tokens that must come next in rows of a plan, by chunk."""
+        runs: dict[int, list[int]] = {}
+        for i, chunk in enumerate(plan.chunks):
+            position = chunk.end
+            while chunk.samples:
+                token = self.forced.get((chunk.request_id, chunk.choice, position))
+                if token is None:
+                    break
+                runs.setdefault(i, []).append(token)
+                position += 1
+        return runs
 
     def _content(self, chunk: Chunk, position: int) -> object:
         full = self.full[chunk.request_id, chunk.choice]
@@ -178,9 +186,9 @@ class Device:
     def _compute(self, chunk: Chunk) -> int | None:
         full = self.full[chunk.request_id, chunk.choice]
         tokens = chunk.token_ids
-        if self._is_misled(chunk):
-            return -1
         if chunk.follows is not None:
+            place = chunk.request_id, chunk.choice, chunk.start
+            assert place not in self.forced, "it was known already"
             assert tokens == (0,)
             followed = self.drawn[chunk.follows]
             assert followed is not None
@@ -225,10 +233,7 @@ def drive(
         if pending is not None:
             plan, tokens = pending
             pending = None
-            drawn = [
-                _drawn(device, chunk, token)
-                for chunk, token in zip(plan.chunks, tokens, strict=True)
-            ]
+            drawn = [None if token is None else Drawn(token_id=token) for token in tokens]
             events.extend(scheduler.commit(plan, drawn))
             between()
 
@@ -250,19 +255,12 @@ def drive(
                 drawn = device.run(plan)
         between()
         record()
+        if plan.chunks:
+            for i, run in device.forced_after(plan).items():
+                events += scheduler.force(i, run)
         pending = (plan, drawn) if plan.chunks else None
         if pending is not None and not goes_on():
             record()
         if not scheduler.has_work:
             return events
     raise AssertionError("it never ends")
-
-
-def _drawn(device: Device, chunk: Chunk, token: int | None) -> Drawn | None:
-    if not chunk.samples:
-        return None
-    forced = device.forced.get((chunk.request_id, chunk.choice, chunk.end))
-    if forced is not None:
-        return Drawn(token_id=forced, forced=True)
-    assert token is not None
-    return Drawn(token_id=token)

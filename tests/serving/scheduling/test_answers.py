@@ -150,14 +150,17 @@ def test_every_answer_is_that_of_the_plain_loop(
 
 
 def chosen(requests: list[Request], coin: Random, share: float) -> dict[tuple[str, int, int], int]:
-    """Tokens that the host chooses in a share of all places."""
-    return {
-        (one.id, choice, len(one.prompt_ids) + i): coin.randrange(1, VOCABULARY)
-        for one in requests
-        for choice in range(one.n)
-        for i in range(one.max_tokens)
-        if coin.random() < share and not (i < one.min_tokens and 1 in one.eos_ids)
-    }
+    """Tokens that are forced, at a share of all places, and half of the places behind such."""
+    tokens: dict[tuple[str, int, int], int] = {}
+    for one in requests:
+        for choice in range(one.n):
+            is_forced = False
+            for i in range(one.max_tokens):
+                is_forced = coin.random() < (0.5 if is_forced else share)
+                if is_forced and not (i < one.min_tokens and 1 in one.eos_ids):
+                    place = one.id, choice, len(one.prompt_ids) + i
+                    tokens[place] = coin.randrange(1, VOCABULARY)
+    return tokens
 
 
 def assert_known_pages_are_what_they_say(scheduler: Scheduler, device: Device) -> None:

@@ -137,33 +137,89 @@ def test_what_sits_a_step_out_goes_on_later() -> None:
     assert scheduler.plan(without=["A", "B"]) == StepPlan(chunks=())
 
 
-def test_a_forced_token_stands_in_place_of_the_drawn_one() -> None:
-    """The open plan has gone on from the device's token; its chunk of A counts for nothing."""
-    scheduler = scheduler_of(request("A", 2, 4), request("B", 2, 4))
+def test_forced_tokens_are_computed_at_once_and_what_the_open_plan_draws_is_passed_over() -> None:
+    """After A's first token, 50, only 71, 72, 73 can come."""
+    scheduler = scheduler_of(request("A", 2, 9), request("B", 2, 9))
     first, second = scheduler.plan(), scheduler.plan()
-    events = scheduler.commit(first, [Drawn(token_id=77, forced=True), Drawn(token_id=60)])
-    assert told(events) == [("A", 0, 77, None), ("B", 0, 60, None)]
+    commit(scheduler, first, [50, 60])
+    events = scheduler.force(0, [71, 72, 73])
+    assert told(events) == [("A", 0, token, None) for token in (71, 72, 73)]
+    assert all(event.drawn is not None and event.drawn.forced for event in events)
     third = scheduler.plan()
     assert [(c.request_id, c.start, c.token_ids, c.follows) for c in third.chunks] == [
-        ("A", 2, (77,), None),
         ("B", 3, (0,), 1),
+        ("A", 3, (71, 72, 73), None),
     ]
-    assert told(commit(scheduler, second, [50, 61])) == [("B", 0, 61, None)]
-    assert told(commit(scheduler, third, [78, 62])) == [("A", 0, 78, None), ("B", 0, 62, None)]
+    assert told(commit(scheduler, second, [51, 61])) == [("B", 0, 61, None)]
+    assert told(commit(scheduler, third, [62, 74])) == [("B", 0, 62, None), ("A", 0, 74, None)]
+    assert scheduler.plan().chunks[0].token_ids == (74,)
 
 
-def test_a_forced_token_without_an_open_plan_changes_nothing_else() -> None:
-    scheduler = scheduler_of(request("A", 2, 2))
-    scheduler.commit(scheduler.plan(), [Drawn(token_id=77, forced=True)])
-    assert scheduler.plan().chunks[0].token_ids == (77,)
+def test_forced_tokens_before_the_first_drawn_one() -> None:
+    """They come while the prompt is computed; the second choice begins beside them."""
+    scheduler = scheduler_of(request("A", 3, 9, n=2))
+    first = scheduler.plan()
+    assert told(scheduler.force(0, [71, 72])) == [("A", 0, 71, None), ("A", 0, 72, None)]
+    second = scheduler.plan()
+    assert shape(second) == [("A", 2, 1, True), ("A", 3, 2, True)]
+    assert [chunk.choice for chunk in second.chunks] == [1, 0]
+    assert commit(scheduler, first) == []
+    assert told(commit(scheduler, second, [50, 73])) == [("A", 1, 50, None), ("A", 0, 73, None)]
 
 
 def test_a_forced_token_that_ends() -> None:
+    """Those behind it are left out, and its pages are free at once."""
     scheduler = scheduler_of(request("A", 2, 9))
     first, second = scheduler.plan(), scheduler.plan()
-    (event,) = scheduler.commit(first, [Drawn(token_id=99, forced=True)])
-    assert event.finish_reason is FinishReason.STOP
+    commit(scheduler, first)
+    events = scheduler.force(0, [71, 99, 72])
+    assert told(events) == [("A", 0, 71, None), ("A", 0, 99, FinishReason.STOP)]
+    assert scheduler.num_free_pages == 8
     assert commit(scheduler, second) == [] and not scheduler.has_work
+
+
+def test_forced_tokens_are_cut_at_max_tokens() -> None:
+    scheduler = scheduler_of(request("A", 2, 3))
+    commit(scheduler, scheduler.plan())
+    scheduler.plan()
+    events = scheduler.force(0, [71, 72, 73])
+    assert told(events) == [("A", 0, 71, None), ("A", 0, 72, FinishReason.LENGTH)]
+
+
+def test_forced_tokens_share_a_step_with_answers_and_come_before_prompts() -> None:
+    """8 tokens a step: B's answer has 1, then A's forced ones 7, and C's prompt none."""
+    size = {"max_sequences": 3, "num_pages": 20}
+    scheduler = scheduler_of(request("A", 2, 20), request("B", 2, 9), **size)
+    commit(scheduler, scheduler.plan(), [50, 60])
+    scheduler.add(request("C", 20, 9))
+    second = scheduler.plan()
+    assert shape(second) == [("A", 2, 1, True), ("B", 2, 1, True), ("C", 0, 6, False)]
+    scheduler.force(0, [*range(70, 79)])
+    third = scheduler.plan()
+    assert shape(third) == [("B", 3, 1, True), ("A", 3, 7, False)]
+    commit(scheduler, second, [51, 61, None])
+    assert shape(scheduler.plan()) == [("B", 4, 1, True), ("A", 10, 2, True), ("C", 6, 5, False)]
+
+
+def test_a_step_with_forced_tokens_that_did_not_start_is_planned_again() -> None:
+    scheduler = scheduler_of(request("A", 2, 9))
+    commit(scheduler, scheduler.plan())
+    second = scheduler.plan()
+    scheduler.force(0, [71, 72])
+    scheduler.withdraw(second)
+    third = scheduler.plan()
+    assert third.chunks[0].token_ids == (50, 71, 72) and third.chunks[0].samples
+    scheduler.withdraw(third)
+    again = scheduler.plan()
+    assert again == third
+    assert told(commit(scheduler, again, 73)) == [("A", 0, 73, None)]
+
+
+def test_what_ended_meanwhile_is_not_forced() -> None:
+    scheduler = scheduler_of(request("A", 2, 9))
+    scheduler.plan()
+    scheduler.cancel("A")
+    assert scheduler.force(0, [71]) == [] and scheduler.num_free_pages == 8
 
 
 class Counting:

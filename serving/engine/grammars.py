@@ -1,0 +1,262 @@
+"""Grammars: which tokens may follow in the answers that have a form.
+
+Each choice of such a request has a matcher of its own, which is moved by committed tokens alone, so
+that a preempted or failed step has nothing to take back. Masks are computed after the walk of their
+step was launched, while the devices run it, in threads of their own: llguidance works without the
+interpreter's lock.
+
+A row whose mask is not there `PATIENCE` seconds after it was begun sits the step out. Its matcher
+goes on, and has the mask for a later step. As long as a matcher is that slow it is computed in a
+thread apart, and not waited for, so that it delays no other answer again.
+
+https://github.com/guidance-ai/llguidance
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from time import monotonic
+
+import numpy as np
+
+from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.form import Form
+from mixtral_jax.structure.matcher import Matcher
+from serving.engine.device import Masks
+from serving.scheduling.request import Event, Request
+from serving.scheduling.step_plan import StepPlan
+
+_log = logging.getLogger(__name__)
+
+PATIENCE = 0.02  # seconds
+_NUM_PUMPS = 2  # threads that compute the masks of one step; more gain nothing
+_NUM_SPARE = 4  # threads that go on while others are held by slow matchers
+
+
+class _State(Enum):
+    IDLE = "idle"  # what may follow is not known
+    BUSY = "busy"  # a thread computes it, or is about to: the answer is that thread's
+    READY = "ready"  # `forced` and `mask` are those of its position
+
+
+@dataclass(eq=False)
+class _Answer:
+    """Place of one choice of a request in its grammar."""
+
+    matcher: Matcher
+    trigger: int | None
+    """The id that must be drawn before the grammar begins; None once it has begun."""
+    takes_turns: bool
+    """True if forced tokens are drawn one by one, because their logprobs were asked for."""
+    mask: np.ndarray
+    """Tokens that may follow the forced ones."""
+    position: int = 0
+    """Number of its tokens that are known."""
+    pending: list[int] = field(default_factory=list)
+    """Drawn tokens that the matcher has not taken in."""
+    forced: deque[int] = field(default_factory=deque)
+    """Tokens that must come next. The matcher has them already, because they are certain."""
+    state: _State = _State.IDLE
+    is_slow: bool = False
+    problem: str = ""
+    """Why it cannot go on; empty as long as it can."""
+
+    def compute(self) -> None:
+        """Takes in the pending tokens, and finds what may follow. Raises nothing."""
+        began = monotonic()
+        try:
+            self._compute()
+        except StructureError as error:
+            self.problem = f"the answer cannot be held to its form any longer: {error}"
+        except BaseException:  # a panic of the library is no Exception
+            _log.exception("a matcher failed")
+            self.problem = "the answer cannot be held to its form; see the server's log"
+        self.is_slow = monotonic() - began > PATIENCE
+        self.state = _State.READY  # at last, for the engine's thread goes on with it
+
+    def _compute(self) -> None:
+        pending, self.pending = self.pending, []
+        self.matcher.consume(pending)
+        while certain := self._certain():
+            self.forced.extend(certain)
+            if certain[-1] in self.matcher.end_ids:
+                return
+            self.matcher.consume(certain)
+
+    def _certain(self) -> tuple[int, ...]:
+        """Returns tokens that must come next; none if several may, of which `mask` has all.
+
+        Where nothing but the end may follow, the first of the ids that say so is certain.
+        """
+        if forced := self.matcher.forced():
+            return forced
+        self.matcher.fill(self.mask)
+        count = int(np.bitwise_count(self.mask.view(np.uint32)).sum())
+        if count > len(self.matcher.end_ids):
+            return ()
+        bits = np.unpackbits(self.mask.view(np.uint8), bitorder="little")
+        ids: list[int] = np.flatnonzero(bits).tolist()
+        return (ids[0],) if len(ids) == 1 or self.matcher.end_ids.issuperset(ids) else ()
+
+
+class Grammars:
+    """Makes the masks of rows whose requests have a form; the engine's MaskSource.
+
+    Args:
+        words: number of words of a mask, ceil(V / 32).
+    """
+
+    def __init__(self, words: int) -> None:
+        self._words = words
+        self._forms: dict[str, tuple[Form, Request]] = {}
+        self._answers: dict[str, dict[int, _Answer]] = {}
+        self._open: dict[str, set[int]] = {}  # choices that have not ended
+        self._pool = ThreadPoolExecutor(_NUM_PUMPS + _NUM_SPARE, "masks")
+        self._slow_pool = ThreadPoolExecutor(1, "slow masks")
+
+    def add(self, request: Request) -> Request:
+        """Takes in a request; returns it as it must be scheduled.
+
+        Where it is to go on after the model's end, it does so for as long as its grammar has more
+        to say, but not beyond.
+        """
+        form = request.form
+        if form is None:
+            return request
+        assert isinstance(form, Form)
+        assert form.warm.words == self._words, "the form is of another vocabulary"
+        self._forms[request.id] = form, request
+        self._answers[request.id] = {}
+        self._open[request.id] = set(range(request.n))
+        min_tokens = request.min_tokens if request.eos_ids else request.max_tokens
+        return replace(request, eos_ids=request.eos_ids | form.warm.end_ids, min_tokens=min_tokens)
+
+    def forget(self, request_id: str, choice: int | None = None) -> None:
+        """Forgets a request that has ended, or one choice of it."""
+        if request_id not in self._forms:
+            return
+        choices = self._open[request_id]
+        if choice is not None:
+            choices.discard(choice)
+            self._answers[request_id].pop(choice, None)
+        if choice is None or not choices:
+            del self._forms[request_id], self._answers[request_id], self._open[request_id]
+
+    def has_rows(self, plans: Sequence[StepPlan]) -> bool:
+        """Returns True if any row of this step draws in an answer that has a form."""
+        return bool(self._forms) and any(
+            chunk.samples and chunk.request_id in self._forms
+            for plan in plans
+            for chunk in plan.chunks
+        )
+
+    def advance(self, events: Sequence[Event]) -> None:
+        """Takes in what has happened: tokens, and ends."""
+        for event in events:
+            if event.request_id not in self._forms:
+                continue
+            if event.finish_reason is not None:
+                # Without a token a request ends with all its choices.
+                self.forget(event.request_id, event.choice if event.drawn else None)
+            elif event.drawn is not None:
+                self._take(self._answer(event.request_id, event.choice), event.drawn.token_id)
+
+    def masks(self, plans: Sequence[StepPlan]) -> Masks:
+        """Returns the masks of a step that was walked; waits for them `PATIENCE` at most."""
+        rows: dict[tuple[int, int], _Answer] = {}
+        late: set[tuple[int, int]] = set()
+        for i, plan in enumerate(plans):
+            for j, chunk in enumerate(plan.chunks):
+                if not chunk.samples or chunk.choice not in self._open.get(chunk.request_id, ()):
+                    continue
+                answer = self._answer(chunk.request_id, chunk.choice)
+                if answer.position != chunk.end - chunk.prompt_length:
+                    late.add((i, j))  # it follows a token that was never drawn
+                elif answer.trigger is None:
+                    rows[i, j] = answer
+        self._compute(list(rows.values()))
+        allowed: list[np.ndarray | None] = [None] * len(plans)
+        forced: dict[tuple[int, int], tuple[int, ...]] = {}
+        failed: dict[str, str] = {}
+        for (i, j), answer in rows.items():
+            chunks = plans[i].chunks
+            if answer.state is not _State.READY:
+                late.add((i, j))
+            elif answer.problem:
+                failed[chunks[j].request_id] = answer.problem
+            elif answer.forced and not answer.takes_turns:
+                forced[i, j] = tuple(answer.forced)
+            else:
+                masks = allowed[i]
+                if masks is None:
+                    masks = allowed[i] = np.full((len(chunks), self._words), -1, np.int32)
+                masks[j] = _only(answer.forced[0], self._words) if answer.forced else answer.mask
+        return Masks(tuple(allowed), frozenset(late), forced, failed)
+
+    def _answer(self, request_id: str, choice: int) -> _Answer:
+        answers = self._answers[request_id]
+        if choice not in answers:
+            form, request = self._forms[request_id]
+            answers[choice] = _Answer(
+                matcher=form.matcher(),
+                trigger=form.begins_after,
+                takes_turns=request.sampling.top_logprobs is not None,
+                mask=np.zeros(self._words, np.int32),
+            )
+        return answers[choice]
+
+    def _take(self, answer: _Answer, token: int) -> None:
+        """Takes in a token of an answer that goes on."""
+        answer.position += 1
+        if answer.trigger is not None and token != answer.trigger:
+            return
+        answer.trigger = None
+        assert answer.state is not _State.BUSY, "a row without a mask has drawn"
+        if answer.forced:
+            only = answer.forced.popleft()
+            assert only == token, "another token was drawn than the only one"
+            return
+        answer.pending.append(token)
+        answer.state = _State.IDLE
+
+    def _compute(self, answers: list[_Answer]) -> None:
+        """Computes what is missing, for as long as the step can wait for it."""
+        todo = deque[_Answer]()
+        for answer in answers:
+            if answer.state is not _State.IDLE:
+                continue
+            answer.state = _State.BUSY
+            if answer.is_slow:
+                self._slow_pool.submit(answer.compute)
+            else:
+                todo.append(answer)
+        if not todo:
+            return
+        pumps = [self._pool.submit(_pump, todo) for _ in range(min(_NUM_PUMPS, len(todo)))]
+        wait(pumps, PATIENCE)
+        for answer in _emptied(todo):
+            answer.state = _State.IDLE  # it is begun in a later step
+
+
+def _pump(todo: deque[_Answer]) -> None:
+    """Computes answers until none remains."""
+    for answer in _emptied(todo):
+        answer.compute()
+
+
+def _emptied(todo: deque[_Answer]) -> Iterator[_Answer]:
+    """Yields answers, each to one of the threads that empty the same queue."""
+    with suppress(IndexError):
+        while True:
+            yield todo.popleft()
+
+
+def _only(token: int, words: int) -> np.ndarray:
+    """Returns the mask that allows one id."""
+    mask = np.zeros(words, np.uint32)
+    mask[token // 32] = 1 << token % 32
+    return mask.view(np.int32)

@@ -1,0 +1,192 @@
+"""Answers that are held to a grammar, by an engine on a toy model."""
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sampling_params import SamplingParams
+from mixtral_jax.step.buckets import Steps
+from mixtral_jax.structure.form import Form
+from mixtral_jax.structure.matcher import Guide
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+from serving.engine.build import compile_steps, engine_of
+from serving.engine.engine import Engine
+from serving.scheduling.request import Event, FinishReason, Request
+from serving.scheduling.step_plan import Limits
+from tests.support.models import model_of
+
+TOKENIZER = ByteTokenizer()
+LIMITS = Limits(
+    num_pages=300, page_size=4, max_sequences=8, max_step_tokens=64, max_context=256, max_waiting=99
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "ok": {"type": "boolean"},
+    },
+    "required": ["name", "age", "ok"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    config = replace(ModelConfig.tiny(vocab_size=TOKENIZER.vocab_size), max_context=256)
+    return model_of(config)
+
+
+@pytest.fixture(scope="module")
+def steps(model: Transformer) -> Steps:
+    return compile_steps(model, LIMITS)
+
+
+@pytest.fixture(scope="module")
+def guide() -> Guide:
+    return Guide(TOKENIZER, TOKENIZER.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def person(guide: Guide) -> Form:
+    """An object of three fields, without spaces: 29 of its characters are certain."""
+    grammar = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_flexible": False})
+    return Form(guide.matcher(grammar))
+
+
+def regex(guide: Guide, pattern: str, begins_after: int | None = None) -> Form:
+    grammar = LLMatcher.grammar_from_regex(pattern)
+    return Form(guide.matcher(grammar), begins_after)
+
+
+def request(name: str, form: Form | None, **changes: Any) -> Request:
+    values: dict[str, Any] = dict(
+        sampling=SamplingParams(temperature=1.5, seed=sum(map(ord, name))),
+        max_tokens=120,
+        eos_ids=TOKENIZER.eos_ids,
+    )
+    ids = tuple(TOKENIZER.encode(f"say {name}"))
+    return Request(id=name, prompt_ids=ids, form=form, **{**values, **changes})
+
+
+def served(engine: Engine, *requests: Request) -> dict[tuple[str, int], list[Event]]:
+    """The events of each choice, to the end of all."""
+    for one in requests:
+        engine.add(one)
+    events: dict[tuple[str, int], list[Event]] = {}
+    for _ in range(2000):
+        for event in engine.step():
+            if event.drawn is not None or event.finish_reason is not None:
+                events.setdefault((event.request_id, event.choice), []).append(event)
+        if not engine.has_work:
+            return events
+    raise AssertionError("it does not end")
+
+
+def ids(events: list[Event]) -> list[int]:
+    return [event.drawn.token_id for event in events if event.drawn is not None]
+
+
+def text(events: list[Event]) -> str:
+    """The answer without the token that ends it."""
+    tokens = [token for token in ids(events) if token not in TOKENIZER.eos_ids]
+    return b"".join(map(TOKENIZER.token_bytes, tokens)).decode()
+
+
+def is_person(answer: str) -> bool:
+    value = json.loads(answer)
+    return (
+        [*value] == ["name", "age", "ok"]
+        and 0 <= value["age"] <= 150
+        and len(value["name"]) <= 6
+        and value["ok"] in (True, False)
+    )
+
+
+def test_answers_match_their_schema_among_others_that_have_none(
+    model: Transformer, steps: Steps, person: Form
+) -> None:
+    """Hot and cold, alone and several, with logprobs and penalties, at all of which the likeliest
+    tokens of a random model are no JSON; and the model's end may be ignored or forbidden."""
+    engine = engine_of(model, LIMITS, steps)
+    asked = [
+        request("hot", person, n=3),
+        request("cold", person, sampling=SamplingParams(temperature=0.0)),
+        request("logprobs", person, sampling=SamplingParams(seed=1, top_logprobs=2)),
+        request("penalties", person, sampling=SamplingParams(seed=2, frequency_penalty=2.0)),
+        request("endless", person, eos_ids=frozenset()),
+        request("late end", person, min_tokens=100),
+        request("plain", None, sampling=SamplingParams(temperature=0.0), max_tokens=30),
+    ]
+    events = served(engine, *asked)
+    assert len(events) == 9
+    for (name, _), of_choice in events.items():
+        if name == "plain":
+            continue
+        assert is_person(text(of_choice)), text(of_choice)
+        assert of_choice[-1].finish_reason is FinishReason.STOP
+        drawn = [event.drawn for event in of_choice if event.drawn is not None]
+        if name == "logprobs":
+            assert all(one.logprob is not None and len(one.top_logprobs) == 2 for one in drawn)
+            assert not any(one.forced for one in drawn)
+        else:
+            # {"name":" and ","age": and ,"ok": and all of true or false but its first letter.
+            assert sum(one.forced for one in drawn) >= 9 + 7 + 6 + 3
+    alone = served(engine_of(model, LIMITS, steps), asked[-1])
+    assert ids(alone["plain", 0]) == ids(events["plain", 0])
+    assert engine.scheduler.num_free_pages == LIMITS.num_pages
+
+
+def test_forced_tokens_take_no_steps_of_their_own(
+    model: Transformer, steps: Steps, guide: Guide
+) -> None:
+    """20 certain characters, one of two, 20 certain ones and the end. The prompt's step draws
+    nothing, the second has the certain ones and draws, and while the third computes what was drawn
+    the rest is known."""
+    form = regex(guide, "[x]{20}[ab][y]{20}")
+    engine = engine_of(model, LIMITS, steps)
+    engine.add(request("A", form))
+    count, answer = 0, []
+    while engine.has_work:
+        count += 1
+        answer += [event for event in engine.step() if event.drawn]
+    assert re.fullmatch("x{20}[ab]y{20}", text(answer))
+    assert [event.drawn.forced for event in answer if event.drawn].count(False) == 1
+    assert count == 4  # turns: the last one commits the third step
+
+
+def test_a_call_begins_when_the_model_says_so(
+    model: Transformer, steps: Steps, guide: Guide
+) -> None:
+    """Nothing is masked before the trigger, here "(", which the form takes in as its first token;
+    a bias makes the model draw it at once, or never."""
+    trigger = TOKENIZER.encode("(")[-1]
+    form = regex(guide, r"\([0-9]{3}\)", begins_after=trigger)
+    likely = SamplingParams(temperature=0.0, logit_bias={trigger: 100.0})
+    never = SamplingParams(temperature=0.0, logit_bias={trigger: -100.0})
+    asked = [
+        request("calls", form, sampling=likely),
+        request("talks", form, sampling=never, max_tokens=20),
+        request("free", None, sampling=never, max_tokens=20),
+    ]
+    asked[2] = replace(asked[2], prompt_ids=asked[1].prompt_ids)
+    events = served(engine_of(model, LIMITS, steps), *asked)
+    assert re.fullmatch(r"\([0-9]{3}\)", text(events["calls", 0]))
+    assert events["calls", 0][-1].finish_reason is FinishReason.STOP
+    assert ids(events["talks", 0]) == ids(events["free", 0])
+
+
+def test_a_cut_answer_says_so(model: Transformer, steps: Steps, person: Form) -> None:
+    """Also where the cut is among forced tokens: {"name":" has 9 of them."""
+    for max_tokens in 4, 9, 10, 15:
+        events = served(
+            engine_of(model, LIMITS, steps), request("A", person, max_tokens=max_tokens)
+        )["A", 0]
+        assert len(ids(events)) == max_tokens
+        assert events[-1].finish_reason is FinishReason.LENGTH
