@@ -1,4 +1,4 @@
-"""Tools that only OpenAI can run, or that only its own models know, in requests that list them.
+"""Tools of OpenAI's own in requests: what only OpenAI can run, and what only its models call.
 
 They are refused by name. With `--ignore-hosted-tools` they are left out instead, and the answer
 lists them in a header: some agents, such as Codex, list them in every request.
@@ -24,6 +24,7 @@ TOOL_TYPES = frozenset(
         *("computer", "computer_use", "computer_use_preview"),
         *("local_shell", "shell", "apply_patch"),
         *("namespace", "programmatic_tool_calling"),
+        "custom",  # its input is no JSON, but a text or what a grammar of OpenAI's allows
     }
 )
 """Types of tools that are left out."""
@@ -35,6 +36,7 @@ ITEM_TYPES = frozenset(
         *("computer_call", "computer_call_output"),
         *("local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output"),
         *("apply_patch_call", "apply_patch_call_output", "program", "program_output"),
+        *("custom_tool_call", "custom_tool_call_output"),
     }
 )
 """Types of input items that belong to them, which are left out too."""

@@ -221,9 +221,16 @@ class ResponsesRequest(Parameters):
 
     def sent_path(self, path: Path) -> Path:
         """Returns the client's path of a parameter, from the path that the service names."""
-        if path[:1] != ("response_format",):
-            return super().sent_path(path)
-        return ("text", "format", "schema") if path[1:] == ("json_schema",) else ("text", "format")
+        match path[:2]:
+            case ("response_format", "json_schema"):
+                return ("text", "format", "schema")
+            case ("response_format", *_):
+                return ("text", "format")
+            case ("max_tokens", *_):
+                return ("max_output_tokens",)
+            case ("messages", *_):
+                return ("input",)  # several items may be one message
+        return super().sent_path(path)
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:
         """Returns the one call of the model service that answers the request."""

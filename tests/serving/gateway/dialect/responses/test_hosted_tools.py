@@ -46,18 +46,17 @@ def _texts(hint: object) -> list[str]:
 
 def test_every_type_of_tool_is_known() -> None:
     """A new version of openai's package may bring another one."""
-    assert types_of(tool_param.ToolParam) - TOOL_TYPES == {"function", "custom"}
+    assert types_of(tool_param.ToolParam) - TOOL_TYPES == {"function"}
 
 
 def test_every_type_of_item_is_known() -> None:
     known = types_of(response_input_param.ResponseInputItemParam)
-    # What is kept at OpenAI, what makes a long history short, and calls of custom tools.
+    # What is kept at OpenAI, and what makes a long history short.
     refused = {"item_reference", "compaction", "compaction_trigger"}
-    refused |= {"custom_tool_call", "custom_tool_call_output"}
     assert known - ITEM_TYPES - refused == set(items.ITEM_TYPES)
 
 
-@pytest.mark.parametrize("kind", sorted(TOOL_TYPES | {"custom", "tomorrow"}))
+@pytest.mark.parametrize("kind", sorted(TOOL_TYPES | {"tomorrow"}))
 def test_they_are_refused_by_name(kind: str) -> None:
     fields = ResponsesFields(ignores_hosted_tools=False)
     body = {"input": "hello", "tools": [FUNCTION, {"type": kind, "name": "x"}]}

@@ -100,6 +100,23 @@ def test_what_is_repeated() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        (("response_format", "json_schema"), ("text", "format", "schema")),
+        (("response_format",), ("text", "format")),
+        (("max_tokens",), ("max_output_tokens",)),
+        (("messages", "3", "content"), ("input",)),
+        (("tools", "0", "parameters"), ("tools", "0", "parameters")),
+        (("temperature",), ("temperature",)),
+    ],
+)
+def test_a_refusal_of_the_service_names_the_clients_field(
+    path: tuple[str, ...], sent: tuple[str, ...]
+) -> None:
+    assert request().sent_path(path) == sent
+
+
+@pytest.mark.parametrize(
     "harmless",
     [
         {"store": False, "background": False, "truncation": "disabled"},
