@@ -194,6 +194,8 @@ class ResponsesRequest(Parameters):
     """Means nothing here."""
     prompt_cache_retention: Name | None = None
     """Means nothing here."""
+    image: Settings | None = None
+    """Options of images, of which there are none."""
     client_metadata: Settings | None = None
     """Codex's notes about itself."""
 
@@ -207,6 +209,10 @@ class ResponsesRequest(Parameters):
     """Shortening of long conversations."""
     moderation: Never = None
     """A check of input and output by another model."""
+    access_programs: Never = None
+    """Access to models that are not for everybody."""
+    background_options: Never = None
+    """Options of `background`."""
     n: Annotated[Annotated[int, Field(ge=1, le=128)] | None, only(1)] = None
     """An answer has one choice."""
     max_tokens: Annotated[TokenCount | None, AfterValidator(_newer_name)] = None

@@ -55,6 +55,8 @@ class FunctionTool(Described):
     """Who may call it: `direct`, the model."""
     defer_loading: Annotated[bool | None, only(False)] = None
     """Whether the model must search for it first; not supported."""
+    is_async: Annotated[bool | None, only(False)] = Field(default=None, alias="async")
+    """Whether the model goes on before the output is there; not supported."""
     output_schema: Schema | None = None
     """Means nothing here: the model is not told what an output looks like."""
 
