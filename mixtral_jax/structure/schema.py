@@ -7,13 +7,14 @@ ask for strictness, left out and listed; a finished answer is then checked again
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.json_schema.checker import check_answer
-from mixtral_jax.structure.json_schema.document import Document
+from mixtral_jax.structure.json_schema.document import Document, point
 from mixtral_jax.structure.json_schema.finite import prune
-from mixtral_jax.structure.json_schema.keywords import vetter
+from mixtral_jax.structure.json_schema.keywords import vet
 from mixtral_jax.structure.json_schema.report import Report
 from mixtral_jax.structure.json_schema.writer import Writer
 
@@ -33,8 +34,17 @@ class Schema:
     """False if a finished answer must be checked against the original."""
     draft: str = "draft2020-12"
     """Draft that the original is read in."""
+    places: tuple[str, ...] = ()
+    """Pointers, in the original, of the schemas under `$defs` of the text: that of "0" first."""
     risky: tuple[str, ...] = ()
     """Pointers of rules whose grammar may be refused as too complex."""
+
+
+Attempt = Callable[[Schema], None]
+"""Function that compiles a schema; raises StructureError if its grammar is refused."""
+Reader = Callable[[str, bool, frozenset[str]], Schema]
+_MOST_GUILTY = 8  # rules that are looked for one by one
+_MOST_TRIES = 50  # parts that are compiled to find the one that is refused
 
 
 def read(text: str, strict: bool = False, omit: frozenset[str] = frozenset()) -> Schema:
@@ -48,7 +58,7 @@ def read(text: str, strict: bool = False, omit: frozenset[str] = frozenset()) ->
     Raises StructureError with the pointer of the part that is wrong.
     """
     report = Report(strict, omit)
-    document = Document(text, vetter(report))
+    document = Document(text, partial(vet, report))
     return _written(document, report)
 
 
@@ -61,6 +71,7 @@ def _written(document: Document, report: Report) -> Schema:
         tuple(report.entries),
         report.is_enforced,
         document.draft,
+        tuple(writer.sources.values()),
         tuple(dict.fromkeys(report.risky)),
     )
 
@@ -71,7 +82,7 @@ def read_parameters(text: str, strict: bool = False, omit: frozenset[str] = froz
     An empty text stands for a function without parameters. Raises StructureError as `read` does.
     """
     report = Report(strict, omit)
-    document = Document(text or '{"properties": {}}', vetter(report))
+    document = Document(text or '{"properties": {}}', partial(vet, report))
     value: Any = document.root.value
     if not isinstance(value, dict):
         raise StructureError("the parameters of a function are described by a schema of an object")
@@ -85,9 +96,9 @@ def read_parameters(text: str, strict: bool = False, omit: frozenset[str] = froz
 
 def settle(
     text: str,
-    attempt: Callable[[Schema], None],
+    attempt: Attempt,
     strict: bool = False,
-    reader: Callable[[str, bool, frozenset[str]], Schema] = read,
+    reader: Reader = read,
 ) -> Schema:
     """Reads a schema and leaves out the rules whose grammar is refused, in as few tries as it can.
 
@@ -105,37 +116,82 @@ def settle(
         return schema
     except StructureError as error:
         refusal = error
-    suspects = list(schema.risky)
-    if not suspects or not _passes(reader(text, False, frozenset(suspects)), attempt):
-        raise refusal
-    guilty: list[str] = []
-    while suspects:
-        low, high = 0, len(suspects)
-        if _passes(reader(text, False, frozenset(guilty)), attempt):
-            break
-        while high - low > 1:
-            middle = (low + high) // 2
-            omitted = frozenset([*guilty, *suspects[middle:]])
-            if _passes(reader(text, False, omitted), attempt):
-                low = middle
-            else:
-                high = middle
-        guilty.append(suspects[low])
-        suspects = suspects[low + 1 :]
-        if len(guilty) > 8:
-            guilty += suspects
-            break
+    guilty = _guilty(text, schema.risky, attempt, reader)
+    if guilty is None:
+        raise StructureError(str(refusal), _locate(schema, attempt, str(refusal)))
     if strict:
         raise StructureError(str(refusal), guilty[0])
     return reader(text, False, frozenset(guilty))
 
 
-def _passes(schema: Schema, attempt: Callable[[Schema], None]) -> bool:
+def _guilty(
+    text: str, risky: tuple[str, ...], attempt: Attempt, reader: Reader
+) -> list[str] | None:
+    """Returns the pointers of rules without which a schema is compiled; None if it never is."""
+    if not risky or not _passes(reader(text, False, frozenset(risky)), attempt):
+        return None
+    suspects = list(risky)
+    guilty: list[str] = []
+    while not _passes(reader(text, False, frozenset(guilty)), attempt):
+        low, high = 0, len(suspects)  # with the first `low` of them it is compiled
+        while high - low > 1:
+            middle = (low + high) // 2
+            if _passes(reader(text, False, frozenset([*guilty, *suspects[middle:]])), attempt):
+                low = middle
+            else:
+                high = middle
+        guilty.append(suspects[low])
+        suspects = suspects[low + 1 :]
+        if len(guilty) >= _MOST_GUILTY:
+            return guilty + suspects
+    return guilty
+
+
+def _locate(schema: Schema, attempt: Attempt, refusal: str) -> str:
+    """Returns the pointer of the innermost schema that is refused on its own."""
+    value = json.loads(schema.text)
+    definitions = value.get("$defs", {})
+    pointer = ""
+    tries = _MOST_TRIES
+    seen: set[str] = set()
+    while isinstance(value, dict):
+        children = [((keyword, name), child) for keyword, name, child in _parts(value)]
+        name = value.get("$ref", "").rpartition("/")[2]
+        if name and name not in seen and len(value.keys() - {"$defs"}) == 1:
+            seen.add(name)
+            pointer, value = schema.places[int(name)], definitions[name]
+            continue
+        value = None
+        for steps, child in children[:tries]:
+            tries -= 1
+            inner = json.dumps({**child, "$defs": definitions})
+            inner_refusal = _refusal(Schema(inner, schema.original), attempt)
+            if inner_refusal is not None:
+                pointer, value, refusal = point(pointer, *steps), child, inner_refusal
+                break
+    for keyword in ("minProperties", "maxProperties", "required", "minItems", "minLength"):
+        if keyword in refusal:
+            return point(pointer, keyword)
+    return pointer
+
+
+def _parts(value: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    rows = [("properties", name, child) for name, child in value.get("properties", {}).items()]
+    for keyword in ("prefixItems", "allOf", "anyOf"):
+        rows += [(keyword, str(i), child) for i, child in enumerate(value.get(keyword, ()))]
+    return [row for row in rows if isinstance(row[2], dict)]
+
+
+def _passes(schema: Schema, attempt: Attempt) -> bool:
+    return _refusal(schema, attempt) is None
+
+
+def _refusal(schema: Schema, attempt: Attempt) -> str | None:
     try:
         attempt(schema)
-    except StructureError:
-        return False
-    return True
+    except StructureError as error:
+        return str(error)
+    return None
 
 
 def check(text: str, schema: Schema) -> str | None:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal, DecimalException
+from functools import partial
 from typing import Any
 
 SECONDS = 1.0
@@ -49,13 +50,14 @@ def check_answer(answer: str, schema: str, draft: str, seconds: float = SECONDS)
         "draft2020-12": validators.Draft202012Validator,
     }[draft]
     deadline = time.monotonic() + seconds
-    keywords = {name: _timed(rule, deadline) for name, rule in base.VALIDATORS.items()}
-    keywords |= {
-        "pattern": _timed(_pattern(deadline), deadline),
-        "patternProperties": _timed(_pattern_properties(deadline), deadline),
-        "additionalProperties": _timed(_additional(deadline), deadline),
-        "uniqueItems": _timed(_unique_items, deadline),
+    rules = {
+        **base.VALIDATORS,
+        "pattern": partial(_pattern, deadline),
+        "patternProperties": partial(_pattern_properties, deadline),
+        "additionalProperties": partial(_additional, deadline),
+        "uniqueItems": _unique_items,
     }
+    keywords = {name: partial(_timed, rule, deadline) for name, rule in rules.items()}
     checker = base.TYPE_CHECKER.redefine("integer", _is_integer)
     validator = validators.extend(base, keywords, type_checker=checker)
     # An empty registry fetches nothing.
@@ -102,13 +104,12 @@ def _is_integer(_checker: Any, value: Any) -> bool:
 Rule = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
 
 
-def _timed(rule: Rule, deadline: float) -> Rule:
-    def timed(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
-        if time.monotonic() > deadline:
-            raise _Late
-        yield from rule(validator, value, instance, schema) or ()
-
-    return timed
+def _timed(
+    rule: Rule, deadline: float, validator: Any, value: Any, instance: Any, schema: Any
+) -> Iterator[Any]:
+    if time.monotonic() > deadline:
+        raise _Late
+    yield from rule(validator, value, instance, schema) or ()
 
 
 def _search(pattern: str, text: str, deadline: float) -> bool:
@@ -124,44 +125,41 @@ def _search(pattern: str, text: str, deadline: float) -> bool:
     return compiled.search(text, timeout=rest) is not None
 
 
-def _pattern(deadline: float) -> Rule:
-    def rule(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[Any]:
-        from jsonschema import ValidationError
+def _pattern(
+    deadline: float, validator: Any, value: Any, instance: Any, _schema: Any
+) -> Iterator[Any]:
+    from jsonschema import ValidationError
 
-        if validator.is_type(instance, "string") and not _search(value, instance, deadline):
-            yield ValidationError(f"{instance[:80]!r} does not match {value[:80]!r}")
-
-    return rule
-
-
-def _pattern_properties(deadline: float) -> Rule:
-    def rule(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[Any]:
-        if validator.is_type(instance, "object"):
-            for pattern, schema in value.items():
-                for name, inner in instance.items():
-                    if _search(pattern, name, deadline):
-                        yield from validator.descend(inner, schema, path=name, schema_path=pattern)
-
-    return rule
+    if validator.is_type(instance, "string") and not _search(value, instance, deadline):
+        yield ValidationError(f"{instance[:80]!r} does not match {value[:80]!r}")
 
 
-def _additional(deadline: float) -> Rule:
-    def rule(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
-        from jsonschema import ValidationError
+def _pattern_properties(
+    deadline: float, validator: Any, value: Any, instance: Any, _schema: Any
+) -> Iterator[Any]:
+    if validator.is_type(instance, "object"):
+        for pattern, schema in value.items():
+            for name, inner in instance.items():
+                if _search(pattern, name, deadline):
+                    yield from validator.descend(inner, schema, path=name, schema_path=pattern)
 
-        if not validator.is_type(instance, "object"):
-            return
-        patterns = schema.get("patternProperties", {})
-        for name, inner in instance.items():
-            known = name in schema.get("properties", {})
-            if known or any(_search(pattern, name, deadline) for pattern in patterns):
-                continue
-            if value is False:
-                yield ValidationError(f"the name {name[:80]!r} is not allowed")
-            else:
-                yield from validator.descend(inner, value, path=name)
 
-    return rule
+def _additional(
+    deadline: float, validator: Any, value: Any, instance: Any, schema: Any
+) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if not validator.is_type(instance, "object"):
+        return
+    patterns = schema.get("patternProperties", {})
+    for name, inner in instance.items():
+        known = name in schema.get("properties", {})
+        if known or any(_search(pattern, name, deadline) for pattern in patterns):
+            continue
+        if value is False:
+            yield ValidationError(f"the name {name[:80]!r} is not allowed")
+        else:
+            yield from validator.descend(inner, value, path=name)
 
 
 def _unique_items(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[Any]:

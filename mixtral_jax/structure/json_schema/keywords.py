@@ -3,7 +3,6 @@
 https://json-schema.org/draft/2020-12/json-schema-validation
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from mixtral_jax.errors import StructureError
@@ -132,24 +131,20 @@ def fault(keyword: str, value: Any, draft: str) -> str | None:
     return None
 
 
-def vetter(report: Report) -> Callable[[Place, str], None]:
-    """Returns a check of the forms of keywords: a wrong one is listed and taken out.
+def vet(report: Report, place: Place, draft: str) -> None:
+    """Checks the forms of a schema's keywords: a wrong one is listed and taken out.
 
-    It raises StructureError where the caller is strict, and where nothing can be made of it.
+    Raises StructureError where the caller is strict, and where nothing can be made of it.
     """
-
-    def vet(place: Place, draft: str) -> None:
-        types_of(place)
-        for keyword in list(place.value):
-            wrong = fault(keyword, place.value[keyword], draft)
-            if wrong is None:
-                continue
-            if report.strict or keyword in _NEEDED:
-                raise StructureError(f'"{keyword}" {wrong}', point(place.pointer, keyword))
-            report.note(place, keyword, f"left out, because it {wrong}")
-            del place.value[keyword]
-
-    return vet
+    types_of(place)
+    for keyword in list(place.value):
+        wrong = fault(keyword, place.value[keyword], draft)
+        if wrong is None:
+            continue
+        if report.strict or keyword in _NEEDED:
+            raise StructureError(f'"{keyword}" {wrong}', point(place.pointer, keyword))
+        report.note(place, keyword, f"left out, because it {wrong}")
+        del place.value[keyword]
 
 
 def types_of(place: Place) -> tuple[str, ...] | None:

@@ -36,7 +36,7 @@ def write_one_of(
             first, second = overlaps[0]
             why = f"branches {min(first, second)} and {max(first, second)} may both be valid"
             report.weaken(place, "oneOf", why)
-    return _union([write(branch, m) for branch, m in zip(branches, modes, strict=True)])
+    return _union([write(branch, own) for branch, own in zip(branches, modes, strict=True)])
 
 
 def _union(written: list[Any]) -> Any:
@@ -66,7 +66,8 @@ def _told_apart(
     """Returns the modes in which the branches overlap least."""
     modes = [mode] * len(branches)
     overlaps = _overlaps(branches, modes, prover, types)
-    if overlaps and (tag := _tag(place, branches, prover)):
+    tag = _tag(place, branches, prover)
+    if tag and (overlaps or _declared_tag(place) == tag):  # readers look for a declared one
         modes = [Mode(mode.is_composed, (*mode.require, tag), mode.exclude)] * len(branches)
         overlaps = _overlaps(branches, modes, prover, types)
     beside = {*place.value.get("required", ()), *mode.require}
@@ -97,10 +98,15 @@ def _tag(place: Place, branches: list[Place], prover: Prover) -> str | None:
     """Returns the name that has a constant of its own in every branch, if there is one."""
     tags = [_constants(branch, prover) for branch in branches]
     names = [name for name in tags[0] if all(name in tag for tag in tags)]
-    declared = place.value.get("discriminator")
-    wanted = declared.get("propertyName") if isinstance(declared, dict) else None
+    wanted = _declared_tag(place)
     names.sort(key=lambda name: name != wanted)
     return names[0] if names else None
+
+
+def _declared_tag(place: Place) -> str | None:
+    declared = place.value.get("discriminator")
+    name = declared.get("propertyName") if isinstance(declared, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _constants(branch: Place, prover: Prover) -> list[str]:

@@ -68,7 +68,8 @@ class Writer:
         types = types_of(place)
         allowed = frozenset(TYPES if types is None else types)
         beside = [keyword for keyword in rules if keyword in IN_PLACE]
-        others = [keyword for keyword in rules if keyword not in IN_PLACE and keyword != "type"]
+        ignored = {*IN_PLACE, "type", "discriminator"}
+        others = [keyword for keyword in rules if keyword not in ignored]
         inner = Mode(is_composed=True)
         is_alone = not others and len(beside) == 1 and beside[0] in _PASSED_ON
         if is_alone and len(rules.get("allOf", "1")) == 1:
@@ -83,6 +84,8 @@ class Writer:
         """Returns a schema without what says nothing about an instance; lists unknown keywords."""
         value, draft = place.value, self._document.draft
         kept = {}
+        if "oneOf" in value and "discriminator" in value:
+            kept["discriminator"] = value["discriminator"]
         old_reference = self._document.is_old and "$ref" in value
         for keyword, rule in value.items():
             if not is_rule(keyword, draft):
