@@ -3,12 +3,13 @@
 Page size 4 and, where a test says nothing else, 8 pages, 2 rows and 8 tokens a step.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from mixtral_jax.sampling_params import SamplingParams
-from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.scheduling.request import Drawn, Event, FinishReason, Priority, Request
 from serving.scheduling.scheduler import Scheduler
 from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
@@ -58,7 +59,19 @@ def commit(
     for chunk, token in zip(plan.chunks, tokens, strict=True):
         assert token is not None or not chunk.samples
         drawn.append(Drawn(token_id=token or 0) if chunk.samples else None)
-    return scheduler.commit(plan, drawn)
+    events = scheduler.commit(plan, drawn)
+    check_counts(scheduler)
+    return events
+
+
+def check_counts(scheduler: Scheduler) -> None:
+    """Counts the rows of each caller, and those of BATCH, and compares what the scheduler knows."""
+    rows = scheduler._rows
+    held = Counter(sequence.turn.caller for sequence in rows.running)
+    for sequence in scheduler._sequences():
+        assert sequence.turn.rows == held[sequence.turn.caller], sequence.turn
+    batch = [s for s in rows.running if s.request.priority is Priority.BATCH]
+    assert rows._num_batch == len(batch)
 
 
 def step(scheduler: Scheduler, tokens: Iterable[int] | int = 50) -> StepPlan:

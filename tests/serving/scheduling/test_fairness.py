@@ -10,7 +10,7 @@ from mixtral_jax.sampling_params import SamplingParams
 from serving.scheduling.request import Drawn, Priority, Request
 from serving.scheduling.scheduler import Scheduler
 from serving.scheduling.step_plan import Limits, StepPlan
-from tests.serving.scheduling.plain_device import with_rows
+from tests.serving.scheduling.plain_device import check_counts, with_rows
 
 TOKEN = Drawn(token_id=7)
 
@@ -77,6 +77,7 @@ class Served:
             if self._open is not None:
                 drawn = [TOKEN if chunk.samples else None for chunk in self._open.chunks]
                 self.scheduler.commit(self._open, drawn)
+                check_counts(self.scheduler)
             self._open = plan if plan.chunks else None
         return plan
 
