@@ -12,7 +12,7 @@ from functools import partial
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.cache import FormCache
 from mixtral_jax.structure.form import Form, form_of
-from mixtral_jax.structure.grammar import grammar_of
+from mixtral_jax.structure.grammar import check_size, grammar_of
 from mixtral_jax.structure.matcher import Guide
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 from mixtral_jax.structure.trial.process import Died, TrialProcess
@@ -83,6 +83,11 @@ class Compiler:
         future: Future[Form] = Future()
         if isinstance(self._guide, StructureError):
             future.set_exception(self._guide)
+            return future
+        try:
+            check_size(wanted)
+        except StructureError as error:
+            future.set_exception(error)
             return future
         space = self._space and not continues
         if isinstance(wanted, Specification) and wanted.kind is Kind.JSON_OBJECT:

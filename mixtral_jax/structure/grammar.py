@@ -20,6 +20,7 @@ from mixtral_jax.structure.specification import Grammar, Kind, Specification
 
 LARGEST_SCHEMA = 256 << 10  # bytes of UTF-8, as all of these
 LARGEST_TEXT = 64 << 10  # of a grammar, an expression or all choices
+LARGEST_GRAMMAR = 4 << 20  # characters of one that our own code wrote from what a caller sent
 MOST_CHOICES = 4096
 WHITESPACE = r"[ \n\t\r]{1,8}"
 """What may stand between the parts of a JSON text; unbounded, small models write nothing else."""
@@ -34,7 +35,7 @@ def grammar_of(specification: Specification, *, space: bool) -> Grammar:
 
     Raises StructureError, with the pointer of the part where that is known.
     """
-    _check_size(specification)
+    check_size(specification)
     text = specification.text
     match specification.kind:
         case Kind.JSON_OBJECT:
@@ -54,9 +55,16 @@ def grammar_of(specification: Specification, *, space: bool) -> Grammar:
     return _lark(text, specification.strict, space)
 
 
-def _check_size(specification: Specification) -> None:
+def check_size(wanted: Specification | Grammar) -> None:
     """Raises StructureError for what is empty or too large to be looked at."""
-    kind = specification.kind
+    if isinstance(wanted, Grammar):
+        if len(wanted.text) > LARGEST_GRAMMAR:
+            raise StructureError(
+                f"the grammar of all tools has more than {LARGEST_GRAMMAR >> 20} MB: send fewer "
+                "or simpler ones"
+            )
+        return
+    kind, specification = wanted.kind, wanted
     if kind is Kind.JSON_OBJECT:
         return
     if kind is Kind.CHOICE:

@@ -50,6 +50,11 @@ class TrialProcess:
         self.starts = 0
         """How often the process was started."""
 
+    @property
+    def pid(self) -> int | None:
+        """Id of the process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
     def start(self) -> None:
         """Starts the process and waits until it can try. Raises RuntimeError if it cannot."""
         if self._process is not None and self._process.poll() is None:

@@ -1,0 +1,111 @@
+"""The process that tries grammars: it dies, is started anew, and never outlives its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.specification import Grammar, Kind, Specification
+from mixtral_jax.structure.trial.process import Died, TrialProcess
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+
+GOOD = Specification(Kind.REGEX, "[ab]+")
+ENDLESS = Grammar("start: A\nA: /(.*a.{12}.*)/ & /(.*b.{12}.*)/ & ~/(.*c.{13}.*)/")
+
+
+@pytest.fixture
+def trial() -> Iterator[TrialProcess]:
+    trial = TrialProcess(ByteTokenizer(), 300, 8 << 20)
+    trial.start()
+    yield trial
+    trial.close()
+
+
+def process_of(trial: TrialProcess) -> psutil.Process:
+    assert trial.pid is not None
+    return psutil.Process(trial.pid)
+
+
+def test_it_answers_with_the_grammar_or_the_refusal(trial: TrialProcess) -> None:
+    grammar = trial.trial(GOOD, space=True)
+    assert '" "' in grammar.text and "[ab]+" in grammar.text
+    assert '" "' not in trial.trial(GOOD, space=False).text
+    with pytest.raises(StructureError, match="look-around") as caught:
+        trial.trial(Specification(Kind.REGEX, "(?=a)"), space=False)
+    assert not isinstance(caught.value, Died)
+    assert trial.starts == 1
+
+
+def test_it_imports_no_jax(trial: TrialProcess) -> None:
+    maps = Path(f"/proc/{trial.pid}/maps")
+    if not maps.exists():
+        pytest.skip("no /proc")
+    text = maps.read_text(encoding="utf-8")
+    assert "llguidance" in text
+    assert "jaxlib" not in text
+
+
+def test_a_process_that_was_killed_is_started_anew(trial: TrialProcess) -> None:
+    process_of(trial).kill()
+    process_of(trial).wait()
+    assert "[ab]+" in trial.trial(GOOD, space=False).text
+    assert trial.starts == 2
+
+
+def test_its_memory_is_bounded(trial: TrialProcess) -> None:
+    """A grammar of many megabytes takes gigabytes to compile; here it may also take too long."""
+    wide = "start: " + " | ".join(f'"{i}"' for i in range(300_000))
+    with pytest.raises(StructureError):
+        trial.trial(Grammar(wide), space=False)
+    assert "[ab]+" in trial.trial(GOOD, space=False).text
+    if sys.platform == "linux":
+        soft, _ = process_of(trial).rlimit(psutil.RLIMIT_AS)
+        assert 1 << 30 < soft < 4 << 30
+
+
+@pytest.mark.slow
+def test_a_trial_ends_after_two_seconds(trial: TrialProcess) -> None:
+    with pytest.raises(Died, match="2 seconds"):
+        trial.trial(ENDLESS, space=False)
+    assert trial.pid is None
+    assert "[ab]+" in trial.trial(GOOD, space=False).text
+
+
+def test_a_signal_of_the_terminal_does_not_end_it(trial: TrialProcess) -> None:
+    os.kill(process_of(trial).pid, signal.SIGINT)
+    assert "[ab]+" in trial.trial(GOOD, space=False).text
+    assert trial.starts == 1
+
+
+def test_it_ends_with_its_parent_even_in_an_endless_trial() -> None:
+    code = f"""
+    import os, threading, time
+    from mixtral_jax.structure.specification import Grammar
+    from mixtral_jax.structure.trial.process import TrialProcess
+    from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+
+    trial = TrialProcess(ByteTokenizer(), 300, 8 << 20)
+    trial.start()
+    print(trial.pid, flush=True)
+    endless = Grammar({ENDLESS.text!r})
+    threading.Thread(target=lambda: trial.trial(endless, space=False), daemon=True).start()
+    time.sleep(0.3)
+    os.kill(os.getpid(), 9)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    pid = int(done.stdout)
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    pytest.fail("the process outlived its parent")
