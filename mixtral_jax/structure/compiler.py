@@ -126,10 +126,10 @@ class Compiler:
             try:
                 if job.future.set_running_or_notify_cancel():
                     self._make(trial, salt, job)
+                if trial is not None:
+                    _quietly(trial.start)  # if it died; this caller's next request waits for it
             finally:
                 self._turns.finish(salt, time.monotonic() - begin)
-            if trial is not None:
-                _quietly(trial.start)  # if it died; nobody waits for it now
 
     def _make(self, trial: TrialProcess | None, salt: bytes, job: _Job) -> None:
         if self._answer_from_cache(salt, job):
