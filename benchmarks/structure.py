@@ -1,4 +1,4 @@
-"""What a form of answers costs: to compile, with its trial, to keep, and a step of masks.
+"""Costs of a form of answers: to compile, with its trial, to keep, and a step of masks.
 
     python -m benchmarks.structure [--tokenizer v3] [--repeats 100] [--json FILE]
 
