@@ -67,7 +67,7 @@ def ids(told: Records) -> str:
         if event.endswith("[DONE]"):
             continue
         found = data(event)
-        own.add(found["response"]["id"] if "response" in found else found.get("id", next(iter(own))))
+        own |= {found["response"]["id"]} if "response" in found else {found.get("id", *own)}
     (one,) = own
     prefix = one.removesuffix("ID")
     return f"`{prefix}` and 32 hex digits" if prefix else "32 hex digits"
@@ -106,7 +106,7 @@ def calls(told: Records) -> str:
     (choice,) = body["choices"]
     assert choice["message"]["content"] == "" and choice["finish_reason"] == "tool_calls"
     assert [call["index"] for call in choice["message"]["tool_calls"]] == [0, 1]
-    return "`tool_calls` beside `content: \"\"`, `finish_reason: tool_calls`"
+    return '`tool_calls` beside `content: ""`, `finish_reason: tool_calls`'
 
 
 def streamed_calls(told: Records) -> str:
@@ -159,8 +159,9 @@ ROWS: list[Callable[[Records], str]] = [
 def table() -> dict[str, list[str]]:
     """Returns the columns of the page's first table: the cells by the head, which has the paths."""
     section = PAGE.read_text(encoding="utf-8").partition("## Routes")[2].partition("\n## ")[0]
-    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
-    return {column[0]: list(column[2:]) for column in zip(*lines, strict=True)}
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    lines = [row.strip("| ").split(" | ") for row in rows]
+    return {column[0]: list(column[1:]) for column in zip(*lines, strict=True)}
 
 
 @pytest.mark.parametrize("name", ROUTES)
