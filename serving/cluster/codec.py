@@ -4,14 +4,17 @@ There is a function for each kind and direction. A step of 32 sequences takes a 
 millisecond.
 """
 
+import numpy as np
+
 from mixtral_jax.sampling_params import SamplingParams
+from serving.engine.device import Masks
 from serving.proto import group_pb2 as pb
 from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 
-def step_message(plans: tuple[StepPlan, ...]) -> pb.Step:
-    """Writes the plans of a step, one for each partition."""
-    return pb.Step(plans=[_plan_message(plan) for plan in plans])
+def step_message(plans: tuple[StepPlan, ...], *, has_masks: bool = False) -> pb.Step:
+    """Writes the plans of a step, one for each partition; its masks may come behind it."""
+    return pb.Step(plans=[_plan_message(plan) for plan in plans], has_masks=has_masks)
 
 
 def plans_of(step: pb.Step) -> tuple[StepPlan, ...]:
@@ -23,6 +26,32 @@ def plans_of(step: pb.Step) -> tuple[StepPlan, ...]:
         )
         for plan in step.plans
     )
+
+
+def masks_message(masks: Masks) -> pb.Masks:
+    """Writes what the rows of a step may draw."""
+    message = pb.Masks()
+    for rows in masks.allowed:
+        plan = message.plans.add()
+        if rows is not None:
+            chunks = np.flatnonzero((rows != -1).any(axis=1))
+            plan.chunks.extend(chunks.tolist())
+            plan.words = rows[chunks].astype("<i4").tobytes()
+    return message
+
+
+def masks_of(message: pb.Masks, plans: tuple[StepPlan, ...]) -> Masks:
+    """Reads what the rows of a step with these plans may draw; see PlanCheck.check_masks."""
+    allowed: list[np.ndarray | None] = []
+    for plan, masks in zip(plans, message.plans, strict=True):
+        if not masks.chunks:
+            allowed.append(None)
+            continue
+        words = np.frombuffer(masks.words, "<i4").reshape(len(masks.chunks), -1)
+        rows = np.full((len(plan.chunks), words.shape[1]), -1, np.int32)
+        rows[list(masks.chunks)] = words
+        allowed.append(rows)
+    return Masks(tuple(allowed))
 
 
 def limits_message(limits: Limits) -> pb.Limits:

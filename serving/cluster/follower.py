@@ -18,7 +18,7 @@ import grpc
 
 from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.compilation import keep_programs
-from serving.cluster.codec import limits_message, limits_of, plans_of
+from serving.cluster.codec import limits_message, limits_of, masks_of, plans_of
 from serving.cluster.leader import JOIN, GroupError, connect
 from serving.cluster.plan_check import PlanCheck
 from serving.cluster.proof import NONCE, PROOF, new_nonce, proof_of
@@ -28,7 +28,7 @@ from serving.engine.config import EngineConfig
 from serving.engine.runner import Runner
 from serving.parent import beat, end_process, tell_parent
 from serving.proto import group_pb2 as pb
-from serving.scheduling.step_plan import Limits, StepPlan
+from serving.scheduling.step_plan import Limits
 
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -88,10 +88,22 @@ def follow(
     bounds = PlanCheck(
         prepared.limits, model.placement.num_sequence_groups, model.config.vocab_size
     )
-    for plans in membership.plans():
-        bounds.check(plans)
-        runner.launch(plans)
+    for step in membership.steps():
+        _launch(step, membership, runner, bounds)
     say(f"{membership.reason}; the group has ended")
+
+
+def _launch(step: pb.Step, membership: "Membership", runner: Runner, bounds: PlanCheck) -> None:
+    """Launches a step; where its rows have masks, draws when these have come."""
+    plans = plans_of(step)
+    bounds.check(plans)
+    if not step.has_masks:
+        runner.launch(plans)
+        return
+    walked = runner.walk(plans)
+    message = membership.masks()
+    bounds.check_masks(message, plans)
+    runner.draw(walked, masks_of(message, plans))
 
 
 def _beat() -> None:
@@ -191,11 +203,15 @@ class Membership:
         """Asks for the end of the group, which comes when running answers are complete."""
         self._reports.put(pb.Report(leaving=pb.Leaving()))
 
-    def plans(self) -> Iterator[tuple[StepPlan, ...]]:
-        """Yields the plans of each step until the end."""
+    def steps(self) -> Iterator[pb.Step]:
+        """Yields each step until the end. One that has masks is followed by a call of `masks`."""
         while not (order := self._next()).HasField("end"):
-            yield plans_of(order.step)
+            yield order.step
         self.reason = order.end.reason
+
+    def masks(self) -> pb.Masks:
+        """Waits for the masks of the last step and returns them."""
+        return self._next().masks
 
     def close(self) -> None:
         """Ends the stream of reports."""

@@ -27,12 +27,13 @@ from queue import SimpleQueue
 import grpc
 import jax
 
-from serving.cluster.codec import limits_message, limits_of, step_message
+from serving.cluster.codec import limits_message, limits_of, masks_message, step_message
 from serving.cluster.proof import NONCE, PROOF, is_nonce, new_nonce, proof_of
 from serving.cluster.rank import Rank
+from serving.engine.device import Masks, Order, Walk
 from serving.errors import SetupError
 from serving.proto import group_pb2 as pb
-from serving.scheduling.step_plan import Limits, StepPlan
+from serving.scheduling.step_plan import Limits
 
 JOIN = "/mixtral.group.v1.Group/Join"
 _SERVER_OPTIONS = (
@@ -181,9 +182,15 @@ class Leader:
         """
         self._await("load the model", lambda member: member.is_ready)
 
-    def broadcast(self, plans: tuple[StepPlan, ...]) -> None:
-        """Tells all followers to launch a step, without waiting for them."""
-        self._tell(pb.Order(step=step_message(plans)))
+    def broadcast(self, order: Order) -> None:
+        """Tells all followers to launch a step or a part of one, without waiting for them."""
+        match order:
+            case Masks():
+                self._tell(pb.Order(masks=masks_message(order)))
+            case Walk(plans):
+                self._tell(pb.Order(step=step_message(plans, has_masks=True)))
+            case plans:
+                self._tell(pb.Order(step=step_message(plans)))
 
     def end(self, reason: str) -> None:
         """Ends all followers regularly, and waits a short time for them."""

@@ -8,6 +8,7 @@ asked.
 from collections.abc import Iterable
 
 from serving.cluster.leader import GroupError
+from serving.proto import group_pb2 as pb
 from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 
@@ -40,6 +41,22 @@ class PlanCheck:
             for chunk in plan.chunks:
                 self._check_chunk(chunk, self._num_before[i])
             self._num_before[i] = len(plan.chunks)
+
+    def check_masks(self, masks: pb.Masks, plans: tuple[StepPlan, ...]) -> None:
+        """Raises GroupError, which names the number, if masks do not fit the plans of a step."""
+        if len(masks.plans) != len(plans):
+            raise GroupError(
+                f"process 0 sent masks of {len(masks.plans)} plans for {len(plans)}; update all "
+                "processes to one version"
+            )
+        row_bytes = 4 * -(-self._vocab_size // 32)
+        for plan, rows in zip(plans, masks.plans, strict=True):
+            _below("chunk with a mask", rows.chunks, len(plan.chunks))
+            if len(rows.words) != row_bytes * len(rows.chunks):
+                raise GroupError(
+                    f"process 0 sent masks of {len(rows.words)} bytes for {len(rows.chunks)} rows "
+                    f"of {row_bytes}; update all processes to one version"
+                )
 
     def _check_chunk(self, chunk: Chunk, num_before: int) -> None:
         limits = self._limits

@@ -23,10 +23,11 @@ from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import StepSizes, mask_words
 from serving.engine.cache_memory import cache_bytes
 from serving.engine.config import EngineConfig
+from serving.engine.device import Order
 from serving.engine.engine import Engine
 from serving.engine.grammars import Grammars
 from serving.engine.runner import Runner
-from serving.scheduling.step_plan import Limits, StepPlan
+from serving.scheduling.step_plan import Limits
 
 # Each process may have the checkpoint elsewhere, and its own memory.
 _OF_ONE_PROCESS = {"model", "kv_memory"}
@@ -74,7 +75,7 @@ def engine_of(
     model: Transformer,
     limits: Limits,
     steps: Steps,
-    broadcast: Callable[[tuple[StepPlan, ...]], None] | None = None,
+    broadcast: Callable[[Order], None] | None = None,
 ) -> Engine:
     """Returns an engine for a model on its devices.
 

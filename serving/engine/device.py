@@ -40,6 +40,17 @@ class Masks:
     """Requests of which no mask can be made, and what their callers are told: they end."""
 
 
+@dataclass(frozen=True)
+class Walk:
+    """A step that other hosts compute up to where its rows draw; they wait for its Masks then."""
+
+    plans: tuple[StepPlan, ...]
+
+
+Order = tuple[StepPlan, ...] | Walk | Masks
+"""What other hosts are told: the plans of a whole step, or its two parts one after the other."""
+
+
 class MaskSource(Protocol):
     """Says which tokens may follow, for rows whose answer has a form, such as a grammar."""
 

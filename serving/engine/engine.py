@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from serving.engine.device import Device, Launched, Masks, MaskSource
+from serving.engine.device import Device, Launched, Masks, MaskSource, Order, Walk
 from serving.engine.recovery import Suspects
 from serving.scheduling.partitions import Partitions
 from serving.scheduling.proposer import Proposer
@@ -66,7 +66,7 @@ class Engine:
     Args:
         device: computes the steps.
         limits: sizes of the cache and of a step; of one partition, where there are several.
-        broadcast: called with each step's plans before it is launched; for several hosts.
+        broadcast: called with each step before it is launched; for several hosts.
         masks: says what rows may draw; None where every row may draw anything.
         proposer: guesses the next tokens of answers, for a device that checks guesses; None for
             no guesses.
@@ -76,7 +76,7 @@ class Engine:
         self,
         device: Device,
         limits: Limits,
-        broadcast: Callable[[tuple[StepPlan, ...]], None] | None = None,
+        broadcast: Callable[[Order], None] | None = None,
         masks: MaskSource | None = None,
         proposer: Proposer | None = None,
     ) -> None:
@@ -133,10 +133,11 @@ class Engine:
         fault: _Fault | None = None
         walked = None
         if step is not None:
+            has_masks = self._masks is not None and self._masks.has_rows(step.plans)
             if self._broadcast is not None:
-                self._broadcast(step.plans)
+                self._broadcast(Walk(step.plans) if has_masks else step.plans)
             try:
-                if self._masks is not None and self._masks.has_rows(step.plans):
+                if has_masks:
                     walked = self._device.walk(step.plans)
                 else:
                     step.launched = self._device.launch(step.plans)
@@ -174,6 +175,8 @@ class Engine:
         assert self._masks is not None
         try:
             step.masks = masks = self._masks.masks(step.plans)
+            if self._broadcast is not None:
+                self._broadcast(masks)
             step.launched = self._device.draw(walked, masks)
         except Exception as error:
             return _Fault(step, error)

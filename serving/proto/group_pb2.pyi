@@ -19,16 +19,18 @@ class Report(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., room: _Optional[_Union[Limits, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("start", "limits", "step", "end")
+    __slots__ = ("start", "limits", "step", "end", "masks")
     START_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    MASKS_FIELD_NUMBER: _ClassVar[int]
     start: Start
     limits: Limits
     step: Step
     end: End
-    def __init__(self, start: _Optional[_Union[Start, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
+    masks: Masks
+    def __init__(self, start: _Optional[_Union[Start, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., masks: _Optional[_Union[Masks, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("process_id", "num_processes", "host", "facts", "proof")
@@ -92,10 +94,26 @@ class Limits(_message.Message):
     def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., max_waiting: _Optional[int] = ..., window: _Optional[int] = ..., prefix_reuse: _Optional[bool] = ..., deterministic: _Optional[bool] = ...) -> None: ...
 
 class Step(_message.Message):
+    __slots__ = ("plans", "has_masks")
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    HAS_MASKS_FIELD_NUMBER: _ClassVar[int]
+    plans: _containers.RepeatedCompositeFieldContainer[Plan]
+    has_masks: bool
+    def __init__(self, plans: _Optional[_Iterable[_Union[Plan, _Mapping]]] = ..., has_masks: _Optional[bool] = ...) -> None: ...
+
+class Masks(_message.Message):
     __slots__ = ("plans",)
     PLANS_FIELD_NUMBER: _ClassVar[int]
-    plans: _containers.RepeatedCompositeFieldContainer[Plan]
-    def __init__(self, plans: _Optional[_Iterable[_Union[Plan, _Mapping]]] = ...) -> None: ...
+    plans: _containers.RepeatedCompositeFieldContainer[PlanMasks]
+    def __init__(self, plans: _Optional[_Iterable[_Union[PlanMasks, _Mapping]]] = ...) -> None: ...
+
+class PlanMasks(_message.Message):
+    __slots__ = ("chunks", "words")
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    chunks: _containers.RepeatedScalarFieldContainer[int]
+    words: bytes
+    def __init__(self, chunks: _Optional[_Iterable[int]] = ..., words: _Optional[bytes] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("chunks", "copies")

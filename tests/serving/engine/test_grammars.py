@@ -1,22 +1,32 @@
 """Answers that are held to a grammar, by an engine on a toy model."""
 
+import itertools
 import json
 import re
+import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from llguidance import LLMatcher
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import StructureError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.structure.form import Form
-from mixtral_jax.structure.matcher import Guide
+from mixtral_jax.structure.matcher import Guide, Matcher
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+from serving.cluster.codec import masks_message, masks_of
+from serving.cluster.plan_check import PlanCheck
 from serving.engine.build import compile_steps, engine_of
+from serving.engine.device import Masks, Order, Walk
 from serving.engine.engine import Engine
+from serving.engine.grammars import Grammars
+from serving.engine.runner import Runner, RunningStep, WalkedPlans
+from serving.proto import group_pb2 as pb
 from serving.scheduling.request import Event, FinishReason, Request
 from serving.scheduling.step_plan import Limits
 from tests.support.models import model_of
@@ -180,6 +190,96 @@ def test_a_call_begins_when_the_model_says_so(
     assert re.fullmatch(r"\([0-9]{3}\)", text(events["calls", 0]))
     assert events["calls", 0][-1].finish_reason is FinishReason.STOP
     assert ids(events["talks", 0]) == ids(events["free", 0])
+
+
+def test_other_hosts_draw_the_same_under_the_masks_that_travel(
+    model: Transformer, steps: Steps, person: Form
+) -> None:
+    """A runner that is told everything by messages draws what the engine's own drew."""
+    orders: list[Order] = []
+    drawn: list[Any] = []
+
+    class Recorded(Runner):
+        def draw(self, walked: WalkedPlans, masks: Masks | None) -> RunningStep:
+            running = super().draw(walked, masks)
+            drawn.append(np.asarray(running.packed))
+            return running
+
+    own = Recorded(model, steps)
+    engine = Engine(own, LIMITS, orders.append, Grammars(-(-TOKENIZER.vocab_size // 32)))
+    served(engine, request("A", person), request("B", person, n=2), request("C", None))
+    assert any(isinstance(order, Masks) for order in orders)
+    assert any(isinstance(order, tuple) for order in orders)
+    count = len(drawn)
+    other, walked = Recorded(model, steps), None
+    check = PlanCheck(LIMITS, 1, TOKENIZER.vocab_size)
+    for order in orders:
+        match order:
+            case Masks():
+                assert walked is not None
+                message = pb.Masks.FromString(masks_message(order).SerializeToString())
+                check.check_masks(message, walked.plans)
+                other.draw(walked, masks_of(message, walked.plans))
+            case Walk(plans):
+                walked = other.walk(plans)
+            case plans:
+                other.launch(plans)
+    assert len(drawn) == 2 * count
+    for mine, theirs in zip(drawn[:count], drawn[count:], strict=True):
+        assert (mine == theirs).all()
+
+
+def test_a_matcher_in_error_ends_its_request_alone_and_not_as_if_whole(
+    model: Transformer, steps: Steps, guide: Guide, person: Form
+) -> None:
+    """A matcher that has taken in a token which may not follow."""
+    broken = guide.matcher(LLMatcher.grammar_from_regex("[a-c]+"))
+    with pytest.raises(StructureError):
+        broken.consume(TOKENIZER.encode("x")[-1:])
+    engine = engine_of(model, LIMITS, steps)
+    events = served(engine, request("bad", Form(broken), n=2), request("good", person))
+    (failed,) = events["bad", 0]
+    assert failed.finish_reason is FinishReason.FAILED and failed.drawn is None
+    assert failed.problem.startswith("the answer cannot be held to its form any longer: ")
+    assert is_person(text(events["good", 0])) and engine.num_failures == 0
+    assert engine.scheduler.num_free_pages == LIMITS.num_pages
+
+
+def test_a_late_mask_makes_its_row_sit_out_and_changes_no_answer(
+    model: Transformer, steps: Steps, person: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third mask takes 40 ms, where 20 are waited for."""
+    asked = [request("A", person), request("B", person, n=2), request("C", None, max_tokens=20)]
+    punctual = served(engine_of(model, LIMITS, steps), *asked)
+    fill, count = Matcher.fill, itertools.count()
+
+    def slow_fill(self: Matcher, mask: np.ndarray) -> None:
+        if next(count) % 3 == 0:
+            time.sleep(0.04)
+        fill(self, mask)
+
+    monkeypatch.setattr(Matcher, "fill", slow_fill)
+    late = served(engine_of(model, LIMITS, steps), *asked)
+    assert {key: ids(events) for key, events in late.items()} == {
+        key: ids(events) for key, events in punctual.items()
+    }
+
+
+def test_preempted_answers_go_on_as_if_nothing_had_been(
+    model: Transformer, steps: Steps, person: Form
+) -> None:
+    """12 answers of some 60 tokens with pages for 110 tokens, and alone."""
+    small = replace(LIMITS, num_pages=300)
+    asked = [request(f"r{i}", person, max_tokens=60) for i in range(12)]
+    alone = {}
+    for one in asked:
+        alone |= served(engine_of(model, small, steps), one)
+    tight = replace(LIMITS, num_pages=28)
+    engine = Engine(Runner(model, steps), tight, masks=Grammars(-(-TOKENIZER.vocab_size // 32)))
+    together = served(engine, *asked)
+    assert engine.scheduler.preemptions > 0
+    for key, events in together.items():
+        assert ids(events) == ids(alone[key])
 
 
 def test_a_cut_answer_says_so(model: Transformer, steps: Steps, person: Form) -> None:
