@@ -24,7 +24,8 @@ def renamed(error: InvalidParameter, rename: Callable[[Path], Path]) -> InvalidP
 
 def _renamed(problem: Problem, rename: Callable[[Path], Path]) -> Problem:
     own = problem.path[1:]
-    sent = rename(own)
+    # The tools of a request stand in its chat, which no client's API has.
+    sent = rename(own[1:] if own[:1] == ("chat",) else own)
     # The service's sentences begin with its own name.
     name, rest = ".".join(own), problem.message
     if own != sent and rest.startswith(name):

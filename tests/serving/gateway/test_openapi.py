@@ -14,6 +14,8 @@ from serving.gateway.app import create_app
 from serving.gateway.openapi import document, page
 from tests.support.fakes import KEY, gateway_config, running_stack
 
+NAMES = ("ChatRequest", "CompletionRequest", "ResponsesRequest", "ResponseObject", "ResponseEvent")
+
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
@@ -41,7 +43,7 @@ def test_every_reference_leads_somewhere(told: dict[str, Any]) -> None:
 
 def test_requests_and_answers_are_described_field_by_field(told: dict[str, Any]) -> None:
     schemas = told["components"]["schemas"]
-    for name in ("ChatRequest", "CompletionRequest", "Message", "ChatCompletion", "ErrorBody"):
+    for name in (*NAMES, "Message", "ChatCompletion", "ErrorBody"):
         for field, schema in schemas[name]["properties"].items():
             assert schema.get("description"), (name, field)
     assert schemas["ChatRequest"]["required"] == ["messages"]
@@ -54,6 +56,17 @@ def test_requests_and_answers_are_described_field_by_field(told: dict[str, Any])
     assert set(chat["responses"]) == {"200", *(str(status) for status in ERRORS)}
     assert "retry-after" in chat["responses"]["429"]["headers"]
     assert "retry-after" not in chat["responses"]["422"]["headers"]
+
+
+def test_responses_are_described(told: dict[str, Any]) -> None:
+    for path in ("/responses", "/v1/responses", "/openai/responses"):
+        responses = told["paths"][path]["post"]["responses"]
+        assert "x-mixtral-ignored-tools" in responses["200"]["headers"]
+        event = responses["200"]["content"]["text/event-stream"]["schema"]["properties"]["data"]
+        assert event["description"].startswith("ResponseEvent")
+        refused = responses["400"]["content"]["application/json"]["schema"]
+        assert refused == {"$ref": "#/components/schemas/OpenAIErrorBody"}
+    assert told["components"]["schemas"]["ResponsesRequest"]["required"] == ["input"]
 
 
 def test_the_headers_of_limits_are_described(told: dict[str, Any]) -> None:

@@ -52,8 +52,8 @@ def refusal(*path: str) -> InvalidParameter:
             "response_format.regex",
             "structured_outputs.regex",
         ),
-        ({}, "tools.3.parameters", "tools.3.function.parameters"),
-        ({}, "tool_choice", "tool_choice"),
+        ({}, "chat.tools.3.parameters", "tools.3.function.parameters"),
+        ({}, "chat.tool_choice", "tool_choice"),
         ({}, "n", "n"),
     ],
 )

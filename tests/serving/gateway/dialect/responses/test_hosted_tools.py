@@ -18,6 +18,7 @@ from serving.gateway.dialect.responses.request import ResponsesRequest
 
 FUNCTION = {"type": "function", "name": "f", "parameters": None}
 SEARCH = {"type": "web_search"}
+TEXT = {"type": "input_text"}
 
 
 def ignoring(**body: Any) -> tuple[ResponsesRequest, dict[str, str]]:
@@ -93,6 +94,46 @@ def test_a_choice_of_one_is_refused_all_the_same() -> None:
     choice = {"type": "allowed_tools", "mode": "auto", "tools": [SEARCH, named]}
     asked, _ = ignoring(tools=[SEARCH, FUNCTION], tool_choice=choice)
     assert asked.tool_choice is not None and asked.tool_choice.allowed == ["f"]
+
+
+def test_a_body_like_codexs() -> None:
+    asked, headers = ignoring(
+        model="any",
+        instructions="You are a coding agent.",
+        input=[
+            {"type": "message", "role": "developer", "content": [TEXT | {"text": "Sandbox: on."}]},
+            {"type": "message", "role": "user", "content": [TEXT | {"text": "<environment>"}]},
+            {"type": "message", "role": "user", "content": [TEXT | {"text": "List the files."}]},
+            {"type": "reasoning", "summary": [], "content": None, "encrypted_content": "x"},
+            {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "call_1"},
+            {"type": "function_call_output", "call_id": "call_1", "output": "a.txt"},
+            {"type": "custom_tool_call", "name": "apply_patch", "input": "*", "call_id": "c2"},
+            {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
+        ],
+        tools=[
+            FUNCTION | {"strict": False, "description": "Runs a command."},
+            {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+            {"type": "web_search", "external_web_access": False},
+        ],
+        tool_choice="auto",
+        parallel_tool_calls=True,
+        reasoning={"effort": "medium", "summary": "auto"},
+        store=False,
+        stream=True,
+        include=["reasoning.encrypted_content"],
+        prompt_cache_key="thread",
+        text={"verbosity": "low"},
+        client_metadata={"x-codex-installation-id": "1"},
+    )
+    assert headers["x-mixtral-ignored-tools"] == (
+        "custom, web_search, custom_tool_call, custom_tool_call_output"
+    )
+    (call,) = asked.protos()
+    assert [tool.name for tool in call.chat.tools] == ["f"]
+    assert [turn.role for turn in call.chat.messages] == [
+        *("system", "user", "user", "assistant", "tool"),
+    ]
+    assert call.chat.messages[0].content == "You are a coding agent.\n\nSandbox: on."
 
 
 @pytest.mark.parametrize("wrong", [7, {}, [7], [SEARCH] * 129, [{"type": ["x"]}]])
