@@ -2,6 +2,7 @@
 
 import instructor
 import openai
+from instructor.core import IncompleteOutputException, InstructorRetryException
 from task import KEY, MAX_TOKENS, MODEL, QUESTION, URL, Person, step
 
 ASK = [{"role": "user", "content": QUESTION}]
@@ -17,7 +18,7 @@ with openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0) as plain:
         try:
             person = client.chat.completions.create(**OPTIONS, response_model=Person, max_retries=1)
             assert isinstance(person, Person), person
-        except instructor.core.InstructorRetryException as error:
+        except (IncompleteOutputException, InstructorRetryException) as error:
             # What was answered is looked at, so that no refusal passes as an odd answer.
             assert mode in UNHELD, (mode, error)
             answer = error.last_completion.choices[0].message.content
