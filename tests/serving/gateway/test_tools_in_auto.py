@@ -91,7 +91,7 @@ def stack(device: WritingDevice, tokenizer: MistralTokenizer) -> Iterator[Stack]
     @contextlib.asynccontextmanager
     async def inference() -> AsyncIterator[str]:
         service = InferenceService(worker, tokenizer, info, compiler=compiler)
-        access = Access(Keyring({"default": KEY}))
+        access = Access(Keyring({"gateway": KEY}))
         server, port, _ = await create_server("127.0.0.1:0", service, access)
         yield f"127.0.0.1:{port}"
         await server.stop(0)
