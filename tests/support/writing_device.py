@@ -37,7 +37,9 @@ class WritingDevice(ScriptedDevice):
                 continue
             answer = self._write_answer(tokens[: chunk.prompt_length])
             place = min(len(tokens) - chunk.prompt_length, len(answer) - 1)
-            drawn.append(Drawn(self._choose(answer[place], None if rows is None else rows[i])))
+            drawn.append(
+                Drawn(token_id=self._choose(answer[place], None if rows is None else rows[i]))
+            )
         self._drawn = [row.token_id if isinstance(row, Drawn) else None for row in drawn]
         self.plans.append(walked.plan)
         self.masks.append(masks)
