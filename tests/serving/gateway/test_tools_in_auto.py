@@ -110,7 +110,12 @@ def client(stack: Stack) -> Iterator[openai.OpenAI]:
 
 def ask(client: openai.OpenAI, messages: list[Any], *, is_streamed: bool) -> Any:
     """The only choice of the answer to a chat in which the model decides."""
-    options: dict[str, Any] = {"model": "written", "messages": messages, "tools": TOOLS}
+    options: dict[str, Any] = {
+        "model": "written",
+        "messages": messages,
+        "tools": TOOLS,
+        "parallel_tool_calls": False,
+    }
     if not is_streamed:
         return client.chat.completions.create(**options).choices[0]
     # The helper of the stream wants functions to be strict; chunks are put together by hand.
