@@ -158,13 +158,15 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("chat named call", "required get_weather, of get_weather!, one"),
         (
             "chat answer to a result",
-            "json_schema!, none, of get_weather!, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
+            "json_schema!, none, of get_weather!, "
+            "after get_weather call_Zk3-q_90, result call_Zk3-q_90",
         ),
         ("responses output type", "json_schema!"),
         ("responses named call", "required get_weather, of get_weather!, one"),
         (
             "responses answer to a result",
-            "json_schema!, none, of get_weather!, after get_weather call_Zk3-q_90, result call_Zk3-q_90",
+            "json_schema!, none, of get_weather!, "
+            "after get_weather call_Zk3-q_90, result call_Zk3-q_90",
         ),
     ],
     "openai-node": [
