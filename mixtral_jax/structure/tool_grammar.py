@@ -11,7 +11,8 @@ from enum import Enum
 from typing import Any
 
 from mixtral_jax.errors import StructureError
-from mixtral_jax.structure.schema import Schema, read, read_parameters
+from mixtral_jax.structure.grammar import WHITESPACE, grammar_of
+from mixtral_jax.structure.schema import Schema, read_parameters
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 from mixtral_jax.tokenization.messages import Tool
 from mixtral_jax.tokenization.tool_form import Piece, Slot, ToolForm
@@ -20,7 +21,8 @@ from mixtral_jax.tokenization.tool_form import Piece, Slot, ToolForm
 # ": " lets most of a call be forced. In the second a small model has its own line breaks, few
 # enough that it cannot write nothing else.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_BOUNDED = {"whitespace_pattern": r"[ \n\t\r]{1,8}"}
+_BOUNDED = {"whitespace_pattern": WHITESPACE}
+_JSON = set('{["-0123456789tfn')  # what JSON begins with
 
 
 class Mode(Enum):
@@ -99,12 +101,15 @@ def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
     if use.mode is Mode.REQUIRED:
         pass
     elif use.response is not None:
-        grammar, left_out = _response(use.response)
+        grammar, left_out = _response(use.response, form)
         grammars.append(grammar)
         weakened += left_out
         ways.append("@response")
     elif trigger is not None:
         begins_after = trigger
+    elif form.text_may_precede:
+        ways = ["before after_trigger", "OTHER"]
+        rules += _rules_around(form.trigger_text)
     else:
         ways.append("OTHER")
         rules += f"OTHER: /{_no_beginning(form.trigger_text)}/\n"
@@ -112,20 +117,6 @@ def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
     ways = [way if way == "calls" and trigger is not None else f"{lead}{way}" for way in ways]
     first = {"name": "answer", "lark_grammar": f"start: {' | '.join(ways)}\n{rules}"}
     return Grammar(json.dumps({"grammars": [first, *grammars]}), begins_after, weakened)
-
-
-def text_grammar(form: ToolForm, *, space: bool) -> Grammar:
-    """Returns the grammar of an answer that calls nothing although its prompt shows tools.
-
-    No control id is in it, and no text by which calls are recognised at its beginning.
-
-    Args:
-        form: the model's form of calls.
-        space: whether a space must stand before the answer.
-    """
-    text = _no_beginning(form.trigger_text) or "(?s:.*)"
-    lead = '" " ' if space else ""
-    return Grammar(f"start: {lead}OTHER\nOTHER: /{text}/\n")
 
 
 def _schema(tool: Tool) -> Schema:
@@ -155,7 +146,10 @@ def _call_rules(form: ToolForm, tools: Sequence[Tool], *, several: bool) -> str:
     begin: Sequence[Piece] = [trigger] if trigger else form.begin
     first = _without_text(form.call) if trigger else form.call
     more = f" ({_words(form.separator)} call)*" if several else ""
-    lines = [f"calls: {_words(begin)} first{more} {_words(form.end)}"]
+    lines = [
+        f"calls: {_words(begin)} after_trigger",
+        f"after_trigger: first{more} {_words(form.end)}",
+    ]
     for rule, pieces in (("first", first), ("call", form.call)):
         lines.append(f"{rule}: {' | '.join(f'{rule}_{place}' for place in range(len(tools)))}")
         for place, tool in enumerate(tools):
@@ -163,6 +157,14 @@ def _call_rules(form: ToolForm, tools: Sequence[Tool], *, several: bool) -> str:
     if form.has_ids:
         lines.append("ID: /[a-zA-Z0-9]{9}/")
     return "\n".join(lines) + "\n"
+
+
+def _rules_around(trigger: str) -> str:
+    """Returns the rules of a text that ends with its first trigger, and of one that has none."""
+    return (
+        f"before[suffix={_literal(trigger)}]: /(?s:.*)/\n"
+        f"OTHER: ~/(?s:.*){_escaped(trigger)}(?s:.*)/\n"
+    )
 
 
 def _without_text(pieces: Sequence[Piece]) -> Sequence[Piece]:
@@ -189,23 +191,20 @@ def _words(pieces: Sequence[Piece], name: str = "", place: int = 0) -> str:
     return " ".join(words)
 
 
-def _response(response: Specification) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _response(response: Specification, form: ToolForm) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Returns what an answer without calls must match, as a grammar named `response`."""
-    match response.kind:
-        case Kind.JSON_OBJECT:
-            schema = Schema('{"type": "object"}', "")
-        case Kind.JSON_SCHEMA:
-            schema = read(response.text, response.strict)
-        case kind:
-            raise StructureError(
-                f"tools cannot be combined with a {kind.value}: ask for a json_schema or a "
-                "json_object beside tools, or for no tools"
-            )
-    value = json.loads(schema.text)
-    if not isinstance(value, dict):
-        value = {} if value else {"not": {}}
-    grammar = {"name": "response", "json_schema": {**value, "x-guidance": _BOUNDED}}
-    return grammar, schema.weakened
+    if form.trigger_id is None and (
+        response.kind not in (Kind.JSON_OBJECT, Kind.JSON_SCHEMA) or form.trigger_text[0] in _JSON
+    ):
+        raise StructureError(
+            f"this model writes calls as text, which could not be told from a {response.kind.value}"
+            ": ask for a json_schema beside tools, or for no tools"
+        )
+    grammar = grammar_of(response, space=False)
+    if not grammar.text.startswith("{"):
+        return {"name": "response", "lark_grammar": grammar.text}, grammar.weakened
+    (only,) = json.loads(grammar.text)["grammars"]
+    return {"name": "response", **only}, grammar.weakened
 
 
 def _literal(text: str) -> str:
@@ -217,7 +216,12 @@ def _no_beginning(text: str) -> str:
     """Returns an expression for every text that does not begin with `text`."""
     expression = ""
     for character in reversed(text):
-        escaped = f"\\x{{{ord(character):X}}}"
+        escaped = _escaped(character)
         tail = f"{escaped}{expression}|" if expression else ""
         expression = f"({tail}[^{escaped}](?s:.*))?"
     return expression
+
+
+def _escaped(text: str) -> str:
+    """Returns an expression for a text."""
+    return "".join(f"\\x{{{ord(character):X}}}" for character in text)

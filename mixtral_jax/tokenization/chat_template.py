@@ -4,6 +4,7 @@ The template gets the surroundings that transformers documents: a sandboxed envi
 `raise_exception`, `strftime_now`, `tojson`, loop controls and the tag `{% generation %}`.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,12 +13,13 @@ from typing import NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
 from mixtral_jax.errors import ChatError, TokenizerError
-from mixtral_jax.tokenization.messages import Message, check_text
+from mixtral_jax.tokenization.messages import Message, check_text, parsed_json
 
 # This mark behind a message shows where the message ends in the text that a template writes. It
 # is a noncharacter, which Unicode keeps out of exchanged text. If text holds it, the last counts.
@@ -28,6 +30,17 @@ _END_MARK = "\U0010fffe"
 # writes each message before every later one would make a gigabyte of a megabyte.
 _MOST_TEXT, _MOST_GROWTH = 2**20, 4
 _MOST_REASON = 500  # characters
+
+_SAMPLE_TOOL = {"name": "a", "description": "a", "parameters": {"type": "object", "properties": {}}}
+_SAMPLE_CALL: list[Message] = [
+    {"role": "user", "content": "a"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "aaaaaaaaa", "name": "a", "arguments": "{}"}],
+    },
+    {"role": "tool", "content": "a", "tool_call_id": "aaaaaaaaa", "name": "a"},
+]
 
 
 class _Generation(jinja2.ext.Extension):
@@ -72,34 +85,49 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         try:
             self._template = environment.from_string(source)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except Exception as error:  # Jinja writes a Python program, whose compiler fails in its way
             raise TokenizerError(
                 "the chat template is no valid Jinja template: "
                 f"{str(error)[:500] or type(error).__name__}"
             ) from error
 
-    def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> str:
+        self.takes_tools = "tools" in names
+        """True if the template reads the list of tools."""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> str:
         """Return the chat as text, up to where the assistant's answer begins.
 
-        With `continue_last` the last message is the beginning of that answer, and the text ends
-        where the message does.
+        Args:
+            messages: what `checked` has returned.
+            continue_last: the last message is the beginning of that answer, and the text ends where
+                the message does.
+            tools: what `checked_tools` has returned.
 
         Raises ChatError if the template itself refuses the chat, writes what is not Unicode or
         much more than the chat has, or does not write the last message as it is.
         """
-        chat = [dict(message) for message in messages]
+        chat = [_in_transformers_form(message) for message in messages]
+        functions = [{"type": "function", "function": dict(tool)} for tool in tools]
         last = messages[-1]["content"]
         if continue_last:
             chat[-1]["content"] = f"{last}{_END_MARK} "
         try:
             pieces = self._template.generate(
                 messages=chat,
-                tools=None,
+                tools=functions or None,
                 documents=None,
                 add_generation_prompt=not continue_last,
                 **self.tokens,
             )
-            text = _joined(pieces, _MOST_TEXT + _MOST_GROWTH * sum(_size(m) for m in messages))
+            size = sum(map(_size, messages)) + sum(len(json.dumps(tool)) for tool in functions)
+            text = _joined(pieces, _MOST_TEXT + _MOST_GROWTH * size)
         except Exception as error:  # a template computes, and may fail like any program
             reason = str(error)[:_MOST_REASON]  # it may quote a message
             raise ChatError(f"the model's chat template refuses this chat: {reason}") from error
@@ -109,9 +137,13 @@ class ChatTemplate:
     def sample(self) -> str:
         """Write a few small chats, which show what the template puts around messages.
 
-        The text of each message is "a". Chats that the template refuses are left out.
+        The text of each message is "a", and tools and calls are there if the template reads them.
+        Chats that the template refuses are left out.
         """
         texts = []
+        if self.takes_tools:
+            with contextlib.suppress(ChatError):
+                texts.append(self.render(_SAMPLE_CALL, tools=[_SAMPLE_TOOL]))
         for roles in ("user", "system user", "user assistant user", "system user assistant user"):
             chat: list[Message] = [{"role": role, "content": "a"} for role in roles.split()]
             try:
@@ -145,9 +177,30 @@ class ChatTemplate:
         return template
 
 
+def _in_transformers_form(message: Message) -> dict[str, object]:
+    """Return a message as templates have it, arguments of calls as objects where they are some."""
+    made: dict[str, object] = {**message}
+    if calls := message.get("tool_calls"):
+        made["tool_calls"] = [
+            {
+                "id": call["id"],
+                "type": "function",
+                "function": {"name": call["name"], "arguments": _arguments(call["arguments"])},
+            }
+            for call in calls
+        ]
+    return made
+
+
+def _arguments(text: str) -> object:
+    value = parsed_json(text or "{}")
+    return value if isinstance(value, dict) else text
+
+
 def _size(message: Message) -> int:
     """Return the characters of a message, and of what a template may write around it."""
-    return 256 + len(message["content"])
+    calls = message.get("tool_calls", ())
+    return 256 + len(message["content"]) + sum(256 + len(call["arguments"]) for call in calls)
 
 
 def _joined(pieces: Iterable[str], max_chars: int) -> str:

@@ -11,7 +11,14 @@ import tokenizers
 
 from mixtral_jax.errors import ChatError, TokenizerError
 from mixtral_jax.tokenization.chat_template import ChatTemplate
-from mixtral_jax.tokenization.messages import Message, Tool, check_text, checked
+from mixtral_jax.tokenization.messages import (
+    Message,
+    Tool,
+    check_text,
+    checked,
+    checked_tools,
+    parsed_json,
+)
 from mixtral_jax.tokenization.special_tokens import (
     eos_ids,
     extra_special_tokens,
@@ -20,6 +27,7 @@ from mixtral_jax.tokenization.special_tokens import (
     template_source,
 )
 from mixtral_jax.tokenization.tool_prompt import PROMPT_FORM, prompted
+from mixtral_jax.tokenization.tool_template import template_form
 from mixtral_jax.tokenization.vocabulary import Vocabulary, byte_level_bytes, spm_bytes
 
 logger = logging.getLogger(__name__)
@@ -87,7 +95,10 @@ class TemplateTokenizer(Vocabulary):
                 folder,
             )
         super().__init__(pieces, ends, dummy_space=dummy_space)
-        self.tool_form = PROMPT_FORM
+        form = template_form(self._template, self, self._written_ids) if self._template else None
+        self._template_has_tools = form is not None
+        self.tool_form = form or PROMPT_FORM
+        self._refuses_system = form is None and template is not None and _refuses_system(template)
         self._required = 1 + max(self._writable(named, controls, spelling), default=-1)
 
     def encode(self, text: str) -> list[int]:
@@ -116,11 +127,21 @@ class TemplateTokenizer(Vocabulary):
                 "this model has no chat template: send a plain prompt, or put a "
                 "chat_template.jinja beside its tokenizer.json"
             )
-        chat = prompted(checked(messages, continue_last=continue_last), tools)
-        for message in chat:
-            message["content"] = message["content"].replace(_RESERVED, "\ufffd")
-        text = self._template.render(chat, continue_last=continue_last)
-        return self._ids(text, add_special_tokens=False)
+        chat = checked(messages, continue_last=continue_last)
+        functions = []
+        if self._template_has_tools:
+            functions = checked_tools(tools)
+            for message in chat:
+                for call in message.get("tool_calls", ()):
+                    call["arguments"] = _without_escapes(call["arguments"])
+        else:
+            chat = prompted(chat, tools, in_user=self._refuses_system)
+        text = self._template.render(
+            _without_reserved(chat),
+            continue_last=continue_last,
+            tools=_without_reserved(functions),
+        )
+        return self._written_ids(text)
 
     @property
     def required_vocab_size(self) -> int:
@@ -143,12 +164,42 @@ class TemplateTokenizer(Vocabulary):
         ids.update(controls[text] for text, respelled in spelling.items() if respelled in template)
         return ids
 
+    def _written_ids(self, text: str) -> list[int]:
+        """Return the ids of what the template has written."""
+        return self._ids(text, add_special_tokens=False)
+
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # `encode` holds the interpreter's lock while it works; the call for a batch releases it.
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
         )
         return encoding.ids
+
+
+def _refuses_system(template: ChatTemplate) -> bool:
+    chat: list[Message] = [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]
+    try:
+        template.render(chat)
+    except ChatError:
+        return True
+    return False
+
+
+def _without_escapes(text: str) -> str:
+    """Return JSON text whose characters stand as they are, so that none hides in an escape."""
+    value = parsed_json(text)
+    return text if value is text else json.dumps(value, ensure_ascii=False)
+
+
+def _without_reserved(value: Any) -> Any:
+    """Return a value of JSON without the character that spells control tokens."""
+    if isinstance(value, str):
+        return value.replace(_RESERVED, "\ufffd")
+    if isinstance(value, list):
+        return [_without_reserved(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_reserved(name): _without_reserved(item) for name, item in value.items()}
+    return value
 
 
 def _read_spec(path: Path) -> dict[str, Any]:

@@ -35,7 +35,9 @@ _TAIL = (
 _RESULTS = "Results of the functions:"
 
 
-def prompted(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+def prompted(
+    messages: Sequence[Message], tools: Sequence[Tool], *, in_user: bool = False
+) -> list[Message]:
     """Return a chat without tools that says the same: system, user and assistant messages only.
 
     Results of neighbouring messages, and the user's message behind them, are one user's message,
@@ -46,6 +48,8 @@ def prompted(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message
     Args:
         messages: what `checked` has returned.
         tools: those that may be called.
+        in_user: tells of the tools in the first user's message, for templates that refuse system
+            messages.
 
     Raises ChatError for tools that are wrong.
     """
@@ -69,9 +73,14 @@ def prompted(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message
             made.append({"role": role, "content": content})
         after_result = role == "tool"
     if tools:
-        system = made.pop(0)["content"] if made and made[0]["role"] == "system" else ""
         text = "\n".join([_HEAD, *map(_line, checked_tools(tools)), _TAIL])
-        made.insert(0, {"role": "system", "content": f"{system}\n\n{text}" if system else text})
+        user = next((m for m in made if m["role"] == "user"), None) if in_user else None
+        if user is not None:
+            user["content"] = f"{text}\n\n{user['content']}"
+        else:
+            system = made.pop(0)["content"] if made and made[0]["role"] == "system" else ""
+            text = f"{system}\n\n{text}" if system else text
+            made.insert(0, {"role": "system", "content": text})
     return made
 
 

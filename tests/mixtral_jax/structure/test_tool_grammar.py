@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +11,10 @@ from mixtral_jax.structure.matcher import Guide, Matcher
 from mixtral_jax.structure.specification import Kind, Specification
 from mixtral_jax.structure.tool_grammar import Mode, ToolUse, tool_grammar
 from mixtral_jax.tokenization.messages import Message, Tool
-from mixtral_jax.tokenization.tokenizer import Tokenizer
+from mixtral_jax.tokenization.tokenizer import Tokenizer, load
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
-from tests.support.tokenizers import MISTRAL_NAMES
+from tests.mixtral_jax.tokenization.test_tool_template import BLOCKS
+from tests.support.tokenizers import MISTRAL_NAMES, SPECS, write
 from tests.support.tools import ROME, SUM, TOOLS, asked
 
 BYTES = ByteTokenizer()
@@ -123,6 +125,51 @@ def test_an_answer_calls_or_has_the_form_that_was_asked_for() -> None:
     assert not accepts(use, '{"a": "1"}')
 
 
+def test_a_form_of_text_may_have_text_before_its_calls(tmp_path: Path) -> None:
+    tokenizer = load(write(tmp_path, SPECS["byte-level"], BLOCKS))
+    grammar = tool_grammar(ToolUse(tokenizer.tool_form, TOOLS), space=False)
+    assert grammar is not None
+    guide = Guide(tokenizer, tokenizer.vocab_size)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    for text, is_right in (
+        ("Hello", True),
+        (call, True),
+        (f"{call}\n{call}", True),
+        (f"I look.\n{call}", True),
+        ("I <tool_call>", True),  # not yet a call
+        (f"I {call} look", False),
+        (call.replace("add", "sub"), False),
+        (f"I {call[:-5]}", False),
+    ):
+        matcher = guide.matcher(grammar.text)
+        try:
+            matcher.consume(tokenizer.encode(text))
+            assert matcher.may_end is is_right, text
+        except StructureError:
+            assert not is_right, text
+
+
+def test_natively_called_tools_stand_beside_any_form_of_the_response(
+    all_tokenizers: dict[str, Tokenizer],
+) -> None:
+    tokenizer = all_tokenizers["v3"]
+    guide = Guide(tokenizer, tokenizer.vocab_size)
+    for response, text in (
+        (Specification(Kind.REGEX, "[a-z]+"), "yes"),
+        (Specification(Kind.CHOICE, choices=("yes", "no")), "yes"),
+        (Specification(Kind.LARK, 'start: "yes"'), "yes"),
+        (Specification(Kind.JSON_OBJECT), '{"a": 1}'),
+    ):
+        use = ToolUse(tokenizer.tool_form, TOOLS, response=response)
+        grammar = tool_grammar(use, space=True)
+        assert grammar is not None
+        assert grammar.begins_after is None
+        for ids in (tokenizer.encode(text)[1:], called_ids(tokenizer, "Rome")):
+            matcher = guide.matcher(grammar.text)
+            matcher.consume(ids)
+            assert matcher.may_end
+
+
 def test_text_before_the_control_id_of_calls_is_free(
     all_tokenizers: dict[str, Tokenizer],
 ) -> None:
@@ -148,7 +195,7 @@ def test_without_calls_there_is_no_grammar() -> None:
         (ToolUse(BYTES.tool_form, (Tool("f", parameters="{"),)), "of the function f: ", ""),
         (
             ToolUse(BYTES.tool_form, TOOLS, response=Specification(Kind.REGEX, "a")),
-            "combined with a regex",
+            "could not be told from a regex",
             "",
         ),
     ],

@@ -1,6 +1,7 @@
 """Calls read from answers, token by token."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +10,9 @@ from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.mixtral_jax.structure.test_tool_grammar import called_ids
+from tests.mixtral_jax.tokenization.test_tool_template import BLOCKS, made
 from tests.support.tokenizers import MISTRAL_NAMES
-from tests.support.tools import ROME, SUM
+from tests.support.tools import ROME, SUM, answered, asked
 
 BYTES = ByteTokenizer()
 
@@ -94,3 +96,21 @@ def test_calls_of_one_answer_have_ids_of_their_own(all_tokenizers: dict[str, Tok
     ids = called_ids(tokenizer, "Rome", "Rome")
     _, calls, _ = read(tokenizer, ids)
     assert [call["id"] for call in calls] == ["abcDEF123", "made00000"]
+
+
+@pytest.mark.parametrize("tokens", [(), ("<tool_call>", "</tool_call>")], ids=["text", "tokens"])
+def test_calls_of_a_template_are_read_behind_text(tokens: tuple[str, ...], tmp_path: Path) -> None:
+    tokenizer = made(tmp_path, BLOCKS, *tokens)
+    call = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+    calls = [{"id": "made00000", **call}, {"id": "made00001", **call}]
+    prompt = tokenizer.chat(asked(SUM)[:1])
+    chat = answered([{**SUM, **call}, {**ROME, **call}], "1", "2")
+    written = tokenizer.chat(chat)[len(prompt) :]
+    written = written[: written.index(min(tokenizer.eos_ids))]
+    assert read(tokenizer, written)[:2] == ("", calls)
+    before = tokenizer.encode("I <tool>look</tool_ca <tool_call\n")
+    text, read_calls, _ = read(tokenizer, [*before, *written])
+    assert (text, read_calls) == ("I <tool>look</tool_ca <tool_call\n", calls)
+    text, read_calls, _ = read(tokenizer, [*before, *written, *before])
+    assert (text, read_calls) == (2 * "I <tool>look</tool_ca <tool_call\n", calls)
+    assert read(tokenizer, before)[:2] == ("I <tool>look</tool_ca <tool_call\n", [])

@@ -1,12 +1,13 @@
 """Tools for models that have no form for them, read by eye."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from mixtral_jax.tokenization.messages import Message, Tool, checked
-from mixtral_jax.tokenization.tokenizer import Tokenizer
+from mixtral_jax.tokenization.tokenizer import Tokenizer, load
 from mixtral_jax.tokenization.tool_prompt import prompted
-from tests.support.tokenizers import say, turns
+from tests.support.tokenizers import SPECS, say, turns, write
 from tests.support.tools import ROME, SUM, answered, asked, result
 
 SUB = Tool("sub", "Takes away", '{"type": "object"}')
@@ -79,3 +80,13 @@ def test_the_schema_is_written_as_it_was_sent() -> None:
     schema = {"type": "object", "properties": {"b": {"enum": ["ü"]}, "a": {}}}
     tool = Tool("f", parameters=json.dumps(schema))
     assert '"parameters": ' + json.dumps(schema, ensure_ascii=False) in said(turns("x"), tool)[0][1]
+
+
+def test_a_template_without_system_messages_has_tools_in_the_users(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    )
+    tokenizer = load(write(tmp_path, SPECS["byte-level"], template))
+    text = tokenizer.decode(tokenizer.chat(turns("a", "b", "c"), tools=[SUB]))
+    assert text == f"[user] {LINES}\n\na\n[assistant] b\n[user] c\n"
