@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -195,3 +197,42 @@ def test_a_heartbeat_is_a_comment_and_nothing_follows_the_last_event() -> None:
     events = ResponsesEvents(IDENTITY, {})
     assert events.heartbeat() == b": heartbeat\n\n"
     assert events.closing() == b""
+
+
+CHUNKS = st.lists(
+    st.one_of(
+        st.text(min_size=1, max_size=6).map(text),
+        st.tuples(st.text(min_size=1, max_size=4), st.floats(-50, 0, width=32)).map(
+            lambda drawn: text(*drawn)
+        ),
+        st.builds(
+            lambda name, arguments: calls(
+                inference_pb2.ToolCall(id="abcdefghi", name=name, arguments=arguments)
+            ),
+            st.text(min_size=1, max_size=4),
+            st.text(max_size=8),
+        ),
+    ),
+    max_size=8,
+)
+
+
+@given(chunks=CHUNKS, end=st.sampled_from([STOP, LENGTH, CALLED]))
+@settings(max_examples=60, deadline=None)
+def test_any_answer_is_the_same_at_once_and_as_a_stream(
+    chunks: list[inference_pb2.GenerateChunk], end: inference_pb2.GenerateChunk
+) -> None:
+    events = stream(*chunks, end)
+    answer = whole(*chunks, end)
+    assert events[-1]["response"] == answer
+    told: dict[int, str] = {}
+    for event in events:
+        if event["type"].endswith(".delta"):
+            told[event["output_index"]] = told.get(event["output_index"], "") + event["delta"]
+    for index, item in enumerate(answer["output"]):
+        is_message = item["type"] == "message"
+        written = item["content"][0]["text"] if is_message else item["arguments"]
+        assert told.get(index, "") == written
+    spoken = "".join(chunk.text for chunk in chunks)
+    messages = [item for item in answer["output"] if item["type"] == "message"]
+    assert "".join(item["content"][0]["text"] for item in messages) == spoken
