@@ -12,7 +12,7 @@ from functools import partial
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.cache import FormCache
 from mixtral_jax.structure.form import Form, form_of
-from mixtral_jax.structure.grammar import check_size, grammar_of
+from mixtral_jax.structure.grammar import check_size, tried_grammar
 from mixtral_jax.structure.matcher import Guide
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 from mixtral_jax.structure.trial.process import Died, TrialProcess
@@ -155,7 +155,8 @@ class Compiler:
         elif isinstance(job.wanted, Grammar):
             grammar = job.wanted
         else:
-            grammar = grammar_of(job.wanted, space=job.space)
+            attempt = partial(form_of, guide=self._guide)
+            grammar = tried_grammar(job.wanted, space=job.space, attempt=attempt)
         return form_of(grammar, self._guide), _size(grammar)
 
     def _answer_from_cache(self, salt: bytes, job: _Job) -> bool:

@@ -8,6 +8,7 @@ write it in tokens is allowed. Without it a model could not begin with the token
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from llguidance import regex_to_lark
@@ -15,7 +16,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.lark import DEEPEST, checked
-from mixtral_jax.structure.schema import read
+from mixtral_jax.structure.schema import Schema, read, settle
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 
 LARGEST_SCHEMA = 256 << 10  # bytes of UTF-8, as all of these
@@ -53,6 +54,36 @@ def grammar_of(specification: Specification, *, space: bool) -> Grammar:
         case Kind.LARK:
             pass
     return _lark(text, specification.strict, space)
+
+
+def tried_grammar(
+    specification: Specification, *, space: bool, attempt: Callable[[Grammar], object]
+) -> Grammar:
+    """Returns the grammar of what a caller asks for after it was tried.
+
+    Where the compiler refuses a schema, the rules that it refuses are left out, or, where the
+    caller is strict, named by their pointers.
+
+    Args:
+        specification: What the answer must match.
+        space: Whether a space must stand before the answer.
+        attempt: Compiles a grammar; raises StructureError if it is refused.
+
+    Raises StructureError.
+    """
+    grammar = grammar_of(specification, space=space)
+    try:
+        attempt(grammar)
+        return grammar
+    except StructureError:
+        if specification.kind is not Kind.JSON_SCHEMA:
+            raise
+
+    def compiles(schema: Schema) -> None:
+        attempt(Grammar(_json_grammar(schema.text, space)))
+
+    schema = settle(specification.text, compiles, specification.strict)
+    return Grammar(_json_grammar(schema.text, space), weakened=schema.weakened)
 
 
 def check_size(wanted: Specification | Grammar) -> None:

@@ -1,9 +1,8 @@
-"""Rules about an object's other names: dependencies, and the negations that can be written."""
+"""Dependencies: rules about the names that an object has beside others."""
 
 from typing import Any
 
 from mixtral_jax.structure.json_schema.document import Place
-from mixtral_jax.structure.json_schema.keywords import TYPES, is_annotation, types_of
 from mixtral_jax.structure.json_schema.report import Mode, Report, Write
 
 _MOST = 4  # dependencies of one schema: each doubles the ways to write an object
@@ -42,27 +41,3 @@ def write_dependencies(
             present = {"allOf": [{**kind, "required": [name]}, schema]}
             rows.append({"anyOf": [present, absent]})
     return rows
-
-
-def write_not(place: Place, types: frozenset[str], report: Report) -> Any:
-    """Returns a schema that says what must not be: a type, or a name; else it is listed."""
-    refused = place.value["not"]
-    if isinstance(refused, bool):
-        return not refused
-    rules = {key: rule for key, rule in refused.items() if not is_annotation(key)}
-    if not rules:
-        return False
-    if rules.keys() == {"type"}:
-        names = types_of(place.below("not")) or ()
-        if not ({"integer"} == {*names} & {"integer", "number"} and "number" in types):
-            kept = [
-                t for t in TYPES if t not in names and (t != "integer" or "number" not in names)
-            ]
-            kept = [t for t in kept if t in types or (t == "integer" and "number" in types)]
-            return {"type": kept} if kept else False
-    names = rules.get("required", ())
-    is_name = rules.keys() <= {"required", "type"} and len(names) == 1
-    if is_name and rules.get("type") in (None, "object") and types == {"object"}:
-        return {"type": "object", "properties": {names[0]: False}}
-    report.weaken(place, "not", "only types and single names can be ruled out")
-    return True

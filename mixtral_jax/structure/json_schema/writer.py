@@ -8,7 +8,7 @@ from typing import Any
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.json_schema.arrays import write_array
-from mixtral_jax.structure.json_schema.dependencies import write_dependencies, write_not
+from mixtral_jax.structure.json_schema.dependencies import write_dependencies
 from mixtral_jax.structure.json_schema.document import Document, Place
 from mixtral_jax.structure.json_schema.keywords import (
     IN_PLACE,
@@ -17,6 +17,7 @@ from mixtral_jax.structure.json_schema.keywords import (
     is_rule,
     types_of,
 )
+from mixtral_jax.structure.json_schema.negations import write_condition, write_not
 from mixtral_jax.structure.json_schema.objects import write_object
 from mixtral_jax.structure.json_schema.overlap import Prover
 from mixtral_jax.structure.json_schema.report import Mode, Report
@@ -161,9 +162,7 @@ class Writer:
         if keyword == "not":
             return [write_not(place, types, self._report)]
         if keyword == "if":
-            if {"then", "else"} & place.value.keys():
-                self._report.weaken(place, "if", "conditions are not followed")
-            return []
+            return [write_condition(place, self._report, self.schema)]
         return write_dependencies(place, keyword, types, self._report, self.schema)
 
     def _reference(self, target: Place, mode: Mode) -> Any:

@@ -14,11 +14,12 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.form import form_of
-from mixtral_jax.structure.grammar import grammar_of
+from mixtral_jax.structure.grammar import tried_grammar
 from mixtral_jax.structure.matcher import Guide
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 from mixtral_jax.tokenization.vocabulary import Vocabulary
@@ -75,9 +76,9 @@ def _tried(request: dict[str, Any], guide: Guide) -> Grammar:
     if "kind" in request:
         kind, choices = Kind(request["kind"]), tuple(request["choices"])
         specification = Specification(kind, request["text"], choices, request["strict"])
-        grammar = grammar_of(specification, space=request["space"])
-    else:
-        grammar = Grammar(request["text"], request["begins_after"])
+        attempt = partial(form_of, guide=guide)
+        return tried_grammar(specification, space=request["space"], attempt=attempt)
+    grammar = Grammar(request["text"], request["begins_after"])
     form_of(grammar, guide)
     return grammar
 

@@ -162,3 +162,15 @@ def test_a_model_without_an_end_of_answers_refuses_every_structure(
     tokenizer.eos_ids = frozenset()
     with Compiler(tokenizer, 300) as compiler, pytest.raises(StructureError, match="ends"):
         compiler.compile(Specification(Kind.JSON_OBJECT), continues=False, salt=b"")
+
+
+def test_a_rule_that_the_compiler_refuses_is_left_out_or_named(tried: Compiler) -> None:
+    short = {"type": "string", "format": "date", "maxLength": 3}  # no date is that short
+    text = json.dumps({"type": "object", "properties": {"a": short}, "required": ["a"]})
+    form = tried.compile(Specification(Kind.JSON_SCHEMA, text), continues=False, salt=b"")
+    (entry,) = form.weakened
+    assert entry.startswith("/properties/a/format: not enforced")
+    strict = Specification(Kind.JSON_SCHEMA, text, strict=True)
+    with pytest.raises(StructureError) as caught:
+        tried.compile(strict, continues=False, salt=b"")
+    assert caught.value.pointer == "/properties/a/format"

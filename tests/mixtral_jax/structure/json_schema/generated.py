@@ -195,7 +195,12 @@ class Maker:
         return {"oneOf": branches, "discriminator": {"propertyName": "kind"}}
 
     def _not(self, _depth: int) -> dict[str, Any]:
-        return {"type": "string", "not": self._random.choice(({"const": "x"}, {"type": "null"}))}
+        return {
+            "type": "string",
+            "not": self._random.choice(
+                ({"const": "x"}, {"enum": ["", "ab", "ac"]}, {"pattern": "x"})
+            ),
+        }
 
     def _types(self, depth: int) -> dict[str, Any]:
         schema = self._any(depth - 1)
@@ -205,6 +210,12 @@ class Maker:
 
     def _condition(self, depth: int) -> dict[str, Any]:
         schema = self._object(depth - 1)
-        schema["if"] = {"properties": {"kind": {"const": "a"}}}
+        schema["properties"]["kind"] = {"enum": ["a", "b", 1, None, False]}
+        value = self._random.choice(("a", 1, None, False))
+        schema["if"] = {"properties": {"kind": {"const": value}}}
+        if self._flip(0.5):
+            schema["if"]["required"] = ["kind"]
         schema["then"] = {"required": ["name"]}
+        if self._flip(0.5):
+            schema["else"] = {"properties": {"id": {"type": "null"}}}
         return schema
