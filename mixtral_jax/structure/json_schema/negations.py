@@ -51,13 +51,13 @@ def write_condition(place: Place, report: Report, write: Write) -> Any:
     if isinstance(rules["if"], bool):
         keyword = "then" if rules["if"] else "else"
         return write(place.below(keyword), Mode(is_composed=True)) if keyword in rules else True
-    both = _split(rules["if"])
-    if both is None or not report.allows(place, "if"):
-        if both is None:
+    halves = _split(rules["if"])
+    if halves is None or not report.allows(place, "if"):
+        if halves is None:
             report.weaken(place, "if", "only the value of one name can be asked for")
         return True
     branches = []
-    for keyword, condition in zip(("then", "else"), both, strict=True):
+    for keyword, condition in zip(("then", "else"), halves, strict=True):
         result = write(place.below(keyword), Mode(is_composed=True)) if keyword in rules else True
         if result is True:
             branches.append(condition)
