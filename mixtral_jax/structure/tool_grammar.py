@@ -119,6 +119,25 @@ def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
     return Grammar(json.dumps({"grammars": [first, *grammars]}), begins_after, weakened)
 
 
+def text_grammar(form: ToolForm, *, space: bool) -> Grammar:
+    """Returns the grammar of an answer that calls nothing although its prompt shows tools.
+
+    No control id is in it, and no text by which calls are recognised where they may stand.
+
+    Args:
+        form: the model's form of calls.
+        space: whether a space must stand before the answer.
+    """
+    trigger, lead = form.trigger_text, '" " ' if space else ""
+    if not trigger:
+        rule = "OTHER: /(?s:.*)/"
+    elif form.text_may_precede:
+        rule = f"OTHER: ~/(?s:.*){_escaped(trigger)}(?s:.*)/"
+    else:
+        rule = f"OTHER: /{_no_beginning(trigger)}/"
+    return Grammar(f"start: {lead}OTHER\n{rule}\n")
+
+
 def _schema(tool: Tool) -> Schema:
     try:
         return read_parameters(tool.parameters, tool.strict)

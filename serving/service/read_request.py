@@ -12,13 +12,13 @@ from google.protobuf.message import Message as ProtoMessage
 from mixtral_jax.errors import ChatError, SamplingError
 from mixtral_jax.sampling_params import MAX_BIASES, MAX_LOGIT_BIAS, SamplingFields, SamplingParams
 from mixtral_jax.structure.compiler import Compiler
-from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from serving.proto import inference_pb2 as pb
 from serving.proto.prompt_size import chat_size
 from serving.scheduling.request import Priority, Request
 from serving.service.answer.form import CAPABILITIES, AnswerForm, AnswerForms
+from serving.service.answer.tool_use import has_tools, messages_of, tools_of
 from serving.service.bounds import MAX_STOP_IDS, Bounds
 
 # Text has three to five bytes for each token of a large vocabulary, and runs of spaces have more.
@@ -55,7 +55,7 @@ class Translator:
         # Text of more bytes than the longest piece has for each token never fits.
         self.prompt_bytes = info.max_context * min(longest, bytes_per_token)
         self._bounds = Bounds(info.max_context, self.prompt_bytes)
-        self._forms = None if compiler is None else AnswerForms(compiler)
+        self._forms = None if compiler is None else AnswerForms(compiler, tokenizer)
 
     def check(self, message: ProtoMessage) -> None:
         """Raises InvalidRequest naming the field that is too large; quick enough for a loop.
@@ -109,24 +109,22 @@ class Translator:
         )
 
     def needs_form(self, message: pb.GenerateRequest) -> bool:
-        """Returns whether the answer to a request is held to something."""
-        return message.HasField("response_format")
+        """Returns whether something is asked of the form of an answer."""
+        return message.HasField("response_format") or has_tools(message.chat)
 
     @property
     def capabilities(self) -> Sequence[str]:
         """Names of ModelInfo for the forms that answers can be held to."""
         return () if self._forms is None else CAPABILITIES
 
-    def form(self, message: pb.GenerateRequest) -> AnswerForm:
-        """Returns what the answer to a request that `needs_form` is held to.
+    def form(self, message: pb.GenerateRequest) -> AnswerForm | None:
+        """Returns what an answer is held to; None for nothing.
 
         It is compiled, which may take seconds. Raises InvalidParameter naming the field.
         """
         if self._forms is None:
-            raise UnsupportedParameter("response_format is nothing that this server can hold to")
-        return self._forms.form(
-            message.response_format, continues=continues(message), salt=message.cache_salt
-        )
+            raise UnsupportedParameter("this server cannot hold answers to a form")
+        return self._forms.form(message, continues=continues(message))
 
     def tokens(self, message: pb.TokenizeRequest) -> pb.Tokens:
         """Returns the ids of a chat or a text, and the bytes of each. Raises InvalidRequest."""
@@ -207,9 +205,9 @@ class Translator:
                 raise InvalidRequest("prompt is missing; set chat, text or token_ids")
 
     def _chat_ids(self, chat: pb.Chat) -> list[int]:
-        messages: list[Message] = [{"role": m.role, "content": m.content} for m in chat.messages]
+        messages, tools = messages_of(chat), tools_of(chat)
         return self._rendered(
-            lambda: self._tokenizer.chat(messages, continue_last=chat.continue_last)
+            lambda: self._tokenizer.chat(messages, continue_last=chat.continue_last, tools=tools)
         )
 
     def _text_ids(self, text: str) -> list[int]:

@@ -187,7 +187,7 @@ class InferenceService(rpc.InferenceServicer):
         # In threads of its own, so that prompts do not wait for grammars.
         compiled = partial(self._translator.form, message)
         form = await self._compiling.run(message.caller, compiled)
-        return replace(request, form=form.form), form
+        return (request, None) if form is None else (replace(request, form=form.form), form)
 
     async def _generate(
         self,

@@ -1,11 +1,16 @@
 """Text of an answer: the tokens of each choice become text, as far as it is certain, in chunks.
 
-An answer that is held to a form is whole where the form ends it. Cut by a stop text or a stop id it
-is not, and its reason is `length`, as at the end of its tokens.
+Calls of tools go out whole, each in the chunk of the token that ended it; their text is in no
+chunk. An answer that is held to a form is whole where the form ends it. Cut by a stop text or a
+stop id it is not, and its reason is `length`, as at the end of its tokens.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
+from mixtral_jax.structure.tool_reader import ToolReader
+from mixtral_jax.tokenization.detokenizer import Detokenizer
+from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
@@ -42,7 +47,7 @@ class AnswerText:
         form: AnswerForm | None = None,
     ) -> None:
         stops = tuple(stop)  # one for all choices: it may be long
-        self.needs_check = form is not None and form.violation is not None
+        self.needs_check = form is not None and bool(form.violation or form.call_violation)
         self._choices = [
             Choice(index, tokenizer, stops, continues=continues, form=form)
             for index in range(request.n)
@@ -107,11 +112,16 @@ class Choice:
     ) -> None:
         self.reason: FinishReason | None = None  # why it ended
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer(continues=continues)
+        self._reader: _Reader = (
+            ToolReader(tokenizer, continues=continues)
+            if form is not None and form.may_call
+            else _TextReader(tokenizer.detokenizer(continues=continues))
+        )
         self._stops = StopTexts(stop)
         self._chunk = pb.GenerateChunk(choice=index)
         self._form = form
         self._texts: list[str] = []  # of the whole choice, if it is to be checked
+        self._calls: list[ToolCall] = []
 
     @property
     def has_ended(self) -> bool:
@@ -125,34 +135,58 @@ class Choice:
         """
         assert not self.has_ended and event.drawn is not None
         self._note(event.drawn)
-        text = self._stops.push(self._detokenizer.push(event.drawn.token_id))
+        new, calls = self._reader.push(event.drawn.token_id)
+        text = self._stops.push(new)
         reason = event.finish_reason
         if reason is not None:
-            text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+            reason = self._reason(reason, event.drawn.token_id)
+            new, more = self._reader.finish()
+            calls = [*calls, *more]
+            text += self._stops.push(new) + self._stops.finish()
+        elif calls:
+            text += self._stops.finish()  # no stop text goes on behind a call
         if self._stops.stopped:
-            reason = FinishReason.STOP if self._form is None else FinishReason.LENGTH
-        elif reason is FinishReason.STOP and self._is_cut(event.drawn.token_id):
-            reason = FinishReason.LENGTH
+            reason = FinishReason.LENGTH if self._holds_text else FinishReason.STOP
+        self._calls += calls
         if self._form is not None and self._form.violation is not None:
             self._texts.append(text)
+        for call in calls:
+            self._chunk.tool_calls.add(**call)
         if reason is not None:
             self.reason = reason
             self._chunk.finish_reason = _FINISH[reason]
-        elif not text:
+            if reason is FinishReason.STOP and self._calls:
+                self._chunk.finish_reason = pb.FINISH_REASON_TOOL_CALLS
+        elif not (text or calls):
             return None
         chunk, self._chunk = self._chunk, pb.GenerateChunk(choice=self._chunk.choice)
         chunk.text = text
         return chunk
 
+    @property
+    def _holds_text(self) -> bool:
+        return self._form is not None and self._form.holds_text
+
+    def _reason(self, reason: FinishReason, last: int) -> FinishReason:
+        """Returns why a choice ended that ended with the id `last`: LENGTH for what is cut.
+
+        An id of the caller's cuts whatever is held to a form.
+        """
+        if reason is not FinishReason.STOP or last in self._tokenizer.eos_ids:
+            return reason
+        is_held = self._holds_text or self._reader.is_inside_call
+        return FinishReason.LENGTH if is_held else reason
+
     def violation(self) -> str | None:
         """Returns how the choice misses a part of its form, as `AnswerText.violation` does."""
-        if self.reason is not FinishReason.STOP or self._form is None or not self._form.violation:
+        form = self._form
+        if self.reason is not FinishReason.STOP or form is None:
             return None
-        return self._form.violation("".join(self._texts))
-
-    def _is_cut(self, last: int) -> bool:
-        """Returns whether the id that ended the choice is one of the caller's, within its form."""
-        return self._form is not None and last not in self._tokenizer.eos_ids
+        if self._calls:
+            check = form.call_violation
+            wrong = [] if check is None else [check(call) for call in self._calls]
+            return next((text for text in wrong if text is not None), None)
+        return None if form.violation is None else form.violation("".join(self._texts))
 
     def _note(self, drawn: Drawn) -> None:
         self._chunk.token_ids.append(drawn.token_id)
@@ -164,3 +198,34 @@ class Choice:
     def _logprob(self, token_id: int, logprob: float) -> pb.TokenLogprob:
         token = self._tokenizer.token_bytes(token_id)
         return pb.TokenLogprob(token_id=token_id, token=token, logprob=logprob)
+
+
+class _Reader(Protocol):
+    """Reader of an answer's text and calls, token by token, as ToolReader is."""
+
+    @property
+    def is_inside_call(self) -> bool:
+        """True if an answer that ended here would lose a call that it has begun."""
+
+    def push(self, token_id: int) -> tuple[str, list[ToolCall]]:
+        """Returns the text that is certain and the calls that are whole now."""
+
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """Returns the rest when no more tokens come."""
+
+
+class _TextReader:
+    """Reader of an answer without calls."""
+
+    is_inside_call = False
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
+
+    def push(self, token_id: int) -> tuple[str, list[ToolCall]]:
+        """Returns the text that is certain."""
+        return self._detokenizer.push(token_id), []
+
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """Returns the rest of the text."""
+        return self._detokenizer.finish(), []

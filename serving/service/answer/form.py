@@ -1,4 +1,4 @@
-"""Form of answers: a ResponseFormat of the wire becomes what the engine holds an answer to.
+"""Form of answers: what a request of the wire asks of its answer becomes what the engine reads.
 
 Compiling takes milliseconds, and up to seconds for a grammar that is made to be slow, so that it
 belongs into a thread.
@@ -8,36 +8,49 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.schema import check, read
 from mixtral_jax.structure.specification import Kind, Specification
+from mixtral_jax.structure.tool_grammar import ToolUse
+from mixtral_jax.tokenization.messages import ToolCall
+from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.errors import InvalidParameter, Problem
 from serving.proto import inference_pb2 as pb
+from serving.service.answer.tool_use import TOOLS, call_check, grammar_of, has_tools, use_of
+from serving.service.answer.tool_use import field_of as tool_field_of
 
 FIELD = "response_format"
-CAPABILITIES = tuple(kind.value for kind in Kind)
+CAPABILITIES = (*(kind.value for kind in Kind), "tools")
 """The names by which ModelInfo tells what an answer can be held to."""
 MAX_WEAKENED_BYTES = 1024
 """Of a line of metadata, or of a header."""
 _PROBLEM = "structure"  # the kind of a Problem
 # Bytes: an error travels in metadata, three times, of which a client accepts 8 KB.
 _MAX_TEXT, _MAX_POINTER = 600, 200
+_Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """A compiled form, and what is checked when the answer has ended."""
+    """A compiled form, how an answer in it is read, and what is checked when it has ended."""
 
     form: Form
     """For the engine."""
     weakened: tuple[str, ...] = ()
     """The parts that the caller has asked for and that are not enforced, each with its pointer."""
     violation: Callable[[str], str | None] | None = None
-    """Returns what is wrong with a whole answer that is not held to all parts; None: nothing."""
+    """Returns what is wrong with a text that is not held to all parts; None: nothing."""
+    call_violation: Callable[[ToolCall], str | None] | None = None
+    """Returns what is wrong with a call that is not held to all parts; None: nothing."""
+    holds_text: bool = True
+    """Whether text is held to a form; else calls of tools alone are."""
+    may_call: bool = False
+    """Whether the answer may call tools."""
 
 
 class AnswerForms:
@@ -45,35 +58,88 @@ class AnswerForms:
 
     Args:
         compiler: That of the model.
+        tokenizer: That of the model.
     """
 
-    def __init__(self, compiler: Compiler) -> None:
+    def __init__(self, compiler: Compiler, tokenizer: Tokenizer) -> None:
         self._compiler = compiler
+        self._tokenizer = tokenizer
 
-    def form(
-        self, response_format: pb.ResponseFormat, *, continues: bool, salt: bytes
-    ) -> AnswerForm:
-        """Returns the compiled form.
+    def form(self, message: pb.GenerateRequest, *, continues: bool) -> AnswerForm | None:
+        """Returns the compiled form of an answer; None where nothing is asked of it.
 
         Args:
-            response_format: Of the wire.
+            message: Of the wire.
             continues: Whether the answer continues the prompt's text.
-            salt: Divides what is kept of earlier compilations.
 
         Raises:
             InvalidParameter: It cannot be enforced; names the keyword and its JSON pointer.
         """
-        specification = specification_of(response_format)
-        name = f"{FIELD}.{specification.kind.value}"
+        response = None
+        if message.HasField(FIELD):
+            response = specification_of(message.response_format)
+        if has_tools(message.chat):
+            use = use_of(message.chat, self._tokenizer.tool_form, response)
+            form = self._tool_form(use, continues, message.cache_salt)
+            if form is not None:
+                return form
+        if response is None:
+            return None
+        return self._response_form(response, continues, message.cache_salt)
 
+    def _response_form(self, response: Specification, continues: bool, salt: bytes) -> AnswerForm:
         def compiled() -> AnswerForm:
-            form = self._compiler.compile(specification, continues=continues, salt=salt)
-            if specification.kind is not Kind.JSON_SCHEMA or not form.weakened:
-                return AnswerForm(form, form.weakened)
-            schema = read(specification.text, specification.strict)
-            return AnswerForm(form, form.weakened, lambda text: check(text, schema))
+            form = self._compiler.compile(response, continues=continues, salt=salt)
+            return AnswerForm(form, form.weakened, _text_check(response, form.weakened))
 
-        return compiling(name, compiled)
+        return compiling(field_of_response(response), compiled)
+
+    def _tool_form(self, use: ToolUse, continues: bool, salt: bytes) -> AnswerForm | None:
+        """Returns the form of an answer that may call tools; None if it may not."""
+        space = self._tokenizer.dummy_space and not continues
+        name = TOOLS
+
+        def compiled() -> AnswerForm | None:
+            nonlocal name
+            try:
+                grammar = grammar_of(use, space=space)
+            except StructureError as error:
+                name = tool_field_of(error, use)
+                raise
+            if grammar is None:
+                return None
+            form = self._compiler.compile(grammar, continues=continues, salt=salt)
+            may_call = bool(use.callable_tools())
+            return AnswerForm(
+                form,
+                form.weakened,
+                None if use.response is None else _text_check(use.response, form.weakened),
+                call_check(use, form.weakened),
+                holds_text=use.response is not None,
+                may_call=may_call,
+            )
+
+        if use.response is not None and use.response.kind is Kind.JSON_SCHEMA:
+            schema = use.response
+            compiling(field_of_response(schema), lambda: read(schema.text, schema.strict))
+        return compiling(lambda: name, compiled)
+
+
+def field_of_response(response: Specification) -> str:
+    """Returns the name of the field that a specification was read from."""
+    return f"{FIELD}.{response.kind.value}"
+
+
+def _text_check(
+    response: Specification, weakened: tuple[str, ...]
+) -> Callable[[str], str | None] | None:
+    """Returns a check of whole texts against a schema of which a part is not enforced."""
+    if response.kind is not Kind.JSON_SCHEMA or not weakened:
+        return None
+    schema = read(response.text, response.strict)
+    if schema.is_enforced and schema.weakened == weakened:
+        return None  # all of them are rules that say nothing
+    return lambda text: check(text, schema)
 
 
 def specification_of(response_format: pb.ResponseFormat) -> Specification:
@@ -94,7 +160,7 @@ def specification_of(response_format: pb.ResponseFormat) -> Specification:
             return Specification(Kind(kind), text, strict=response_format.strict)
 
 
-def compiling(name: str, work: Callable[[], AnswerForm]) -> AnswerForm:
+def compiling(name: str | Callable[[], str], work: Callable[[], _Result]) -> _Result:
     """Returns what `work` compiles for the field `name`; whatever it raises ends one request.
 
     Raises InvalidParameter naming the field and, within it, the JSON pointer.
@@ -102,11 +168,12 @@ def compiling(name: str, work: Callable[[], AnswerForm]) -> AnswerForm:
     try:
         return work()
     except StructureError as error:
-        raise invalid(name, error) from None
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise invalid(name if isinstance(name, str) else name(), error) from None
+    except (KeyboardInterrupt, SystemExit, MemoryError, InvalidParameter):
         raise
     except BaseException:  # a panic of the compiler in Rust is no Exception
         _log.exception("the compiler of grammars failed")
+        name = name if isinstance(name, str) else name()
         raise InvalidParameter(f"{name} cannot be compiled; simplify it") from None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from mixtral_jax.sampling_params import SamplingParams
-from mixtral_jax.tokenization.messages import Message
+from mixtral_jax.tokenization.messages import Message, Tool
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.errors import InvalidParameter, InvalidRequest
 from serving.proto import inference_pb2 as pb
@@ -18,7 +18,13 @@ INFO = pb.ModelInfo(max_context=512, vocab_size=261)
 class OfUsersAlone(ByteTokenizer):
     """Its template renders the messages of users and nothing else."""
 
-    def chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
         users = [message["content"] for message in messages if message["role"] == "user"]
         return [ord(letter) for letter in "".join(users)]
 

@@ -362,7 +362,7 @@ def test_a_stop_text_ends_the_stream_before_it(parts: tuple[EngineWorker, Tokeni
                 chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="x" * 10_000)])
             ),
             "ContextTooLong",
-            "10,000 bytes; the 512 tokens",
+            "512 tokens. However, content has 10,000 bytes",
         ),
         (
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[261])),

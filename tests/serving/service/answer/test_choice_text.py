@@ -9,11 +9,17 @@ import pytest
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.matcher import Guide
+from mixtral_jax.tokenization.messages import ToolCall
+from mixtral_jax.tokenization.mistral import MistralTokenizer
+from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.service.answer.choice_text import AnswerText
 from serving.service.answer.form import AnswerForm
+from tests.mixtral_jax.structure.test_tool_grammar import called_ids
+from tests.support.tokenizers import MISTRAL_FILES
+from tests.support.tools import ROME, SUM
 
 REQUEST = Request(
     id="a",
@@ -94,3 +100,103 @@ def test_a_whole_answer_is_checked_against_what_is_not_enforced() -> None:
     assert answer.violation(0) is None
     answer, _ = held("[1]")
     assert not answer.needs_check and answer.violation(0) is None
+
+
+V3 = MistralTokenizer(MISTRAL_FILES["v3"])
+CALLS = {
+    "v3": (V3, [ROME, SUM]),
+    "prompt form": (ByteTokenizer(), [ROME, SUM]),
+}
+
+
+def calling(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    *,
+    reason: FinishReason = FinishReason.STOP,
+    stop: Sequence[str] = (),
+    holds_text: bool = False,
+    call_violation: Callable[[ToolCall], str | None] | None = None,
+) -> tuple[AnswerText, list[pb.GenerateChunk]]:
+    """The chunks of an answer that may call tools, whose last id ends it for that reason."""
+    guide = Guide(tokenizer, tokenizer.vocab_size)
+    form = AnswerForm(
+        Form(guide.matcher("start: /.*/")),
+        call_violation=call_violation,
+        holds_text=holds_text,
+        may_call=True,
+    )
+    answer = AnswerText(REQUEST, tokenizer, stop, continues=False, form=form)
+    chunks = []
+    for place, token in enumerate(ids):
+        ends = place == len(ids) - 1
+        if not answer.has_ended:
+            chunks.append(answer.push(event(token, 90, reason if ends else None)))
+    return answer, [chunk for chunk in chunks if chunk is not None]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_go_out_whole_one_by_one_as_they_end(name: str) -> None:
+    tokenizer, calls = CALLS[name]
+    ids = called_ids(tokenizer, "Rome", "sum")
+    answer, chunks = calling(tokenizer, [*ids, min(tokenizer.eos_ids)])
+    sent = [[(c.name, c.arguments) for c in chunk.tool_calls] for chunk in chunks]
+    assert [each for each in sent if each] == [[(c["name"], c["arguments"])] for c in calls]
+    assert "".join(chunk.text for chunk in chunks) == ""
+    assert chunks[-1].finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    assert chunks[-1].usage.completion_tokens == len(ids) + 1
+    assert [i for chunk in chunks for i in chunk.token_ids] == [*ids, min(tokenizer.eos_ids)]
+    assert answer.reason(0) is FinishReason.STOP  # as metrics count it
+    if name == "v3":
+        assert [c.id for chunk in chunks for c in chunk.tool_calls] == [c["id"] for c in calls]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_cut_within_a_call_gives_no_half_and_no_reason_to_run_it(name: str) -> None:
+    tokenizer, _ = CALLS[name]
+    ids = called_ids(tokenizer, "Rome")
+    end = len("]</tool_call>") if name == "prompt form" else 1
+    for size in range(len(tokenizer.tool_form.trigger_text) or 1, len(ids) - end, 7):
+        _, chunks = calling(tokenizer, ids[:size], reason=FinishReason.LENGTH)
+        assert chunks[-1].finish_reason == pb.FINISH_REASON_LENGTH
+        assert not any(chunk.tool_calls for chunk in chunks)
+        assert "".join(chunk.text for chunk in chunks) == ""
+        # The last id is one of the caller's stop ids.
+        _, chunks = calling(tokenizer, ids[:size])
+        assert chunks[-1].finish_reason == pb.FINISH_REASON_LENGTH
+
+
+def test_text_before_calls_is_text_and_a_stop_text_ends_it() -> None:
+    text = V3.encode("I look END it up")[1:]
+    ids = [*text, *called_ids(V3, "Rome"), min(V3.eos_ids)]
+    _, chunks = calling(V3, ids)
+    assert "".join(chunk.text for chunk in chunks) == "I look END it up"
+    assert chunks[-1].finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    _, chunks = calling(V3, ids, stop=["END"])
+    assert "".join(chunk.text for chunk in chunks) == "I look "
+    assert chunks[-1].finish_reason == pb.FINISH_REASON_STOP
+    _, chunks = calling(V3, ids, stop=["END"], holds_text=True)
+    assert chunks[-1].finish_reason == pb.FINISH_REASON_LENGTH
+    # A stop text that stands in arguments is no text of the answer.
+    _, chunks = calling(V3, ids, stop=["Rome"])
+    assert chunks[-1].finish_reason == pb.FINISH_REASON_TOOL_CALLS
+
+
+def test_text_without_calls_ends_as_text() -> None:
+    ids = [*V3.encode("No, I say [TOOL_CALLS]")[1:], min(V3.eos_ids)]
+    _, chunks = calling(V3, ids)
+    assert "".join(chunk.text for chunk in chunks) == "No, I say [TOOL_CALLS]"
+    assert chunks[-1].finish_reason == pb.FINISH_REASON_STOP
+    assert not any(chunk.tool_calls for chunk in chunks)
+
+
+def test_calls_are_checked_against_what_is_not_enforced() -> None:
+    ids = [*called_ids(V3, "Rome", "sum"), min(V3.eos_ids)]
+
+    def wrong(call: ToolCall) -> str | None:
+        return "no sum" if call["name"] == "add" else None
+
+    answer, _ = calling(V3, ids, call_violation=wrong)
+    assert answer.needs_check and answer.violation(0) == "no sum"
+    answer, _ = calling(V3, ids[:-2], call_violation=wrong, reason=FinishReason.LENGTH)
+    assert answer.violation(0) is None

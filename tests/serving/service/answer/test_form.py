@@ -44,7 +44,11 @@ class Panic(BaseException):
 @pytest.fixture(scope="module")
 def forms() -> Iterator[AnswerForms]:
     with Compiler(TOKENIZER, TOKENIZER.vocab_size, processes=0) as compiler:
-        yield AnswerForms(compiler)
+        yield AnswerForms(compiler, TOKENIZER)
+
+
+def asking(response_format: pb.ResponseFormat) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text="x", response_format=response_format)
 
 
 def allowed(form: Form, text: str) -> set[str]:
@@ -73,7 +77,8 @@ def allowed(form: Form, text: str) -> set[str]:
 def test_each_kind_allows_what_it_says(
     forms: AnswerForms, asked: pb.ResponseFormat, before: str, letters: set[str]
 ) -> None:
-    form = forms.form(asked, continues=True, salt=b"")
+    form = forms.form(asking(asked), continues=True)
+    assert form is not None and form.holds_text and not form.may_call
     found = allowed(form.form, before)
     assert letters <= found and not {"z", "<"} & found
     assert found - letters <= {" ", "\n", "\t", "\r", ""}  # white space between tokens of JSON
@@ -109,7 +114,7 @@ def test_the_kinds_of_the_wire_are_those_of_the_library() -> None:
 )
 def test_the_wrong_field_is_named(forms: AnswerForms, asked: pb.ResponseFormat, field: str) -> None:
     with pytest.raises(InvalidParameter) as caught:
-        forms.form(asked, continues=False, salt=b"")
+        forms.form(asking(asked), continues=False)
     (problem,) = caught.value.problems
     assert ".".join(problem.path) == field
     assert str(caught.value).startswith(f"{field}: ")
@@ -118,7 +123,7 @@ def test_the_wrong_field_is_named(forms: AnswerForms, asked: pb.ResponseFormat, 
 def refusal(error: BaseException) -> InvalidParameter:
     asked = pb.ResponseFormat(json_schema="{}")
     with Failing(error) as failing, pytest.raises(InvalidParameter) as caught:
-        AnswerForms(failing).form(asked, continues=False, salt=b"")
+        AnswerForms(failing, TOKENIZER).form(asking(asked), continues=False)
     return caught.value
 
 
@@ -146,7 +151,7 @@ def test_a_panic_of_the_compiler_ends_its_request_alone() -> None:
     )
     asked = pb.ResponseFormat(regex="a")
     with Failing(MemoryError()) as failing, pytest.raises(MemoryError):
-        AnswerForms(failing).form(asked, continues=False, salt=b"")
+        AnswerForms(failing, TOKENIZER).form(asking(asked), continues=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Use of tools: the tools of a chat of the wire, and how its answer may call them.
+
+A mistake in them is named by its field and, within a tool's parameters, by its JSON pointer.
+"""
+
+from collections.abc import Callable
+
+from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.schema import check, read_parameters
+from mixtral_jax.structure.specification import Grammar, Specification
+from mixtral_jax.structure.tool_grammar import Mode, ToolUse, text_grammar, tool_grammar
+from mixtral_jax.tokenization.messages import Message, Tool, ToolCall
+from mixtral_jax.tokenization.tool_form import ToolForm
+from serving.errors import InvalidParameter
+from serving.proto import inference_pb2 as pb
+
+TOOLS, TOOL_CHOICE = "chat.tools", "chat.tool_choice"
+_MODES = {
+    pb.ToolChoice.MODE_UNSPECIFIED: Mode.AUTO,
+    pb.ToolChoice.MODE_AUTO: Mode.AUTO,
+    pb.ToolChoice.MODE_NONE: Mode.NONE,
+    pb.ToolChoice.MODE_REQUIRED: Mode.REQUIRED,
+}
+
+
+def messages_of(chat: pb.Chat) -> list[Message]:
+    """Returns the messages of a chat as tokenizers read them."""
+    messages: list[Message] = []
+    for given in chat.messages:
+        message: Message = {"role": given.role, "content": given.content}
+        if given.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "name": call.name, "arguments": call.arguments}
+                for call in given.tool_calls
+            ]
+        if given.tool_call_id:
+            message["tool_call_id"] = given.tool_call_id
+        messages.append(message)
+    return messages
+
+
+def tools_of(chat: pb.Chat) -> tuple[Tool, ...]:
+    """Returns the tools of a chat as tokenizers read them."""
+    return tuple(
+        Tool(tool.name, tool.description, tool.parameters, tool.strict) for tool in chat.tools
+    )
+
+
+def has_tools(chat: pb.Chat) -> bool:
+    """Returns whether a chat says something of tools for its answer."""
+    return bool(chat.tools) or chat.HasField("tool_choice")
+
+
+def use_of(chat: pb.Chat, form: ToolForm, response: Specification | None) -> ToolUse:
+    """Returns how the answer to a chat may call tools; raises InvalidParameter.
+
+    Args:
+        chat: Of the wire.
+        form: The model's form of calls.
+        response: What an answer that calls nothing must match.
+    """
+    choice = chat.tool_choice
+    if choice.mode not in _MODES:
+        raise InvalidParameter(f"{TOOL_CHOICE}.mode is {choice.mode}; give one of ToolChoice.Mode")
+    parallel = chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else True
+    return ToolUse(
+        form=form,
+        tools=tools_of(chat),
+        mode=_MODES[choice.mode],
+        allowed=tuple(choice.allowed),
+        parallel=parallel,
+        response=response,
+    )
+
+
+def grammar_of(use: ToolUse, *, space: bool) -> Grammar | None:
+    """Returns the grammar of an answer that may call tools; None if nothing is asked of it.
+
+    Raises StructureError as `tool_grammar` does.
+    """
+    grammar = tool_grammar(use, space=space)
+    if grammar is None and use.tools and use.response is None:
+        return text_grammar(use.form, space=space)  # else the model may call what the prompt shows
+    return grammar
+
+
+def field_of(error: StructureError, use: ToolUse) -> str:
+    """Returns the name of the field that a refusal of `grammar_of` is about."""
+    if str(error).startswith("tool_choice"):
+        return TOOL_CHOICE
+    for place, tool in enumerate(use.tools):
+        try:
+            read_parameters(tool.parameters, tool.strict)
+        except StructureError:
+            return f"{TOOLS}.{place}.parameters"
+    return TOOLS
+
+
+def call_check(use: ToolUse, weakened: tuple[str, ...]) -> Callable[[ToolCall], str | None] | None:
+    """Returns a check of calls against what of their tools' parameters is not enforced.
+
+    It returns what is wrong with a call, or None. None instead of it if all is enforced.
+    """
+    if not weakened:
+        return None
+    schemas = {}
+    for tool in use.callable_tools():
+        schema = read_parameters(tool.parameters, tool.strict)
+        left_out = [entry for entry in weakened if entry.startswith(f"{tool.name}#")]
+        if not schema.is_enforced or len(left_out) != len(schema.weakened):
+            schemas[tool.name] = schema
+
+    def violation(call: ToolCall) -> str | None:
+        schema = schemas.get(call["name"])
+        wrong = None if schema is None else check(call["arguments"], schema)
+        return None if wrong is None else f"{call['name']}: {wrong}"
+
+    return violation if schemas else None
