@@ -99,8 +99,8 @@ class ContextTooLong(InvalidRequest):
             excess: What is too long, such as "the prompt has 9 tokens".
         """
         return cls(
-            f"This model's maximum context length is {context} tokens. However, {excess}. Please "
-            "reduce the length of the messages."
+            f"This model's maximum context length is {context} tokens. However, {excess}. The "
+            "prompt is too long: please reduce the length of the messages."
         )
 
 

@@ -3,6 +3,7 @@
 A client that drops cancels its call to the service, at every moment of its request.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,8 @@ Asked = TypeVar("Asked", bound=Parameters)
 # the most characters of it.
 WEAKENED_HEADER = "x-mixtral-weakened"
 MAX_WEAKENED = 1024
+# The header of an answer at once that misses such a part, which says how; as long at most.
+VIOLATION_HEADER = "x-mixtral-violation"
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,10 @@ class Gateway:
                 seconds = self._limits.heartbeat_seconds
                 return EventStream(events, answer, opening, seconds, watch, end)
             whole = kind.whole(identity, asked)
+            violations: list[str] = []
             while chunks:
                 whole.add(chunks)
+                violations += (chunk.violation for chunk in chunks if chunk.violation)
                 chunks = await answer.read_all()
         except BaseException as error:
             if isinstance(error, OUR_FAULTS) and not watch.client_disconnected:
@@ -230,7 +235,11 @@ class Gateway:
         end()
         if watch.client_disconnected:
             raise ClientDisconnect
-        return WholeResponse(whole)
+        response = WholeResponse(whole)
+        if violations:
+            told = re.sub(r"[^ -~]", "?", "; ".join(violations))
+            response.headers[VIOLATION_HEADER] = told[:MAX_WEAKENED]
+        return response
 
 
 async def _begun(answer: RunningAnswer) -> list[inference_pb2.GenerateChunk]:

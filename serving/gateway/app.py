@@ -18,7 +18,7 @@ from serving.access.loopback import is_loopback
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
-from serving.gateway.answering import WEAKENED_HEADER, Gateway, Limits
+from serving.gateway.answering import VIOLATION_HEADER, WEAKENED_HEADER, Gateway, Limits
 from serving.gateway.config import GatewayConfig
 from serving.gateway.connection import Connection
 from serving.gateway.dialect.responses.hosted_tools import IGNORED_HEADER
@@ -36,7 +36,8 @@ from serving.observe.tracing import Traces
 # Headers of an answer that scripts of other origins may read.
 _EXPOSED = [
     *("x-request-id", "x-ms-client-request-id", "x-ms-error-code"),
-    *("retry-after", "retry-after-ms", WEAKENED_HEADER, IGNORED_HEADER),
+    *("retry-after", "retry-after-ms"),
+    *(WEAKENED_HEADER, VIOLATION_HEADER, IGNORED_HEADER),
     *RATE_LIMIT_HEADERS,
 ]
 

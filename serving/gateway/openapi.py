@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from serving.accounting.rate_limits import UNITS
 from serving.errors import InvalidParameter, Overloaded
-from serving.gateway.answering import MAX_WEAKENED, WEAKENED_HEADER
+from serving.gateway.answering import MAX_WEAKENED, VIOLATION_HEADER, WEAKENED_HEADER
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import ChatCompletion
 from serving.gateway.dialect.chat.stream import ChatCompletionChunk
@@ -82,7 +82,11 @@ _WEAKENED: Schema = {
         "description": "The parts of schemas without `strict` that could not be enforced, or only "
         "in a weaker form: JSON pointers with their keywords.",
         "schema": {"type": "string", "maxLength": MAX_WEAKENED},
-    }
+    },
+    VIOLATION_HEADER: {
+        "description": "How an answer at once misses such a part; absent where it does not.",
+        "schema": {"type": "string", "maxLength": MAX_WEAKENED},
+    },
 }
 
 

@@ -3,7 +3,7 @@
 import os
 
 from mistralai_azure import MistralAzure
-from mistralai_azure.models import HTTPValidationError, SDKError
+from mistralai_azure.models import SDKError
 
 URL, KEY = os.environ["ENDPOINT"], os.environ["KEY"]
 HISTORY = [
@@ -32,8 +32,8 @@ with MistralAzure(azure_api_key=KEY, azure_endpoint=URL) as client:
     try:
         client.chat.complete(messages=HISTORY, top_p=7)
         raise AssertionError("top_p 7 was taken")
-    except HTTPValidationError as error:
-        assert error.data.detail[0].loc[-1] == "top_p", error.data
+    except SDKError as error:
+        assert error.status_code == 400 and '"param":"top_p"' in error.body, error
 
 with MistralAzure(azure_api_key="wrong", azure_endpoint=URL) as client:
     try:

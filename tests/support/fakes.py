@@ -45,8 +45,10 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         !open          sends the chunk that says that the prompt has been queued
         !compute       sends a chunk that says how much of the prompt has been computed
         !call:F:ARGS   calls the tool F, a token, with these arguments, without spaces
+        !miss:TEXT     says at the end that the answer misses a part of its schema
         !weak:TEXT     says in the metadata that these parts of schemas were weakened
         !wait          waits until `release` is called
+        !long          fails as a prompt does that no context holds
         !fail:LEAF     fails with that error of serving/errors.py
         !status:CODE   fails with that status and no name, as gRPC itself does
         !vanish        ends the stream without a reason to finish
@@ -91,6 +93,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         said = 0
         choices = range(request.n if request.HasField("n") else 1)
         reason = inference_pb2.FINISH_REASON_STOP
+        missed = ""
         try:
             for word in _prompt(request).split():
                 if word == "!vanish":
@@ -115,6 +118,9 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                     said += 1
                     reason = inference_pb2.FINISH_REASON_TOOL_CALLS
                     continue
+                if word.startswith("!miss:"):
+                    missed = word.removeprefix("!miss:")
+                    continue
                 if word.startswith("!"):
                     await self._do(word, context)
                     continue
@@ -131,7 +137,9 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                     yield chunk
                 said += 1
             for choice in choices:
-                last = inference_pb2.GenerateChunk(finish_reason=reason, choice=choice)
+                last = inference_pb2.GenerateChunk(
+                    finish_reason=reason, choice=choice, violation=missed
+                )
                 if choice == choices[-1]:
                     last.usage.prompt_tokens = len(request.chat.messages) or 1
                     last.usage.completion_tokens = said * len(choices)
@@ -148,6 +156,11 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 await self._released.wait()
             case "weak":
                 await context.send_initial_metadata((("mixtral-weakened", argument),))
+            case "long":
+                too_long = errors.ContextTooLong.of(64, "the prompt has 99 tokens")
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT, str(too_long), errors.to_grpc(too_long)
+                )
             case "fail":
                 leaf = errors.LEAVES[argument]
                 await context.abort(

@@ -206,6 +206,13 @@ def test_what_the_service_has_weakened_stands_in_a_header(
     assert answer.headers["x-mixtral-weakened"] == "x" * 1024
 
 
+def test_an_answer_that_misses_a_part_of_its_schema_says_so(client: httpx.Client) -> None:
+    for script, told in (("one !miss:/a\u00e9/not", "/a?/not"), ("one", None)):
+        answer = client.post("/v1/chat/completions", json=chat_body(script, guided_json={}))
+        assert answer.json()["choices"][0]["message"]["content"] == "one"
+        assert answer.headers.get("x-mixtral-violation") == told
+
+
 def test_a_text_completion(client: httpx.Client, stack: Stack) -> None:
     answer = client.post("/v1/completions", json={"prompt": "one two three", "max_tokens": 2})
     whole = answer.json()
