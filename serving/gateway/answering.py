@@ -237,8 +237,8 @@ class Gateway:
             raise ClientDisconnect
         response = WholeResponse(whole)
         if violations:
-            told = re.sub(r"[^ -~]", "?", "; ".join(violations))
-            response.headers[VIOLATION_HEADER] = told[:MAX_WEAKENED]
+            text = re.sub(r"[^ -~]", "?", "; ".join(violations))
+            response.headers[VIOLATION_HEADER] = text[:MAX_WEAKENED]
         return response
 
 

@@ -10,6 +10,15 @@ from serving.errors import LEAVES
 from serving.gateway.dialect.openai import is_openai_path
 from tests.support.fakes import KEY, Stack
 
+# What OpenAI's clients are told of a status; all others are invalid_request_error.
+OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    **dict.fromkeys((424, 500, 503), "server_error"),
+}
 BEARER = {"authorization": f"Bearer {KEY}"}
 
 
@@ -59,8 +68,7 @@ def _check_openai_error(response: httpx.Response, status: int, code: str) -> str
     leaf = {leaf.azure_code: leaf for leaf in LEAVES.values()}[code]
     if status != 422:
         assert inner["code"] == leaf.openai_code
-    kinds = {429: "rate_limit_error", 424: "server_error", 503: "server_error"}
-    assert inner["type"] == kinds.get(status, "invalid_request_error")
+    assert inner["type"] == OPENAI_TYPES.get(status, "invalid_request_error")
     return str(inner["message"])
 
 

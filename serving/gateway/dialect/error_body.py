@@ -9,7 +9,6 @@ import json
 from serving.errors import (
     ContextTooLong,
     InvalidParameter,
-    Overloaded,
     Problem,
     ServingError,
     UnsupportedParameter,
@@ -66,6 +65,18 @@ class OpenAIErrorBody(Described):
     """All that is said."""
 
 
+# Types of errors by status; all others are invalid_request_error, which LiteLLM takes for a mistake
+# in the request whatever the status is.
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    424: "server_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
 # OpenAI's codes of what pydantic finds wrong with a value. All others are invalid_value.
 _VALUE_CODES = {
     "missing": "missing_required_parameter",
@@ -84,11 +95,7 @@ def openai_error(error: ServingError) -> OpenAIErrorBody:
 
     https://platform.openai.com/docs/guides/error-codes
     """
-    kind = "invalid_request_error" if error.http_status < 500 else "server_error"
-    if isinstance(error, Overloaded):
-        kind = "rate_limit_error"
-    if error.grpc_status in ("INTERNAL", "UNAVAILABLE"):
-        kind = "server_error"
+    kind = _TYPES.get(error.http_status, "invalid_request_error")
     message, param, code = str(error), None, error.openai_code
     if isinstance(error, ContextTooLong):
         param = error.parameter

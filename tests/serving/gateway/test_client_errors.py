@@ -80,7 +80,10 @@ def test_a_wrong_key_and_a_model_that_is_not_there(stack: Stack) -> None:
     with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="wrong", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError) as caught:
             stranger.models.list()
-        assert caught.value.code == "invalid_api_key"
+        assert (caught.value.code, caught.value.type) == (
+            "invalid_api_key",
+            "authentication_error",
+        )
         with pytest.raises(openai.NotFoundError) as missing:
             stranger.with_options(api_key=KEY).models.retrieve("another")
         assert missing.value.code == "not_found"

@@ -14,6 +14,7 @@ from serving.errors import (
     UnsupportedParameter,
 )
 from serving.gateway.dialect.error_body import error_body, openai_error, openai_status
+from tests.support.gateway import OPENAI_TYPES
 
 
 @pytest.mark.parametrize("leaf", [ServingError, *LEAVES.values()])
@@ -58,18 +59,12 @@ def test_openais_clients_read_one_object(leaf: type[ServingError]) -> None:
     assert openai_error(error).model_dump() == {
         "error": {
             "message": "what is wrong",
-            "type": TYPES.get(leaf.http_status, "invalid_request_error"),
+            "type": OPENAI_TYPES.get(leaf.http_status, "invalid_request_error"),
             "param": None,
             "code": leaf.openai_code,
         }
     }
     assert openai_status(error) == (400 if leaf.http_status == 422 else leaf.http_status)
-
-
-TYPES = {
-    429: "rate_limit_error",
-    **dict.fromkeys((424, 500, 503), "server_error"),
-}
 
 
 @pytest.mark.parametrize(
