@@ -25,11 +25,14 @@ from mixtral_jax.sampling_params import (
     whole_number,
 )
 from mixtral_jax.step.buckets import Steps, compile_buckets
-from mixtral_jax.step.inputs import GroupInputs, StepSizes
+from mixtral_jax.step.inputs import GroupInputs, StepSizes, host_array, mask_words
 from mixtral_jax.step.launcher import StepLauncher
 from mixtral_jax.step.sampling import unpack
+from mixtral_jax.structure.form import Form
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
+
+_ANY = -1  # a word of a mask that allows all of its ids
 
 
 class Draw(NamedTuple):
@@ -99,6 +102,7 @@ def generate_tokens(
     max_tokens: int,
     min_tokens: int = 0,
     eos_ids: Collection[int] = frozenset(),
+    form: Form | None = None,
     **fields: Unpack[SamplingFields],
 ) -> Iterator[int]:
     """Yields the token ids of `generate_draws`, without the cost of logprobs."""
@@ -110,6 +114,7 @@ def generate_tokens(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         eos_ids=eos_ids,
+        form=form,
     )
     return (draw.token_id for draw in draws)
 
@@ -123,6 +128,7 @@ def generate_draws(
     min_tokens: int = 0,
     eos_ids: Collection[int] = frozenset(),
     kv_dtype: DTypeLike | None = None,
+    form: Form | None = None,
     **fields: Unpack[SamplingFields],
 ) -> Iterator[Draw]:
     """Yields up to `max_tokens` draws after the prompt; stops after one of `eos_ids`.
@@ -135,11 +141,14 @@ def generate_draws(
         min_tokens: number of tokens before which none of `eos_ids` is drawn.
         eos_ids: ids that end the answer.
         kv_dtype: of cached keys and values, such as int8; None for the model's own.
+        form: the grammar that the answer matches; it says when the answer may end, whatever
+            `min_tokens` and `eos_ids` say. None for any answer.
         fields: fields of SamplingParams that replace those of `sampling`, such as top_logprobs=5.
 
     Raises:
         SamplingError: an id or a number is out of range, or the prompt does not fit.
         ConfigError: keys and values of `kv_dtype` do not exist on the model's devices.
+        StructureError: the grammar has run into a limit; raised while the answer is drawn.
         TypeError: `fields` names a parameter that does not exist.
     """
     sampling = _with_fields(sampling, SamplingParams(temperature=0.0, top_logprobs=0), fields)
@@ -165,7 +174,8 @@ def generate_draws(
         )
     length = min(len(ids) + max_tokens, context)
     launcher = StepLauncher(model, steps_for(model, length, kv_dtype))
-    return _draws(launcher, ids, sampling, length, min_tokens, ends)
+    held = None if form is None else _HeldAnswer(form)
+    return _draws(launcher, ids, sampling, length, min_tokens, ends, held)
 
 
 def steps_for(model: Transformer, length: int, kv_dtype: DTypeLike | None = None) -> Steps:
@@ -249,6 +259,7 @@ def _draws(
     length: int,
     min_tokens: int,
     eos_ids: frozenset[int],
+    held: "_HeldAnswer | None" = None,
 ) -> Iterator[Draw]:
     """Yields draws until the sequence `ids`, which grows, has `length` tokens or has ended."""
     steps, prompt_length = launcher.steps, len(ids)
@@ -263,6 +274,7 @@ def _draws(
         if done < len(ids):
             launcher.launch(inputs)
             continue
+        is_held = held is not None and held.is_held
         group.sample(
             row,
             sampling,
@@ -270,14 +282,43 @@ def _draws(
             position=done,
             prompt_length=prompt_length,
             history=ids[:-1] if sampling.has_penalties else (),
-            forbidden=eos_ids if done - prompt_length < min_tokens else (),
+            forbidden=eos_ids if done - prompt_length < min_tokens and not is_held else (),
         )
-        draws = unpack(np.asarray(launcher.launch(inputs)))
+        walked = launcher.walk(inputs)
+        allowed = None
+        if held is not None and is_held:
+            rows = steps.num_sequence_groups * inputs.num_rows
+            allowed = host_array((rows, mask_words(launcher.vocab_size)), _ANY)
+            held.fill(allowed[row])
+        draws = unpack(np.asarray(launcher.draw(walked, allowed)))
         draw = Draw(*draws.of_row(row, sampling.top_logprobs))
         ids.append(draw.token_id)
+        has_ended = held.take(draw.token_id) if held is not None else False
         yield draw
-        if draw.token_id in eos_ids:
+        if draw.token_id in eos_ids or has_ended:
             return
+
+
+class _HeldAnswer:
+    """An answer that is held to a form, from its beginning or from an id that it draws."""
+
+    def __init__(self, form: Form) -> None:
+        self._matcher = form.matcher()
+        self._begins_after = form.begins_after
+        self.is_held = form.begins_after is None
+        """Whether the next token is one that the grammar allows."""
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Writes the mask of the next token."""
+        self._matcher.fill(mask)
+
+    def take(self, token_id: int) -> bool:
+        """Takes in a token; returns whether it has ended the answer."""
+        self.is_held = self.is_held or token_id == self._begins_after
+        if not self.is_held:
+            return False
+        self._matcher.consume([token_id])
+        return self._matcher.has_ended
 
 
 def _texts(tokens: Iterator[int], tokenizer: Tokenizer, continues: bool) -> Iterator[str]:

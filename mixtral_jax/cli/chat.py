@@ -1,12 +1,17 @@
 """`mixtral-jax chat`: a conversation in the terminal."""
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixtral_jax.cli.options import DpAttentionOption, DtypeOption, MeshOption, ModelOption
 from mixtral_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mixtral_jax.cli.answers import Answers
+    from mixtral_jax.tokenization.messages import Message
 
 
 def chat(
@@ -18,19 +23,39 @@ def chat(
         float, typer.Option(min=0, max=1, help="Probability of the likeliest tokens to draw among.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed that makes answers repeatable.")] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, exists=True, help="JSON Schema that every answer matches."),
+    ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            exists=True,
+            help="JSON list of functions that the model may call; you are asked for the results.",
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = "auto",
     dp_attention: DpAttentionOption = False,
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
-    from mixtral_jax import generate, load
+    from mixtral_jax import SamplingParams, load
+    from mixtral_jax.cli.answers import Answers, form_of, tools_of
     from mixtral_jax.compilation import keep_programs
     from mixtral_jax.tokenization.messages import Message
 
+    functions = () if tools is None else tools_of(tools)
+    schema = None if json_schema is None else json_schema.read_text(encoding="utf-8")
     keep_programs()
     transformer, tokenizer = load(model, mesh, dtype, dp_attention)
     if tokenizer is None:
         raise UserError(f"{model} has no tokenizer that is supported, which a chat needs")
+    form = form_of(transformer, tokenizer, schema, functions)
+    if form is not None and form.weakened:
+        print(f"[not enforced: {'; '.join(form.weakened)}]", file=sys.stderr)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    answers = Answers(transformer, tokenizer, sampling, max_tokens, functions, form)
     beginning: list[Message] = []
     if system is not None:
         beginning.append({"role": "system", "content": system})
@@ -44,26 +69,43 @@ def chat(
         if not text.strip():
             continue
         turns.append({"role": "user", "content": text})
-        answer = ""
         try:
-            for piece in generate(
-                transformer,
-                tokenizer,
-                [*beginning, *turns],
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-            ):
-                answer += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
+            _answer(answers, beginning, turns, interactive)
         except UserError as error:
             # Most likely the context is full; a new conversation has room again.
-            print(f"[{error}. The conversation starts anew]", end="")
+            print(f"[{error}. The conversation starts anew]")
             turns = []
+
+
+def _answer(
+    answers: "Answers", beginning: "list[Message]", turns: "list[Message]", interactive: bool
+) -> None:
+    """Prints the answer to the turns and adds it to them, until it calls no function."""
+    from mixtral_jax.cli.answers import results, written
+    from mixtral_jax.tokenization.messages import Message
+
+    while True:
+        text, calls = "", []
+        try:
+            for new in answers.answer([*beginning, *turns]):
+                if isinstance(new, str):
+                    text += new
+                    print(new, end="", flush=True)
+                else:
+                    calls.append(new)
+                    print(f"{written(new)}", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        if not calls:
             print()
-            continue
-        print()
-        turns.append({"role": "assistant", "content": answer})
+        message: Message = {"role": "assistant", "content": text}
+        if calls:
+            message["tool_calls"] = calls
+        turns.append(message)
+        if not calls:
+            return
+        try:
+            turns += results(calls, lambda name: input(f"{name} = " if interactive else ""))
+        except (EOFError, KeyboardInterrupt):
+            turns.pop()  # a call without its result
+            return

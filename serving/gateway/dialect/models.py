@@ -81,4 +81,5 @@ def model_card(model: inference_pb2.ModelInfo, created: int) -> ModelCard:
         owned_by=model.provider,
         max_model_len=model.max_context,
         max_context_length=model.max_context,
+        capabilities=Capabilities(function_calling="tools" in model.capabilities),
     )

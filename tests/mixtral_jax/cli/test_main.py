@@ -36,6 +36,25 @@ def test_chat_with_the_toy() -> None:
     assert len(out.stdout.split("\n")) >= 3
 
 
+@pytest.mark.slow
+def test_chat_in_a_form_and_with_tools(tmp_path: Path) -> None:
+    schema, tools = tmp_path / "schema.json", tmp_path / "tools.json"
+    schema.write_text('{"enum": ["yes", "no"]}', encoding="utf-8")
+    toy = ("chat", "--model=tiny-random", "--temperature=1.5", "--seed=1")
+    out = mixtral_jax(*toy, f"--json-schema={schema}", text="hi\nho\n")
+    assert out.returncode == 0, out.stderr
+    assert all(json.loads(line) in ("yes", "no") for line in out.stdout.splitlines())
+    tools.write_text('[{"type": "function", "function": {"name": "now"}}]', encoding="utf-8")
+    out = mixtral_jax(*toy, "--max-tokens=4", f"--tools={tools}", text="hi\n")
+    assert out.returncode == 0, out.stderr
+    tools.write_text("[3]", encoding="utf-8")
+    out = mixtral_jax(*toy, f"--tools={tools}", text="hi\n")
+    assert out.returncode == 1 and f"entry 0 of {tools} is no function" in out.stderr
+    schema.write_text('{"type": "blue"}', encoding="utf-8")
+    out = mixtral_jax(*toy, f"--json-schema={schema}", text="hi\n")
+    assert out.returncode == 1 and out.stderr.startswith("mixtral-jax: ")
+
+
 def test_chat_without_a_model() -> None:
     out = mixtral_jax("chat", "--model=nowhere")
     assert out.returncode == 1
