@@ -1,7 +1,6 @@
 """Compiler: what callers ask for, made into forms, without harm to the process that it runs in."""
 
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,11 +11,11 @@ from functools import partial
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.cache import FormCache
 from mixtral_jax.structure.form import Form, form_of
-from mixtral_jax.structure.grammar import check_size, tried_grammar
 from mixtral_jax.structure.matcher import Guide
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 from mixtral_jax.structure.trial.process import Died, TrialProcess
 from mixtral_jax.structure.trial.turns import Turns
+from mixtral_jax.structure.wanted import Wanted, check_wanted, tried_grammar
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 _STACK = 16 << 20  # bytes of the stack of the threads that compile; a trial has half of it
@@ -34,7 +33,7 @@ class _Refusal:
 
 @dataclass(frozen=True)
 class _Job:
-    wanted: Specification | Grammar
+    wanted: Wanted
     space: bool
     key: bytes
     future: "Future[Form]"
@@ -69,13 +68,12 @@ class Compiler:
             works = [partial(self._work, trial) for trial in self.trials or (None,)]
             self._threads += _threads(works)
 
-    def submit(
-        self, wanted: Specification | Grammar, *, continues: bool, salt: bytes
-    ) -> "Future[Form]":
+    def submit(self, wanted: Wanted, *, continues: bool, salt: bytes) -> "Future[Form]":
         """Begins to make the form of what is wanted; the future raises StructureError.
 
         Args:
-            wanted: What the answer must match, or a grammar that our own code wrote.
+            wanted: What the answer must match, the tools that it may call, or a grammar that our
+                own code wrote.
             continues: Whether the answer continues a text, so that its first space is its own. A
                 grammar of our own has that space where it is needed.
             salt: The caller's; forms are shared under the same salt only.
@@ -85,7 +83,7 @@ class Compiler:
             future.set_exception(self._guide)
             return future
         try:
-            check_size(wanted)
+            check_wanted(wanted)
         except StructureError as error:
             future.set_exception(error)
             return future
@@ -97,7 +95,7 @@ class Compiler:
             self._turns.put(salt, job)
         return future
 
-    def compile(self, wanted: Specification | Grammar, *, continues: bool, salt: bytes) -> Form:
+    def compile(self, wanted: Wanted, *, continues: bool, salt: bytes) -> Form:
         """Returns the form of what is wanted; see `submit`. Raises StructureError."""
         return self.submit(wanted, continues=continues, salt=salt).result()
 
@@ -152,8 +150,6 @@ class Compiler:
         assert isinstance(self._guide, Guide)
         if trial is not None:
             grammar = trial.trial(job.wanted, space=job.space)
-        elif isinstance(job.wanted, Grammar):
-            grammar = job.wanted
         else:
             attempt = partial(form_of, guide=self._guide)
             grammar = tried_grammar(job.wanted, space=job.space, attempt=attempt)
@@ -170,14 +166,9 @@ class Compiler:
         return True
 
 
-def _key(wanted: Specification | Grammar, space: bool) -> bytes:
+def _key(wanted: Wanted, space: bool) -> bytes:
     """Returns what stands for a request in the cache."""
-    if isinstance(wanted, Grammar):
-        parts: list[object] = ["", wanted.text, wanted.begins_after, wanted.weakened]
-    else:
-        kind = wanted.kind.value
-        parts = [kind, wanted.text, wanted.choices, wanted.strict, space]
-    return hashlib.sha256(json.dumps(parts).encode()).digest()
+    return hashlib.sha256(f"{space} {wanted!r}".encode("utf-8", "replace")).digest()
 
 
 def _size(grammar: Grammar) -> int:

@@ -12,16 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 from llguidance import regex_to_lark
-from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from mixtral_jax.errors import StructureError
-from mixtral_jax.structure.lark import DEEPEST, checked
+from mixtral_jax.structure.gbnf import lark_of
+from mixtral_jax.structure.lark import checked
 from mixtral_jax.structure.schema import Schema, read, settle
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 
 LARGEST_SCHEMA = 256 << 10  # bytes of UTF-8, as all of these
 LARGEST_TEXT = 64 << 10  # of a grammar, an expression or all choices
-LARGEST_GRAMMAR = 4 << 20  # characters of one that our own code wrote from what a caller sent
 MOST_CHOICES = 4096
 WHITESPACE = r"[ \n\t\r]{1,8}"
 """What may stand between the parts of a JSON text; unbounded, small models write nothing else."""
@@ -50,13 +49,13 @@ def grammar_of(specification: Specification, *, space: bool) -> Grammar:
             choices = " | ".join(_literal(choice) for choice in specification.choices)
             return Grammar(_terminal(f"({choices})", space))
         case Kind.GBNF:
-            text = _converted(text)
+            text = lark_of(text)
         case Kind.LARK:
             pass
     return _lark(text, specification.strict, space)
 
 
-def tried_grammar(
+def tried_specification(
     specification: Specification, *, space: bool, attempt: Callable[[Grammar], object]
 ) -> Grammar:
     """Returns the grammar of what a caller asks for after it was tried.
@@ -86,16 +85,9 @@ def tried_grammar(
     return Grammar(_json_grammar(schema.text, space), weakened=schema.weakened)
 
 
-def check_size(wanted: Specification | Grammar) -> None:
+def check_size(specification: Specification) -> None:
     """Raises StructureError for what is empty or too large to be looked at."""
-    if isinstance(wanted, Grammar):
-        if len(wanted.text) > LARGEST_GRAMMAR:
-            raise StructureError(
-                f"the grammar of all tools has more than {LARGEST_GRAMMAR >> 20} MB: send fewer "
-                "or simpler ones"
-            )
-        return
-    kind, specification = wanted.kind, wanted
+    kind = specification.kind
     if kind is Kind.JSON_OBJECT:
         return
     if kind is Kind.CHOICE:
@@ -146,16 +138,6 @@ def _terminal(expression: str, space: bool) -> str:
 def _literal(text: str) -> str:
     """Returns a text as a string of Lark, whose escapes are those of JSON."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _converted(text: str) -> str:
-    """Returns a grammar in llama.cpp's notation as one in Lark's."""
-    try:
-        return gbnf_to_lark(text).removeprefix("%llguidance {}")
-    except RecursionError:
-        raise StructureError(f"the grammar nests more than {DEEPEST} deep") from None
-    except Exception as error:  # the converter raises nothing narrower
-        raise StructureError(f"the grammar is no GBNF: {error}") from error
 
 
 def _lark(text: str, strict: bool, space: bool) -> Grammar:

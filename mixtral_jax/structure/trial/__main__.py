@@ -8,6 +8,7 @@ back for each. This process ends when its standard input does, also in the middl
 import base64
 import json
 import os
+import pickle
 import queue
 import resource
 import signal
@@ -19,9 +20,9 @@ from typing import Any
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.form import form_of
-from mixtral_jax.structure.grammar import tried_grammar
 from mixtral_jax.structure.matcher import Guide
-from mixtral_jax.structure.specification import Grammar, Kind, Specification
+from mixtral_jax.structure.specification import Grammar
+from mixtral_jax.structure.wanted import Wanted, tried_grammar
 from mixtral_jax.tokenization.vocabulary import Vocabulary
 
 _MEMORY = 1 << 30  # bytes that trials may take beside the vocabulary
@@ -69,18 +70,19 @@ def _serve(opening: dict[str, Any], requests: "queue.SimpleQueue[bytes]") -> Non
         except RecursionError:
             _answer({"error": "the structure nests too deeply to be compiled", "pointer": ""})
         else:
-            _answer({"text": grammar.text, "weakened": grammar.weakened})
+            _answer(
+                {
+                    "text": grammar.text,
+                    "begins_after": grammar.begins_after,
+                    "weakened": grammar.weakened,
+                }
+            )
 
 
 def _tried(request: dict[str, Any], guide: Guide) -> Grammar:
-    if "kind" in request:
-        kind, choices = Kind(request["kind"]), tuple(request["choices"])
-        specification = Specification(kind, request["text"], choices, request["strict"])
-        attempt = partial(form_of, guide=guide)
-        return tried_grammar(specification, space=request["space"], attempt=attempt)
-    grammar = Grammar(request["text"], request["begins_after"])
-    form_of(grammar, guide)
-    return grammar
+    wanted: Wanted = pickle.loads(base64.b64decode(request["wanted"]))  # of the parent
+    attempt = partial(form_of, guide=guide)
+    return tried_grammar(wanted, space=request["space"], attempt=attempt)
 
 
 def _answer(content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import pickle
 import select
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.errors import StructureError
-from mixtral_jax.structure.specification import Grammar, Specification
+from mixtral_jax.structure.specification import Grammar
+from mixtral_jax.structure.wanted import Wanted
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 LONGEST_TRIAL = 2.0  # seconds
@@ -86,22 +88,14 @@ class TrialProcess:
             with contextlib.suppress(OSError):
                 pipe.close()
 
-    def trial(self, wanted: Specification | Grammar, *, space: bool) -> Grammar:
+    def trial(self, wanted: Wanted, *, space: bool) -> Grammar:
         """Returns the grammar of what is wanted, which was compiled and matched for two tokens.
 
         Raises StructureError; Died if the process had to be killed or died.
         """
         self.start()
-        if isinstance(wanted, Grammar):
-            request: dict[str, Any] = {"text": wanted.text, "begins_after": wanted.begins_after}
-        else:
-            request = {
-                "kind": wanted.kind.value,
-                "text": wanted.text,
-                "choices": wanted.choices,
-                "strict": wanted.strict,
-                "space": space,
-            }
+        # Pickled towards the child alone, which may be anything once it has read what callers send.
+        request = {"wanted": base64.b64encode(pickle.dumps(wanted)).decode(), "space": space}
         try:
             answer = self._ask(json.dumps(request).encode() + b"\n", LONGEST_TRIAL)
         except Died:
@@ -111,7 +105,7 @@ class TrialProcess:
             raise StructureError(answer["error"], answer["pointer"])
         if isinstance(wanted, Grammar):
             return wanted
-        return Grammar(answer["text"], weakened=tuple(answer["weakened"]))
+        return Grammar(answer["text"], answer["begins_after"], tuple(answer["weakened"]))
 
     def _ask(self, line: bytes, seconds: float) -> Any:
         """Returns what the process answers to a line. Raises Died."""

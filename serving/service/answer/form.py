@@ -20,7 +20,7 @@ from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.errors import InvalidParameter, Problem
 from serving.proto import inference_pb2 as pb
-from serving.service.answer.tool_use import TOOLS, call_check, grammar_of, has_tools, use_of
+from serving.service.answer.tool_use import TOOLS, call_check, has_tools, is_held, use_of
 from serving.service.answer.tool_use import field_of as tool_field_of
 
 FIELD = "response_format"
@@ -96,19 +96,17 @@ class AnswerForms:
 
     def _tool_form(self, use: ToolUse, continues: bool, salt: bytes) -> AnswerForm | None:
         """Returns the form of an answer that may call tools; None if it may not."""
-        space = self._tokenizer.dummy_space and not continues
         name = TOOLS
 
         def compiled() -> AnswerForm | None:
             nonlocal name
             try:
-                grammar = grammar_of(use, space=space)
+                if not is_held(use):
+                    return None
+                form = self._compiler.compile(use, continues=continues, salt=salt)
             except StructureError as error:
                 name = tool_field_of(error, use)
                 raise
-            if grammar is None:
-                return None
-            form = self._compiler.compile(grammar, continues=continues, salt=salt)
             may_call = bool(use.callable_tools())
             return AnswerForm(
                 form,

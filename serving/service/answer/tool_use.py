@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.schema import check, read_parameters
-from mixtral_jax.structure.specification import Grammar, Specification
-from mixtral_jax.structure.tool_grammar import Mode, ToolUse, text_grammar, tool_grammar
+from mixtral_jax.structure.specification import Specification
+from mixtral_jax.structure.tool_grammar import Mode, ToolUse
 from mixtral_jax.tokenization.messages import Message, Tool, ToolCall
 from mixtral_jax.tokenization.tool_form import ToolForm
 from serving.errors import InvalidParameter
@@ -73,25 +73,22 @@ def use_of(chat: pb.Chat, form: ToolForm, response: Specification | None) -> Too
     )
 
 
-def grammar_of(use: ToolUse, *, space: bool) -> Grammar | None:
-    """Returns the grammar of an answer that may call tools; None if nothing is asked of it.
+def is_held(use: ToolUse) -> bool:
+    """Returns whether tools ask anything of an answer.
 
-    Raises StructureError as `tool_grammar` does.
+    Without any that may be called, its prompt may show some, which the model must not call.
+
+    Raises StructureError as `ToolUse.callable_tools` does.
     """
-    grammar = tool_grammar(use, space=space)
-    if grammar is None and use.tools and use.response is None:
-        return text_grammar(use.form, space=space)  # else the model may call what the prompt shows
-    return grammar
+    return bool(use.callable_tools()) or (bool(use.tools) and use.response is None)
 
 
 def field_of(error: StructureError, use: ToolUse) -> str:
-    """Returns the name of the field that a refusal of `grammar_of` is about."""
+    """Returns the name of the field that a refusal of the tools is about."""
     if str(error).startswith("tool_choice"):
         return TOOL_CHOICE
     for place, tool in enumerate(use.tools):
-        try:
-            read_parameters(tool.parameters, tool.strict)
-        except StructureError:
+        if str(error).startswith(f"parameters of the function {tool.name}:"):
             return f"{TOOLS}.{place}.parameters"
     return TOOLS
 

@@ -11,6 +11,8 @@ from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.matcher import Matcher
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
+from mixtral_jax.structure.tool_grammar import Mode, ToolUse
+from mixtral_jax.tokenization.messages import Tool
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 NAMES = ["v1", "v2", "v3", "tekken-v3", "byte-level", "sentencepiece", "metaspace", "bytes"]
@@ -174,3 +176,22 @@ def test_a_rule_that_the_compiler_refuses_is_left_out_or_named(tried: Compiler) 
     with pytest.raises(StructureError) as caught:
         tried.compile(strict, continues=False, salt=b"")
     assert caught.value.pointer == "/properties/a/format"
+
+
+def test_tools_are_read_in_the_trial(
+    tried: Compiler, vocabularies: Callable[[str], Tokenizer]
+) -> None:
+    """A form of tools says what it leaves out, and is kept as others are."""
+    tokenizer = vocabularies("bytes")
+    odd = '{"type": "object", "properties": {"a": {"type": "array", "uniqueItems": true}}}'
+
+    def use(parameters: str, *, strict: bool = False) -> ToolUse:
+        tools = (Tool("look", "", parameters, strict),)
+        return ToolUse(tokenizer.tool_form, tools, Mode.REQUIRED)
+
+    form = tried.compile(use(odd), continues=False, salt=b"")
+    assert form.weakened and form.weakened[0].startswith("look#")
+    assert tried.compile(use(odd), continues=False, salt=b"") is form
+    assert tried.compile(use(POINT), continues=False, salt=b"").weakened == ()
+    with pytest.raises(StructureError, match="parameters of the function look"):
+        tried.compile(use(odd, strict=True), continues=False, salt=b"")
