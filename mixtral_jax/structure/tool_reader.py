@@ -142,7 +142,7 @@ class ToolReader:
     def _left_over(self) -> str:
         """Ends the calls, and returns what was taken of one that is not in the form, as text."""
         assert self._calls is not None
-        text = "" if self._calls.may_end else self._calls.taken
+        text = "" if self._calls.may_end else "".join(self._calls.taken)
         self._calls = None
         return text
 
@@ -169,11 +169,11 @@ class _Calls:
         self._pieces: list[Piece] = [*form.begin, *form.call]
         self._is_call = True  # whether the pieces to come end a call
         self._done = 0  # characters of the first piece, if that is text
-        self._slots = dict.fromkeys(Slot, "")
+        self._slots: dict[Slot, list[str]] = {slot: [] for slot in Slot}
         self._object = _ObjectEnd()
         self.whole: list[ToolCall] = []
-        self.taken = ""
-        """Text since the last whole call, or since the beginning."""
+        self.taken: list[str] = []
+        """Characters since the last whole call, or since the beginning."""
 
     @property
     def may_end(self) -> bool:
@@ -189,10 +189,10 @@ class _Calls:
             self._pieces.pop(0)
             return self.take(symbol)
         if isinstance(symbol, str):
-            self.taken += symbol
+            self.taken.append(symbol)
         if not self._fits(piece, symbol):
             if isinstance(symbol, str):
-                self.taken = self.taken[:-1]
+                self.taken.pop()
             return False
         if not self._pieces and self._is_call:
             self._end_call()
@@ -222,7 +222,7 @@ class _Calls:
             self._done = (self._done + is_right) % len(piece)
             ends = is_right and self._done == 0
         else:
-            self._slots[piece] += symbol
+            self._slots[piece].append(symbol)
             match piece:
                 case Slot.NAME:
                     is_right, ends = symbol in _NAME_CHARACTERS, False
@@ -237,13 +237,13 @@ class _Calls:
         return is_right
 
     def _end_call(self) -> None:
-        slots = self._slots
+        slots = {slot: "".join(characters) for slot, characters in self._slots.items()}
         self.whole.append(
             {"id": slots[Slot.ID], "name": slots[Slot.NAME], "arguments": slots[Slot.ARGUMENTS]}
         )
-        self._slots = dict.fromkeys(Slot, "")
+        self._slots = {slot: [] for slot in Slot}
         self._object = _ObjectEnd()
-        self.taken = ""
+        self.taken.clear()
 
 
 class _ObjectEnd:
