@@ -64,4 +64,4 @@ def test_nothing_invalid_is_accepted(suite: Path, draft: str) -> None:
                         assert not vocabulary.accepts(schema, text), where
                         counts["invalid refused"] += 1
     assert counts["accepted False"] > 0.85 * (counts["accepted False"] + counts["refused False"])
-    assert counts["accepted True"] > 0.7 * (counts["accepted True"] + counts["refused True"])
+    assert counts["accepted True"] > 0.65 * (counts["accepted True"] + counts["refused True"])
