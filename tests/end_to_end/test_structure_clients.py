@@ -25,6 +25,8 @@ from tests.support.structure_clients import (
 
 pytestmark = pytest.mark.slow
 
+# CI has time for these; `make soak` runs all of them.
+IN_CI = ("openai-python", "azure-python", "mistral-python", "openai-node")
 each_client = pytest.mark.parametrize("client", STRUCTURE_CLIENTS, ids=lambda client: client.name)
 
 
@@ -44,7 +46,17 @@ def server(smollm2: Path) -> Iterator[Server]:
         yield server
 
 
-@each_client
+@pytest.mark.parametrize(
+    "client",
+    [
+        pytest.param(
+            client,
+            id=client.name,
+            marks=[] if client.name in IN_CI else [pytest.mark.soak],
+        )
+        for client in STRUCTURE_CLIENTS
+    ],
+)
 def test_a_client_runs_to_its_end(client: StructureClient, server: Server) -> None:
     client.run({"ENDPOINT": server.url, "KEY": server.key})
 

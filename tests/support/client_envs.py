@@ -21,7 +21,9 @@ PATIENCE = 120
 _INSTALL_PATIENCE = 900
 
 
-def run_python(name: str, script: Path, environment: Mapping[str, str]) -> str:
+def run_python(
+    name: str, script: Path, environment: Mapping[str, str], patience: float = PATIENCE
+) -> str:
     """Runs a script in the environment NAME.txt; returns its output. Fails as the script does."""
     listed = CLIENTS / f"{name}.txt"
 
@@ -33,11 +35,13 @@ def run_python(name: str, script: Path, environment: Mapping[str, str]) -> str:
 
     folder = _made(name, listed, make)
     return run(
-        [str(folder / "bin" / "python"), "-W", "error::SyntaxWarning", str(script)], environment
+        [str(folder / "bin" / "python"), "-W", "error::SyntaxWarning", str(script)],
+        environment,
+        patience,
     )
 
 
-def run_node(script: Path, environment: Mapping[str, str]) -> str:
+def run_node(script: Path, environment: Mapping[str, str], patience: float = PATIENCE) -> str:
     """Runs a module with Node and the packages of package.json; returns its output."""
     listed = CLIENTS / "package-lock.json"
 
@@ -52,11 +56,14 @@ def run_node(script: Path, environment: Mapping[str, str]) -> str:
     with tempfile.TemporaryDirectory(prefix="run-", dir=folder) as place:
         for module in script.parent.glob("*.mjs"):
             shutil.copy(module, place)
-        return run([*_node(folder, "node"), str(Path(place) / script.name)], environment)
+        return run([*_node(folder, "node"), str(Path(place) / script.name)], environment, patience)
 
 
-def run(command: list[str], environment: Mapping[str, str]) -> str:
-    """Runs a client without any key or proxy of the surroundings; returns its output."""
+def run(command: list[str], environment: Mapping[str, str], patience: float = PATIENCE) -> str:
+    """Runs a client without any key or proxy of the surroundings; returns its output.
+
+    `patience` is the number of seconds that it may take.
+    """
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     done = subprocess.run(
         command,
@@ -64,7 +71,7 @@ def run(command: list[str], environment: Mapping[str, str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=PATIENCE,
+        timeout=patience,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

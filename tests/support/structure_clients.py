@@ -18,6 +18,8 @@ from tests.support.client_envs import CLIENTS, run, run_node, run_python
 from tests.support.recorder import recording
 
 BODIES = CLIENTS / "bodies"
+# Seconds for a script, which asks a real model up to thirty times.
+_PATIENCE = 900
 # These change the form of the answer only; a body that differs in nothing else is kept once.
 _STREAMING = ("stream", "stream_options")
 
@@ -37,10 +39,10 @@ class StructureClient:
         """Runs the script to its end; returns its output. Fails as the script does."""
         path = CLIENTS / self.script
         if self.environment is None:
-            return run([sys.executable, str(path)], environment)
+            return run([sys.executable, str(path)], environment, _PATIENCE)
         if self.environment == "node":
-            return run_node(path, environment)
-        return run_python(self.environment, path, environment)
+            return run_node(path, environment, _PATIENCE)
+        return run_python(self.environment, path, environment, _PATIENCE)
 
     def versions(self) -> dict[str, str]:
         """The versions of the packages, as they are listed or installed."""
