@@ -6,6 +6,7 @@ keywords, and run the same compiled programs as the engine (mixtral_jax/step). A
 are given when they are called, not when the first token is asked for.
 """
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from secrets import randbits
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax.errors import ChatError, SamplingError, UserError
+from mixtral_jax.errors import ChatError, SamplingError, StructureError, UserError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import (
     MAX_BIASES,
@@ -25,14 +26,16 @@ from mixtral_jax.sampling_params import (
     whole_number,
 )
 from mixtral_jax.step.buckets import Steps, compile_buckets
-from mixtral_jax.step.inputs import GroupInputs, StepSizes, host_array, mask_words
+from mixtral_jax.step.inputs import GroupInputs, StepSizes, host_array
 from mixtral_jax.step.launcher import StepLauncher
 from mixtral_jax.step.sampling import unpack
-from mixtral_jax.structure.form import Form
+from mixtral_jax.structure.continuation import Continuation
+from mixtral_jax.structure.form import Form, form_of
+from mixtral_jax.structure.grammar import grammar_of
+from mixtral_jax.structure.matcher import Guide
+from mixtral_jax.structure.specification import Kind, Specification
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-
-_ANY = -1  # a word of a mask that allows all of its ids
 
 
 class Draw(NamedTuple):
@@ -52,6 +55,8 @@ def generate(
     max_tokens: int = 256,
     min_tokens: int = 0,
     ignore_eos: bool = False,
+    json_schema: str | Mapping[str, object] | None = None,
+    regex: str | None = None,
     **fields: Unpack[SamplingFields],
 ) -> Iterator[str]:
     """Yields the answer's text as it comes; never half a character.
@@ -64,10 +69,15 @@ def generate(
         sampling: how tokens are drawn; None for the defaults of SamplingParams.
         max_tokens: length at which the answer is cut.
         min_tokens: length before which no token that ends the answer is drawn.
-        ignore_eos: lets the answer go on to `max_tokens`.
+        ignore_eos: lets the answer go on to `max_tokens`, or for as long as its structure lets it.
+        json_schema: JSON Schema, as text or as the value that it stands for, that the answer must
+            match; tokens that would break it are not drawn. An answer that is cut at `max_tokens`
+            is not whole.
+        regex: Regular expression that the answer must match as a whole, in place of a schema.
         fields: fields of SamplingParams that replace those of `sampling`, such as temperature=0.
 
     Raises:
+        StructureError: the schema or the expression is wrong, or cannot be enforced.
         SamplingError: a number is out of range, or the prompt does not fit.
         ChatError: the prompt is neither text nor messages, or the messages cannot be rendered.
         UserError: there is no tokenizer.
@@ -90,6 +100,7 @@ def generate(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         eos_ids=frozenset() if ignore_eos else tokenizer.eos_ids,
+        form=_form(model, tokenizer, json_schema, regex, continues),
     )
     return _texts(tokens, tokenizer, continues)
 
@@ -141,8 +152,8 @@ def generate_draws(
         min_tokens: number of tokens before which none of `eos_ids` is drawn.
         eos_ids: ids that end the answer.
         kv_dtype: of cached keys and values, such as int8; None for the model's own.
-        form: the grammar that the answer matches; it says when the answer may end, whatever
-            `min_tokens` and `eos_ids` say. None for any answer.
+        form: structure that the answer must have, as `structure.form` makes it of a grammar. It
+            ends with the structure's end, also without `eos_ids`.
         fields: fields of SamplingParams that replace those of `sampling`, such as top_logprobs=5.
 
     Raises:
@@ -166,6 +177,9 @@ def generate_draws(
         raise SamplingError(f"max_tokens is {max_tokens}; ask for at least 1 token")
     if whole_number("min_tokens", min_tokens) < 0:
         raise SamplingError(f"min_tokens is {min_tokens}; it must be 0 or more")
+    if form is not None:
+        min_tokens = min_tokens if ends else max_tokens
+        ends |= form.warm.end_ids
     sampling.check_vocabulary(vocab_size)
     if len(sampling.logit_bias) + len(ends) > MAX_BIASES:
         raise SamplingError(
@@ -174,8 +188,7 @@ def generate_draws(
         )
     length = min(len(ids) + max_tokens, context)
     launcher = StepLauncher(model, steps_for(model, length, kv_dtype))
-    held = None if form is None else _HeldAnswer(form)
-    return _draws(launcher, ids, sampling, length, min_tokens, ends, held)
+    return _draws(launcher, ids, sampling, length, min_tokens, ends, form)
 
 
 def steps_for(model: Transformer, length: int, kv_dtype: DTypeLike | None = None) -> Steps:
@@ -252,6 +265,70 @@ def _checked_ids(name: str, ids: Collection[int], vocab_size: int) -> list[int]:
     return checked
 
 
+def _form(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    json_schema: str | Mapping[str, object] | None,
+    regex: str | None,
+    continues: bool,
+) -> Form | None:
+    """Returns the form of what an answer must match; None if it may be anything."""
+    if json_schema is not None and regex is not None:
+        raise StructureError("json_schema and regex are both given; give one of them")
+    if json_schema is not None:
+        text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+        wanted = Specification(Kind.JSON_SCHEMA, text)
+    elif regex is not None:
+        wanted = Specification(Kind.REGEX, regex)
+    else:
+        return None
+    # The model keeps the last guide, because making one reads the whole vocabulary.
+    kept = model.programs.get("guide")
+    if not (isinstance(kept, tuple) and kept[0] is tokenizer):
+        kept = tokenizer, Guide(tokenizer, model.config.vocab_size)
+        model.programs.keep("guide", kept)
+    return form_of(grammar_of(wanted, space=tokenizer.dummy_space and not continues), kept[1])
+
+
+class _Structure:
+    """Place of an answer in its form; an answer without one may go on with any token.
+
+    Args:
+        form: of the answer.
+        takes_turns: draws forced tokens too, so that they have logprobs.
+    """
+
+    def __init__(self, form: Form | None, takes_turns: bool) -> None:
+        self._takes_turns = takes_turns
+        self._trigger = None if form is None else form.begins_after
+        self._continuation = None if form is None else Continuation(form.matcher())
+        self._begins = self._continuation is not None and self._trigger is None
+        if self._begins and self._continuation is not None:
+            self._continuation.advance(())
+
+    def forced(self) -> int | None:
+        """Takes away and returns the token that must come next, where no step need draw it."""
+        if self._begins and not self._takes_turns and self._continuation is not None:
+            return self._continuation.forced.popleft() if self._continuation.forced else None
+        return None
+
+    def mask(self) -> np.ndarray | None:
+        """Returns the mask of the next token, [ceil(V / 32)]; None if any may follow."""
+        if not self._begins or self._continuation is None:
+            return None
+        return self._continuation.next_mask()
+
+    def take(self, token_id: int) -> None:
+        """Takes in a token that was drawn."""
+        if self._continuation is None:
+            return
+        self._begins = self._begins or token_id == self._trigger
+        if self._begins and self._continuation.forced:
+            self._continuation.forced.popleft()
+        elif self._begins:
+            self._continuation.advance([token_id])
+
+
 def _draws(
     launcher: StepLauncher,
     ids: list[int],
@@ -259,13 +336,20 @@ def _draws(
     length: int,
     min_tokens: int,
     eos_ids: frozenset[int],
-    held: "_HeldAnswer | None" = None,
+    form: Form | None,
 ) -> Iterator[Draw]:
     """Yields draws until the sequence `ids`, which grows, has `length` tokens or has ended."""
     steps, prompt_length = launcher.steps, len(ids)
     seed = randbits(31) if sampling.seed is None else sampling.seed
+    structure = _Structure(form, takes_turns=sampling.top_logprobs is not None)
     pages, done = range(steps.sizes.num_pages), 0
     while len(ids) < length:
+        if (forced := structure.forced()) is not None:
+            ids.append(forced)
+            yield Draw(forced, None, ())
+            if forced in eos_ids:
+                return
+            continue
         new = ids[done : done + max(steps.buckets)]
         inputs = steps.blank(steps.bucket(len(new)), with_history=sampling.has_penalties)
         group = GroupInputs(inputs, group=0, max_sequences=1)
@@ -274,7 +358,6 @@ def _draws(
         if done < len(ids):
             launcher.launch(inputs)
             continue
-        is_held = held is not None and held.is_held
         group.sample(
             row,
             sampling,
@@ -282,43 +365,21 @@ def _draws(
             position=done,
             prompt_length=prompt_length,
             history=ids[:-1] if sampling.has_penalties else (),
-            forbidden=eos_ids if done - prompt_length < min_tokens and not is_held else (),
+            forbidden=eos_ids if done - prompt_length < min_tokens else (),
         )
-        walked = launcher.walk(inputs)
+        walked, mask = launcher.walk(inputs), structure.mask()
         allowed = None
-        if held is not None and is_held:
+        if mask is not None:
             rows = steps.num_sequence_groups * inputs.num_rows
-            allowed = host_array((rows, mask_words(launcher.vocab_size)), _ANY)
-            held.fill(allowed[row])
-        draws = unpack(np.asarray(launcher.draw(walked, allowed)))
-        draw = Draw(*draws.of_row(row, sampling.top_logprobs))
+            allowed = host_array((rows, len(mask)), -1)
+            allowed[row] = mask
+        packed = launcher.draw(walked, allowed)
+        draw = Draw(*unpack(np.asarray(packed)).of_row(row, sampling.top_logprobs))
         ids.append(draw.token_id)
-        has_ended = held.take(draw.token_id) if held is not None else False
         yield draw
-        if draw.token_id in eos_ids or has_ended:
+        if draw.token_id in eos_ids:
             return
-
-
-class _HeldAnswer:
-    """An answer that is held to a form, from its beginning or from an id that it draws."""
-
-    def __init__(self, form: Form) -> None:
-        self._matcher = form.matcher()
-        self._begins_after = form.begins_after
-        self.is_held = form.begins_after is None
-        """Whether the next token is one that the grammar allows."""
-
-    def fill(self, mask: np.ndarray) -> None:
-        """Writes the mask of the next token."""
-        self._matcher.fill(mask)
-
-    def take(self, token_id: int) -> bool:
-        """Takes in a token; returns whether it has ended the answer."""
-        self.is_held = self.is_held or token_id == self._begins_after
-        if not self.is_held:
-            return False
-        self._matcher.consume([token_id])
-        return self._matcher.has_ended
+        structure.take(draw.token_id)
 
 
 def _texts(tokens: Iterator[int], tokenizer: Tokenizer, continues: bool) -> Iterator[str]:

@@ -24,8 +24,8 @@ from time import monotonic
 import numpy as np
 
 from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.continuation import Continuation
 from mixtral_jax.structure.form import Form
-from mixtral_jax.structure.matcher import Matcher
 from serving.engine.device import Masks
 from serving.scheduling.request import Event, Request
 from serving.scheduling.step_plan import StepPlan
@@ -40,26 +40,22 @@ _NUM_SPARE = 4  # threads that go on while others are held by slow matchers
 class _State(Enum):
     IDLE = "idle"  # what may follow is not known
     BUSY = "busy"  # a thread computes it, or is about to: the answer is that thread's
-    READY = "ready"  # `forced` and `mask` are those of its position
+    READY = "ready"  # the continuation is that of its position
 
 
 @dataclass(eq=False)
 class _Answer:
     """Place of one choice of a request in its grammar."""
 
-    matcher: Matcher
+    continuation: Continuation
     trigger: int | None
     """The id that must be drawn before the grammar begins; None once it has begun."""
     takes_turns: bool
     """True if forced tokens are drawn one by one, because their logprobs were asked for."""
-    mask: np.ndarray
-    """Tokens that may follow the forced ones."""
     position: int = 0
     """Number of its tokens that are known."""
     pending: list[int] = field(default_factory=list)
-    """Drawn tokens that the matcher has not taken in."""
-    forced: deque[int] = field(default_factory=deque)
-    """Tokens that must come next. The matcher has them already, because they are certain."""
+    """Drawn tokens that the continuation has not taken in."""
     state: _State = _State.IDLE
     is_slow: bool = False
     problem: str = ""
@@ -69,7 +65,8 @@ class _Answer:
         """Takes in the pending tokens, and finds what may follow. Raises nothing."""
         began = monotonic()
         try:
-            self._compute()
+            pending, self.pending = self.pending, []
+            self.continuation.advance(pending)
         except StructureError as error:
             self.problem = f"the answer cannot be held to its form any longer: {error}"
         except BaseException:  # a panic of the library is no Exception
@@ -77,30 +74,6 @@ class _Answer:
             self.problem = "the answer cannot be held to its form; see the server's log"
         self.is_slow = monotonic() - began > PATIENCE
         self.state = _State.READY  # at last, for the engine's thread goes on with it
-
-    def _compute(self) -> None:
-        pending, self.pending = self.pending, []
-        self.matcher.consume(pending)
-        while certain := self._certain():
-            self.forced.extend(certain)
-            if certain[-1] in self.matcher.end_ids:
-                return
-            self.matcher.consume(certain)
-
-    def _certain(self) -> tuple[int, ...]:
-        """Returns tokens that must come next; none if several may, of which `mask` has all.
-
-        Where nothing but the end may follow, the first of the ids that say so is certain.
-        """
-        if forced := self.matcher.forced():
-            return forced
-        self.matcher.fill(self.mask)
-        count = int(np.bitwise_count(self.mask.view(np.uint32)).sum())
-        if count > len(self.matcher.end_ids):
-            return ()
-        bits = np.unpackbits(self.mask.view(np.uint8), bitorder="little")
-        ids: list[int] = np.flatnonzero(bits).tolist()
-        return (ids[0],) if len(ids) == 1 or self.matcher.end_ids.issuperset(ids) else ()
 
 
 class Grammars:
@@ -188,13 +161,13 @@ class Grammars:
                 late.add((i, j))
             elif answer.problem:
                 failed[chunks[j].request_id] = answer.problem
-            elif answer.forced and not answer.takes_turns:
-                forced[i, j] = tuple(answer.forced)
+            elif answer.continuation.forced and not answer.takes_turns:
+                forced[i, j] = tuple(answer.continuation.forced)
             else:
                 masks = allowed[i]
                 if masks is None:
                     masks = allowed[i] = np.full((len(chunks), self._words), -1, np.int32)
-                masks[j] = _only(answer.forced[0], self._words) if answer.forced else answer.mask
+                masks[j] = answer.continuation.next_mask()
         return Masks(tuple(allowed), frozenset(late), forced, failed)
 
     def _answer(self, request_id: str, choice: int) -> _Answer:
@@ -202,10 +175,9 @@ class Grammars:
         if choice not in answers:
             form, request = self._forms[request_id]
             answers[choice] = _Answer(
-                matcher=form.matcher(),
+                continuation=Continuation(form.matcher()),
                 trigger=form.begins_after,
                 takes_turns=request.sampling.top_logprobs is not None,
-                mask=np.zeros(self._words, np.int32),
             )
         return answers[choice]
 
@@ -216,8 +188,8 @@ class Grammars:
             return
         answer.trigger = None
         assert answer.state is not _State.BUSY, "a row without a mask has drawn"
-        if answer.forced:
-            only = answer.forced.popleft()
+        if answer.continuation.forced:
+            only = answer.continuation.forced.popleft()
             assert only == token, "another token was drawn than the only one"
             return
         answer.pending.append(token)
@@ -253,10 +225,3 @@ def _emptied(todo: deque[_Answer]) -> Iterator[_Answer]:
     with suppress(IndexError):
         while True:
             yield todo.popleft()
-
-
-def _only(token: int, words: int) -> np.ndarray:
-    """Returns the mask that allows one id."""
-    mask = np.zeros(words, np.uint32)
-    mask[token // 32] = 1 << token % 32
-    return mask.view(np.int32)

@@ -13,6 +13,7 @@ from llguidance import LLMatcher
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import StructureError
+from mixtral_jax.generation import generate, generate_draws
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.step.buckets import Steps
@@ -280,6 +281,50 @@ def test_preempted_answers_go_on_as_if_nothing_had_been(
     assert engine.scheduler.preemptions > 0
     for key, events in together.items():
         assert ids(events) == ids(alone[key])
+
+
+def test_the_plain_loop_gives_the_same_answers(
+    model: Transformer, steps: Steps, guide: Guide, person: Form
+) -> None:
+    """Cold, hot, with logprobs, with penalties, cut, and with a form that begins later."""
+    trigger = TOKENIZER.encode("(")[-1]
+    later = regex(guide, r"\([0-9]{3}\)", begins_after=trigger)
+    cases = [
+        (person, SamplingParams(temperature=0.0), 120),
+        (person, SamplingParams(temperature=1.5, seed=3), 120),
+        (person, SamplingParams(temperature=1.5, seed=4, top_logprobs=2), 120),
+        (person, SamplingParams(temperature=1.0, seed=5, frequency_penalty=1.0), 120),
+        (person, SamplingParams(temperature=1.0, seed=6), 12),
+        (later, SamplingParams(temperature=1.0, seed=7, logit_bias={trigger: 4.0}), 120),
+    ]
+    asked = [
+        request(str(i), form, sampling=sampling, max_tokens=size)
+        for i, (form, sampling, size) in enumerate(cases)
+    ]
+    events = served(engine_of(model, LIMITS, steps), *asked)
+    for one, (form, sampling, size) in zip(asked, cases, strict=True):
+        draws = generate_draws(
+            model,
+            one.prompt_ids,
+            sampling,
+            max_tokens=size,
+            eos_ids=TOKENIZER.eos_ids,
+            form=form,
+        )
+        assert [draw.token_id for draw in draws] == ids(events[one.id, 0]), one.id
+
+
+def test_the_library_answers_in_a_schema_or_an_expression(model: Transformer) -> None:
+    hot = {"temperature": 1.5, "seed": 1, "max_tokens": 120}
+    for schema in SCHEMA, json.dumps(SCHEMA):
+        answer = "".join(generate(model, TOKENIZER, "Hello", json_schema=schema, **hot))
+        assert is_person(answer)
+    answer = "".join(generate(model, TOKENIZER, "Hello", regex="[ab]{3}c", ignore_eos=True, **hot))
+    assert re.fullmatch("[ab]{3}c", answer)
+    with pytest.raises(StructureError, match="give one of them"):
+        generate(model, TOKENIZER, "Hello", json_schema=SCHEMA, regex="a")
+    with pytest.raises(StructureError):
+        generate(model, TOKENIZER, "Hello", regex="(a")
 
 
 def test_a_cut_answer_says_so(model: Transformer, steps: Steps, person: Form) -> None:

@@ -84,7 +84,7 @@ def test_generate_and_serve_run_the_same_programs_on_a_mesh(
     assert served.pages == ours.pages
     assert set(ours.buckets) <= set(served.buckets)
     for bucket, programs in ours.buckets.items():
-        for name in ("embed", "block", "pick", "draw"):
+        for name in ("embed", "block", "pick", "draw", "draw_masked"):
             lines = instructions(getattr(programs, name))
             assert lines == instructions(getattr(served.buckets[bucket], name)), (bucket, name)
         # The mesh is in the program: devices exchange activations.
