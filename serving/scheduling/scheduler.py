@@ -15,9 +15,9 @@ cache. The largest need of a sequence fits into the pool (`add` refuses others),
 always goes on, and all end. While a sequence waits for pages, others of its caller and class wait
 behind it; those of other callers pass it until they are `LEAD` tokens ahead.
 
-A step's tokens. Each sequence past its prompt gets one, and those that were forced since; prompts
-share the rest (budget.py). So a long prompt makes no answer wait for more than the step in which
-one chunk of it is computed.
+A step's tokens. Each sequence past its prompt gets one, and those that were forced since, as long
+as a step without prompts does not exceed a token for each row; prompts share the rest (budget.py).
+So a long prompt makes no answer wait for more than the step in which one chunk of it is computed.
 
 Prefixes and windows. Full pages are found by later requests of the same salt (pages.py). Pages
 before the window, which no later token sees, are given back; a sequence then needs pages for its
@@ -209,7 +209,9 @@ class Scheduler:
             room = self.limits.max_step_tokens - sum(s.remaining for s in prompts)
             decodes, guesses = propose(self._proposer, decodes, room)
         draft: dict[SequenceState, int] = {}
-        extra = self.limits.max_step_tokens - len(decodes) - sum(map(len, guesses.values()))
+        # Beside a prompt forced tokens ride along; a step of answers alone they make no larger.
+        size = self.limits.max_step_tokens if prompts else self.limits.max_sequences
+        extra = max(0, size - len(decodes) - sum(map(len, guesses.values())))
         for sequence in decodes:
             forced = min(sequence.remaining - 1, extra)
             extra -= forced

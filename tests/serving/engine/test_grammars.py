@@ -158,8 +158,8 @@ def test_forced_tokens_take_no_steps_of_their_own(
     model: Transformer, steps: Steps, guide: Guide
 ) -> None:
     """20 certain characters, one of two, 20 certain ones and the end. The prompt's step draws
-    nothing, the second has the certain ones and draws, and while the third computes what was drawn
-    the rest is known."""
+    nothing; three have the certain ones, 8, 8 and 4 as there are 8 rows, of which the last draws;
+    and while the fifth computes what was drawn the rest is known."""
     form = regex(guide, "[x]{20}[ab][y]{20}")
     engine = engine_of(model, LIMITS, steps)
     engine.add(request("A", form))
@@ -169,7 +169,7 @@ def test_forced_tokens_take_no_steps_of_their_own(
         answer += [event for event in engine.step() if event.drawn]
     assert re.fullmatch("x{20}[ab]y{20}", text(answer))
     assert [event.drawn.forced for event in answer if event.drawn].count(False) == 1
-    assert count == 4  # turns: the last one commits the third step
+    assert count == 6  # turns: the last one commits the fifth step
 
 
 def test_a_call_begins_when_the_model_says_so(

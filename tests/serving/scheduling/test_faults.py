@@ -139,7 +139,7 @@ def test_what_sits_a_step_out_goes_on_later() -> None:
 
 def test_forced_tokens_are_computed_at_once_and_what_the_open_plan_draws_is_passed_over() -> None:
     """After A's first token, 50, only 71, 72, 73 can come."""
-    scheduler = scheduler_of(request("A", 2, 9), request("B", 2, 9))
+    scheduler = scheduler_of(request("A", 2, 9), request("B", 2, 9), max_sequences=4)
     first, second = scheduler.plan(), scheduler.plan()
     commit(scheduler, first, [50, 60])
     events = scheduler.force(0, [71, 72, 73])
@@ -157,7 +157,7 @@ def test_forced_tokens_are_computed_at_once_and_what_the_open_plan_draws_is_pass
 
 def test_forced_tokens_before_the_first_drawn_one() -> None:
     """They come while the prompt is computed; the second choice begins beside them."""
-    scheduler = scheduler_of(request("A", 3, 9, n=2))
+    scheduler = scheduler_of(request("A", 3, 9, n=2), max_sequences=3)
     first = scheduler.plan()
     assert told(scheduler.force(0, [71, 72])) == [("A", 0, 71, None), ("A", 0, 72, None)]
     second = scheduler.plan()
@@ -201,8 +201,18 @@ def test_forced_tokens_share_a_step_with_answers_and_come_before_prompts() -> No
     assert shape(scheduler.plan()) == [("B", 4, 1, True), ("A", 10, 2, True), ("C", 6, 5, False)]
 
 
+def test_forced_tokens_make_a_step_of_answers_no_larger_than_a_token_for_each_row() -> None:
+    scheduler = scheduler_of(request("A", 2, 9), request("B", 2, 9), max_sequences=3)
+    commit(scheduler, scheduler.plan(), [50, 60])
+    second = scheduler.plan()
+    scheduler.force(0, [71, 72, 73, 74])
+    assert shape(scheduler.plan()) == [("B", 3, 1, True), ("A", 3, 2, False)]
+    commit(scheduler, second, [51, 61])
+    assert shape(scheduler.plan()) == [("B", 4, 1, True), ("A", 5, 2, True)]
+
+
 def test_a_step_with_forced_tokens_that_did_not_start_is_planned_again() -> None:
-    scheduler = scheduler_of(request("A", 2, 9))
+    scheduler = scheduler_of(request("A", 2, 9), max_sequences=3)
     commit(scheduler, scheduler.plan())
     second = scheduler.plan()
     scheduler.force(0, [71, 72])
