@@ -173,7 +173,8 @@ def _key(wanted: Wanted, space: bool) -> bytes:
 
 def _size(grammar: Grammar) -> int:
     """Returns about how many bytes a form takes: measured, see benchmarks/structure.py."""
-    return (100 << 10) + 40 * len(grammar.text)
+    kept = sum(len(check.schema) for check in grammar.checks)
+    return (100 << 10) + 40 * len(grammar.text) + kept
 
 
 def _threads(works: Iterable[Callable[[], None]]) -> list[threading.Thread]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtral_jax.structure.matcher import Guide, Matcher
-from mixtral_jax.structure.specification import Grammar
+from mixtral_jax.structure.specification import Check, Grammar
 
 _TRIED_TOKENS = 2
 
@@ -24,6 +24,8 @@ class Form:
     answer may end. The matcher takes in that id first. None: it begins with the first token."""
     weakened: tuple[str, ...] = ()
     """What the answer is not held to though the caller asked for it, each with its pointer."""
+    checks: tuple[Check, ...] = ()
+    """Schemas that the finished answer is to be checked against."""
 
     def matcher(self) -> Matcher:
         """Returns a matcher for one choice."""
@@ -49,7 +51,7 @@ def form_of(grammar: Grammar, guide: Guide) -> Form:
     else:
         matcher.fill(mask)
     matcher.rewind()
-    return Form(matcher, grammar.begins_after, grammar.weakened)
+    return Form(matcher, grammar.begins_after, grammar.weakened, grammar.checks)
 
 
 def _longest_allowed(mask: np.ndarray, guide: Guide) -> int | None:

@@ -16,7 +16,7 @@ from llguidance import regex_to_lark
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.gbnf import lark_of
 from mixtral_jax.structure.lark import checked
-from mixtral_jax.structure.schema import Schema, read, settle
+from mixtral_jax.structure.schema import Schema, checks_of, read, settle
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 
 LARGEST_SCHEMA = 256 << 10  # bytes of UTF-8, as all of these
@@ -41,8 +41,7 @@ def grammar_of(specification: Specification, *, space: bool) -> Grammar:
         case Kind.JSON_OBJECT:
             return Grammar(_json_grammar('{"type": "object"}', space))
         case Kind.JSON_SCHEMA:
-            schema = read(text, specification.strict)
-            return Grammar(_json_grammar(schema.text, space), weakened=schema.weakened)
+            return _schema_grammar(read(text, specification.strict), space)
         case Kind.REGEX:
             return Grammar(_terminal(f"/{regex_to_lark(text, '')}/", space))
         case Kind.CHOICE:
@@ -81,8 +80,7 @@ def tried_specification(
     def compiles(schema: Schema) -> None:
         attempt(Grammar(_json_grammar(schema.text, space)))
 
-    schema = settle(specification.text, compiles, specification.strict)
-    return Grammar(_json_grammar(schema.text, space), weakened=schema.weakened)
+    return _schema_grammar(settle(specification.text, compiles, specification.strict), space)
 
 
 def check_size(specification: Specification) -> None:
@@ -111,6 +109,11 @@ def _with_options(schema: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         value = {} if value is True else {"not": {}}
     return {**value, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+
+
+def _schema_grammar(schema: Schema, space: bool) -> Grammar:
+    text = _json_grammar(schema.text, space)
+    return Grammar(text, weakened=schema.weakened, checks=checks_of(schema))
 
 
 def _json_grammar(schema: str, space: bool) -> str:

@@ -17,6 +17,7 @@ from mixtral_jax.structure.json_schema.finite import prune
 from mixtral_jax.structure.json_schema.keywords import vet
 from mixtral_jax.structure.json_schema.report import Report
 from mixtral_jax.structure.json_schema.writer import Writer
+from mixtral_jax.structure.specification import Check
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,16 @@ def _refusal(schema: Schema, attempt: Attempt) -> str | None:
     except StructureError as error:
         return str(error)
     return None
+
+
+def checks_of(schema: Schema, tool: str = "") -> tuple[Check, ...]:
+    """Returns the check of finished answers, or none where the schema is enforced as a whole.
+
+    Args:
+        schema: what was read.
+        tool: name of the function whose arguments it describes; empty for a text.
+    """
+    return () if schema.is_enforced else (Check(schema.original, schema.draft, tool),)
 
 
 def check(text: str, schema: Schema) -> str | None:

@@ -29,6 +29,18 @@ class Specification:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A schema of which a part is not enforced, so that a finished answer is checked against it."""
+
+    schema: str
+    """The caller's, as JSON, in a form that is known to be right."""
+    draft: str
+    """Draft that it is read in."""
+    tool: str = ""
+    """Name of the function whose arguments it describes; empty for the text of an answer."""
+
+
+@dataclass(frozen=True)
 class Grammar:
     """A grammar that our own code wrote, such as that of tool calls.
 
@@ -41,3 +53,5 @@ class Grammar:
     """The control id after which it begins; the grammar itself begins with that id."""
     weakened: tuple[str, ...] = ()
     """What it does not enforce though the caller asked for it, each with its pointer."""
+    checks: tuple[Check, ...] = ()
+    """Schemas that a finished answer is to be checked against."""

@@ -5,14 +5,14 @@ function. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from mixtral_jax.errors import StructureError
-from mixtral_jax.structure.grammar import WHITESPACE, grammar_of
-from mixtral_jax.structure.schema import Schema, read_parameters
+from mixtral_jax.structure.grammar import WHITESPACE, grammar_of, tried_specification
+from mixtral_jax.structure.schema import Schema, checks_of, read_parameters, settle
 from mixtral_jax.structure.specification import Grammar, Kind, Specification
 from mixtral_jax.tokenization.messages import Tool
 from mixtral_jax.tokenization.tool_form import Piece, Slot, ToolForm
@@ -22,6 +22,7 @@ from mixtral_jax.tokenization.tool_form import Piece, Slot, ToolForm
 # enough that it cannot write nothing else.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _BOUNDED = {"whitespace_pattern": WHITESPACE}
+OF_RESPONSE = "an answer without calls"  # begins what is said of a response's form
 _JSON = set('{["-0123456789tfn')  # what JSON begins with
 
 
@@ -68,7 +69,31 @@ class ToolUse:
         return tuple(t for t in self.tools if not self.allowed or t.name in self.allowed)
 
 
-def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
+Attempt = Callable[[Grammar], object]
+"""Function that compiles a grammar; raises StructureError if it is refused."""
+
+
+def tried_tools(use: ToolUse, *, space: bool, attempt: Attempt) -> Grammar:
+    """Returns the grammar of an answer to a prompt with tools after it was tried.
+
+    Where the compiler refuses it, each schema is tried alone, and the rules that it refuses are
+    left out of those that are not strict. The arguments are those of `tool_grammar` otherwise.
+
+    Raises StructureError as `tool_grammar` does, and for a schema that is refused.
+    """
+    grammar = tool_grammar(use, space=space) or text_grammar(use.form, space=space)
+    try:
+        attempt(grammar)
+        return grammar
+    except StructureError:
+        settled = tool_grammar(use, space=space, attempt=attempt)
+        if settled is None or settled == grammar:
+            raise
+    attempt(settled)
+    return settled
+
+
+def tool_grammar(use: ToolUse, *, space: bool, attempt: Attempt | None = None) -> Grammar | None:
     """Returns the grammar of an answer that may call tools; None if it calls none.
 
     Where a control id begins calls and nothing is asked of other answers, the grammar begins after
@@ -77,23 +102,30 @@ def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
     Args:
         use: what the caller asked for.
         space: whether a space must stand before an answer that begins with text.
+        attempt: tries each schema alone; None where that is not needed.
 
     Raises StructureError for unknown names and for parameters that are wrong, or strict and not
-    enforceable; its pointer is one within the parameters, whose function the message names.
+    enforceable; its pointer is one within the parameters, whose function the message names, or
+    within the form of an answer without calls, which the message then names.
     """
     tools = use.callable_tools()
     if not tools:
         return None
-    schemas = [_schema(tool) for tool in tools]
+    schemas = [_schema(tool, use.form, attempt) for tool in tools]
     weakened = tuple(
         f"{tool.name}#{rule}"
         for tool, schema in zip(tools, schemas, strict=True)
         for rule in schema.weakened
     )
+    checks = tuple(
+        check
+        for tool, schema in zip(tools, schemas, strict=True)
+        for check in checks_of(schema, tool.name)
+    )
     form, trigger = use.form, use.form.trigger_id
     rules = _call_rules(form, tools, several=use.parallel and not form.at_most_one)
     grammars: list[dict[str, Any]] = [
-        {"name": f"arguments_{place}", "json_schema": _with_options(schema, form)}
+        {"name": f"arguments_{place}", **_arguments(schema, form)}
         for place, schema in enumerate(schemas)
     ]
     begins_after = None
@@ -101,9 +133,10 @@ def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
     if use.mode is Mode.REQUIRED:
         pass
     elif use.response is not None:
-        grammar, left_out = _response(use.response, form)
-        grammars.append(grammar)
-        weakened += left_out
+        response, answer = _response(use.response, form, attempt)
+        grammars.append(answer)
+        weakened += response.weakened
+        checks += response.checks
         ways.append("@response")
     elif trigger is not None:
         begins_after = trigger
@@ -116,7 +149,7 @@ def tool_grammar(use: ToolUse, *, space: bool) -> Grammar | None:
     lead = '" " ' if space else ""
     ways = [way if way == "calls" and trigger is not None else f"{lead}{way}" for way in ways]
     first = {"name": "answer", "lark_grammar": f"start: {' | '.join(ways)}\n{rules}"}
-    return Grammar(json.dumps({"grammars": [first, *grammars]}), begins_after, weakened)
+    return Grammar(json.dumps({"grammars": [first, *grammars]}), begins_after, weakened, checks)
 
 
 def text_grammar(form: ToolForm, *, space: bool) -> Grammar:
@@ -138,20 +171,26 @@ def text_grammar(form: ToolForm, *, space: bool) -> Grammar:
     return Grammar(f"start: {lead}OTHER\n{rule}\n")
 
 
-def _schema(tool: Tool) -> Schema:
+def _schema(tool: Tool, form: ToolForm, attempt: Attempt | None) -> Schema:
+    def compiles(schema: Schema) -> None:
+        if attempt is not None:
+            attempt(Grammar(json.dumps({"grammars": [_arguments(schema, form)]})))
+
     try:
-        return read_parameters(tool.parameters, tool.strict)
+        return settle(tool.parameters, compiles, tool.strict, read_parameters)
     except StructureError as error:
         raise StructureError(
             f"parameters of the function {tool.name}: {error}", error.pointer
         ) from error
 
 
-def _with_options(schema: Schema, form: ToolForm) -> dict[str, Any]:
+def _arguments(schema: Schema, form: ToolForm) -> dict[str, Any]:
+    """Returns the grammar of arguments in the model's form."""
     value = json.loads(schema.text)
     if not isinstance(value, dict):
         value = {"type": "object"}
-    return {**value, "x-guidance": _COMPACT if form.is_compact else _BOUNDED}
+    options = _COMPACT if form.is_compact else _BOUNDED
+    return {"json_schema": {**value, "x-guidance": options}}
 
 
 def _call_rules(form: ToolForm, tools: Sequence[Tool], *, several: bool) -> str:
@@ -210,20 +249,28 @@ def _words(pieces: Sequence[Piece], name: str = "", place: int = 0) -> str:
     return " ".join(words)
 
 
-def _response(response: Specification, form: ToolForm) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns what an answer without calls must match, as a grammar named `response`."""
+def _response(
+    response: Specification, form: ToolForm, attempt: Attempt | None
+) -> tuple[Grammar, dict[str, Any]]:
+    """Returns what an answer without calls must match, and its grammar named `response`."""
     if form.trigger_id is None and (
         response.kind not in (Kind.JSON_OBJECT, Kind.JSON_SCHEMA) or form.trigger_text[0] in _JSON
     ):
         raise StructureError(
-            f"this model writes calls as text, which could not be told from a {response.kind.value}"
-            ": ask for a json_schema beside tools, or for no tools"
+            f"{OF_RESPONSE}: this model writes calls as text, which could not be told from a "
+            f"{response.kind.value}: ask for a json_schema beside tools, or for no tools"
         )
-    grammar = grammar_of(response, space=False)
+    try:
+        if attempt is None:
+            grammar = grammar_of(response, space=False)
+        else:
+            grammar = tried_specification(response, space=False, attempt=attempt)
+    except StructureError as error:
+        raise StructureError(f"{OF_RESPONSE}: {error}", error.pointer) from error
     if not grammar.text.startswith("{"):
-        return {"name": "response", "lark_grammar": grammar.text}, grammar.weakened
+        return grammar, {"name": "response", "lark_grammar": grammar.text}
     (only,) = json.loads(grammar.text)["grammars"]
-    return {"name": "response", **only}, grammar.weakened
+    return grammar, {"name": "response", **only}
 
 
 def _literal(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.grammar import check_size, tried_specification
 from mixtral_jax.structure.specification import Grammar, Specification
-from mixtral_jax.structure.tool_grammar import ToolUse, text_grammar, tool_grammar
+from mixtral_jax.structure.tool_grammar import ToolUse, tried_tools
 
 LARGEST_GRAMMAR = 4 << 20  # characters of one that our own code wrote from what a caller sent
 
@@ -47,8 +47,7 @@ def tried_grammar(wanted: Wanted, *, space: bool, attempt: Callable[[Grammar], o
         case Specification():
             return tried_specification(wanted, space=space, attempt=attempt)
         case ToolUse():
-            grammar = tool_grammar(wanted, space=space) or text_grammar(wanted.form, space=space)
+            return tried_tools(wanted, space=space, attempt=attempt)
         case Grammar():
-            grammar = wanted
-    attempt(grammar)
-    return grammar
+            attempt(wanted)
+            return wanted

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Never
@@ -31,7 +32,9 @@ DIRECTLY = frozenset(
 )
 _OLD_DRAFTS = ("draft4", "draft6", "draft7")
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)
+"""A string as JSON writes it, or one that never ends: else each of its quotes would be tried to the
+end of the text."""
 
 _OLD_ADDRESS = "http://json-schema.org/draft-0"
 DRAFTS = {
@@ -52,11 +55,11 @@ def parse(text: str) -> Any:
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise StructureError(f"the schema is larger than {MAX_BYTES // 1024} KB")
     depth = 0
-    for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
+    for bracket in re.findall(r"[\[\]{}]", STRING.sub("", text)):
         depth += 1 if bracket in "[{" else -1
         if depth > MAX_NESTING:
             raise StructureError(f"the schema is nested more than {MAX_NESTING} levels deep")
-    if max((len(match) for match in _STRING.findall(text)), default=0) > MAX_STRING + 2:
+    if max((len(match) for match in STRING.findall(text)), default=0) > MAX_STRING + 2:
         raise StructureError(f"a string of the schema is longer than {MAX_STRING} characters")
     try:
         return json.loads(
@@ -75,8 +78,8 @@ def parse(text: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise StructureError(f"an object of the schema has the name {twice[:80]!r} twice")
     return value
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -75,6 +76,7 @@ def _serve(opening: dict[str, Any], requests: "queue.SimpleQueue[bytes]") -> Non
                     "text": grammar.text,
                     "begins_after": grammar.begins_after,
                     "weakened": grammar.weakened,
+                    "checks": [astuple(check) for check in grammar.checks],
                 }
             )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.errors import StructureError
-from mixtral_jax.structure.specification import Grammar
+from mixtral_jax.structure.specification import Check, Grammar
 from mixtral_jax.structure.wanted import Wanted
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
@@ -105,7 +105,12 @@ class TrialProcess:
             raise StructureError(answer["error"], answer["pointer"])
         if isinstance(wanted, Grammar):
             return wanted
-        return Grammar(answer["text"], answer["begins_after"], tuple(answer["weakened"]))
+        return Grammar(
+            answer["text"],
+            answer["begins_after"],
+            tuple(answer["weakened"]),
+            tuple(Check(*check) for check in answer["checks"]),
+        )
 
     def _ask(self, line: bytes, seconds: float) -> Any:
         """Returns what the process answers to a line. Raises Died."""

@@ -136,18 +136,20 @@ class Choice:
         assert not self.has_ended and event.drawn is not None
         self._note(event.drawn)
         new, calls = self._reader.push(event.drawn.token_id)
+        self._calls += calls
         text = self._stops.push(new)
         reason = event.finish_reason
         if reason is not None:
             reason = self._reason(reason, event.drawn.token_id)
             new, more = self._reader.finish()
             calls = [*calls, *more]
-            text += self._stops.push(new) + self._stops.finish()
+            self._calls += more
+            # Where calls are required, the rest is the beginning of one that was cut.
+            text += self._stops.push("" if self._must_call else new) + self._stops.finish()
         elif calls:
             text += self._stops.finish()  # no stop text goes on behind a call
         if self._stops.stopped:
             reason = FinishReason.LENGTH if self._holds_text else FinishReason.STOP
-        self._calls += calls
         if self._form is not None and self._form.violation is not None:
             self._texts.append(text)
         for call in calls:
@@ -167,6 +169,10 @@ class Choice:
     def _holds_text(self) -> bool:
         return self._form is not None and self._form.holds_text
 
+    @property
+    def _must_call(self) -> bool:
+        return self._form is not None and self._form.must_call
+
     def _reason(self, reason: FinishReason, last: int) -> FinishReason:
         """Returns why a choice ended that ended with the id `last`: LENGTH for what is cut.
 
@@ -174,7 +180,8 @@ class Choice:
         """
         if reason is not FinishReason.STOP or last in self._tokenizer.eos_ids:
             return reason
-        is_held = self._holds_text or self._reader.is_inside_call
+        has_begun = self._reader.is_inside_call or (self._must_call and not self._calls)
+        is_held = self._holds_text or has_begun
         return FinishReason.LENGTH if is_held else reason
 
     def violation(self) -> str | None:

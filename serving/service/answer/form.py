@@ -13,17 +13,24 @@ from typing import TypeVar
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.structure.form import Form
-from mixtral_jax.structure.schema import check, read
 from mixtral_jax.structure.specification import Kind, Specification
-from mixtral_jax.structure.tool_grammar import ToolUse
+from mixtral_jax.structure.tool_grammar import Mode, ToolUse
 from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.errors import InvalidParameter, Problem
 from serving.proto import inference_pb2 as pb
-from serving.service.answer.tool_use import TOOLS, call_check, has_tools, is_held, use_of
+from serving.service.answer.tool_use import (
+    FIELD,
+    TOOLS,
+    call_check,
+    field_of_response,
+    has_tools,
+    is_held,
+    text_check,
+    use_of,
+)
 from serving.service.answer.tool_use import field_of as tool_field_of
 
-FIELD = "response_format"
 CAPABILITIES = (*(kind.value for kind in Kind), "tools")
 """The names by which ModelInfo tells what an answer can be held to."""
 MAX_WEAKENED_BYTES = 1024
@@ -51,6 +58,8 @@ class AnswerForm:
     """Whether text is held to a form; else calls of tools alone are."""
     may_call: bool = False
     """Whether the answer may call tools."""
+    must_call: bool = False
+    """Whether it does nothing else."""
 
 
 class AnswerForms:
@@ -90,7 +99,7 @@ class AnswerForms:
     def _response_form(self, response: Specification, continues: bool, salt: bytes) -> AnswerForm:
         def compiled() -> AnswerForm:
             form = self._compiler.compile(response, continues=continues, salt=salt)
-            return AnswerForm(form, form.weakened, _text_check(response, form.weakened))
+            return AnswerForm(form, form.weakened, text_check(form))
 
         return compiling(field_of_response(response), compiled)
 
@@ -111,33 +120,14 @@ class AnswerForms:
             return AnswerForm(
                 form,
                 form.weakened,
-                None if use.response is None else _text_check(use.response, form.weakened),
-                call_check(use, form.weakened),
+                text_check(form),
+                call_check(form),
                 holds_text=use.response is not None,
                 may_call=may_call,
+                must_call=use.mode is Mode.REQUIRED,
             )
 
-        if use.response is not None and use.response.kind is Kind.JSON_SCHEMA:
-            schema = use.response
-            compiling(field_of_response(schema), lambda: read(schema.text, schema.strict))
         return compiling(lambda: name, compiled)
-
-
-def field_of_response(response: Specification) -> str:
-    """Returns the name of the field that a specification was read from."""
-    return f"{FIELD}.{response.kind.value}"
-
-
-def _text_check(
-    response: Specification, weakened: tuple[str, ...]
-) -> Callable[[str], str | None] | None:
-    """Returns a check of whole texts against a schema of which a part is not enforced."""
-    if response.kind is not Kind.JSON_SCHEMA or not weakened:
-        return None
-    schema = read(response.text, response.strict)
-    if schema.is_enforced and schema.weakened == weakened:
-        return None  # all of them are rules that say nothing
-    return lambda text: check(text, schema)
 
 
 def specification_of(response_format: pb.ResponseFormat) -> Specification:
@@ -189,13 +179,17 @@ def header(weakened: Iterable[str]) -> str:
     Other characters are written as in URIs (RFC 3986, section 2.1). Entries that have no room are
     counted at the end.
     """
-    entries = [re.sub(r"[^ -~]", _percent_encoded, entry) for entry in weakened]
-    text = "; ".join(entries)
-    kept = len(entries)
-    while len(text) > MAX_WEAKENED_BYTES:
-        kept -= 1
-        text = "; ".join([*entries[:kept], f"and {len(entries) - kept} more"])
-    return text
+    entries = tuple(weakened)
+    texts: list[str] = []  # the line after each entry, with the number of those that have no room
+    line = ""
+    for count, entry in enumerate(entries, start=1):
+        line += ("; " if line else "") + re.sub(r"[^ -~]", _percent_encoded, entry)
+        if len(line) > MAX_WEAKENED_BYTES:
+            break
+        rest = len(entries) - count
+        texts.append(f"{line}; and {rest} more" if rest else line)
+    whole = (text for text in reversed(texts) if len(text) <= MAX_WEAKENED_BYTES)
+    return next(whole, f"and {len(entries)} more" if entries else "")
 
 
 def _short(text: str, size: int) -> str:

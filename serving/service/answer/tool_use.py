@@ -4,16 +4,19 @@ A mistake in them is named by its field and, within a tool's parameters, by its 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from mixtral_jax.errors import StructureError
-from mixtral_jax.structure.schema import check, read_parameters
+from mixtral_jax.structure.form import Form
+from mixtral_jax.structure.json_schema.checker import check_answer
 from mixtral_jax.structure.specification import Specification
-from mixtral_jax.structure.tool_grammar import Mode, ToolUse
+from mixtral_jax.structure.tool_grammar import OF_RESPONSE, Mode, ToolUse
 from mixtral_jax.tokenization.messages import Message, Tool, ToolCall
 from mixtral_jax.tokenization.tool_form import ToolForm
 from serving.errors import InvalidParameter
 from serving.proto import inference_pb2 as pb
 
+FIELD = "response_format"
 TOOLS, TOOL_CHOICE = "chat.tools", "chat.tool_choice"
 _MODES = {
     pb.ToolChoice.MODE_UNSPECIFIED: Mode.AUTO,
@@ -83,33 +86,44 @@ def is_held(use: ToolUse) -> bool:
     return bool(use.callable_tools()) or (bool(use.tools) and use.response is None)
 
 
+def field_of_response(response: Specification) -> str:
+    """Returns the name of the field that a specification was read from."""
+    return f"{FIELD}.{response.kind.value}"
+
+
 def field_of(error: StructureError, use: ToolUse) -> str:
     """Returns the name of the field that a refusal of the tools is about."""
     if str(error).startswith("tool_choice"):
         return TOOL_CHOICE
+    if str(error).startswith(f"{OF_RESPONSE}:") and use.response is not None:
+        return field_of_response(use.response)
     for place, tool in enumerate(use.tools):
         if str(error).startswith(f"parameters of the function {tool.name}:"):
             return f"{TOOLS}.{place}.parameters"
     return TOOLS
 
 
-def call_check(use: ToolUse, weakened: tuple[str, ...]) -> Callable[[ToolCall], str | None] | None:
+def text_check(form: Form) -> Callable[[str], str | None] | None:
+    """Returns a check of whole texts against a schema of which a part is not enforced.
+
+    It returns what is wrong with a text, or None. None instead of it if all is enforced.
+    """
+    check = next((check for check in form.checks if not check.tool), None)
+    return None if check is None else partial(check_answer, schema=check.schema, draft=check.draft)
+
+
+def call_check(form: Form) -> Callable[[ToolCall], str | None] | None:
     """Returns a check of calls against what of their tools' parameters is not enforced.
 
     It returns what is wrong with a call, or None. None instead of it if all is enforced.
     """
-    if not weakened:
-        return None
-    schemas = {}
-    for tool in use.callable_tools():
-        schema = read_parameters(tool.parameters, tool.strict)
-        left_out = [entry for entry in weakened if entry.startswith(f"{tool.name}#")]
-        if not schema.is_enforced or len(left_out) != len(schema.weakened):
-            schemas[tool.name] = schema
+    checks = {check.tool: check for check in form.checks if check.tool}
 
     def violation(call: ToolCall) -> str | None:
-        schema = schemas.get(call["name"])
-        wrong = None if schema is None else check(call["arguments"], schema)
+        check = checks.get(call["name"])
+        if check is None:
+            return None
+        wrong = check_answer(call["arguments"], check.schema, check.draft)
         return None if wrong is None else f"{call['name']}: {wrong}"
 
-    return violation if schemas else None
+    return violation if checks else None

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.json_schema.document import MAX_BYTES, STRING, parse
 from mixtral_jax.structure.schema import Schema, check, read, read_parameters, settle
 from tests.mixtral_jax.structure.json_schema.walks import Vocabulary
 
@@ -301,3 +302,14 @@ def test_a_check_ends_in_time() -> None:
     schema = of({"anyOf": [branch, {**branch, "minItems": 1}, {"type": "null"}]})
     wrong = check("[" * 60 + "1" + "]" * 60, schema)
     assert wrong == "the answer could not be checked in time"
+
+
+def test_a_text_that_is_no_json_is_looked_at_once() -> None:
+    """Each quote of a string that never ends could begin one: in 256 KB of them that is minutes."""
+    text = '"' + '\\"' * 100_000
+    assert len(text) < MAX_BYTES and len(STRING.findall(text)) == 1
+    with pytest.raises(StructureError):
+        parse(text)
+    twice = "{" + ",".join(f'"{i}": 1' for i in range(20_000)) + ', "19999": 1}'
+    with pytest.raises(StructureError, match="'19999' twice"):
+        parse(twice)

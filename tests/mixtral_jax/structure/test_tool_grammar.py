@@ -2,14 +2,23 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mixtral_jax.errors import StructureError
+from mixtral_jax.structure.form import form_of
 from mixtral_jax.structure.matcher import Guide, Matcher
 from mixtral_jax.structure.specification import Kind, Specification
-from mixtral_jax.structure.tool_grammar import Mode, ToolUse, tool_grammar
+from mixtral_jax.structure.tool_grammar import (
+    OF_RESPONSE,
+    Mode,
+    ToolUse,
+    tool_grammar,
+    tried_tools,
+)
 from mixtral_jax.tokenization.messages import Message, Tool
 from mixtral_jax.tokenization.tokenizer import Tokenizer, load
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
@@ -204,3 +213,36 @@ def test_what_is_wrong_is_named(use: ToolUse, complaint: str, pointer: str) -> N
     with pytest.raises(StructureError, match=complaint) as caught:
         tool_grammar(use, space=False)
     assert caught.value.pointer == pointer
+
+
+CONTRADICTION = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "format": "date", "pattern": "^x"}},
+    "required": ["a"],
+}
+POINTER = "/properties/a/format"
+
+
+def test_a_rule_that_the_compiler_refuses_is_left_out_of_its_function_alone() -> None:
+    odd = Tool("odd", parameters=json.dumps(CONTRADICTION))
+    use = ToolUse(BYTES.tool_form, (odd, *TOOLS), Mode.REQUIRED)
+    grammar = tried_tools(use, space=False, attempt=partial(form_of, guide=GUIDE))
+    assert [entry.partition(": ")[0] for entry in grammar.weakened] == [f"odd#{POINTER}"]
+    (check,) = grammar.checks
+    assert (check.tool, json.loads(check.schema)) == ("odd", CONTRADICTION)
+    strict = ToolUse(BYTES.tool_form, (replace(odd, strict=True), *TOOLS))
+    with pytest.raises(StructureError, match="of the function odd: ") as caught:
+        tried_tools(strict, space=False, attempt=partial(form_of, guide=GUIDE))
+    assert caught.value.pointer == POINTER
+
+
+def test_a_rule_of_the_response_is_left_out_beside_tools() -> None:
+    schema = Specification(Kind.JSON_SCHEMA, json.dumps(CONTRADICTION))
+    use = ToolUse(BYTES.tool_form, TOOLS, response=schema)
+    grammar = tried_tools(use, space=False, attempt=partial(form_of, guide=GUIDE))
+    assert [entry.partition(": ")[0] for entry in grammar.weakened] == [POINTER]
+    assert [check.tool for check in grammar.checks] == [""]
+    strict = ToolUse(BYTES.tool_form, TOOLS, response=replace(schema, strict=True))
+    with pytest.raises(StructureError, match=f"^{OF_RESPONSE}: ") as caught:
+        tried_tools(strict, space=False, attempt=partial(form_of, guide=GUIDE))
+    assert caught.value.pointer == POINTER

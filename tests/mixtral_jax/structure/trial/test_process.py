@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from mixtral_jax.errors import StructureError
-from mixtral_jax.structure.specification import Grammar, Kind, Specification
+from mixtral_jax.structure.specification import Check, Grammar, Kind, Specification
 from mixtral_jax.structure.trial.process import Died, TrialProcess
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 
@@ -77,6 +77,12 @@ def test_a_trial_ends_after_two_seconds(trial: TrialProcess) -> None:
         trial.trial(ENDLESS, space=False)
     assert trial.pid is None
     assert "[ab]+" in trial.trial(GOOD, space=False).text
+
+
+def test_it_tells_what_a_finished_answer_is_checked_against(trial: TrialProcess) -> None:
+    text = '{"type": "array", "uniqueItems": true}'
+    grammar = trial.trial(Specification(Kind.JSON_SCHEMA, text), space=False)
+    assert grammar.checks == (Check(text, "draft2020-12"),)
 
 
 def test_a_signal_of_the_terminal_does_not_end_it(trial: TrialProcess) -> None:

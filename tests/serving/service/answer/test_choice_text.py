@@ -116,6 +116,7 @@ def calling(
     reason: FinishReason = FinishReason.STOP,
     stop: Sequence[str] = (),
     holds_text: bool = False,
+    must_call: bool = False,
     call_violation: Callable[[ToolCall], str | None] | None = None,
 ) -> tuple[AnswerText, list[pb.GenerateChunk]]:
     """The chunks of an answer that may call tools, whose last id ends it for that reason."""
@@ -125,6 +126,7 @@ def calling(
         call_violation=call_violation,
         holds_text=holds_text,
         may_call=True,
+        must_call=must_call,
     )
     answer = AnswerText(REQUEST, tokenizer, stop, continues=False, form=form)
     chunks = []
@@ -164,6 +166,19 @@ def test_a_cut_within_a_call_gives_no_half_and_no_reason_to_run_it(name: str) ->
         # The last id is one of the caller's stop ids.
         _, chunks = calling(tokenizer, ids[:size])
         assert chunks[-1].finish_reason == pb.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.STOP])
+def test_the_beginning_of_a_call_that_is_required_is_no_text(reason: FinishReason) -> None:
+    """A model that writes calls as text was cut before that text is known to be one."""
+    tokenizer, _ = CALLS["prompt form"]
+    ids = called_ids(tokenizer, "Rome")
+    for size in range(1, len(tokenizer.tool_form.trigger_text)):
+        _, chunks = calling(tokenizer, ids[:size], reason=reason, must_call=True)
+        assert "".join(chunk.text for chunk in chunks) == ""
+        assert chunks[-1].finish_reason == pb.FINISH_REASON_LENGTH
+        _, chunks = calling(tokenizer, ids[:size], reason=reason)  # it may be any text
+        assert "".join(chunk.text for chunk in chunks) == tokenizer.tool_form.trigger_text[:size]
 
 
 def test_text_before_calls_is_text_and_a_stop_text_ends_it() -> None:

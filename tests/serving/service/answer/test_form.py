@@ -168,3 +168,9 @@ def test_a_panic_of_the_compiler_ends_its_request_alone() -> None:
 def test_weakened_parts_are_a_line_of_ascii(entries: Sequence[str], line: str) -> None:
     assert header(entries) == line
     assert len(line) <= MAX_WEAKENED_BYTES
+
+
+def test_a_line_of_many_parts_is_made_in_one_pass() -> None:
+    """128 tools may have a hundred each, and the event loop waits for it."""
+    line = header("f#/properties/a: not enforced: " + "x" * 400 for _ in range(50_000))
+    assert line.endswith("; and 49998 more") and len(line) <= MAX_WEAKENED_BYTES
