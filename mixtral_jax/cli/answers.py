@@ -13,8 +13,9 @@ from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.specification import Kind, Specification
-from mixtral_jax.structure.tool_grammar import ToolUse, tool_grammar
+from mixtral_jax.structure.tool_grammar import ToolUse
 from mixtral_jax.structure.tool_reader import ToolReader
+from mixtral_jax.structure.wanted import Wanted
 from mixtral_jax.tokenization.messages import Message, Tool, ToolCall
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
@@ -67,10 +68,9 @@ def form_of(
 ) -> Form | None:
     """Returns the form of answers by a JSON Schema, by tools, or by both; raises StructureError."""
     response = None if schema is None else Specification(Kind.JSON_SCHEMA, schema)
-    wanted: Any = response
+    wanted: Wanted | None = response
     if tools:
-        use = ToolUse(tokenizer.tool_form, tools, response=response)
-        wanted = tool_grammar(use, space=tokenizer.dummy_space)
+        wanted = ToolUse(tokenizer.tool_form, tools, response=response)
     if wanted is None:
         return None
     # The user's own files need no process that may die of them.

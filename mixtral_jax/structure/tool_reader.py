@@ -28,6 +28,7 @@ class ToolReader:
         tokenizer: Tokenizer,
         *,
         continues: bool = False,
+        text_may_precede: bool = True,
         new_id: Callable[[], str] = new_call_id,
     ) -> None:
         """Begins an answer.
@@ -35,10 +36,13 @@ class ToolReader:
         Args:
             tokenizer: that of the model.
             continues: whether the answer continues a prompt's text, so that its first space stays.
+            text_may_precede: whether the answer may have text before its calls, where the form lets
+                it. Else a text in which calls seem to begin is text.
             new_id: makes the ids of calls in forms that have none.
         """
         self._tokenizer = tokenizer
         self._form = tokenizer.tool_form
+        self._text_may_precede = text_may_precede and self._form.text_may_precede
         self._new_id = new_id
         self._detokenizer = tokenizer.detokenizer(continues=continues)
         self._held = ""  # text that may be the beginning of calls
@@ -121,7 +125,7 @@ class ToolReader:
         trigger = self._form.trigger_text
         if not self._may_begin:
             return text, ""
-        if self._form.text_may_precede:
+        if self._text_may_precede:
             place = text.find(trigger)
             if place >= 0:
                 return text[:place], text[place:]

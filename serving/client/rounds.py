@@ -72,6 +72,7 @@ class Rounds:
         self.request = request_of(prompt, continue_last, options, tools)
         self._text = ""
         self._calls: list[ToolCall] = []
+        self._is_cut = False
 
     @property
     def has_coroutines(self) -> bool:
@@ -83,13 +84,15 @@ class Rounds:
         if self._functions:
             self._text += delta.text
             self._calls += delta.tool_calls
+            self._is_cut = delta.finish_reason == "length"
 
     def runs(self) -> list[Run]:
         """Returns the functions that the whole answer calls.
 
-        Empty where it calls none, or also a tool that the caller runs.
+        Empty where it calls none, or also a tool that the caller runs. Those of an answer that was
+        cut are not run: the model had more to say.
         """
-        if not all(call["name"] in self._functions for call in self._calls):
+        if self._is_cut or not all(call["name"] in self._functions for call in self._calls):
             return []
         return [self._run(call) for call in self._calls]
 

@@ -113,7 +113,11 @@ class Choice:
         self.reason: FinishReason | None = None  # why it ended
         self._tokenizer = tokenizer
         self._reader: _Reader = (
-            ToolReader(tokenizer, continues=continues)
+            ToolReader(
+                tokenizer,
+                continues=continues,
+                text_may_precede=not (form.holds_text or form.must_call),
+            )
             if form is not None and form.may_call
             else _TextReader(tokenizer.detokenizer(continues=continues))
         )

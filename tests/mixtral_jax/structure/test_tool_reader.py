@@ -8,6 +8,7 @@ import pytest
 from mixtral_jax.structure.tool_reader import ToolReader
 from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.tokenizer import Tokenizer
+from mixtral_jax.tokenization.tool_form import Slot, ToolForm
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.mixtral_jax.structure.test_tool_grammar import called_ids
 from tests.mixtral_jax.tokenization.test_tool_template import BLOCKS, made
@@ -114,3 +115,18 @@ def test_calls_of_a_template_are_read_behind_text(tokens: tuple[str, ...], tmp_p
     text, read_calls, _ = read(tokenizer, [*before, *written, *before])
     assert (text, read_calls) == (2 * "I <tool>look</tool_ca <tool_call\n", calls)
     assert read(tokenizer, before)[:2] == ("I <tool>look</tool_ca <tool_call\n", [])
+
+
+def test_where_no_text_precedes_calls_a_string_of_json_that_looks_like_one_is_text() -> None:
+    class Functions(ByteTokenizer):
+        tool_form = ToolForm(("<function=", Slot.NAME, ">", Slot.ARGUMENTS), text_may_precede=True)
+
+    tokenizer = Functions()
+    ids = tokenizer.encode('{"a": "<function=f>{}"}')[1:]
+    for may_precede, expected in ((True, '{"a": "'), (False, '{"a": "<function=f>{}"}')):
+        reader = ToolReader(tokenizer, text_may_precede=may_precede)
+        pairs = [*map(reader.push, ids), reader.finish()]
+        assert "".join(text for text, _ in pairs).startswith(expected)
+        assert any(calls for _, calls in pairs) is may_precede
+    reader = ToolReader(tokenizer, text_may_precede=False)
+    assert any(calls for _, calls in map(reader.push, tokenizer.encode("<function=f>{}")[1:]))

@@ -66,6 +66,7 @@ class Scripted(rpc.InferenceServicer):
         self.answers: list[str | list[ToolCall]] = []
         self.requests: list[Any] = []
         self.weakened = ""
+        self.reason = pb.FINISH_REASON_TOOL_CALLS  # of answers that call
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateChunk]:
         self.requests.append(request)
@@ -79,7 +80,7 @@ class Scripted(rpc.InferenceServicer):
         else:
             for each in answer:
                 yield pb.GenerateChunk(token_ids=[1], tool_calls=[pb.ToolCall(**each)])
-            last.finish_reason = pb.FINISH_REASON_TOOL_CALLS
+            last.finish_reason = self.reason
         last.usage.CopyFrom(pb.Usage(prompt_tokens=10, completion_tokens=2))
         yield last
 
@@ -201,6 +202,16 @@ def test_a_tool_that_is_no_function_is_the_callers_to_run(
     assert [tool.strict for tool in chat.tools] == [False, True]
     assert (chat.tool_choice.mode, list(chat.tool_choice.allowed)) == (Mode.MODE_REQUIRED, ["fly"])
     assert chat.parallel_tool_calls
+
+
+def test_calls_of_an_answer_that_was_cut_are_not_run(
+    service: tuple[Scripted, str], ask: Ask
+) -> None:
+    scripted, _ = service
+    scripted.answers, scripted.reason = [[call("fail")]], pb.FINISH_REASON_LENGTH
+    deltas = ask(tools=[fail])
+    assert deltas[-1].finish_reason == "length" and len(scripted.requests) == 1
+    assert [c["name"] for delta in deltas for c in delta.tool_calls] == ["fail"]
 
 
 def test_arguments_that_do_not_fit_are_told_to_the_model(
