@@ -11,8 +11,9 @@ from functools import partial
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.cache import FormCache
 from mixtral_jax.structure.form import Form, form_of
+from mixtral_jax.structure.json_schema.checker import check_answer
 from mixtral_jax.structure.matcher import Guide
-from mixtral_jax.structure.specification import Grammar, Kind, Specification
+from mixtral_jax.structure.specification import Check, Grammar, Kind, Specification
 from mixtral_jax.structure.trial.process import Died, TrialProcess
 from mixtral_jax.structure.trial.turns import Turns
 from mixtral_jax.structure.wanted import Wanted, check_wanted, tried_grammar
@@ -39,6 +40,13 @@ class _Job:
     future: "Future[Form]"
 
 
+@dataclass(frozen=True)
+class _Checking:
+    answer: str
+    check: Check
+    future: "Future[str | None]"
+
+
 class Compiler:
     """Makes forms for one model. Thread-safe; to be closed.
 
@@ -61,7 +69,7 @@ class Compiler:
         except StructureError as error:
             self._guide = error
         self._cache: FormCache[Form | _Refusal] = FormCache(_MAX_BYTES)
-        self._turns: Turns[_Job] = Turns()
+        self._turns: Turns[_Job | _Checking] = Turns()
         self.trials = tuple(TrialProcess(tokenizer, width, _STACK // 2) for _ in range(processes))
         self._threads: list[threading.Thread] = []
         if isinstance(self._guide, Guide):
@@ -92,12 +100,27 @@ class Compiler:
             salt = b""  # it says nothing about who asks
         job = _Job(wanted, space, _key(wanted, space), future)
         if not self._answer_from_cache(salt, job):
-            self._turns.put(salt, job)
+            self._put(salt, job)
         return future
 
     def compile(self, wanted: Wanted, *, continues: bool, salt: bytes) -> Form:
-        """Returns the form of what is wanted; see `submit`. Raises StructureError."""
+        """Returns the form of what is wanted; see `submit`.
+
+        Raises StructureError, NotStarted, and CancelledError after `close`.
+        """
         return self.submit(wanted, continues=continues, salt=salt).result()
+
+    def check(self, answer: str, check: Check, *, salt: bytes) -> str | None:
+        """Returns what is wrong with a finished answer, or None; see `check_answer`.
+
+        It is checked where forms are tried, because the patterns of a schema may take all memory.
+        Raises NotStarted, and CancelledError after `close`.
+        """
+        if not self.trials:
+            return check_answer(answer, check.schema, check.draft)
+        job = _Checking(answer, check, Future())
+        self._put(salt, job)
+        return job.future.result()
 
     def close(self) -> None:
         """Ends the threads and processes. Requests that still wait are cancelled."""
@@ -114,6 +137,12 @@ class Compiler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _put(self, salt: bytes, job: _Job | _Checking) -> None:
+        try:
+            self._turns.put(salt, job)
+        except RuntimeError:  # closed
+            job.future.cancel()
+
     def _work(self, trial: TrialProcess | None) -> None:
         """Serves requests until the end, with one trial process."""
         if trial is not None:
@@ -122,12 +151,23 @@ class Compiler:
             salt, job = turn
             begin = time.monotonic()
             try:
-                if job.future.set_running_or_notify_cancel():
+                if not job.future.set_running_or_notify_cancel():
+                    continue
+                if isinstance(job, _Checking):
+                    self._check(trial, job)
+                else:
                     self._make(trial, salt, job)
                 if trial is not None:
                     _quietly(trial.start)  # if it died; this caller's next request waits for it
             finally:
                 self._turns.finish(salt, time.monotonic() - begin)
+
+    def _check(self, trial: TrialProcess | None, job: _Checking) -> None:
+        assert trial is not None
+        try:
+            job.future.set_result(trial.check(job.answer, job.check))
+        except BaseException as error:
+            job.future.set_exception(error)
 
     def _make(self, trial: TrialProcess | None, salt: bytes, job: _Job) -> None:
         if self._answer_from_cache(salt, job):

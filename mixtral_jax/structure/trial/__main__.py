@@ -1,8 +1,9 @@
 """Trial: a process that compiles what callers ask for before the server does, and may die of it.
 
-Some grammars overflow the compiler's stack, never end or take all memory. They do so here. The
-parent writes one line of JSON with the vocabulary, then one line for each trial, and reads one line
-back for each. This process ends when its standard input does, also in the middle of a trial.
+Some grammars overflow the compiler's stack, never end or take all memory. They do so here, and so
+do patterns of schemas that finished answers are checked against. The parent writes one line of JSON
+with the vocabulary, then one line for each trial or check, and reads one line back for each. This
+process ends when its standard input does, also in the middle of a trial.
 """
 
 import base64
@@ -21,6 +22,7 @@ from typing import Any
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.form import form_of
+from mixtral_jax.structure.json_schema.checker import check_answer
 from mixtral_jax.structure.matcher import Guide
 from mixtral_jax.structure.specification import Grammar
 from mixtral_jax.structure.wanted import Wanted, tried_grammar
@@ -60,6 +62,9 @@ def _serve(opening: dict[str, Any], requests: "queue.SimpleQueue[bytes]") -> Non
         request = json.loads(requests.get())
         begin = time.thread_time()
         try:
+            if "answer" in request:
+                _answer({"violation": check_answer(**request)})
+                continue
             grammar = _tried(request, guide)
             spent = time.thread_time() - begin
             if spent > _SLOWEST:

@@ -19,12 +19,17 @@ from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 LONGEST_TRIAL = 2.0  # seconds
 LONGEST_START = 60.0  # seconds
+LONGEST_CHECK = 3.0  # seconds, of which loading jsonschema takes some at the first one
 _LARGEST_ANSWER = 64 << 20  # bytes
 _PACKAGES = Path(__file__).parents[3]
 
 
 class Died(StructureError):
     """A trial whose process died, or did not end in time."""
+
+
+class NotStarted(RuntimeError):
+    """The process that tries cannot be started: a fault of the machine, not of the structure."""
 
 
 class TrialProcess:
@@ -58,22 +63,22 @@ class TrialProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Starts the process and waits until it can try. Raises RuntimeError if it cannot."""
+        """Starts the process and waits until it can try. Raises NotStarted if it cannot."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
         self.starts += 1
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mixtral_jax.structure.trial"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a Rust panic writes the caller's text
-            env={**os.environ, "PYTHONPATH": _with_packages(), "OPENBLAS_NUM_THREADS": "1"},
-        )
         try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mixtral_jax.structure.trial"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # a Rust panic writes the caller's text
+                env={**os.environ, "PYTHONPATH": _with_packages(), "OPENBLAS_NUM_THREADS": "1"},
+            )
             answer = self._ask(self._opening, LONGEST_START)
-        except Died as error:
-            raise RuntimeError(f"the process that tries grammars does not start: {error}") from None
+        except (Died, OSError) as error:
+            raise NotStarted(f"the process that tries grammars does not start: {error}") from None
         assert answer == {"ready": True}, answer
 
     def close(self) -> None:
@@ -91,7 +96,7 @@ class TrialProcess:
     def trial(self, wanted: Wanted, *, space: bool) -> Grammar:
         """Returns the grammar of what is wanted, which was compiled and matched for two tokens.
 
-        Raises StructureError; Died if the process had to be killed or died.
+        Raises StructureError; Died if the process had to be killed or died; NotStarted.
         """
         self.start()
         # Pickled towards the child alone, which may be anything once it has read what callers send.
@@ -111,6 +116,22 @@ class TrialProcess:
             tuple(answer["weakened"]),
             tuple(Check(*check) for check in answer["checks"]),
         )
+
+    def check(self, answer: str, check: Check) -> str | None:
+        """Returns why an answer is not valid under a schema, or None if it is; see `check_answer`.
+
+        What the process dies of, or does not check in time, is reported as wrong.
+        Raises NotStarted.
+        """
+        self.start()
+        request = {"answer": answer, "schema": check.schema, "draft": check.draft}
+        try:
+            reply = self._ask(json.dumps(request).encode() + b"\n", LONGEST_CHECK)
+        except Died:
+            self.close()
+            return "the answer could not be checked in time"
+        violation: str | None = reply["violation"]
+        return violation
 
     def _ask(self, line: bytes, seconds: float) -> Any:
         """Returns what the process answers to a line. Raises Died."""

@@ -7,7 +7,9 @@ belongs into a thread.
 import logging
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from mixtral_jax.errors import StructureError
@@ -15,9 +17,10 @@ from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.specification import Kind, Specification
 from mixtral_jax.structure.tool_grammar import Mode, ToolUse
+from mixtral_jax.structure.trial.process import NotStarted
 from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-from serving.errors import InvalidParameter, Problem
+from serving.errors import InvalidParameter, Problem, Unavailable
 from serving.proto import inference_pb2 as pb
 from serving.service.answer.tool_use import (
     FIELD,
@@ -99,7 +102,8 @@ class AnswerForms:
     def _response_form(self, response: Specification, continues: bool, salt: bytes) -> AnswerForm:
         def compiled() -> AnswerForm:
             form = self._compiler.compile(response, continues=continues, salt=salt)
-            return AnswerForm(form, form.weakened, text_check(form))
+            check = partial(self._compiler.check, salt=salt)
+            return AnswerForm(form, form.weakened, text_check(form, check))
 
         return compiling(field_of_response(response), compiled)
 
@@ -117,11 +121,12 @@ class AnswerForms:
                 name = tool_field_of(error, use)
                 raise
             may_call = bool(use.callable_tools())
+            check = partial(self._compiler.check, salt=salt)
             return AnswerForm(
                 form,
                 form.weakened,
-                text_check(form),
-                call_check(form),
+                text_check(form, check),
+                call_check(form, check),
                 holds_text=use.response is not None,
                 may_call=may_call,
                 must_call=use.mode is Mode.REQUIRED,
@@ -151,7 +156,8 @@ def specification_of(response_format: pb.ResponseFormat) -> Specification:
 def compiling(name: str | Callable[[], str], work: Callable[[], _Result]) -> _Result:
     """Returns what `work` compiles for the field `name`; whatever it raises ends one request.
 
-    Raises InvalidParameter naming the field and, within it, the JSON pointer.
+    Raises InvalidParameter naming the field and, within it, the JSON pointer, and Unavailable where
+    the fault is not the request's.
     """
     try:
         return work()
@@ -159,6 +165,9 @@ def compiling(name: str | Callable[[], str], work: Callable[[], _Result]) -> _Re
         raise invalid(name if isinstance(name, str) else name(), error) from None
     except (KeyboardInterrupt, SystemExit, MemoryError, InvalidParameter):
         raise
+    except (NotStarted, CancelledError) as error:
+        _log.error("nothing can be compiled: %s", error)
+        raise Unavailable("grammars cannot be compiled just now; try again shortly") from None
     except BaseException:  # a panic of the compiler in Rust is no Exception
         _log.exception("the compiler of grammars failed")
         name = name if isinstance(name, str) else name()

@@ -4,12 +4,10 @@ A mistake in them is named by its field and, within a tool's parameters, by its 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.form import Form
-from mixtral_jax.structure.json_schema.checker import check_answer
-from mixtral_jax.structure.specification import Specification
+from mixtral_jax.structure.specification import Check, Specification
 from mixtral_jax.structure.tool_grammar import OF_RESPONSE, Mode, ToolUse
 from mixtral_jax.tokenization.messages import Message, Tool, ToolCall
 from mixtral_jax.tokenization.tool_form import ToolForm
@@ -17,6 +15,8 @@ from serving.errors import InvalidParameter
 from serving.proto import inference_pb2 as pb
 
 FIELD = "response_format"
+Checks = Callable[[str, Check], str | None]
+"""Returns what is wrong with a JSON text under a schema, or None."""
 TOOLS, TOOL_CHOICE = "chat.tools", "chat.tool_choice"
 _MODES = {
     pb.ToolChoice.MODE_UNSPECIFIED: Mode.AUTO,
@@ -103,19 +103,27 @@ def field_of(error: StructureError, use: ToolUse) -> str:
     return TOOLS
 
 
-def text_check(form: Form) -> Callable[[str], str | None] | None:
+def text_check(form: Form, run: Checks) -> Callable[[str], str | None] | None:
     """Returns a check of whole texts against a schema of which a part is not enforced.
 
     It returns what is wrong with a text, or None. None instead of it if all is enforced.
+
+    Args:
+        form: The form.
+        run: Checks a JSON text, and returns what is wrong with it, or None.
     """
     check = next((check for check in form.checks if not check.tool), None)
-    return None if check is None else partial(check_answer, schema=check.schema, draft=check.draft)
+    return None if check is None else lambda text: run(text, check)
 
 
-def call_check(form: Form) -> Callable[[ToolCall], str | None] | None:
+def call_check(form: Form, run: Checks) -> Callable[[ToolCall], str | None] | None:
     """Returns a check of calls against what of their tools' parameters is not enforced.
 
     It returns what is wrong with a call, or None. None instead of it if all is enforced.
+
+    Args:
+        form: The form.
+        run: Checks a JSON text, and returns what is wrong with it, or None.
     """
     checks = {check.tool: check for check in form.checks if check.tool}
 
@@ -123,7 +131,7 @@ def call_check(form: Form) -> Callable[[ToolCall], str | None] | None:
         check = checks.get(call["name"])
         if check is None:
             return None
-        wrong = check_answer(call["arguments"], check.schema, check.draft)
+        wrong = run(call["arguments"], check)
         return None if wrong is None else f"{call['name']}: {wrong}"
 
     return violation if checks else None

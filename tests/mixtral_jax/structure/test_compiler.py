@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.matcher import Matcher
-from mixtral_jax.structure.specification import Grammar, Kind, Specification
+from mixtral_jax.structure.specification import Check, Grammar, Kind, Specification
 from mixtral_jax.structure.tool_grammar import Mode, ToolUse
 from mixtral_jax.tokenization.messages import Tool
 from mixtral_jax.tokenization.tokenizer import Tokenizer
@@ -195,3 +196,19 @@ def test_tools_are_read_in_the_trial(
     assert tried.compile(use(POINT), continues=False, salt=b"").weakened == ()
     with pytest.raises(StructureError, match="parameters of the function look"):
         tried.compile(use(odd, strict=True), continues=False, salt=b"")
+
+
+def test_answers_are_checked_by_the_processes_that_try_forms(
+    vocabularies: Callable[[str], Tokenizer],
+) -> None:
+    unique = Check('{"uniqueItems": true}', "draft2020-12")
+    with Compiler(vocabularies("bytes").__class__(), 300) as compiler:
+        assert compiler.check("[1]", unique, salt=b"") is None
+        for trial in compiler.trials:
+            trial.close()
+        assert "equal" in (compiler.check("[1, 1]", unique, salt=b"") or "")
+        assert any(trial.pid is not None for trial in compiler.trials)
+    with pytest.raises(CancelledError):
+        compiler.check("[1]", unique, salt=b"")
+    with pytest.raises(CancelledError):
+        compiler.compile(Specification(Kind.JSON_OBJECT), continues=False, salt=b"")

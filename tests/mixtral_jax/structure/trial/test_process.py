@@ -1,5 +1,6 @@
 """The process that tries grammars: it dies, is started anew, and never outlives its parent."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.specification import Check, Grammar, Kind, Specification
-from mixtral_jax.structure.trial.process import Died, TrialProcess
+from mixtral_jax.structure.trial.process import Died, NotStarted, TrialProcess
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 
 GOOD = Specification(Kind.REGEX, "[ab]+")
@@ -94,7 +95,7 @@ def test_a_signal_of_the_terminal_does_not_end_it(trial: TrialProcess) -> None:
 def test_it_ends_with_its_parent_even_in_an_endless_trial() -> None:
     code = f"""
     import os, threading, time
-    from mixtral_jax.structure.specification import Grammar
+    from mixtral_jax.structure.specification import Check, Grammar
     from mixtral_jax.structure.trial.process import TrialProcess
     from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 
@@ -115,3 +116,31 @@ def test_it_ends_with_its_parent_even_in_an_endless_trial() -> None:
             return
         time.sleep(0.1)
     pytest.fail("the process outlived its parent")
+
+
+def test_an_answer_is_checked_where_its_schema_may_do_no_harm(trial: TrialProcess) -> None:
+    unique = Check('{"uniqueItems": true}', "draft2020-12")
+    assert trial.check("[1]", unique) is None
+    assert "equal" in (trial.check("[1, 1]", unique) or "")
+    # jsonschema matches the names of "unevaluatedProperties" by `re`, which takes hours for this.
+    backtracking = {
+        "allOf": [{"patternProperties": {"^(a+)+$": {}}}],
+        "unevaluatedProperties": False,
+    }
+    # The package regex writes out 216 million letters for this.
+    memory = {"pattern": "(?:(?:(?:a{600}){600}){600})?"}
+    name = "a" * 50 + "b"
+    for answer, schema in ((f'{{"{name}": 1}}', backtracking), ('"a"', memory)):
+        late = trial.check(answer, Check(json.dumps(schema), "draft2020-12"))
+        assert late == "the answer could not be checked in time"
+    assert trial.check("[1]", unique) is None
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_structure(
+    trial: TrialProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process_of(trial).kill()
+    process_of(trial).wait()
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+    with pytest.raises(NotStarted, match="does not start"):
+        trial.trial(GOOD, space=False)
