@@ -37,6 +37,8 @@ from mixtral_jax.structure.specification import Kind, Specification
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
+_MOST_TOLD = 5  # rules that an error names
+
 
 class Draw(NamedTuple):
     """A token, and logprobs of the model's own distribution, before sampling parameters act."""
@@ -71,8 +73,8 @@ def generate(
         min_tokens: length before which no token that ends the answer is drawn.
         ignore_eos: lets the answer go on to `max_tokens`, or for as long as its structure lets it.
         json_schema: JSON Schema, as text or as the value that it stands for, that the answer must
-            match; tokens that would break it are not drawn. An answer that is cut at `max_tokens`
-            is not whole.
+            match; tokens that would break it are not drawn, and one of which a part cannot be
+            enforced is refused. An answer that is cut at `max_tokens` is not whole.
         regex: Regular expression that the answer must match as a whole, in place of a schema.
         fields: fields of SamplingParams that replace those of `sampling`, such as temperature=0.
 
@@ -287,7 +289,11 @@ def _form(
     if not (isinstance(kept, tuple) and kept[0] is tokenizer):
         kept = tokenizer, Guide(tokenizer, model.config.vocab_size)
         model.programs.keep("guide", kept)
-    return form_of(grammar_of(wanted, space=tokenizer.dummy_space and not continues), kept[1])
+    form = form_of(grammar_of(wanted, space=tokenizer.dummy_space and not continues), kept[1])
+    if form.checks:  # nobody would be told, and nobody checks the text
+        rules = "; ".join(form.weakened[:_MOST_TOLD])
+        raise StructureError(f"json_schema cannot be enforced as a whole; leave out: {rules}")
+    return form
 
 
 class _Structure:

@@ -325,6 +325,9 @@ def test_the_library_answers_in_a_schema_or_an_expression(model: Transformer) ->
         generate(model, TOKENIZER, "Hello", json_schema=SCHEMA, regex="a")
     with pytest.raises(StructureError):
         generate(model, TOKENIZER, "Hello", regex="(a")
+    different = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    with pytest.raises(StructureError, match="/uniqueItems: not enforced"):
+        generate(model, TOKENIZER, "Hello", json_schema=different)
 
 
 def test_a_cut_answer_says_so(model: Transformer, steps: Steps, person: Form) -> None:
