@@ -68,6 +68,8 @@ class MistralChat:
             return ids
         except MistralCommonException as error:
             raise ChatError(f"{error}. {_CHAT_RULES}") from error
+        except ChatError:
+            raise
         except ValueError as error:
             raise ChatError(f"a message {NOT_CUT}: {error}") from error
 

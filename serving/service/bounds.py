@@ -34,7 +34,9 @@ MAX_TEXTS, MAX_TEXT_BYTES = 2**12, 2**12
 # The number of functions that OpenAI's API takes.
 MAX_TOOLS, MAX_TOOL_NAME_BYTES = 128, 64
 # An agent may repeat calls of a model that called many tools at the same time.
-MAX_TOOL_CALLS, MAX_TOOL_CALL_ID_BYTES = 128, 256
+MAX_TOOL_CALLS, MAX_TOOL_CALL_NAME_BYTES = 128, 1024
+# Some servers keep signatures of thoughts in the ids of calls; the gateway takes 8192 characters.
+MAX_TOOL_CALL_ID_BYTES = 2**15
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         "ChatMessage.tool_call_id": call_id,
         "ToolCall.id": call_id,
         # A model may have written any name into the history.
-        "ToolCall.name": Bound(size=MAX_TOOL_CALL_ID_BYTES),
+        "ToolCall.name": Bound(size=MAX_TOOL_CALL_NAME_BYTES),
         "ToolCall.arguments": prompt,
         "Tool.name": Bound(size=MAX_TOOL_NAME_BYTES),
         "Tool.description": prompt,

@@ -40,7 +40,7 @@ MAX_SCHEMA = 2**18
 # Characters of a regular expression or a grammar.
 MAX_GRAMMAR = 2**16
 # Texts that an answer may be one of, and characters of one of them.
-MAX_CHOICES = 1024
+MAX_CHOICES = 4096
 MAX_CHOICE_LENGTH = 4096
 # Members of vLLM's object.
 MAX_OPTIONS = 16
@@ -49,9 +49,11 @@ _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 
 
 def written(value: object) -> object:
-    """Returns a JSON Schema as JSON, if it is an object; all else as it is."""
-    if not isinstance(value, dict):
+    """Returns a JSON Schema as JSON, if it is an object; a text as it is."""
+    if isinstance(value, str):
         return value
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "a schema is a JSON object")
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:

@@ -180,3 +180,9 @@ def test_what_vllm_has_and_we_have_not_is_named(parameters: dict[str, Any], path
     with pytest.raises(UnsupportedParameter, match=path.rpartition(".")[2]) as caught:
         form(**parameters)
     assert [".".join(problem.path) for problem in caught.value.problems] == [f"body.{path}"]
+
+
+@pytest.mark.parametrize("schema", [True, [], 5])
+def test_a_schema_that_is_no_object_is_called_so(schema: object) -> None:
+    with pytest.raises(InvalidParameter, match="a schema is a JSON object"):
+        form(response_format={"type": "json_schema", "json_schema": {"schema": schema}})
