@@ -234,7 +234,7 @@ def test_a_refused_call_is_none_that_ended(toy: Toy) -> None:
         # The gateway lets as many bytes pass as the context has tokens; with the chat's own tokens
         # they are too many, which the service finds.
         answer = await client.post("/v1/chat/completions", json=chat("x" * 512))
-        assert answer.json()["code"] == "context_length_exceeded"
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
         await until(lambda: len(toy.spans()) >= 3)
         rpc = toy.spans()["mixtral.v1.Inference/Generate"]
         assert (rpc.attributes or {})["error.type"] == "ContextTooLong"
