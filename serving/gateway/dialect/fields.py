@@ -6,6 +6,7 @@ before the value is walked; a test fails for a field without one. A feature that
 and we do not have is refused by name (`only`), never dropped in silence.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
@@ -27,6 +28,8 @@ MAX_NAME = 256
 # Texts, and ids, that may end an answer; the service allows no more.
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+# Parts of the content of one message or item.
+MAX_PARTS = 1024
 # Tools, and calls of tools: as many as OpenAI's API allows.
 MAX_TOOLS = 128
 # Token ids with a bias.
@@ -39,6 +42,40 @@ class Described(BaseModel):
     """A type whose attributes' docstrings are their descriptions in the OpenAPI document."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+
+
+def join_texts(content: object, keys: Mapping[str, str]) -> object:
+    """Joins the parts of a content; a text-only model must refuse the other kinds by name.
+
+    Args:
+        content: A list of parts; anything else is returned as it is.
+        keys: The types of parts that hold text, and the key of it in each.
+    """
+    if not isinstance(content, list):
+        return content
+    if len(content) > MAX_PARTS:
+        raise PydanticCustomError(
+            "too_long", "a content has at most {most} parts", {"most": MAX_PARTS}
+        )
+    texts = []
+    for item in content:
+        kind = item.get("type") if isinstance(item, dict) else None
+        key = keys.get(kind) if isinstance(kind, str) else None
+        if key is None:
+            raise PydanticCustomError(
+                NOT_SUPPORTED,
+                "this model reads text only, not content of type '{kind}'",
+                # A list of a hundred thousand may stand here, which is not written out.
+                {"kind": kind[:40] if isinstance(kind, str) else type(kind).__name__},
+            )
+        if not isinstance(item.get(key), str):
+            raise PydanticCustomError(
+                "string_type",
+                "a part of type '{kind}' needs a string '{key}'",
+                {"kind": kind, "key": key},
+            )
+        texts.append(item[key])
+    return "\n".join(texts)
 
 
 def is_none(value: object) -> bool:

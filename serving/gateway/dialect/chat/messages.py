@@ -14,11 +14,19 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.fields import MAX_TOOLS, NOT_SUPPORTED, Described, Name, Never, Text
+from serving.gateway.dialect.fields import (
+    MAX_TOOLS,
+    NOT_SUPPORTED,
+    Described,
+    Name,
+    Never,
+    Text,
+    join_texts,
+)
 from serving.proto import inference_pb2
 
-# Parts of one message's content.
-MAX_PARTS = 1024
+# The types of parts that hold text, and the key of it; refusals are of earlier answers of OpenAI's.
+_TEXTS = {"text": "text", "refusal": "refusal"}
 # Characters of the id of a call. Some servers keep signatures of thoughts in theirs.
 MAX_CALL_ID = 8192
 # Mistral's own endpoint puts this before a conversation that asks for `safe_prompt`.
@@ -52,30 +60,7 @@ def _check_role(role: object) -> object:
 
 
 def _join_texts(content: object) -> object:
-    """Joins the parts of a message; a text-only model must refuse the other kinds by name."""
-    if not isinstance(content, list):
-        return content
-    if len(content) > MAX_PARTS:
-        raise PydanticCustomError(
-            "too_long", "a content has at most {most} parts", {"most": MAX_PARTS}
-        )
-    texts = []
-    for item in content:
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "refusal" and isinstance(item.get("refusal"), str):
-            texts.append(item["refusal"])  # OpenAI's, of an assistant's earlier answer
-            continue
-        if kind != "text":
-            raise PydanticCustomError(
-                NOT_SUPPORTED,
-                "this model reads text only, not content of type '{kind}'",
-                # A list of a hundred thousand may stand here, which is not written out.
-                {"kind": kind[:40] if isinstance(kind, str) else type(kind).__name__},
-            )
-        if not isinstance(item.get("text"), str):
-            raise PydanticCustomError("string_type", "a part of type 'text' needs a string 'text'")
-        texts.append(item["text"])
-    return "\n".join(texts)
+    return join_texts(content, _TEXTS)
 
 
 def _check_content(content: str | None, info: ValidationInfo) -> str | None:

@@ -16,12 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.fields import NOT_SUPPORTED, Described, Name, Text
+from serving.gateway.dialect.fields import NOT_SUPPORTED, Described, Name, Text, join_texts
 from serving.proto import inference_pb2
 
 MAX_ITEMS = 4096
-# Parts of one item's content.
-MAX_PARTS = 1024
 
 # The types of parts that hold text, and the key of it.
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
@@ -42,29 +40,7 @@ class InputText(Described):
 
 
 def _join_texts(content: object) -> object:
-    """Joins the parts of an item; a text-only model must refuse the other kinds by name."""
-    if not isinstance(content, list):
-        return content
-    if len(content) > MAX_PARTS:
-        raise PydanticCustomError(
-            "too_long", "a content has at most {most} parts", {"most": MAX_PARTS}
-        )
-    texts = []
-    for item in content:
-        kind = item.get("type") if isinstance(item, dict) else None
-        key = _TEXTS.get(kind) if isinstance(kind, str) else None
-        if key is None:
-            raise PydanticCustomError(
-                NOT_SUPPORTED,
-                "this model reads text only, not content of type '{kind}'",
-                {"kind": kind[:40] if isinstance(kind, str) else type(kind).__name__},
-            )
-        if not isinstance(item.get(key), str):
-            raise PydanticCustomError(
-                "string_type", "a part of type '{kind}' needs a string", {"kind": kind}
-            )
-        texts.append(item[key])
-    return "\n".join(texts)
+    return join_texts(content, _TEXTS)
 
 
 Content = Annotated[
