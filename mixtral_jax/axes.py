@@ -10,6 +10,7 @@
     W  width of a page table                Y  tokens per page
     R  rows to draw from                    J  biased tokens of a row
     Q  experts as the router scores them: every device knows all of these scores
+    U  rank of an adapter                   A  adapters that rows of one step may use
 
 The same letters name the dimensions of an array's type (`Float[Array, "B T D"]`), the terms of an
 einsum, the tag of a parameter (`axes="EFD"`) and the sharding (`ShardingRules.spec("EFD")`).
@@ -26,6 +27,7 @@ Hidden = Float[Array, "*R D"]
 RowHidden = Float[Array, "B T D"]
 RowQueries = Float[Array, "B T N H"]
 RowKeys = Float[Array, "B T K H"]
+Segments = Int[Array, "B T"]  # documents of a packed row, from 1; 0 is padding
 FlatHidden = Float[Array, "T D"]
 DrawnHidden = Float[Array, "R D"]
 RowLogits = Float[Array, "B T V"]

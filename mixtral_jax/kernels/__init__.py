@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries
+from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries, Segments
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.layout import Layout
 from mixtral_jax.weight import Weight
@@ -49,8 +49,11 @@ class Kernels:
         [FlatQueries, FlatKeys, FlatKeys, Pages, RaggedBatch, int | None],
         tuple[FlatQueries, Pages],
     ]
-    # (q [B T N H], k, v [B T K H], window, layout) -> [B T N H]: causal, whole arrays
-    full_attention: Callable[[RowQueries, RowKeys, RowKeys, int | None, Layout | None], RowQueries]
+    # (q [B T N H], k, v [B T K H], window, layout, segments [B T]) -> [B T N H]: causal, whole
+    # arrays; of a packed row each segment sees itself only
+    full_attention: Callable[
+        [RowQueries, RowKeys, RowKeys, int | None, Layout | None, Segments | None], RowQueries
+    ]
     # (x [T D]) -> [T D]: the rows that the router multiplies
     router_input: Callable[[jax.Array], jax.Array]
     # (rows, room, starts, sizes, places, arriving, axis) -> room: see xla/moves.py

@@ -7,9 +7,10 @@ tokens of many sequences in one flat row, keys and values in pages. The arithmet
 
 from flax import nnx
 
-from mixtral_jax.axes import FlatHidden, Pages, RowHidden
+from mixtral_jax.axes import FlatHidden, Pages, RowHidden, Segments
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.layers import Linear, Rotary, paged_together
 from mixtral_jax.placement import Placement
@@ -26,13 +27,23 @@ class Attention(nnx.Module):
         self.o = Linear("D", "NH", config, placement, rngs)
         self.window = config.sliding_window
 
-    def full(self, x: RowHidden, rotary: Rotary, capture: Capture = NOTHING) -> RowHidden:
-        """Causal attention within each row: x [B T D] -> [B T D]."""
+    def full(
+        self,
+        x: RowHidden,
+        rotary: Rotary,
+        capture: Capture = NOTHING,
+        *,
+        segments: Segments | None = None,
+        adapter: BlockAdapter = UNCHANGED,
+    ) -> RowHidden:
+        """Causal attention within each row, or each segment of it: x [B T D] -> [B T D]."""
         capture.record("attention.qkv", x)
-        q, k = rotary.rotate(self.q.full(x)), rotary.rotate(self.k.full(x))
-        mixed = self.kernels.full_attention(q, k, self.v.full(x), self.window, self.layout)
+        q = rotary.rotate(self.q.full(x, adapter.q))
+        k = rotary.rotate(self.k.full(x, adapter.k))
+        v = self.v.full(x, adapter.v)
+        mixed = self.kernels.full_attention(q, k, v, self.window, self.layout, segments)
         capture.record("attention.o", mixed)
-        return self.o.full(mixed)
+        return self.o.full(mixed, adapter.o)
 
     def paged(
         self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch

@@ -7,6 +7,7 @@ Layers record by these names; B rows, T tokens, M = B*T*X pairs of a token and o
     feed_forward.in     [*R D]       inputs of the router, gate and up
     feed_forward.down   [*R F]       inputs of down; [M F] in a mixture, sorted by expert
     feed_forward.sizes  [E] i32      rows of each expert in feed_forward.down
+    router.logits       [B*T E]      what the router gives each expert
     router.choice       [B*T X] i32  the experts of each token
     router.weights      [B*T X] f32  and what each weighs in the sum
 """

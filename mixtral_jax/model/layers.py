@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from mixtral_jax.axes import FlatHidden, Hidden, Positions
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.xla import products as xla
+from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter, LowRank
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.placement import Placement
 from mixtral_jax.weight import Weight
@@ -103,12 +104,13 @@ class Linear(nnx.Module):
         self.num_inputs = len(inputs)
         self.kernels = placement.kernels
 
-    def full(self, x: jax.Array) -> jax.Array:
-        """x [*R inputs] -> [*R outputs]."""
+    def full(self, x: jax.Array, low: LowRank | None = None) -> jax.Array:
+        """x [*R inputs] -> [*R outputs], with what an adapter adds."""
         rows = x.shape[: x.ndim - self.num_inputs]
         # One axis in and one out: on CPU two contracted axes take a path that is twice as slow.
         flat = x.reshape(math.prod(rows), -1)
-        return self._shaped(xla.product(flat, self.flat_weight), rows)
+        y = xla.product(flat, self.flat_weight)
+        return self._shaped(y if low is None else y + low.product(flat), rows)
 
     def paged(self, x: jax.Array) -> jax.Array:
         """x [T inputs] -> [T outputs], by the placement's kernel."""
@@ -195,12 +197,14 @@ class FeedForward(nnx.Module):
         self.up = Linear("F", "D", config, placement, rngs)
         self.down = Linear("D", "F", config, placement, rngs)
 
-    def full(self, x: Hidden, capture: Capture = NOTHING) -> Hidden:
+    def full(
+        self, x: Hidden, capture: Capture = NOTHING, *, adapter: BlockAdapter = UNCHANGED
+    ) -> Hidden:
         """x [*R D] -> [*R D]."""
         capture.record("feed_forward.in", x)
-        hidden = xla.swiglu(self.gate.full(x), self.up.full(x))
+        hidden = xla.swiglu(self.gate.full(x, adapter.gate), self.up.full(x, adapter.up))
         capture.record("feed_forward.down", hidden)
-        return self.down.full(hidden)
+        return self.down.full(hidden, adapter.down)
 
     def paged(self, x: FlatHidden) -> FlatHidden:
         """x [T D] -> [T D]."""

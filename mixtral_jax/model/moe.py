@@ -9,7 +9,7 @@ One sum, four equal forms:
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,15 @@ from mixtral_jax.kernels import Kernels
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.layout import Layout
 from mixtral_jax.model import expert_exchange
+from mixtral_jax.model.adapter import UNCHANGED, AdaptedWeight, BlockAdapter, LowRank
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.layers import Linear, weight_of, weight_parameters
 from mixtral_jax.placement import Placement
 from mixtral_jax.weight import Weight
 
 Form = Literal["dense", "ragged"]
-Experts = tuple[Weight, Weight, Weight]  # gate "EFD", up "EFD", down "EDF"
+# gate "EFD", up "EFD", down "EDF"
+Experts = tuple[AdaptedWeight, AdaptedWeight, AdaptedWeight]
 
 # Tokens of one device from which on the exchange moves less than its own overhead is worth.
 _MIN_EXCHANGED = 64
@@ -55,23 +57,33 @@ class MoE(nnx.Module):
         self.experts_per_token = config.experts_per_token
         self.layout, self.kernels = placement.layout, placement.kernels
 
-    def full(self, x: Hidden, form: Form = "ragged", capture: Capture = NOTHING) -> Hidden:
+    def full(
+        self,
+        x: Hidden,
+        form: Form = "ragged",
+        capture: Capture = NOTHING,
+        *,
+        adapter: BlockAdapter = UNCHANGED,
+    ) -> Hidden:
         """x [*R D] -> [*R D]. `form` chooses between dense and ragged; a mesh means sharded.
 
         Only the ragged form records the inputs of down.
         """
         flat = x.reshape(-1, x.shape[-1])
         kernels = self.kernels.with_gradients()
-        choice, weights = route(self.router.full(flat), self.experts_per_token)
+        logits = self.router.full(flat, adapter.router)
+        choice, weights = route(logits, self.experts_per_token)
+        experts = self.adapted(adapter)
         capture.record("feed_forward.in", x)
+        capture.record("router.logits", logits)
         capture.record("router.choice", choice)
         capture.record("router.weights", weights)
         if self.layout is not None:
-            flat = moe_sharded(flat, choice, weights, self.experts, self.layout, kernels)
+            flat = moe_sharded(flat, choice, weights, experts, self.layout, kernels)
         elif form == "dense":
-            flat = moe_dense(flat, choice, weights, self.experts)
+            flat = moe_dense(flat, choice, weights, experts)
         else:
-            flat = moe_ragged(flat, choice, weights, self.experts, kernels, capture)
+            flat = moe_ragged(flat, choice, weights, experts, kernels, capture)
         return flat.reshape(x.shape)
 
     def paged(self, x: FlatHidden) -> FlatHidden:
@@ -87,7 +99,15 @@ class MoE(nnx.Module):
     @property
     def experts(self) -> Experts:
         """The arrays of gate, up and down."""
-        return self.gate.arrays, self.up.arrays, self.down.arrays
+        return self.adapted(UNCHANGED)
+
+    def adapted(self, adapter: BlockAdapter) -> Experts:
+        """The same with what an adapter has beside them."""
+        return (
+            AdaptedWeight(self.gate.arrays, adapter.gate),
+            AdaptedWeight(self.up.arrays, adapter.up),
+            AdaptedWeight(self.down.arrays, adapter.down),
+        )
 
 
 class ExpertMatrix(nnx.Module):
@@ -117,8 +137,12 @@ def moe_dense(
     A choice >= the number of experts held here adds nothing.
     """
 
-    def expert(gate: Weight, up: Weight, down: Weight) -> jax.Array:
-        return xla.product(xla.swiglu(xla.product(x, gate), xla.product(x, up)), down)
+    def product(x: jax.Array, weight: AdaptedWeight) -> jax.Array:
+        y = xla.product(x, weight.weight)
+        return y if weight.low is None else y + weight.low.product(x)
+
+    def expert(gate: AdaptedWeight, up: AdaptedWeight, down: AdaptedWeight) -> jax.Array:
+        return product(xla.swiglu(product(x, gate), product(x, up)), down)
 
     outputs = jax.vmap(expert)(*experts)
     shares = jax.nn.one_hot(choice, outputs.shape[0], dtype=jnp.float32) * weights[..., None]
@@ -139,15 +163,23 @@ def moe_ragged(
     by expert are (0,0) (1,0) (1,1) (0,2), so rows 0 1 1 0 of x, in groups of 2, 1 and 1.
     """
     gate, up, down = experts
-    num_experts, picks = gate.values.shape[0], choice.shape[1]
+    num_experts, picks = gate.weight.values.shape[0], choice.shape[1]
     pair_expert = choice.reshape(-1)
     order = jnp.argsort(pair_expert, stable=True)
     rows = x[order // picks]
     sizes = jnp.bincount(pair_expert, length=num_experts)
-    hidden = kernels.swiglu(kernels.grouped(rows, sizes, gate), kernels.grouped(rows, sizes, up))
+
+    def product(x: jax.Array, adapted: AdaptedWeight) -> jax.Array:
+        y = kernels.grouped(x, sizes, adapted.weight)
+        if adapted.low is None:
+            return y
+        a, b = (Weight(matrix.astype(x.dtype), None) for matrix in adapted.low)
+        return y + kernels.grouped(kernels.grouped(x, sizes, a), sizes, b)
+
+    hidden = kernels.swiglu(product(rows, gate), product(rows, up))
     capture.record("feed_forward.down", hidden)
     capture.record("feed_forward.sizes", sizes)
-    out = kernels.grouped(hidden, sizes, down)
+    out = product(hidden, down)
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     # Rows of experts held elsewhere are behind the last group, where the product is unspecified.
     out = jnp.where((pair_expert < num_experts)[:, None], out, jnp.zeros((), out.dtype))
@@ -172,7 +204,7 @@ def moe_local(
     if is_split and x.shape[0] >= _MIN_EXCHANGED and kernels.can_move_rows(layout.mesh):
         return moe_exchanged(x, choice, weights, experts, layout, kernels)
     x, choice, weights = (layout.gather_tokens(array, "EF") for array in (x, choice, weights))
-    held = experts[0].values.shape[0]
+    held = experts[0].weight.values.shape[0]
     mine = choice - held * layout.part_index("E")
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
     if x.shape[0] <= kernels.max_dense_tokens:
@@ -191,7 +223,7 @@ def moe_exchanged(
     kernels: Kernels,
 ) -> FlatHidden:
     """`moe_local` where tokens and experts are split over the axis `expert`, and nothing else."""
-    held, devices = experts[0].values.shape[0], layout.mesh.shape[expert_exchange.AXIS]
+    held, devices = experts[0].weight.values.shape[0], layout.mesh.shape[expert_exchange.AXIS]
     dispatched = expert_exchange.dispatch(x, choice, weights, held, devices, kernels)
     sums = moe_ragged(dispatched.rows, dispatched.choice, dispatched.weights, experts, kernels)
     # Parts of a sum over F go back unsummed: there are fewer rows at home.
@@ -212,12 +244,19 @@ def moe_sharded(
         layout = Layout(layout.mesh, replace(layout.rules, B=()))
     rows = layout.rules.spec("BD")
 
-    def local(x: jax.Array, choice: jax.Array, weights: jax.Array, *experts: Weight) -> jax.Array:
+    def local(
+        x: jax.Array, choice: jax.Array, weights: jax.Array, *experts: AdaptedWeight
+    ) -> jax.Array:
         return moe_local(x, choice, weights, (experts[0], experts[1], experts[2]), layout, kernels)
 
-    def spec(weight: Weight, letters: str) -> Weight:
-        scale = None if weight.scale is None else layout.rules.spec(letters[:2])
-        return Weight(layout.rules.spec(letters), scale)  # type: ignore[arg-type]
+    def spec(adapted: AdaptedWeight, letters: str) -> Any:
+        expert, output, inputs = letters[0], letters[1], letters[2]
+        rule = layout.rules.spec
+        scale = None if adapted.weight.scale is None else rule(letters[:2])
+        low = None
+        if adapted.low is not None:
+            low = LowRank(rule(f"{expert}U{inputs}"), rule(f"{expert}{output}U"))  # type: ignore[arg-type]
+        return AdaptedWeight(Weight(rule(letters), scale), low)  # type: ignore[arg-type]
 
     specs = (spec(experts[0], "EFD"), spec(experts[1], "EFD"), spec(experts[2], "EDF"))
     sharded = jax.shard_map(

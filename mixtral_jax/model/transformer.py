@@ -5,6 +5,7 @@ which ShardingRules makes shardings.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from mixtral_jax.axes import (
     Pages,
     RowHidden,
     RowLogits,
+    Segments,
     Tokens,
 )
 from mixtral_jax.cache import PagedCache, RaggedBatch
@@ -27,6 +29,7 @@ from mixtral_jax.compilation import CompiledPrograms
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.layout import Layout
+from mixtral_jax.model.adapter import UNCHANGED, Adapter, BlockAdapter
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.layers import (
@@ -51,10 +54,20 @@ class Block(nnx.Module):
             MoE(config, placement, rngs) if config.is_moe else FeedForward(config, placement, rngs)
         )
 
-    def full(self, x: RowHidden, rotary: Rotary, capture: Capture = NOTHING) -> RowHidden:
+    def full(
+        self,
+        x: RowHidden,
+        rotary: Rotary,
+        capture: Capture = NOTHING,
+        *,
+        segments: Segments | None = None,
+        adapter: BlockAdapter = UNCHANGED,
+    ) -> RowHidden:
         """Whole rows: x [B T D] -> [B T D]; `capture` records values on the way."""
-        x = x + self.attention.full(self.attention_norm.full(x), rotary, capture)
-        return x + self.feed_forward.full(self.feed_forward_norm.full(x), capture=capture)
+        normed = self.attention_norm.full(x)
+        x = x + self.attention.full(normed, rotary, capture, segments=segments, adapter=adapter)
+        normed = self.feed_forward_norm.full(x)
+        return x + self.feed_forward.full(normed, capture=capture, adapter=adapter)
 
     def paged(
         self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch
@@ -86,10 +99,11 @@ class Transformer(nnx.Module):
             for variable in named_parameters(self).values():
                 variable.set_value(_placed(variable.get_value(), variable, self.layout))
 
-    def __call__(self, tokens: Tokens) -> RowLogits:
+    def __call__(self, tokens: Tokens, adapter: Adapter | None = None) -> RowLogits:
         """Full sequence: ids [B T] -> logits [B T V], each position seeing those before it.
 
-        Rows of different lengths are padded on the right; what stands there disturbs nothing.
+        Rows of different lengths are padded on the right; what stands there disturbs nothing. An
+        adapter must have its scaling folded in (`Adapter.folded`).
         Raises ValueError for an array of another rank, or without tokens.
         """
         shape = getattr(tokens, "shape", None)
@@ -99,12 +113,51 @@ class Transformer(nnx.Module):
                 f"the tokens are {given}; give an array [B T] of at least one row and one token, "
                 "such as jax.numpy.array([ids])"
             )
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        return self.logits(self.hidden(tokens, adapter=adapter))
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        *,
+        segments: Segments | None = None,
+        adapter: Adapter | None = None,
+        captures: Sequence[Capture] | None = None,
+        is_recomputed: bool = False,
+    ) -> RowHidden:
+        """The final hidden states of whole rows, whose `logits` are the model's: [B T] -> [B T D].
+
+        Args:
+            tokens: ids [B T].
+            segments: of rows that hold several documents one behind the other, the number of each
+                position's document; a document sees only itself, from position 0.
+            adapter: with its scaling folded in (`Adapter.folded`).
+            captures: one for each layer, which record values on the way.
+            is_recomputed: a gradient recomputes each layer instead of keeping what is inside.
+        """
+        if segments is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        else:
+            positions = positions_in(segments)
         rotary = Rotary.at(positions, self.config)
         x = self.embed.full(tokens).astype(self.dtype)
-        for block in self.layers:
-            x = block.full(x, rotary)
-        return self.logits(self.norm.full(x))
+        adapters = (UNCHANGED,) * len(self.layers) if adapter is None else adapter.layers
+        for i, (block, beside) in enumerate(zip(self.layers, adapters, strict=True)):
+            names = frozenset[str]() if captures is None else captures[i].names
+
+            def run(
+                x: jax.Array,
+                beside: BlockAdapter,
+                block: Block = block,
+                names: frozenset[str] = names,
+            ) -> tuple[jax.Array, dict[str, jax.Array]]:
+                capture = Capture(names)
+                x = block.full(x, rotary, capture, segments=segments, adapter=beside)
+                return x, capture.values
+
+            x, values = (jax.checkpoint(run) if is_recomputed else run)(x, beside)
+            if captures is not None:
+                captures[i].values.update(values)
+        return self.norm.full(x)
 
     def paged(self, batch: RaggedBatch, cache: PagedCache) -> tuple[FlatHidden, PagedCache]:
         """New tokens of many sequences against their pages: final hidden states [T D].
@@ -157,6 +210,13 @@ class Transformer(nnx.Module):
     @property
     def _head(self) -> Embedding | Linear:
         return self.embed if self.head is None else self.head
+
+
+def positions_in(segments: Segments) -> Segments:
+    """Positions within each segment [B T], for example 0 1 2 0 1 of the segments 1 1 1 2 2."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
+    is_first = segments != jnp.roll(segments, 1, axis=1)
+    return index - jax.lax.cummax(jnp.where(is_first, index, 0), axis=1)
 
 
 def held_bytes(model: Transformer) -> int:

@@ -40,7 +40,8 @@ mixtral_jax.tokenization     | mixtral_jax.errors
 mixtral_jax.structure        | mixtral_jax.errors mixtral_jax.tokenization
 mixtral_jax.checkpoint       | mixtral_jax.model* mixtral_jax.tokenization
 mixtral_jax.generation       | mixtral_jax.step* mixtral_jax.tokenization mixtral_jax.structure
-mixtral_jax.planning         | mixtral_jax.generation*
+mixtral_jax.training         | mixtral_jax.generation* mixtral_jax.checkpoint
+mixtral_jax.planning         | mixtral_jax.training*
 mixtral_jax                  | mixtral_jax.generation*
 convert                      | mixtral_jax.model* mixtral_jax.tokenization mixtral_jax.checkpoint mixtral_jax
 serving.errors
@@ -151,7 +152,11 @@ def law() -> dict[str, set[str]]:
                     for row in list(rows)[: list(rows).index(below) + 1]
                     if row.partition(".")[0] == package and row not in beside
                 }
-                if below in ("mixtral_jax.generation", "mixtral_jax.planning"):
+                if below in (
+                    "mixtral_jax.generation",
+                    "mixtral_jax.training",
+                    "mixtral_jax.planning",
+                ):
                     allowed |= beside
             allowed.add(below)
         rows[room] = allowed

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax import cache
-from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries
+from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries, Segments
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.kernels.tpu.tiles import LANES, largest_tile
 from mixtral_jax.kernels.xla import attention as xla
@@ -74,6 +74,7 @@ def full_attention(
     v: RowKeys,
     window: int | None,
     layout: Layout | None,
+    segments: Segments | None = None,
     *,
     interpret: bool = False,
 ) -> RowQueries:
@@ -82,8 +83,8 @@ def full_attention(
     Under a mesh every device computes its own rows and heads, if whole rows are there for each.
     """
     groups = 1 if layout is None else layout.num_sequence_groups
-    if not _fits_rows(q) or q.shape[0] % groups:
-        return xla.full_attention(q, k, v, window, layout)
+    if not _fits_rows(q) or q.shape[0] % groups or segments is not None:
+        return xla.full_attention(q, k, v, window, layout, segments)
     if layout is None:
         return splash_attention(q, k, v, window, interpret=interpret)
     queries, keys = layout.rules.spec("BTNH"), layout.rules.spec("BTKH")

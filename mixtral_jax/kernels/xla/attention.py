@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax import cache
-from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries
+from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries, Segments
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.layout import Layout
 
@@ -22,18 +22,27 @@ _QUERY_BLOCK = 64
 
 
 def full_attention(
-    q: RowQueries, k: RowKeys, v: RowKeys, window: int | None, layout: Layout | None
+    q: RowQueries,
+    k: RowKeys,
+    v: RowKeys,
+    window: int | None,
+    layout: Layout | None,
+    segments: Segments | None = None,
 ) -> RowQueries:
     """Causal attention within each row: q [B T N H], k and v [B T K H] -> [B T N H].
 
-    A query at position p sees the positions max(0, p - window + 1) .. p. The compiler splits it
-    over a mesh by itself, so `layout` changes nothing here.
+    A query at position p sees the positions max(0, p - window + 1) .. p, and of a packed row those
+    of its own segment [B T] only. The compiler splits it over a mesh by itself, so `layout` changes
+    nothing here.
     """
     # jax counts the keys before the query, Mistral's window includes the query itself.
     before = None if window is None else (window - 1, 0)
+    same = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     # jax promotes dtypes inside, which a caller's strict setting would refuse.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=before)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=same, is_causal=True, local_window_size=before
+        )
 
 
 def attend(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import kernels_for
 from mixtral_jax.layout import Layout
+from mixtral_jax.model.adapter import AdaptedWeight
 from mixtral_jax.model.moe import MoE, moe_dense, moe_exchanged, route
 from mixtral_jax.placement import Placement
 from mixtral_jax.sharding import ShardingRules, make_mesh
@@ -96,7 +97,7 @@ def test_exchanged_equals_dense(tokens: int, shape: tuple[int, int, int]) -> Non
     mesh = make_mesh(*shape)
     layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention=True))
     rows = layout.rules.spec("BD")
-    specs = [Weight(layout.rules.spec(axes), None) for axes in ("EFD", "EFD", "EDF")]
+    specs = [AdaptedWeight(Weight(layout.rules.spec(axes), None)) for axes in ("EFD", "EFD", "EDF")]
     spread = jax.shard_map(
         lambda x, choice, weights, *experts: moe_exchanged(
             x, choice, weights, experts, layout, kernels_for("cpu")
