@@ -189,15 +189,17 @@ def generate_draws(
             f"together; give at most {MAX_BIASES}"
         )
     length = min(len(ids) + max_tokens, context)
-    launcher = StepLauncher(model, steps_for(model, length, kv_dtype))
+    launcher = StepLauncher(model, steps_for(model, length, kv_dtype, has_masks=form is not None))
     return _draws(launcher, ids, sampling, length, min_tokens, ends, form)
 
 
-def steps_for(model: Transformer, length: int, kv_dtype: DTypeLike | None = None) -> Steps:
+def steps_for(
+    model: Transformer, length: int, kv_dtype: DTypeLike | None = None, *, has_masks: bool = False
+) -> Steps:
     """Returns the compiled steps of one sequence of up to `length` tokens, prompt and answer.
 
     Room is made for a power of two of pages, so that sequences of similar length share one
-    compilation, which the model keeps.
+    compilation, which the model keeps. The draw under a mask is compiled where `has_masks`.
     """
     placement = model.placement
     kv_dtype = placement.checked_kv_dtype(kv_dtype)
@@ -209,10 +211,11 @@ def steps_for(model: Transformer, length: int, kv_dtype: DTypeLike | None = None
         max_context=num_pages * placement.page_size,
     )
     arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
-    key = sizes, kv_dtype, *((array.shape, str(array.dtype)) for array in arrays)
+    key = sizes, kv_dtype, has_masks, *((array.shape, str(array.dtype)) for array in arrays)
     steps = model.programs.get(key)
     if not isinstance(steps, Steps):
-        steps = compile_buckets(model, sizes, {1: 1, placement.step_tokens: 1}, kv_dtype=kv_dtype)
+        rows = {1: 1, placement.step_tokens: 1}
+        steps = compile_buckets(model, sizes, rows, kv_dtype=kv_dtype, has_masks=has_masks)
         model.programs.keep(key, steps)
     return steps
 

@@ -168,13 +168,13 @@ def _memory(model: Transformer, steps: Steps) -> dict[str, int]:
     pages = sizes.alias_size_in_bytes or pages_of_block
     weights = sizes.argument_size_in_bytes - pages - x - rotary - batch
     distinct = {
-        id(p): p for b in buckets for p in (b.embed, b.block, b.pick, b.draw, b.draw_masked)
+        id(p): p for b in buckets for p in (b.embed, b.block, b.pick, b.draw, _masked(b))
     }.values()
     analyses = [_memory_analysis(program) for program in distinct]
     # One program runs at a time, but those behind it have the place for their results already.
     results = max(_memory_analysis(b.block).output_size_in_bytes for b in buckets) - pages
     inputs = max(
-        sum(_argument_bytes(b.embed)[1:]) + sum(_argument_bytes(b.draw_masked)[1:]) for b in buckets
+        sum(_argument_bytes(b.embed)[1:]) + sum(_argument_bytes(_masked(b))[1:]) for b in buckets
     )
     largest = max(analysis.temp_size_in_bytes for analysis in analyses)
     return {
@@ -183,6 +183,12 @@ def _memory(model: Transformer, steps: Steps) -> dict[str, int]:
         "temporary_bytes": largest + layers * max(results, 0) + inputs,
         "program_bytes": sum(analysis.generated_code_size_in_bytes for analysis in analyses),
     }
+
+
+def _masked(bucket: Programs) -> jax.stages.Compiled:
+    """Returns the program that draws under masks, which a server compiles too."""
+    assert bucket.draw_masked is not None, "the planner compiles all programs"
+    return bucket.draw_masked
 
 
 def _memory_analysis(program: jax.stages.Compiled) -> Any:

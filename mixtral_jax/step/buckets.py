@@ -48,6 +48,8 @@ def compile_buckets(
     rows_of: Mapping[int, int],
     progress: Callable[[str], None] = lambda line: None,
     kv_dtype: DTypeLike | None = None,
+    *,
+    has_masks: bool = True,
 ) -> Steps:
     """Compiles the step of every bucket.
 
@@ -57,19 +59,20 @@ def compile_buckets(
         rows_of: sequences by tokens, of one sequence group.
         progress: is called with a line that names what is being compiled.
         kv_dtype: of keys and values, such as int8; None for the model's own.
+        has_masks: whether a row may have a mask.
     """
     split = SplitModel.of(model)
     pages = split.pages(sizes.num_pages, sizes.page_size, kv_dtype)
     groups = None if model.layout is None else split.num_sequence_groups
     num_drawn = split.num_sequence_groups * sizes.max_sequences
     # One after the other: the compiler itself uses all cores.
-    draw: dict[int, tuple[Compiled, Compiled]] = {}
+    draw: dict[int, tuple[Compiled, Compiled | None]] = {}
     programs: dict[int, Programs] = {}
     for number, (size, rows) in enumerate(sorted(rows_of.items()), start=1):
         progress(f"compiling step {number} of {len(rows_of)}: {size} tokens")
         inputs = StepInputs.blank(size, rows, sizes, groups)
         if rows not in draw:
-            draw[rows] = split.compile_draw(inputs, num_drawn)
+            draw[rows] = split.compile_draw(inputs, num_drawn, has_masks=has_masks)
         programs[size] = Programs(*split.compile_walk(pages, inputs, num_drawn), *draw[rows])
     return Steps(
         pages=pages,

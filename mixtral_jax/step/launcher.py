@@ -25,7 +25,7 @@ class WalkedStep(NamedTuple):
     last: Rows  # last token of each row
     sampling: SamplingArrays
     program: Compiled
-    masked_program: Compiled
+    masked_program: Compiled | None  # None if the steps were compiled without masks
 
 
 class StepLauncher:
@@ -103,7 +103,11 @@ class StepLauncher:
         """
         hidden, last, sampling, program, masked_program = walked
         given = (self._model.rest, hidden, last, sampling)
-        sampled = program(*given) if allowed is None else masked_program(*given, allowed)
+        if allowed is None:
+            sampled = program(*given)
+        else:
+            assert masked_program is not None, "the steps were compiled without masks"
+            sampled = masked_program(*given, allowed)
         self._tokens = sampled.tokens
         packed: PackedDraws = sampled.packed
         return packed

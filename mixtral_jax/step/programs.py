@@ -49,7 +49,7 @@ class Programs:
     block: Compiled  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
     pick: Compiled  # (x, tokens, last) -> x and tokens of the rows that draw
     draw: Compiled  # (rest, x, last tokens, sampling) -> Sampled
-    draw_masked: Compiled  # (rest, x, last tokens, sampling, allowed) -> Sampled
+    draw_masked: Compiled | None  # (rest, x, last tokens, sampling, allowed) -> Sampled
 
 
 class ModuleStructure(NamedTuple):
@@ -195,8 +195,13 @@ class SplitModel:
             picking.lower(x, batch.tokens, inputs.last).compile(),
         )
 
-    def compile_draw(self, inputs: StepInputs, num_drawn: int) -> tuple[Compiled, Compiled]:
-        """Compiles `draw` and `draw_masked` for as many rows as these inputs have."""
+    def compile_draw(
+        self, inputs: StepInputs, num_drawn: int, *, has_masks: bool = True
+    ) -> tuple[Compiled, Compiled | None]:
+        """Compiles `draw` and `draw_masked` for as many rows as these inputs have.
+
+        Without `has_masks` the second is None: it takes as long to compile as the first.
+        """
 
         def draw(
             rest: Arrays,
@@ -219,11 +224,11 @@ class SplitModel:
         words = mask_words(self.config.vocab_size)
         allowed = jax.ShapeDtypeStruct((len(inputs.last), words), jnp.int32)
         given = (self.rest, x, last, inputs.sampling)
+        plain = self._jit(draw, specs, _REPLICATED).lower(*given).compile()
+        if not has_masks:
+            return plain, None
         masked = self._jit(draw, (*specs, _REPLICATED), _REPLICATED)
-        return (
-            self._jit(draw, specs, _REPLICATED).lower(*given).compile(),
-            masked.lower(*given, allowed).compile(),
-        )
+        return plain, masked.lower(*given, allowed).compile()
 
     def compile_copy(self, pages: jax.ShapeDtypeStruct, max_sequences: int) -> Compiled:
         """Compiles (pages, pairs [S 2]) -> pages: copies whole pages within each group."""

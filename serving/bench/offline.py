@@ -64,7 +64,8 @@ class OfflineEngine:
             max_waiting=concurrency,
             window=card.model.sliding_window,
         )
-        steps = compile_steps(Transformer(card.model, placement, rngs=None), limits)
+        abstract = Transformer(card.model, placement, rngs=None)
+        steps = compile_steps(abstract, limits, has_masks=False)
         self._engine = engine_of(pretrained.load(placement), limits, steps)
         self._vocabulary = card.model.vocab_size
         self._lengths = prompt_tokens, answer_tokens

@@ -59,8 +59,13 @@ def compile_steps(
     limits: Limits,
     progress: Callable[[str], None] = lambda line: None,
     kv_dtype: DTypeLike | None = None,
+    *,
+    has_masks: bool = True,
 ) -> Steps:
-    """Compiles all steps of an engine; `limits` are those of one partition."""
+    """Compiles all steps of an engine; `limits` are those of one partition.
+
+    Without `has_masks` no request may have a form.
+    """
     sizes = StepSizes(
         num_pages=limits.num_pages,
         page_size=limits.page_size,
@@ -68,7 +73,7 @@ def compile_steps(
         max_context=limits.max_context,
     )
     rows = {bucket: rows_of(bucket, limits) for bucket in buckets(limits)}
-    return compile_buckets(model, sizes, rows, progress, kv_dtype)
+    return compile_buckets(model, sizes, rows, progress, kv_dtype, has_masks=has_masks)
 
 
 def engine_of(

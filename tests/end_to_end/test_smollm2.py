@@ -44,7 +44,7 @@ def answers(smollm2: Path) -> list[tuple[list[int], list[int]]]:
         max_context=1024,
         max_waiting=8,
     )
-    engine = engine_of(model, limits, compile_steps(model, limits))
+    engine = engine_of(model, limits, compile_steps(model, limits, has_masks=False))
     prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in PROMPTS]
     for i, ids in enumerate(prompts):
         engine.add(

@@ -13,7 +13,7 @@ from flax import nnx
 from mixtral_jax.compilation import CompilationCount
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ChatError, ConfigError, SamplingError, UserError
-from mixtral_jax.generation import generate, generate_draws, generate_tokens
+from mixtral_jax.generation import generate, generate_draws, generate_tokens, steps_for
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
@@ -313,6 +313,8 @@ def test_a_second_answer_compiles_nothing(flat: Transformer) -> None:
     with CompilationCount() as count:
         tokens(flat, 5, temperature=1.0, presence_penalty=1.0, logit_bias={3: 1.0})
     assert count.value == 0
+    # Nor what only a form would need.
+    assert all(step.draw_masked is None for step in steps_for(flat, 4).buckets.values())
 
 
 @pytest.mark.slow

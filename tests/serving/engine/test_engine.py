@@ -3,6 +3,7 @@
 import os
 import random
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import jax
@@ -57,7 +58,8 @@ def model(request: pytest.FixtureRequest) -> Transformer:
 
 
 def engine_of(model: Transformer, limits: Limits, kv_dtype: str | None = None) -> Engine:
-    return engines.engine_of(model, limits, compile_steps(model, limits, kv_dtype=kv_dtype))
+    steps = compile_steps(model, limits, kv_dtype=kv_dtype, has_masks=False)
+    return engines.engine_of(model, limits, steps)
 
 
 def random_requests(count: int, seed: int = 4) -> list[Request]:
@@ -96,19 +98,20 @@ def random_requests(count: int, seed: int = 4) -> list[Request]:
 def alone(
     model: Transformer, request: Request, choice: int, kv_dtype: str | None = None
 ) -> list[Drawn]:
-    """What the plain loop gives."""
+    """What the plain loop gives; all answers are of one length, so that it compiles once."""
     assert request.sampling.seed is not None
     draws = generate_draws(
         model,
         request.prompt_ids,
         replace(request.sampling, seed=request.sampling.seed + choice),
-        max_tokens=request.max_tokens,
+        max_tokens=model.config.max_context,
         min_tokens=request.min_tokens,
         eos_ids=request.eos_ids,
         kv_dtype=kv_dtype,
     )
     return [
-        Drawn(token_id=d.token_id, logprob=d.logprob, top_logprobs=d.top_logprobs) for d in draws
+        Drawn(token_id=d.token_id, logprob=d.logprob, top_logprobs=d.top_logprobs)
+        for d in islice(draws, request.max_tokens)
     ]
 
 

@@ -97,7 +97,8 @@ Answers = dict[tuple[str, int], list[Drawn]]
 
 
 def answers(model: Transformer, requests: list[Request], kv_dtype: Any = None) -> Answers:
-    engine = engine_of(model, LIMITS, compile_steps(model, LIMITS, kv_dtype=kv_dtype))
+    steps = compile_steps(model, LIMITS, kv_dtype=kv_dtype, has_masks=False)
+    engine = engine_of(model, LIMITS, steps)
     for request in requests:
         engine.add(request)
     found: Answers = {}

@@ -33,7 +33,7 @@ POISON = 7  # a token; steps that read it fail
 @pytest.fixture(scope="module")
 def parts() -> tuple[Any, Any]:
     model, _ = mixtral_jax.load("tiny-random", mesh=None)
-    return model, compile_steps(model, LIMITS)
+    return model, compile_steps(model, LIMITS, has_masks=False)
 
 
 def requests() -> list[Request]:

@@ -72,7 +72,7 @@ def test_generate_and_serve_run_the_same_programs_on_a_mesh(
     """Eight devices; `load(mesh=...)` and `generate` beside what `serve --mesh` prepares."""
     mesh = "expert=4,tensor=2"
     model, _ = mixtral_jax.load(folder, mesh=mesh, dp_attention=dp_attention)
-    ours = steps_for(model, MOE.max_context)
+    ours = steps_for(model, MOE.max_context, has_masks=True)
     groups = model.placement.num_sequence_groups
     assert groups == (4 if dp_attention else 1)
     served = prepare(

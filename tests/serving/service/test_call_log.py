@@ -24,7 +24,9 @@ from tests.serving.service.test_service import KEY, LIMITS, chat, collect, servi
 @pytest.fixture(scope="module")
 def parts() -> Iterator[tuple[EngineWorker, Tokenizer]]:
     model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
-    worker = EngineWorker(engine_of(model, LIMITS, compile_steps(model, LIMITS)), Metrics("tiny"))
+    worker = EngineWorker(
+        engine_of(model, LIMITS, compile_steps(model, LIMITS, has_masks=False)), Metrics("tiny")
+    )
     worker.start()
     yield worker, tokenizer
     worker.stop()

@@ -49,7 +49,7 @@ class Toy:
     def __init__(self) -> None:
         model, self.tokenizer = mixtral_jax.load("tiny-random", mesh=None)
         self.metrics = Metrics("toy")
-        engine = engine_of(model, LIMITS, compile_steps(model, LIMITS))
+        engine = engine_of(model, LIMITS, compile_steps(model, LIMITS, has_masks=False))
         self.worker = EngineWorker(engine, self.metrics)
         self.worker.start()
         self.exporters: list[InMemorySpanExporter] = []  # of the test's processes

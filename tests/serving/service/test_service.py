@@ -32,7 +32,7 @@ LIMITS = Limits(
 @pytest.fixture(scope="module")
 def parts() -> Iterator[tuple[EngineWorker, Tokenizer]]:
     model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
-    engine = engine_of(model, LIMITS, compile_steps(model, LIMITS))
+    engine = engine_of(model, LIMITS, compile_steps(model, LIMITS, has_masks=False))
     worker = EngineWorker(engine, Metrics("tiny"))
     worker.start()
     yield worker, tokenizer
