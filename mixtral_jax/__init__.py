@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mixtral_jax.generation import generate as generate
     from mixtral_jax.generation import generate_draws as generate_draws
     from mixtral_jax.generation import generate_tokens as generate_tokens
+    from mixtral_jax.model.inside import Inside as Inside
     from mixtral_jax.model.transformer import Transformer as Transformer
     from mixtral_jax.placement import Placement as Placement
     from mixtral_jax.sampling_params import SamplingParams as SamplingParams
@@ -43,6 +44,7 @@ _HOMES = {
     "ChatError": "errors",
     "ConfigError": "errors",
     "Draw": "generation",
+    "Inside": "model.inside",
     "Message": "tokenization.messages",
     "ModelConfig": "config",
     "Placement": "placement",

@@ -41,6 +41,8 @@ class Attention(nnx.Module):
         q = rotary.rotate(self.q.full(x, adapter.q))
         k = rotary.rotate(self.k.full(x, adapter.k))
         v = self.v.full(x, adapter.v)
+        capture.record("attention.q", q)
+        capture.record("attention.k", k)
         mixed = self.kernels.full_attention(q, k, v, self.window, self.layout, segments)
         capture.record("attention.o", mixed)
         return self.o.full(mixed, adapter.o)

@@ -2,7 +2,10 @@
 
 Layers record by these names; B rows, T tokens, M = B*T*X pairs of a token and one of its experts:
 
+    block.in            [B T D]      inputs of the layer
     attention.qkv       [B T D]      inputs of the products with q, k and v
+    attention.q         [B T N H]    queries, rotated
+    attention.k         [B T K H]    keys, rotated
     attention.o         [B T N H]    inputs of the product with o
     feed_forward.in     [*R D]       inputs of the router, gate and up
     feed_forward.down   [*R F]       inputs of down; [M F] in a mixture, sorted by expert

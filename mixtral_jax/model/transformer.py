@@ -5,8 +5,8 @@ which ShardingRules makes shardings.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from mixtral_jax.layout import Layout
 from mixtral_jax.model.adapter import UNCHANGED, Adapter, BlockAdapter
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.capture import NOTHING, Capture
+from mixtral_jax.model.inside import Inside, captures_for, inside_of
 from mixtral_jax.model.layers import (
     Embedding,
     FeedForward,
@@ -64,6 +65,7 @@ class Block(nnx.Module):
         adapter: BlockAdapter = UNCHANGED,
     ) -> RowHidden:
         """Whole rows: x [B T D] -> [B T D]; `capture` records values on the way."""
+        capture.record("block.in", x)
         normed = self.attention_norm.full(x)
         x = x + self.attention.full(normed, rotary, capture, segments=segments, adapter=adapter)
         normed = self.feed_forward_norm.full(x)
@@ -99,12 +101,27 @@ class Transformer(nnx.Module):
             for variable in named_parameters(self).values():
                 variable.set_value(_placed(variable.get_value(), variable, self.layout))
 
-    def __call__(self, tokens: Tokens, adapter: Adapter | None = None) -> RowLogits:
+    @overload
+    def __call__(self, tokens: Tokens, adapter: Adapter | None = None) -> RowLogits: ...
+
+    @overload
+    def __call__(
+        self, tokens: Tokens, adapter: Adapter | None = None, *, capture: Collection[str]
+    ) -> tuple[RowLogits, Inside]: ...
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        adapter: Adapter | None = None,
+        *,
+        capture: Collection[str] | None = None,
+    ) -> RowLogits | tuple[RowLogits, Inside]:
         """Full sequence: ids [B T] -> logits [B T V], each position seeing those before it.
 
         Rows of different lengths are padded on the right; what stands there disturbs nothing. An
-        adapter must have its scaling folded in (`Adapter.folded`).
-        Raises ValueError for an array of another rank, or without tokens.
+        adapter must have its scaling folded in (`Adapter.folded`). With `capture`, names such as
+        "routing" and "attention.3" (model/inside.py), gives what it recorded beside the logits.
+        Raises ValueError for an array of another rank, without tokens, or names it does not know.
         """
         shape = getattr(tokens, "shape", None)
         if shape is None or len(shape) != 2 or 0 in shape:
@@ -113,7 +130,12 @@ class Transformer(nnx.Module):
                 f"the tokens are {given}; give an array [B T] of at least one row and one token, "
                 "such as jax.numpy.array([ids])"
             )
-        return self.logits(self.hidden(tokens, adapter=adapter))
+        if capture is None:
+            return self.logits(self.hidden(tokens, adapter=adapter))
+        captures = captures_for(capture, len(self.layers), self.config.is_moe)
+        x = self.blocks(tokens, adapter=adapter, captures=captures)
+        inside = inside_of(captures, x, self.config.sliding_window)
+        return self.logits(self.norm.full(x)), inside
 
     def hidden(
         self,
@@ -125,6 +147,28 @@ class Transformer(nnx.Module):
         is_recomputed: bool = False,
     ) -> RowHidden:
         """The final hidden states of whole rows, whose `logits` are the model's: [B T] -> [B T D].
+
+        The arguments are those of `blocks`.
+        """
+        x = self.blocks(
+            tokens,
+            segments=segments,
+            adapter=adapter,
+            captures=captures,
+            is_recomputed=is_recomputed,
+        )
+        return self.norm.full(x)
+
+    def blocks(
+        self,
+        tokens: Tokens,
+        *,
+        segments: Segments | None = None,
+        adapter: Adapter | None = None,
+        captures: Sequence[Capture] | None = None,
+        is_recomputed: bool = False,
+    ) -> RowHidden:
+        """Output of the last layer for whole rows, before the norm: [B T] -> [B T D].
 
         Args:
             tokens: ids [B T].
@@ -157,7 +201,7 @@ class Transformer(nnx.Module):
             x, values = (jax.checkpoint(run) if is_recomputed else run)(x, beside)
             if captures is not None:
                 captures[i].values.update(values)
-        return self.norm.full(x)
+        return x
 
     def paged(self, batch: RaggedBatch, cache: PagedCache) -> tuple[FlatHidden, PagedCache]:
         """New tokens of many sequences against their pages: final hidden states [T D].

@@ -45,6 +45,20 @@ def full_attention(
         )
 
 
+def attention_weights(q: RowQueries, k: RowKeys, window: int | None) -> jax.Array:
+    """Weights of the keys in `full_attention`: [B N T T] f32, which sum to 1 for each query."""
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    keys = jnp.repeat(k, group, axis=2)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, keys, preferred_element_type=jnp.float32)
+    query = jnp.arange(length, dtype=jnp.int32)[:, None]
+    key = jnp.arange(length, dtype=jnp.int32)[None, :]
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    scores = jnp.where(seen[None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1)
+
+
 def attend(
     q: FlatQueries,
     k: FlatKeys,
