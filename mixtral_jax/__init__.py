@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mixtral_jax.checkpoint.pretrained import load as load
     from mixtral_jax.checkpoint.pretrained import save as save
     from mixtral_jax.config import ModelConfig as ModelConfig
+    from mixtral_jax.devices import show_devices as show_devices
     from mixtral_jax.errors import ChatError as ChatError
     from mixtral_jax.errors import ConfigError as ConfigError
     from mixtral_jax.errors import SamplingError as SamplingError
@@ -61,6 +62,7 @@ _HOMES = {
     "generate_tokens": "generation",
     "load": "checkpoint.pretrained",
     "make_mesh": "sharding",
+    "show_devices": "devices",
     "save": "checkpoint.pretrained",
 }
 __all__ = ["__version__", *_HOMES]

@@ -24,7 +24,8 @@ _LAW_TEXT = """
 mixtral_jax.errors
 mixtral_jax.paths
 mixtral_jax.sampling_params  | mixtral_jax.errors
-mixtral_jax.axes             | mixtral_jax.sampling_params*
+mixtral_jax.devices          | mixtral_jax.errors
+mixtral_jax.axes             | mixtral_jax.devices*
 mixtral_jax.config           | mixtral_jax.axes*
 mixtral_jax.hf_config        | mixtral_jax.config*
 mixtral_jax.sharding         | mixtral_jax.hf_config*
