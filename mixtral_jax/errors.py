@@ -8,6 +8,7 @@ command line prints it in one line; any other exception is a fault of ours and k
       ConfigError      a config that is not understood, or numbers that do not fit together
       TokenizerError   tokenizer files that cannot be read, or that contradict each other
       CheckpointError  files of a checkpoint that are damaged or do not fit its config
+      AdapterError     an adapter that cannot be read, or that does not fit its base
       ChatError        a chat or a text that a tokenizer cannot render
       SamplingError    parameters of an answer that have the wrong type or are out of range
       StructureError   a schema or grammar that cannot be enforced
@@ -30,6 +31,10 @@ class TokenizerError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint whose files are damaged, or do not hold the arrays that its config asks for."""
+
+
+class AdapterError(UserError):
+    """An adapter whose files are damaged, ask for what is not supported, or do not fit the base."""
 
 
 class ChatError(UserError):
