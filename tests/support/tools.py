@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from mixtral_jax.tokenization.messages import Message, Tool, ToolCall
+from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 
 def parameters(**properties: str) -> str:
@@ -43,3 +44,17 @@ def answered(calls: Sequence[ToolCall], *contents: str) -> list[Message]:
     """The calls with their results."""
     results = [result(call["id"], text) for call, text in zip(calls, contents, strict=True)]
     return [*asked(*calls), *results]
+
+
+def called_ids(tokenizer: Tokenizer, *calls: str) -> list[int]:
+    """The ids of a whole answer that calls: what stands between the question and the results."""
+    chosen = [{"Rome": ROME, "sum": SUM}[call] for call in calls]
+    chat = asked(*chosen)
+    results: list[Message] = [
+        {"role": "tool", "content": "1", "tool_call_id": call["id"]} for call in chosen
+    ]
+    before = tokenizer.chat(chat[:1], tools=TOOLS)
+    ids = tokenizer.chat([*chat, *results], tools=TOOLS)
+    assert ids[: len(before)] == before
+    (eos,) = tokenizer.eos_ids
+    return ids[len(before) : ids.index(eos, len(before))]

@@ -19,29 +19,15 @@ from mixtral_jax.structure.tool_grammar import (
     tool_grammar,
     tried_tools,
 )
-from mixtral_jax.tokenization.messages import Message, Tool
+from mixtral_jax.tokenization.messages import Tool
 from mixtral_jax.tokenization.tokenizer import Tokenizer, load
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.mixtral_jax.tokenization.test_tool_template import BLOCKS
 from tests.support.tokenizers import MISTRAL_NAMES, SPECS, write
-from tests.support.tools import ROME, SUM, TOOLS, asked
+from tests.support.tools import TOOLS, called_ids
 
 BYTES = ByteTokenizer()
 GUIDE = Guide(BYTES, BYTES.vocab_size)
-
-
-def called_ids(tokenizer: Tokenizer, *calls: str) -> list[int]:
-    """The ids of a whole answer that calls: what stands between the question and the results."""
-    chosen = [{"Rome": ROME, "sum": SUM}[call] for call in calls]
-    chat = asked(*chosen)
-    results: list[Message] = [
-        {"role": "tool", "content": "1", "tool_call_id": call["id"]} for call in chosen
-    ]
-    before = tokenizer.chat(chat[:1], tools=TOOLS)
-    ids = tokenizer.chat([*chat, *results], tools=TOOLS)
-    assert ids[: len(before)] == before
-    (eos,) = tokenizer.eos_ids
-    return ids[len(before) : ids.index(eos, len(before))]
 
 
 def follow(matcher: Matcher, ids: Sequence[int]) -> int:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher
 
-from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import StructureError
 from mixtral_jax.generation import generate, generate_draws
 from mixtral_jax.model.transformer import Transformer
@@ -19,105 +18,26 @@ from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.matcher import Guide, Matcher
-from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.cluster.codec import masks_message, masks_of
 from serving.cluster.plan_check import PlanCheck
-from serving.engine.build import compile_steps, engine_of
+from serving.engine.build import engine_of
 from serving.engine.device import Masks, Order, Walk
 from serving.engine.engine import Engine
 from serving.engine.grammars import Grammars
 from serving.engine.runner import Runner, RunningStep, WalkedPlans
 from serving.proto import group_pb2 as pb
-from serving.scheduling.request import Event, FinishReason, Request
-from serving.scheduling.step_plan import Limits
-from tests.support.models import model_of
-
-TOKENIZER = ByteTokenizer()
-LIMITS = Limits(
-    num_pages=300, page_size=4, max_sequences=8, max_step_tokens=64, max_context=256, max_waiting=99
+from serving.scheduling.request import FinishReason
+from tests.support.forms import (
+    LIMITS,
+    SCHEMA,
+    TOKENIZER,
+    ids,
+    is_person,
+    regex,
+    request,
+    served,
+    text,
 )
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 6},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "ok": {"type": "boolean"},
-    },
-    "required": ["name", "age", "ok"],
-    "additionalProperties": False,
-}
-
-
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    config = replace(ModelConfig.tiny(vocab_size=TOKENIZER.vocab_size), max_context=256)
-    return model_of(config)
-
-
-@pytest.fixture(scope="module")
-def steps(model: Transformer) -> Steps:
-    return compile_steps(model, LIMITS)
-
-
-@pytest.fixture(scope="module")
-def guide() -> Guide:
-    return Guide(TOKENIZER, TOKENIZER.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def person(guide: Guide) -> Form:
-    """An object of three fields, without spaces: 29 of its characters are certain."""
-    grammar = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_flexible": False})
-    return Form(guide.matcher(grammar))
-
-
-def regex(guide: Guide, pattern: str, begins_after: int | None = None) -> Form:
-    grammar = LLMatcher.grammar_from_regex(pattern)
-    return Form(guide.matcher(grammar), begins_after)
-
-
-def request(name: str, form: Form | None, **changes: Any) -> Request:
-    values: dict[str, Any] = dict(
-        sampling=SamplingParams(temperature=1.5, seed=sum(map(ord, name))),
-        max_tokens=120,
-        eos_ids=TOKENIZER.eos_ids,
-    )
-    ids = tuple(TOKENIZER.encode(f"say {name}"))
-    return Request(id=name, prompt_ids=ids, form=form, **{**values, **changes})
-
-
-def served(engine: Engine, *requests: Request) -> dict[tuple[str, int], list[Event]]:
-    """The events of each choice, to the end of all."""
-    for one in requests:
-        engine.add(one)
-    events: dict[tuple[str, int], list[Event]] = {}
-    for _ in range(2000):
-        for event in engine.step():
-            if event.drawn is not None or event.finish_reason is not None:
-                events.setdefault((event.request_id, event.choice), []).append(event)
-        if not engine.has_work:
-            return events
-    raise AssertionError("it does not end")
-
-
-def ids(events: list[Event]) -> list[int]:
-    return [event.drawn.token_id for event in events if event.drawn is not None]
-
-
-def text(events: list[Event]) -> str:
-    """The answer without the token that ends it."""
-    tokens = [token for token in ids(events) if token not in TOKENIZER.eos_ids]
-    return b"".join(map(TOKENIZER.token_bytes, tokens)).decode()
-
-
-def is_person(answer: str) -> bool:
-    value = json.loads(answer)
-    return (
-        [*value] == ["name", "age", "ok"]
-        and 0 <= value["age"] <= 150
-        and len(value["name"]) <= 6
-        and value["ok"] in (True, False)
-    )
 
 
 def test_answers_match_their_schema_among_others_that_have_none(
