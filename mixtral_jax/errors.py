@@ -38,7 +38,17 @@ class AdapterError(UserError):
 
 
 class ChatError(UserError):
-    """A chat that cannot be rendered: unknown roles, a template that refuses, text not Unicode."""
+    """A chat that cannot be rendered: unknown roles, a template that refuses, text not Unicode.
+
+    Args:
+        message: What is wrong, and the remedy.
+        path: Way to the field that is wrong, such as ("messages", "2", "tool_call_id"); empty where
+            it is none in particular.
+    """
+
+    def __init__(self, message: str, path: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class SamplingError(UserError):

@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask
 
 from mixtral_jax.errors import StructureError, UserError
+from mixtral_jax.structure.refusal import refusal
 
 # Measured: they refuse none of 1,200 public schemas more than the defaults do, and objects with a
 # thousand optional properties need the larger rows.
@@ -29,7 +30,6 @@ LIMITS = LLParserLimits(
     precompute_large_lexemes=False,
     verbose_errors=False,
 )
-_LONGEST_MESSAGE = 600  # characters; llguidance repeats the lines that are wrong
 _LONGEST_FORCED = 512  # bytes of forced text that are written as tokens at once
 _CUT = 64  # bytes of them that may be written otherwise with what follows
 Result = TypeVar("Result")
@@ -129,7 +129,7 @@ class Matcher:
     def check(self) -> None:
         """Raises StructureError if the grammar is wrong, or matching has run into a limit."""
         if self._inner.is_error():
-            raise StructureError(_message(str(self._inner.get_error())))
+            raise StructureError(refusal(str(self._inner.get_error())))
 
     def fill(self, mask: np.ndarray) -> None:
         """Writes the mask of the next token into `mask`: int32 of ceil(V / 32) words.
@@ -187,14 +187,6 @@ def _guarded(call: Callable[[], Result]) -> Result:
         if type(error).__name__ != "PanicException":
             raise
         raise StructureError("the grammar cannot be matched") from None
-
-
-def _message(text: str) -> str:
-    """Returns llguidance's message as a caller can read it."""
-    text = text.removesuffix("<non-verbose/>").strip()
-    if text in ("NoExtension", "NoExtensionBias"):
-        return "no text of this model matches the structure"
-    return text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + " ..."
 
 
 class _Pieces:

@@ -46,6 +46,8 @@ Attempt = Callable[[Schema], None]
 Reader = Callable[[str, bool, frozenset[str]], Schema]
 _MOST_GUILTY = 8  # rules that are looked for one by one
 _MOST_TRIES = 50  # parts that are compiled to find the one that is refused
+# Keywords that a refusal may name.
+_SHOWN = ("minProperties", "maxProperties", "required", "minItems", "minLength", "minimum")
 
 
 def read(text: str, strict: bool = False, omit: frozenset[str] = frozenset()) -> Schema:
@@ -119,7 +121,7 @@ def settle(
         refusal = error
     guilty = _guilty(text, schema.risky, attempt, reader)
     if guilty is None:
-        raise StructureError(str(refusal), _locate(schema, attempt, str(refusal)))
+        raise _located(schema, attempt, str(refusal))
     if strict:
         raise StructureError(str(refusal), guilty[0])
     return reader(text, False, frozenset(guilty))
@@ -148,8 +150,8 @@ def _guilty(
     return guilty
 
 
-def _locate(schema: Schema, attempt: Attempt, refusal: str) -> str:
-    """Returns the pointer of the innermost schema that is refused on its own."""
+def _located(schema: Schema, attempt: Attempt, refusal: str) -> StructureError:
+    """Returns the refusal of the innermost schema that is refused on its own, with its pointer."""
     value = json.loads(schema.text)
     definitions = value.get("$defs", {})
     pointer = ""
@@ -170,10 +172,10 @@ def _locate(schema: Schema, attempt: Attempt, refusal: str) -> str:
             if inner_refusal is not None:
                 pointer, value, refusal = point(pointer, *steps), child, inner_refusal
                 break
-    for keyword in ("minProperties", "maxProperties", "required", "minItems", "minLength"):
+    for keyword in _SHOWN:
         if keyword in refusal:
-            return point(pointer, keyword)
-    return pointer
+            return StructureError(refusal, point(pointer, keyword))
+    return StructureError(refusal, pointer)
 
 
 def _parts(value: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:

@@ -51,11 +51,6 @@ class ToolReader:
         self._ids: set[str] = set()
 
     @property
-    def has_calls(self) -> bool:
-        """True once a whole call has been given out."""
-        return bool(self._ids)
-
-    @property
     def is_inside_call(self) -> bool:
         """True if an answer that ended here would lose a call that it has begun."""
         return self._calls is not None and not self._calls.may_end

@@ -93,7 +93,7 @@ def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list
         if calls:
             kept["tool_calls"] = pairs.calls(calls, role, f"messages[{place}]")
         if role == "tool":
-            call = pairs.answered(message.get("tool_call_id") or "", f"messages[{place}]")
+            call = pairs.answered(message.get("tool_call_id") or "", place)
             kept["tool_call_id"], kept["name"] = call["id"], call["name"]
         chat.append(kept)
     last = chat[-1]
@@ -132,8 +132,9 @@ class _Pairs:
         self._in_order = deque(taken)
         return taken
 
-    def answered(self, call_id: object, where: str) -> ToolCall:
-        """Returns the call that a result answers. Raises ChatError if there is none."""
+    def answered(self, call_id: object, place: int) -> ToolCall:
+        """Returns the call that message `place` answers. Raises ChatError if there is none."""
+        where, path = f"messages[{place}]", ("messages", str(place), "tool_call_id")
         if not isinstance(call_id, str):
             raise ChatError(f"tool_call_id of {where} is a {type(call_id).__name__}: send text")
         check_text(call_id, f"tool_call_id of {where}")
@@ -143,7 +144,8 @@ class _Pairs:
         if not calls:
             raise ChatError(
                 f"{where} is the result of the call {call_id[:100]!r}, which no message before it "
-                "makes: send the assistant's message with that call too"
+                "makes: send the assistant's message with that call too",
+                path,
             )
         # Calls of one message may share an id. The last one takes any further results.
         return calls.pop() if len(calls) > 1 else calls[0]

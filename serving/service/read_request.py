@@ -13,7 +13,7 @@ from mixtral_jax.errors import ChatError, SamplingError
 from mixtral_jax.sampling_params import MAX_BIASES, MAX_LOGIT_BIAS, SamplingFields, SamplingParams
 from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from serving.errors import InvalidParameter, InvalidRequest, Problem, UnsupportedParameter
 from serving.proto import inference_pb2 as pb
 from serving.proto.prompt_size import chat_size
 from serving.scheduling.request import Priority, Request
@@ -216,11 +216,15 @@ class Translator:
     def _rendered(self, render: Callable[[], list[int]]) -> list[int]:
         """Returns what a tokenizer makes of a prompt.
 
-        Raises InvalidRequest for whatever the tokenizer raises: it ends this request alone.
+        Raises InvalidRequest for whatever the tokenizer raises: it ends this request alone; and
+        InvalidParameter where that is a field of a message.
         """
         try:
             return render()
         except ChatError as error:
+            if error.path:
+                problem = Problem("value_error", ("chat", *error.path), str(error), None)
+                raise InvalidParameter(str(error), [problem]) from None
             raise InvalidRequest(str(error)) from None
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise

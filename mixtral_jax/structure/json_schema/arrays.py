@@ -4,7 +4,7 @@ from typing import Any
 
 from mixtral_jax.structure.json_schema.document import Place
 from mixtral_jax.structure.json_schema.report import Mode, Report, Write
-from mixtral_jax.structure.json_schema.scalars import write_range
+from mixtral_jax.structure.json_schema.scalars import MOST, write_range
 
 
 def items_of(place: Place, draft: str) -> tuple[list[Place], Place | None]:
@@ -53,6 +53,11 @@ def _write_contains(place: Place, out: dict[str, Any], report: Report) -> None:
     if rules["contains"] in (True, {}):  # every item counts
         least = max(out.get("minItems", 0), rules.get("minContains", 1))
         limits = [m for m in (out.get("maxItems"), rules.get("maxContains")) if m is not None]
-        out.update({"minItems": least} | ({"maxItems": min(limits)} if limits else {}))
+        if least > MOST:
+            report.weaken(place, "minContains", f"no answer is longer than {MOST}")
+        else:
+            out["minItems"] = least
+        if limits and min(limits) < MOST:
+            out["maxItems"] = min(limits)
         return
     report.weaken(place, "contains", "items are not counted")

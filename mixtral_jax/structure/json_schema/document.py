@@ -14,6 +14,7 @@ from mixtral_jax.errors import StructureError
 MAX_BYTES = 256 * 1024  # of a schema
 MAX_STRING = 64 * 1024  # characters of a string in it: a longer one makes a step slow
 MAX_NESTING = 100  # brackets within brackets
+_MAX_DIGITS = 308  # of an integer
 
 # Keywords that hold schemas: by name, in a list, or directly.
 IN_OBJECTS = frozenset(
@@ -63,16 +64,16 @@ def parse(text: str) -> Any:
         raise StructureError(f"a string of the schema is longer than {MAX_STRING} characters")
     try:
         return json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_float
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_float=_float,
+            parse_int=_integer,
         )
     except RecursionError as error:
         raise StructureError("the schema is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise StructureError(f"the schema is no JSON: {error}") from error
-    except StructureError:
-        raise
-    except ValueError as error:  # a number of more digits than Python reads
-        raise StructureError(f"the schema has a number that cannot be read: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,6 +91,16 @@ def _float(text: str) -> float | int:
     if math.isinf(value):
         raise StructureError(f"the schema has the number {text[:40]}, which is too large")
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _integer(text: str) -> int:
+    """Reads an integer; one beyond the largest double, 1.8e308, is refused unread, as 1e400 is."""
+    if len(text) > _MAX_DIGITS:
+        raise StructureError(
+            f"the schema has a number of {len(text)} digits, which is too large: give at most "
+            f"{_MAX_DIGITS}"
+        )
+    return int(text)
 
 
 def _refuse(constant: str) -> Never:

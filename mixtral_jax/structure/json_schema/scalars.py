@@ -58,7 +58,7 @@ def _bound(value: int | float, is_upper: bool) -> int | float | None:
     """Moves a bound inwards to the next double of an integer of 64 bits; None if there is none."""
     if abs(value) > _LARGEST:
         outwards = (value > 0) == is_upper
-        return math.copysign(_LARGEST, value).__int__() if outwards else None
+        return (_LARGEST if value > 0 else -_LARGEST) if outwards else None
     near = float(value)
     if near > value and is_upper:
         near = math.nextafter(near, -math.inf)

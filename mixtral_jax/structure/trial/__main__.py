@@ -71,10 +71,10 @@ def _serve(opening: dict[str, Any], requests: "queue.SimpleQueue[bytes]") -> Non
                 raise StructureError("the structure takes too long to compile: make it smaller")
         except StructureError as error:
             _answer({"error": str(error), "pointer": error.pointer})
-        except MemoryError:
-            os._exit(1)
         except RecursionError:
             _answer({"error": "the structure nests too deeply to be compiled", "pointer": ""})
+        except BaseException:  # MemoryError, or a fault of ours, for which nobody shall wait
+            os._exit(1)
         else:
             _answer(
                 {

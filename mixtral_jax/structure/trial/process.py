@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -20,12 +21,20 @@ from mixtral_jax.tokenization.tokenizer import Tokenizer
 LONGEST_TRIAL = 2.0  # seconds
 LONGEST_START = 60.0  # seconds
 LONGEST_CHECK = 3.0  # seconds, of which loading jsonschema takes some at the first one
+_LONGEST_END = 1.0  # seconds
 _LARGEST_ANSWER = 64 << 20  # bytes
+_TOO_MUCH = "the structure cannot be compiled: make it smaller, or nest it less"
+# What a trial dies of by itself is another signal: SIGSEGV of its stack, SIGABRT of its memory.
+_FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP})
 _PACKAGES = Path(__file__).parents[3]
 
 
 class Died(StructureError):
     """A trial whose process died, or did not end in time."""
+
+
+class Killed(Died):
+    """A trial whose process was killed from outside, perhaps for the memory of others."""
 
 
 class NotStarted(RuntimeError):
@@ -98,14 +107,9 @@ class TrialProcess:
 
         Raises StructureError; Died if the process had to be killed or died; NotStarted.
         """
-        self.start()
         # Pickled towards the child alone, which may be anything once it has read what callers send.
         request = {"wanted": base64.b64encode(pickle.dumps(wanted)).decode(), "space": space}
-        try:
-            answer = self._ask(json.dumps(request).encode() + b"\n", LONGEST_TRIAL)
-        except Died:
-            self.close()
-            raise
+        answer = self._answer(request, LONGEST_TRIAL)
         if "error" in answer:
             raise StructureError(answer["error"], answer["pointer"])
         if isinstance(wanted, Grammar):
@@ -123,15 +127,29 @@ class TrialProcess:
         What the process dies of, or does not check in time, is reported as wrong.
         Raises NotStarted.
         """
-        self.start()
         request = {"answer": answer, "schema": check.schema, "draft": check.draft}
         try:
-            reply = self._ask(json.dumps(request).encode() + b"\n", LONGEST_CHECK)
+            reply = self._answer(request, LONGEST_CHECK)
         except Died:
-            self.close()
             return "the answer could not be checked in time"
         violation: str | None = reply["violation"]
         return violation
+
+    def _answer(self, request: dict[str, Any], seconds: float) -> Any:
+        """Returns what the process answers to a request; once more if it was killed from outside.
+
+        Raises Died and NotStarted.
+        """
+        line = json.dumps(request).encode() + b"\n"
+        for is_last in (False, True):
+            self.start()
+            try:
+                return self._ask(line, seconds)
+            except Died as error:
+                self.close()
+                if is_last or not isinstance(error, Killed):
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def _ask(self, line: bytes, seconds: float) -> Any:
         """Returns what the process answers to a line. Raises Died."""
@@ -141,7 +159,7 @@ class TrialProcess:
             process.stdin.write(line)
             process.stdin.flush()
         except OSError:
-            raise Died("the structure cannot be compiled: make it smaller") from None
+            raise self._death(process) from None
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
         while b"\n" not in self._rest:
@@ -152,11 +170,22 @@ class TrialProcess:
                     "smaller"
                 )
             data = os.read(process.stdout.fileno(), 1 << 20)
-            if not data or len(self._rest) > _LARGEST_ANSWER:
-                raise Died("the structure cannot be compiled: make it smaller, or nest it less")
+            if not data:
+                raise self._death(process)
+            if len(self._rest) > _LARGEST_ANSWER:
+                raise Died(_TOO_MUCH)
             self._rest += data
         answer, _, self._rest = self._rest.partition(b"\n")
         return json.loads(answer)
+
+    @staticmethod
+    def _death(process: "subprocess.Popen[bytes]") -> Died:
+        """Returns the error of a process that has closed its pipes."""
+        try:
+            status = process.wait(_LONGEST_END)
+        except subprocess.TimeoutExpired:
+            return Died(_TOO_MUCH)
+        return (Killed if -status in _FROM_OUTSIDE else Died)(_TOO_MUCH)
 
 
 def _with_packages() -> str:

@@ -18,6 +18,8 @@ from serving.gateway.dialect.names import Path
 
 # The number of problems that one refusal names.
 MAX_PROBLEMS = 10
+MAX_NESTING = 200
+"""Lists and objects within each other that the parser reads."""
 # Characters of a name that the client chose.
 _NAME_LENGTH = 100
 
@@ -46,6 +48,11 @@ def read(body: bytes, kind: type[Request], unknown: UnknownFields) -> Request:
         # PowerShell, .NET and Java put a byte order mark before UTF-8.
         values = from_json(body.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
+        if "recursion limit" in str(error):  # the parser's own
+            raise InvalidRequest(
+                "the body is nested too deeply; nest lists and objects at most "
+                f"{MAX_NESTING} deep, of which a schema may have 100"
+            ) from error
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
         required = next(name for name, field in kind.model_fields.items() if field.is_required())

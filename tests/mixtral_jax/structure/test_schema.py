@@ -272,6 +272,8 @@ def test_rules_whose_grammar_is_refused_are_found() -> None:
     with pytest.raises(StructureError) as caught:
         settle(json.dumps(nothing), attempt)
     assert caught.value.pointer == "/properties/a/minLength"
+    # The reason is that of the innermost part, not that of the object around it.
+    assert "minLength (3) is greater than maxLength (2)" in str(caught.value)
 
 
 @pytest.mark.parametrize(

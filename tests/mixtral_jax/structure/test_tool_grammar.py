@@ -177,6 +177,32 @@ def test_text_before_the_control_id_of_calls_is_free(
     assert required.begins_after is None
 
 
+def test_a_text_that_must_call_nothing_has_no_beginning_of_calls(tmp_path: Path) -> None:
+    """The prompt shows tools, and a model might write the text of its form of calls."""
+    blocks = load(write(tmp_path, SPECS["byte-level"], BLOCKS))
+    for tokenizer, is_free_inside in ((BYTES, True), (blocks, False)):
+        guide = Guide(tokenizer, tokenizer.vocab_size)
+        use = ToolUse(tokenizer.tool_form, TOOLS, Mode.NONE)
+        grammar = tried_tools(use, space=False, attempt=partial(form_of, guide=guide))
+        for text, is_right in (
+            ("Hello", True),
+            ("", True),
+            ("<tool", True),
+            ("a < b, and <b>c</b>", True),
+            (tokenizer.tool_form.trigger_text, False),
+            (
+                f"I look. {tokenizer.tool_form.trigger_text}",
+                is_free_inside,
+            ),  # where a call begins the answer, it is text
+        ):
+            matcher = guide.matcher(grammar.text)
+            try:
+                matcher.consume(tokenizer.encode(text)[len(tokenizer.encode("")) :])
+                assert matcher.may_end is is_right, (tokenizer.tool_form, text)
+            except StructureError:
+                assert not is_right, (tokenizer.tool_form, text)
+
+
 def test_without_calls_there_is_no_grammar() -> None:
     assert tool_grammar(ToolUse(BYTES.tool_form, TOOLS, Mode.NONE), space=False) is None
     assert tool_grammar(ToolUse(BYTES.tool_form, ()), space=False) is None

@@ -167,3 +167,32 @@ def test_a_loop_of_calls_comes_to_its_end(
     choice = ask(client, talk, is_streamed=is_streamed)
     assert choice.message.content == "It is 12 degrees in Paris."
     assert choice.finish_reason == "stop" and not choice.message.tool_calls
+
+
+def test_no_call_is_drawn_where_the_client_wants_none(client: openai.OpenAI) -> None:
+    choice = client.chat.completions.create(
+        model="written",
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        tools=TOOLS,
+        tool_choice="none",
+        max_tokens=12,
+    ).choices[0]
+    assert choice.message.content and not choice.message.tool_calls
+    assert choice.finish_reason in ("stop", "length")
+
+
+def test_a_result_without_its_call_is_named(client: openai.OpenAI) -> None:
+    messages: list[Any] = [
+        {"role": "user", "content": "What is the weather in Paris?"},
+        {"role": "tool", "tool_call_id": "call_1", "content": "12 degrees"},
+    ]
+    with pytest.raises(openai.BadRequestError, match="which no message before it makes") as caught:
+        ask(client, messages, is_streamed=False)
+    assert caught.value.param == "messages[1].tool_call_id"
+    items: list[Any] = [
+        {"role": "user", "content": "What is the weather in Paris?"},
+        {"type": "function_call_output", "call_id": "call_1", "output": "12 degrees"},
+    ]
+    with pytest.raises(openai.BadRequestError, match="which no message before it makes") as caught:
+        client.responses.create(model="written", input=items, store=False)
+    assert caught.value.param == "input"

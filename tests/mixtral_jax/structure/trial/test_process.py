@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,34 @@ def test_a_process_that_was_killed_is_started_anew(trial: TrialProcess) -> None:
     process_of(trial).wait()
     assert "[ab]+" in trial.trial(GOOD, space=False).text
     assert trial.starts == 2
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_trial_is_replaced_once(
+    trial: TrialProcess,
+) -> None:
+    """Whoever killed it meant something else: the structure is no worse for it."""
+    for wanted, starts in ((GOOD, 2), (Check('{"type": "string"}', "draft2020-12"), 3)):
+        process = process_of(trial)
+        process.suspend()  # so that it is killed before it answers
+        killing = threading.Timer(0.3, process.kill)
+        killing.start()
+        if isinstance(wanted, Check):
+            assert trial.check('"a"', wanted) is None
+        else:
+            assert "[ab]+" in trial.trial(wanted, space=False).text
+        killing.join()
+        assert trial.starts == starts
+
+
+def test_a_process_that_dies_of_a_trial_is_not_tried_again(trial: TrialProcess) -> None:
+    process = process_of(trial)
+    process.suspend()
+    killing = threading.Timer(0.3, lambda: (process.send_signal(signal.SIGSEGV), process.resume()))
+    killing.start()
+    with pytest.raises(Died, match="make it smaller"):
+        trial.trial(GOOD, space=False)
+    killing.join()
+    assert trial.starts == 1
 
 
 def test_its_memory_is_bounded(trial: TrialProcess) -> None:

@@ -5,7 +5,7 @@ import pytest
 from serving.errors import InvalidParameter, InvalidRequest
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.openai import ignore_unknown
-from serving.gateway.dialect.parsing import MAX_PROBLEMS, read
+from serving.gateway.dialect.parsing import MAX_NESTING, MAX_PROBLEMS, read
 from tests.support.chats import asked
 
 
@@ -36,6 +36,18 @@ def test_a_body_may_begin_with_a_byte_order_mark() -> None:
         assert request.messages[0].content == "\ufeffhi"
     with pytest.raises(InvalidRequest, match="not JSON"):
         read(text.encode("utf-8-sig") + b"x", ChatRequest, ignore_unknown)
+
+
+@pytest.mark.parametrize("begin, end", [("[", "]"), ('{"a":', "}")])
+def test_what_nests_too_deeply_is_called_so(begin: str, end: str) -> None:
+    def nested(depth: int) -> bytes:
+        inner = begin * (depth - 1) + "1" + end * (depth - 1)
+        return f'{{"messages": [{{"role": "user", "content": "a"}}], "x": {inner}}}'.encode()
+
+    read(nested(MAX_NESTING), ChatRequest, ignore_unknown)
+    for depth in (MAX_NESTING + 2, 10_000):
+        with pytest.raises(InvalidRequest, match="at most 200 deep"):
+            read(nested(depth), ChatRequest, ignore_unknown)
 
 
 def test_a_mistake_beside_a_missing_feature_is_a_mistake() -> None:
