@@ -27,9 +27,9 @@ def refusal(text: str) -> str:
     Whatever is not known is quoted, in one line, without the grammar's own lines.
     """
     text = text.removesuffix("<non-verbose/>").strip()
-    if (found := _CARET.search(text)) is not None:
-        place = len(found["before"]) - 4
-        why = _quoted(found["why"])
+    if (wrong := _CARET.search(text)) is not None:
+        place = len(wrong["before"]) - 4
+        why = _quoted(wrong["why"])
         return f"the regular expression is refused at its character {place + 1}: {why}"
     for pattern, meaning in _MEANINGS:
         if pattern.search(text):

@@ -24,7 +24,7 @@ LONGEST_CHECK = 3.0  # seconds, of which loading jsonschema takes some at the fi
 _LONGEST_END = 1.0  # seconds
 _LARGEST_ANSWER = 64 << 20  # bytes
 _TOO_MUCH = "the structure cannot be compiled: make it smaller, or nest it less"
-# What a trial dies of by itself is another signal: SIGSEGV of its stack, SIGABRT of its memory.
+# A trial that dies of itself gets another signal: SIGSEGV of its stack, SIGABRT of its memory.
 _FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP})
 _PACKAGES = Path(__file__).parents[3]
 
