@@ -100,6 +100,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         continue_last: bool = False,
+        asks: bool = True,
         tools: Sequence[Mapping[str, object]] = (),
     ) -> str:
         """Return the chat as text, up to where the assistant's answer begins.
@@ -108,6 +109,8 @@ class ChatTemplate:
             messages: what `checked` has returned.
             continue_last: the last message is the beginning of that answer, and the text ends where
                 the message does.
+            asks: the generation prompt, which begins an answer, is written behind the chat, unless
+                the last message is continued.
             tools: what `checked_tools` has returned.
 
         Raises ChatError if the template itself refuses the chat, writes what is not Unicode or
@@ -123,7 +126,7 @@ class ChatTemplate:
                 messages=chat,
                 tools=functions or None,
                 documents=None,
-                add_generation_prompt=not continue_last,
+                add_generation_prompt=asks and not continue_last,
                 **self.tokens,
             )
             size = sum(map(_size, messages)) + sum(len(json.dumps(tool)) for tool in functions)

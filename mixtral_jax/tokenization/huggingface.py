@@ -122,12 +122,29 @@ class TemplateTokenizer(Vocabulary):
 
         Raises ChatError if the template refuses the chat, or if there is no template.
         """
+        chat = checked(messages, continue_last=continue_last)
+        return self._rendered(chat, tools, continue_last=continue_last)
+
+    def closed_chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> list[int]:
+        """Return the ids of the chat as the template writes it, without its generation prompt.
+
+        Raises ChatError as `chat` does, and if the last message is not an assistant's.
+        """
+        return self._rendered(checked(messages, closes_last=True), tools, asks=False)
+
+    def _rendered(
+        self,
+        chat: list[Message],
+        tools: Sequence[Tool],
+        *,
+        continue_last: bool = False,
+        asks: bool = True,
+    ) -> list[int]:
         if self._template is None:
             raise ChatError(
                 "this model has no chat template: send a plain prompt, or put a "
                 "chat_template.jinja beside its tokenizer.json"
             )
-        chat = checked(messages, continue_last=continue_last)
         functions = []
         if self._template_has_tools:
             functions = checked_tools(tools)
@@ -139,6 +156,7 @@ class TemplateTokenizer(Vocabulary):
         text = self._template.render(
             _without_reserved(chat),
             continue_last=continue_last,
+            asks=asks,
             tools=_without_reserved(functions),
         )
         return self._written_ids(text)

@@ -57,13 +57,16 @@ def check_text(text: str, name: str) -> None:
         ) from None
 
 
-def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list[Message]:
+def checked(
+    messages: Sequence[Message], *, continue_last: bool = False, closes_last: bool = False
+) -> list[Message]:
     """Return the messages with the known keys only, calls and results paired by ids.
 
     Each id of a call becomes one of nine letters and digits, the same for call and result (see
     `CallIds`); a result without an id answers the first call that has no result yet. A call without
     a result stays. With `continue_last` the last message must be an assistant's, with some text and
-    no calls. Raises ChatError that names the first message that is wrong.
+    no calls; with `closes_last` an assistant's, with text or calls. Raises ChatError that names the
+    first message that is wrong.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise ChatError(
@@ -103,6 +106,12 @@ def checked(messages: Sequence[Message], *, continue_last: bool = False) -> list
         raise ChatError(
             "the last message cannot be continued: it must be an assistant's, with some text and "
             "without calls of tools"
+        )
+    if closes_last and (
+        last["role"] != "assistant" or not (last["content"] or last.get("tool_calls"))
+    ):
+        raise ChatError(
+            "the last message is no answer: it must be an assistant's, with text or calls of tools"
         )
     return chat
 

@@ -108,6 +108,17 @@ class MistralTokenizer(Vocabulary):
             chat, tools = prompted(chat, tools), ()
         return self._chats.ids(chat, continue_last=continue_last, tools=tools)
 
+    def closed_chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> list[int]:
+        """Return <s>[INST] ... [/INST] and so on, to the </s> of the last message, an assistant's.
+
+        System text and tools stand where they stood when that message was asked for. Raises
+        ChatError.
+        """
+        chat = checked(messages, closes_last=True)
+        if self.version == "v1":
+            chat, tools = prompted(chat, tools), ()
+        return self._chats.ids(chat, closes_last=True, tools=tools)
+
 
 def foreign_format(folder: Path, version: str) -> str | None:
     """Return why the chats of a checkpoint are not in Mistral's format, or None if they are.

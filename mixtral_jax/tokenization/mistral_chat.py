@@ -36,9 +36,17 @@ class MistralChat:
         self._version = model.version.value
 
     def ids(
-        self, messages: Sequence[Message], *, continue_last: bool, tools: Sequence[Tool]
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        closes_last: bool = False,
+        tools: Sequence[Tool],
     ) -> list[int]:
         """Return the ids of a chat that `checked` has returned. Raises ChatError.
+
+        The last message is a user's or a tool's; with `continue_last` the beginning of an answer,
+        and with `closes_last` a whole answer.
 
         In v2 and v3 a message has text or calls: beside calls its text is left out. In v2 each call
         has a turn of its own, because one turn has one result. Empty assistant messages are left
@@ -49,7 +57,7 @@ class MistralChat:
         from mistral_common.protocol.instruct.tool_calls import Tool as FormatTool
 
         chat = [m for m in messages if m["role"] != "assistant" or _says_something(m)]
-        _check_order(chat, continue_last=continue_last)
+        _check_order(chat, has_answer=continue_last or closes_last)
         if self._version == "v2":
             chat = _one_call_a_turn(chat)
         try:
@@ -143,7 +151,7 @@ def _says_something(message: Message) -> bool:
     return bool(message["content"] or message.get("tool_calls"))
 
 
-def _check_order(chat: Sequence[Message], *, continue_last: bool) -> None:
+def _check_order(chat: Sequence[Message], *, has_answer: bool) -> None:
     """Raise ChatError for an order of roles that mistral-common refuses."""
     roles = [message["role"] for message in chat]
     wrong = next(
@@ -156,7 +164,7 @@ def _check_order(chat: Sequence[Message], *, continue_last: bool) -> None:
     )
     if not roles:
         wrong = "it has nothing but empty messages"
-    elif roles[-1] == "assistant" and not continue_last:
+    elif roles[-1] == "assistant" and not has_answer:
         wrong = "it ends with an assistant's message"
     elif roles == ["assistant"]:
         wrong = "it begins with an assistant's message"

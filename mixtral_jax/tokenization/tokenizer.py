@@ -71,6 +71,15 @@ class Tokenizer(Protocol):
         there: its turn is not closed. `tools` are those that the model may call.
         """
 
+    def closed_chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> list[int]:
+        """Return the ids of a chat that ends with an assistant's message, whose turn is closed.
+
+        They are those of `chat` without the messages from that one on, then what the model writes,
+        which an id of `eos_ids` ends, then whatever the format puts behind a turn. In a format that
+        moves the system message or the tools to the last user's message the chat has no later one,
+        so they stand where they stood when the answer was asked for. Raises ChatError.
+        """
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token adds to the text; b"" for control tokens."""
 

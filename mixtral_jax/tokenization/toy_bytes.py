@@ -42,10 +42,18 @@ class ByteTokenizer(Vocabulary):
 
         Tools are asked for by a prompt (see `tool_prompt`).
         """
-        ids = [self._BOS]
-        for message in prompted(checked(messages, continue_last=continue_last), tools):
-            ids += [self._ROLE_IDS[message["role"]], *message["content"].encode(), self._EOS]
+        ids = self._turns(checked(messages, continue_last=continue_last), tools)
         return ids[:-1] if continue_last else [*ids, self._ROLE_IDS["assistant"]]
+
+    def closed_chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> list[int]:
+        """Return the chat's ids up to the end of its last turn, an assistant's."""
+        return self._turns(checked(messages, closes_last=True), tools)
+
+    def _turns(self, chat: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+        ids = [self._BOS]
+        for message in prompted(chat, tools):
+            ids += [self._ROLE_IDS[message["role"]], *message["content"].encode(), self._EOS]
+        return ids
 
     def save(self, folder: Path) -> None:
         """Write the file by which `load` knows that the folder's model speaks bytes."""

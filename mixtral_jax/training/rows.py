@@ -1,0 +1,258 @@
+"""Rows of a data set: the lines of a JSONL file, read and checked.
+
+A line is a JSON object in one of these forms:
+
+    {"messages": [...], "tools": [...]}           a chat, as OpenAI's fine-tuning has it
+    {"prompt": "...", "completion": "..."}        text that is read, then text that is written
+    {"prompt": [...], "completion": [...]}        the same as messages (TRL's conversational form)
+    {"text": "..."}                               text, all of which is written
+
+An assistant's message may have a `weight`: 0 is only read, 1 is learnt, as all are that have none.
+https://platform.openai.com/docs/guides/fine-tuning, https://huggingface.co/docs/trl/dataset_formats
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from mixtral_jax.errors import UserError
+from mixtral_jax.tokenization.messages import ROLES, Message, Tool, ToolCall
+
+MESSAGES, TOOLS, PROMPT, COMPLETION, TEXT = "messages", "tools", "prompt", "completion", "text"
+_FORMS = 'give "messages", "prompt" and "completion", or "text"'
+# Whether a model may call several tools changes nothing of what it reads.
+_UNREAD = ("parallel_tool_calls",)
+_MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "weight")
+
+
+class DataError(UserError):
+    """A data set with rows that cannot be trained on; the message names them by file and line."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat of which some answers are learnt."""
+
+    messages: Sequence[Message]
+    is_learnt: Sequence[bool]  # of each message; true for assistants' messages only
+    tools: Sequence[Tool] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Plain text of which the end is learnt; an empty prompt stands for none."""
+
+    prompt: str
+    completion: str
+
+
+class Row(NamedTuple):
+    """A line of a file, by its name and number."""
+
+    place: str  # FILE:LINE
+    content: Chat | Completion
+
+
+class Refused(NamedTuple):
+    """A line that cannot be trained on, and the reason."""
+
+    place: str  # FILE:LINE
+    reason: str
+
+
+def rows_of(path: Path, ignored_keys: Collection[str] = ()) -> Iterator[Row | Refused]:
+    """Yields the rows of a JSONL file in their order; lines without anything are no rows.
+
+    Args:
+        path: The file, in UTF-8.
+        ignored_keys: Keys of rows that may be there and mean nothing. Any other key that is not of
+            a form is refused.
+
+    Raises DataError if there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    yield Row(place, _content(_parsed(line), ignored_keys))
+                except DataError as error:
+                    yield Refused(place, str(error))
+    except OSError as error:
+        raise DataError(f"cannot read the data set {path}: {error.strerror}") from None
+
+
+def _parsed(line: bytes) -> Mapping[str, object]:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"is no JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is no JSON that can be read: {str(error)[:100]}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"is a JSON {_kind(value)}, not an object: {_FORMS}")
+    return value
+
+
+def _content(row: Mapping[str, object], ignored_keys: Collection[str]) -> Chat | Completion:
+    keys = {key for key, value in row.items() if value is not None} - set(ignored_keys)
+    forms = {
+        frozenset({MESSAGES}): {TOOLS, *_UNREAD},
+        frozenset({PROMPT, COMPLETION}): {TOOLS, *_UNREAD},
+        frozenset({TEXT}): set(),
+    }
+    fitting = [form for form in forms if form <= keys]
+    if not fitting:
+        raise DataError(f"has the keys {_listed(keys)}: {_FORMS}")
+    if len(fitting) > 1:
+        raise DataError(f"has the keys {_listed(keys)}, which are several forms: {_FORMS}")
+    if unknown := keys - fitting[0] - forms[fitting[0]]:
+        raise DataError(
+            f"has the unknown key {_listed(unknown)}: take it out, or name it in ignored_keys"
+        )
+    if TEXT in keys:
+        return Completion("", _text(row[TEXT], TEXT))
+    if MESSAGES in keys:
+        messages, is_learnt = _messages(row[MESSAGES], MESSAGES, is_prompt=False)
+        return _chat(messages, is_learnt, row)
+    prompt, completion = row[PROMPT], row[COMPLETION]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if row.get(TOOLS):
+            raise DataError("has tools beside text: give prompt and completion as messages")
+        return Completion(prompt, _text(completion, COMPLETION))
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise DataError("has a prompt and a completion of which only one is text")
+    before, _ = _messages(prompt, PROMPT, is_prompt=True)
+    after, is_learnt = _messages(completion, COMPLETION, is_prompt=False)
+    return _chat([*before, *after], [*[False] * len(before), *is_learnt], row)
+
+
+def _chat(messages: list[Message], is_learnt: list[bool], row: Mapping[str, object]) -> Chat:
+    if not any(is_learnt):
+        raise DataError("has nothing to learn: no message of the role assistant with a weight of 1")
+    return Chat(messages, is_learnt, _tools(row.get(TOOLS) or []))
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise DataError(f"has a {name} that is {_kind(value)}: give text")
+    return value
+
+
+def _messages(value: object, key: str, *, is_prompt: bool) -> tuple[list[Message], list[bool]]:
+    """Returns the messages of a list, and which of them are learnt: none of a prompt."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"has {key} that are {_kind(value)}: give a list of messages")
+    messages, is_learnt = [], []
+    for place, item in enumerate(value):
+        name = f"{key}[{place}]"
+        if not isinstance(item, dict):
+            raise DataError(f"has {name} that is {_kind(item)}: give role and content")
+        given = {name: field for name, field in item.items() if field is not None}
+        if unknown := given.keys() - set(_MESSAGE_KEYS):
+            raise DataError(f"has the unknown key {_listed(unknown)} in {name}")
+        message = _message(given, name)
+        weight = given.get("weight", 1)
+        if "weight" in given and message["role"] != "assistant":
+            raise DataError(f"has a weight in {name}: only messages of an assistant have one")
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise DataError(f"has the weight {str(weight)[:40]} in {name}: give 0 or 1")
+        if "weight" in given and is_prompt and weight:
+            raise DataError(f"has the weight 1 in {name}: a prompt is only read")
+        messages.append(message)
+        is_learnt.append(message["role"] == "assistant" and bool(weight) and not is_prompt)
+    return messages, is_learnt
+
+
+def _message(given: Mapping[str, object], name: str) -> Message:
+    role = given.get("role")
+    if role == "developer":  # OpenAI's newer name
+        role = "system"
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(
+            f"has the role {str(role)[:40]!r} in {name}: use one of developer, {', '.join(ROLES)}"
+        )
+    calls = given.get("tool_calls") or []
+    content = given.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_text_of(item, name) for item in content)
+    if content is None and role == "assistant" and calls:
+        content = ""
+    if not isinstance(content, str):
+        raise DataError(f"has a content in {name} that is {_kind(content)}: give text")
+    message: Message = {"role": role, "content": content}
+    if calls:
+        if role != "assistant":
+            raise DataError(f"has tool_calls in {name}: only an assistant calls tools")
+        if not isinstance(calls, list):
+            raise DataError(f"has tool_calls in {name} that are {_kind(calls)}: give a list")
+        message["tool_calls"] = [_call(call, name) for call in calls]
+    call_id = given.get("tool_call_id", "")
+    if not isinstance(call_id, str):
+        raise DataError(f"has a tool_call_id in {name} that is {_kind(call_id)}: give text")
+    if call_id and role != "tool":
+        raise DataError(f"has a tool_call_id in {name}: only results of tools have one")
+    if call_id:
+        message["tool_call_id"] = call_id
+    if role == "assistant" and not content and not calls:
+        raise DataError(f"has neither text nor calls in {name}, an assistant's message")
+    if "name" in given and role != "tool":
+        raise DataError(f"has a name in {name}, which the model never reads: take it out")
+    return message
+
+
+def _text_of(item: object, name: str) -> str:
+    """Returns the text of a part of a content; the server joins them with line breaks."""
+    if isinstance(item, dict) and item.get("type") == "text" and isinstance(item.get("text"), str):
+        return str(item["text"])
+    raise DataError(f"has a part of the content of {name} that is not of type text")
+
+
+def _call(call: object, name: str) -> ToolCall:
+    if not isinstance(call, dict) or call.get("type", "function") != "function":
+        raise DataError(f"has a call in {name} that is not of type function")
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"has a call in {name} without a function and its name")
+    arguments = function.get("arguments") or ""
+    if isinstance(arguments, dict):  # as clients of Mistral's write them
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    call_id = call.get("id") or ""
+    if not isinstance(arguments, str) or not isinstance(call_id, str):
+        raise DataError(f"has a call in {name} whose id or arguments are no text")
+    return {"id": call_id, "name": function["name"], "arguments": arguments}
+
+
+def _tools(value: object) -> tuple[Tool, ...]:
+    if not isinstance(value, list):
+        raise DataError(f"has tools that are {_kind(value)}: give a list")
+    tools = []
+    for place, item in enumerate(value):
+        function = item.get("function") if isinstance(item, dict) else None
+        if not isinstance(function, dict) or item.get("type", "function") != "function":
+            raise DataError(f"has tools[{place}] that is no function")
+        name, description = function.get("name"), function.get("description") or ""
+        parameters = function.get("parameters") or {}
+        if not isinstance(name, str) or not isinstance(description, str):
+            raise DataError(f"has tools[{place}] whose name or description is no text")
+        if not isinstance(parameters, dict):
+            raise DataError(f"has tools[{place}] whose parameters are {_kind(parameters)}")
+        written = json.dumps(parameters, ensure_ascii=False) if parameters else ""
+        tools.append(Tool(name, description, written, bool(function.get("strict"))))
+    return tuple(tools)
+
+
+def _kind(value: object) -> str:
+    """Returns the name that JSON has for the kind of a value."""
+    names = {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null"}
+    return "an empty text" if value == "" else names.get(type(value), "number")
+
+
+def _listed(keys: Collection[str]) -> str:
+    return ", ".join(sorted(repr(key[:40]) for key in keys)) or "none"
