@@ -22,7 +22,7 @@ from mixtral_jax.tokenization.messages import ROLES, Message, Tool, ToolCall
 
 MESSAGES, TOOLS, PROMPT, COMPLETION, TEXT = "messages", "tools", "prompt", "completion", "text"
 _FORMS = 'give "messages", "prompt" and "completion", or "text"'
-# Whether a model may call several tools changes nothing of what it reads.
+# A choice between one call and several changes nothing of the ids that a model reads.
 _UNREAD = ("parallel_tool_calls",)
 _MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "weight")
 
