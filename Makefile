@@ -102,7 +102,7 @@ plan-matrix: $(VENV)/.tested ## Compile the full-size models for every chip and 
 	$(BIN)/python -m benchmarks.plan_matrix $(ARGS)
 
 notebooks: $(VENV)/.tested ## Execute the notebooks on this machine
-	$(BIN)/python -m pytest tests/end_to_end/test_smollm2.py -k notebook $(ARGS)
+	$(BIN)/python -m pytest tests/end_to_end/test_notebooks.py $(ARGS)
 
 clean: ## Remove what was built here; checkpoints and caches stay
 	rm -rf build dist *.egg-info $(VENV) .venv-newest
