@@ -1,7 +1,7 @@
 """Batch: rows of packed documents, and for each position the token that comes next."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,12 +9,12 @@ from mixtral_jax.training.example import Example
 
 
 class Batch(NamedTuple):
-    """B rows of T positions. Arrays of the host, or of the devices."""
+    """B rows of T positions. Arrays of the host (numpy), or of the devices."""
 
-    tokens: np.ndarray  # [B T] i32
-    targets: np.ndarray  # [B T] i32, the token behind each position in its document
-    weights: np.ndarray  # [B T] f32, what the loss of that target counts; 0 where there is none
-    segments: np.ndarray  # [B T] i32, the number of each position's document; 0 is padding
+    tokens: Any  # [B T] i32
+    targets: Any  # [B T] i32, the token behind each position in its document
+    weights: Any  # [B T] f32, what the loss of that target counts; 0 where there is none
+    segments: Any  # [B T] i32, the number of each position's document; 0 is padding
 
     @classmethod
     def packed(cls, rows: Sequence[Sequence[Example]], length: int) -> "Batch":

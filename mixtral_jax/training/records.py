@@ -1,0 +1,67 @@
+"""Records: what a run tells while it goes on. The command prints and logs them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimiser step.
+
+    Attributes:
+        step: number of the step, from 1.
+        loss: mean loss over the targets' weights, without the routers' losses.
+        tokens: positions that are no padding.
+        targets: sum of the targets' weights; the number of pairs for "preference".
+        seconds: time of the step.
+        gradient_norm: global, before clipping.
+        learning_rate: of this step.
+        aux: load balancing loss of the routers; X is balanced. 0 in a dense model.
+        z: mean square of the routers' log-normalisers.
+        expert_load: [L E], each expert's share of its layer's picks; [0 0] in a dense model.
+        is_skipped: the loss or the gradient was not finite, and nothing was changed.
+        skipped: number of skipped steps so far.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    targets: float
+    seconds: float
+    gradient_norm: float
+    learning_rate: float
+    aux: float
+    z: float
+    expert_load: np.ndarray
+    is_skipped: bool
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    """The mean loss of the validation rows after a step."""
+
+    step: int
+    loss: float
+    targets: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """A checkpoint after a step; it is complete when the next one begins, or the run ends."""
+
+    step: int
+    seconds: float  # that the run has waited for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndRecord:
+    """The end of a run: all steps are done, or it was told to stop after the one that ran."""
+
+    step: int
+    is_finished: bool
+
+
+Record = StepRecord | ValidationRecord | CheckpointRecord | EndRecord
