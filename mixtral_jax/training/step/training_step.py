@@ -34,7 +34,7 @@ class TrainingState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step tells about itself; scalars are f32."""
+    """Figures of one step; scalars are f32."""
 
     loss: jax.Array  # mean over the weight of targets, without the routers' losses
     aux: jax.Array  # load balancing loss; X if balanced, 0 without routers
@@ -138,7 +138,7 @@ class TrainingStep:
         return summed(compute, parts)
 
     def _picks(self, trained: Trained, frozen: Any, parts: Batch) -> jax.Array:
-        """How often the whole step picks each expert [L E], by forward passes."""
+        """Picks of each expert in the whole step [L E], counted by forward passes."""
 
         def count(rows: Batch) -> jax.Array:
             model, adapter = self.trainee.assemble(trained, frozen)
