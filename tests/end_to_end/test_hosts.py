@@ -1,6 +1,7 @@
 """One model in several processes that share their devices, by the real command and real signals."""
 
 import asyncio
+import json
 import os
 import signal
 import ssl
@@ -11,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from tests.support.certificates import Authority
+from tests.support.forms import SCHEMA, is_person
 from tests.support.servers import (
     COMMAND,
     ROOT,
@@ -115,15 +118,79 @@ def answers(server: Server) -> list[str]:
     return asyncio.run(ask())
 
 
+def structured_answers(server: Server) -> list[object]:
+    """A person and a call of a function, hot, beside a free answer.
+
+    Each is checked here: what a model with random weights draws is neither without its masks.
+    """
+    switch = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    function = {"name": "set", "parameters": switch}
+    asked: list[dict[str, object]] = [
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "person", "schema": SCHEMA, "strict": True},
+            },
+            "n": 2,
+        },
+        {
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+        },
+        {"ignore_eos": True, "max_tokens": 40},
+    ]
+
+    async def ask() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(
+            base_url=server.url, headers={"api-key": server.key}, timeout=PATIENCE
+        ) as client:
+            hot = {**body("Who?", 110), "ignore_eos": False, "temperature": 1.5, "seed": 5}
+            replies = await asyncio.gather(
+                *(client.post("/v1/chat/completions", json={**hot, **more}) for more in asked)
+            )
+        return [reply.raise_for_status().json() for reply in replies]
+
+    person, call, free = asyncio.run(ask())
+    answers: list[object] = []
+    for choice in person["choices"]:
+        assert choice["finish_reason"] == "stop" and is_person(choice["message"]["content"])
+        answers.append(choice["message"]["content"])
+    (choice,) = call["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (called,) = choice["message"]["tool_calls"]
+    assert called["function"]["name"] == "set"
+    assert json.loads(called["function"]["arguments"]) in ({"on": True}, {"on": False})
+    answers.append(called["function"])
+    return [*answers, free["choices"][0]["message"]["content"], call["usage"], person["usage"]]
+
+
 def body(words: str, max_tokens: int) -> dict[str, object]:
     message = {"role": "user", "content": words}
     return {"messages": [message], "ignore_eos": True, "max_tokens": max_tokens}
 
 
+@dataclass
+class Alone:
+    """What a model in one process answers."""
+
+    texts: list[str]
+    structured: list[object]
+
+
 @pytest.fixture(scope="module")
-def alone() -> list[str]:
+def alone() -> Alone:
     with running(serve_command("tiny-random")) as server:
-        return answers(server)
+        return Alone(answers(server), structured_answers(server))
+
+
+@pytest.mark.soak
+def test_masks_travel_between_processes(alone: Alone) -> None:
+    """An object after a schema and a call, each drawn under masks that the leader has made."""
+    with group(2, 1, "--mesh", "data=1,expert=2,tensor=1") as group_:
+        assert structured_answers(group_.leader) == alone.structured
+        (follower,) = group_.followers
+        assert follower.process.poll() is None and not follower.told("started again")
 
 
 @pytest.mark.soak
@@ -136,10 +203,11 @@ def alone() -> list[str]:
     ],
 )
 def test_several_processes_give_the_tokens_of_one(
-    count: int, devices: int, mesh: list[str], alone: list[str]
+    count: int, devices: int, mesh: list[str], alone: Alone
 ) -> None:
     with group(count, devices, *mesh) as group_:
-        assert answers(group_.leader) == alone
+        assert answers(group_.leader) == alone.texts
+        assert structured_answers(group_.leader) == alone.structured
         # Told to end, the leader ends all, and nobody is started again.
         assert group_.leader.stop(signal.SIGTERM) == 0
         for follower in group_.followers:
@@ -165,9 +233,11 @@ def test_processes_with_certificates_make_a_group_of_their_own(tmp_path: Path) -
         assert group_.leader.stop(signal.SIGTERM) == 0
 
 
-def test_a_killed_process_ends_the_streams_and_the_group_comes_back(alone: list[str]) -> None:
+def test_a_killed_process_ends_the_streams_and_the_group_comes_back(alone: Alone) -> None:
     """First the follower and, with MIXTRAL_JAX_SOAK=1, then the leader, each under load."""
     with group(2, 2, "--mesh", "data=1,expert=2,tensor=2") as group_:
+        # Masks travel to the follower: an object after a schema, and a call of a function.
+        assert structured_answers(group_.leader) == alone.structured
         (follower,) = group_.followers
         leader = psutil.Process(group_.leader.process.pid)
         assert kill_under_load(group_.leader, follower.service) < 5.0
@@ -179,7 +249,7 @@ def test_a_killed_process_ends_the_streams_and_the_group_comes_back(alone: list[
             until_back(group_.leader)
             lost = [line for line in follower.said if "was lost; the group starts again" in line]
             assert len(lost) == 1 and "process 0 of 2 at" in lost[0]
-        assert answers(group_.leader) == alone
+        assert answers(group_.leader) == alone.texts
 
 
 @pytest.mark.soak
