@@ -29,7 +29,7 @@ from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import GroupInputs, StepSizes, host_array
 from mixtral_jax.step.launcher import StepLauncher
 from mixtral_jax.step.sampling import unpack
-from mixtral_jax.structure.continuation import Continuation
+from mixtral_jax.structure.continuation import FormProgress
 from mixtral_jax.structure.form import Form, form_of
 from mixtral_jax.structure.grammar import grammar_of
 from mixtral_jax.structure.matcher import Guide
@@ -299,45 +299,6 @@ def _form(
     return form
 
 
-class _Structure:
-    """Place of an answer in its form; an answer without one may go on with any token.
-
-    Args:
-        form: of the answer.
-        takes_turns: draws forced tokens too, so that they have logprobs.
-    """
-
-    def __init__(self, form: Form | None, takes_turns: bool) -> None:
-        self._takes_turns = takes_turns
-        self._trigger = None if form is None else form.begins_after
-        self._continuation = None if form is None else Continuation(form.matcher())
-        self._begins = self._continuation is not None and self._trigger is None
-        if self._begins and self._continuation is not None:
-            self._continuation.advance(())
-
-    def forced(self) -> int | None:
-        """Takes away and returns the token that must come next, where no step need draw it."""
-        if self._begins and not self._takes_turns and self._continuation is not None:
-            return self._continuation.forced.popleft() if self._continuation.forced else None
-        return None
-
-    def mask(self) -> np.ndarray | None:
-        """Returns the mask of the next token, [ceil(V / 32)]; None if any may follow."""
-        if not self._begins or self._continuation is None:
-            return None
-        return self._continuation.next_mask()
-
-    def take(self, token_id: int) -> None:
-        """Takes in a token that was drawn."""
-        if self._continuation is None:
-            return
-        self._begins = self._begins or token_id == self._trigger
-        if self._begins and self._continuation.forced:
-            self._continuation.forced.popleft()
-        elif self._begins:
-            self._continuation.advance([token_id])
-
-
 def _draws(
     launcher: StepLauncher,
     ids: list[int],
@@ -350,10 +311,10 @@ def _draws(
     """Yields draws until the sequence `ids`, which grows, has `length` tokens or has ended."""
     steps, prompt_length = launcher.steps, len(ids)
     seed = randbits(31) if sampling.seed is None else sampling.seed
-    structure = _Structure(form, takes_turns=sampling.top_logprobs is not None)
+    progress = FormProgress(form, takes_turns=sampling.top_logprobs is not None)
     pages, done = range(steps.sizes.num_pages), 0
     while len(ids) < length:
-        if (forced := structure.forced()) is not None:
+        if (forced := progress.forced()) is not None:
             ids.append(forced)
             yield Draw(forced, None, ())
             if forced in eos_ids:
@@ -376,7 +337,7 @@ def _draws(
             history=ids[:-1] if sampling.has_penalties else (),
             forbidden=eos_ids if done - prompt_length < min_tokens else (),
         )
-        walked, mask = launcher.walk(inputs), structure.mask()
+        walked, mask = launcher.walk(inputs), progress.mask()
         allowed = None
         if mask is not None:
             rows = steps.num_sequence_groups * inputs.num_rows
@@ -388,7 +349,7 @@ def _draws(
         yield draw
         if draw.token_id in eos_ids:
             return
-        structure.take(draw.token_id)
+        progress.take(draw.token_id)
 
 
 def _texts(tokens: Iterator[int], tokenizer: Tokenizer, continues: bool) -> Iterator[str]:

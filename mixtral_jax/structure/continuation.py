@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.matcher import Matcher
 
 
@@ -57,3 +58,44 @@ class Continuation:
         bits = np.unpackbits(self.mask.view(np.uint8), bitorder="little")
         ids: list[int] = np.flatnonzero(bits).tolist()
         return (ids[0],) if len(ids) == 1 or self._matcher.end_ids.issuperset(ids) else ()
+
+
+class FormProgress:
+    """Place of an answer in its form, for a loop that draws one token after the other.
+
+    An answer without a form may go on with any token.
+
+    Args:
+        form: of the answer; None if it may be anything.
+        takes_turns: draws forced tokens too, so that they have logprobs.
+    """
+
+    def __init__(self, form: Form | None, takes_turns: bool) -> None:
+        self._takes_turns = takes_turns
+        self._trigger = None if form is None else form.begins_after
+        self._continuation = None if form is None else Continuation(form.matcher())
+        self._begins = self._continuation is not None and self._trigger is None
+        if self._begins and self._continuation is not None:
+            self._continuation.advance(())
+
+    def forced(self) -> int | None:
+        """Takes away and returns the token that must come next, where no step need draw it."""
+        if self._begins and not self._takes_turns and self._continuation is not None:
+            return self._continuation.forced.popleft() if self._continuation.forced else None
+        return None
+
+    def mask(self) -> np.ndarray | None:
+        """Returns the mask of the next token, [ceil(V / 32)]; None if any may follow."""
+        if not self._begins or self._continuation is None:
+            return None
+        return self._continuation.next_mask()
+
+    def take(self, token_id: int) -> None:
+        """Takes in a token that was drawn. Raises StructureError."""
+        if self._continuation is None:
+            return
+        self._begins = self._begins or token_id == self._trigger
+        if self._begins and self._continuation.forced:
+            self._continuation.forced.popleft()
+        elif self._begins:
+            self._continuation.advance([token_id])
