@@ -9,7 +9,8 @@
     │       └── UnsupportedParameter INVALID_ARGUMENT 422 known, but not supported
     ├── Unauthenticated         UNAUTHENTICATED      401  no key, or a wrong one
     ├── Forbidden               PERMISSION_DENIED    403  known, but not allowed here
-    ├── NotFound                NOT_FOUND            404  no such route or model
+    ├── NotFound                NOT_FOUND            404  no such route
+    │   └── ModelNotFound       NOT_FOUND            404  no model or adapter has this name
     ├── MethodNotAllowed        UNIMPLEMENTED        405  the route exists, the method does not
     ├── DeadlineExceeded        DEADLINE_EXCEEDED    408  the caller's deadline passed
     ├── Overloaded              RESOURCE_EXHAUSTED   429  the queue or the caller's minute is full
@@ -183,12 +184,36 @@ class Forbidden(ServingError):
 
 
 class NotFound(ServingError):
-    """There is no such route or model."""
+    """There is no such route."""
 
     grpc_status = "NOT_FOUND"
     http_status = 404
     azure_code = "NotFound"
     openai_code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """Neither the model nor one of its adapters has the name that was asked for.
+
+    The codes are those of Azure's endpoints that serve several models, and of OpenAI's API.
+    """
+
+    azure_code = "unknown_model"
+    openai_code = "model_not_found"
+    parameter: ClassVar[str] = "model"
+
+    @classmethod
+    def of(cls, name: str, served: str) -> "ModelNotFound":
+        """Returns the error for a name that was asked for.
+
+        Args:
+            name: The name; the text shows its first 100 characters.
+            served: The name of the served model.
+        """
+        return cls(
+            f"The model '{name[:100]}' does not exist: this endpoint serves '{served}' and the "
+            "adapters that GET /v1/models lists"
+        )
 
 
 class MethodNotAllowed(ServingError):
@@ -265,6 +290,7 @@ LEAVES: dict[str, type[ServingError]] = {
         Unauthenticated,
         Forbidden,
         NotFound,
+        ModelNotFound,
         MethodNotAllowed,
         DeadlineExceeded,
         Overloaded,

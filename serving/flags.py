@@ -174,6 +174,45 @@ _ENGINE = _panel(
     Flag("prefix_reuse", bool, True, "Compute every prompt from its beginning."),
     Flag("deterministic", bool, False, "Answer equal requests equally, whatever runs beside them."),
 )
+_ADAPTERS = _panel(
+    "Adapters",
+    Flag(
+        "adapter",
+        list[str],
+        [],
+        "LoRA adapter that is served beside the model under a name of its own: a folder as PEFT "
+        "writes it; repeatable.",
+        "NAME=FOLDER",
+    ),
+    Flag(
+        "adapters_folder",
+        Path | None,
+        None,
+        "Folder whose subfolders are adapters under their own names; they are loaded and unloaded "
+        "while the server runs, as they come and go.",
+        "FOLDER",
+    ),
+    Flag(
+        "max_adapters",
+        int | None,
+        None,
+        "Adapters that are loaded at the same time, for which memory is kept; default: 8, or as "
+        "many as --adapter names, and none without these two flags.",
+        "N",
+        min=1,
+    ),
+    Flag("max_adapter_rank", int, 16, "Largest rank of an adapter.", "RANK", min=1),
+)
+# The names that Azure's and LangChain's packages for Mistral send if they are given none.
+_MODEL_ALIAS = Flag(
+    "model_alias",
+    list[str],
+    ["azureai", "mistral-small"],
+    "Another name under which requests mean the model itself; repeatable; * for every name that no "
+    "adapter has.",
+    "NAME",
+    panel="Adapters",
+)
 _PROMPTS = _panel(
     "Engine",
     Flag(
@@ -453,6 +492,7 @@ _UPSTREAM = _panel(
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
     *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
+    *(*_ADAPTERS, _MODEL_ALIAS),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS, _USAGE_DB),
     *(*_ACCOUNTING, *_ACCESS),
 )
@@ -475,7 +515,7 @@ SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
     *(DTYPE, _MODEL_TYPE, _HEARTBEAT_SECONDS, _DRAIN_SECONDS, _DRAIN_DELAY),
-    *(*_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP, _GROUP_CA),
+    *(*_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP, _GROUP_CA, *_ADAPTERS, _MODEL_ALIAS),
     *_panel(
         "Monitoring",
         replace(_METRICS_PORT, min=1, help="Port for Prometheus; default: none."),

@@ -18,6 +18,8 @@ class AnswerTokens:
         completion_tokens: Tokens generated so far, of all choices.
         finish_reasons: `stop` or `length` of each choice that has ended, in that order.
         first_at: The clock at the first token; None before.
+        adapter: The adapter that answers, "" for the model without one; None until the service has
+            told it, and always of a service that is older than adapters.
         texts: The text of each choice by its number, if they are kept: set it to {} for that.
         on_rendered: Called with the number of the prompt's tokens as soon as it is known.
     """
@@ -28,6 +30,7 @@ class AnswerTokens:
         self.completion_tokens = 0
         self.finish_reasons: list[str] = []
         self.first_at: float | None = None
+        self.adapter: str | None = None
         self.texts: dict[int, str] | None = None
         self.on_rendered: Callable[[int], None] | None = None
         self._computed_tokens = 0
@@ -48,6 +51,8 @@ class AnswerTokens:
             self._computed_tokens = chunk.computed_tokens
         if chunk.cached_tokens:
             self.cached_tokens = chunk.cached_tokens
+        if self.adapter is None and chunk.HasField("adapter"):
+            self.adapter = chunk.adapter
         if not self.prompt_tokens and chunk.HasField("prompt_tokens"):
             self.prompt_tokens = chunk.prompt_tokens
             if self.on_rendered is not None:

@@ -22,7 +22,13 @@ import grpc
 from serving.channel import options_for, target_of
 from serving.client.functions import result_text, tools_of
 from serving.client.rounds import Rounds, Run, explain
-from serving.client.translation import delta_of, info_of, tokenize_request_of, tokens_of
+from serving.client.translation import (
+    check_answers,
+    delta_of,
+    info_of,
+    tokenize_request_of,
+    tokens_of,
+)
 from serving.client.types import (
     Completion,
     Delta,
@@ -195,6 +201,7 @@ class Client:
         try:
             for chunk in call:
                 if weakened is None:
+                    check_answers(chunk, request.model)
                     weakened = _weakened(call.initial_metadata())
                     yield delta_of(chunk, weakened)
                 else:
@@ -313,6 +320,7 @@ class AsyncClient:
         try:
             async for chunk in call:
                 if weakened is None:
+                    check_answers(chunk, request.model)
                     weakened = _weakened(await call.initial_metadata())
                     yield delta_of(chunk, weakened)
                 else:

@@ -16,6 +16,7 @@ from serving.client.types import (
     Tool,
     Usage,
 )
+from serving.errors import ModelNotFound
 from serving.proto import inference_pb2 as pb
 
 _FINISH: dict[int, FinishReason] = {
@@ -118,6 +119,19 @@ def delta_of(chunk: pb.GenerateChunk, weakened: str = "") -> Delta:
     )
 
 
+def check_answers(chunk: pb.GenerateChunk, asked: str) -> None:
+    """Raises ModelNotFound if a server's first chunk shows that it has not read a model's name.
+
+    Args:
+        chunk: The first chunk of an answer.
+        asked: The `model` of its request.
+    """
+    if asked and not chunk.HasField("adapter"):
+        raise ModelNotFound(
+            f"the server is older than adapters, and does not know '{asked[:100]}'; leave out model"
+        )
+
+
 def tokens_of(tokens: pb.Tokens) -> Tokens:
     """Returns a message of the wire as Tokens."""
     return Tokens(ids=tuple(tokens.ids), pieces=tuple(tokens.pieces))
@@ -132,6 +146,7 @@ def info_of(info: pb.ModelInfo) -> ModelInfo:
         max_context=info.max_context,
         vocab_size=info.vocab_size,
         capabilities=tuple(info.capabilities),
+        adapters=tuple(adapter.name for adapter in info.adapters),
     )
 
 

@@ -63,8 +63,9 @@ Prompt = Sequence[Message] | str | Sequence[int]  # a chat, a text to be continu
 class Options(TypedDict, total=False):
     """Options of an answer, whose meanings and ranges stand in serving/proto/inference.proto.
 
-    An option that is None counts as left out. `timeout` is in seconds, for a whole answer of the
-    model. Those from `tools` on are for chats:
+    An option that is None counts as left out. `model` is the name of the served model or of an
+    adapter, and the served model where it is left out. `timeout` is in seconds, for a whole answer
+    of the model. Those from `tools` on are for chats:
 
     * `tools` are Python functions, which the client runs, or `Tool`s, which the caller runs.
     * `tool_choice` is "auto", "none" or "required", or a list of names, of which one is called.
@@ -72,6 +73,7 @@ class Options(TypedDict, total=False):
     * `max_rounds` is how often functions are run before the model must answer; 8 by default.
     """
 
+    model: str | None
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -225,6 +227,7 @@ class ModelInfo:
         max_context: Tokens that prompt and answer may have together.
         vocab_size: The number of token ids.
         capabilities: What answers can be held to, such as "json_schema", and "tools".
+        adapters: The names of the adapters that `model` may name.
     """
 
     name: str
@@ -233,6 +236,7 @@ class ModelInfo:
     max_context: int
     vocab_size: int
     capabilities: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 def assistant_message(text: str, calls: Sequence[ToolCall]) -> Message:

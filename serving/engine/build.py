@@ -30,7 +30,7 @@ from serving.engine.runner import Runner
 from serving.scheduling.step_plan import Limits
 
 # Each process may have the checkpoint elsewhere, and its own memory.
-_OF_ONE_PROCESS = {"model", "kv_memory"}
+_OF_ONE_PROCESS = {"model", "kv_memory", "adapter", "adapters_folder"}
 _FEW_ROWS = 8
 
 
@@ -103,6 +103,7 @@ def facts(config: EngineConfig, pretrained: Pretrained) -> dict[str, str]:
     card = pretrained.card
     values = dataclasses.asdict(config)
     values["dtype"] = pretrained.loadable_dtype(config.dtype)
+    values["max_adapters"] = config.num_adapters
     values["no_prefix_reuse"] = not values.pop("prefix_reuse")
     return {
         "mixtral-jax": version("mixtral-jax"),

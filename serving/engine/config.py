@@ -1,8 +1,12 @@
 """Configuration of an engine, as the operator gave it."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from mixtral_jax.errors import ConfigError
+
+# Adapters that are loaded at the same time, unless the operator names more.
+_ADAPTERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,27 @@ class EngineConfig:
     prefix_reuse: bool
     deterministic: bool
     """Answer equal requests equally, whatever runs beside them."""
+    adapter: tuple[str, ...] = ()
+    """Adapters that are loaded at the start, each as NAME=FOLDER."""
+    adapters_folder: Path | None = None
+    """Folder whose subfolders are adapters, which come and go while the engine runs."""
+    max_adapters: int | None = None
+    """Adapters that are loaded at the same time; None: see `num_adapters`."""
+    max_adapter_rank: int = 16
+    """Largest rank of an adapter."""
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The folders of `adapter` by the names of the adapters."""
+        pairs = [text.partition("=")[::2] for text in self.adapter]
+        return {name: Path(folder) for name, folder in pairs}
+
+    @property
+    def num_adapters(self) -> int:
+        """The number of adapters that an engine keeps memory for; 0: it computes none."""
+        if not self.adapter and self.adapters_folder is None:
+            return 0
+        return self.max_adapters or max(_ADAPTERS, len(self.adapter))
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -40,3 +65,22 @@ class EngineConfig:
                 raise ConfigError(f"{flag} is {value}; it must be at least 1")
         if self.kv_dtype not in (None, "int8"):
             raise ConfigError(f"--kv-dtype is {self.kv_dtype!r}; give int8, or leave it out")
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        for text in self.adapter:
+            if not all(text.partition("=")):
+                raise ConfigError(f"--adapter is {text!r}; give NAME=FOLDER")
+        if len(self.adapters) < len(self.adapter):
+            raise ConfigError("--adapter gives a name twice; give each adapter its own")
+        if len(self.adapter) > self.num_adapters:
+            raise ConfigError(
+                f"--adapter names {len(self.adapter)} adapters; --max-adapters is "
+                f"{self.max_adapters}, give at least as many"
+            )
+        if self.max_adapters is not None and not self.num_adapters:
+            raise ConfigError(
+                "--max-adapters has no adapters; give --adapter or --adapters-folder too"
+            )
+        if self.adapters_folder is not None and not self.adapters_folder.is_dir():
+            raise ConfigError(f"--adapters-folder is {self.adapters_folder}, which is no folder")

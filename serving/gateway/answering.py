@@ -154,6 +154,7 @@ class Gateway:
         asked: Asked | None = None
         try:
             asked = await self._read(request, kind, unknown, hold)
+            asked.ask_deployment(request.path_params.get("name"))
             model = await self.service.model()
             calls = asked.protos()
             check_prompts(calls, model)
@@ -214,6 +215,7 @@ class Gateway:
         try:
             chunks = await _begun(answer)
             hold.free()
+            identity = identity.answered_by(answer.tokens[0].adapter, asked.model)
             if asked.stream and not watch.client_disconnected:
                 events = kind.events(identity, asked)
                 opening = events.opening(asked.choices * len(answer.tokens)) + events.write(chunks)

@@ -51,7 +51,7 @@ _ERRORS = {
     "parameter that is wrong.",
     401: "There is no key or token, or a wrong one.",
     403: "The caller is known, but not allowed here.",
-    404: "There is no such route or model.",
+    404: "There is no such route, or no model or adapter of this name.",
     405: "The route exists, the method does not.",
     408: "The body came too slowly, or a deadline passed.",
     413: "The body is too large.",
@@ -264,7 +264,7 @@ def _models() -> Schema:
     paths["/usage"]["get"]["parameters"].append(everybody)
     paths["/usage"]["get"]["responses"] |= _failures("/usage", 422)
     for path in MODEL_PATHS:
-        paths[path] = _get(path, "The models that are served: one.", "ModelList")
+        paths[path] = _get(path, "The served model and its adapters.", "ModelList")
         card = f"{path}/{{model_id}}"
         paths[card] = _get(card, "The model of this name.", "ModelCard")
     return paths

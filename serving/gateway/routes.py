@@ -8,7 +8,7 @@ not list, as Azure is; the others ignore them.
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from serving.errors import NotFound
+from serving.errors import ModelNotFound, NotFound
 from serving.gateway.answering import CHAT, RESPONSES, TEXT, Gateway
 from serving.gateway.auth import require
 from serving.gateway.dialect import models, openai
@@ -18,13 +18,15 @@ from serving.gateway.dialect.responses.hosted_tools import ResponsesFields
 from serving.gateway.usage_route import report_usage
 
 AZURE_PREFIXES = ("", "/models")
-# A client of Azure OpenAI's names a deployment in the path; it is accepted whatever it is.
+# A client of Azure OpenAI's names the model in the path, as a deployment.
 OPENAI_PREFIXES = ("/v1", "/openai/v1", "/openai/deployments/{name}")
 PREFIXES = (*AZURE_PREFIXES, *OPENAI_PREFIXES)
 # The clients of Azure OpenAI's ask for responses under /openai, without a deployment.
 RESPONSES_PREFIXES = ("", "/openai", *OPENAI_PREFIXES)
 MODEL_PATHS = ("/v1/models", "/openai/v1/models", "/openai/models", "/models")
 INFO_PATHS = ("/info", "/models/info")
+# Seconds for which a list of models is remembered: adapters come and go.
+LIST_SECONDS = 1.0
 EMBEDDINGS = ("/embeddings", "/images/embeddings")
 
 
@@ -120,17 +122,19 @@ async def info(request: Request) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    """Returns the list of served models, which has one entry."""
-    card = models.model_card(await _gateway(request).service.model(), request.app.state.created)
-    return JSONResponse({"object": "list", "data": [card.model_dump()]})
+    """Returns the list of the served model and its adapters."""
+    data = [card.model_dump() for card in await _cards(request)]
+    return JSONResponse({"object": "list", "data": data})
 
 
 async def get_model(request: Request) -> Response:
-    """Returns a model of the list by its name; raises NotFound for every other name."""
-    card = models.model_card(await _gateway(request).service.model(), request.app.state.created)
-    if (asked := request.path_params["model_id"]) != card.id:
-        raise NotFound(f"the model '{asked[:200]}' was not found; this endpoint serves '{card.id}'")
-    return JSONResponse(card.model_dump())
+    """Returns a model of the list by its name; raises ModelNotFound for every other name."""
+    cards = await _cards(request)
+    asked = request.path_params["model_id"]
+    for card in cards:
+        if card.id == asked:
+            return JSONResponse(card.model_dump())
+    raise ModelNotFound.of(asked, cards[0].id)
 
 
 async def live() -> Response:
@@ -152,6 +156,12 @@ async def openapi(request: Request) -> Response:
 async def docs(request: Request) -> Response:
     """Returns the document as a page for people."""
     return HTMLResponse(request.app.state.page)
+
+
+async def _cards(request: Request) -> list[models.ModelCard]:
+    """Returns the cards of the model and of the adapters that are loaded now."""
+    model = await _gateway(request).service.model(LIST_SECONDS)
+    return models.model_cards(model, request.app.state.created)
 
 
 async def _check(request: Request) -> None:

@@ -92,8 +92,8 @@ class ModelService:
         self._inference = inference_pb2_grpc.InferenceStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)
 
-    async def model(self) -> inference_pb2.ModelInfo:
-        """Returns the served model, which is remembered for MODEL_SECONDS.
+    async def model(self, seconds: float = MODEL_SECONDS) -> inference_pb2.ModelInfo:
+        """Returns the served model, which is remembered for so many seconds.
 
         It is forgotten as soon as a service is gone: what comes back may serve another one.
 
@@ -101,7 +101,7 @@ class ModelService:
             ServingError: It is not known, and the service does not tell it.
         """
         known = self._model
-        if known is not None and self._clock() - self._asked_at < MODEL_SECONDS:
+        if known is not None and self._clock() - self._asked_at < seconds:
             return known
         self._asked_at = self._clock()  # others take what is known meanwhile
         try:

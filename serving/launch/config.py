@@ -25,3 +25,5 @@ class ServiceConfig:
     """Time after such a signal in which requests are still served, while readiness fails."""
     step_timeout: float = 60.0
     """Time that a step of the engine may take before the process ends with status 1."""
+    model_alias: tuple[str, ...] = ()
+    """Other names under which requests mean the model itself; "*" for all that no adapter has."""

@@ -42,6 +42,7 @@ from serving.parent import beat, end_process, end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.step_plan import Limits
 from serving.service.call_record import Calls
+from serving.service.models.served_models import ServedModels
 from serving.service.service import InferenceService, create_server, set_serving
 
 _ERRORS: Errors = (UserError, *USER_ERRORS)
@@ -94,6 +95,8 @@ def _lead(
     rank: Rank | None,
 ) -> None:
     """Serves; with a rank, as the leader of its group."""
+    if engine.num_adapters:
+        raise SetupError("--adapter and --adapters-folder are not served yet; leave them out")
     door, tls = access.access(), access.renewed_tls()
     accounts = Accounts.of(accounting)
     admission = Admission(accounts, accounting.assumed_max_tokens, accounting.cached_token_charge)
@@ -110,9 +113,7 @@ def _lead(
     leader = None if rank is None else _gathered(engine, rank, pretrained)
     # Its processes start beside the loading of the weights. Without a tokenizer nothing is served.
     compiler = Compiler(pretrained.tokenizer, pretrained.card.model.vocab_size)
-    worker, inference = _build(
-        engine, pretrained, metrics, traces, leader, service.max_bytes_per_token, compiler
-    )
+    worker, inference = _build(engine, service, pretrained, metrics, traces, leader, compiler)
     worker.start()
     try:
         address = join_address(access.host, service.port)
@@ -152,11 +153,11 @@ def _gathered(engine: EngineConfig, rank: Rank, pretrained: Pretrained) -> Leade
 
 def _build(
     config: EngineConfig,
+    service: ServiceConfig,
     pretrained: Pretrained,
     metrics: Metrics,
     traces: Traces,
     leader: Leader | None,
-    bytes_per_token: int,
     compiler: Compiler,
 ) -> tuple[EngineWorker, InferenceService]:
     """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service."""
@@ -183,8 +184,9 @@ def _build(
     )
     worker = EngineWorker(engine, metrics, explain)
     calls = Calls(metrics, traces)
+    models = ServedModels(card.name, service.model_alias)
     inference = InferenceService(
-        worker, pretrained.tokenizer, info, calls, bytes_per_token, compiler
+        worker, pretrained.tokenizer, info, calls, service.max_bytes_per_token, compiler, models
     )
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)

@@ -42,6 +42,7 @@ class Request:
     n: int = 1
     deadline: float | None = None  # time.monotonic() after which nothing more is computed
     caller: str = ""  # who asks; callers take turns
+    adapter: str = ""  # name of the adapter that answers; empty: the model without one
     salt: bytes = b""  # prefixes are shared under the same salt only
     priority: Priority = Priority.INTERACTIVE
     suspect: bool = False  # computed in steps of its own, because it may end the engine

@@ -26,6 +26,8 @@ MAX_STOPS, MAX_STOP_BYTES = 16, 256
 MAX_MESSAGES = 2048
 MAX_LOGPROBS = 20
 MAX_CALLER_BYTES, MAX_SALT_BYTES = 256, 32
+# The gateway takes 256 characters.
+MAX_MODEL_BYTES = 1024
 _MAX_ROLE_BYTES = 32
 # A schema is walked, and an expression or a grammar compiled, for each request.
 MAX_SCHEMA_BYTES, MAX_GRAMMAR_BYTES = 2**18, 2**16
@@ -88,6 +90,7 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         "GenerateRequest.priority": _FIXED,
         "GenerateRequest.suspect": _FIXED,
         "GenerateRequest.response_format": _MESSAGE,
+        "GenerateRequest.model": Bound(size=MAX_MODEL_BYTES),
         "ResponseFormat.json_object": _MESSAGE,
         "ResponseFormat.json_schema": schema,
         "ResponseFormat.regex": grammar,

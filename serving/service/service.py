@@ -37,6 +37,7 @@ from serving.service.call_record import Call, Calls
 from serving.service.direct_calls import DirectCalls, turn_of
 from serving.service.health_checks import MAX_HEALTH_CALLS, HealthCalls
 from serving.service.interceptor import AccessInterceptor
+from serving.service.models.served_models import ServedModels
 from serving.service.open_calls import OpenCalls
 from serving.service.read_request import BYTES_PER_TOKEN, Translator, continues
 from serving.service.reflection import add_reflection
@@ -86,6 +87,7 @@ class InferenceService(rpc.InferenceServicer):
         calls: Records the calls.
         bytes_per_token: Most bytes of a prompt for each token of the context.
         compiler: Compiles what answers are held to; None refuses to hold them to anything.
+        models: The names that requests may give; by default the model's own alone.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class InferenceService(rpc.InferenceServicer):
         calls: Calls | None = None,
         bytes_per_token: int = BYTES_PER_TOKEN,
         compiler: Compiler | None = None,
+        models: ServedModels | None = None,
     ) -> None:
         self._calls = calls or Calls()
+        self._models = models or ServedModels(info.name)
         self._worker = worker
         self._tokenizer = tokenizer
         self._translator = Translator(tokenizer, info, bytes_per_token, compiler)
@@ -117,8 +121,10 @@ class InferenceService(rpc.InferenceServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInfo:
-        """Returns the model's name and sizes."""
-        return self._info
+        """Returns the model's name and sizes, and its adapters."""
+        info = pb.ModelInfo(adapters=self._models.listed())
+        info.MergeFrom(self._info)
+        return info
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -176,12 +182,14 @@ class InferenceService(rpc.InferenceServicer):
         """Returns the engine's request for a message, and the form of its answer."""
         deadline = None if seconds is None else time.monotonic() + seconds
         self._translator.check(message)
+        adapter = self._models.adapter_of(message.model)
         if not self._worker.has_room(message.n or 1, message.caller):
             # Asked before the prompt is rendered, which under overload would be in vain.
             raise Overloaded("too many requests are waiting already; try again shortly")
         # In a thread: a template or a long prompt takes milliseconds, and other streams go on.
         read = partial(self._translator.request, message, deadline)
         request = await self._tokenizing.run(message.caller, read)
+        request = replace(request, adapter=adapter) if adapter else request
         if not self._translator.needs_form(message):
             return request, None
         # In threads of its own, so that prompts do not wait for grammars.

@@ -65,4 +65,4 @@ is_refused(
     ClientAuthenticationError,
 )
 
-check_chat(OverOpenAI(endpoint=URL, credential=KEY, model="anything", max_tokens=8, temperature=0))
+check_chat(OverOpenAI(endpoint=URL, credential=KEY, model="azureai", max_tokens=8, temperature=0))

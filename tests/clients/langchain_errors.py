@@ -6,7 +6,7 @@ from langchain_core.exceptions import ContextOverflowError
 from langchain_openai import ChatOpenAI
 
 URL, KEY, LONG = os.environ["ENDPOINT"], os.environ["KEY"], os.environ["LONG"]
-chat = ChatOpenAI(base_url=f"{URL}/v1", api_key=KEY, model="any", max_retries=0)
+chat = ChatOpenAI(base_url=f"{URL}/v1", api_key=KEY, model="azureai", max_retries=0)
 try:
     chat.invoke(LONG)
     raise AssertionError("a prompt that is too long was taken")

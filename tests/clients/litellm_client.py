@@ -17,10 +17,10 @@ HISTORY = [
 litellm.telemetry = False
 litellm.suppress_debug_info = True
 ROUTES = [
-    {"model": "azure_ai/anything", "api_base": URL},
-    {"model": "mistral/anything", "api_base": f"{URL}/v1"},
-    {"model": "openai/anything", "api_base": f"{URL}/v1"},
-    {"model": "anything", "api_base": URL, "custom_llm_provider": "custom_openai"},
+    {"model": "azure_ai/azureai", "api_base": URL},
+    {"model": "mistral/azureai", "api_base": f"{URL}/v1"},
+    {"model": "openai/azureai", "api_base": f"{URL}/v1"},
+    {"model": "azureai", "api_base": URL, "custom_llm_provider": "custom_openai"},
 ]
 
 for route in ROUTES:

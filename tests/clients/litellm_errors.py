@@ -12,10 +12,10 @@ litellm.telemetry = False
 litellm.suppress_debug_info = True
 
 for route in (
-    {"model": "openai/any", "api_base": f"{URL}/v1"},
-    {"model": "hosted_vllm/any", "api_base": f"{URL}/v1"},
-    {"model": "mistral/any", "api_base": f"{URL}/v1"},
-    {"model": "azure_ai/any", "api_base": URL},
+    {"model": "openai/azureai", "api_base": f"{URL}/v1"},
+    {"model": "hosted_vllm/azureai", "api_base": f"{URL}/v1"},
+    {"model": "mistral/azureai", "api_base": f"{URL}/v1"},
+    {"model": "azure_ai/azureai", "api_base": URL},
 ):
     asked = [{"role": "user", "content": LONG}]
     try:

@@ -24,10 +24,10 @@ from task import (
 litellm.telemetry = False
 litellm.suppress_debug_info = True
 ROUTES = {
-    "azure_ai": {"model": "azure_ai/anything", "api_base": URL},
-    "mistral": {"model": "mistral/anything", "api_base": f"{URL}/v1"},
-    "openai": {"model": "openai/anything", "api_base": f"{URL}/v1"},
-    "hosted_vllm": {"model": "hosted_vllm/anything", "api_base": f"{URL}/v1"},
+    "azure_ai": {"model": "azure_ai/azureai", "api_base": URL},
+    "mistral": {"model": "mistral/azureai", "api_base": f"{URL}/v1"},
+    "openai": {"model": "openai/azureai", "api_base": f"{URL}/v1"},
+    "hosted_vllm": {"model": "hosted_vllm/azureai", "api_base": f"{URL}/v1"},
 }
 ASK = [{"role": "user", "content": QUESTION}]
 ASK_WEATHER = [{"role": "user", "content": WEATHER_QUESTION}]

@@ -99,7 +99,7 @@ with openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY) as client:
         assert "auth token validation failed" in str(error), error
 
 with openai.OpenAI(base_url=f"{URL}/openai/v1", api_key=KEY) as client:
-    check_chat(client, "anything")
+    check_chat(client, "azureai")
 
 # As the notebook that the seed links calls it.
 with openai.OpenAI(base_url=URL, api_key=KEY) as client:
@@ -111,4 +111,4 @@ with openai.OpenAI(base_url=URL, api_key=KEY) as client:
 with openai.AzureOpenAI(
     azure_endpoint=URL, api_key=KEY, api_version="2024-06-01", max_retries=0
 ) as client:
-    check_chat(client, "anything")
+    check_chat(client, "azureai")

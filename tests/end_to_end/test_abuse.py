@@ -28,7 +28,7 @@ BODY: dict[str, Any] = {
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "one two"}]},
     ],
-    "model": "any",
+    "model": "azureai",
     "temperature": 0.5,
     "top_p": 1,
     "max_tokens": 2,

@@ -119,7 +119,7 @@ def _calls(seed: int) -> dict[str, Any]:
 
 def _check(client: openai.OpenAI, asked: dict[str, Any], seed: int, *, is_streamed: bool) -> None:
     """Asks for one answer and holds it to its schema."""
-    options = {"model": "any", "max_tokens": 500, "temperature": 1.0, "seed": seed, **asked}
+    options = {"model": "azureai", "max_tokens": 500, "temperature": 1.0, "seed": seed, **asked}
     if is_streamed:
         with client.chat.completions.stream(**options) as stream:
             choice: Any = stream.get_final_completion().choices[0]

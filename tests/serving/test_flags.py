@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from mixtral_jax.errors import ConfigError
 from serving.access.config import AccessConfig
 from serving.cluster.rank import Rank
 from serving.command_line import app_of, command, run
@@ -103,6 +104,35 @@ def test_a_record_survives_the_command_line_of_a_child() -> None:
     engine = asdict(records[0])
     assert (engine["prefix_reuse"], engine["kv_memory"], engine["dtype"]) == (False, 7, None)
     assert records[2].entra_tenant == ("x", "y")
+
+
+def test_adapters_are_folders_by_their_names(tmp_path: Path) -> None:
+    def made(*argv: str) -> EngineConfig:
+        return record(EngineConfig, read(SERVICE, ["--model=m", *argv]))
+
+    assert (made().adapters, made().num_adapters) == ({}, 0)
+    config = made("--adapter=a=/x", "--adapter=b/c=y=z", f"--adapters-folder={tmp_path}")
+    assert config.adapters == {"a": Path("/x"), "b/c": Path("y=z")}
+    assert (config.num_adapters, config.max_adapter_rank) == (8, 16)
+    assert made("--adapter=a=/x", "--max-adapters=2").num_adapters == 2
+    assert made(*(f"--adapter=a{i}=/x" for i in range(9))).num_adapters == 9
+    assert record(EngineConfig, read(SERVICE, arguments(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--adapter=a"], "NAME=FOLDER"),
+        (["--adapter==x"], "NAME=FOLDER"),
+        (["--adapter=a=x", "--adapter=a=y"], "twice"),
+        (["--adapter=a=x", "--adapter=b=y", "--max-adapters=1"], "at least as many"),
+        (["--max-adapters=2"], "--adapter or --adapters-folder"),
+        (["--adapters-folder=/nowhere"], "no folder"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        record(EngineConfig, read(SERVICE, ["--model=m", *argv]))
 
 
 def test_a_gateways_record_survives_too_and_no_secret_is_written() -> None:

@@ -26,6 +26,7 @@ from serving.gateway.http.limits import HttpLimits
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.server import HttpServer
 from serving.proto import inference_pb2, inference_pb2_grpc
+from serving.service.models.served_models import ServedModels
 
 KEY = "this-key-is-not-a-secret"
 # No wait of a test is longer, and only a failing test waits so long.
@@ -52,11 +53,16 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         !fail:LEAF     fails with that error of serving/errors.py
         !status:CODE   fails with that status and no name, as gRPC itself does
         !vanish        ends the stream without a reason to finish
+
+    Its names are "scripted-7B" and those of `aliases`, and it has the adapters of `adapters`.
     """
 
     def __init__(self) -> None:
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, str]] = []  # of the same calls
+        self.aliases = {"azureai"}
+        self.reads_names = True  # False: like a service that is older than adapters
+        self.adapters: dict[str, str] = {}  # their digests by their names
         self.cached_tokens = 0  # of each prompt, as its usage says
         self.begun = threading.Event()
         self.cancelled = threading.Event()
@@ -75,12 +81,19 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.cancelled.clear()
         self._loop.call_soon_threadsafe(self._released.clear)
 
+    def _models(self) -> ServedModels:
+        return ServedModels("scripted-7B", self.aliases, lambda: self.adapters)
+
     async def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: Any
     ) -> inference_pb2.ModelInfo:
         await _check_key(context)
         return inference_pb2.ModelInfo(
-            name="scripted-7B", type="chat-completions", provider="Nobody", max_context=64
+            name="scripted-7B",
+            type="chat-completions",
+            provider="Nobody",
+            max_context=64,
+            adapters=self._models().listed(),
         )
 
     async def Generate(
@@ -90,6 +103,12 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata() or ()))
         self.begun.set()
+        adapter = None
+        try:
+            if self.reads_names:
+                adapter = self._models().adapter_of(request.model)
+        except errors.ModelNotFound as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error), errors.to_grpc(error))
         said = 0
         choices = range(request.n if request.HasField("n") else 1)
         reason = inference_pb2.FINISH_REASON_STOP
@@ -101,7 +120,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 if word in ("!open", "!compute"):
                     tokens = len(request.chat.messages) or 1
                     name = "prompt_tokens" if word == "!open" else "computed_tokens"
-                    yield inference_pb2.GenerateChunk(**{name: tokens})
+                    yield inference_pb2.GenerateChunk(**{name: tokens}, adapter=adapter)
                     continue
                 if word.startswith("!call:"):
                     name, _, arguments = word.removeprefix("!call:").partition(":")
@@ -113,7 +132,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                             tool_calls=[call], token_ids=[said], choice=choice
                         )
                         if said == choice == 0:
-                            chunk.prompt_tokens = len(request.chat.messages)
+                            chunk.MergeFrom(_opening(request, adapter))
                         yield chunk
                     said += 1
                     reason = inference_pb2.FINISH_REASON_TOOL_CALLS
@@ -131,7 +150,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                     text = " " * (said > 0) + word
                     chunk = inference_pb2.GenerateChunk(text=text, token_ids=[said], choice=choice)
                     if said == choice == 0:
-                        chunk.prompt_tokens = len(request.chat.messages) or 1
+                        chunk.MergeFrom(_opening(request, adapter))
                     if request.HasField("top_logprobs"):
                         chunk.logprobs.append(_logprobs(text, said, request.top_logprobs))
                     yield chunk
@@ -172,6 +191,14 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 await context.abort(grpc.StatusCode[argument], "at ipv4:10.0.0.1:50051")
             case _:
                 raise ValueError(word)
+
+
+def _opening(
+    request: inference_pb2.GenerateRequest, adapter: str | None
+) -> inference_pb2.GenerateChunk:
+    """What is in the first chunk alone."""
+    tokens = len(request.chat.messages) or 1
+    return inference_pb2.GenerateChunk(prompt_tokens=tokens, adapter=adapter)
 
 
 def _prompt(request: inference_pb2.GenerateRequest) -> str:

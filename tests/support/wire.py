@@ -55,7 +55,7 @@ class Route:
         return {"tools": [flat if self.prompt == "input" else nested], "tool_choice": choice}
 
 
-_ANY = {"model": "any"}
+_ANY = {"model": "azureai"}
 # The name of a column, and of the file of its records -> its requests.
 ROUTES = {
     "azure": Route("/chat/completions", (("/models/chat/completions", {}),)),
@@ -64,7 +64,7 @@ ROUTES = {
         (
             ("/v1/chat/completions", {"random_seed": 1}),  # Mistral's clients
             ("/openai/v1/chat/completions", _ANY),
-            ("/openai/deployments/any/chat/completions?api-version=2024-06-01", {}),
+            ("/openai/deployments/azureai/chat/completions?api-version=2024-06-01", {}),
         ),
         extra=_ANY,
     ),
@@ -73,7 +73,7 @@ ROUTES = {
         "/v1/completions",
         (
             ("/openai/v1/completions", _ANY),
-            ("/openai/deployments/any/completions?api-version=2024-06-01", {}),
+            ("/openai/deployments/azureai/completions?api-version=2024-06-01", {}),
         ),
         prompt="prompt",
         has_tools=False,

@@ -6,10 +6,11 @@ Answers at once are written in each kind's response.py, answers as a stream in i
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import Field
 
+from serving.errors import ModelNotFound
 from serving.gateway.dialect.fields import Described, is_none
 from serving.proto import inference_pb2
 
@@ -50,7 +51,7 @@ class Identity:
     Attributes:
         id: The request's id, 32 hexadecimal digits, behind the vendor's prefix if it has one.
         created: Seconds since 1970.
-        model: The served name.
+        model: The name of the served model, or of the adapter that answers.
         tells_cached: Whether its usage tells the cached tokens of the prompt.
         is_openai: Whether an error in mid-stream has OpenAI's shape.
     """
@@ -80,6 +81,21 @@ class Identity:
         """
         answer_id = request_id or uuid.uuid4().hex
         return cls(answer_id, int(time.time()), model, tells_cached, is_openai)
+
+    def answered_by(self, adapter: str | None, asked: str | None) -> "Identity":
+        """Returns the identity of the answer, now that it is known who answers.
+
+        Args:
+            adapter: The adapter that answers, "" for the model without one; None where the service
+                is older than adapters, and has not read the name that was asked for.
+            asked: The name that was asked for, if there was one.
+
+        Raises:
+            ModelNotFound: Such a service was asked for another name than its model's.
+        """
+        if adapter is None and asked and asked != self.model:
+            raise ModelNotFound.of(asked, self.model)
+        return replace(self, model=adapter) if adapter else self
 
 
 def finish_reason(chunk: inference_pb2.GenerateChunk) -> str:

@@ -9,6 +9,7 @@ import json
 from serving.errors import (
     ContextTooLong,
     InvalidParameter,
+    ModelNotFound,
     Problem,
     ServingError,
     UnsupportedParameter,
@@ -97,7 +98,7 @@ def openai_error(error: ServingError) -> OpenAIErrorBody:
     """
     kind = _TYPES.get(error.http_status, "invalid_request_error")
     message, param, code = str(error), None, error.openai_code
-    if isinstance(error, ContextTooLong):
+    if isinstance(error, ContextTooLong | ModelNotFound):
         param = error.parameter
     if isinstance(error, InvalidParameter) and error.problems:
         param, code = _parameter(error.problems[0]), _code(error)

@@ -16,6 +16,7 @@ from serving.errors import (
     ContextTooLong,
     InvalidParameter,
     InvalidRequest,
+    ModelNotFound,
     UnsupportedParameter,
 )
 from serving.gateway.dialect.names import Path, renamed
@@ -168,7 +169,7 @@ class Parameters(Described):
     prompt_field: ClassVar[str] = "prompt"
 
     model: Name | None = None
-    """Accepted for the sake of clients; the endpoint serves a single model."""
+    """Who is to answer: the served model, which is meant where it is absent, or an adapter."""
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     """0 takes the likeliest token. Azure's range ends at 1, OpenAI's at 2."""
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
@@ -219,6 +220,21 @@ class Parameters(Described):
     """OpenAI's: `flex` and `batch` are answered when no other waits; Mistral's `standard_only`."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """vLLM's: computed prefixes are shared with the caller's requests of the same salt only."""
+
+    def ask_deployment(self, name: str | None) -> None:
+        """Asks for the model that the path names, whatever the body says.
+
+        Args:
+            name: The deployment of Azure OpenAI's path; None where the path has none.
+
+        Raises:
+            ModelNotFound: The name is longer than any model's.
+        """
+        if name is None:
+            return
+        if len(name) > MAX_NAME:
+            raise ModelNotFound(f"The model '{name[:100]}...' does not exist")
+        self.model = name
 
     @property
     def choices(self) -> int:
@@ -278,4 +294,5 @@ class Parameters(Described):
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             stop_token_ids=self.stop_token_ids or [],
+            model=self.model or "",
         )

@@ -1,13 +1,18 @@
-"""The served model as clients read it: Azure's /info, and the lists of OpenAI's and Mistral's APIs.
+"""The served model and its adapters as clients read them: Azure's /info, and lists of models.
 
-model_info   ModelInfo (proto) -> ModelInfo
-model_card   ModelInfo (proto) -> ModelCard
+model_info    ModelInfo (proto) -> ModelInfo
+model_cards   ModelInfo (proto) -> ModelCard, and one for each adapter
 """
 
 from typing import Literal
 
-from serving.gateway.dialect.fields import Described
+from pydantic import Field
+
+from serving.gateway.dialect.fields import Described, is_none
 from serving.proto import inference_pb2
+
+# Digits of a digest that tell two adapters apart.
+_JOB_DIGITS = 16
 
 
 class ModelInfo(Described):
@@ -47,18 +52,24 @@ class ModelCard(Described):
     """Seconds since 1970: when the gateway was started."""
     owned_by: str
     """The maker of the model."""
+    root: str
+    """The served name of the model whose weights answer; vLLM's and Mistral's."""
+    parent: str | None = None
+    """The same, of an adapter; null for the model itself."""
     max_model_len: int
     """Tokens that prompt and answer may hold together; vLLM's name."""
     max_context_length: int
     """The same number under Mistral's name."""
-    type: Literal["base"] = "base"
-    """Always `base`."""
+    type: Literal["base", "fine-tuned"] = "base"
+    """`base`, or `fine-tuned` for an adapter; Mistral's."""
+    job: str | None = Field(default=None, exclude_if=is_none)
+    """Mistral's, of an adapter: the beginning of the SHA-256 of its content."""
     capabilities: Capabilities = Capabilities()
     """The abilities of the model."""
 
 
 class ModelList(Described):
-    """The served models: one."""
+    """The served model, and its adapters in the order of their names."""
 
     object: Literal["list"] = "list"
     """Always `list`."""
@@ -73,13 +84,31 @@ def model_info(model: inference_pb2.ModelInfo, kind: str | None = None) -> Model
     )
 
 
-def model_card(model: inference_pb2.ModelInfo, created: int) -> ModelCard:
-    """Returns the model's entry in a list of models; `created` is in seconds since 1970."""
-    return ModelCard(
+def model_cards(model: inference_pb2.ModelInfo, created: int) -> list[ModelCard]:
+    """Returns the entries of the model and of its adapters in a list of models.
+
+    Args:
+        model: The model, with its adapters.
+        created: Seconds since 1970.
+    """
+    base = ModelCard(
         id=model.name,
         created=created,
         owned_by=model.provider,
+        root=model.name,
         max_model_len=model.max_context,
         max_context_length=model.max_context,
         capabilities=Capabilities(function_calling="tools" in model.capabilities),
     )
+    adapters = (
+        base.model_copy(
+            update={
+                "id": adapter.name,
+                "parent": model.name,
+                "type": "fine-tuned",
+                "job": adapter.digest[:_JOB_DIGITS],
+            }
+        )
+        for adapter in model.adapters
+    )
+    return [base, *adapters]

@@ -46,6 +46,7 @@ class AnswerText:
         continues: bool,
         form: AnswerForm | None = None,
     ) -> None:
+        self._request = request
         stops = tuple(stop)  # one for all choices: it may be long
         self.needs_check = form is not None and bool(form.violation or form.call_violation)
         self._choices = [
@@ -72,8 +73,10 @@ class AnswerText:
         return self._choices[index].violation()
 
     def opening(self) -> pb.GenerateChunk:
-        """Returns the first chunk of the stream, which tells the size of the prompt."""
-        return pb.GenerateChunk(prompt_tokens=self._usage.prompt_tokens)
+        """Returns the first chunk of the stream: the size of the prompt, and who answers."""
+        return pb.GenerateChunk(
+            prompt_tokens=self._usage.prompt_tokens, adapter=self._request.adapter
+        )
 
     def push(self, event: Event) -> pb.GenerateChunk | None:
         """Returns the chunk that an event adds, or None. Push no event of a choice that has ended.

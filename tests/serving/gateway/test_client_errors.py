@@ -49,7 +49,9 @@ def test_openais_classes(
     client: openai.OpenAI, script: str, kind: type[openai.APIStatusError], code: str, type_: str
 ) -> None:
     with pytest.raises(kind) as caught:
-        client.chat.completions.create(model="any", messages=[{"role": "user", "content": script}])
+        client.chat.completions.create(
+            model="azureai", messages=[{"role": "user", "content": script}]
+        )
     assert (caught.value.code, caught.value.type) == (code, type_)
 
 
@@ -71,7 +73,7 @@ def test_a_wrong_parameter_is_named(
     client: openai.OpenAI, parameters: dict[str, object], param: str, code: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=param) as caught:
-        client.chat.completions.create(model="any", messages=HELLO, extra_body=parameters)  # type: ignore[arg-type]
+        client.chat.completions.create(model="azureai", messages=HELLO, extra_body=parameters)  # type: ignore[arg-type]
     assert (caught.value.param, caught.value.code) == (param, code)
     assert caught.value.type == "invalid_request_error"
 
@@ -91,7 +93,7 @@ def test_a_wrong_key_and_a_model_that_is_not_there(stack: Stack) -> None:
 
 def test_a_stream_that_breaks_off_raises(client: openai.OpenAI) -> None:
     asked = [{"role": "user", "content": "one !fail:EngineFailure"}]
-    stream = client.chat.completions.create(model="any", messages=asked, stream=True)  # type: ignore[call-overload]
+    stream = client.chat.completions.create(model="azureai", messages=asked, stream=True)  # type: ignore[call-overload]
     with pytest.raises(openai.APIError, match="EngineFailure was asked for") as caught:
         list(stream)
     assert (caught.value.code, caught.value.type) == ("model_error", "server_error")

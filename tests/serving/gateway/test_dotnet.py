@@ -20,6 +20,12 @@ _, BODIES = recorded("dotnet")
 CHATS = [body for body in BODIES if "chat/completions" in body.path]
 
 
+@pytest.fixture(autouse=True)
+def names(stack: Stack) -> None:
+    """The name of the recordings is one of the model's."""
+    stack.service.aliases |= {"Tiny-Instruct"}
+
+
 def scripted(body: dict[str, Any]) -> dict[str, Any]:
     """Returns a body whose last message has the scripted service call the first tool, or answer."""
     *earlier, last = body["messages"]
@@ -85,7 +91,10 @@ def check_stream(lines: list[str], body: dict[str, Any], *, is_forced: bool, rea
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 USER = {"role": "user", "content": "How many languages are in the world?"}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
-OPENAI = ("/v1/chat/completions", "/openai/deployments/any/chat/completions?api-version=2025-04-01")
+OPENAI = (
+    "/v1/chat/completions",
+    "/openai/deployments/azureai/chat/completions?api-version=2025-04-01",
+)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +116,20 @@ def test_each_package_gets_the_status_that_it_reads(
         refused = client.post(path, json=body)
         assert refused.status_code == 400
         assert refused.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+UNKNOWN = ("/v1/chat/completions", "/openai/deployments/no-such-model/chat/completions")
+
+
+@pytest.mark.parametrize("path", UNKNOWN)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_unknown_model_is_404(client: httpx.Client, path: str, is_streamed: bool) -> None:
+    body = {"messages": [SYSTEM, USER], "model": "no-such-model", "stream": is_streamed}
+    answer = client.post(path, json=body)
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert error["code"] == "model_not_found" and error["param"] == "model"
+    assert "'no-such-model'" in error["message"] and "'scripted-7B'" in error["message"]
 
 
 @pytest.mark.parametrize("path", OPENAI)

@@ -26,7 +26,7 @@ def client(stack: Stack) -> Iterator[openai.OpenAI]:
 
 def test_an_answer_at_once(stack: Stack, client: openai.OpenAI) -> None:
     stack.service.cached_tokens = 1
-    answer = client.responses.create(model="any", input="one two", instructions="be brief")
+    answer = client.responses.create(model="azureai", input="one two", instructions="be brief")
     stack.service.cached_tokens = 0
     assert (answer.output_text, answer.status, answer.model) == (
         "one two",
@@ -43,21 +43,23 @@ def test_an_answer_at_once(stack: Stack, client: openai.OpenAI) -> None:
 
 
 def test_a_cut_answer(client: openai.OpenAI) -> None:
-    answer = client.responses.create(model="any", input="one two three", max_output_tokens=2)
+    answer = client.responses.create(model="azureai", input="one two three", max_output_tokens=2)
     assert (answer.output_text, answer.status) == ("one two", "incomplete")
     assert answer.incomplete_details is not None
     assert answer.incomplete_details.reason == "max_output_tokens"
 
 
 def test_a_stream(client: openai.OpenAI) -> None:
-    with client.responses.stream(model="any", input="one two") as stream:
+    with client.responses.stream(model="azureai", input="one two") as stream:
         events = list(stream)
         answer = stream.get_final_response()
     assert [event.sequence_number for event in events] == list(range(10))
     assert events[-1].type == "response.completed"
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert text == answer.output_text == "one two"
-    last = list(client.responses.create(model="any", input="a b", max_output_tokens=1, stream=True))
+    last = list(
+        client.responses.create(model="azureai", input="a b", max_output_tokens=1, stream=True)
+    )
     assert last[-1].type == "response.incomplete"
 
 
@@ -74,7 +76,7 @@ def test_heartbeats_are_no_events_of_the_client() -> None:
             assert list(lines)[-2].startswith('data: {"type":"response.completed"')
         stack.service.reset()
         with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=KEY) as client:
-            stream = client.responses.create(model="any", input="!open !wait one", stream=True)
+            stream = client.responses.create(model="azureai", input="!open !wait one", stream=True)
             types = [next(stream).type, next(stream).type]
             stack.loop.call_soon_threadsafe(stack.loop.call_later, 0.2, stack.service.release)
             types += [event.type for event in stream]
@@ -83,7 +85,7 @@ def test_heartbeats_are_no_events_of_the_client() -> None:
 
 
 def test_a_failure_in_the_middle(client: openai.OpenAI) -> None:
-    stream = client.responses.create(model="any", input="one !fail:EngineFailure", stream=True)
+    stream = client.responses.create(model="azureai", input="one !fail:EngineFailure", stream=True)
     types = []
     with pytest.raises(httpx.RemoteProtocolError):
         for event in stream:
@@ -97,7 +99,7 @@ def test_a_failure_in_the_middle(client: openai.OpenAI) -> None:
 
 def test_a_failure_before_the_first_event_is_a_status(client: openai.OpenAI) -> None:
     with pytest.raises(openai.RateLimitError):
-        client.responses.create(model="any", input="!fail:Overloaded", stream=True)
+        client.responses.create(model="azureai", input="!fail:Overloaded", stream=True)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_a_refusal_has_openais_shape(
 
 def test_too_long_an_input_is_named(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
-        client.responses.create(model="any", input="!fail:ContextTooLong")
+        client.responses.create(model="azureai", input="!fail:ContextTooLong")
     assert (raised.value.param, raised.value.code) == ("input", "context_length_exceeded")
 
 
@@ -137,7 +139,7 @@ def test_azure_openais_client(stack: Stack) -> None:
     with openai.AzureOpenAI(
         azure_endpoint=stack.url, api_key=KEY, api_version="2025-04-01-preview", max_retries=0
     ) as client:
-        assert client.responses.create(model="any", input="one two").output_text == "one two"
+        assert client.responses.create(model="azureai", input="one two").output_text == "one two"
     with openai.AzureOpenAI(
         azure_endpoint=stack.url,
         azure_deployment="any",
@@ -145,7 +147,7 @@ def test_azure_openais_client(stack: Stack) -> None:
         api_version="preview",
         max_retries=0,
     ) as client:
-        assert client.responses.create(model="any", input="one two").output_text == "one two"
+        assert client.responses.create(model="azureai", input="one two").output_text == "one two"
 
 
 @pytest.mark.parametrize("path", ["/responses", "/openai/v1/responses", "/v1/responses"])
@@ -190,7 +192,7 @@ def test_calls_and_their_results(stack: Stack, client: openai.OpenAI) -> None:
     tools: list[Any] = [openai.pydantic_function_tool(GetWeather)]
     asked: list[Any] = [{"role": "user", "content": f"weather? !call:GetWeather:{ARGUMENTS}"}]
     answer = client.responses.parse(
-        model="any",
+        model="azureai",
         input=asked,
         tools=tools,
         tool_choice={"type": "function", "name": "GetWeather"},
@@ -201,7 +203,7 @@ def test_calls_and_their_results(stack: Stack, client: openai.OpenAI) -> None:
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"}
     given: list[Any] = [tool.to_dict() for tool in answer.tools]  # flat, as the answer repeats them
     after = client.responses.create(
-        model="any", input=[*asked, *answer.output, result], tools=given, tool_choice="none"
+        model="azureai", input=[*asked, *answer.output, result], tools=given, tool_choice="none"
     )
     assert after.output_text == "12 degrees"
     first, second = stack.service.requests
@@ -214,7 +216,7 @@ def test_calls_and_their_results(stack: Stack, client: openai.OpenAI) -> None:
 def test_calls_as_a_stream(client: openai.OpenAI) -> None:
     tools: list[Any] = [openai.pydantic_function_tool(GetWeather)]
     asked = f"!call:GetWeather:{ARGUMENTS} !call:GetWeather:{ARGUMENTS}"
-    with client.responses.stream(model="any", input=asked, tools=tools) as stream:
+    with client.responses.stream(model="azureai", input=asked, tools=tools) as stream:
         deltas = [
             (event.output_index, event.snapshot)
             for event in stream
@@ -227,9 +229,11 @@ def test_calls_as_a_stream(client: openai.OpenAI) -> None:
 
 
 def test_a_form_of_the_text(stack: Stack, client: openai.OpenAI) -> None:
-    answer = client.responses.parse(model="any", input='{"name":"Ada"}', text_format=Person)
+    answer = client.responses.parse(model="azureai", input='{"name":"Ada"}', text_format=Person)
     assert answer.output_parsed == Person(name="Ada")
-    with client.responses.stream(model="any", input='{"name":"Ada"}', text_format=Person) as stream:
+    with client.responses.stream(
+        model="azureai", input='{"name":"Ada"}', text_format=Person
+    ) as stream:
         assert stream.get_final_response().output_parsed == Person(name="Ada")
     for request in stack.service.requests:
         form = request.response_format

@@ -77,6 +77,26 @@ def test_a_stream_adds_up_and_a_seed_repeats_it(parts: tuple[EngineWorker, Token
     asyncio.run(run())
 
 
+def test_a_request_names_the_model_or_nobody(parts: tuple[EngineWorker, Tokenizer]) -> None:
+    async def run() -> None:
+        async with serving(parts) as channel:
+            chunks = await collect(channel, chat(max_tokens=1, model="toy"))
+            assert chunks[0].HasField("adapter") and chunks[0].adapter == ""
+            assert not any(chunk.HasField("adapter") for chunk in chunks[1:])
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await collect(channel, chat(max_tokens=1, model="no-such-model"))
+            assert failed.value.code() is grpc.StatusCode.NOT_FOUND
+            assert "'no-such-model'" in (failed.value.details() or "")
+            trailing = dict(failed.value.trailing_metadata() or ())
+            assert trailing[ERROR_METADATA] == "ModelNotFound"
+            info = await rpc.InferenceStub(channel).GetModelInfo(
+                pb.GetModelInfoRequest(), metadata=KEY
+            )
+            assert not info.adapters
+
+    asyncio.run(run())
+
+
 def by_choice(chunks: list[pb.GenerateChunk]) -> dict[int, list[pb.GenerateChunk]]:
     found: dict[int, list[pb.GenerateChunk]] = {}
     for chunk in chunks:

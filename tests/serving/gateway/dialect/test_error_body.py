@@ -60,7 +60,7 @@ def test_openais_clients_read_one_object(leaf: type[ServingError]) -> None:
         "error": {
             "message": "what is wrong",
             "type": OPENAI_TYPES.get(leaf.http_status, "invalid_request_error"),
-            "param": None,
+            "param": getattr(leaf, "parameter", None),
             "code": leaf.openai_code,
         }
     }

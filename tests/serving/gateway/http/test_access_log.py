@@ -184,7 +184,7 @@ def test_a_chat_in_the_log_the_metrics_and_the_accounts(
 
 def test_the_spans_of_a_chat(watched: Watched) -> None:
     response = watched.post(
-        "/openai/deployments/any/chat/completions",
+        "/openai/deployments/azureai/chat/completions",
         headers=ALICE | {"traceparent": f"00-{TRACE}-{PARENT}-01"},
         messages=[{"role": "user", "content": SECRET}],
         model="mistral-small",
@@ -211,7 +211,7 @@ def test_the_spans_of_a_chat(watched: Watched) -> None:
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "mixtral_jax",
         "gen_ai.output.type": "text",
-        "gen_ai.request.model": "mistral-small",
+        "gen_ai.request.model": "azureai",
         "gen_ai.request.max_tokens": 9,
         "gen_ai.request.temperature": 0.7,
         "gen_ai.request.top_p": 0.5,
@@ -227,7 +227,7 @@ def test_the_spans_of_a_chat(watched: Watched) -> None:
         "http.request.method": "POST",
         "http.response.status_code": 200,
         "http.route": "/openai/deployments/{name}/chat/completions",
-        "url.path": "/openai/deployments/any/chat/completions",
+        "url.path": "/openai/deployments/azureai/chat/completions",
         "url.scheme": "http",
         "mixtral.request.id": response.headers["x-request-id"],
     }

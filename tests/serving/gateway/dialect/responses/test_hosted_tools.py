@@ -98,7 +98,7 @@ def test_a_choice_of_one_is_refused_all_the_same() -> None:
 
 def test_a_body_like_codexs() -> None:
     asked, headers = ignoring(
-        model="any",
+        model="azureai",
         instructions="You are a coding agent.",
         input=[
             {"type": "message", "role": "developer", "content": [TEXT | {"text": "Sandbox: on."}]},
