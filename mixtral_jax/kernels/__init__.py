@@ -40,6 +40,12 @@ class Kernels:
     linear: Callable[[jax.Array, Sequence[Weight]], list[jax.Array]]
     # (x [M I], sizes [E], weight [E O I]) -> [M O]: rows in groups, each against its own expert
     grouped: Callable[[jax.Array, jax.Array, Weight], jax.Array]
+    # (ys [R O], x [R I], groups [R], A [G U I] and B [G U O] of each) -> [R O] each: what adapters
+    # add to the weights' own products, each row by the one of its group
+    add_low_rank: Callable[
+        [Sequence[jax.Array], jax.Array, jax.Array, Sequence[tuple[jax.Array, jax.Array]]],
+        list[jax.Array],
+    ]
     # (x [R D], weight [D], eps) -> [R D]
     norm: Callable[[jax.Array, jax.Array, float], jax.Array]
     # (gate [R F], up [R F]) -> [R F]
@@ -98,12 +104,13 @@ def kernels_for(platform: str) -> Kernels:
     "xla" gives the forms that any backend computes. Raises ValueError for another name. On CPU the
     kernels are compiled here, if they were not before; no other platform compiles C++.
     """
-    from mixtral_jax.kernels.xla import attention, moves, products
+    from mixtral_jax.kernels.xla import attention, low_rank, moves, products
 
     oracle = Kernels(
         platform="xla",
         linear=products.linear,
         grouped=products.grouped,
+        add_low_rank=low_rank.add_low_rank,
         norm=products.norm,
         swiglu=products.swiglu,
         attend=attention.attend,
@@ -113,7 +120,7 @@ def kernels_for(platform: str) -> Kernels:
         can_move_rows=moves.can_move_rows,
         differentiable=frozenset(
             {
-                *("linear", "grouped", "norm", "swiglu", "full_attention"),
+                *("linear", "grouped", "add_low_rank", "norm", "swiglu", "full_attention"),
                 *("router_input", "move_rows", "can_move_rows"),
             }
         ),
@@ -136,7 +143,7 @@ def kernels_for(platform: str) -> Kernels:
 
 
 def _cpu(oracle: Kernels) -> Kernels:
-    from mixtral_jax.kernels.cpu import attention, build, products
+    from mixtral_jax.kernels.cpu import attention, build, low_rank, products
 
     plain = replace(oracle, platform="cpu")
     if not build.available():
@@ -145,10 +152,12 @@ def _cpu(oracle: Kernels) -> Kernels:
         plain,
         linear=products.linear,
         grouped=products.grouped,
+        add_low_rank=low_rank.add_low_rank,
         norm=products.norm,
         swiglu=products.swiglu,
         attend=attention.attend,
-        differentiable=plain.differentiable - {"linear", "grouped", "norm", "swiglu"},
+        differentiable=plain.differentiable
+        - {"linear", "grouped", "add_low_rank", "norm", "swiglu"},
         deterministic_heads=attention.LANES,
     )
 

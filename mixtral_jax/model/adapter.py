@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.layout import Layout
-from mixtral_jax.weight import Weight
 
 # Target -> letters of its outputs and of its inputs. The router is the only one that is not in a
 # dense model; gate, up and down have an E before their outputs in a mixture.
@@ -146,13 +145,6 @@ class Adapter(NamedTuple):
             return LowRank(low.a, low.b * jnp.asarray(adapter.scaling, low.b.dtype))
 
         return jax.tree.map(fold, self, is_leaf=lambda node: isinstance(node, LowRank))
-
-
-class AdaptedWeight(NamedTuple):
-    """A weight of experts [E O I], and the low-rank matrices beside it, if there are any."""
-
-    weight: Weight
-    low: LowRank | None = None
 
 
 def adapter_letters(target: str, config: ModelConfig) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from mixtral_jax.axes import FlatHidden, Pages, RowHidden, Segments
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter
+from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.layers import Linear, Rotary, paged_together
 from mixtral_jax.placement import Placement
@@ -48,11 +49,18 @@ class Attention(nnx.Module):
         return self.o.full(mixed, adapter.o)
 
     def paged(
-        self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch
+        self,
+        x: FlatHidden,
+        rotary: Rotary,
+        pages: Pages,
+        batch: RaggedBatch,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[FlatHidden, Pages]:
         """Writes the new keys and values, then attends: x [T D] -> [T D] and the pages."""
-        q, k, v = paged_together(x, self.q, self.k, self.v)
+        stacks, slots = adapters
+        beside = (stacks.q, stacks.k, stacks.v)
+        q, k, v = paged_together(x, self.q, self.k, self.v, stacks=beside, slots=slots)
         q, k = rotary.rotate(q), rotary.rotate(k)
         mixed, pages = self.kernels.attend(q, k, v, pages, batch, self.window)
-        out = self.o.paged(mixed)
+        out = self.o.paged(mixed, stacks.o, slots)
         return out if self.layout is None else self.layout.sum_over(out, "N"), pages

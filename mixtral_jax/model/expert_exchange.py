@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
-from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden
+from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, FlatTokens
 from mixtral_jax.kernels import Kernels
 
 AXIS = "expert"
@@ -38,6 +38,7 @@ class Dispatched(NamedTuple):
     is_sent: jax.Array  # [T*min(X, n)] bool: whether such a row was sent at all
     sizes: jax.Array  # [n n] i32: rows by sender and destination
     starts: jax.Array  # [n n] i32: where a sender's rows for a destination begin
+    slots: jax.Array | None = None  # [n*T] i32: of the rows; None if no row has an adapter
 
 
 def dispatch(
@@ -47,6 +48,7 @@ def dispatch(
     held: int,
     devices: int,
     kernels: Kernels,
+    slots: FlatTokens | None = None,
 ) -> Dispatched:
     """Sends this device's tokens [T D] to the devices of their experts; in a `shard_map`.
 
@@ -57,6 +59,7 @@ def dispatch(
         held: number of experts of each device, which are in order.
         devices: size n of the mesh axis.
         kernels: its `move_rows` moves them.
+        slots: of the adapters of these tokens [T]; None if none has an adapter.
     """
     tokens, picks = choice.shape
     me = jax.lax.axis_index(AXIS)
@@ -88,7 +91,13 @@ def dispatch(
         is_sent=pairs < tokens * devices,
         sizes=sizes,
         starts=starts,
+        slots=slots if slots is None else _arrived(slots, order[:, :, 0]),
     )
+
+
+def _arrived(slots: FlatTokens, order: jax.Array) -> jax.Array:
+    """The slots [n*T] of the rows that come, in the order of each sender's tokens [n T]."""
+    return jnp.take_along_axis(jax.lax.all_gather(slots, AXIS), order, axis=1).reshape(-1)
 
 
 def combine(sums: jax.Array, dispatched: Dispatched, kernels: Kernels) -> FlatHidden:

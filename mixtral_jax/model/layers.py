@@ -11,6 +11,7 @@ them; the paged form runs on one device's parts of them, and sums up by `Layout`
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax.axes import FlatHidden, Hidden, Positions
+from mixtral_jax.axes import FlatHidden, FlatTokens, Hidden, Positions
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter, LowRank
+from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters, Stack, add_stacks
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.placement import Placement
 from mixtral_jax.weight import Weight
@@ -112,9 +114,11 @@ class Linear(nnx.Module):
         y = xla.product(flat, self.flat_weight)
         return self._shaped(y if low is None else y + low.product(flat), rows)
 
-    def paged(self, x: jax.Array) -> jax.Array:
-        """x [T inputs] -> [T outputs], by the placement's kernel."""
-        return paged_together(x, self)[0]
+    def paged(
+        self, x: jax.Array, stack: Stack | None = None, slots: FlatTokens | None = None
+    ) -> jax.Array:
+        """x [T inputs] -> [T outputs], by the placement's kernel, with what adapters add."""
+        return paged_together(x, self, stacks=(stack,), slots=slots)[0]
 
     @property
     def flat_weight(self) -> Weight:
@@ -127,10 +131,21 @@ class Linear(nnx.Module):
         return y.reshape(*rows, *self.weight.shape[: -self.num_inputs])
 
 
-def paged_together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
-    """The paged form of several layers for the same rows: x [T inputs] -> [T outputs] of each."""
+def paged_together(
+    x: jax.Array,
+    *linears: Linear,
+    stacks: Sequence[Stack | None] = (),
+    slots: FlatTokens | None = None,
+) -> list[jax.Array]:
+    """The paged form of several layers for the same rows: x [T inputs] -> [T outputs] of each.
+
+    Where rows have adapters, `stacks` has those beside each layer and `slots` [T] each row's slot.
+    """
     weights = [linear.flat_weight for linear in linears]
-    products = linears[0].kernels.linear(x.reshape(x.shape[0], -1), weights)
+    kernels, flat = linears[0].kernels, x.reshape(x.shape[0], -1)
+    products = kernels.linear(flat, weights)
+    if slots is not None:
+        products = add_stacks(products, flat, slots, stacks, kernels)
     return [linear._shaped(y, x.shape[:1]) for linear, y in zip(linears, products, strict=True)]
 
 
@@ -206,10 +221,13 @@ class FeedForward(nnx.Module):
         capture.record("feed_forward.down", hidden)
         return self.down.full(hidden, adapter.down)
 
-    def paged(self, x: FlatHidden) -> FlatHidden:
+    def paged(self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS) -> FlatHidden:
         """x [T D] -> [T D]."""
+        stacks, slots = adapters
         if self.layout is not None:
             x = self.layout.gather_tokens(x, "F")
-        gate, up = paged_together(x, self.gate, self.up)
-        out = self.down.paged(self.kernels.swiglu(gate, up))
+            slots = None if slots is None else self.layout.gather_tokens(slots, "F")
+        beside = (stacks.gate, stacks.up)
+        gate, up = paged_together(x, self.gate, self.up, stacks=beside, slots=slots)
+        out = self.down.paged(self.kernels.swiglu(gate, up), stacks.down, slots)
         return out if self.layout is None else self.layout.sum_over(out, "F")

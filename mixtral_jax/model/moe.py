@@ -15,13 +15,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, Hidden
+from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, FlatTokens, Hidden
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import Kernels
 from mixtral_jax.kernels.xla import products as xla
+from mixtral_jax.kernels.xla.low_rank import add_low_rank
 from mixtral_jax.layout import Layout
 from mixtral_jax.model import expert_exchange
-from mixtral_jax.model.adapter import UNCHANGED, AdaptedWeight, BlockAdapter, LowRank
+from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter, LowRank
+from mixtral_jax.model.adapter_stack import (
+    NO_ADAPTERS,
+    NO_SLOT,
+    AdaptedWeight,
+    Adapters,
+    BlockStacks,
+    Stack,
+    add_stacks,
+)
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.layers import Linear, weight_of, weight_parameters
 from mixtral_jax.placement import Placement
@@ -86,22 +96,24 @@ class MoE(nnx.Module):
             flat = moe_ragged(flat, choice, weights, experts, kernels, capture)
         return flat.reshape(x.shape)
 
-    def paged(self, x: FlatHidden) -> FlatHidden:
+    def paged(self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS) -> FlatHidden:
         """x [T D] -> [T D]."""
-        logits = self.router.paged(self.kernels.router_input(x))
+        stacks, slots = adapters
+        logits = self.router.paged(self.kernels.router_input(x), stacks.router, slots)
         choice, weights = route(logits, self.experts_per_token)
+        experts = self.adapted(stacks)
         if self.layout is not None:
-            return moe_local(x, choice, weights, self.experts, self.layout, self.kernels)
+            return moe_local(x, choice, weights, experts, self.layout, self.kernels, slots)
         if x.shape[0] <= self.kernels.max_dense_tokens:
-            return moe_dense(x, choice, weights, self.experts)
-        return moe_ragged(x, choice, weights, self.experts, self.kernels)
+            return moe_dense(x, choice, weights, experts, slots)
+        return moe_ragged(x, choice, weights, experts, self.kernels, slots=slots)
 
     @property
     def experts(self) -> Experts:
         """The arrays of gate, up and down."""
         return self.adapted(UNCHANGED)
 
-    def adapted(self, adapter: BlockAdapter) -> Experts:
+    def adapted(self, adapter: BlockAdapter | BlockStacks) -> Experts:
         """The same with what an adapter has beside them."""
         return (
             AdaptedWeight(self.gate.arrays, adapter.gate),
@@ -130,15 +142,22 @@ class ExpertMatrix(nnx.Module):
 
 
 def moe_dense(
-    x: FlatHidden, choice: Choice, weights: ChoiceWeights, experts: Experts
+    x: FlatHidden,
+    choice: Choice,
+    weights: ChoiceWeights,
+    experts: Experts,
+    slots: FlatTokens | None = None,
 ) -> FlatHidden:
     """Every expert on every token: E/X times the work, and nothing to get wrong.
 
-    A choice >= the number of experts held here adds nothing.
+    A choice >= the number of experts held here adds nothing. `slots` [T] is for stacks.
     """
 
     def product(x: jax.Array, weight: AdaptedWeight) -> jax.Array:
         y = xla.product(x, weight.weight)
+        if isinstance(weight.low, Stack):
+            assert slots is not None, "rows of stacks have slots"
+            return add_low_rank([y], x, slots, [weight.low.flat()])[0]
         return y if weight.low is None else y + weight.low.product(x)
 
     def expert(gate: AdaptedWeight, up: AdaptedWeight, down: AdaptedWeight) -> jax.Array:
@@ -156,8 +175,11 @@ def moe_ragged(
     experts: Experts,
     kernels: Kernels,
     capture: Capture = NOTHING,
+    slots: FlatTokens | None = None,
 ) -> FlatHidden:
     """Each token's experts only. A choice >= the number of experts held here adds nothing.
+
+    `slots` [T] is for stacks, whose groups are those of an expert and an adapter.
 
     Worked example, 2 tokens, X=2, choice [[2, 0], [0, 1]]: the four (token, expert) pairs sorted
     by expert are (0,0) (1,0) (1,1) (0,2), so rows 0 1 1 0 of x, in groups of 2, 1 and 1.
@@ -169,22 +191,44 @@ def moe_ragged(
     rows = x[order // picks]
     sizes = jnp.bincount(pair_expert, length=num_experts)
 
-    def product(x: jax.Array, adapted: AdaptedWeight) -> jax.Array:
-        y = kernels.grouped(x, sizes, adapted.weight)
-        if adapted.low is None:
-            return y
-        a, b = (Weight(matrix.astype(x.dtype), None) for matrix in adapted.low)
-        return y + kernels.grouped(kernels.grouped(x, sizes, a), sizes, b)
+    groups = _groups(pair_expert[order], order // picks, slots, experts)
 
-    hidden = kernels.swiglu(product(rows, gate), product(rows, up))
+    def products(x: jax.Array, *adapted: AdaptedWeight) -> list[jax.Array]:
+        ys = [kernels.grouped(x, sizes, expert.weight) for expert in adapted]
+        if groups is not None:
+            stacks = [beside.low for beside in adapted if isinstance(beside.low, Stack | None)]
+            return add_stacks(ys, x, groups, stacks, kernels, lead=2)
+        for i, beside in enumerate(adapted):
+            if isinstance(beside.low, LowRank):
+                a, b = (Weight(matrix.astype(x.dtype), None) for matrix in beside.low)
+                ys[i] += kernels.grouped(kernels.grouped(x, sizes, a), sizes, b)
+        return ys
+
+    hidden = kernels.swiglu(*products(rows, gate, up))
     capture.record("feed_forward.down", hidden)
     capture.record("feed_forward.sizes", sizes)
-    out = product(hidden, down)
+    (out,) = products(hidden, down)
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     # Rows of experts held elsewhere are behind the last group, where the product is unspecified.
     out = jnp.where((pair_expert < num_experts)[:, None], out, jnp.zeros((), out.dtype))
     out = out.reshape(*choice.shape, -1)
     return jnp.einsum("TXD,TX->TD", out, weights.astype(x.dtype))
+
+
+def _groups(
+    pair_expert: jax.Array, token: jax.Array, slots: FlatTokens | None, experts: Experts
+) -> jax.Array | None:
+    """The number of the matrices, by expert and slot, that each (token, expert) pair uses.
+
+    Negative where it uses none; None where no row has an adapter.
+    """
+    stacks = [expert.low for expert in experts if isinstance(expert.low, Stack)]
+    if slots is None or not stacks:
+        return None
+    num_experts, num_slots = stacks[0].a.shape[:2]
+    slot = slots[token]
+    is_used = (slot >= 0) & (pair_expert < num_experts)
+    return jnp.where(is_used, pair_expert * num_slots + slot, NO_SLOT)
 
 
 def moe_local(
@@ -194,6 +238,7 @@ def moe_local(
     experts: Experts,
     layout: Layout,
     kernels: Kernels,
+    slots: FlatTokens | None = None,
 ) -> FlatHidden:
     """One device's side of the sharded form: its tokens, its experts, inside a `shard_map`.
 
@@ -202,15 +247,16 @@ def moe_local(
     """
     is_split = layout.axes_shared_with_tokens("EF") == (expert_exchange.AXIS,)
     if is_split and x.shape[0] >= _MIN_EXCHANGED and kernels.can_move_rows(layout.mesh):
-        return moe_exchanged(x, choice, weights, experts, layout, kernels)
+        return moe_exchanged(x, choice, weights, experts, layout, kernels, slots)
+    slots = None if slots is None else layout.gather_tokens(slots, "EF")
     x, choice, weights = (layout.gather_tokens(array, "EF") for array in (x, choice, weights))
     held = experts[0].weight.values.shape[0]
     mine = choice - held * layout.part_index("E")
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
     if x.shape[0] <= kernels.max_dense_tokens:
-        sums = moe_dense(x, mine, weights, experts)
+        sums = moe_dense(x, mine, weights, experts, slots)
     else:
-        sums = moe_ragged(x, mine, weights, experts, kernels)
+        sums = moe_ragged(x, mine, weights, experts, kernels, slots=slots)
     return layout.sum_over(sums, "EF")
 
 
@@ -221,11 +267,19 @@ def moe_exchanged(
     experts: Experts,
     layout: Layout,
     kernels: Kernels,
+    slots: FlatTokens | None = None,
 ) -> FlatHidden:
     """`moe_local` where tokens and experts are split over the axis `expert`, and nothing else."""
     held, devices = experts[0].weight.values.shape[0], layout.mesh.shape[expert_exchange.AXIS]
-    dispatched = expert_exchange.dispatch(x, choice, weights, held, devices, kernels)
-    sums = moe_ragged(dispatched.rows, dispatched.choice, dispatched.weights, experts, kernels)
+    dispatched = expert_exchange.dispatch(x, choice, weights, held, devices, kernels, slots)
+    sums = moe_ragged(
+        dispatched.rows,
+        dispatched.choice,
+        dispatched.weights,
+        experts,
+        kernels,
+        slots=dispatched.slots,
+    )
     # Parts of a sum over F go back unsummed: there are fewer rows at home.
     rest = Layout(layout.mesh, replace(layout.rules, E=()))
     return rest.sum_over(expert_exchange.combine(sums, dispatched, kernels), "F")

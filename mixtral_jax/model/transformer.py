@@ -30,6 +30,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.layout import Layout
 from mixtral_jax.model.adapter import UNCHANGED, Adapter, BlockAdapter
+from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.model.inside import Inside, captures_for, inside_of
@@ -72,12 +73,18 @@ class Block(nnx.Module):
         return x + self.feed_forward.full(normed, capture=capture, adapter=adapter)
 
     def paged(
-        self, x: FlatHidden, rotary: Rotary, pages: Pages, batch: RaggedBatch
+        self,
+        x: FlatHidden,
+        rotary: Rotary,
+        pages: Pages,
+        batch: RaggedBatch,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[FlatHidden, Pages]:
         """New tokens against this layer's pages: x [T D] -> [T D] and the pages."""
-        mixed, pages = self.attention.paged(self.attention_norm.paged(x), rotary, pages, batch)
+        normed = self.attention_norm.paged(x)
+        mixed, pages = self.attention.paged(normed, rotary, pages, batch, adapters)
         x = x + mixed
-        return x + self.feed_forward.paged(self.feed_forward_norm.paged(x)), pages
+        return x + self.feed_forward.paged(self.feed_forward_norm.paged(x), adapters), pages
 
 
 class Transformer(nnx.Module):

@@ -10,6 +10,7 @@ import jax
 from jax.stages import Compiled
 from jax.typing import DTypeLike
 
+from mixtral_jax.model.adapter_stack import BlockStacks, StackSizes
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.inputs import StepInputs, StepSizes
 from mixtral_jax.step.programs import Programs, SplitModel
@@ -26,6 +27,7 @@ class Steps:
     copy: Compiled  # (pages, pairs) -> pages; pages are donated
     sizes: StepSizes
     groups: int | None  # sequence groups; None without a mesh
+    adapters: "AdapterPrograms | None" = None  # None: rows have no adapters
 
     @property
     def num_sequence_groups(self) -> int:
@@ -42,6 +44,15 @@ class Steps:
         return StepInputs.blank(bucket, rows, self.sizes, self.groups, with_history=with_history)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterPrograms:
+    """What the stacks of adapters are made and changed by; the steps' own are in `buckets`."""
+
+    sizes: StackSizes
+    empty: Compiled  # () -> stacks of one layer
+    put: Compiled  # (stacks, slot, content) -> stacks
+
+
 def compile_buckets(
     model: Transformer,
     sizes: StepSizes,
@@ -50,6 +61,7 @@ def compile_buckets(
     kv_dtype: DTypeLike | None = None,
     *,
     has_masks: bool = True,
+    adapters: StackSizes | None = None,
 ) -> Steps:
     """Compiles the step of every bucket.
 
@@ -60,11 +72,20 @@ def compile_buckets(
         progress: is called with a line that names what is being compiled.
         kv_dtype: of keys and values, such as int8; None for the model's own.
         has_masks: whether a row may have a mask.
+        adapters: sizes of the adapters' stacks; None if no row has an adapter.
     """
     split = SplitModel.of(model)
     pages = split.pages(sizes.num_pages, sizes.page_size, kv_dtype)
     groups = None if model.layout is None else split.num_sequence_groups
     num_drawn = split.num_sequence_groups * sizes.max_sequences
+    stacks, changes = None, None
+    if adapters is not None:
+        stacks = BlockStacks.abstract(model.config, model.placement, adapters)
+        changes = AdapterPrograms(
+            sizes=adapters,
+            empty=split.compile_no_adapters(stacks),
+            put=split.compile_put(stacks, adapters),
+        )
     # One after the other: the compiler itself uses all cores.
     draw: dict[int, tuple[Compiled, Compiled | None]] = {}
     programs: dict[int, Programs] = {}
@@ -73,7 +94,8 @@ def compile_buckets(
         inputs = StepInputs.blank(size, rows, sizes, groups)
         if rows not in draw:
             draw[rows] = split.compile_draw(inputs, num_drawn, has_masks=has_masks)
-        programs[size] = Programs(*split.compile_walk(pages, inputs, num_drawn), *draw[rows])
+        walk = split.compile_walk(pages, inputs, num_drawn, stacks)
+        programs[size] = Programs(*walk, *draw[rows])
     return Steps(
         pages=pages,
         buckets=programs,
@@ -82,4 +104,5 @@ def compile_buckets(
         copy=split.compile_copy(pages, sizes.max_sequences),
         sizes=sizes,
         groups=groups,
+        adapters=changes,
     )

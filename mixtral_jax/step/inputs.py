@@ -12,6 +12,7 @@ import numpy as np
 
 from mixtral_jax.axes import FlatTokens, Rows
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.model.adapter_stack import NO_SLOT
 from mixtral_jax.sampling_params import MAX_BIASES, SamplingParams
 from mixtral_jax.step.sampling import NO_ID, Biases, History, SamplingArrays
 
@@ -38,6 +39,7 @@ class StepInputs(NamedTuple):
     follows: FlatTokens  # [T] i32, index into the previous step's `Sampled.tokens`, or -1
     last: Rows  # [R] i32, place of each sequence's last token in its group's flat row
     sampling: SamplingArrays
+    slots: FlatTokens  # [T] i32, of each token's adapter, or NO_SLOT
 
     @classmethod
     def blank(
@@ -72,7 +74,8 @@ class StepInputs(NamedTuple):
         )
         follows = host_array((groups or 1) * num_tokens, -1)
         sampling = _blank_sampling(all_rows, sizes.max_context, with_history)
-        return cls(batch, follows, host_array(all_rows, 0), sampling)
+        slots = host_array(follows.shape, NO_SLOT)
+        return cls(batch, follows, host_array(all_rows, 0), sampling, slots)
 
     @property
     def num_groups(self) -> int:
@@ -93,6 +96,11 @@ class StepInputs(NamedTuple):
     def has_history(self) -> bool:
         """True if the tokens of the history were made to be written, and so must be sent."""
         return bool(np.asarray(self.sampling.history.tokens).flags.writeable)
+
+    @property
+    def has_adapters(self) -> bool:
+        """True if a token is computed with an adapter."""
+        return bool(np.any(np.asarray(self.slots) != NO_SLOT))
 
     def replace_history(self, tokens: Any) -> "StepInputs":
         """Returns the same inputs with another array of the history's tokens."""
@@ -120,7 +128,12 @@ class GroupInputs:
         self._row = self._place = self._num_decodes = 0
 
     def add(
-        self, token_ids: Sequence[int], start: int, pages: Sequence[int], follows: int | None = None
+        self,
+        token_ids: Sequence[int],
+        start: int,
+        pages: Sequence[int],
+        follows: int | None = None,
+        slot: int = NO_SLOT,
     ) -> int:
         """Adds new tokens of one sequence and returns its row. Those of one token come first.
 
@@ -130,6 +143,7 @@ class GroupInputs:
             pages: pages of all tokens up to the last new one.
             follows: row of this group in the previous step whose drawn token replaces the first
                 of `token_ids`; None if they are all known.
+            slot: of the sequence's adapter.
         """
         batch: Any = self._inputs.batch
         first, row = self._first_token, self._row
@@ -142,6 +156,8 @@ class GroupInputs:
         batch.lengths[at] = start + count
         batch.page_table[at, : len(pages)] = pages
         self._inputs.last[at] = end - 1
+        slots: Any = self._inputs.slots
+        slots[first + place : first + end] = slot
         if follows is not None:
             self._inputs.follows[first + place] = self._first_drawn + follows
         self._row, self._place = row + 1, end

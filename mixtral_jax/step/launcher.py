@@ -11,6 +11,8 @@ import numpy as np
 from jax.stages import Compiled
 
 from mixtral_jax.axes import DrawnHidden, HostRowMasks, PackedDraws, Pages, Rows
+from mixtral_jax.model.adapter import Adapter
+from mixtral_jax.model.adapter_stack import Adapters, BlockStacks, slot_content
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepInputs, host_array
@@ -46,6 +48,11 @@ class StepLauncher:
             )
             for rows in set(steps.rows.values())
         }
+        adapters = steps.adapters
+        # Of each layer; not lost with the pages.
+        self._stacks: list[BlockStacks] = (
+            [] if adapters is None else [adapters.empty() for _ in self._model.blocks]
+        )
         self._layers: list[Pages] = []
         self._tokens: Rows | Any = None
         self.reset()
@@ -88,8 +95,15 @@ class StepLauncher:
         programs, batch = self.steps.buckets[inputs.num_tokens], inputs.batch
         rest = self._model.rest
         batch, x, rotary = programs.embed(rest, batch, inputs.follows, self._tokens)
+        slots = self._model.replicate(np.asarray(inputs.slots)) if inputs.has_adapters else None
         for i, block in enumerate(self._model.blocks):
-            x, self._layers[i] = programs.block(block, x, rotary, self._layers[i], batch)
+            given = (block, x, rotary, self._layers[i], batch)
+            if slots is None:
+                x, self._layers[i] = programs.block(*given)
+            else:
+                assert programs.adapted_block is not None, "no stacks were compiled"
+                adapters = Adapters(self._stacks[i], slots)
+                x, self._layers[i] = programs.adapted_block(*given, adapters)
         x, last = programs.pick(x, batch.tokens, inputs.last)
         return WalkedStep(x, last, inputs.sampling, programs.draw, programs.draw_masked)
 
@@ -111,6 +125,22 @@ class StepLauncher:
         self._tokens = sampled.tokens
         packed: PackedDraws = sampled.packed
         return packed
+
+    def put_adapter(self, slot: int, adapter: Adapter) -> None:
+        """Writes an adapter into a slot, for the steps that are launched from now on.
+
+        Its scaling is folded into B; its targets and its rank are among those of the stacks. What
+        it raises leaves every slot as it was.
+        """
+        adapters, model = self.steps.adapters, self._model
+        assert adapters is not None, "no stacks were compiled"
+        number = np.int32(slot)
+        self._stacks = [
+            adapters.put(
+                stacks, number, slot_content(block, model.config, model.placement, adapters.sizes)
+            )
+            for stacks, block in zip(self._stacks, adapter.layers, strict=True)
+        ]
 
     def copy_pages(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
         """Copies pages before the next step writes: (source, destination) pairs by group."""

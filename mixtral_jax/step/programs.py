@@ -1,7 +1,8 @@
 """The programs of one step, compiled for shapes: the only place that compiles them.
 
-A step is a few programs: `embed`, `block` (called once for each layer), `pick` and `draw`, or
-`draw_masked` where some row has a mask. All
+A step is a few programs: `embed`, `block` (called once for each layer), `pick` and `draw`. Where
+some row has an adapter, `adapted_block` is called in place of `block`, and where one has a mask,
+`draw_masked` in place of `draw`; all other steps run what they would run if there were neither. All
 layers have the same shapes, so one compilation serves them all and the start does not grow with the
 depth. What a sequence drew goes from `draw` to the next `embed` on the device, so a step can be
 launched before the tokens of the previous one are read.
@@ -31,8 +32,17 @@ from mixtral_jax.axes import DrawnHidden, FlatHidden, FlatTokens, PagePairs, Pag
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layout import Layout
+from mixtral_jax.model.adapter import UNCHANGED
+from mixtral_jax.model.adapter_stack import (
+    NO_ADAPTERS,
+    Adapters,
+    BlockStacks,
+    StackSizes,
+    slot_content,
+)
 from mixtral_jax.model.layers import Rotary
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.placement import Placement
 from mixtral_jax.step.inputs import StepInputs, mask_words
 from mixtral_jax.step.sampling import Sampled, SamplingArrays, sample
 
@@ -47,6 +57,8 @@ class Programs:
 
     embed: Compiled  # (rest, batch, follows, tokens) -> batch with its tokens, x, rotary
     block: Compiled  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
+    # (block, x, rotary, pages, batch, stacks, slots) -> x, pages; None if there are no stacks
+    adapted_block: Compiled | None
     pick: Compiled  # (x, tokens, last) -> x and tokens of the rows that draw
     draw: Compiled  # (rest, x, last tokens, sampling) -> Sampled
     draw_masked: Compiled | None  # (rest, x, last tokens, sampling, allowed) -> Sampled
@@ -87,7 +99,7 @@ class SplitModel:
     rest: Arrays
     block_structure: ModuleStructure
     rest_structure: ModuleStructure
-    layout: Layout | None
+    placement: Placement
     config: ModelConfig
     dtype: DTypeLike  # of activations between the blocks
 
@@ -102,10 +114,15 @@ class SplitModel:
             rest=rest,
             block_structure=blocks[0][0],
             rest_structure=rest_structure,
-            layout=model.layout,
+            placement=model.placement,
             config=model.config,
             dtype=model.dtype,
         )
+
+    @property
+    def layout(self) -> Layout | None:
+        """The mesh and the rules on it; None for one device."""
+        return self.placement.layout
 
     @property
     def num_sequence_groups(self) -> int:
@@ -139,11 +156,16 @@ class SplitModel:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def compile_walk(
-        self, pages: jax.ShapeDtypeStruct, inputs: StepInputs, num_drawn: int
-    ) -> tuple[Compiled, Compiled, Compiled]:
-        """Compiles `embed`, `block` and `pick` for the shapes of these inputs.
+        self,
+        pages: jax.ShapeDtypeStruct,
+        inputs: StepInputs,
+        num_drawn: int,
+        stacks: BlockStacks | None = None,
+    ) -> tuple[Compiled, Compiled, Compiled | None, Compiled]:
+        """Compiles `embed`, `block`, `adapted_block` and `pick` for the shapes of these inputs.
 
-        `num_drawn` is the length of `Sampled.tokens`.
+        `num_drawn` is the length of `Sampled.tokens`. `stacks` are shapes; without them there is no
+        `adapted_block`.
         """
 
         def embed(
@@ -160,9 +182,12 @@ class SplitModel:
             rotary: Rotary,
             pages: Pages,
             batch: RaggedBatch,
+            adapters: Adapters = NO_ADAPTERS,
         ) -> tuple[FlatHidden, Pages]:
             batch = with_scalar_counts(batch, self.layout)
-            return self.block_structure.module(arrays).paged(x, rotary, pages, batch)
+            if adapters.slots is not None:
+                adapters = adapters._replace(slots=own_group(adapters.slots, self.layout))
+            return self.block_structure.module(arrays).paged(x, rotary, pages, batch, adapters)
 
         def pick(x: FlatHidden, tokens: FlatTokens, last: Rows) -> tuple[DrawnHidden, Rows]:
             last = own_group(last, self.layout)
@@ -182,16 +207,20 @@ class SplitModel:
         drawn = jax.ShapeDtypeStruct((num_drawn,), jnp.int32)
         given = (self.rest, inputs.batch, inputs.follows, drawn)
         batch, x, rotary = jax.eval_shape(embedding, *given)
-        walk = self._jit(
-            block,
-            (self.block_structure.specs, rows, rows, places, rows),
-            (rows, places),
-            donate=(3,),
-        )
+        specs = (self.block_structure.specs, rows, rows, places, rows)
+        walk = self._jit(block, specs, (rows, places), donate=(3,))
+        walked = (self.blocks[0], x, rotary, pages, batch)
+        adapted: Compiled | None = None
+        if stacks is not None:
+            slots = jax.ShapeDtypeStruct(inputs.slots.shape, jnp.int32)
+            beside = Adapters(self._stack_specs(stacks), _REPLICATED)  # type: ignore[arg-type]
+            with_adapters = self._jit(block, (*specs, beside), (rows, places), donate=(3,))
+            adapted = with_adapters.lower(*walked, Adapters(stacks, slots)).compile()  # type: ignore[arg-type]
         picking = self._jit(pick, (rows, rows, _REPLICATED), (_REPLICATED, _REPLICATED))
         return (
             embedding.lower(*given).compile(),
-            walk.lower(self.blocks[0], x, rotary, pages, batch).compile(),
+            walk.lower(*walked).compile(),
+            adapted,
             picking.lower(x, batch.tokens, inputs.last).compile(),
         )
 
@@ -247,6 +276,41 @@ class SplitModel:
         """Compiles () -> pages: allocates one layer's pages, filled with zeros."""
         program = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=pages.sharding)
         return program.lower().compile()
+
+    def compile_put(self, stacks: BlockStacks, sizes: StackSizes) -> Compiled:
+        """Compiles (stacks, slot, content) -> stacks: writes an adapter's layer into its slot.
+
+        The slot is an argument, and `content` is as `slot_content` makes it: nothing is compiled
+        when an adapter comes. The old stacks are not donated, because steps that were launched read
+        them, and because a load that fails leaves them as they were.
+        """
+
+        def put(stacks: BlockStacks, slot: jax.Array, content: BlockStacks) -> BlockStacks:
+            return stacks.with_slot(slot, content, self.config)
+
+        blank = slot_content(UNCHANGED, self.config, self.placement, sizes)
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        if self.layout is None:
+            return jax.jit(put).lower(stacks, slot, blank).compile()
+        whole = NamedSharding(self.layout.mesh, _REPLICATED)
+        split = jax.tree.map(lambda stack: stack.sharding, stacks)
+        program = jax.jit(put, in_shardings=(split, whole, whole), out_shardings=split)
+        return program.lower(stacks, slot, blank).compile()
+
+    def compile_no_adapters(self, stacks: BlockStacks) -> Compiled:
+        """Compiles () -> stacks of one layer, all of whose slots are filled with zeros."""
+        shardings = jax.tree.map(lambda stack: stack.sharding, stacks)
+
+        def zeros() -> BlockStacks:
+            made: BlockStacks = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stacks)
+            return made
+
+        return jax.jit(zeros, out_shardings=shardings).lower().compile()
+
+    def _stack_specs(self, stacks: BlockStacks) -> Any:
+        if self.layout is None:
+            return _REPLICATED
+        return stacks.specs(self.config, self.placement)
 
     def _spec(self, letters: str) -> PartitionSpec:
         return _REPLICATED if self.layout is None else self.layout.rules.spec(letters)

@@ -54,7 +54,7 @@ def available() -> bool:
         detail = getattr(error, "stderr", None) or error
         _log.warning("the CPU kernels cannot be built, steps are slower: %s", str(detail)[:500])
         return False
-    for name in ("linear", "grouped", "norm", "swiglu", "paged"):
+    for name in ("linear", "grouped", "add_low_rank", "norm", "swiglu", "paged"):
         handler = getattr(library, f"mixtral_jax_{name}")
         jax.ffi.register_ffi_target(f"mixtral_jax_{name}", jax.ffi.pycapsule(handler), "cpu")
     return True

@@ -74,6 +74,19 @@ def test_grouped(run: Callable[..., Any], sizes: list[int], outputs: int, dtype:
     np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("groups", [3, 40], ids=["masked", "grouped"])
+def test_add_low_rank(run: Callable[..., Any], groups: int) -> None:
+    """Rows of several groups, and of none, whose numbers stay as they are in every bit."""
+    x, rank = normal(0, 37, 96), 16
+    group = jnp.asarray(np.random.default_rng(0).integers(-1, groups, 37), jnp.int32)
+    lows = [(normal(1, groups, rank, 96), normal(2, groups, rank, n)) for n in (64, 33)]
+    ys = [normal(3, 37, 64), normal(4, 37, 33)]
+    for y, (a, b), got in zip(ys, lows, run("add_low_rank", ys, x, group, lows), strict=True):
+        for row in range(37):
+            own = y[row] if group[row] < 0 else y[row] + (a[group[row]] @ x[row]) @ b[group[row]]
+            np.testing.assert_allclose(got[row], own, rtol=0, atol=1e-4 * float(group[row] >= 0))
+
+
 def test_norm(run: Callable[..., Any]) -> None:
     x, scale = normal(0, 7, 128) * 3, normal(1, 128)
     np.testing.assert_allclose(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import kernels_for
 from mixtral_jax.layout import Layout
-from mixtral_jax.model.adapter import AdaptedWeight
+from mixtral_jax.model.adapter_stack import AdaptedWeight
 from mixtral_jax.model.moe import MoE, moe_dense, moe_exchanged, route
 from mixtral_jax.placement import Placement
 from mixtral_jax.sharding import ShardingRules, make_mesh
