@@ -139,7 +139,7 @@ class BlockStacks(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """What the rows of a step add to one block."""
+    """The stacks of one block, and the slots that the rows of a step use."""
 
     stacks: BlockStacks
     slots: FlatTokens | None  # [T] i32; NO_SLOT for rows without an adapter; None if all are so
@@ -166,7 +166,7 @@ def stack_letters(target: str, config: ModelConfig) -> tuple[str, str]:
 def slot_content(
     block: BlockAdapter, config: ModelConfig, placement: Placement, sizes: StackSizes
 ) -> BlockStacks:
-    """What an adapter's layer has in its slot, as host arrays padded to the stacks' rank.
+    """The content of an adapter's slot in one layer: host arrays padded to the stacks' rank.
 
     `block` has its scaling folded into B, and no target or rank beyond `sizes`.
     """

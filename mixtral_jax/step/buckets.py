@@ -46,7 +46,7 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPrograms:
-    """What the stacks of adapters are made and changed by; the steps' own are in `buckets`."""
+    """The programs that make and change the stacks of adapters; those of steps are in `buckets`."""
 
     sizes: StackSizes
     empty: Compiled  # () -> stacks of one layer

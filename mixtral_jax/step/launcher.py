@@ -49,7 +49,7 @@ class StepLauncher:
             for rows in set(steps.rows.values())
         }
         adapters = steps.adapters
-        # Of each layer; not lost with the pages.
+        # Each layer has its own; they are not lost with the pages.
         self._stacks: list[BlockStacks] = (
             [] if adapters is None else [adapters.empty() for _ in self._model.blocks]
         )

@@ -1,4 +1,4 @@
-"""What adapters add to products on CPU, by the kernel of low_rank.cc; float32 only."""
+"""Products of low-rank adapters on CPU, by the kernel of low_rank.cc; float32 only."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What low-rank adapters add to products, each row by an adapter of its own, in XLA.
+"""Products of low-rank adapters in XLA, each row with an adapter of its own.
 
 Of several adapters beside one weight, each row uses one or none: its group. Two forms, equal up to
 rounding: for few columns one product with the A of all groups, of which each row keeps its own
