@@ -60,7 +60,8 @@ def service_of(server: Server) -> psutil.Process:
     return service
 
 
-def test_500_clients_that_vanish_leave_nothing_behind() -> None:
+def test_clients_that_vanish_leave_nothing_behind() -> None:
+    """Two hundred of them, 500 with MIXTRAL_JAX_SOAK=1."""
     ports = free_ports(2)
     options = ["--metrics-port", str(ports[0]), "--gateway-metrics-port", str(ports[1])]
     with running(serve_command("tiny-random", *options)) as server:
@@ -92,7 +93,7 @@ def _vanish(server: Server, ports: list[int]) -> None:
 
     async def run() -> None:
         port = int(server.url.rpartition(":")[2])
-        for _ in range(10):
+        for _ in range(10 if "MIXTRAL_JAX_SOAK" in os.environ else 4):
             await asyncio.gather(*(vanish(port) for _ in range(50)))
 
     asyncio.run(run())

@@ -142,7 +142,8 @@ def test_everything_that_watches(tmp_path: Path, collector: Collector) -> None:
 
 def test_a_stream_in_the_queue_says_that_it_lives() -> None:
     """A second stream waits for the only row of the engine, and has heartbeats meanwhile."""
-    options = ("--max-sequences=1", "--heartbeat-seconds=0.05", "--metrics-host=127.0.0.2")
+    options = ("--max-sequences=1", "--max-step-tokens=8")  # little to compile
+    options += ("--heartbeat-seconds=0.05", "--metrics-host=127.0.0.2")
     port = free_ports(1)[0]
     with running(serve_command("tiny-random", *options, f"--metrics-port={port}")) as server:
         headers = {"authorization": f"Bearer {server.key}"}

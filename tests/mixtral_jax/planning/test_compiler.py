@@ -45,7 +45,7 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
 @pytest.mark.parametrize(
     ("config", "dtype", "shape", "dp_attention"),
     [
-        (SMALL, "float32", (1, 8, 1), False),
+        pytest.param(SMALL, "float32", (1, 8, 1), False, marks=pytest.mark.soak),
         (SMALL, "int8", (1, 4, 2), True),
         (DENSE, "float32", (2, 2, 2), True),
     ],
