@@ -20,7 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mixtral_jax.checkpoint.folder import finished_at
-from mixtral_jax.checkpoint.peft_arrays import Pair, is_of_experts, joined, matrices, split, zeros
+from mixtral_jax.checkpoint.peft_arrays import (
+    Pair,
+    is_of_experts,
+    joined,
+    matrices,
+    split,
+    swapped_zeros,
+    zeros,
+)
 from mixtral_jax.checkpoint.peft_config import CONFIG_FILE, PeftConfig
 from mixtral_jax.checkpoint.peft_names import PREFIX, A, B, Place, module_name, places
 from mixtral_jax.checkpoint.peft_names import reason_against as reason
@@ -125,8 +133,9 @@ def read_adapter(
 def write_adapter(folder: Path, adapter: Adapter, settings: AdapterConfig, base: str) -> None:
     """Writes an adapter for PEFT, vLLM and SGLang: float32, and experts one by one.
 
-    All matrices are written with one rank, and all layers with the same targets, gate and up of
-    experts together, for the readers ask for it; what is added for that is zero.
+    All matrices are written with one rank, all layers with the same targets, and gate and up of
+    experts only with down, for the readers ask for it; what is added for that is zero. rsLoRA
+    of experts is written as plain LoRA with the alpha that gives the same scaling.
 
     Args:
         folder: one that does not exist or is empty.
@@ -150,10 +159,11 @@ def write_adapter(folder: Path, adapter: Adapter, settings: AdapterConfig, base:
     is_moe = any(is_of_experts(target, low) for _, target, low in stored)
     samples = {target: low for _, target, low in stored}
     is_moe |= "router" in samples
-    if is_moe and ("gate" in samples) != ("up" in samples):
-        # PEFT fuses the two, and refuses one alone.
-        alone = samples["gate" if "gate" in samples else "up"]
-        samples |= {target: zeros(alone) for target in ("gate", "up") if target not in samples}
+    if is_moe and ("gate" in samples or "up" in samples):
+        # PEFT fuses the two, refuses one alone, and looks for both where down has an adapter too.
+        some = samples["gate" if "gate" in samples else "up"]
+        absent = {"gate": zeros(some), "up": zeros(some), "down": swapped_zeros(some)}
+        samples = absent | samples
     samples = {target: samples[target] for target in TARGETS if target in samples}
     tensors: dict[str, np.ndarray] = {}
     for layer, block in enumerate(adapter.layers):
@@ -174,14 +184,17 @@ def _settings(
 ) -> dict[str, Any]:
     """The content of PEFT's adapter_config.json for an adapter of one rank."""
     modules = _MODULES | (_EXPERT_MODULES if is_moe else _DENSE_MODULES)
-    alpha = settings.scaling * (rank**0.5 if settings.rank_stabilized else rank)
+    # PEFT 0.21 reads gate and up of experts with twice the rank and twice the alpha, which is the
+    # same scaling only where alpha is divided by the rank itself.
+    is_stabilized = settings.rank_stabilized and not (is_moe and "gate" in targets)
+    alpha = settings.scaling * (rank**0.5 if is_stabilized else rank)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha,
-        "use_rslora": settings.rank_stabilized,
+        "use_rslora": is_stabilized,
         "target_modules": [modules[target] for target in targets],
         "lora_dropout": 0.0,
         "bias": "none",

@@ -68,6 +68,13 @@ def zeros(low: LowRank) -> LowRank:
     return LowRank(*(np.zeros(array.shape, np.float32) for array in low))  # type: ignore[arg-type]
 
 
+def swapped_zeros(low: LowRank) -> LowRank:
+    """Makes zeros for `down` in the sizes of a gate or up of experts: A [E U D], B [E F U]."""
+    (experts, rank, width), hidden = low.a.shape, low.b.shape[1]
+    a, b = np.zeros((experts, rank, hidden), np.float32), np.zeros((experts, width, rank))
+    return LowRank(a, b.astype(np.float32))  # type: ignore[arg-type]
+
+
 def matrices(target: str, low: LowRank, rank: int) -> Iterator[Pair]:
     """Yields the matrices [U I] and [O U] of each expert, or the pair of a weight without."""
     a, b = (np.asarray(array, np.float32) for array in low)

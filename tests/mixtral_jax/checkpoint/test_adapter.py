@@ -173,11 +173,21 @@ def test_some_layers_alone_may_be_changed(tmp_path: Path) -> None:
     assert read_adapter(tmp_path / "again", MOE).num_layers_changed == 1
 
 
-def test_a_gate_alone_is_written_with_an_up_of_zeros(tmp_path: Path) -> None:
+def test_a_gate_alone_is_written_with_zeros_for_the_others(tmp_path: Path) -> None:
     settings = AdapterConfig(targets=("gate",), rank=4, alpha=6.0)
     write_adapter(tmp_path / "adapter", random_adapter(MOE, settings), settings, "base")
-    assert read_settings(tmp_path / "adapter")["target_modules"] == ["w1", "w3"]
-    assert not read_adapter(tmp_path / "adapter", MOE).adapter.layers[0].up.b.any()
+    # PEFT refuses w1 without w3, and without w2 it keeps the base's experts, with a warning.
+    assert read_settings(tmp_path / "adapter")["target_modules"] == ["w1", "w3", "w2"]
+    block = read_adapter(tmp_path / "adapter", MOE).adapter.layers[0]
+    assert block.gate.b.any() and not block.up.b.any() and not block.down.b.any()
+
+
+def test_rank_stabilized_experts_are_written_with_a_plain_alpha(tmp_path: Path) -> None:
+    # 6 / sqrt(4) = 12 / 4. PEFT would make 2 * 6 / sqrt(2 * 4) of the first for gate and up.
+    settings = AdapterConfig(targets=ALL, rank=4, alpha=6.0, rank_stabilized=True)
+    write_adapter(tmp_path / "adapter", random_adapter(MOE, settings), settings, "base")
+    content = read_settings(tmp_path / "adapter")
+    assert (content["lora_alpha"], content["r"], content["use_rslora"]) == (12, 4, False)
 
 
 def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
