@@ -27,11 +27,16 @@ class Accounts:
         return cls(RateLimits(config.limits, config.share), UsageLedger(config.usage_db))
 
     def add(
-        self, caller: str, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0
+        self,
+        caller: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int = 0,
+        adapter: str = "",
     ) -> None:
-        """Writes down an answered request and its tokens."""
+        """Writes down an answered request and its tokens; `adapter` is what has answered."""
         if self._ledger is not None:
-            self._ledger.add(caller, prompt_tokens, completion_tokens, cached_tokens)
+            self._ledger.add(caller, prompt_tokens, completion_tokens, cached_tokens, adapter)
 
     async def report(self, caller: str | None) -> list[Usage]:
         """Returns what a caller has used, or all of them if None, by caller and day.

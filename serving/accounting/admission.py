@@ -96,7 +96,8 @@ class Lease:
         uncharged = cached * (1 - self._admission.cached_token_charge)
         self._rates.give_tokens(self._caller, self._reserved - (prompt - uncharged + completion))
         if prompt or completion:
-            self._admission.accounts.add(self._caller.name, prompt, completion, cached)
+            adapter = next((tokens.adapter for tokens in answers if tokens.adapter), "")
+            self._admission.accounts.add(self._caller.name, prompt, completion, cached, adapter)
 
     def _correct(self, estimated: int, prompt_tokens: int) -> None:
         if not self._is_settled:

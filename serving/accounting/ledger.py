@@ -1,5 +1,7 @@
 """The ledger of what callers have used, by day (UTC): counted in memory, kept in SQLite.
 
+What was used of an adapter is counted in the caller's day, and once more under the adapter's name.
+
 No request waits for the disk: `add` counts in memory, and a thread writes what is new twice a
 second. A process that is killed loses at most a second. Several processes of one machine may share
 a file, because each adds to the sums that are there; a file system of the network will not do.
@@ -35,12 +37,35 @@ _TABLE = """
         PRIMARY KEY (caller, day)
     ) WITHOUT ROWID
 """
+# Beside the other one, to which a process of an older version may still write.
+_ADAPTER_TABLE = """
+    CREATE TABLE IF NOT EXISTS adapter_usage (
+        caller TEXT NOT NULL,
+        day TEXT NOT NULL,
+        adapter TEXT NOT NULL,
+        requests INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL,
+        completion_tokens INTEGER NOT NULL,
+        cached_tokens INTEGER NOT NULL,
+        PRIMARY KEY (caller, day, adapter)
+    ) WITHOUT ROWID
+"""
 _COLUMNS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
 _ADD_CACHED = "ALTER TABLE usage ADD COLUMN cached_tokens INTEGER NOT NULL DEFAULT 0"
 _ADD = """
     INSERT INTO usage (caller, day, requests, prompt_tokens, completion_tokens, cached_tokens)
     VALUES (?, ?, ?, ?, ?, ?)
     ON CONFLICT (caller, day) DO UPDATE SET
+        requests = requests + excluded.requests,
+        prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = completion_tokens + excluded.completion_tokens,
+        cached_tokens = cached_tokens + excluded.cached_tokens
+"""
+_ADD_OF_ADAPTER = """
+    INSERT INTO adapter_usage
+    (caller, day, adapter, requests, prompt_tokens, completion_tokens, cached_tokens)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (caller, day, adapter) DO UPDATE SET
         requests = requests + excluded.requests,
         prompt_tokens = prompt_tokens + excluded.prompt_tokens,
         completion_tokens = completion_tokens + excluded.completion_tokens,
@@ -61,6 +86,7 @@ class Usage:
         prompt_tokens: Tokens of their rendered prompts, as far as they were computed.
         completion_tokens: Tokens generated.
         cached_tokens: Those of the prompts' tokens that earlier prompts had computed.
+        adapter: The adapter that this part of the day's use was of; empty for the whole day.
     """
 
     caller: str
@@ -69,6 +95,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    adapter: str = ""
 
 
 def default_ledger_file() -> str:
@@ -97,7 +124,8 @@ class UsageLedger:
         self, file: str | Path = IN_MEMORY, clock: Callable[[], float] = time.time
     ) -> None:
         self._clock = clock
-        self._new: Counter[tuple[str, str, str]] = Counter()  # (caller, day, column)
+        # (caller, day, adapter, column): an empty adapter stands for the whole day.
+        self._new: Counter[tuple[str, str, str, str]] = Counter()
         self._counting = threading.Lock()  # never held while the disk is waited for
         self._writing = threading.Lock()
         self._is_behind = False  # the last write failed
@@ -107,18 +135,25 @@ class UsageLedger:
         self._thread.start()
 
     def add(
-        self, caller: str, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0
+        self,
+        caller: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int = 0,
+        adapter: str = "",
     ) -> None:
-        """Counts one request and its tokens on the current day."""
+        """Counts one request and its tokens on the current day; `adapter` is what has answered."""
         day = datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
+        counts = (1, prompt_tokens, completion_tokens, cached_tokens)
         with self._counting:
-            self._new[caller, day, "requests"] += 1
-            self._new[caller, day, "prompt_tokens"] += prompt_tokens
-            self._new[caller, day, "completion_tokens"] += completion_tokens
-            self._new[caller, day, "cached_tokens"] += cached_tokens
+            for name in {"", adapter}:
+                for column, count in zip(_COLUMNS, counts, strict=True):
+                    self._new[caller, day, name, column] += count
 
     def report(self, caller: str | None = None) -> list[Usage]:
         """Returns all use so far by caller and day, of one caller or of all; waits for the disk.
+
+        Behind the whole of a day stand the parts of it that were of adapters, by their names.
 
         Raises Unavailable if the file cannot be read now, such as while another process locks it.
         """
@@ -126,10 +161,12 @@ class UsageLedger:
         with self._writing:
             self._write()
             try:
+                values = ", ".join(_COLUMNS)
                 rows = self._database.execute(
-                    f"SELECT caller, day, {', '.join(_COLUMNS)} FROM usage{where} "
-                    "ORDER BY caller, day",
-                    () if caller is None else (caller,),
+                    f"SELECT caller, day, {values}, '' AS adapter FROM usage{where} UNION ALL "
+                    f"SELECT caller, day, {values}, adapter FROM adapter_usage{where} "
+                    "ORDER BY caller, day, adapter",
+                    () if caller is None else (caller, caller),
                 ).fetchall()
             except sqlite3.Error as error:
                 logger.error("usage cannot be read: %s", error)
@@ -153,15 +190,19 @@ class UsageLedger:
         """Writes what is new, or keeps it for the next call if that fails."""
         with self._counting:
             new, self._new = self._new, Counter()
-        rows = [
-            (caller, day, *(new[caller, day, column] for column in _COLUMNS))
-            for caller, day in sorted({key[:2] for key in new})
-        ]
+        rows, rows_of_adapters = [], []
+        for caller, day, adapter in sorted({key[:3] for key in new}):
+            counts = [new[caller, day, adapter, column] for column in _COLUMNS]
+            if adapter:
+                rows_of_adapters.append((caller, day, adapter, *counts))
+            else:
+                rows.append((caller, day, *counts))
         if not rows:
             return
         try:
             with self._database:  # commits, or rolls back
                 self._database.executemany(_ADD, rows)
+                self._database.executemany(_ADD_OF_ADAPTER, rows_of_adapters)
             self._is_behind = False
         except sqlite3.Error as error:
             if not self._is_behind:
@@ -199,6 +240,7 @@ def _prepare(database: sqlite3.Connection) -> None:
         database.execute("BEGIN IMMEDIATE")  # several processes may open a new or an old file
         (version,) = database.execute("PRAGMA user_version").fetchone()
         database.execute(_TABLE)
+        database.execute(_ADAPTER_TABLE)
         if version == 1:
             database.execute(_ADD_CACHED)
         database.execute(f"PRAGMA user_version = {_VERSION}")

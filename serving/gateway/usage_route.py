@@ -1,13 +1,30 @@
 """GET /usage: the tokens that the caller has used, by day."""
 
+import operator
+from dataclasses import asdict
 from typing import Annotated, Literal
 
 from fastapi import Query, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from serving.access.caller import Caller
 from serving.accounting.accounts import Accounts
 from serving.errors import Forbidden
+
+
+class UsageOfAdapter(BaseModel):
+    """The part of a day's use that was of one adapter."""
+
+    adapter: str
+    """The adapter's name."""
+    requests: int
+    """As of the day, like the fields that follow."""
+    prompt_tokens: int
+    """Tokens of rendered prompts."""
+    cached_tokens: int
+    """Those of them that earlier prompts had computed."""
+    completion_tokens: int
+    """Tokens generated."""
 
 
 class UsageOfDay(BaseModel):
@@ -25,6 +42,8 @@ class UsageOfDay(BaseModel):
     """Those of them that earlier prompts had computed."""
     completion_tokens: int
     """Tokens generated."""
+    adapters: list[UsageOfAdapter] = Field(default=[], exclude_if=operator.not_)
+    """The parts of them that adapters have answered, if there are any."""
 
 
 class UsageReport(BaseModel):
@@ -52,16 +71,10 @@ async def report_usage(
     if everybody and not caller.is_operator:
         raise Forbidden("the usage of everybody is for operators' keys; leave out 'all'")
     rows = await accounts.report(None if everybody else caller.name)
-    return UsageReport(
-        data=[
-            UsageOfDay(
-                caller=row.caller,
-                day=row.day,
-                requests=row.requests,
-                prompt_tokens=row.prompt_tokens,
-                cached_tokens=row.cached_tokens,
-                completion_tokens=row.completion_tokens,
-            )
-            for row in rows
-        ]
-    )
+    days: list[UsageOfDay] = []
+    for row in map(asdict, rows):
+        if row["adapter"]:
+            days[-1].adapters.append(UsageOfAdapter(**row))  # it stands behind its day
+        else:
+            days.append(UsageOfDay(**row, adapters=[]))
+    return UsageReport(data=days)

@@ -39,6 +39,8 @@ class CallLine:
     """Name of the caller; None if nobody was let in."""
     prompt_tokens: int | None = None
     completion_tokens: int = 0
+    adapter: str | None = None
+    """Name of the adapter that answers; None for the model itself."""
     started: float = field(default_factory=time.monotonic)
 
     def add(self, chunk: object) -> None:
@@ -46,6 +48,7 @@ class CallLine:
         if isinstance(chunk, pb.GenerateChunk):
             if chunk.HasField("prompt_tokens"):
                 self.prompt_tokens = chunk.prompt_tokens
+                self.adapter = chunk.adapter or None
             self.completion_tokens += len(chunk.token_ids)
             if chunk.HasField("usage"):
                 self.completion_tokens = chunk.usage.completion_tokens
@@ -71,6 +74,7 @@ class CallLine:
             seconds=round(time.monotonic() - self.started, 4),
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens if has_tokens else None,
+            adapter=self.adapter,
         )
         logger.log(level, "call", extra=line)
 

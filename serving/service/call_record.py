@@ -17,6 +17,7 @@ from serving.engine.metrics import Finished, Metrics
 from serving.errors import DeadlineExceeded, EngineFailure, ServingError
 from serving.observe.tracing import Span, Traces
 from serving.scheduling.request import Event, FinishReason, Request
+from serving.service.models.adapter_metrics import AdapterMetrics
 
 _STEPS = "mixtral.engine.steps"
 
@@ -27,11 +28,18 @@ class Calls:
     Args:
         metrics: counts them; None to count without serving the figures.
         traces: exports their spans; None for no spans.
+        adapters: counts those that adapters answer.
     """
 
-    def __init__(self, metrics: Metrics | None = None, traces: Traces | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics | None = None,
+        traces: Traces | None = None,
+        adapters: AdapterMetrics | None = None,
+    ) -> None:
         self._metrics = metrics or Metrics("")
         self._traces = traces or Traces()
+        self._adapters = adapters
 
     def begin(self, service: str, method: str, metadata: Mapping[str, str]) -> "Call":
         """Begins the record of a call; the names of `metadata` are in lower case."""
@@ -39,7 +47,7 @@ class Calls:
         span = self._traces.begin(f"{service}/{method}", metadata, attributes)
         if "x-request-id" in metadata:
             span.set({"mixtral.request.id": metadata["x-request-id"]})
-        return Call(self._metrics, span)
+        return Call(self._metrics, span, self._adapters)
 
 
 @dataclass
@@ -58,8 +66,11 @@ class _Choice:
 class Call:
     """Metrics and spans of one Generate call. Call `close` exactly once, in a `finally`."""
 
-    def __init__(self, metrics: Metrics, span: Span) -> None:
+    def __init__(
+        self, metrics: Metrics, span: Span, adapters: AdapterMetrics | None = None
+    ) -> None:
         self._metrics = metrics
+        self._adapters = adapters
         self._span = span
         self._begun = time.monotonic()
         self._epoch = time.time() - self._begun  # added to monotonic times for spans
@@ -116,6 +127,8 @@ class Call:
             self._metrics.given_up("abort", missing)
         elif isinstance(self._error, EngineFailure):
             self._metrics.given_up("error", missing)
+        if self._request is not None and self._request.adapter:
+            self._count_adapter(self._request)
         if self._span.is_recording:
             self._add_spans()
         if self._error is not None:
@@ -123,6 +136,13 @@ class Call:
         elif missing or self._request is None:
             self._span.fail("cancelled")
         self._span.end()
+
+    def _count_adapter(self, request: Request) -> None:
+        self._span.set({"mixtral.adapter": request.adapter})
+        if self._adapters is not None:
+            prompt = len(request.prompt_ids) if self._choices else 0
+            tokens = sum(choice.tokens for choice in self._choices.values())
+            self._adapters.answered(request.adapter, prompt, tokens)
 
     def _add_spans(self) -> None:
         if self._sent is None or self._request is None:

@@ -121,7 +121,7 @@ class AccessLog:
             first = record.first_token
             reasons = [reason for call in calls for reason in call.tokens.finish_reasons]
             line |= {
-                "model": calls[0].model,
+                "model": calls[0].answered_by,
                 "prompt_tokens": record.prompt_tokens,
                 "completion_tokens": record.completion_tokens,
                 "first_token_seconds": None if first is None else round(first, 4),
@@ -180,7 +180,7 @@ def _end_spans(scope: Scope, record: RequestRecord, status: int, outcome: str) -
         tokens, span = call.tokens, call.span
         span.set(
             {
-                "gen_ai.response.model": call.model,
+                "gen_ai.response.model": call.answered_by,
                 "gen_ai.response.finish_reasons": tokens.finish_reasons,
                 "gen_ai.usage.input_tokens": tokens.prompt_tokens,
                 "gen_ai.usage.output_tokens": tokens.completion_tokens,

@@ -39,6 +39,11 @@ class ModelCall:
     tokens: AnswerTokens
     span: Span
 
+    @property
+    def answered_by(self) -> str:
+        """The name of the adapter that answers, or else of the model."""
+        return self.tokens.adapter or self.model
+
 
 class RequestRecord:
     """Everything known about one HTTP request. `of` finds the record of a request.

@@ -171,3 +171,22 @@ def test_the_default_file_is_in_the_folder_for_state(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert default_ledger_file() == str(tmp_path / "mixtral-jax" / "usage.db")
+
+
+def test_what_adapters_have_answered_stands_behind_the_whole_day(file: Path) -> None:
+    for _ in range(2):  # the second time into a file that is there
+        ledger = UsageLedger(file, lambda: NOON)
+        ledger.add("ann", 5, 2, 1)
+        ledger.add("ann", 7, 3, 0, "tuned")
+        ledger.add("bob", 1, 1, 0, "other")
+        ledger.close()
+    ledger = UsageLedger(file, lambda: NOON)
+    try:
+        (whole, tuned) = ledger.report("ann")
+        assert (whole.adapter, whole.requests, whole.prompt_tokens) == ("", 4, 24)
+        assert (whole.completion_tokens, whole.cached_tokens) == (10, 2)
+        assert tuned == Usage("ann", whole.day, 2, 14, 6, 0, "tuned")
+        named = [(row.caller, row.adapter) for row in ledger.report()]
+        assert named == [("ann", ""), ("ann", "tuned"), ("bob", ""), ("bob", "other")]
+    finally:
+        ledger.close()

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_completion(client: httpx.Client, stack: Stack, prefix: str) -> None:
-    path = f"{prefix}/chat/completions".format(name="any")
+    path = f"{prefix}/chat/completions".format(name="scripted-7B")
     response = client.post(path, json=chat_body("one two three", max_tokens=2, temperature=0))
     assert response.status_code == 200
     answer = response.json()

@@ -88,7 +88,7 @@ def test_a_wrong_key_and_a_model_that_is_not_there(stack: Stack) -> None:
         )
         with pytest.raises(openai.NotFoundError) as missing:
             stranger.with_options(api_key=KEY).models.retrieve("another")
-        assert missing.value.code == "not_found"
+        assert missing.value.code == "model_not_found"
 
 
 def test_a_stream_that_breaks_off_raises(client: openai.OpenAI) -> None:

@@ -182,6 +182,35 @@ def test_a_chat_in_the_log_the_metrics_and_the_accounts(
     }
 
 
+def test_an_adapter_is_named_in_the_log_in_spans_and_in_usage(
+    watched: Watched, lines: list[dict[str, Any]]
+) -> None:
+    watched.stack.service.adapters = {"tuned": "ab" * 32}
+    for model in ("tuned", "scripted-7B", "nobody", "tuned"):
+        watched.chat("a b", model=model)
+    until(lambda: len(lines) == 4)
+    assert [(line["status"], line["model"]) for line in lines] == [
+        (200, "tuned"),
+        (200, "scripted-7B"),
+        (404, "scripted-7B"),
+        (200, "tuned"),
+    ]
+    assert lines[2]["error"] == "unknown_model"
+    attributes = watched.spans()["chat scripted-7B"].attributes or {}  # of the last one
+    assert attributes["gen_ai.response.model"] == attributes["gen_ai.request.model"] == "tuned"
+    (day,) = watched.get("/usage").json()["data"]
+    assert (day["requests"], day["completion_tokens"]) == (3, 6)
+    assert day["adapters"] == [
+        {
+            "adapter": "tuned",
+            "requests": 2,
+            "prompt_tokens": 2,
+            "cached_tokens": 0,
+            "completion_tokens": 4,
+        }
+    ]
+
+
 def test_the_spans_of_a_chat(watched: Watched) -> None:
     response = watched.post(
         "/openai/deployments/azureai/chat/completions",

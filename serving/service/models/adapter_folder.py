@@ -1,0 +1,142 @@
+"""A folder whose subfolders are adapters: they are loaded and unloaded as they come and go.
+
+The folder is looked at every second. A subfolder is loaded when its files have not changed between
+two looks, so that one that is still being copied is left alone, and again when they have changed
+later. One that cannot be loaded changes nothing for requests: the reason is logged once, and it is
+tried again when its files change, or when another one has made room. A subfolder whose name begins
+with a dot is none: an adapter that is written there, and then renamed, comes as a whole.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from mixtral_jax.errors import UserError
+from serving.access.file_version import Version, version_of
+from serving.errors import ServingError
+
+LOOK_SECONDS = 1.0
+"""Seconds from one look at the folder to the next."""
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+logger = logging.getLogger(__name__)
+
+_Versions = tuple[Version, ...]
+
+
+class AdapterHost(Protocol):
+    """What has adapters and computes with them. Its methods may be called by any thread."""
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Loads an adapter under a name, in the place of an older one of this name.
+
+        Raises UserError or ServingError if it cannot be used; the older one then stays.
+        """
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuses later requests for an adapter, and frees its memory when it has answered all."""
+
+    def adapters(self) -> Mapping[str, str]:
+        """Returns the digests of the loaded adapters by their names."""
+
+
+class AdapterFolder:
+    """Follows a folder of adapters.
+
+    Args:
+        folder: The folder.
+        host: Loads them.
+        check_name: Raises UserError for a name that none of these adapters may have.
+        on_failure: Called whenever an adapter cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        host: AdapterHost,
+        check_name: Callable[[str], None],
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._folder = folder
+        self._host = host
+        self._check_name = check_name
+        self._on_failure = on_failure
+        self._before: dict[str, _Versions] = {}  # at the last look
+        self._loaded: dict[str, _Versions] = {}
+        self._failed: dict[str, _Versions] = {}
+        self._is_missing = False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="adapters", daemon=True)
+
+    @property
+    def num_failed(self) -> int:
+        """The number of subfolders that cannot be loaded as they are now."""
+        return len(self._failed)
+
+    def start(self) -> None:
+        """Looks every second from now on, in a thread that `stop` ends."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Looks no more; waits for a load that is under way."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def look(self) -> None:
+        """Unloads what has gone, and loads what is new or has changed and is now at rest."""
+        try:
+            seen = self._versions()
+        except OSError as error:
+            if not self._is_missing:
+                logger.error("adapters stay as they are: %s", error)
+            self._is_missing = True
+            return
+        self._is_missing = False
+        for name in self._loaded.keys() - seen.keys():
+            self._unload(name)
+        for name in self._failed.keys() - seen.keys():
+            del self._failed[name]
+        for name, versions in seen.items():
+            is_new = versions not in (self._loaded.get(name), self._failed.get(name))
+            if is_new and versions == self._before.get(name):
+                self._load(name, versions)
+        self._before = seen
+
+    def _follow(self) -> None:
+        while not self._end.is_set():
+            try:
+                self.look()
+            except Exception:  # a bug of ours, which must not end the thread
+                logger.exception("the folder of adapters could not be looked at")
+            self._end.wait(LOOK_SECONDS)
+
+    def _versions(self) -> dict[str, _Versions]:
+        """Returns the versions of the files of each subfolder that has them all, by its name."""
+        seen = {}
+        for folder in sorted(self._folder.iterdir()):
+            versions = tuple(version_of(folder / file) for file in _FILES)
+            if not folder.name.startswith(".") and all(versions):
+                seen[folder.name] = versions
+        return seen
+
+    def _load(self, name: str, versions: _Versions) -> None:
+        try:
+            self._check_name(name)
+            self._host.load_adapter(name, self._folder / name)
+        except (UserError, ServingError, OSError) as error:
+            logger.error("the adapter '%s' is not loaded: %s", name[:100], error)
+            self._failed[name] = versions
+            self._on_failure()
+        else:
+            logger.info("loaded the adapter '%s'", name)
+            self._failed.pop(name, None)
+            self._loaded[name] = versions
+
+    def _unload(self, name: str) -> None:
+        self._host.unload_adapter(name)
+        logger.info("unloaded the adapter '%s'", name)
+        del self._loaded[name]
+        self._failed.clear()  # there is room again
