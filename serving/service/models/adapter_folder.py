@@ -76,7 +76,10 @@ class AdapterFolder:
         return len(self._failed)
 
     def start(self) -> None:
-        """Looks every second from now on, in a thread that `stop` ends."""
+        """Loads what is there and at rest; looks every second from now on, until `stop`."""
+        self.look()
+        self._end.wait(LOOK_SECONDS)
+        self.look()
         self._thread.start()
 
     def stop(self) -> None:
@@ -106,12 +109,11 @@ class AdapterFolder:
         self._before = seen
 
     def _follow(self) -> None:
-        while not self._end.is_set():
+        while not self._end.wait(LOOK_SECONDS):
             try:
                 self.look()
             except Exception:  # a bug of ours, which must not end the thread
                 logger.exception("the folder of adapters could not be looked at")
-            self._end.wait(LOOK_SECONDS)
 
     def _versions(self) -> dict[str, _Versions]:
         """Returns the versions of the files of each subfolder that has them all, by its name."""

@@ -31,6 +31,8 @@ class AdapterMetrics(Collector):
         registry: That of the process.
         model_name: The served name of the model.
         loaded: Returns the names of the loaded adapters.
+
+    Attributes:
         num_failed: Returns the number of adapters in the watched folder that cannot be loaded.
     """
 
@@ -39,11 +41,10 @@ class AdapterMetrics(Collector):
         registry: CollectorRegistry,
         model_name: str,
         loaded: Callable[[], Collection[str]],
-        num_failed: Callable[[], int] = lambda: 0,
     ) -> None:
         self._model_name = model_name
         self._loaded = loaded
-        self._num_failed = num_failed
+        self.num_failed: Callable[[], int] = lambda: 0
         self._lock = threading.Lock()
         self._figures: dict[str, _Figures] = {}
         self._failures = Counter(
@@ -81,7 +82,7 @@ class AdapterMetrics(Collector):
         yield GaugeMetricFamily(
             "mixtral_failed_adapters",
             "Adapters of the watched folder that cannot be loaded as they are now.",
-            self._num_failed(),
+            self.num_failed(),
         )
         for key, what in [
             ("requests", "Requests for an adapter that are over."),

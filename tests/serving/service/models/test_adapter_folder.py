@@ -1,6 +1,7 @@
 """The watched folder of adapters, looked at by hand before a host that only writes down."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,17 @@ def test_a_folder_that_cannot_be_read_unloads_nothing(
     assert host.calls == ["load one"]
 
 
-def test_a_thread_looks(tmp_path: Path, host: Host, watch: AdapterFolder) -> None:
+def test_a_thread_looks(
+    tmp_path: Path, host: Host, watch: AdapterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.service.models.adapter_folder.LOOK_SECONDS", 0.01)
+    write(tmp_path, "one", "1")
     watch.start()
+    assert host.loaded == {"one": "1"}  # before anybody can ask for it
+    write(tmp_path, "two", "2")
+    deadline = time.monotonic() + 10
+    while "two" not in host.loaded:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     watch.stop()
     assert not watch._thread.is_alive()

@@ -16,7 +16,8 @@ def figures(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
 
 def test_requests_and_tokens_are_counted_by_adapter() -> None:
     registry, loaded = CollectorRegistry(), ["b", "a"]
-    metrics = AdapterMetrics(registry, "toy", lambda: loaded, lambda: 3)
+    metrics = AdapterMetrics(registry, "toy", lambda: loaded)
+    metrics.num_failed = lambda: 3
     metrics.answered("a", 5, 7)
     metrics.answered("a", 5, 1)
     metrics.failed()
