@@ -27,7 +27,7 @@ _Versions = tuple[Version, ...]
 
 
 class AdapterHost(Protocol):
-    """What has adapters and computes with them. Its methods may be called by any thread."""
+    """Owner of the adapters that computes with them. Its methods may be called by any thread."""
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Loads an adapter under a name, in the place of an older one of this name.

@@ -17,7 +17,7 @@ _LABELS = ("model_name", "adapter")
 
 @dataclass
 class _Figures:
-    """What an adapter has answered since it was loaded."""
+    """Sums of the requests that an adapter has answered since it was loaded."""
 
     requests: int = 0
     prompt_tokens: int = 0
