@@ -3,7 +3,8 @@
 The folder is looked at every second. A subfolder is loaded when its files have not changed between
 two looks, so that one that is still being copied is left alone, and again when they have changed
 later. One that cannot be loaded changes nothing for requests: the reason is logged once, and it is
-tried again when its files change, or when another one has made room. A subfolder whose name begins
+tried again when its files change, or when another one has made room; at each look where the reason
+may pass by itself, such as an error of the system. A subfolder whose name begins
 with a dot is none: an adapter that is written there, and then renamed, comes as a whole.
 """
 
@@ -19,11 +20,14 @@ from serving.errors import ServingError
 
 LOOK_SECONDS = 1.0
 """Seconds from one look at the folder to the next."""
+_END_SECONDS = 5.0  # a load that waits for requests to end is not waited for
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 logger = logging.getLogger(__name__)
 
 _Versions = tuple[Version, ...]
+# In the place of the versions of files that are to be read again whether or not they change.
+_PASSING: _Versions = ()
 
 
 class AdapterHost(Protocol):
@@ -66,6 +70,7 @@ class AdapterFolder:
         self._before: dict[str, _Versions] = {}  # at the last look
         self._loaded: dict[str, _Versions] = {}
         self._failed: dict[str, _Versions] = {}
+        self._reasons: dict[str, str] = {}  # why, as it was logged
         self._is_missing = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="adapters", daemon=True)
@@ -83,10 +88,10 @@ class AdapterFolder:
         self._thread.start()
 
     def stop(self) -> None:
-        """Looks no more; waits for a load that is under way."""
+        """Looks no more; waits a little for a load that is under way."""
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_END_SECONDS)
 
     def look(self) -> None:
         """Unloads what has gone, and loads what is new or has changed and is now at rest."""
@@ -101,7 +106,7 @@ class AdapterFolder:
         for name in self._loaded.keys() - seen.keys():
             self._unload(name)
         for name in self._failed.keys() - seen.keys():
-            del self._failed[name]
+            del self._failed[name], self._reasons[name]
         for name, versions in seen.items():
             is_new = versions not in (self._loaded.get(name), self._failed.get(name))
             if is_new and versions == self._before.get(name):
@@ -129,16 +134,20 @@ class AdapterFolder:
             self._check_name(name)
             self._host.load_adapter(name, self._folder / name)
         except (UserError, ServingError, OSError) as error:
-            logger.error("the adapter '%s' is not loaded: %s", name[:100], error)
-            self._failed[name] = versions
+            self._failed[name] = versions if isinstance(error, UserError) else _PASSING
+            if self._reasons.get(name) != str(error):
+                logger.error("the adapter '%s' is not loaded: %s", name[:100], error)
+            self._reasons[name] = str(error)
             self._on_failure()
         else:
             logger.info("loaded the adapter '%s'", name)
             self._failed.pop(name, None)
+            self._reasons.pop(name, None)
             self._loaded[name] = versions
 
     def _unload(self, name: str) -> None:
         self._host.unload_adapter(name)
         logger.info("unloaded the adapter '%s'", name)
         del self._loaded[name]
-        self._failed.clear()  # there is room again
+        for failed in self._failed:  # there is room again
+            self._failed[failed] = _PASSING

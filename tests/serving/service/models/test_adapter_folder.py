@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.errors import AdapterError
+from serving.errors import Overloaded
 from serving.service.models.adapter_folder import AdapterFolder
 from serving.service.models.served_models import ServedModels
 
@@ -123,6 +124,26 @@ def test_a_broken_one_is_told_once_and_changes_nothing(
     write(tmp_path, "good", "3")
     look(watch, 3)
     assert host.loaded == {"good": "3", "bad": "2"} and watch.num_failed == 0
+
+
+def test_what_may_pass_is_tried_again_and_told_once(
+    tmp_path: Path,
+    host: Host,
+    watch: AdapterFolder,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def busy(name: str, folder: Path) -> None:
+        raise Overloaded("wait for the slot")
+
+    write(tmp_path, "one", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(host, "load_adapter", busy)
+        look(watch, 5)
+        assert watch.num_failed == 1
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+    look(watch, 1)
+    assert host.loaded == {"one": "1"} and watch.num_failed == 0
 
 
 def test_one_without_room_is_loaded_when_another_goes(
