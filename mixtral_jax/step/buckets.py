@@ -94,8 +94,8 @@ def compile_buckets(
         inputs = StepInputs.blank(size, rows, sizes, groups)
         if rows not in draw:
             draw[rows] = split.compile_draw(inputs, num_drawn, has_masks=has_masks)
-        walk = split.compile_walk(pages, inputs, num_drawn, stacks)
-        programs[size] = Programs(*walk, *draw[rows])
+        embed, block, pick, adapted = split.compile_walk(pages, inputs, num_drawn, stacks)
+        programs[size] = Programs(embed, block, pick, *draw[rows], adapted)
     return Steps(
         pages=pages,
         buckets=programs,

@@ -11,7 +11,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from mixtral_jax.axes import DrawnHidden, HostRowMasks, PackedDraws, Pages, Rows
-from mixtral_jax.model.adapter import Adapter
+from mixtral_jax.model.adapter import Adapter, BlockAdapter
 from mixtral_jax.model.adapter_stack import Adapters, BlockStacks, slot_content
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
@@ -130,17 +130,17 @@ class StepLauncher:
         """Writes an adapter into a slot, for the steps that are launched from now on.
 
         Its scaling is folded into B; its targets and its rank are among those of the stacks. What
-        it raises leaves every slot as it was.
+        it raises leaves the other slots as they were.
         """
+        for layer, block in enumerate(adapter.layers):
+            self.put_layer(slot, layer, block)
+
+    def put_layer(self, slot: int, layer: int, block: BlockAdapter) -> None:
+        """Writes one layer of an adapter into a slot; see `put_adapter`."""
         adapters, model = self.steps.adapters, self._model
         assert adapters is not None, "no stacks were compiled"
-        number = np.int32(slot)
-        self._stacks = [
-            adapters.put(
-                stacks, number, slot_content(block, model.config, model.placement, adapters.sizes)
-            )
-            for stacks, block in zip(self._stacks, adapter.layers, strict=True)
-        ]
+        content = slot_content(block, model.config, model.placement, adapters.sizes)
+        self._stacks[layer] = adapters.put(self._stacks[layer], np.int32(slot), content)
 
     def copy_pages(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
         """Copies pages before the next step writes: (source, destination) pairs by group."""

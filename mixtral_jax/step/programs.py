@@ -57,11 +57,11 @@ class Programs:
 
     embed: Compiled  # (rest, batch, follows, tokens) -> batch with its tokens, x, rotary
     block: Compiled  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
-    # (block, x, rotary, pages, batch, stacks, slots) -> x, pages; None if there are no stacks
-    adapted_block: Compiled | None
     pick: Compiled  # (x, tokens, last) -> x and tokens of the rows that draw
     draw: Compiled  # (rest, x, last tokens, sampling) -> Sampled
     draw_masked: Compiled | None  # (rest, x, last tokens, sampling, allowed) -> Sampled
+    # (block, x, rotary, pages, batch, adapters) -> x, pages; None if no row has an adapter
+    adapted_block: Compiled | None = None
 
 
 class ModuleStructure(NamedTuple):
@@ -161,8 +161,8 @@ class SplitModel:
         inputs: StepInputs,
         num_drawn: int,
         stacks: BlockStacks | None = None,
-    ) -> tuple[Compiled, Compiled, Compiled | None, Compiled]:
-        """Compiles `embed`, `block`, `adapted_block` and `pick` for the shapes of these inputs.
+    ) -> tuple[Compiled, Compiled, Compiled, Compiled | None]:
+        """Compiles `embed`, `block`, `pick` and `adapted_block` for the shapes of these inputs.
 
         `num_drawn` is the length of `Sampled.tokens`. `stacks` are shapes; without them there is no
         `adapted_block`.
@@ -220,8 +220,8 @@ class SplitModel:
         return (
             embedding.lower(*given).compile(),
             walk.lower(*walked).compile(),
-            adapted,
             picking.lower(x, batch.tokens, inputs.last).compile(),
+            adapted,
         )
 
     def compile_draw(

@@ -7,9 +7,9 @@ millisecond.
 import numpy as np
 
 from mixtral_jax.sampling_params import SamplingParams
-from serving.engine.device import Masks
+from serving.engine.device import Masks, PutLayer
 from serving.proto import group_pb2 as pb
-from serving.scheduling.step_plan import Chunk, Limits, StepPlan
+from serving.scheduling.step_plan import NO_SLOT, Chunk, Limits, StepPlan
 
 
 def step_message(plans: tuple[StepPlan, ...], *, has_masks: bool = False) -> pb.Step:
@@ -52,6 +52,32 @@ def masks_of(message: pb.Masks, plans: tuple[StepPlan, ...]) -> Masks:
         rows[list(masks.chunks)] = words
         allowed.append(rows)
     return Masks(tuple(allowed))
+
+
+def layer_message(part: PutLayer) -> pb.PutLayer:
+    """Writes a layer of an adapter."""
+    message = pb.PutLayer(slot=part.slot, layer=part.layer)
+    for target, (a, b) in part.matrices.items():
+        message.matrices.add(
+            target=target,
+            a_shape=a.shape,
+            a=a.astype("<f4").tobytes(),
+            b_shape=b.shape,
+            b=b.astype("<f4").tobytes(),
+        )
+    return message
+
+
+def layer_of(message: pb.PutLayer) -> PutLayer:
+    """Reads a layer of an adapter; raises ValueError where shapes and bytes do not agree."""
+    matrices = {
+        low.target: (
+            np.frombuffer(low.a, "<f4").reshape(tuple(low.a_shape)),
+            np.frombuffer(low.b, "<f4").reshape(tuple(low.b_shape)),
+        )
+        for low in message.matrices
+    }
+    return PutLayer(message.slot, message.layer, matrices)
 
 
 def limits_message(limits: Limits) -> pb.Limits:
@@ -104,6 +130,7 @@ def _chunk_message(chunk: Chunk) -> pb.Chunk:
         history=chunk.history,
         forbidden=chunk.forbidden,
         guesses=chunk.guesses,
+        slot=None if chunk.slot == NO_SLOT else chunk.slot,
     )
 
 
@@ -122,6 +149,7 @@ def _chunk_of(message: pb.Chunk) -> Chunk:
         history=tuple(message.history),
         forbidden=frozenset(message.forbidden),
         guesses=message.guesses,
+        slot=message.slot if message.HasField("slot") else NO_SLOT,
     )
 
 

@@ -18,7 +18,7 @@ import grpc
 
 from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.compilation import keep_programs
-from serving.cluster.codec import limits_message, limits_of, masks_of, plans_of
+from serving.cluster.codec import layer_of, limits_message, limits_of, masks_of, plans_of
 from serving.cluster.leader import JOIN, GroupError, connect
 from serving.cluster.plan_check import PlanCheck
 from serving.cluster.proof import NONCE, PROOF, new_nonce, proof_of
@@ -85,11 +85,21 @@ def follow(
     tell_parent()
     threading.Thread(target=_beat, name="beat", daemon=True).start()
     model = prepared.model
+    stacks = prepared.steps.adapters
     bounds = PlanCheck(
-        prepared.limits, model.placement.num_sequence_groups, model.config.vocab_size
+        prepared.limits,
+        model.placement.num_sequence_groups,
+        model.config.vocab_size,
+        num_layers=model.config.num_layers,
+        num_slots=0 if stacks is None else stacks.sizes.slots,
     )
-    for step in membership.steps():
-        _launch(step, membership, runner, bounds)
+    for order in membership.orders():
+        if order.HasField("put_layer"):
+            part = layer_of(order.put_layer)
+            bounds.check_layer(part)
+            runner.put_layer(part)
+        else:
+            _launch(order.step, membership, runner, bounds)
     say(f"{membership.reason}; the group has ended")
 
 
@@ -203,10 +213,13 @@ class Membership:
         """Asks for the end of the group, which comes when running answers are complete."""
         self._reports.put(pb.Report(leaving=pb.Leaving()))
 
-    def steps(self) -> Iterator[pb.Step]:
-        """Yields each step until the end. One that has masks is followed by a call of `masks`."""
+    def orders(self) -> Iterator[pb.Order]:
+        """Yields each step, and each layer of an adapter, until the end.
+
+        A step that has masks is followed by a call of `masks`.
+        """
         while not (order := self._next()).HasField("end"):
-            yield order.step
+            yield order
         self.reason = order.end.reason
 
     def masks(self) -> pb.Masks:

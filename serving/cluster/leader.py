@@ -27,10 +27,16 @@ from queue import SimpleQueue
 import grpc
 import jax
 
-from serving.cluster.codec import limits_message, limits_of, masks_message, step_message
+from serving.cluster.codec import (
+    layer_message,
+    limits_message,
+    limits_of,
+    masks_message,
+    step_message,
+)
 from serving.cluster.proof import NONCE, PROOF, is_nonce, new_nonce, proof_of
 from serving.cluster.rank import Rank
-from serving.engine.device import Masks, Order, Walk
+from serving.engine.device import Masks, Order, PutLayer, Walk
 from serving.errors import SetupError
 from serving.proto import group_pb2 as pb
 from serving.scheduling.step_plan import Limits
@@ -183,10 +189,15 @@ class Leader:
         self._await("load the model", lambda member: member.is_ready)
 
     def broadcast(self, order: Order) -> None:
-        """Tells all followers to launch a step or a part of one, without waiting for them."""
+        """Tells all followers to launch a step or a part of one, or to take a layer of an adapter.
+
+        It waits for none of them.
+        """
         match order:
             case Masks():
                 self._tell(pb.Order(masks=masks_message(order)))
+            case PutLayer():
+                self._tell(pb.Order(put_layer=layer_message(order)))
             case Walk(plans):
                 self._tell(pb.Order(step=step_message(plans, has_masks=True)))
             case plans:

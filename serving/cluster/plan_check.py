@@ -8,8 +8,9 @@ asked.
 from collections.abc import Iterable
 
 from serving.cluster.leader import GroupError
+from serving.engine.device import PutLayer
 from serving.proto import group_pb2 as pb
-from serving.scheduling.step_plan import Chunk, Limits, StepPlan
+from serving.scheduling.step_plan import NO_SLOT, Chunk, Limits, StepPlan
 
 
 class PlanCheck:
@@ -19,10 +20,20 @@ class PlanCheck:
         limits: Sizes of each partition.
         num_partitions: Number of plans of a step.
         vocab_size: Number of token ids.
+        num_layers: Layers of the model.
+        num_slots: Adapters that rows of one step may use; 0 without adapters.
     """
 
-    def __init__(self, limits: Limits, num_partitions: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        num_partitions: int,
+        vocab_size: int,
+        num_layers: int = 0,
+        num_slots: int = 0,
+    ) -> None:
         self._limits, self._vocab_size = limits, vocab_size
+        self._num_layers, self._num_slots = num_layers, num_slots
         self._num_before = [0] * num_partitions  # of each partition: chunks of its plan before
 
     def check(self, plans: tuple[StepPlan, ...]) -> None:
@@ -58,6 +69,11 @@ class PlanCheck:
                     f"of {row_bytes}; update all processes to one version"
                 )
 
+    def check_layer(self, part: PutLayer) -> None:
+        """Raises GroupError, which names the number, if a part of an adapter has no place."""
+        _below("slot of an adapter", (part.slot,), self._num_slots)
+        _below("layer of an adapter", (part.layer,), self._num_layers)
+
     def _check_chunk(self, chunk: Chunk, num_before: int) -> None:
         limits = self._limits
         _at_most("chunk with an end", chunk.end, limits.max_context)
@@ -72,6 +88,8 @@ class PlanCheck:
         _at_most("history of a chunk", len(chunk.history), limits.max_context)
         for ids in (chunk.token_ids, chunk.history, chunk.forbidden, chunk.sampling.logit_bias):
             _below("token id", ids, self._vocab_size)
+        if chunk.slot != NO_SLOT:
+            _below("slot of an adapter", (chunk.slot,), self._num_slots)
         if chunk.follows is not None:
             _below("chunk that follows one with the index", (chunk.follows,), num_before)
 

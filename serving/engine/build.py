@@ -14,13 +14,16 @@ import jax
 from jax.typing import DTypeLike
 
 from mixtral_jax.cache import token_bytes
+from mixtral_jax.checkpoint.adapter import read_adapter
 from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import TopologyError
+from mixtral_jax.model.adapter_stack import StackSizes, slot_bytes
 from mixtral_jax.model.transformer import Transformer, held_bytes
 from mixtral_jax.placement import Placement
 from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import StepSizes, mask_words
+from serving.engine.adapters import AdapterSlots
 from serving.engine.cache_memory import cache_bytes
 from serving.engine.config import EngineConfig
 from serving.engine.device import Order
@@ -61,10 +64,12 @@ def compile_steps(
     kv_dtype: DTypeLike | None = None,
     *,
     has_masks: bool = True,
+    adapters: StackSizes | None = None,
 ) -> Steps:
     """Compiles all steps of an engine; `limits` are those of one partition.
 
-    Without `has_masks` no request may have a form.
+    Without `has_masks` no request may have a form, and without `adapters`, the sizes of their
+    stacks, none may have an adapter.
     """
     sizes = StepSizes(
         num_pages=limits.num_pages,
@@ -73,7 +78,9 @@ def compile_steps(
         max_context=limits.max_context,
     )
     rows = {bucket: rows_of(bucket, limits) for bucket in buckets(limits)}
-    return compile_buckets(model, sizes, rows, progress, kv_dtype, has_masks=has_masks)
+    return compile_buckets(
+        model, sizes, rows, progress, kv_dtype, has_masks=has_masks, adapters=adapters
+    )
 
 
 def engine_of(
@@ -95,7 +102,10 @@ def engine_of(
         broadcast: see `Engine`.
     """
     masks = Grammars(mask_words(model.config.vocab_size))
-    return Engine(Runner(model, steps), limits, broadcast, masks)
+    runner, slots = Runner(model, steps), None
+    if steps.adapters is not None:
+        slots = AdapterSlots(model.config, steps.adapters.sizes)
+    return Engine(runner, limits, broadcast, masks, adapters=slots, put_layer=runner.put_layer)
 
 
 def facts(config: EngineConfig, pretrained: Pretrained) -> dict[str, str]:
@@ -105,7 +115,9 @@ def facts(config: EngineConfig, pretrained: Pretrained) -> dict[str, str]:
     values["dtype"] = pretrained.loadable_dtype(config.dtype)
     values["max_adapters"] = config.num_adapters
     values["no_prefix_reuse"] = not values.pop("prefix_reuse")
+    stacks = stack_sizes(config, card.model)
     return {
+        **({} if stacks is None else {"the targets of adapters": ", ".join(stacks.targets)}),
         "mixtral-jax": version("mixtral-jax"),
         "jax": jax.__version__,
         "the model": card.name,
@@ -150,7 +162,8 @@ def prepare(
     placement = pretrained.placement(config.dtype, config.mesh, config.dp_attention)
     _check(placement, config, pretrained.card.model)
     abstract = Transformer(pretrained.card.model, placement, rngs=None)
-    limits = agree(_limits(abstract, config))
+    stacks = stack_sizes(config, pretrained.card.model)
+    limits = agree(_limits(abstract, config, stacks))
     if placement.layout is not None:
         say(f"{placement.layout.mesh.size} devices: {placement.mesh_text}")
     # Reading the weights and compiling for their shapes do not wait for one another.
@@ -159,7 +172,10 @@ def prepare(
         model = pool.submit(pretrained.load, placement)
         tokens = placement.num_sequence_groups * limits.num_pages * limits.page_size
         say(f"room for {tokens:,} tokens of all requests together")
-        steps = compile_steps(abstract, limits, say, config.kv_dtype)
+        if stacks is not None:
+            each = slot_bytes(abstract.config, placement, stacks)
+            say(f"room for {stacks.slots} adapters of {each / 1e6:,.0f} MB on each device")
+        steps = compile_steps(abstract, limits, say, config.kv_dtype, adapters=stacks)
         return Prepared(model.result(), limits, steps, placement.mesh_text)
 
 
@@ -177,7 +193,25 @@ def _check(placement: Placement, config: EngineConfig, model: ModelConfig) -> No
     placement.checked_kv_dtype(config.kv_dtype)
 
 
-def _limits(model: Transformer, config: EngineConfig) -> Limits:
+def stack_sizes(config: EngineConfig, model: ModelConfig) -> StackSizes | None:
+    """Returns the sizes of the stacks of adapters; None for an engine without any.
+
+    Where no folder is watched, only the weights that the adapters of the start change have stacks.
+
+    Raises AdapterError if one of these is broken or does not fit.
+    """
+    count, rank = config.num_adapters, config.max_adapter_rank
+    if not count:
+        return None
+    if config.adapters_folder is not None:
+        return StackSizes.all_targets(model, count, rank)
+    folders = config.adapters.values()
+    read = [read_adapter(folder, model, max_rank=rank) for folder in folders]
+    targets = {target for stored in read for target in stored.settings.targets}
+    return StackSizes(slots=count, rank=rank, targets=tuple(targets))
+
+
+def _limits(model: Transformer, config: EngineConfig, stacks: StackSizes | None) -> Limits:
     """Returns the limits of one partition of the sequences; `config` has those of all together."""
     layout = model.layout
     parts, heads = 1, 1
@@ -188,7 +222,10 @@ def _limits(model: Transformer, config: EngineConfig) -> Limits:
     if config.kv_memory is not None:
         memory = config.kv_memory << 20
     else:
-        memory = cache_bytes(held_bytes(model))
+        held = held_bytes(model)
+        if stacks is not None:
+            held += stacks.slots * slot_bytes(model.config, model.placement, stacks)
+        memory = cache_bytes(held)
     max_context, page_size = model.config.max_context, model.placement.page_size
     num_pages = max(1, min(max_sequences * max_context, memory // per_token) // page_size)
     limits = Limits(

@@ -1,7 +1,7 @@
 """Device: what the engine's loop asks of the devices, and of those who say what may be drawn.
 
 The real one is the Runner (runner.py); tests have one in plain Python that fails when it is told
-to. The loop needs no jax.
+to. The loop calls no jax.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,8 +47,19 @@ class Walk:
     plans: tuple[StepPlan, ...]
 
 
-Order = tuple[StepPlan, ...] | Walk | Masks
-"""What other hosts are told: the plans of a whole step, or its two parts one after the other."""
+@dataclass(frozen=True)
+class PutLayer:
+    """One layer of an adapter, with its scaling folded into B, for a slot of the stacks."""
+
+    slot: int
+    layer: int
+    matrices: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    """A and B of each target; see `mixtral_jax.model.adapter.LowRank`."""
+
+
+Order = tuple[StepPlan, ...] | Walk | Masks | PutLayer
+"""What other hosts are told: the plans of a whole step, or its two parts one after the other; and
+the layers of an adapter that is loaded between steps."""
 
 
 class MaskSource(Protocol):

@@ -22,8 +22,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from serving.engine.device import Device, Launched, Masks, MaskSource, Order, Walk
+from mixtral_jax.checkpoint.adapter import StoredAdapter
+from serving.engine.adapters import AdapterSlots
+from serving.engine.device import Device, Launched, Masks, MaskSource, Order, PutLayer, Walk
 from serving.engine.recovery import Suspects
+from serving.errors import ModelNotFound
 from serving.scheduling.partitions import Partitions
 from serving.scheduling.proposer import Proposer
 from serving.scheduling.request import Event, FinishReason, Request, RowDraws
@@ -70,6 +73,8 @@ class Engine:
         masks: says what rows may draw; None where every row may draw anything.
         proposer: guesses the next tokens of answers, for a device that checks guesses; None for
             no guesses.
+        adapters: which the engine has; None for an engine without any.
+        put_layer: writes a layer of an adapter into the devices' stacks.
     """
 
     def __init__(
@@ -79,11 +84,14 @@ class Engine:
         broadcast: Callable[[Order], None] | None = None,
         masks: MaskSource | None = None,
         proposer: Proposer | None = None,
+        adapters: AdapterSlots | None = None,
+        put_layer: Callable[[PutLayer], None] | None = None,
     ) -> None:
         self.scheduler = Partitions(limits, device.num_partitions, proposer)
         self._device = device
         self._broadcast = broadcast
         self._masks = masks
+        self.adapters, self._put_layer = adapters, put_layer
         self._open: _Step | None = None  # launched, and not committed
         self._last_events: list[Event] = []  # of the turn before
         self._suspects = Suspects()
@@ -94,7 +102,14 @@ class Engine:
         return self._suspects.num_failures
 
     def add(self, request: Request) -> None:
-        """Queues a request; raises the errors of `Scheduler.add`."""
+        """Queues a request; raises the errors of `Scheduler.add`.
+
+        Raises ModelNotFound if its adapter is not loaded.
+        """
+        if request.adapter:
+            if self.adapters is None:
+                raise ModelNotFound(f"The adapter '{request.adapter[:100]}' is not loaded")
+            request = self.adapters.seated(request)
         if self._masks is None:
             self.scheduler.add(request)
             return
@@ -111,6 +126,17 @@ class Engine:
         self._suspects.forget(request_id, choice)
         if self._masks is not None:
             self._masks.forget(request_id, choice)
+
+    def load_adapter(self, name: str, stored: StoredAdapter) -> None:
+        """Loads an adapter between two steps; see `AdapterSlots.load`."""
+        assert self.adapters is not None and self._put_layer is not None, "it has no stacks"
+        self.adapters.load(name, stored, self.scheduler.uses_slot, self._put)
+
+    def _put(self, part: PutLayer) -> None:
+        if self._broadcast is not None:
+            self._broadcast(part)
+        assert self._put_layer is not None
+        self._put_layer(part)
 
     def has_room(self, n: int, caller: str) -> bool:
         """Returns True if a request of n choices would be queued now; see `Scheduler.has_room`."""

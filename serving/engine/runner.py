@@ -4,18 +4,20 @@ It decides nothing. The engine has one and reads its tokens; with several hosts 
 one too, and launches the same plans in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mixtral_jax.axes import PackedDraws
+from mixtral_jax.model.adapter import BlockAdapter, LowRank
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import GroupInputs, mask_words
 from mixtral_jax.step.launcher import StepLauncher, WalkedStep
 from mixtral_jax.step.sampling import unpack
-from serving.engine.device import Masks
+from serving.engine.device import Masks, PutLayer
 from serving.scheduling.request import Drawn
 from serving.scheduling.step_plan import StepPlan
 
@@ -65,6 +67,12 @@ class Runner:
         packed = self._launcher.draw(walked.step, allowed)
         return RunningStep(walked.plans, walked.rows, packed)
 
+    def put_layer(self, part: PutLayer) -> None:
+        """Writes a layer of an adapter into its slot, for steps that are launched from now on."""
+        matrices: Mapping[str, tuple[Any, Any]] = part.matrices
+        block = BlockAdapter(**{target: LowRank(*pair) for target, pair in matrices.items()})
+        self._launcher.put_layer(part.slot, part.layer, block)
+
     def is_intact(self) -> bool:
         """Returns False if a step that raised has taken pages of earlier steps with it."""
         return self._launcher.is_intact()
@@ -111,7 +119,7 @@ def _write(plan: StepPlan, inputs: GroupInputs) -> None:
     """Writes the plan of one sequence group into the arrays of a step."""
     for chunk in plan.chunks:
         assert not chunk.guesses, "no program checks guesses"
-        row = inputs.add(chunk.token_ids, chunk.start, chunk.pages, chunk.follows)
+        row = inputs.add(chunk.token_ids, chunk.start, chunk.pages, chunk.follows, chunk.slot)
         if chunk.samples:
             inputs.sample(
                 row,

@@ -21,6 +21,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -68,6 +69,14 @@ class _Cancel:
 
 
 @dataclass(frozen=True)
+class _Call:
+    """A function to be called between two steps."""
+
+    function: Callable[[], None]
+    done: "Future[None]"
+
+
+@dataclass(frozen=True)
 class _Stop:
     pass
 
@@ -90,7 +99,7 @@ class EngineWorker:
         self._engine = engine
         self._explain = explain
         self._metrics = metrics
-        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | _Stop] = queue.SimpleQueue()
         self._mailboxes: dict[str, Mailbox] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = self._is_abandoned = False
@@ -196,6 +205,18 @@ class EngineWorker:
         self._open[request_id].choices.discard(choice)
         self._inbox.put(_Cancel(request_id, choice))
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Has the engine's thread call a function between two steps, and waits for it.
+
+        For any other thread. Raises what the function raises, which ends nothing else, and
+        Unavailable or EngineFailure if the engine has ended.
+        """
+        done = Future[None]()
+        self._inbox.put(_Call(function, done))
+        if self.ended.is_set():  # then nobody may take it out any more
+            raise self._final_error
+        done.result()
+
     def _run(self) -> None:
         try:
             while self._take_in():
@@ -222,6 +243,8 @@ class EngineWorker:
                 message = self._inbox.get_nowait()
                 if isinstance(message, _Submit):
                     message.mailbox.put(self._final_error)
+                elif isinstance(message, _Call):
+                    message.done.set_exception(self._final_error)
 
     def _take_in(self) -> bool:
         """Empties the inbox, and waits for a message if there is no work; False means stop."""
@@ -234,6 +257,8 @@ class EngineWorker:
                     self._add(request, mailbox)
                 case _Cancel(request_id, choice):
                     self._cancel(request_id, choice)
+                case _Call(function, done):
+                    _answer(function, done)
                 case _Stop():
                     return False
         return True
@@ -289,3 +314,13 @@ class EngineWorker:
         """Ends a request with all its choices, whose rows and pages are free at once."""
         self._engine.cancel(request_id)
         self._mailboxes.pop(request_id).put(error)
+
+
+def _answer(function: Callable[[], None], done: "Future[None]") -> None:
+    """Calls a function; what it raises is for its caller alone."""
+    try:
+        function()
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)

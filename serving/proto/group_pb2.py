@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19serving/proto/group.proto\x12\x10mixtral.group.v1\"\xbc\x01\n\x06Report\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.mixtral.group.v1.HelloH\x00\x12(\n\x04room\x18\x02 \x01(\x0b\x32\x18.mixtral.group.v1.LimitsH\x00\x12(\n\x05ready\x18\x03 \x01(\x0b\x32\x17.mixtral.group.v1.ReadyH\x00\x12,\n\x07leaving\x18\x04 \x01(\x0b\x32\x19.mixtral.group.v1.LeavingH\x00\x42\x06\n\x04kind\"\xdd\x01\n\x05Order\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.mixtral.group.v1.StartH\x00\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x18.mixtral.group.v1.LimitsH\x00\x12&\n\x04step\x18\x03 \x01(\x0b\x32\x16.mixtral.group.v1.StepH\x00\x12$\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x15.mixtral.group.v1.EndH\x00\x12(\n\x05masks\x18\x05 \x01(\x0b\x32\x17.mixtral.group.v1.MasksH\x00\x42\x06\n\x04kind\"\xb0\x01\n\x05Hello\x12\x12\n\nprocess_id\x18\x01 \x01(\r\x12\x15\n\rnum_processes\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x31\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32\".mixtral.group.v1.Hello.FactsEntry\x12\r\n\x05proof\x18\x05 \x01(\x0c\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x07\n\x05Ready\"\t\n\x07Leaving\"\x07\n\x05Start\"\x15\n\x03\x45nd\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xd5\x01\n\x06Limits\x12\x11\n\tnum_pages\x18\x01 \x01(\r\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x04 \x01(\r\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x13\n\x06window\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0cprefix_reuse\x18\x08 \x01(\x08\x12\x15\n\rdeterministic\x18\t \x01(\x08\x42\t\n\x07_window\"@\n\x04Step\x12%\n\x05plans\x18\x01 \x03(\x0b\x32\x16.mixtral.group.v1.Plan\x12\x11\n\thas_masks\x18\x02 \x01(\x08\"3\n\x05Masks\x12*\n\x05plans\x18\x01 \x03(\x0b\x32\x1b.mixtral.group.v1.PlanMasks\"*\n\tPlanMasks\x12\x0e\n\x06\x63hunks\x18\x01 \x03(\r\x12\r\n\x05words\x18\x02 \x01(\x0c\"?\n\x04Plan\x12\'\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x17.mixtral.group.v1.Chunk\x12\x0e\n\x06\x63opies\x18\x02 \x03(\r\"\x97\x02\n\x05\x43hunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05start\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x03(\r\x12\x14\n\x07\x66ollows\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07samples\x18\x07 \x01(\x08\x12,\n\x08sampling\x18\x08 \x01(\x0b\x32\x1a.mixtral.group.v1.Sampling\x12\x0c\n\x04seed\x18\t \x01(\r\x12\x15\n\rprompt_length\x18\n \x01(\r\x12\x0f\n\x07history\x18\x0b \x03(\r\x12\x11\n\tforbidden\x18\x0c \x03(\r\x12\x0f\n\x07guesses\x18\r \x01(\rB\n\n\x08_follows\"\x8c\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x10\n\x08\x62ias_ids\x18\x08 \x03(\r\x12\x13\n\x0b\x62ias_values\x18\t \x03(\x01\x12\x11\n\x04seed\x18\n \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0f\n\r_top_logprobs2F\n\x05Group\x12=\n\x04Join\x12\x18.mixtral.group.v1.Report\x1a\x17.mixtral.group.v1.Order(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19serving/proto/group.proto\x12\x10mixtral.group.v1\"\xbc\x01\n\x06Report\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.mixtral.group.v1.HelloH\x00\x12(\n\x04room\x18\x02 \x01(\x0b\x32\x18.mixtral.group.v1.LimitsH\x00\x12(\n\x05ready\x18\x03 \x01(\x0b\x32\x17.mixtral.group.v1.ReadyH\x00\x12,\n\x07leaving\x18\x04 \x01(\x0b\x32\x19.mixtral.group.v1.LeavingH\x00\x42\x06\n\x04kind\"\x8e\x02\n\x05Order\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.mixtral.group.v1.StartH\x00\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x18.mixtral.group.v1.LimitsH\x00\x12&\n\x04step\x18\x03 \x01(\x0b\x32\x16.mixtral.group.v1.StepH\x00\x12$\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x15.mixtral.group.v1.EndH\x00\x12(\n\x05masks\x18\x05 \x01(\x0b\x32\x17.mixtral.group.v1.MasksH\x00\x12/\n\tput_layer\x18\x06 \x01(\x0b\x32\x1a.mixtral.group.v1.PutLayerH\x00\x42\x06\n\x04kind\"\xb0\x01\n\x05Hello\x12\x12\n\nprocess_id\x18\x01 \x01(\r\x12\x15\n\rnum_processes\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x31\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32\".mixtral.group.v1.Hello.FactsEntry\x12\r\n\x05proof\x18\x05 \x01(\x0c\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x07\n\x05Ready\"\t\n\x07Leaving\"\x07\n\x05Start\"\x15\n\x03\x45nd\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xd5\x01\n\x06Limits\x12\x11\n\tnum_pages\x18\x01 \x01(\r\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x04 \x01(\r\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x13\n\x06window\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0cprefix_reuse\x18\x08 \x01(\x08\x12\x15\n\rdeterministic\x18\t \x01(\x08\x42\t\n\x07_window\"@\n\x04Step\x12%\n\x05plans\x18\x01 \x03(\x0b\x32\x16.mixtral.group.v1.Plan\x12\x11\n\thas_masks\x18\x02 \x01(\x08\"3\n\x05Masks\x12*\n\x05plans\x18\x01 \x03(\x0b\x32\x1b.mixtral.group.v1.PlanMasks\"*\n\tPlanMasks\x12\x0e\n\x06\x63hunks\x18\x01 \x03(\r\x12\r\n\x05words\x18\x02 \x01(\x0c\"T\n\x08PutLayer\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12+\n\x08matrices\x18\x03 \x03(\x0b\x32\x19.mixtral.group.v1.LowRank\"Q\n\x07LowRank\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0f\n\x07\x61_shape\x18\x02 \x03(\r\x12\t\n\x01\x61\x18\x03 \x01(\x0c\x12\x0f\n\x07\x62_shape\x18\x04 \x03(\r\x12\t\n\x01\x62\x18\x05 \x01(\x0c\"?\n\x04Plan\x12\'\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x17.mixtral.group.v1.Chunk\x12\x0e\n\x06\x63opies\x18\x02 \x03(\r\"\xb3\x02\n\x05\x43hunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05start\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x03(\r\x12\x14\n\x07\x66ollows\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07samples\x18\x07 \x01(\x08\x12,\n\x08sampling\x18\x08 \x01(\x0b\x32\x1a.mixtral.group.v1.Sampling\x12\x0c\n\x04seed\x18\t \x01(\r\x12\x15\n\rprompt_length\x18\n \x01(\r\x12\x0f\n\x07history\x18\x0b \x03(\r\x12\x11\n\tforbidden\x18\x0c \x03(\r\x12\x0f\n\x07guesses\x18\r \x01(\r\x12\x11\n\x04slot\x18\x0e \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_followsB\x07\n\x05_slot\"\x8c\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x10\n\x08\x62ias_ids\x18\x08 \x03(\r\x12\x13\n\x0b\x62ias_values\x18\t \x03(\x01\x12\x11\n\x04seed\x18\n \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0f\n\r_top_logprobs2F\n\x05Group\x12=\n\x04Join\x12\x18.mixtral.group.v1.Report\x1a\x17.mixtral.group.v1.Order(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORT']._serialized_start=48
   _globals['_REPORT']._serialized_end=236
   _globals['_ORDER']._serialized_start=239
-  _globals['_ORDER']._serialized_end=460
-  _globals['_HELLO']._serialized_start=463
-  _globals['_HELLO']._serialized_end=639
-  _globals['_HELLO_FACTSENTRY']._serialized_start=595
-  _globals['_HELLO_FACTSENTRY']._serialized_end=639
-  _globals['_READY']._serialized_start=641
-  _globals['_READY']._serialized_end=648
-  _globals['_LEAVING']._serialized_start=650
-  _globals['_LEAVING']._serialized_end=659
-  _globals['_START']._serialized_start=661
-  _globals['_START']._serialized_end=668
-  _globals['_END']._serialized_start=670
-  _globals['_END']._serialized_end=691
-  _globals['_LIMITS']._serialized_start=694
-  _globals['_LIMITS']._serialized_end=907
-  _globals['_STEP']._serialized_start=909
-  _globals['_STEP']._serialized_end=973
-  _globals['_MASKS']._serialized_start=975
-  _globals['_MASKS']._serialized_end=1026
-  _globals['_PLANMASKS']._serialized_start=1028
-  _globals['_PLANMASKS']._serialized_end=1070
-  _globals['_PLAN']._serialized_start=1072
-  _globals['_PLAN']._serialized_end=1135
-  _globals['_CHUNK']._serialized_start=1138
-  _globals['_CHUNK']._serialized_end=1417
-  _globals['_SAMPLING']._serialized_start=1420
-  _globals['_SAMPLING']._serialized_end=1688
-  _globals['_GROUP']._serialized_start=1690
-  _globals['_GROUP']._serialized_end=1760
+  _globals['_ORDER']._serialized_end=509
+  _globals['_HELLO']._serialized_start=512
+  _globals['_HELLO']._serialized_end=688
+  _globals['_HELLO_FACTSENTRY']._serialized_start=644
+  _globals['_HELLO_FACTSENTRY']._serialized_end=688
+  _globals['_READY']._serialized_start=690
+  _globals['_READY']._serialized_end=697
+  _globals['_LEAVING']._serialized_start=699
+  _globals['_LEAVING']._serialized_end=708
+  _globals['_START']._serialized_start=710
+  _globals['_START']._serialized_end=717
+  _globals['_END']._serialized_start=719
+  _globals['_END']._serialized_end=740
+  _globals['_LIMITS']._serialized_start=743
+  _globals['_LIMITS']._serialized_end=956
+  _globals['_STEP']._serialized_start=958
+  _globals['_STEP']._serialized_end=1022
+  _globals['_MASKS']._serialized_start=1024
+  _globals['_MASKS']._serialized_end=1075
+  _globals['_PLANMASKS']._serialized_start=1077
+  _globals['_PLANMASKS']._serialized_end=1119
+  _globals['_PUTLAYER']._serialized_start=1121
+  _globals['_PUTLAYER']._serialized_end=1205
+  _globals['_LOWRANK']._serialized_start=1207
+  _globals['_LOWRANK']._serialized_end=1288
+  _globals['_PLAN']._serialized_start=1290
+  _globals['_PLAN']._serialized_end=1353
+  _globals['_CHUNK']._serialized_start=1356
+  _globals['_CHUNK']._serialized_end=1663
+  _globals['_SAMPLING']._serialized_start=1666
+  _globals['_SAMPLING']._serialized_end=1934
+  _globals['_GROUP']._serialized_start=1936
+  _globals['_GROUP']._serialized_end=2006
 # @@protoc_insertion_point(module_scope)

@@ -19,18 +19,20 @@ class Report(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., room: _Optional[_Union[Limits, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("start", "limits", "step", "end", "masks")
+    __slots__ = ("start", "limits", "step", "end", "masks", "put_layer")
     START_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     MASKS_FIELD_NUMBER: _ClassVar[int]
+    PUT_LAYER_FIELD_NUMBER: _ClassVar[int]
     start: Start
     limits: Limits
     step: Step
     end: End
     masks: Masks
-    def __init__(self, start: _Optional[_Union[Start, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., masks: _Optional[_Union[Masks, _Mapping]] = ...) -> None: ...
+    put_layer: PutLayer
+    def __init__(self, start: _Optional[_Union[Start, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., masks: _Optional[_Union[Masks, _Mapping]] = ..., put_layer: _Optional[_Union[PutLayer, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("process_id", "num_processes", "host", "facts", "proof")
@@ -115,6 +117,30 @@ class PlanMasks(_message.Message):
     words: bytes
     def __init__(self, chunks: _Optional[_Iterable[int]] = ..., words: _Optional[bytes] = ...) -> None: ...
 
+class PutLayer(_message.Message):
+    __slots__ = ("slot", "layer", "matrices")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    MATRICES_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    layer: int
+    matrices: _containers.RepeatedCompositeFieldContainer[LowRank]
+    def __init__(self, slot: _Optional[int] = ..., layer: _Optional[int] = ..., matrices: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ...) -> None: ...
+
+class LowRank(_message.Message):
+    __slots__ = ("target", "a_shape", "a", "b_shape", "b")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    A_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    A_FIELD_NUMBER: _ClassVar[int]
+    B_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    B_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    a_shape: _containers.RepeatedScalarFieldContainer[int]
+    a: bytes
+    b_shape: _containers.RepeatedScalarFieldContainer[int]
+    b: bytes
+    def __init__(self, target: _Optional[str] = ..., a_shape: _Optional[_Iterable[int]] = ..., a: _Optional[bytes] = ..., b_shape: _Optional[_Iterable[int]] = ..., b: _Optional[bytes] = ...) -> None: ...
+
 class Plan(_message.Message):
     __slots__ = ("chunks", "copies")
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
@@ -124,7 +150,7 @@ class Plan(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., copies: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("request_id", "choice", "token_ids", "start", "pages", "follows", "samples", "sampling", "seed", "prompt_length", "history", "forbidden", "guesses")
+    __slots__ = ("request_id", "choice", "token_ids", "start", "pages", "follows", "samples", "sampling", "seed", "prompt_length", "history", "forbidden", "guesses", "slot")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +164,7 @@ class Chunk(_message.Message):
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     FORBIDDEN_FIELD_NUMBER: _ClassVar[int]
     GUESSES_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -151,7 +178,8 @@ class Chunk(_message.Message):
     history: _containers.RepeatedScalarFieldContainer[int]
     forbidden: _containers.RepeatedScalarFieldContainer[int]
     guesses: int
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ..., samples: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., forbidden: _Optional[_Iterable[int]] = ..., guesses: _Optional[int] = ...) -> None: ...
+    slot: int
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ..., samples: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., forbidden: _Optional[_Iterable[int]] = ..., guesses: _Optional[int] = ..., slot: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_ids", "bias_values", "seed", "top_logprobs")

@@ -47,6 +47,10 @@ class Partitions:
         """Returns True if a partition would queue n choices; see `Scheduler.has_room`."""
         return any(scheduler.has_room(n, caller) for scheduler in self._schedulers)
 
+    def uses_slot(self, slot: int) -> bool:
+        """Returns True if a request that has not ended has its adapter in this slot."""
+        return any(scheduler.uses_slot(slot) for scheduler in self._schedulers)
+
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forgets a request, or one choice of it; see `Scheduler.cancel`."""
         for scheduler in self._schedulers:

@@ -29,6 +29,14 @@ class Priority(IntEnum):
     BATCH = 1
 
 
+@dataclass(frozen=True)
+class Seat:
+    """The slot in which an engine has a request's adapter, and the adapter's digest."""
+
+    slot: int
+    digest: bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt to be continued, `n` times."""
@@ -48,6 +56,19 @@ class Request:
     suspect: bool = False  # computed in steps of its own, because it may end the engine
     # Grammar of each choice: a mixtral_jax.structure.form.Form, which only the engine reads.
     form: object | None = None
+
+    # The adapter of that name when the engine took the request in; set by the engine alone.
+    seat: Seat | None = None
+
+    @property
+    def prefix_salt(self) -> bytes:
+        """The salt under which its pages are kept: the caller's, and the adapter's digest.
+
+        Keys and values depend on the adapter that computed them, so prefixes are shared neither
+        among adapters nor among versions of one.
+        """
+        digest = b"" if self.seat is None else self.seat.digest
+        return len(digest).to_bytes(1) + digest + self.salt
 
     def check(self, room: int) -> None:
         """Raises the errors that it deserves whatever else there is to do.

@@ -47,7 +47,7 @@ class Rows:
             seed=seed,
             limit=min(len(request.prompt_ids) + request.max_tokens, self._limits.room),
             tokens=list(request.prompt_ids),
-            table=PageTable(self._pool, request.salt),
+            table=PageTable(self._pool, request.prefix_salt),
         )
 
     def num_owed(self, caller: str) -> int:
@@ -94,7 +94,7 @@ class Rows:
         """
         self.leave(sequence)
         sequence.table.release()
-        self._queue.push(sequence.restarted(PageTable(self._pool, sequence.request.salt)))
+        self._queue.push(sequence.restarted(PageTable(self._pool, sequence.request.prefix_salt)))
 
     def preempt(self, sequence: SequenceState) -> None:
         """Requeues a sequence because another one needs its row or its pages."""

@@ -118,6 +118,11 @@ class Scheduler:
         """Returns True if the request has not ended."""
         return any(sequence.request.id == request_id for sequence in self._sequences())
 
+    def uses_slot(self, slot: int) -> bool:
+        """Returns True if a request that has not ended has its adapter in this slot."""
+        seats = (sequence.request.seat for sequence in self._sequences())
+        return any(seat is not None and seat.slot == slot for seat in seats)
+
     def add(self, request: Request) -> None:
         """Queues a request, or raises and changes nothing.
 

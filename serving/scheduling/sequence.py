@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from serving.scheduling.pages import PageTable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
-from serving.scheduling.step_plan import Chunk
+from serving.scheduling.step_plan import NO_SLOT, Chunk
 
 # Tokens that a sequence draws at least before it gives way to a caller that was served fewer. If it
 # had many already, more, because it may have to compute them all again.
@@ -135,6 +135,7 @@ class SequenceState:
             history=tuple(self.tokens[: end - 1]) if samples and sampling.has_penalties else (),
             forbidden=self.request.eos_ids if too_early_to_end else frozenset(),
             guesses=len(guesses),
+            slot=NO_SLOT if self.request.seat is None else self.request.seat.slot,
         )
 
     def retreat(self, chunk: Chunk) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from mixtral_jax.sampling_params import SamplingParams
 
+NO_SLOT = -1  # of a chunk without an adapter
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -62,6 +64,7 @@ class Chunk:
     # Number of its last tokens that are guesses: a token is drawn after each of them too, and after
     # the token before them, up to and with the first that differs from the guess behind it.
     guesses: int = 0
+    slot: int = NO_SLOT  # of the sequence's adapter
 
     @property
     def end(self) -> int:

@@ -174,7 +174,10 @@ def test_a_step_reaches_every_follower_in_order() -> None:
         for step in steps:
             leader.broadcast(step)
         leader.end("it was told to")
-        assert [[plans_of(step) for step in one.steps()] for one in followers] == [steps, steps]
+        assert [[plans_of(order.step) for order in one.orders()] for one in followers] == [
+            steps,
+            steps,
+        ]
         assert [one.reason for one in followers] == ["it was told to"] * 2
     assert not log.lost and not said.lost
     assert said.said[-1] == "all 3 processes are there"
@@ -364,7 +367,7 @@ def test_with_certificates_each_end_checks_the_other(tmp_path: Path) -> None:
         joined.result(PATIENCE)
         step = (StepPlan(chunks=(chunk(1, 3),)),)
         leader.broadcast(step)
-        assert plans_of(next(one.steps())) == step
+        assert plans_of(next(one.orders()).step) == step
         assert not log.lost
 
 
@@ -412,7 +415,7 @@ def test_a_lost_leader_is_noticed_and_one_that_never_started_is_waited_for() -> 
             leader._server.stop(0).wait()
             eventually(lambda: log.lost)
             with pytest.raises(GroupError, match="process 0 was lost"):
-                next(one.steps())
+                next(one.orders())
 
 
 def test_a_follower_can_ask_for_the_end() -> None:
@@ -427,7 +430,7 @@ def test_a_follower_can_ask_for_the_end() -> None:
         assert log.left == [leader.leaving]
         assert "process 1 of 2 at" in log.left[0] and log.left[0].endswith("was told to end")
         leader.end(log.left[0])
-        assert not list(one.steps()) and one.reason == log.left[0]
+        assert not list(one.orders()) and one.reason == log.left[0]
         assert not log.lost
 
 
@@ -518,13 +521,13 @@ def test_a_step_is_told_in_less_than_a_millisecond() -> None:
         joined = pool.submit(one.join)
         leader.gather()
         joined.result(PATIENCE)
-        steps = one.steps()
+        steps = one.orders()
         told, there = [], []
         for _ in range(50):
             start = time.perf_counter()
             leader.broadcast(step)
             told.append(time.perf_counter() - start)
-            assert plans_of(next(steps)) == step
+            assert plans_of(next(steps).step) == step
             there.append(time.perf_counter() - start)
         print(f"told {min(told) * 1e6:.0f} us, there {min(there) * 1e6:.0f} us")
         assert min(told) < 1e-3
