@@ -54,10 +54,10 @@ def masks_of(message: pb.Masks, plans: tuple[StepPlan, ...]) -> Masks:
     return Masks(tuple(allowed))
 
 
-def layer_message(part: PutLayer) -> pb.PutLayer:
+def layer_message(put: PutLayer) -> pb.PutLayer:
     """Writes a layer of an adapter."""
-    message = pb.PutLayer(slot=part.slot, layer=part.layer)
-    for target, (a, b) in part.matrices.items():
+    message = pb.PutLayer(slot=put.slot, layer=put.layer)
+    for target, (a, b) in put.matrices.items():
         message.matrices.add(
             target=target,
             a_shape=a.shape,

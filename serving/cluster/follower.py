@@ -95,9 +95,9 @@ def follow(
     )
     for order in membership.orders():
         if order.HasField("put_layer"):
-            part = layer_of(order.put_layer)
-            bounds.check_layer(part)
-            runner.put_layer(part)
+            put = layer_of(order.put_layer)
+            bounds.check_layer(put)
+            runner.put_layer(put)
         else:
             _launch(order.step, membership, runner, bounds)
     say(f"{membership.reason}; the group has ended")

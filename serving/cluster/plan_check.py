@@ -69,10 +69,10 @@ class PlanCheck:
                     f"of {row_bytes}; update all processes to one version"
                 )
 
-    def check_layer(self, part: PutLayer) -> None:
+    def check_layer(self, put: PutLayer) -> None:
         """Raises GroupError, which names the number, if a part of an adapter has no place."""
-        _below("slot of an adapter", (part.slot,), self._num_slots)
-        _below("layer of an adapter", (part.layer,), self._num_layers)
+        _below("slot of an adapter", (put.slot,), self._num_slots)
+        _below("layer of an adapter", (put.layer,), self._num_layers)
 
     def _check_chunk(self, chunk: Chunk, num_before: int) -> None:
         limits = self._limits

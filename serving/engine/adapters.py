@@ -103,8 +103,8 @@ class AdapterSlots:
                 f"there is no room for the adapter '{name}': {self._sizes.slots} are loaded; "
                 "unload one, or start with a larger --max-adapters"
             )
-        for part in _layers(free[0], stored):
-            put(part)
+        for layer in _layers(free[0], stored):
+            put(layer)
         self._loaded = {**self._loaded, name: _Loaded(free[0], stored.digest)}
 
     def unload(self, name: str) -> None:

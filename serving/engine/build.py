@@ -173,8 +173,8 @@ def prepare(
         tokens = placement.num_sequence_groups * limits.num_pages * limits.page_size
         say(f"room for {tokens:,} tokens of all requests together")
         if stacks is not None:
-            each = slot_bytes(abstract.config, placement, stacks)
-            say(f"room for {stacks.slots} adapters of {each / 1e6:,.0f} MB on each device")
+            slot = slot_bytes(abstract.config, placement, stacks)
+            say(f"room for {stacks.slots} adapters of {slot / 1e6:,.0f} MB on each device")
         steps = compile_steps(abstract, limits, say, config.kv_dtype, adapters=stacks)
         return Prepared(model.result(), limits, steps, placement.mesh_text)
 

@@ -132,11 +132,11 @@ class Engine:
         assert self.adapters is not None and self._put_layer is not None, "it has no stacks"
         self.adapters.load(name, stored, self.scheduler.uses_slot, self._put)
 
-    def _put(self, part: PutLayer) -> None:
+    def _put(self, put: PutLayer) -> None:
         if self._broadcast is not None:
-            self._broadcast(part)
+            self._broadcast(put)
         assert self._put_layer is not None
-        self._put_layer(part)
+        self._put_layer(put)
 
     def has_room(self, n: int, caller: str) -> bool:
         """Returns True if a request of n choices would be queued now; see `Scheduler.has_room`."""

@@ -67,11 +67,11 @@ class Runner:
         packed = self._launcher.draw(walked.step, allowed)
         return RunningStep(walked.plans, walked.rows, packed)
 
-    def put_layer(self, part: PutLayer) -> None:
+    def put_layer(self, put: PutLayer) -> None:
         """Writes a layer of an adapter into its slot, for steps that are launched from now on."""
-        matrices: Mapping[str, tuple[Any, Any]] = part.matrices
+        matrices: Mapping[str, tuple[Any, Any]] = put.matrices
         block = BlockAdapter(**{target: LowRank(*pair) for target, pair in matrices.items()})
-        self._launcher.put_layer(part.slot, part.layer, block)
+        self._launcher.put_layer(put.slot, put.layer, block)
 
     def is_intact(self) -> bool:
         """Returns False if a step that raised has taken pages of earlier steps with it."""

@@ -188,7 +188,7 @@ def test_a_load_that_fails_leaves_the_names_as_they_were() -> None:
     config = CONFIGS["dense"]
     slots = AdapterSlots(config, StackSizes(slots=1, rank=4, targets=("q",)))
 
-    def broken(part: PutLayer) -> None:
+    def broken(put: PutLayer) -> None:
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError):
