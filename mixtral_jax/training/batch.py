@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.training.example import Example
@@ -39,3 +41,23 @@ class Batch(NamedTuple):
                 batch.segments[row, start:stop] = number
                 start = stop
         return batch
+
+
+class PreferenceBatch(NamedTuple):
+    """Pairs of answers to the same prompts: B rows of those preferred, B rows of the others.
+
+    Each row holds one document, the prompt and an answer, whose weights are those of the answer.
+    """
+
+    chosen: Batch
+    rejected: Batch
+
+    @property
+    def rows(self) -> Batch:
+        """All 2B rows, the preferred ones first; arrays of the devices."""
+        joined: Batch = jax.tree.map(
+            lambda chosen, rejected: jnp.concatenate([chosen, rejected]),
+            self.chosen,
+            self.rejected,
+        )
+        return joined

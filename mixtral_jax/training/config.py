@@ -178,15 +178,14 @@ class TrainingConfig:
         is_trained = self.adapter is None or "router" in self.adapter.targets
         return TRAINED_ROUTER_AUX if model.is_moe and is_trained else 0.0
 
-    def resolved(self, rows_of_an_epoch: int) -> "TrainingConfig":
-        """The same with `steps` in place of `epochs`, for data of so many rows.
+    def resolved(self, steps_of_an_epoch: int) -> "TrainingConfig":
+        """The same with `steps` in place of `epochs`, for data of so many steps.
 
-        Raises ConfigError where that makes no step at all, or fewer than the warmup has.
+        Raises ConfigError where the warmup leaves none of them.
         """
         if self.epochs is None:
             return self
-        steps = math.ceil(self.epochs * rows_of_an_epoch / self.rows)
-        return replace(self, steps=steps, epochs=None)
+        return replace(self, steps=math.ceil(self.epochs * steps_of_an_epoch), epochs=None)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values, those of the adapter in an object of their own."""

@@ -20,6 +20,8 @@ class StepRecord:
         aux: load balancing loss of the routers; X is balanced. 0 in a dense model.
         z: mean square of the routers' log-normalisers.
         expert_load: [L E], each expert's share of its layer's picks; [0 0] in a dense model.
+        accuracy: of "preference", share of pairs whose preferred answer gained more.
+        margin: of "preference", mean of beta times the difference of log-ratios.
         is_skipped: the loss or the gradient was not finite, and nothing was changed.
         skipped: number of skipped steps so far.
     """
@@ -34,6 +36,8 @@ class StepRecord:
     aux: float
     z: float
     expert_load: np.ndarray
+    accuracy: float
+    margin: float
     is_skipped: bool
     skipped: int
 

@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.layout import Layout
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.training.batch import Batch
+from mixtral_jax.training.batch import Batch, PreferenceBatch
 from mixtral_jax.training.config import TrainingConfig
-from mixtral_jax.training.step.trainee import Trainee
-from mixtral_jax.training.step.training_step import StepMetrics, TrainingState, TrainingStep
+from mixtral_jax.training.step.trainee import Trained, Trainee
+from mixtral_jax.training.step.training_step import Rows, StepMetrics, TrainingState, TrainingStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +63,27 @@ class TrainingProgram:
         self._check_rows()
         self._state_shardings = self._shardings_of_state()
         self._compiled = self._lowered(model).compile()
+        self._evaluate = jax.jit(self.step.evaluate, out_shardings=self._everywhere)
 
     @property
     def layout(self) -> Layout | None:
         """The mesh and the rules on it; None for one device."""
         return self.trainee.layout
 
-    def start(self, model: Transformer, key: jax.Array) -> tuple[TrainingState, Any]:
-        """The state before the first step, and the parameters that are not trained.
+    def start(self, model: Transformer, key: jax.Array) -> TrainingState:
+        """The state before the first step.
 
-        In full fine-tuning the state holds copies of the model's parameters, which the caller
-        should drop then.
+        In full fine-tuning it holds copies of the model's parameters, which the caller should drop
+        then.
         """
         trained = self.trainee.initial(model, key)
         begin = jax.jit(self.step.initial_state, out_shardings=self._state_shardings)
         state: TrainingState = begin(trained)
-        return state, self.trainee.frozen(model)
+        return state
+
+    def frozen(self, model: Transformer) -> Any:
+        """The parameters that are not trained, as the step takes them."""
+        return self.trainee.frozen(model)
 
     def abstract_state(self) -> TrainingState:
         """Shapes and shardings of the state."""
@@ -88,19 +93,26 @@ class TrainingProgram:
         return jax.tree.map(_with_sharding, shapes, self._state_shardings)
 
     def __call__(
-        self, state: TrainingState, frozen: Any, batch: Batch
+        self, state: TrainingState, frozen: Any, batch: Rows
     ) -> tuple[TrainingState, StepMetrics]:
         """Computes a step; the state that is given is used up.
 
         Args:
             state: of `start`, or of the step before.
-            frozen: of `start`.
+            frozen: the parameters that are not trained.
             batch: arrays of the host, of all rows of the step; the same in every process.
         """
         after: tuple[TrainingState, StepMetrics] = self._compiled(
             state, frozen, placed(batch, self.layout)
         )
         return after
+
+    def evaluate(self, trained: Trained, frozen: Any, batch: Rows) -> tuple[jax.Array, jax.Array]:
+        """The sum of the losses of some rows, and the weight that it is to be divided by."""
+        sums: tuple[jax.Array, jax.Array] = self._evaluate(
+            trained, frozen, placed(batch, self.layout)
+        )
+        return sums
 
     @property
     def memory(self) -> TrainingMemory:
@@ -126,10 +138,15 @@ class TrainingProgram:
         leaves = jax.tree.leaves(abstract_batch(self.config, self.layout))
         return sum(_held_bytes(leaf) for leaf in leaves)
 
+    @property
+    def _everywhere(self) -> NamedSharding | None:
+        if self.layout is None:
+            return None
+        return NamedSharding(self.layout.mesh, PartitionSpec())
+
     def _lowered(self, model: Transformer) -> Any:
         frozen = jax.tree.map(_abstract, self.trainee.frozen(model))
-        metrics = None if self.layout is None else NamedSharding(self.layout.mesh, PartitionSpec())
-        shardings = None if self.layout is None else (self._state_shardings, metrics)
+        shardings = None if self.layout is None else (self._state_shardings, self._everywhere)
         step: Callable[..., Any] = self.step
         jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         batch = abstract_batch(self.config, self.layout)
@@ -148,11 +165,11 @@ class TrainingProgram:
         """Moments lie where the arrays lie whose shape they have; all else is everywhere."""
         if self.layout is None:
             return None
-        everywhere = NamedSharding(self.layout.mesh, PartitionSpec())
+        everywhere = self._everywhere
         trained = self.trainee.abstract()
         moments = jax.eval_shape(self.step.optimizer.init, trained)
 
-        def of_moment(moment: Any, array: Any) -> NamedSharding:
+        def of_moment(moment: Any, array: Any) -> Any:
             return array.sharding if moment.shape == array.shape else everywhere
 
         return TrainingState(
@@ -170,7 +187,7 @@ class TrainingProgram:
         )
 
 
-def abstract_batch(config: TrainingConfig, layout: Layout | None) -> Batch:
+def abstract_batch(config: TrainingConfig, layout: Layout | None) -> Rows:
     """Shapes and shardings of the rows of a step."""
     sharding = None if layout is None else layout.sharding("BT")
     shape = (config.rows, config.length)
@@ -178,10 +195,11 @@ def abstract_batch(config: TrainingConfig, layout: Layout | None) -> Batch:
     def array(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    return Batch(array(jnp.int32), array(jnp.int32), array(jnp.float32), array(jnp.int32))
+    rows = Batch(array(jnp.int32), array(jnp.int32), array(jnp.float32), array(jnp.int32))
+    return PreferenceBatch(rows, rows) if config.objective == "preference" else rows
 
 
-def placed(batch: Batch, layout: Layout | None) -> Batch:
+def placed(batch: Rows, layout: Layout | None) -> Rows:
     """The rows on the devices; each process passes all of them and places its own."""
     if layout is None:
         return jax.tree.map(jnp.asarray, batch)

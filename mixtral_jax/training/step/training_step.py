@@ -12,15 +12,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixtral_jax.model.adapter import Adapter
-from mixtral_jax.model.capture import Capture
-from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.training.batch import Batch
+from mixtral_jax.training.batch import Batch, PreferenceBatch
 from mixtral_jax.training.config import TrainingConfig
-from mixtral_jax.training.step.loss import row_losses
+from mixtral_jax.training.step.objectives import (
+    RowSums,
+    captures_of,
+    divisor,
+    num_tokens,
+    rows_of,
+    sums_of,
+)
 from mixtral_jax.training.step.optimizer import learning_rate, optimizer
-from mixtral_jax.training.step.router_losses import CAPTURED, RouterSums
+from mixtral_jax.training.step.router_losses import RouterSums
 from mixtral_jax.training.step.trainee import Trained, Trainee
+
+Rows = Batch | PreferenceBatch
 
 
 class TrainingState(NamedTuple):
@@ -42,16 +48,11 @@ class StepMetrics(NamedTuple):
     gradient_norm: jax.Array  # global, before clipping
     learning_rate: jax.Array
     tokens: jax.Array  # positions that are no padding
-    targets: jax.Array  # their weights' sum
+    targets: jax.Array  # sum of their weights; the number of pairs for "preference"
+    accuracy: jax.Array  # of "preference": share of pairs whose margin is above 0
+    margin: jax.Array  # of "preference": mean of the margins
     expert_load: jax.Array  # [L E], share of a layer's picks; [0 0] without routers
     is_finite: jax.Array  # bool; the step was skipped where false
-
-
-class RowSums(NamedTuple):
-    """Sums over some rows of a step, which add up to those of the step."""
-
-    loss: jax.Array  # [] f32
-    router: RouterSums | None
 
 
 class TrainingStep:
@@ -69,19 +70,19 @@ class TrainingStep:
         return TrainingState(trained, self.optimizer.init(trained), zero, zero, zero)
 
     def __call__(
-        self, state: TrainingState, frozen: Any, batch: Batch
+        self, state: TrainingState, frozen: Any, batch: Rows
     ) -> tuple[TrainingState, StepMetrics]:
         """Computes a step; pure, for `jax.jit` with the state donated."""
-        targets = jnp.sum(batch.weights)
-        tokens = jnp.sum((batch.segments != 0).astype(jnp.float32))
+        targets, tokens = divisor(batch), num_tokens(batch)
         gradient, sums = self.gradient(state.trained, frozen, batch)
         rate = learning_rate(self.config, state.step)
         norm = optax.tree.norm(gradient)
         loss = sums.loss / targets
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # optax mixes dtypes and ranks inside, which a caller's strict setting would refuse.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, moments = self.optimizer.update(gradient, state.moments, state.trained)
+        size = optax.tree.norm(updates)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(size)
         trained = jax.tree.map(lambda p, update: p + rate * update, state.trained, updates)
 
         def choose(new: Any, old: Any) -> Any:
@@ -105,22 +106,27 @@ class TrainingStep:
             learning_rate=rate,
             tokens=tokens,
             targets=targets,
+            accuracy=sums.preferred / targets,
+            margin=sums.margin / targets,
             expert_load=jnp.zeros((0, 0)) if router is None else router.load,
             is_finite=is_finite,
         )
         return after, metrics
 
-    def gradient(self, trained: Trained, frozen: Any, batch: Batch) -> tuple[Trained, RowSums]:
+    def evaluate(self, trained: Trained, frozen: Any, batch: Rows) -> tuple[jax.Array, jax.Array]:
+        """The sum of the losses of some rows, and the weight of their targets."""
+        return self.sums(trained, frozen, batch).loss, divisor(batch)
+
+    def gradient(self, trained: Trained, frozen: Any, batch: Rows) -> tuple[Trained, RowSums]:
         """The gradient of the step's loss in float32, and the sums over its rows."""
         count = self.config.micro_batches
-        targets = jnp.sum(batch.weights)
-        tokens = jnp.sum((batch.segments != 0).astype(jnp.float32))
+        targets, tokens = divisor(batch), num_tokens(batch)
         parts = micro_batches(batch, count)
         picks = None
         if self.aux_coefficient and count > 1:
             picks = self._picks(trained, frozen, parts)
 
-        def loss(trained: Trained, rows: Batch) -> tuple[jax.Array, RowSums]:
+        def loss(trained: Trained, rows: Rows) -> tuple[jax.Array, RowSums]:
             sums = self.sums(trained, frozen, rows)
             total = sums.loss / targets
             if sums.router is not None:
@@ -129,7 +135,7 @@ class TrainingStep:
                 total += self.config.router_z_coefficient * sums.router.z(tokens)
             return total, sums
 
-        def compute(rows: Batch) -> tuple[Trained, RowSums]:
+        def compute(rows: Rows) -> tuple[Trained, RowSums]:
             gradient, sums = jax.grad(loss, has_aux=True)(trained, rows)
             return self.trainee.constrained(gradient), sums
 
@@ -137,10 +143,11 @@ class TrainingStep:
             return compute(jax.tree.map(lambda x: x[0], parts))
         return summed(compute, parts)
 
-    def _picks(self, trained: Trained, frozen: Any, parts: Batch) -> jax.Array:
+    def _picks(self, trained: Trained, frozen: Any, parts: Rows) -> jax.Array:
         """Picks of each expert in the whole step [L E], counted by forward passes."""
 
-        def count(rows: Batch) -> jax.Array:
+        def count(part: Rows) -> jax.Array:
+            rows = rows_of(part)
             model, adapter = self.trainee.assemble(trained, frozen)
             captures = captures_of(model)
             assert captures is not None
@@ -149,34 +156,13 @@ class TrainingStep:
 
         return summed(count, parts)
 
-    def sums(self, trained: Trained, frozen: Any, rows: Batch) -> RowSums:
+    def sums(self, trained: Trained, frozen: Any, rows: Rows) -> RowSums:
         """The sums over some rows."""
         model, adapter = self.trainee.assemble(trained, frozen)
-        return supervised_sums(model, adapter, rows, self.config.recompute)
+        return sums_of(model, adapter, rows, self.config)
 
 
-def supervised_sums(
-    model: Transformer, adapter: Adapter | None, rows: Batch, is_recomputed: bool
-) -> RowSums:
-    """Cross-entropy of the targets of some rows, times their weights, and the routers' sums."""
-    captures = captures_of(model)
-    hidden = model.hidden(
-        rows.tokens,
-        segments=rows.segments,
-        adapter=adapter,
-        captures=captures,
-        is_recomputed=is_recomputed,
-    )
-    loss = jnp.sum(row_losses(model, hidden, rows.targets, rows.weights))
-    return RowSums(loss, RouterSums.of(captures, rows.segments != 0) if captures else None)
-
-
-def captures_of(model: Transformer) -> list[Capture] | None:
-    """Captures of what the routers give, one for each layer; None in a dense model."""
-    return [Capture(CAPTURED) for _ in model.layers] if model.config.is_moe else None
-
-
-def micro_batches(batch: Batch, count: int) -> Batch:
+def micro_batches(batch: Rows, count: int) -> Rows:
     """The rows in `count` parts, [B ...] -> [count B/count ...]; part m has row m, m + count ...
 
     Neighbouring rows come into different parts, so that rows that are split over devices in blocks
@@ -189,12 +175,12 @@ def micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(cut, batch)
 
 
-def summed(compute: Any, parts: Batch) -> Any:
+def summed(compute: Any, parts: Rows) -> Any:
     """The sum of `compute(rows)` over the parts, one after the other, in the dtype of each sum."""
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first))
 
-    def add(total: Any, rows: Batch) -> tuple[Any, None]:
+    def add(total: Any, rows: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, compute(rows)), None
 
     return jax.lax.scan(add, zeros, parts)[0]

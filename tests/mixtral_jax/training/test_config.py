@@ -66,5 +66,5 @@ def test_routers_that_are_trained_are_balanced() -> None:
 
 
 def test_epochs_become_steps() -> None:
-    run = TrainingConfig(epochs=2.5, rows=4).resolved(10)
-    assert (run.steps, run.epochs) == (7, None)  # 25 rows, 4 a step
+    run = TrainingConfig(epochs=2.5).resolved(3)
+    assert (run.steps, run.epochs) == (8, None)
