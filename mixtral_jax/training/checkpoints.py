@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from mixtral_jax.errors import CheckpointError, ConfigError
 from mixtral_jax.training.step.training_step import TrainingState
 
-# What a run is, as plain values: its settings, its model and its data.
+# A run as plain values: its settings, its model and its data.
 Facts = Mapping[str, Any]
 
 

@@ -146,8 +146,8 @@ class TrainingStep:
     def _picks(self, trained: Trained, frozen: Any, parts: Rows) -> jax.Array:
         """Picks of each expert in the whole step [L E], counted by forward passes."""
 
-        def count(part: Rows) -> jax.Array:
-            rows = rows_of(part)
+        def count(batch: Rows) -> jax.Array:
+            rows = rows_of(batch)
             model, adapter = self.trainee.assemble(trained, frozen)
             captures = captures_of(model)
             assert captures is not None
