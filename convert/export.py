@@ -18,6 +18,7 @@ import numpy as np
 
 from convert.check import check_space
 from convert.errors import ConversionError
+from convert.merge import MergedReader
 from convert.name_table import NameTable, name_table
 from convert.pieces import ParameterPiece, filled, overlaps, pieces
 from convert.progress import Progress
@@ -36,6 +37,7 @@ def export(
     destination: Path,
     *,
     shard_bytes: int = 5_000_000_000,
+    reader: MergedReader | None = None,
     progress: Progress = lambda done, total: None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Card:
@@ -45,6 +47,8 @@ def export(
         checkpoint: what `convert` made.
         destination: a folder that does not exist or is empty.
         shard_bytes: a file is closed before it would hold more; a larger tensor is alone in one.
+        reader: of the same checkpoint with an adapter, which is merged into what is written; by
+            default the stored values are written.
         progress: called with bytes written and bytes in all.
         chunk_bytes: that of the checkpoint; pieces of another size cost more to read.
 
@@ -65,7 +69,8 @@ def export(
     shapes = {row.source: row.shape for row in table.rows}
     shards = cut(shapes, np.dtype(card.dtype).itemsize, shard_bytes)
     with finished_at(destination) as partial:
-        _write_shards(checkpoint, card, table, shards, partial, progress, chunk_bytes)
+        source = reader or ParameterReader(checkpoint)
+        _write_shards(source, card, table, shards, partial, progress, chunk_bytes)
         index = {
             "metadata": {"total_size": stored_bytes(stored)},
             "weight_map": {name: shard.file for shard in shards for name in shard.offsets},
@@ -124,7 +129,7 @@ def cut(shapes: Mapping[str, Sequence[int]], itemsize: int, shard_bytes: int) ->
 
 
 def _write_shards(
-    checkpoint: Path,
+    reader: ParameterReader | MergedReader,
     card: Card,
     table: NameTable,
     shards: list[Shard],
@@ -133,7 +138,6 @@ def _write_shards(
     chunk_bytes: int,
 ) -> None:
     shapes = parameter_shapes(card.model, card.dtype)
-    reader = ParameterReader(checkpoint)
 
     def fill(piece: ParameterPiece, out: np.ndarray) -> None:
         reader.read(piece.parameter, piece.index, out.reshape(piece.shape))

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixtral_jax.checkpoint.pretrained import load as load
+    from mixtral_jax.checkpoint.pretrained import load_adapter as load_adapter
     from mixtral_jax.checkpoint.pretrained import save as save
+    from mixtral_jax.checkpoint.pretrained import save_adapter as save_adapter
     from mixtral_jax.config import ModelConfig as ModelConfig
     from mixtral_jax.devices import show_devices as show_devices
+    from mixtral_jax.errors import AdapterError as AdapterError
     from mixtral_jax.errors import ChatError as ChatError
     from mixtral_jax.errors import ConfigError as ConfigError
     from mixtral_jax.errors import SamplingError as SamplingError
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
     from mixtral_jax.generation import generate as generate
     from mixtral_jax.generation import generate_draws as generate_draws
     from mixtral_jax.generation import generate_tokens as generate_tokens
+    from mixtral_jax.model.adapter import Adapter as Adapter
     from mixtral_jax.model.inside import Inside as Inside
+    from mixtral_jax.model.merged import merge as merge
     from mixtral_jax.model.transformer import Transformer as Transformer
     from mixtral_jax.placement import Placement as Placement
     from mixtral_jax.sampling_params import SamplingParams as SamplingParams
@@ -42,6 +47,8 @@ if TYPE_CHECKING:
 
 # Public name -> the module that it stands in.
 _HOMES = {
+    "Adapter": "model.adapter",
+    "AdapterError": "errors",
     "ChatError": "errors",
     "ConfigError": "errors",
     "Draw": "generation",
@@ -61,9 +68,12 @@ _HOMES = {
     "generate_draws": "generation",
     "generate_tokens": "generation",
     "load": "checkpoint.pretrained",
+    "load_adapter": "checkpoint.pretrained",
     "make_mesh": "sharding",
     "show_devices": "devices",
+    "merge": "model.merged",
     "save": "checkpoint.pretrained",
+    "save_adapter": "checkpoint.pretrained",
 }
 __all__ = ["__version__", *_HOMES]
 

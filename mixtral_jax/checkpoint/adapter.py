@@ -39,7 +39,6 @@ from mixtral_jax.model.adapter import (
     Adapter,
     AdapterConfig,
     BlockAdapter,
-    LowRank,
 )
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -72,17 +71,17 @@ class StoredAdapter:
     @cached_property
     def rank(self) -> int:
         """The largest rank of its matrices."""
-        return max(low.b.shape[-1] for _, _, low in _pairs(self.adapter))
+        return max(low.b.shape[-1] for _, _, low in self.adapter.pairs())
 
     @cached_property
     def num_parameters(self) -> int:
         """The number of values in its matrices."""
-        return sum(low.a.size + low.b.size for _, _, low in _pairs(self.adapter))
+        return sum(low.a.size + low.b.size for _, _, low in self.adapter.pairs())
 
     @cached_property
     def num_layers_changed(self) -> int:
         """The number of layers in which some B is not zero."""
-        return len({layer for layer, _, low in _pairs(self.adapter) if np.any(np.asarray(low.b))})
+        return len({layer for layer, _, low in self.adapter.pairs() if np.any(np.asarray(low.b))})
 
 
 def read_adapter(
@@ -101,7 +100,7 @@ def read_adapter(
     settings = PeftConfig.read(folder)
     path = folder / WEIGHTS_FILE
     base = f"the base {settings.base!r}" if settings.base else "the base"
-    with _opened(path) as file:
+    with opened(path) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         wanted = places(config, settings, shapes.keys())
         _check_names(path, config, settings, wanted, shapes)
@@ -146,7 +145,7 @@ def write_adapter(folder: Path, adapter: Adapter, settings: AdapterConfig, base:
     Raises AdapterError for values that are not finite and for an adapter without matrices, and
     what `finished_at` raises for the folder.
     """
-    stored = list(_pairs(adapter))
+    stored = list(adapter.pairs())
     if not stored:
         raise AdapterError("the adapter has no matrices; choose targets for it")
     for layer, target, low in stored:
@@ -210,7 +209,7 @@ def _settings(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """Opens a safetensors file; its faults become AdapterErrors."""
     if not path.is_file():
         hint = "give the folder that has both files"
@@ -289,17 +288,9 @@ def _read(file: Any, path: Path, place: Place, ratio: float) -> Pair:
     return a, b
 
 
-def _pairs(adapter: Adapter) -> Iterator[tuple[int, str, LowRank]]:
-    """Yields layer, target and matrices of all that an adapter has."""
-    for layer, block in enumerate(adapter.layers):
-        for target, low in block._asdict().items():
-            if low is not None:
-                yield layer, target, low
-
-
 def _digest(settings: AdapterConfig, adapter: Adapter) -> str:
     total = hashlib.sha256()
-    for layer, target, low in _pairs(adapter):
+    for layer, target, low in adapter.pairs():
         a, b = (np.asarray(array) for array in low)
         head = (layer, target, a.shape, b.shape, settings.scaling)
         total.update(repr(head).encode())

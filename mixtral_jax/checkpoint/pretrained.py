@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mixtral_jax.checkpoint import parameters, restore, writer
+from mixtral_jax.checkpoint.adapter import read_adapter, write_adapter
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import TokenizerError, UserError
+from mixtral_jax.model.adapter import Adapter, AdapterConfig, placed
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement, checked_dtype
 from mixtral_jax.tokenization import tokenizer
@@ -106,6 +108,42 @@ def load(
     except (FileNotFoundError, TokenizerError) as error:
         logger.warning("%s is loaded without a tokenizer, which cannot be used: %s", path, error)
     return pretrained.load(placement), words
+
+
+def load_adapter(folder: str | Path, model: Transformer) -> Adapter:
+    """Loads a LoRA adapter for a model, onto the model's devices.
+
+        adapter = mixtral_jax.load_adapter("runs/mine", model)
+        logits = model(tokens, adapter)                      # beside the model, of any dtype
+        tuned = mixtral_jax.merge(model, adapter)            # or within: generate(tuned, ...)
+
+    Args:
+        folder: adapter_config.json and adapter_model.safetensors, as PEFT saves them or a training
+            run does. Experts one by one or fused.
+        model: its base.
+
+    Returns its matrices in float32, with the scaling in B; None beside weights that stay as they
+    are. Raises AdapterError for an adapter that is broken, asks for what is not supported, or does
+    not fit the model.
+    """
+    stored = read_adapter(Path(folder), model.config)
+    return placed(stored.adapter.folded(stored.settings), model.config, model.placement.layout)
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, *, base: str) -> None:
+    """Writes an adapter as PEFT, vLLM, SGLang and `load_adapter` read it.
+
+    Args:
+        adapter: as `load_adapter` gives it and `model(tokens, adapter)` takes it, with the scaling
+            in B, so that alpha is the rank in what is written.
+        folder: a folder that does not exist or is empty.
+        base: the name under which others find the base, such as mistralai/Mixtral-8x7B-v0.1.
+
+    Raises AdapterError for values that are not finite, and what `finished_at` raises for the
+    folder.
+    """
+    rank = max([low.b.shape[-1] for _, _, low in adapter.pairs()], default=1)
+    write_adapter(Path(folder), adapter, AdapterConfig(rank=rank, alpha=float(rank)), base)
 
 
 def save(

@@ -68,36 +68,32 @@ def convert(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="LoRA adapter that is merged into the exported weights.")
+    ] = None,
 ) -> None:
     """Write a checkpoint as Hugging Face safetensors."""
     from convert.export import export
+    from convert.merge import MergedReader, summary
     from convert.progress import bar
 
+    reader = None if adapter is None else MergedReader.open(checkpoint, adapter)
     with bar(f"exporting {checkpoint.name}") as progress:
-        export(checkpoint, destination, progress=progress)
+        card = export(checkpoint, destination, reader=reader, progress=progress)
+    for line in () if reader is None else summary(reader.layers, card.dtype):
+        print(line)
     print(destination)
 
 
 def info(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint or an adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a checkpoint holds."""
-    from mixtral_jax.checkpoint.folder import Card
-    from mixtral_jax.checkpoint.parameters import count_parameters
-    from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
+    """Show what a checkpoint or an adapter holds."""
+    from mixtral_jax.checkpoint.adapter_summary import is_adapter, summarize
 
-    toy = str(checkpoint) == TINY_RANDOM
-    card = open_pretrained(TINY_RANDOM).card if toy else Card.read(checkpoint)
-    parameters, nbytes = count_parameters(card.model, card.dtype)
-    facts: dict[str, Any] = {
-        "name": card.name,
-        "provider": card.provider,
-        "dtype": card.dtype,
-        "parameters": parameters,
-        "bytes": nbytes,
-        **card.model.to_json(),
-    }
+    is_of_adapter = is_adapter(checkpoint)
+    facts = summarize(checkpoint).facts() if is_of_adapter else _facts(checkpoint)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -105,3 +101,21 @@ def info(
     for key, value in facts.items():
         table.add_row(key, f"{value:,}" if type(value) is int else str(value))
     Console().print(table)
+
+
+def _facts(checkpoint: Path) -> dict[str, Any]:
+    from mixtral_jax.checkpoint.folder import Card
+    from mixtral_jax.checkpoint.parameters import count_parameters
+    from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
+
+    toy = str(checkpoint) == TINY_RANDOM
+    card = open_pretrained(TINY_RANDOM).card if toy else Card.read(checkpoint)
+    parameters, nbytes = count_parameters(card.model, card.dtype)
+    return {
+        "name": card.name,
+        "provider": card.provider,
+        "dtype": card.dtype,
+        "parameters": parameters,
+        "bytes": nbytes,
+        **card.model.to_json(),
+    }

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from mixtral_jax.cli import bench, chat, convert, extras, keys, plan, serve
+from mixtral_jax.cli import adapter, bench, chat, convert, extras, keys, plan, serve
 from mixtral_jax.errors import UserError
 from serving.command_line import USER_ERRORS, flags_of_all, run
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 for _command in (
     *(convert.pull, convert.convert, convert.export, convert.info, chat.chat),
+    *(adapter.merge, adapter.export_adapter),
     *(extras.needs("serve")(serve.serve), plan.plan, bench.bench),
 ):
     app.command()(_command)

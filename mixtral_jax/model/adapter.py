@@ -9,7 +9,7 @@ The forward pass knows no scaling: `Adapter.folded` multiplies it into B.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -138,6 +138,13 @@ class Adapter(NamedTuple):
             layers.append(BlockAdapter(**made))
         return cls(tuple(layers))
 
+    def pairs(self) -> Iterator[tuple[int, str, LowRank]]:
+        """Yields layer, target and matrices of each weight that is changed."""
+        for layer, block in enumerate(self.layers):
+            for target, low in block._asdict().items():
+                if low is not None:
+                    yield layer, target, low
+
     def folded(self, adapter: AdapterConfig) -> "Adapter":
         """The same with the scaling multiplied into B, as the model's forward pass takes it."""
 
@@ -152,6 +159,31 @@ def adapter_letters(target: str, config: ModelConfig) -> tuple[str, str]:
     outputs, inputs = _LETTERS[target]
     experts = "E" if config.is_moe and target in FEED_FORWARD else ""
     return f"{experts}U{inputs}", f"{experts}{outputs}U"
+
+
+def placed(adapter: Adapter, config: ModelConfig, layout: Layout | None) -> Adapter:
+    """Puts arrays of the host onto the devices of a layout, each split by its letters."""
+    layers = []
+    for block in adapter.layers:
+        made = {}
+        for target, low in block._asdict().items():
+            if low is not None:
+                letters = adapter_letters(target, config)
+                made[target] = LowRank(
+                    *(_put(x, y, layout) for x, y in zip(low, letters, strict=True))
+                )
+        layers.append(BlockAdapter(**made))
+    return Adapter(tuple(layers))
+
+
+def _put(array: Any, letters: str, layout: Layout | None) -> jax.Array:
+    return jnp.asarray(array) if layout is None else jax.device_put(array, layout.sharding(letters))
+
+
+def weight_name(target: str) -> str:
+    """The name of a target's weight within its layer, such as attention.q.weight."""
+    room = "attention" if target in ("q", "k", "v", "o") else "feed_forward"
+    return f"{room}.{target}.weight"
 
 
 def _array(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint.adapter import read_adapter, write_adapter
+from mixtral_jax.checkpoint.adapter_summary import is_adapter, summarize
 from mixtral_jax.errors import AdapterError
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.adapter import Adapter, AdapterConfig
@@ -340,3 +341,17 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(AdapterError, match="no matrices"):
         write_adapter(tmp_path / "adapter", Adapter(()), SETTINGS, "base")
+
+
+def test_a_summary_needs_no_base(tmp_path: Path) -> None:
+    adapter = random_adapter(MOE, SETTINGS)
+    for low in (low for low in adapter.layers[1] if low is not None):
+        low.b[:] = 0
+    write_adapter(tmp_path / "adapter", adapter, SETTINGS, "mistralai/some-base")
+    assert is_adapter(tmp_path / "adapter") and not is_adapter(tmp_path)
+    summary = summarize(tmp_path / "adapter")
+    assert (summary.base, summary.rank, summary.alpha) == ("mistralai/some-base", 4, 6.0)
+    assert summary.targets[-2:] == ("w3", "w2")
+    assert summary.parameters == read_adapter(tmp_path / "adapter", MOE).num_parameters
+    assert (summary.layers, summary.layers_changed, summary.dtype) == (3, 2, "F32")
+    assert read_adapter(tmp_path / "adapter", MOE).num_layers_changed == 2

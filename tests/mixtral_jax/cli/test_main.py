@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_jax.checkpoint.adapter import read_adapter, write_adapter
+from mixtral_jax.hf_config import from_hf
+from mixtral_jax.model.adapter import AdapterConfig
 from tests.support import sources
+from tests.support.adapters import random_adapter
 from tests.support.servers import COMMAND, environment
 
 
@@ -27,6 +31,7 @@ def test_help_names_every_command() -> None:
     out = mixtral_jax("--help").stdout
     for command in ("pull", "convert", "export", "info", "chat", "serve", "plan", "bench", "keys"):
         assert command in out
+    assert "merge" in out and "export-adapter" in out
 
 
 @pytest.mark.slow
@@ -76,6 +81,33 @@ def test_convert_info_export_round_trip(tmp_path: Path) -> None:
     assert again.returncode == 1
     (*_, last) = again.stderr.splitlines()
     assert last.startswith("mixtral-jax: ") and "not empty" in last
+
+
+@pytest.mark.slow
+def test_an_adapter_is_shown_exported_and_merged(tmp_path: Path) -> None:
+    source = sources.write_hf(tmp_path / "hf", sources.MOE, sources.tensors(sources.MOE))
+    base, adapter, tuned = tmp_path / "base", tmp_path / "adapter", tmp_path / "tuned"
+    assert mixtral_jax("convert", str(source), str(base), "--dtype=bfloat16").returncode == 0
+    settings = AdapterConfig(targets=("q", "gate", "up", "down"), rank=4, alpha=8.0)
+    config = from_hf(sources.MOE)
+    write_adapter(adapter, random_adapter(config, settings), settings, "some/base")
+    facts = json.loads(mixtral_jax("info", str(adapter), "--json").stdout)
+    assert (facts["base"], facts["rank"], facts["layers_changed"]) == ("some/base", 4, 3)
+    assert "q_proj, w1, w3, w2" in mixtral_jax("info", str(adapter)).stdout
+    merged = mixtral_jax("merge", str(base), str(adapter), str(tuned))
+    assert merged.returncode == 0, merged.stderr
+    *lines, worst, path = merged.stdout.splitlines()
+    assert len(lines) == 4 and worst.startswith("bfloat16 loses most in layer ")
+    assert path == str(tuned)
+    exported = mixtral_jax("export", str(base), str(tmp_path / "out"), f"--adapter={adapter}")
+    assert exported.returncode == 0 and worst in exported.stdout
+    again = tmp_path / "again"
+    made = mixtral_jax("export-adapter", str(base), str(adapter), str(again), "--base=my/base")
+    assert made.returncode == 0, made.stderr
+    assert read_adapter(again, config).digest == read_adapter(adapter, config).digest
+    assert read_adapter(again, config).base == "my/base"
+    wrong = mixtral_jax("merge", str(base), str(base), str(tmp_path / "never"))
+    assert wrong.returncode == 1 and "is no adapter" in wrong.stderr
 
 
 def test_a_bad_source_is_one_clear_error(tmp_path: Path) -> None:
