@@ -5,6 +5,7 @@ function. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +24,7 @@ from mixtral_jax.tokenization.tool_form import Piece, Slot, ToolForm
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _BOUNDED = {"whitespace_pattern": WHITESPACE}
 OF_RESPONSE = "an answer without calls"  # begins what is said of a response's form
+_TAG = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")  # that a text of calls begins with
 _JSON = set('{["-0123456789tfn')  # what JSON begins with
 
 
@@ -155,15 +157,20 @@ def tool_grammar(use: ToolUse, *, space: bool, attempt: Attempt | None = None) -
 def text_grammar(form: ToolForm, *, space: bool) -> Grammar:
     """Returns the grammar of an answer that calls nothing although its prompt shows tools.
 
-    No control id is in it, and no text by which calls are recognised where they may stand.
+    No control id is in it, and no text by which calls are recognised where they may stand. Where
+    that text begins with a tag, such as <tool_call>, the tag stands nowhere: a model that could
+    write it would go on with something that is nearly a call.
 
     Args:
         form: the model's form of calls.
         space: whether a space must stand before the answer.
     """
     trigger, lead = form.trigger_text, '" " ' if space else ""
+    tag = _TAG.match(trigger)
     if not trigger:
         rule = "OTHER: /(?s:.*)/"
+    elif tag is not None:
+        rule = f"OTHER: ~/(?s:.*){_escaped(tag[0])}(?s:.*)/"
     elif form.text_may_precede:
         rule = f"OTHER: ~/(?s:.*){_escaped(trigger)}(?s:.*)/"
     else:

@@ -180,7 +180,7 @@ def test_text_before_the_control_id_of_calls_is_free(
 def test_a_text_that_must_call_nothing_has_no_beginning_of_calls(tmp_path: Path) -> None:
     """The prompt shows tools, and a model might write the text of its form of calls."""
     blocks = load(write(tmp_path, SPECS["byte-level"], BLOCKS))
-    for tokenizer, is_free_inside in ((BYTES, True), (blocks, False)):
+    for tokenizer in (BYTES, blocks):
         guide = Guide(tokenizer, tokenizer.vocab_size)
         use = ToolUse(tokenizer.tool_form, TOOLS, Mode.NONE)
         grammar = tried_tools(use, space=False, attempt=partial(form_of, guide=guide))
@@ -190,10 +190,9 @@ def test_a_text_that_must_call_nothing_has_no_beginning_of_calls(tmp_path: Path)
             ("<tool", True),
             ("a < b, and <b>c</b>", True),
             (tokenizer.tool_form.trigger_text, False),
-            (
-                f"I look. {tokenizer.tool_form.trigger_text}",
-                is_free_inside,
-            ),  # where a call begins the answer, it is text
+            ("<tool_call>", False),
+            ('<tool_call>[{"name": ["add"]}]</tool_call>', False),
+            (f"I look. {tokenizer.tool_form.trigger_text}", False),
         ):
             matcher = guide.matcher(grammar.text)
             try:
