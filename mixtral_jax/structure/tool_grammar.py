@@ -170,9 +170,9 @@ def text_grammar(form: ToolForm, *, space: bool) -> Grammar:
     if not trigger:
         rule = "OTHER: /(?s:.*)/"
     elif tag is not None:
-        rule = f"OTHER: ~/(?s:.*){_escaped(tag[0])}(?s:.*)/"
+        rule = _without(tag[0])
     elif form.text_may_precede:
-        rule = f"OTHER: ~/(?s:.*){_escaped(trigger)}(?s:.*)/"
+        rule = _without(trigger)
     else:
         rule = f"OTHER: /{_no_beginning(trigger)}/"
     return Grammar(f"start: {lead}OTHER\n{rule}\n")
@@ -226,10 +226,7 @@ def _call_rules(form: ToolForm, tools: Sequence[Tool], *, several: bool) -> str:
 
 def _rules_around(trigger: str) -> str:
     """Returns the rules of a text that ends with its first trigger, and of one that has none."""
-    return (
-        f"before[suffix={_literal(trigger)}]: /(?s:.*)/\n"
-        f"OTHER: ~/(?s:.*){_escaped(trigger)}(?s:.*)/\n"
-    )
+    return f"before[suffix={_literal(trigger)}]: /(?s:.*)/\n{_without(trigger)}\n"
 
 
 def _without_text(pieces: Sequence[Piece]) -> Sequence[Piece]:
@@ -283,6 +280,15 @@ def _response(
 def _literal(text: str) -> str:
     """Returns a text as a string of Lark, whose escapes are those of JSON."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _without(text: str) -> str:
+    """Returns the rule of every text in which `text` stands nowhere.
+
+    The complement alone also has what is no UTF-8, so that `text` could be written and then nothing
+    but bytes that no token has would end the answer.
+    """
+    return f"OTHER: /(?s:.*)/ & ~/(?s:.*){_escaped(text)}(?s:.*)/"
 
 
 def _no_beginning(text: str) -> str:
