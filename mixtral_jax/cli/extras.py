@@ -18,6 +18,7 @@ R = TypeVar("R")
 MODULES = {
     "bench": ("grpc", "httpx", "uvicorn"),
     "convert": ("gguf", "huggingface_hub"),
+    "train": ("matplotlib", "optax", "tensorboardX", "yaml"),
     "serve": ("fastapi", "grpc", "grpc_health", "prometheus_client", "pydantic", "uvicorn"),
 }
 

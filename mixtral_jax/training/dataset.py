@@ -1,5 +1,6 @@
 """Dataset: the examples of all files of a data set, and an account of what became of each row."""
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -117,9 +118,14 @@ class Dataset(NamedTuple):
         account.targets = sum(example.num_targets for example in made)
         return cls(made, account)
 
-    def lengths(self) -> np.ndarray:
-        """Returns the number of ids of each example, i64."""
-        return np.array([len(example.ids) for example in self.examples], np.int64)
+    def digest(self) -> str:
+        """Returns the SHA-256 of all ids and weights in their order, in hexadecimal."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(np.int64(len(example.ids)).tobytes())
+            digest.update(np.ascontiguousarray(example.ids, np.int32).tobytes())
+            digest.update(np.ascontiguousarray(example.weights, np.float32).tobytes())
+        return digest.hexdigest()
 
 
 class _Reader:

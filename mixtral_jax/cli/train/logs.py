@@ -1,0 +1,121 @@
+"""Logs of a run: a line of JSON for each record, TensorBoard's events, and a picture of the curves.
+
+OUTPUT/log.jsonl       {"kind": "step", "step": 1, "loss": 2.4, ...}
+OUTPUT/tensorboard/    the same figures as scalars
+OUTPUT/curves.png      loss, validation loss, learning rate and gradient norm by step
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+from mixtral_jax.training.records import Record, StepRecord, ValidationRecord
+
+LOG, CURVES, TENSORBOARD = "log.jsonl", "curves.png", "tensorboard"
+
+
+class Logs:
+    """Writes records to the folder of a run, behind what an earlier part of the run wrote.
+
+    Args:
+        folder: of the run; it exists.
+        step: the step that the run goes on from. Records of later steps in the log are of a part
+            of the run that is done again, and are taken out.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._path = folder / LOG
+        self._picture = folder / CURVES
+        self._lines = [line for line in read_log(self._path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in self._lines)
+        self._path.write_text(text, encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        """Writes a record."""
+        line = as_line(record)
+        self._lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        prefix = line["kind"]
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(f"{prefix}/{name}", value, line["step"])
+
+    def close(self) -> None:
+        """Ends the logs and draws the curves."""
+        self._file.close()
+        self._board.close()
+        draw_curves(self._lines, self._picture)
+
+
+def as_line(record: Record) -> dict[str, Any]:
+    """Returns a record as plain values; numbers that are not finite are null."""
+    kind = type(record).__name__.removesuffix("Record").lower()
+    line: dict[str, Any] = {"kind": kind}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, np.ndarray):
+            if not value.size:
+                continue
+            value = [[round(float(x), 6) for x in row] for row in np.atleast_2d(value)]
+        elif isinstance(value, float) and not np.isfinite(value):
+            value = None
+        line[field.name] = value
+    return line
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a log; an unfinished last line, of a run that was killed, is none."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draws the curves of a log's lines into a PNG file."""
+    steps = [line for line in lines if line["kind"] == kind_of(StepRecord)]
+    checks = [line for line in lines if line["kind"] == kind_of(ValidationRecord)]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    panels = (
+        (axes[0, 0], steps, "loss", "loss"),
+        (axes[0, 1], steps, "gradient_norm", "gradient norm"),
+        (axes[1, 0], steps, "learning_rate", "learning rate"),
+        (axes[1, 1], steps, "tokens_per_second", "tokens a second"),
+    )
+    for plot, rows, name, title in panels:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if name == "tokens_per_second":
+            points = [(row["step"], row["tokens"] / row["seconds"]) for row in rows]
+        plot.plot([x for x, _ in points], [y for _, y in points], linewidth=1, label="training")
+        plot.set_title(title)
+        plot.grid(alpha=0.3)
+    if checks:
+        axes[0, 0].plot(
+            [row["step"] for row in checks],
+            [row["loss"] for row in checks],
+            marker="o",
+            label="validation",
+        )
+        axes[0, 0].legend()
+    for plot in axes[1]:
+        plot.set_xlabel("step")
+    figure.savefig(path, dpi=120)
+
+
+def kind_of(record: type) -> str:
+    """Returns the word by which a log's lines name a kind of record."""
+    return record.__name__.removesuffix("Record").lower()

@@ -1,0 +1,204 @@
+"""Report: what is said before a run begins, and the lines and the bar while it goes on."""
+
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mixtral_jax.checkpoint.parameters import count_parameters
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.adapter import Adapter
+from mixtral_jax.planning.chips import CHIPS, Chip
+from mixtral_jax.training.config import TrainingConfig
+from mixtral_jax.training.dataset import Account
+from mixtral_jax.training.packing import PackedData
+from mixtral_jax.training.records import CheckpointRecord, Record, StepRecord, ValidationRecord
+from mixtral_jax.training.step.program import TrainingMemory
+
+_KINDS = {
+    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
+    "router": "router",
+    **dict.fromkeys(("gate", "up", "down"), "feed-forward"),
+}
+# Parts of jax's names of devices, and our short names of chips.
+_DEVICES = {
+    **{"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v6 lite": "v6e", "v6e": "v6e"},
+    **{"A100": "a100-80", "H100": "h100", "H200": "h200"},
+}
+_LINES_EVERY = 10.0  # seconds, where there is no terminal for a bar
+
+
+def data_table(account: Account, data: PackedData, config: TrainingConfig) -> Table:
+    """Returns what the data set holds and how it is packed."""
+    table = _table()
+    table.add_row("rows", f"{account.rows:,}, of which {len(account.bad_rows):,} are left out")
+    lines = f"{account.examples:,}"
+    for count, reason in (
+        (account.split_chats, "chats have examples of their own for some answers"),
+        (account.truncated, "are cut to the length"),
+        (account.dropped, "were too long and are left out"),
+    ):
+        if count:
+            lines += f"; {count:,} {reason}"
+    table.add_row("examples", lines)
+    table.add_row("tokens", f"{account.tokens:,}, {account.target_share:.1%} are learnt")
+    table.add_row(
+        "packing",
+        f"{data.num_rows:,} rows of {data.length:,}, {data.share_used:.1%} of positions used",
+    )
+    assert config.steps is not None
+    epochs = config.steps / data.num_steps
+    table.add_row(
+        "steps",
+        f"{config.steps:,} of {config.rows} rows in {config.micro_batches} micro-batches: "
+        f"{epochs:.2f} epochs of {data.num_steps:,}",
+    )
+    return table
+
+
+def program_table(
+    trained: Any, memory: TrainingMemory, model: ModelConfig, seconds: float
+) -> Table:
+    """Returns what is trained, and the bytes that the compiled step takes on a device.
+
+    Args:
+        trained: the trained arrays.
+        memory: of the compiled step.
+        model: the config.
+        seconds: that compiling took.
+    """
+    table = _table()
+    total = count_parameters(model, "float32")[0]
+    counts = trained_by_kind(trained)
+    count = sum(counts.values())
+    kinds = ", ".join(f"{kind} {number:,}" for kind, number in counts.items())
+    table.add_row("trained", f"{count:,} parameters, {count / total:.2%} of the model's: {kinds}")
+    table.add_row(
+        "memory",
+        f"{_gib(memory.total_bytes)} a device: frozen {_gib(memory.frozen_bytes)}, trained with "
+        f"moments {_gib(memory.state_bytes)}, temporary {_gib(memory.temporary_bytes)}",
+    )
+    table.add_row("compiled", f"in {seconds:.0f} s")
+    return table
+
+
+def trained_by_kind(trained: Any) -> dict[str, int]:
+    """Returns the number of trained parameters of each kind of weight."""
+    counts: dict[str, int] = {}
+    if isinstance(trained, Adapter):
+        for block in trained.layers:
+            for name, low in block._asdict().items():
+                if low is not None:
+                    kind = _KINDS[name]
+                    counts[kind] = counts.get(kind, 0) + low.a.size + low.b.size
+        return counts
+    return {"all": sum(array.size for array in trained.values())}
+
+
+class Progressing:
+    """Shows records as they come: a bar on a terminal, else a line every few seconds.
+
+    Args:
+        console: where it is shown.
+        steps: of the whole run.
+        step: that the run goes on from.
+        flops_per_token: operations of the model for a trained token, for the utilisation.
+    """
+
+    def __init__(self, console: Console, steps: int, step: int, flops_per_token: float) -> None:
+        self._console = console
+        self._steps = steps
+        self._flops = flops_per_token
+        self._peak = _peak()
+        self._validation = ""
+        self._next_line = 0.0
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=step, figures="")
+
+    def __enter__(self) -> "Progressing":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, record: Record) -> None:
+        """Shows a record."""
+        match record:
+            case StepRecord():
+                figures = self._figures(record)
+                self._bar.update(self._task, completed=record.step, figures=figures)
+                now = time.monotonic()
+                is_due = now >= self._next_line or record.step == self._steps
+                if not self._console.is_terminal and is_due:
+                    self._next_line = now + _LINES_EVERY
+                    self._print(f"step {record.step}/{self._steps}: {figures}")
+                if record.is_skipped:
+                    self._print(
+                        f"step {record.step} changes nothing: its loss or gradient is not finite "
+                        f"({record.skipped} such steps so far)"
+                    )
+            case ValidationRecord():
+                self._validation = f", validation {record.loss:.4f}"
+                self._print(f"step {record.step}: validation loss {record.loss:.4f}")
+            case CheckpointRecord():
+                pass
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _figures(self, record: StepRecord) -> str:
+        rate = record.tokens / record.seconds
+        text = f"loss {record.loss:.4f}{self._validation}, {rate:,.0f} tokens/s"
+        if self._peak:
+            share = rate * self._flops / (self._peak * jax.device_count())
+            text += f", MFU {share:.1%}"
+        return text
+
+
+def flops_per_token(config: ModelConfig, training: TrainingConfig) -> float:
+    """Returns the operations of the model for a trained token, attention's scores left out.
+
+    A product of the forward pass counts two operations for each weight that the token meets; the
+    gradient of its input counts the same again, and that of the weight too where it is trained.
+    Recomputation does not count, as in PaLM's model FLOPs utilisation (arXiv:2204.02311).
+    """
+    weights = count_parameters(config, "float32")[0]
+    if not config.tied_embeddings:
+        weights -= config.vocab_size * config.hidden_size  # the table is read, not multiplied
+    if config.is_moe:
+        experts = 3 * config.hidden_size * config.feed_forward_size * config.num_layers
+        weights -= experts * (config.num_experts - config.experts_per_token)
+    return 2.0 * weights * (2 if training.adapter is not None else 3)
+
+
+def _peak() -> float:
+    """Returns the device's peak operations a second in bfloat16; 0 where it is not known."""
+    device = jax.devices()[0]
+    chips: dict[str, Chip] = CHIPS.get(device.platform, {})
+    for words, name in _DEVICES.items():
+        if words in device.device_kind and name in chips:
+            return chips[name].bf16
+    return 0.0
+
+
+def _table() -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
