@@ -22,7 +22,7 @@ from mixtral_jax.model.adapter import AdapterConfig
 from mixtral_jax.training.config import TrainingConfig
 from mixtral_jax.training.dataset import BadRows, LongRows, Source
 
-_TRAINING, _ADAPTER = "training", "adapter"
+_TRAINING, _ADAPTER, _TARGETS = "training", "adapter", "targets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,10 @@ def _training(values: Mapping[str, Any]) -> TrainingConfig:
     if not isinstance(adapter, Mapping):
         raise ConfigError(f"adapter={adapter!r} must be settings such as {{rank: 16}}, or null")
     check_names(adapter, {field.name for field in fields(AdapterConfig)}, "an adapter")
-    targets = {"targets": texts("targets", adapter["targets"])} if "targets" in adapter else {}
-    others = {name: value for name, value in adapter.items() if name != "targets"}
-    return TrainingConfig(**made, adapter=AdapterConfig(**_plain(AdapterConfig, others), **targets))
+    settings = _plain(AdapterConfig, {name: v for name, v in adapter.items() if name != _TARGETS})
+    if adapter.get(_TARGETS) is not None:
+        settings[_TARGETS] = texts(_TARGETS, adapter[_TARGETS])
+    return TrainingConfig(**made, adapter=AdapterConfig(**settings))
 
 
 def _plain(record: type, values: Mapping[str, Any]) -> dict[str, Any]:
