@@ -5,6 +5,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 from grpc_health.v1._async import HealthServicer
@@ -25,6 +26,7 @@ from serving.cluster.follower import follow
 from serving.cluster.leader import Leader, connect
 from serving.cluster.rank import Rank
 from serving.command_line import USER_ERRORS, Errors, app_of, command, exit_status, run
+from serving.engine.adapters import AdapterHost
 from serving.engine.build import engine_of, facts, prepare
 from serving.engine.config import EngineConfig
 from serving.engine.metrics import Metrics
@@ -32,6 +34,7 @@ from serving.engine.watchdog import until_stuck
 from serving.engine.worker import EngineWorker
 from serving.errors import ServingError, SetupError, Unavailable
 from serving.flags import SERVICE, record
+from serving.launch.adapters import followed_adapters
 from serving.launch.config import ServiceConfig
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
 from serving.observe.logs import set_up
@@ -42,6 +45,7 @@ from serving.parent import beat, end_process, end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.step_plan import Limits
 from serving.service.call_record import Calls
+from serving.service.models.adapter_metrics import AdapterMetrics
 from serving.service.models.served_models import ServedModels
 from serving.service.service import InferenceService, create_server, set_serving
 
@@ -95,8 +99,6 @@ def _lead(
     rank: Rank | None,
 ) -> None:
     """Serves; with a rank, as the leader of its group."""
-    if engine.num_adapters:
-        raise SetupError("--adapter and --adapters-folder are not served yet; leave them out")
     door, tls = access.access(), access.renewed_tls()
     accounts = Accounts.of(accounting)
     admission = Admission(accounts, accounting.assumed_max_tokens, accounting.cached_token_charge)
@@ -113,13 +115,16 @@ def _lead(
     leader = None if rank is None else _gathered(engine, rank, pretrained)
     # Its processes start beside the loading of the weights. Without a tokenizer nothing is served.
     compiler = Compiler(pretrained.tokenizer, pretrained.card.model.vocab_size)
-    worker, inference = _build(engine, service, pretrained, metrics, traces, leader, compiler)
+    worker, inference, adapters = _build(
+        engine, service, pretrained, metrics, traces, leader, compiler
+    )
     worker.start()
     try:
         address = join_address(access.host, service.port)
         max_calls = engine.max_waiting + engine.max_sequences
         server = _Server(worker, inference, leader, service, max_calls)
-        asyncio.run(server.run(address, door, tls, admission, fields))
+        with adapters:
+            asyncio.run(server.run(address, door, tls, admission, fields))
     finally:
         if leader is not None:
             if leader.loss is not None:
@@ -159,8 +164,11 @@ def _build(
     traces: Traces,
     leader: Leader | None,
     compiler: Compiler,
-) -> tuple[EngineWorker, InferenceService]:
-    """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service."""
+) -> tuple[EngineWorker, InferenceService, AbstractContextManager[None]]:
+    """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service.
+
+    The third has the adapters, once the thread has started, until it is left.
+    """
     keep_programs()
     card = pretrained.card
 
@@ -183,14 +191,20 @@ def _build(
         vocab_size=card.model.vocab_size,
     )
     worker = EngineWorker(engine, metrics, explain)
-    calls = Calls(metrics, traces)
-    models = ServedModels(card.name, service.model_alias)
+    host = AdapterHost(engine, worker.call)
+    models = ServedModels(card.name, service.model_alias, host.adapters)
+    counts: AdapterMetrics | None = None
+    adapters: AbstractContextManager[None] = nullcontext()
+    if config.num_adapters:
+        counts = AdapterMetrics(metrics.registry, card.name, host.adapters)
+        adapters = followed_adapters(config, models, host, counts, _say)
+    calls = Calls(metrics, traces, counts)
     inference = InferenceService(
         worker, pretrained.tokenizer, info, calls, service.max_bytes_per_token, compiler, models
     )
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
-    return worker, inference
+    return worker, inference, adapters
 
 
 class _Server:
