@@ -36,6 +36,10 @@ class SlotsBusy(Overloaded):
     """No slot is free yet, but some will be when the requests that use them have ended."""
 
 
+class NoRoom(AdapterError):
+    """All slots are taken by adapters that are loaded."""
+
+
 class AdapterSlots:
     """The adapters of an engine by their names. Used by the engine's thread, but for `read` and
     `digests`.
@@ -86,7 +90,7 @@ class AdapterSlots:
             put: writes a layer of it. What it raises leaves all names as they were.
 
         Raises SlotsBusy if a slot is free as soon as requests of unloaded adapters have ended, and
-        AdapterError if none will be.
+        NoRoom if none will be.
         """
         before = self._loaded.get(name)
         if before is not None and before.digest == stored.digest:
@@ -99,7 +103,7 @@ class AdapterSlots:
                 f"the adapter '{name}' waits for requests of an unloaded one; try again shortly"
             )
         if not free:
-            raise AdapterError(
+            raise NoRoom(
                 f"there is no room for the adapter '{name}': {self._sizes.slots} are loaded; "
                 "unload one, or start with a larger --max-adapters"
             )

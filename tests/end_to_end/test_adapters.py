@@ -29,6 +29,8 @@ from tests.support.merged_models import merged_model
 from tests.support.models import model_of
 from tests.support.servers import Server, environment, free_ports, running, serve_command
 
+pytestmark = pytest.mark.slow
+
 BASE = "tiny-random"
 CARD = open_pretrained(BASE).card
 SETTINGS = AdapterConfig(targets=("q", "v", "router", "up", "down"), rank=4, alpha=8.0)
@@ -155,9 +157,8 @@ def test_the_model_and_adapters_answer_as_merged_models_in_one_batch(
     assert figures["mixtral_compilations_total"] == 0
     headers = {"api-key": adapted.server.key}
     usage = httpx.get(f"{adapted.server.url}/usage", headers=headers, trust_env=False).json()
-    assert {part["adapter"] for day in usage["data"] for part in day["adapters"]} >= set(SEEDS) - {
-        "two"
-    }
+    parts = [part for day in usage["data"] for part in day.get("adapters", [])]
+    assert {part["adapter"] for part in parts} >= {"fixed", "one"}
 
 
 def test_adapters_come_and_go_while_the_server_runs(
@@ -201,7 +202,6 @@ def test_adapters_come_and_go_while_the_server_runs(
     assert figures["mixtral_adapters"] == 2 and figures["mixtral_compilations_total"] == 0
 
 
-@pytest.mark.slow
 def test_a_broken_adapter_of_the_start_is_one_error(tmp_path: Path) -> None:
     folder = write(tmp_path / "broken", 1)
     weights = folder / "adapter_model.safetensors"

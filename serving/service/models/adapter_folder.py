@@ -16,6 +16,7 @@ from typing import Protocol
 
 from mixtral_jax.errors import UserError
 from serving.access.file_version import Version, version_of
+from serving.engine.adapters import NoRoom
 from serving.errors import ServingError
 
 LOOK_SECONDS = 1.0
@@ -132,7 +133,7 @@ class AdapterFolder:
     def _load(self, name: str, versions: _Versions) -> None:
         try:
             self._check_name(name)
-            self._host.load_adapter(name, self._folder / name)
+            self._put(name)
         except (UserError, ServingError, OSError) as error:
             self._failed[name] = versions if isinstance(error, UserError) else _PASSING
             if self._reasons.get(name) != str(error):
@@ -144,6 +145,20 @@ class AdapterFolder:
             self._failed.pop(name, None)
             self._reasons.pop(name, None)
             self._loaded[name] = versions
+
+    def _put(self, name: str) -> None:
+        """Loads an adapter; where all room is taken, in that of the older one of this name.
+
+        Requests for it are then refused until those that the older one answers have ended.
+        """
+        folder = self._folder / name
+        try:
+            self._host.load_adapter(name, folder)
+        except NoRoom:
+            if name not in self._loaded:
+                raise
+            self._unload(name)
+            self._host.load_adapter(name, folder)
 
     def _unload(self, name: str) -> None:
         self._host.unload_adapter(name)

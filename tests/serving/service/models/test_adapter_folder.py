@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.errors import AdapterError
+from serving.engine.adapters import NoRoom
 from serving.errors import Overloaded
 from serving.service.models.adapter_folder import AdapterFolder
 from serving.service.models.served_models import ServedModels
@@ -26,8 +27,8 @@ class Host:
         text = (folder / WEIGHTS).read_text(encoding="utf-8")
         if text == "broken":
             raise AdapterError(f"{folder} is damaged")
-        if len(self.loaded) == 2 and name not in self.loaded:
-            raise AdapterError("no room; raise --max-adapters")
+        if len(self.loaded) == 2:  # also an older one of this name is there until it is replaced
+            raise NoRoom("no room; raise --max-adapters")
         self.loaded[name] = text
 
     def unload_adapter(self, name: str) -> None:
@@ -87,6 +88,21 @@ def test_adapters_come_change_and_go(tmp_path: Path, host: Host, watch: AdapterF
     look(watch)
     assert host.loaded == {"two": "2"}
     assert host.calls == ["load one", "load one", "load two", "unload one"]
+
+
+def test_a_changed_one_takes_its_own_place_where_there_is_no_other(
+    tmp_path: Path, host: Host, watch: AdapterFolder
+) -> None:
+    write(tmp_path, "one", "1")
+    write(tmp_path, "two", "2")
+    look(watch)
+    write(tmp_path, "two", "22")
+    look(watch, 3)
+    assert host.loaded == {"one": "1", "two": "22"} and watch.num_failed == 0
+    assert host.calls == ["load one", "load two", "load two", "unload two", "load two"]
+    write(tmp_path, "two", "broken")
+    look(watch, 3)
+    assert host.loaded == {"one": "1", "two": "22"} and watch.num_failed == 1
 
 
 def test_what_is_being_written_is_left_alone(
