@@ -129,6 +129,14 @@ class TrainingProgram:
             program_bytes=analysis.generated_code_size_in_bytes,
         )
 
+    @property
+    def cost_of_one_pass(self) -> float | None:
+        """Operations on one device as the compiler counts them, the body of each loop once; None
+        where it does not count. See `step_flops` for those of a step.
+        """
+        cost = self._compiled.cost_analysis()
+        return None if not cost or "flops" not in cost else float(cost["flops"])
+
     def text(self) -> str:
         """The compiled program as HLO."""
         text: str = self._compiled.as_text()
