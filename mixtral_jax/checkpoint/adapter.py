@@ -7,16 +7,13 @@ tensor, is an error that names it. PEFT itself is not needed.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  safetensors' numpy finds bfloat16 by it
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mixtral_jax.checkpoint.folder import finished_at
@@ -32,6 +29,7 @@ from mixtral_jax.checkpoint.peft_arrays import (
 from mixtral_jax.checkpoint.peft_config import CONFIG_FILE, PeftConfig
 from mixtral_jax.checkpoint.peft_names import PREFIX, A, B, Place, module_name, places
 from mixtral_jax.checkpoint.peft_names import reason_against as reason
+from mixtral_jax.checkpoint.tensor_file import TensorFile
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import AdapterError
 from mixtral_jax.model.adapter import (
@@ -42,7 +40,6 @@ from mixtral_jax.model.adapter import (
 )
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_DTYPES = ("F32", "BF16", "F16")
 # The names of these modules in PEFT's settings.
 _MODULES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "router": "gate"}
 _DENSE_MODULES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -100,18 +97,12 @@ def read_adapter(
     settings = PeftConfig.read(folder)
     path = folder / WEIGHTS_FILE
     base = f"the base {settings.base!r}" if settings.base else "the base"
-    with opened(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    with TensorFile(path) as file:
+        shapes = file.shapes
         wanted = places(config, settings, shapes.keys())
         _check_names(path, config, settings, wanted, shapes)
         for place in wanted:
             _check_shapes(path, settings, place, shapes, base, max_rank)
-        for name in shapes:
-            dtype = file.get_slice(name).get_dtype()
-            if dtype not in _DTYPES:
-                raise AdapterError(
-                    f"{path}: {name} is stored as {dtype}; save the adapter as float32 or bfloat16"
-                )
         targets = tuple({target for place in wanted for target in place.targets})
         ours = settings.settings(targets)
         layers: list[BlockAdapter] = []
@@ -119,7 +110,7 @@ def read_adapter(
             read: dict[str, list[Pair]] = {}
             for place in (place for place in wanted if place.layer == layer):
                 ratio = settings.scaling_of(place.asked) / ours.scaling
-                pair = _read(file, path, place, ratio)
+                pair = _read(file, place, ratio)
                 for target, half in zip(place.targets, split(pair, place), strict=True):
                     _check_rank(path, place, half[1].shape[-1], max_rank)
                     read.setdefault(target, []).append(half)
@@ -208,21 +199,6 @@ def _settings(
     }
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file; its faults become AdapterErrors."""
-    if not path.is_file():
-        hint = "give the folder that has both files"
-        if path.with_name("adapter_model.bin").exists():
-            hint = "a .bin file can run code when it is read: save it with safe_serialization=True"
-        raise AdapterError(f"{path.parent} has no {path.name}; {hint}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged ({error}); fetch or save it again") from error
-
-
 def _check_names(
     path: Path,
     config: ModelConfig,
@@ -273,16 +249,16 @@ def _check_rank(path: Path, place: Place, rank: int, max_rank: int | None) -> No
         )
 
 
-def _read(file: Any, path: Path, place: Place, ratio: float) -> Pair:
+def _read(file: TensorFile, place: Place, ratio: float) -> Pair:
     """Reads a place's two tensors in float32; raises AdapterError where one is not finite."""
-    a, b = (file.get_tensor(name).astype(np.float32) for name in (place.a, place.b))
+    a, b = (file.read(name) for name in (place.a, place.b))
     if ratio != 1.0:
         with np.errstate(over="ignore", invalid="ignore"):  # found below
             b = b * np.float32(ratio)
     for name, array in ((place.a, a), (place.b, b)):
         if not np.isfinite(array).all():
             raise AdapterError(
-                f"{path}: {name} has values that are not finite (NaN or infinity); save the "
+                f"{file.path}: {name} has values that are not finite (NaN or infinity); save the "
                 "adapter of an earlier step of its training"
             )
     return a, b

@@ -1,15 +1,15 @@
 """An adapter's folder in figures, for whom no base is needed."""
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mixtral_jax.checkpoint.adapter import WEIGHTS_FILE, opened
+from mixtral_jax.checkpoint.adapter import WEIGHTS_FILE
 from mixtral_jax.checkpoint.peft_config import CONFIG_FILE, PeftConfig
 from mixtral_jax.checkpoint.peft_names import B
+from mixtral_jax.checkpoint.tensor_file import TensorFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,13 @@ def summarize(folder: Path) -> AdapterSummary:
     path = folder / WEIGHTS_FILE
     sizes: dict[str, int] = {}
     layers, changed = set(), set()
-    with opened(path) as file:
-        for name in file.keys():  # noqa: SIM118
-            tensor = file.get_slice(name)
-            size = int(np.prod(tensor.get_shape(), dtype=np.int64))
-            sizes[tensor.get_dtype()] = sizes.get(tensor.get_dtype(), 0) + size
+    with TensorFile(path) as file:
+        for name, shape in file.shapes.items():
+            dtype = file.dtypes[name]
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
             if layer := re.search(r"\.layers\.(\d+)\.", name):
                 layers.add(layer[1])
-                if name.endswith(B) and layer[1] not in changed and file.get_tensor(name).any():
+                if name.endswith(B) and layer[1] not in changed and file.read(name).any():
                     changed.add(layer[1])
     modules = settings.target_modules
     return AdapterSummary(

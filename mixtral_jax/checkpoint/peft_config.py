@@ -185,15 +185,17 @@ class PeftConfig:
 
 
 def _content(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        inner = path.parent / "adapter"
+        hint = "the folder that PEFT's save_pretrained made"
+        raise AdapterError(
+            f"{path.parent} is no adapter: it has no {path.name}; give "
+            f"{inner if (inner / CONFIG_FILE).is_file() else hint}"
+        )
     try:
         with path.open("rb") as file:
             text = file.read(_LONGEST + 1)
         content = json.loads(text) if len(text) <= _LONGEST else None
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{path.parent} is no adapter: it has no {path.name}; give the folder that PEFT's "
-            "save_pretrained or a training run made"
-        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
