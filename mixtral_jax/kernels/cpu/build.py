@@ -36,6 +36,10 @@ _FLAGS = (
     "-Wshadow",
     "-Wno-psabi",  # vectors are passed between these files only, which are compiled together
 )
+_FUNCTIONS = (
+    *("linear", "grouped", "add_low_rank", "norm", "swiglu", "paged"),
+    *("grouped_back", "grouped_weight", "swiglu_back"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +58,7 @@ def available() -> bool:
         detail = getattr(error, "stderr", None) or error
         _log.warning("the CPU kernels cannot be built, steps are slower: %s", str(detail)[:500])
         return False
-    for name in ("linear", "grouped", "add_low_rank", "norm", "swiglu", "paged"):
+    for name in _FUNCTIONS:
         handler = getattr(library, f"mixtral_jax_{name}")
         jax.ffi.register_ffi_target(f"mixtral_jax_{name}", jax.ffi.pycapsule(handler), "cpu")
     return True

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixtral_jax.weight import Weight, round_rows
 
@@ -111,12 +112,40 @@ def _grouped_int8_backward(
     dx = jax.lax.ragged_dot_general(scaled, values.astype(dy.dtype), sizes, _GROUPED_BACK)
     # Computed only where somebody asks for it: jit drops what is not used.
     unscaled = _grouped_int8(x.astype(jnp.float32), sizes, values, jnp.ones_like(scale))
-    share = jnp.where(is_used, wide * unscaled, 0)
-    d_scale = jnp.zeros_like(scale).at[expert].add(share)
+    d_scale = gradient_of_scales(wide, unscaled, sizes)
     return jnp.where(is_used, dx, jnp.zeros((), dx.dtype)), None, None, d_scale
 
 
 _grouped_int8.defvjp(_grouped_int8_forward, _grouped_int8_backward)
+
+
+def gradient_of_scales(slope: jax.Array, unscaled: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The gradient of scales [E O]: slopes [M O] by the rounded product without scales [M O]."""
+    is_used = jnp.arange(len(slope))[:, None] < jnp.sum(sizes)
+    share = jnp.where(is_used, slope.astype(jnp.float32) * unscaled, 0)
+    scales = jnp.zeros((sizes.shape[0], slope.shape[1]), jnp.float32)
+    return scales.at[expert_of_row(sizes, len(slope))].add(share)
+
+
+def gradient_of_experts(slope: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The gradient of a float weight [E O I] of `grouped`: slopes [M O] and rows x [M I].
+
+    The thinner of the two is spread over the experts, so one product sums up what is in the groups:
+    thin for an adapter's matrices. It computes E times what a grouped product would.
+    """
+    is_used = jnp.arange(len(slope))[:, None] < jnp.sum(sizes)
+    expert = jax.nn.one_hot(expert_of_row(sizes, len(slope)), sizes.shape[0], dtype=slope.dtype)
+    expert = jnp.where(is_used, expert, jnp.zeros((), expert.dtype))
+    # What stands behind the last group is unspecified, and 0 x NaN is NaN.
+    slope, x = (jnp.where(is_used, array, jnp.zeros((), array.dtype)) for array in (slope, x))
+    if slope.shape[1] <= x.shape[1]:
+        return jnp.einsum("MEO,MI->EOI", jnp.einsum("ME,MO->MEO", expert, slope), x)
+    return jnp.einsum("MO,MEI->EOI", slope, jnp.einsum("ME,MI->MEI", expert, x))
+
+
+def no_gradient(values: jax.Array) -> np.ndarray:
+    """What JAX takes for the gradient of an array of integers: zeros of the dtype float0."""
+    return np.zeros(values.shape, jax.dtypes.float0)
 
 
 def expert_of_row(sizes: jax.Array, rows: int) -> jax.Array:

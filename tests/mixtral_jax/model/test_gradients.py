@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.adapter import Adapter, AdapterConfig, LowRank
+from mixtral_jax.model.capture import Capture
 from mixtral_jax.model.transformer import Transformer, named_parameters
-from tests.support import sources
+from mixtral_jax.training.batch import Batch
+from mixtral_jax.training.example import Example
+from tests.support import parity, sources
 from tests.support.models import model_of
 
 CONFIGS = {"dense": from_hf(sources.DENSE), "moe": from_hf(sources.MOE)}
@@ -59,3 +63,77 @@ def test_an_adapter_on_int8_learns_what_it_learns_on_floats(kind: str) -> None:
     first, second = gradients
     cosine = first @ second / (np.linalg.norm(first) * np.linalg.norm(second))
     assert cosine >= 0.99
+
+
+AUX = 0.7  # the coefficient of the router's loss: large, so that its gradient shows
+
+
+def balance_loss(captures: list[Capture], config: ModelConfig) -> jax.Array:
+    """transformers' `load_balancing_loss_func`: pooled over layers and tokens, E * f . P."""
+    logits = jnp.concatenate([capture.values["router.logits"] for capture in captures])
+    choice = jnp.concatenate([capture.values["router.choice"] for capture in captures])
+    picks = jnp.sum(jax.nn.one_hot(choice, config.num_experts), axis=1)
+    shares = jnp.mean(jax.nn.softmax(logits), axis=0)
+    return config.num_experts * jnp.sum(jnp.mean(picks, axis=0) * shares)
+
+
+@pytest.mark.slow  # torch, and a gradient of every parameter
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_gradients_of_all_parameters_equal_transformers(kind: str) -> None:
+    """Mistral with a window of 5, Mixtral with 3 experts and the router's loss."""
+    settings = parity.MODELS[kind]()
+    settings.router_aux_loss_coef = AUX
+    theirs = parity.random_huggingface(settings)
+    import torch
+
+    ids = jnp.asarray(
+        np.random.default_rng(7).integers(0, parity.SHAPE["vocab_size"], (2, 40), np.int32)
+    )
+    given = torch.from_numpy(np.array(ids)).long()
+    router = {"output_router_logits": True} if kind == "mixtral" else {}
+    wanted = theirs(given, labels=given, use_cache=False, **router).loss
+    wanted.backward()
+    model = parity.twin(theirs)
+    graph, state = nnx.split(model)
+
+    def their_loss(state: nnx.State) -> jax.Array:
+        model = nnx.merge(graph, state)
+        captures = [Capture({"router.logits", "router.choice"}) for _ in model.layers]
+        logits = jax.nn.log_softmax(model.logits(model.hidden(ids, captures=captures))[:, :-1])
+        likely = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)
+        aux = AUX * balance_loss(captures, model.config) if kind == "mixtral" else 0.0
+        return aux - jnp.mean(likely)
+
+    got, gradients = jax.jit(jax.value_and_grad(their_loss))(state)
+    np.testing.assert_allclose(got, wanted.item(), rtol=1e-5)
+    slopes = {name: weight.grad.numpy() for name, weight in theirs.named_parameters()}
+    want = named_parameters(parity.twin_of(slopes, theirs.config.to_dict()))
+    ours = named_parameters(nnx.merge(graph, gradients))
+    assert ours.keys() == want.keys()
+    for name, variable in want.items():
+        expected = variable.get_value()
+        error = jnp.linalg.norm(jnp.ravel(ours[name].get_value() - expected))
+        assert error <= 1e-4 * jnp.linalg.norm(jnp.ravel(expected)), name
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_packed_documents_teach_what_padded_ones_teach(kind: str) -> None:
+    """Three documents in one row against a row each, with a window of 5."""
+    config = CONFIGS[kind]
+    assert config.sliding_window == 5
+    documents = [Example(tuple(range(1, n)), (0.0, 0.0, *[1.0] * (n - 3))) for n in (13, 9, 11)]
+    graph, state = nnx.split(strong_model(config, "float32"))
+
+    def total(state: nnx.State, batch: Batch) -> jax.Array:
+        model = nnx.merge(graph, state)
+        hidden = model.hidden(batch.tokens, segments=batch.segments)
+        logits = jax.nn.log_softmax(model.logits(hidden))
+        likely = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(likely * batch.weights)
+
+    step = jax.jit(jax.value_and_grad(total))
+    packed, packed_slopes = step(state, Batch.packed([documents], 36))
+    padded, padded_slopes = step(state, Batch.packed([[x] for x in documents], 16))
+    np.testing.assert_allclose(packed, padded, rtol=1e-6)
+    first, second = flat(packed_slopes), flat(padded_slopes)
+    assert np.linalg.norm(first - second) <= 1e-6 * np.linalg.norm(second)
