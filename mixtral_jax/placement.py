@@ -82,6 +82,15 @@ class Placement:
         )
 
     @property
+    def full_kernels(self) -> Kernels:
+        """The kernels of the full forms, all of which differentiate.
+
+        Under a mesh the compiler splits whole arrays, which it can do with XLA's forms only; what
+        runs in a `shard_map` of its own, as experts do, takes `kernels.with_gradients()`.
+        """
+        return self.kernels.with_gradients() if self.layout is None else kernels_for("xla")
+
+    @property
     def page_size(self) -> int:
         """Tokens of a page of keys and values."""
         return self.kernels.page_size

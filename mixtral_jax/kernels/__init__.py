@@ -144,8 +144,9 @@ def kernels_for(platform: str) -> Kernels:
 
 def _cpu(oracle: Kernels) -> Kernels:
     from mixtral_jax.kernels.cpu import attention, build, low_rank, products
+    from mixtral_jax.kernels.xla import blockwise
 
-    plain = replace(oracle, platform="cpu")
+    plain = replace(oracle, platform="cpu", full_attention=blockwise.full_attention)
     if not build.available():
         return plain
     return replace(
@@ -156,25 +157,24 @@ def _cpu(oracle: Kernels) -> Kernels:
         norm=products.norm,
         swiglu=products.swiglu,
         attend=attention.attend,
-        differentiable=plain.differentiable
-        - {"linear", "grouped", "add_low_rank", "norm", "swiglu"},
+        differentiable=plain.differentiable - {"add_low_rank"},
         deterministic_heads=attention.LANES,
     )
 
 
 def _gpu(oracle: Kernels) -> Kernels:
     from mixtral_jax.kernels.gpu import attention, products
-    from mixtral_jax.kernels.xla import moves
+    from mixtral_jax.kernels.xla import blockwise, moves
 
     return replace(
         oracle,
         platform="gpu",
         grouped=products.grouped,
         attend=attention.attend,
+        full_attention=blockwise.full_attention,
         router_input=products.router_input,
         move_rows=moves.move_rows_ragged,
         can_move_rows=moves.can_move_rows_ragged,
-        differentiable=oracle.differentiable - {"grouped"},
         max_dense_tokens=128,
         page_size=64,
         activation_dtype_between_int8="bfloat16",
@@ -193,7 +193,6 @@ def _tpu(oracle: Kernels) -> Kernels:
         full_attention=attention.full_attention,
         move_rows=moves.move_rows_ragged,
         can_move_rows=moves.can_move_rows_ragged,
-        differentiable=oracle.differentiable - {"grouped"},
         max_dense_tokens=128,
         page_size=128,
         activation_dtype_between_int8="bfloat16",

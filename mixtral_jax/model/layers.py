@@ -5,7 +5,7 @@ matrix products contract the weight's last axes, which is the fast order on CPU.
 everything between the products, and small weights (norms, routers), stays in the placement's
 activation dtype.
 
-Every layer has two forms: `full` (XLA, differentiable) for whole sequences, and `paged` (serving)
+Every layer has two forms: `full` (differentiable) for whole sequences, and `paged` (serving); both
 by the placement's kernels. Under a mesh the full form sees whole arrays, and the compiler splits
 them; the paged form runs on one device's parts of them, and sums up by `Layout`.
 """
@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.axes import FlatHidden, FlatTokens, Hidden, Positions
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels import Kernels
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter, LowRank
 from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters, Stack, add_stacks
@@ -104,14 +105,14 @@ class Linear(nnx.Module):
         dtype = placement.dtype if dtype is None else dtype
         self.weight, self.scale = weight_parameters(outputs, inputs, config, dtype, rngs)
         self.num_inputs = len(inputs)
-        self.kernels = placement.kernels
+        self.kernels, self.full_kernels = placement.kernels, placement.full_kernels
 
     def full(self, x: jax.Array, low: LowRank | None = None) -> jax.Array:
         """x [*R inputs] -> [*R outputs], with what an adapter adds."""
         rows = x.shape[: x.ndim - self.num_inputs]
         # One axis in and one out: on CPU two contracted axes take a path that is twice as slow.
         flat = x.reshape(math.prod(rows), -1)
-        y = xla.product(flat, self.flat_weight)
+        y = full_product(flat, self.flat_weight, self.full_kernels)
         return self._shaped(y if low is None else y + low.product(flat), rows)
 
     def paged(
@@ -129,6 +130,17 @@ class Linear(nnx.Module):
 
     def _shaped(self, y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
         return y.reshape(*rows, *self.weight.shape[: -self.num_inputs])
+
+
+def full_product(x: jax.Array, weight: Weight, kernels: Kernels) -> jax.Array:
+    """x [R I] -> [R O] of the full forms, for a weight [O I].
+
+    Floats go by XLA, whose products of many rows are the fastest on every device; a kernel for CPU
+    would keep a row's bits whatever runs beside it, for which only serving asks.
+    """
+    if weight.scale is None:
+        return xla.product(x, weight)
+    return kernels.linear(x, [weight])[0]
 
 
 def paged_together(
@@ -208,6 +220,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
         self.layout, self.kernels = placement.layout, placement.kernels
+        self.full_kernels = placement.full_kernels
         self.gate = Linear("F", "D", config, placement, rngs)
         self.up = Linear("F", "D", config, placement, rngs)
         self.down = Linear("D", "F", config, placement, rngs)
@@ -217,7 +230,9 @@ class FeedForward(nnx.Module):
     ) -> Hidden:
         """x [*R D] -> [*R D]."""
         capture.record("feed_forward.in", x)
-        hidden = xla.swiglu(self.gate.full(x, adapter.gate), self.up.full(x, adapter.up))
+        hidden = self.full_kernels.swiglu(
+            self.gate.full(x, adapter.gate), self.up.full(x, adapter.up)
+        )
         capture.record("feed_forward.down", hidden)
         return self.down.full(hidden, adapter.down)
 

@@ -27,7 +27,6 @@ from mixtral_jax.axes import (
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.compilation import CompiledPrograms
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.layout import Layout
 from mixtral_jax.model.adapter import UNCHANGED, Adapter, BlockAdapter
 from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters
@@ -40,6 +39,7 @@ from mixtral_jax.model.layers import (
     Linear,
     RMSNorm,
     Rotary,
+    full_product,
 )
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.placement import Placement
@@ -239,8 +239,8 @@ class Transformer(nnx.Module):
     def logits(self, x: Hidden) -> jax.Array:
         """Hidden states [*R D] -> logits [*R V] f32."""
         flat = x.reshape(-1, x.shape[-1])
-        scores = xla.product(flat, self._head.flat_weight).astype(jnp.float32)
-        return scores.reshape(*x.shape[:-1], -1)
+        scores = full_product(flat, self._head.flat_weight, self.placement.full_kernels)
+        return scores.astype(jnp.float32).reshape(*x.shape[:-1], -1)
 
     def paged_logits(self, x: DrawnHidden) -> FlatLogits:
         """The same for rows [R D] that every device has, by the placement's kernel."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from mixtral_jax.axes import FlatKeys, FlatQueries, Pages
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.kernels.no_gradient import without_gradient
 from mixtral_jax.kernels.xla import attention as xla
 
 LANES = 8  # floats that the kernel takes at a time
@@ -24,6 +25,7 @@ def attend(
     Unused places of the batch give zeros. Heads that are no multiple of LANES, and other dtypes
     than float32 (and int8 pages), are computed by XLA.
     """
+    q, k, v = (without_gradient("paged attention (attend)", x) for x in (q, k, v))
     fits = q.dtype == jnp.float32 and q.shape[-1] % LANES == 0
     if not fits or pages.dtype not in (jnp.float32, jnp.int8):
         return xla.attend(q, k, v, pages, batch, window)

@@ -71,9 +71,7 @@ def _grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
 _Grouped = tuple[jax.Array, jax.Array, Weight]
 
 
-def _grouped_forward(
-    x: jax.Array, sizes: jax.Array, weight: Weight
-) -> tuple[jax.Array, _Grouped]:
+def _grouped_forward(x: jax.Array, sizes: jax.Array, weight: Weight) -> tuple[jax.Array, _Grouped]:
     return _grouped(x, sizes, weight), (x, sizes, weight)
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32
 from mixtral_jax import cache
 from mixtral_jax.axes import FlatKeys, FlatQueries, Lengths, Pages, PageTable
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.kernels.no_gradient import without_gradient
 from mixtral_jax.kernels.xla import attention as xla
 
 _KEYS_PER_BLOCK = 64
@@ -41,6 +42,7 @@ def attend(
     interpret: bool = False,
 ) -> tuple[FlatQueries, Pages]:
     """`xla.attend`: writes k and v [T K H], then attends: q [T N H] -> [T N H] and the pages."""
+    q, k, v = (without_gradient("paged attention (attend)", x) for x in (q, k, v))
     if not fits(pages):
         return xla.attend(q, k, v, pages, batch, window)
     written = cache.write(pages, k, v, batch)

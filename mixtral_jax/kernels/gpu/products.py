@@ -1,5 +1,7 @@
 """Products of rows in groups on GPU, in Pallas by way of Triton."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -13,9 +15,9 @@ _ROWS, _OUTPUTS, _INPUTS = 64, 128, 64  # of a tile
 
 
 def _fits(weight: Weight) -> bool:
-    """Says whether the kernel takes such weights: whole tiles."""
+    """Says whether the kernel takes such weights, and their gradient: whole tiles either way."""
     outputs, inputs = weight.values.shape[1:]
-    return outputs % _OUTPUTS == 0 == inputs % _INPUTS
+    return outputs % _OUTPUTS == 0 == inputs % _OUTPUTS
 
 
 def grouped(
@@ -25,37 +27,91 @@ def grouped(
     *,
     interpret: bool = False,
 ) -> Float[jax.Array, "M O"]:
-    """`xla.grouped`, which computes every expert for every row on NVIDIA: x [M I] -> [M O]."""
+    """`xla.grouped`, which computes every expert for every row on NVIDIA: x [M I] -> [M O].
+
+    The gradient of x is by the same kernel; that of a float weight, for which training adapters
+    never asks, by XLA. int8 as in `xla.product`.
+    """
     if not _fits(weight):
         return xla.grouped(x, sizes, weight)
-    rows, experts = x.shape[0], sizes.shape[0]
-    outputs = weight.values.shape[1]
-    dtype = x.dtype
-    scales: tuple[jax.Array, ...] = ()  # of rows, and of outputs by expert
+    return _grouped(interpret, x, sizes.astype(jnp.int32), weight)
+
+
+_Residuals = tuple[jax.Array, jax.Array, Weight]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(interpret: bool, x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
+    if weight.scale is None:
+        return _tiles_of(x, sizes, weight.values, (), x.dtype, interpret)
+    rows, x_scale = round_rows(x)
+    return _tiles_of(rows, sizes, weight.values, (x_scale, weight.scale), x.dtype, interpret)
+
+
+def _grouped_forward(
+    interpret: bool, x: jax.Array, sizes: jax.Array, weight: Weight
+) -> tuple[jax.Array, _Residuals]:
+    return _grouped(interpret, x, sizes, weight), (x, sizes, weight)
+
+
+def _grouped_backward(
+    interpret: bool, residuals: _Residuals, slope: jax.Array
+) -> tuple[jax.Array, None, Weight]:
+    x, sizes, weight = residuals
+    is_used = jnp.arange(len(x), dtype=jnp.int32)[:, None] < jnp.sum(sizes)
+    scaled = slope
     if weight.scale is not None:
-        x, x_scale = round_rows(x)
-        scales = (x_scale, weight.scale)
-    ends = jnp.cumsum(sizes.astype(jnp.int32))
+        of_row = weight.scale[xla.expert_of_row(sizes, len(x))]
+        scaled = (slope.astype(jnp.float32) * of_row).astype(slope.dtype)
+    dx = _tiles_of(scaled, sizes, weight.values, (), x.dtype, interpret, is_gradient=True)
+    dx = jnp.where(is_used, dx, jnp.zeros((), dx.dtype))
+    if weight.scale is None:
+        dw = xla.gradient_of_experts(slope, x, sizes).astype(weight.values.dtype)
+        return dx, None, Weight(dw, None)
+    ones = Weight(weight.values, jnp.ones_like(weight.scale))
+    unscaled = _grouped(interpret, x.astype(jnp.float32), sizes, ones)
+    d_scale = xla.gradient_of_scales(slope, unscaled, sizes)
+    return dx, None, Weight(xla.no_gradient(weight.values), d_scale)
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _tiles_of(
+    x: jax.Array,
+    sizes: jax.Array,
+    weight: jax.Array,
+    scales: tuple[jax.Array, ...],  # of rows, and of outputs by expert; none for floats
+    dtype: jnp.dtype,
+    interpret: bool,
+    is_gradient: bool = False,
+) -> jax.Array:
+    """Rows [M I] by weights [E O I] -> [M O]; as a gradient, slopes [M O] -> [M I]."""
+    rows, experts = x.shape[0], sizes.shape[0]
+    outputs = weight.shape[2 if is_gradient else 1]
+    ends = jnp.cumsum(sizes)
     # Each group takes whole tiles of rows; the last one of it reaches into the next group, whose
     # rows it does not write.
-    tiles = -(-sizes.astype(jnp.int32) // _ROWS)
+    tiles = -(-sizes // _ROWS)
     last_tile = jnp.cumsum(tiles)
     tile = jnp.arange(-(-rows // _ROWS) + experts, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(last_tile, tile, side="right"), experts - 1)
     expert = expert.astype(jnp.int32)
     first = (ends - sizes)[expert] + (tile - (last_tile - tiles)[expert]) * _ROWS
     out: jax.Array = pl.pallas_call(
-        _grouped_tile,
+        partial(_grouped_tile, is_gradient=is_gradient),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
         grid=(len(tile), outputs // _OUTPUTS),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="grouped_product",
-    )(x, weight.values, expert, first.astype(jnp.int32), ends[expert], *scales)
+    )(x, weight, expert, first.astype(jnp.int32), ends[expert], *scales)
     return out
 
 
-def _grouped_tile(x, weight, expert, first, end, *scales_and_out):  # type: ignore[no-untyped-def]
+def _grouped_tile(  # type: ignore[no-untyped-def]
+    x, weight, expert, first, end, *scales_and_out, is_gradient
+):
     *scales, out = scales_and_out
     tile, column = pl.program_id(0), pl.program_id(1)
     places = pl.ds(first[tile], _ROWS)
@@ -66,9 +122,12 @@ def _grouped_tile(x, weight, expert, first, end, *scales_and_out):  # type: igno
     def step(i, total):  # type: ignore[no-untyped-def]
         inputs = pl.ds(i * _INPUTS, _INPUTS)
         rows = plgpu.load(x.at[places, inputs], mask=is_mine[:, None], other=0)
-        block = weight[expert[tile], columns, inputs]
+        # A gradient contracts the weight's outputs.
+        part = (inputs, columns) if is_gradient else (columns, inputs)
+        block = weight[(expert[tile], *part)].astype(rows.dtype)
+        contracted = ((1,), (0 if is_gradient else 1,))
         return total + jax.lax.dot_general(
-            rows, block, (((1,), (1,)), ((), ())), preferred_element_type=kind
+            rows, block, (contracted, ((), ())), preferred_element_type=kind
         )
 
     @pl.when(first[tile] < end[tile])

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from mixtral_jax import cache
 from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries, Segments
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.kernels.no_gradient import without_gradient
 from mixtral_jax.kernels.tpu.tiles import LANES, largest_tile
 from mixtral_jax.kernels.xla import attention as xla
+from mixtral_jax.kernels.xla import blockwise
 from mixtral_jax.layout import Layout
 
 _KEYS_PER_BLOCK = 512
@@ -39,6 +41,7 @@ def attend(
     window: int | None,
 ) -> tuple[FlatQueries, Pages]:
     """`xla.attend` by ragged paged attention, whose window counts the query itself, as ours."""
+    q, k, v = (without_gradient("paged attention (attend)", x) for x in (q, k, v))
     if not _fits_pages(pages):
         return xla.attend(q, k, v, pages, batch, window)
     # Imported where it is used: it takes a second, and only TPUs need it.
@@ -83,30 +86,40 @@ def full_attention(
     Under a mesh every device computes its own rows and heads, if whole rows are there for each.
     """
     groups = 1 if layout is None else layout.num_sequence_groups
-    if not _fits_rows(q) or q.shape[0] % groups or segments is not None:
-        return xla.full_attention(q, k, v, window, layout, segments)
+    if not _fits_rows(q) or q.shape[0] % groups:
+        return blockwise.full_attention(q, k, v, window, layout, segments)
+    attend = partial(splash_attention, window=window, interpret=interpret)
+    given = (q, k, v) if segments is None else (q, k, v, segments)
     if layout is None:
-        return splash_attention(q, k, v, window, interpret=interpret)
+        return attend(*given)
     queries, keys = layout.rules.spec("BTNH"), layout.rules.spec("BTKH")
+    specs = (queries, keys, keys, layout.rules.spec("BT"))
     mixed: jax.Array = jax.shard_map(
-        partial(splash_attention, window=window, interpret=interpret),
+        attend,
         mesh=layout.mesh,
-        in_specs=(queries, keys, keys),
+        in_specs=specs[: len(given)],
         out_specs=queries,
         check_vma=False,  # kernels do not say over which axes they vary
-    )(q, k, v)
+    )(*given)
     return mixed
 
 
 def splash_attention(
-    q: RowQueries, k: RowKeys, v: RowKeys, window: int | None, *, interpret: bool = False
+    q: RowQueries,
+    k: RowKeys,
+    v: RowKeys,
+    segments: Segments | None = None,
+    *,
+    window: int | None,
+    interpret: bool = False,
 ) -> RowQueries:
-    """Causal attention within each row of one device, by JAX's splash attention."""
+    """Causal attention within each row of one device, or each segment of it, by JAX's splash."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         CausalMask,
         LocalMask,
         MultiHeadMask,
+        SegmentIds,
         make_splash_mha,
     )
 
@@ -131,6 +144,8 @@ def splash_attention(
         interpret=interpret,
     )
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
+    ids = None if segments is None else SegmentIds(segments, segments)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        mixed: jax.Array = jax.vmap(attend)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+        mixed: jax.Array = jax.vmap(attend)(*heads_first, ids)
     return jnp.swapaxes(mixed, 1, 2)

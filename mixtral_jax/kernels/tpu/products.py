@@ -4,6 +4,7 @@ Sizes of blocks are always given: left out, the kernels would ask the default de
 another one where programs are compiled for hardware that is elsewhere.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,26 +26,97 @@ def grouped(
 ) -> jax.Array:
     """`xla.grouped`, which would transpose the weights [E O I] in every step: x [M I] -> [M O].
 
-    Floats are multiplied by megablox, int8 by a kernel of the same walk over tiles.
+    Floats are multiplied by megablox, int8 by a kernel of the same walk over tiles. Gradients are
+    by megablox; for that of int8, as in `xla.product`, the weights are widened to the dtype of x.
     """
     if not _fits(weight):
         return xla.grouped(x, sizes, weight)
-    padded = jnp.pad(x, ((0, -x.shape[0] % LANES), (0, 0)))
+    return _grouped(interpret, x, sizes.astype(jnp.int32), weight)
+
+
+_Residuals = tuple[jax.Array, jax.Array, Weight]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(interpret: bool, x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
+    product = _grouped_floats if weight.scale is None else _grouped_int8
+    padded = _padded(x)
     _, outputs, inputs = weight.values.shape
-    tiles = _Tiles(
-        largest_tile(padded.shape[0], 512), largest_tile(inputs, 1024), largest_tile(outputs, 1024)
-    )
-    sizes = sizes.astype(jnp.int32)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        product = _grouped_floats if weight.scale is None else _grouped_int8
-        total = product(padded, sizes, weight, tiles, interpret)
+        total = product(padded, sizes, weight, _Tiles.of(padded, inputs, outputs), interpret)
     return total[: x.shape[0]].astype(x.dtype)
+
+
+def _grouped_forward(
+    interpret: bool, x: jax.Array, sizes: jax.Array, weight: Weight
+) -> tuple[jax.Array, _Residuals]:
+    return _grouped(interpret, x, sizes, weight), (x, sizes, weight)
+
+
+def _grouped_backward(
+    interpret: bool, residuals: _Residuals, slope: jax.Array
+) -> tuple[jax.Array, None, Weight]:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+    x, sizes, weight = residuals
+    _, outputs, inputs = weight.values.shape
+    is_used = jnp.arange(len(x), dtype=jnp.int32)[:, None] < jnp.sum(sizes)
+    # What stands behind the last group is unspecified, and 0 x NaN is NaN.
+    slope = jnp.where(is_used, slope, jnp.zeros((), slope.dtype))
+    scaled = slope
+    if weight.scale is not None:
+        of_row = weight.scale[xla.expert_of_row(sizes, len(x))]
+        scaled = (slope.astype(jnp.float32) * of_row).astype(slope.dtype)
+    slopes = _padded(scaled)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        dx = gmm(
+            slopes,
+            weight.values.astype(x.dtype),
+            sizes,
+            preferred_element_type=x.dtype,
+            tiling=_Tiles.of(slopes, outputs, inputs),
+            interpret=interpret,
+        )[: len(x)]
+        dx = jnp.where(is_used, dx, jnp.zeros((), dx.dtype))
+        if weight.scale is None:
+            rows = _padded(jnp.where(is_used, x, jnp.zeros((), x.dtype)))
+            dw = tgmm(
+                slopes.T,
+                rows,
+                sizes,
+                preferred_element_type=weight.values.dtype,
+                tiling=_Tiles.of(slopes, outputs, inputs),
+                interpret=interpret,
+            )
+            has_rows = (sizes > 0)[:, None, None]  # others are never visited
+            return dx, None, Weight(jnp.where(has_rows, dw, jnp.zeros((), dw.dtype)), None)
+    ones = Weight(weight.values, jnp.ones_like(weight.scale))
+    unscaled = _grouped(interpret, x.astype(jnp.float32), sizes, ones)
+    d_scale = xla.gradient_of_scales(slope, unscaled, sizes)
+    return dx, None, Weight(xla.no_gradient(weight.values), d_scale)
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _padded(x: jax.Array) -> jax.Array:
+    """Rows filled up to whole tiles."""
+    return jnp.pad(x, ((0, -x.shape[0] % LANES), (0, 0)))
 
 
 class _Tiles(NamedTuple):
     rows: int
     inputs: int
     outputs: int
+
+    @classmethod
+    def of(cls, rows: jax.Array, inputs: int, outputs: int) -> "_Tiles":
+        """The tiles of a product of padded rows."""
+        sizes = (
+            largest_tile(rows.shape[0], 512),
+            *(largest_tile(n, 1024) for n in (inputs, outputs)),
+        )
+        return cls(*sizes)
 
 
 def _grouped_floats(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mixtral_jax import cache
 from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries, Segments
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.kernels.no_gradient import without_gradient
 from mixtral_jax.layout import Layout
 
 # Tokens per step of the walk over keys, and over the queries of one prompt chunk.
@@ -68,6 +69,7 @@ def attend(
     window: int | None,
 ) -> tuple[FlatQueries, Pages]:
     """Writes k and v [T K H] into the pages, then attends: q [T N H] -> [T N H] and the pages."""
+    q, k, v = (without_gradient("paged attention (attend)", x) for x in (q, k, v))
     written = cache.write(pages, k, v, batch)
     return paged_attention(q, written, batch, window), written
 

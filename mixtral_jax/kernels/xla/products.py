@@ -1,6 +1,7 @@
 """Products, norm and SwiGLU in XLA: the meaning of every other maker's."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ def gradient_of_experts(slope: jax.Array, x: jax.Array, sizes: jax.Array) -> jax
     return jnp.einsum("MO,MEI->EOI", slope, jnp.einsum("ME,MI->MEI", expert, x))
 
 
-def no_gradient(values: jax.Array) -> np.ndarray:
+def no_gradient(values: jax.Array) -> Any:
     """What JAX takes for the gradient of an array of integers: zeros of the dtype float0."""
     return np.zeros(values.shape, jax.dtypes.float0)
 

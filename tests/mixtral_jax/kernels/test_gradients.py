@@ -1,10 +1,16 @@
 """Gradients of the makers' functions: by hand, against XLA's, and int8 against floats."""
 
+import math
+import re
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.kernels.xla import attention, blockwise
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.weight import Weight
 
@@ -57,3 +63,41 @@ def test_grouped_int8_has_the_gradient_of_each_expert_alone(dtype: str) -> None:
         a, b = (np.asarray(array, np.float32) for array in (a, b))
         np.testing.assert_allclose(a, b, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-5)
     assert not np.any(np.asarray(got[0], np.float32)[7:])
+
+
+@pytest.mark.parametrize(("length", "window"), [(100, None), (70, 5), (64, 23)])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_attention_block_by_block_has_the_oracles_gradient(
+    length: int, window: int | None, is_packed: bool
+) -> None:
+    """Lengths that are no multiple of a block, documents that end within one; all of q, k and v."""
+    heads = [normal(seed, 2, length, n, 8) for seed, n in ((0, 6), (1, 2), (2, 2))]
+    slope = normal(3, 2, length, 6, 8)
+    ids = np.sort(np.random.default_rng(0).integers(0, 4, (2, length)), axis=1)
+    segments = jnp.asarray(ids, jnp.int32) if is_packed else None
+
+    def both(function: Any) -> Any:
+        def run(*heads: jax.Array) -> Any:
+            out, back = jax.vjp(lambda *x: function(*x, window, None, segments), *heads)
+            return out, *back(slope)
+
+        return jax.jit(run)(*heads)
+
+    got = both(partial(blockwise.full_attention, block=16))
+    for a, b in zip(got, both(attention.full_attention), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_attention_of_long_rows_holds_no_scores_of_all_keys() -> None:
+    """2048 queries by 2048 keys of one head: no array of the gradient's program is so large."""
+    heads = [jax.ShapeDtypeStruct((1, 2048, 1, 8), jnp.float32)] * 3
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(blockwise.full_attention(q, k, v, None, None))
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*heads))
+    sizes = [
+        math.prod(int(size) for size in shape.split(","))
+        for shape in re.findall(r"(?:f32|bool)\[([\d,]+)\]", text)
+    ]
+    assert 256 * 256 <= max(sizes) < 2048 * 256

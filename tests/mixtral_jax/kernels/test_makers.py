@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -179,6 +180,84 @@ def test_each_function_says_whether_it_differentiates(platform: str) -> None:
     for name in ("linear", "grouped", "norm", "swiglu", "full_attention"):
         kept = name in kernels.differentiable
         assert getattr(changed, name) is getattr(kernels if kept else XLA, name)
+
+
+def differentiable_calls() -> dict[str, tuple[Callable[[Callable[..., Any]], Any], list[Any]]]:
+    """Of each function of the record that differentiates: a call of it, and what it varies.
+
+    Grouped rows stand behind the last group, an expert has none, and tiles are cut by groups.
+    """
+    sizes, rows = jnp.asarray([70, 0, 55], jnp.int32), normal(0, 130, 128)
+    int8 = weight(1, "int8", 3, 256, 128)
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 0]], [100, 60, 80, 16], axis=1), jnp.int32)
+    heads = [normal(seed, 1, 256, n, 128) for seed, n in ((0, 4), (1, 2), (2, 2))]
+
+    def attention(window: int | None, given: Any) -> Callable[[Callable[..., Any]], Any]:
+        return lambda f: lambda q, k, v: f(q, k, v, window, None, given)
+
+    return {
+        "linear": (
+            lambda f: lambda x, w: f(x, [Weight(w, None)])[0],
+            [normal(0, 5, 128), normal(1, 64, 128)],
+        ),
+        "linear int8": (
+            lambda f: lambda x, scale: f(x, [Weight(int8.values[0], scale)])[0],
+            [normal(0, 5, 128), int8.scale[0]],
+        ),
+        "grouped": (
+            lambda f: lambda x, w: f(x, sizes, Weight(w, None))[:125],
+            [rows, normal(1, 3, 256, 128)],
+        ),
+        "grouped thin": (
+            lambda f: lambda x, w: f(x, sizes, Weight(w, None))[:125],
+            [rows, normal(1, 3, 7, 128)],
+        ),
+        "grouped int8": (
+            lambda f: lambda x, scale: f(x, sizes, Weight(int8.values, scale))[:125],
+            [rows, int8.scale],
+        ),
+        "norm": (lambda f: lambda x, w: f(x, w, 1e-5), [normal(0, 7, 128), normal(1, 128)]),
+        "swiglu": (lambda f: f, [normal(0, 3, 503) * 4, normal(1, 3, 503)]),
+        "router_input": (lambda f: f, [normal(0, 7, 128)]),
+        "full_attention": (attention(100, None), heads),
+        "full_attention packed": (attention(None, segments), heads),
+    }
+
+
+@pytest.mark.parametrize("case", list(differentiable_calls()))
+def test_gradient(run: Callable[..., Any], kernels: Kernels, case: str) -> None:
+    """Every function that is named as differentiable has XLA's gradient in all that it takes."""
+    name, (made, given) = case.split()[0], differentiable_calls()[case]
+    assert name in kernels.differentiable
+    slope = normal(9, *jax.eval_shape(made(getattr(XLA, name)), *given).shape)
+
+    @jax.jit
+    def gradient(*given: jax.Array) -> Any:
+        return jax.vjp(made(partial(run, name)), *given)[1](slope)
+
+    want = jax.jit(lambda *given: jax.vjp(made(getattr(XLA, name)), *given)[1](slope))(*given)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        got = gradient(*given)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()) + 2e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu", "xla"])
+def test_each_function_has_a_gradient_or_refuses_it_by_name(platform: str) -> None:
+    kernels = kernels_for(platform)
+    moves = {"move_rows", "can_move_rows"}  # tests of the expert exchange hold these
+    assert kernels.differentiable == {case.split()[0] for case in differentiable_calls()} | moves
+    functions = {f.name for f in fields(kernels) if callable(getattr(kernels, f.name))}
+    assert functions - kernels.differentiable == {"attend"}
+    batch = ragged_batch()
+    pages = normal(1, batch.page_table.size, 16, 4, 32)
+    k = normal(3, 420, 2, 32)
+
+    def total(q: jax.Array) -> jax.Array:
+        return jnp.sum(kernels.attend(q, k, k, pages, batch, None)[0])
+
+    with pytest.raises(NotImplementedError, match=r"attend\) has no gradient"):
+        jax.grad(total)(normal(2, 420, 2, 32))
 
 
 @pytest.mark.slow
