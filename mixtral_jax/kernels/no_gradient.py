@@ -1,4 +1,4 @@
-"""What has no gradient says so by its name, wherever jax.grad meets it."""
+"""Functions without a gradient say so by their names, wherever jax.grad meets them."""
 
 from functools import partial
 from typing import NoReturn

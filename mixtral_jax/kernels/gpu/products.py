@@ -123,8 +123,8 @@ def _grouped_tile(  # type: ignore[no-untyped-def]
         inputs = pl.ds(i * _INPUTS, _INPUTS)
         rows = plgpu.load(x.at[places, inputs], mask=is_mine[:, None], other=0)
         # A gradient contracts the weight's outputs.
-        part = (inputs, columns) if is_gradient else (columns, inputs)
-        block = weight[(expert[tile], *part)].astype(rows.dtype)
+        places_in = (inputs, columns) if is_gradient else (columns, inputs)
+        block = weight[(expert[tile], *places_in)].astype(rows.dtype)
         contracted = ((1,), (0 if is_gradient else 1,))
         return total + jax.lax.dot_general(
             rows, block, (contracted, ((), ())), preferred_element_type=kind

@@ -61,7 +61,7 @@ def _grouped_backward(
     x, sizes, weight = residuals
     _, outputs, inputs = weight.values.shape
     is_used = jnp.arange(len(x), dtype=jnp.int32)[:, None] < jnp.sum(sizes)
-    # What stands behind the last group is unspecified, and 0 x NaN is NaN.
+    # Rows behind the last group are unspecified, and 0 x NaN is NaN.
     slope = jnp.where(is_used, slope, jnp.zeros((), slope.dtype))
     scaled = slope
     if weight.scale is not None:

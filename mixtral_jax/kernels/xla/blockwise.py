@@ -48,7 +48,7 @@ def full_attention(
 
 
 class _Shape(NamedTuple):
-    """What is fixed while a program is compiled: the window, the size of a block, the mask."""
+    """Numbers that a program is compiled for: the window, the size of a block, the mask."""
 
     window: int | None
     block: int
@@ -154,7 +154,7 @@ def _attention_backward(
     kv_heads, blocks = k.shape[2], length // shape.block
     wide = (rows, length, kv_heads, heads // kv_heads)
     grouped, slopes = q.reshape(*wide, size), slope.reshape(*wide, size)
-    # Of each query the sum of slope x output, which the softmax takes off every score's slope.
+    # The sum of slope x output of each query, which the softmax takes off every score's slope.
     off = jnp.sum(slopes.astype(jnp.float32) * out.reshape(slopes.shape), axis=-1)
     scale = size**-0.5
 

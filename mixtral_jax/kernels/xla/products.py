@@ -137,7 +137,7 @@ def gradient_of_experts(slope: jax.Array, x: jax.Array, sizes: jax.Array) -> jax
     is_used = jnp.arange(len(slope))[:, None] < jnp.sum(sizes)
     expert = jax.nn.one_hot(expert_of_row(sizes, len(slope)), sizes.shape[0], dtype=slope.dtype)
     expert = jnp.where(is_used, expert, jnp.zeros((), expert.dtype))
-    # What stands behind the last group is unspecified, and 0 x NaN is NaN.
+    # Rows behind the last group are unspecified, and 0 x NaN is NaN.
     slope, x = (jnp.where(is_used, array, jnp.zeros((), array.dtype)) for array in (slope, x))
     if slope.shape[1] <= x.shape[1]:
         return jnp.einsum("MEO,MI->EOI", jnp.einsum("ME,MO->MEO", expert, slope), x)
@@ -145,7 +145,7 @@ def gradient_of_experts(slope: jax.Array, x: jax.Array, sizes: jax.Array) -> jax
 
 
 def no_gradient(values: jax.Array) -> Any:
-    """What JAX takes for the gradient of an array of integers: zeros of the dtype float0."""
+    """The gradient of an array of integers, as JAX takes it: zeros of the dtype float0."""
     return np.zeros(values.shape, jax.dtypes.float0)
 
 
