@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mixtral_jax.kernels.no_gradient import without_gradient
 from mixtral_jax.kernels.xla import low_rank as xla
 
 
@@ -17,6 +18,7 @@ def add_low_rank(
     """`xla.add_low_rank`; rows without a group are not read, nor written."""
     if any(array.dtype != jnp.float32 for array in (x, *ys)):
         return xla.add_low_rank(ys, x, groups, lows)
+    x = without_gradient("adapters of single rows (add_low_rank)", x)
     shapes = [jax.ShapeDtypeStruct(y.shape, jnp.float32) for y in ys]
     places = {2 + 3 * i: i for i in range(len(shapes))}
     call = jax.ffi.ffi_call("mixtral_jax_add_low_rank", shapes, input_output_aliases=places)
