@@ -103,7 +103,7 @@ def _vllm(setting: Setting, dtype: str) -> Iterator[Contender]:
         "LD_PRELOAD": ":".join(_preloads(setting.environments)),
     }
     with started(command, f"{url}/health", environment=environment):
-        yield over_http(f"vllm {dtype}", Endpoint(url=url))
+        yield over_http(f"vllm {dtype}", Endpoint(url=url, model="default"))
 
 
 def _preloads(environments: Environments) -> list[str]:

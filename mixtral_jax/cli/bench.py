@@ -58,8 +58,11 @@ def bench(
         str | None, typer.Option(envvar=KEY_VARIABLE, help="Key of the server at --url.")
     ] = None,
     name: Annotated[
-        str, typer.Option("--model", help="Name of the model to ask for at --url.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            "--model", help="Name of the model or adapter to ask for at --url; default: none."
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="JSON file for every measurement.")
     ] = None,

@@ -54,10 +54,13 @@ class BenchError(SetupError):
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A server: its URL before `/v1`, the model's name in request bodies, and the key."""
+    """A server: its URL before `/v1`, the model's name in request bodies, and the key.
+
+    Without a name a server answers by the model that it has.
+    """
 
     url: str
-    model: str = "default"
+    model: str | None = None
     key: str | None = None
 
 
@@ -240,8 +243,8 @@ def _client(endpoint: Endpoint, concurrency: int) -> httpx.AsyncClient:
 
 def body(endpoint: Endpoint, text: str, max_tokens: int) -> dict[str, Any]:
     """Returns the body of a request for an answer of exactly `max_tokens` tokens."""
-    return {
-        "model": endpoint.model,
+    named = {} if endpoint.model is None else {"model": endpoint.model}
+    return named | {
         "messages": [{"role": "user", "content": text}],
         "max_tokens": max_tokens,
         "temperature": 0,

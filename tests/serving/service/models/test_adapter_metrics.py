@@ -1,8 +1,12 @@
 """Figures of adapters: as many series as adapters are loaded."""
 
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry
 
 from serving.service.models.adapter_metrics import AdapterMetrics
+
+ROOT = Path(__file__).parents[4]
 
 
 def figures(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
@@ -32,6 +36,15 @@ def test_requests_and_tokens_are_counted_by_adapter() -> None:
         ("mixtral_adapter_generation_tokens_total", "toy", "a"): 8,
         ("mixtral_adapter_generation_tokens_total", "toy", "b"): 0,
     }
+
+
+def test_every_metric_is_documented() -> None:
+    registry = CollectorRegistry()
+    AdapterMetrics(registry, "toy", lambda: ["a"])
+    documented = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
+    names = {key[0] for key in figures(registry)}
+    assert len(names) == 6
+    assert not {name for name in names if f"`{name}`" not in documented}
 
 
 def test_the_figures_of_an_adapter_end_with_it() -> None:
