@@ -35,12 +35,18 @@ def chat(
             help="JSON list of functions that the model may call; you are asked for the results.",
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="LoRA adapter of PEFT's form that is merged into the model."
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = "auto",
     dp_attention: DpAttentionOption = False,
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
-    from mixtral_jax import SamplingParams, load
+    from mixtral_jax import SamplingParams, load, load_adapter, merge
     from mixtral_jax.cli.answers import Answers, form_of, tools_of
     from mixtral_jax.compilation import keep_programs
     from mixtral_jax.tokenization.messages import Message
@@ -51,6 +57,8 @@ def chat(
     transformer, tokenizer = load(model, mesh, dtype, dp_attention)
     if tokenizer is None:
         raise UserError(f"{model} has no tokenizer that is supported, which a chat needs")
+    if adapter is not None:
+        transformer = merge(transformer, load_adapter(adapter, transformer))
     form = form_of(transformer, tokenizer, schema, functions)
     if form is not None and form.weakened:
         print(f"[not enforced: {'; '.join(form.weakened)}]", file=sys.stderr)

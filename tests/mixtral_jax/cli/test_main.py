@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.checkpoint.adapter import read_adapter, write_adapter
+from mixtral_jax.checkpoint.pretrained import open_pretrained
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.adapter import AdapterConfig
 from tests.support import sources
@@ -58,6 +59,21 @@ def test_chat_in_a_form_and_with_tools(tmp_path: Path) -> None:
     schema.write_text('{"type": "blue"}', encoding="utf-8")
     out = mixtral_jax(*toy, f"--json-schema={schema}", text="hi\n")
     assert out.returncode == 1 and out.stderr.startswith("mixtral-jax: ")
+
+
+@pytest.mark.slow
+def test_chat_with_an_adapter(tmp_path: Path) -> None:
+    settings = AdapterConfig(targets=("q", "down"), rank=4, alpha=8.0)
+    config = open_pretrained("tiny-random").card.model
+    adapter = random_adapter(config, settings, size=0.5)
+    write_adapter(tmp_path / "mine", adapter, settings, base="some/base")
+    toy = ("chat", "--model=tiny-random", "--temperature=0", "--max-tokens=8")
+    plain = mixtral_jax(*toy, text="hi\n")
+    adapted = mixtral_jax(*toy, f"--adapter={tmp_path / 'mine'}", text="hi\n")
+    assert adapted.returncode == 0 and adapted.stdout != plain.stdout
+    wrong = mixtral_jax(*toy, f"--adapter={tmp_path}", text="hi\n")
+    assert wrong.returncode != 0 and "adapter_config.json" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
 
 
 def test_chat_without_a_model() -> None:
