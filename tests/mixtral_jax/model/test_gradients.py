@@ -1,6 +1,10 @@
 """Gradients of whole models."""
 
+import math
+import re
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +17,12 @@ from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.adapter import Adapter, AdapterConfig, LowRank
 from mixtral_jax.model.capture import Capture
 from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.sharding import make_mesh
 from mixtral_jax.training.batch import Batch
 from mixtral_jax.training.example import Example
+from mixtral_jax.training.step.router_losses import RouterSums
 from tests.support import parity, sources
-from tests.support.models import model_of
+from tests.support.models import model_of, split_over
 
 CONFIGS = {"dense": from_hf(sources.DENSE), "moe": from_hf(sources.MOE)}
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, sources.V, (4, 24), np.int32))
@@ -68,15 +74,6 @@ def test_an_adapter_on_int8_learns_what_it_learns_on_floats(kind: str) -> None:
 AUX = 0.7  # the coefficient of the router's loss: large, so that its gradient shows
 
 
-def balance_loss(captures: list[Capture], config: ModelConfig) -> jax.Array:
-    """transformers' `load_balancing_loss_func`: pooled over layers and tokens, E * f . P."""
-    logits = jnp.concatenate([capture.values["router.logits"] for capture in captures])
-    choice = jnp.concatenate([capture.values["router.choice"] for capture in captures])
-    picks = jnp.sum(jax.nn.one_hot(choice, config.num_experts), axis=1)
-    shares = jnp.mean(jax.nn.softmax(logits), axis=0)
-    return config.num_experts * jnp.sum(jnp.mean(picks, axis=0) * shares)
-
-
 @pytest.mark.slow  # torch, and a gradient of every parameter
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 def test_gradients_of_all_parameters_equal_transformers(kind: str) -> None:
@@ -101,8 +98,10 @@ def test_gradients_of_all_parameters_equal_transformers(kind: str) -> None:
         captures = [Capture({"router.logits", "router.choice"}) for _ in model.layers]
         logits = jax.nn.log_softmax(model.logits(model.hidden(ids, captures=captures))[:, :-1])
         likely = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)
-        aux = AUX * balance_loss(captures, model.config) if kind == "mixtral" else 0.0
-        return aux - jnp.mean(likely)
+        if kind == "mistral":
+            return -jnp.mean(likely)
+        sums = RouterSums.of(captures, jnp.ones(ids.shape, bool))
+        return AUX * sums.aux(sums.picks, jnp.asarray(float(ids.size))) - jnp.mean(likely)
 
     got, gradients = jax.jit(jax.value_and_grad(their_loss))(state)
     np.testing.assert_allclose(got, wanted.item(), rtol=1e-5)
@@ -137,3 +136,61 @@ def test_packed_documents_teach_what_padded_ones_teach(kind: str) -> None:
     np.testing.assert_allclose(packed, padded, rtol=1e-6)
     first, second = flat(packed_slopes), flat(padded_slopes)
     assert np.linalg.norm(first - second) <= 1e-6 * np.linalg.norm(second)
+
+
+def product_shapes(step: Any, *given: Any) -> set[tuple[int, ...]]:
+    """Sizes, sorted, of what the products of a compiled program give."""
+    text = jax.jit(step).lower(*given).compile().as_text()
+    results = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|custom-call)\(", text)
+    return {tuple(sorted(map(int, sizes.split(",")))) for sizes in results}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_no_weight_of_the_base_has_a_gradient_in_an_adapters_program(kind: str, dtype: str) -> None:
+    """Sizes of rows (100), of the rank (4) and of weights differ, so shapes tell them apart."""
+    config = replace(CONFIGS[kind], num_layers=1)
+    graph, state = nnx.split(model_of(config, dtype))
+    tokens = jnp.zeros((4, 25), jnp.int32)
+    weights = {tuple(sorted(x.shape)) for x in jax.tree.leaves(state) if x.ndim > 1}
+    width = config.hidden_size
+    weights |= {tuple(sorted((math.prod(shape) // width, width))) for shape in weights}
+
+    def both(adapter: Adapter, state: nnx.State) -> jax.Array:
+        return loss(nnx.merge(graph, state), adapter, tokens)
+
+    of_adapter = product_shapes(jax.grad(both), adapter_of(config), state)
+    assert (4, width) in of_adapter
+    assert not of_adapter & weights
+    if dtype == "float32":
+        assert product_shapes(jax.grad(both, argnums=1), adapter_of(config), state) & weights
+
+
+@pytest.mark.slow  # eight devices
+@pytest.mark.parametrize(
+    ("kind", "mesh", "dp_attention"),
+    [
+        ("dense", dict(data=2, tensor=2), False),
+        ("moe", dict(data=2, expert=3), False),
+        ("moe", dict(expert=3), True),  # tokens travel to their experts and back
+    ],
+)
+def test_one_device_and_a_mesh_give_one_gradient(
+    kind: str, mesh: dict[str, int], dp_attention: bool
+) -> None:
+    """Of an adapter, and of all parameters."""
+    config = CONFIGS[kind]
+    alone, adapter = strong_model(config, "float32"), adapter_of(config)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, sources.V, (6, 40), np.int32))
+    split = split_over(alone, make_mesh(**mesh), dp_attention)
+    gradients = []
+    for model in (alone, split):
+        graph, state = nnx.split(model)
+
+        def both(adapter: Adapter, state: nnx.State, graph: Any = graph) -> jax.Array:
+            return loss(nnx.merge(graph, state), adapter, tokens)
+
+        gradients.append(jax.jit(jax.grad(both, argnums=(0, 1)))(adapter, state))
+    for first, second in zip(*gradients, strict=True):
+        want = flat(first)
+        assert np.linalg.norm(flat(second) - want) <= 1e-6 * np.linalg.norm(want)
