@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
 from serving.errors import ModelNotFound
-from serving.scheduling.request import Request, Seat
+from serving.scheduling.request import Priority, Request, Seat
 from serving.scheduling.step_plan import Limits
 from tests.support import sources
 from tests.support.adapters import random_adapter
@@ -101,7 +102,7 @@ def expected(kind: str, adapter: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_adapters_and_the_base_share_steps(kind: str) -> None:
-    """More requests than rows: some wait, and pages run out, so that some are preempted."""
+    """More requests than rows, so that some wait."""
     names = ("", "red", "blue")
     assert len({tuple(expected(kind, name)) for name in names}) == 3
     engine = engine_for(kind, "red", "blue")
@@ -110,6 +111,25 @@ def test_adapters_and_the_base_share_steps(kind: str) -> None:
         assert tokens == expected(kind, name.partition("-")[0]), name
     for name in names:
         assert answers(engine, request("alone", name))["alone"] == expected(kind, name)
+
+
+def test_a_row_that_gave_way_goes_on_with_its_adapter() -> None:
+    engine = engine_for("dense", "red", "blue")
+    for adapter in ("red", "blue", "", "red"):
+        early = request(f"{adapter}-early-{engine.scheduler.num_waiting}", adapter)
+        engine.add(replace(early, priority=Priority.BATCH))
+    tokens = defaultdict[str, list[int]](list)
+    for _ in range(6):
+        for event in engine.step():
+            if event.drawn is not None:
+                tokens[event.request_id].append(event.drawn.token_id)
+    late = [request(f"{adapter}-late", adapter) for adapter in ("blue", "", "red")]
+    for name, others in answers(engine, *late).items():
+        tokens[name] += others
+    assert engine.scheduler.preemptions == 3
+    assert len(tokens) == 7
+    for name, drawn in tokens.items():
+        assert drawn == expected("dense", name.partition("-")[0]), name
 
 
 def test_a_prefix_is_found_under_its_adapter_alone() -> None:
