@@ -5,8 +5,6 @@ out, the kernels would ask the default device, which is another one where progra
 hardware that is elsewhere.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -88,7 +86,12 @@ def full_attention(
     groups = 1 if layout is None else layout.num_sequence_groups
     if not _fits_rows(q) or q.shape[0] % groups:
         return blockwise.full_attention(q, k, v, window, layout, segments)
-    attend = partial(splash_attention, window=window, interpret=interpret)
+
+    def attend(
+        q: RowQueries, k: RowKeys, v: RowKeys, segments: Segments | None = None
+    ) -> RowQueries:
+        return splash_attention(q, k, v, window, segments, interpret=interpret)
+
     given = (q, k, v) if segments is None else (q, k, v, segments)
     if layout is None:
         return attend(*given)
@@ -108,9 +111,9 @@ def splash_attention(
     q: RowQueries,
     k: RowKeys,
     v: RowKeys,
+    window: int | None,
     segments: Segments | None = None,
     *,
-    window: int | None,
     interpret: bool = False,
 ) -> RowQueries:
     """Causal attention within each row of one device, or each segment of it, by JAX's splash."""
