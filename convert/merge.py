@@ -175,7 +175,12 @@ def merge(
     base = Card.read(checkpoint)
     check_is_float(checkpoint, base)
     if dtype is not None and dtype not in FLOATS:
-        raise ConversionError([f"an adapter is merged as {' or '.join(FLOATS)}, not as {dtype}"])
+        raise ConversionError(
+            [
+                f"an adapter is merged as {' or '.join(FLOATS)}, not as {dtype}; for int8, export "
+                "what was merged and convert that with --dtype int8"
+            ]
+        )
     stored = read_adapter(adapter, base.model)
     card = Card(
         model=base.model,

@@ -20,7 +20,7 @@ from mixtral_jax.errors import AdapterError
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.adapter import Adapter, AdapterConfig
 from mixtral_jax.model.transformer import named_parameters
-from tests.support import sources
+from tests.support import parity, sources
 from tests.support.adapters import ALL, random_adapter
 
 MOE, DENSE = from_hf(sources.MOE), from_hf(sources.DENSE)
@@ -167,3 +167,30 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no adapter"):
         merge(base, base, destination)
     assert not destination.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+def test_transformers_computes_with_the_export_what_peft_does_with_the_adapter(
+    tmp_path: Path,
+) -> None:
+    torch = pytest.importorskip("torch", reason="no torch for this Python: see the test extra")
+    import peft
+    import transformers
+
+    theirs = parity.huggingface("mixtral")
+    theirs.save_pretrained(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "base")
+    adapter = random_adapter(Card.read(tmp_path / "base").model, SETTINGS)
+    write_adapter(tmp_path / "adapter", adapter, SETTINGS, "some/base")
+    reader = MergedReader.open(tmp_path / "base", tmp_path / "adapter")
+    export(tmp_path / "base", tmp_path / "out", reader=reader)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    )
+    adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        got, want = exported(ids).logits.numpy(), adapted(ids).logits.numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
