@@ -118,6 +118,9 @@ class AdapterFolder:
         while not self._end.wait(LOOK_SECONDS):
             try:
                 self.look()
+            except ServingError as error:  # the engine has ended, and so does the process
+                logger.error("the folder of adapters is not followed any more: %s", error)
+                return
             except Exception:  # a bug of ours, which must not end the thread
                 logger.exception("the folder of adapters could not be looked at")
 
