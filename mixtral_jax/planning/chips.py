@@ -10,8 +10,10 @@ figures is an estimate. Sources:
           two links of one axis of the torus, which is a quarter of that on v5e and v6e (two axes)
           and a sixth on v5p (three axes). The memory is what the compiler names as available when a
           program does not fit.
-    GPU   NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM: dense rates, without
-          sparsity; NVLink in one direction. 1 GiB of the memory is left to CUDA, NCCL and cuBLAS.
+    GPU   NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and L4, and its white paper on
+          the Ada architecture for GeForce RTX 4090: dense rates, without sparsity; NVLink in one
+          direction, or PCIe 4.0 x16 where there is none. 1 GiB of the memory, which an L4 has less
+          of by its error correction, is left to CUDA, NCCL and cuBLAS.
     CPU   The machine's memory is divided evenly, and the rates are those of a nominal desktop, so
           that plans can be tried out on virtual devices.
 
@@ -127,6 +129,26 @@ CHIPS: dict[str, dict[str, Chip]] = {
             network=450e9,
             latency=2e-6,
             slices=_SERVERS,
+        ),
+        "l4": Chip(
+            name="L4 24 GB",
+            memory=int(21.4 * GIB),
+            bandwidth=300e9,
+            bf16=121e12,
+            int8=242e12,
+            network=32e9,
+            latency=1e-5,
+            slices=_SERVERS,
+        ),
+        "rtx4090": Chip(
+            name="GeForce RTX 4090",
+            memory=int(22.9 * GIB),
+            bandwidth=1008e9,
+            bf16=165e12,
+            int8=660e12,
+            network=32e9,
+            latency=1e-5,
+            slices=("1", "2", "4"),
         ),
     },
 }

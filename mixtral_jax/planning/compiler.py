@@ -1,16 +1,10 @@
 """The compiler: the real serving step, compiled for chips that need not be here, and its report.
 
 `compile_step` works in this process, whose jax must know the devices. `compile_in_subprocess`
-starts a process that does, which can be interrupted and leaves the caller's jax alone: it reads
-the job as a line of JSON from its standard input and writes its progress and its report as lines of
-JSON.
+starts a process that does (compiler_process.py).
 """
 
-import json
 import math
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,21 +12,17 @@ from typing import Any
 import jax
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import UserError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
 from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.collective import Collective
-from mixtral_jax.planning.topology import absent_devices, environment
+from mixtral_jax.planning.compiler_process import answer_job, report_of
+from mixtral_jax.planning.topology import absent_devices
 from mixtral_jax.planning.traffic import program_traffic
 from mixtral_jax.sharding import mesh_sizes
 from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import StepSizes
 from mixtral_jax.step.programs import Programs
-
-
-class CompileError(UserError):
-    """A program that the compiler refuses, such as one that does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,57 +259,15 @@ def compile_in_subprocess(
     Raises CompileError with the compiler's message, or the last line of a process that died.
     """
     (topology,) = topologies(job.topology)
-    command = [sys.executable, "-m", "mixtral_jax.planning.compiler"]
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env=environment(topology),
-            text=True,
-            encoding="utf-8",
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(asdict(job)))
-            process.stdin.close()
-            for line in process.stdout:
-                message = json.loads(line) if line.startswith('{"') else {}
-                if "progress" in message:
-                    progress(message["progress"])
-                if "error" in message:
-                    raise CompileError(message["error"])
-                if "report" in message:
-                    return CompilerReport.from_json(message["report"])
-        finally:
-            process.kill()
-        stderr.seek(0)
-        last = stderr.read().strip().splitlines()[-1:] or ["it wrote nothing"]
-        raise CompileError(f"the compiler for {topology} ended without an answer: {last[0]}")
+    fields = report_of("mixtral_jax.planning.compiler", asdict(job), topology, progress)
+    return CompilerReport.from_json(fields)
 
 
-def main() -> None:
-    """Runs the subprocess: reads a job from standard input, writes messages to standard output."""
-
-    def send(**message: Any) -> None:
-        print(json.dumps(message), flush=True)
-
-    fields = json.loads(sys.stdin.read())
-    fields["model"] = ModelConfig.from_json(fields["model"])
-    job = CompileJob(**fields)
-    try:
-        (topology,) = topologies(job.topology)
-        devices = absent_devices(topology)
-        report = compile_step(job, devices, lambda line: send(progress=line))
-    except Exception as error:
-        # A compiler's message can be pages long; its subject is in the first line.
-        send(error=str(error).strip().partition("\n")[0][:500])
-    else:
-        send(report=asdict(report))
+def _compiled(fields: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+    job = CompileJob(**{**fields, "model": ModelConfig.from_json(fields["model"])})
+    (topology,) = topologies(job.topology)
+    return asdict(compile_step(job, absent_devices(topology), progress))
 
 
 if __name__ == "__main__":
-    main()
+    answer_job(_compiled)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.planning.chips import Topology
-from mixtral_jax.planning.compiler import CompileError, compile_in_subprocess
+from mixtral_jax.planning.compiler import compile_in_subprocess
+from mixtral_jax.planning.compiler_process import CompileError
 from mixtral_jax.planning.plan import (
     Plan,
     best_first,

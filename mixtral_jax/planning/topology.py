@@ -16,12 +16,26 @@ from mixtral_jax.errors import TopologyError
 from mixtral_jax.planning.chips import Topology
 
 # Figures of a GPU from which the compiler chooses tiles, registers and instructions: the compute
-# capability, streaming multiprocessors, bytes of shared memory of each and of a block that asks for
-# more, and GHz. They are those of NVIDIA's CUDA programming guide and data sheets.
+# capability, streaming multiprocessors, bytes of shared memory of each, GHz, and bytes of level 2
+# cache. They are those of NVIDIA's CUDA programming guide and data sheets.
 _GPUS: dict[str, dict[str, Any]] = {
-    "a100-80": {"major": 8, "cores": 108, "shared": 167936, "optin": 166912, "clock": 1.41},
-    "h100": {"major": 9, "cores": 132, "shared": 233472, "optin": 232448, "clock": 1.98},
-    "h200": {"major": 9, "cores": 132, "shared": 233472, "optin": 232448, "clock": 1.98},
+    "a100-80": {
+        "capability": (8, 0),
+        "cores": 108,
+        "shared": 167936,
+        "clock": 1.41,
+        "l2": 40 << 20,
+    },
+    "h100": {"capability": (9, 0), "cores": 132, "shared": 233472, "clock": 1.98, "l2": 50 << 20},
+    "h200": {"capability": (9, 0), "cores": 132, "shared": 233472, "clock": 1.98, "l2": 50 << 20},
+    "l4": {"capability": (8, 9), "cores": 58, "shared": 102400, "clock": 2.04, "l2": 48 << 20},
+    "rtx4090": {
+        "capability": (8, 9),
+        "cores": 128,
+        "shared": 102400,
+        "clock": 2.52,
+        "l2": 72 << 20,
+    },
 }
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 
@@ -86,20 +100,21 @@ def absent_devices(topology: Topology) -> Sequence[jax.Device]:
 def _target_config(topology: Topology) -> str:
     """Text of XLA's GpuTargetConfigProto for one chip of the topology."""
     gpu = _GPUS[topology.kind]
+    major, minor = gpu["capability"]
     facts = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "shared_memory_per_block": 49152,
         "shared_memory_per_core": gpu["shared"],
-        "shared_memory_per_block_optin": gpu["optin"],
-        "threads_per_core_limit": 2048,
+        "shared_memory_per_block_optin": gpu["shared"] - 1024,
+        "threads_per_core_limit": 1536 if minor else 2048,
         "core_count": gpu["cores"],
-        "fpus_per_core": 128 if gpu["major"] > 8 else 64,
+        "fpus_per_core": 64 if (major, minor) == (8, 0) else 128,
         "block_dim_limit_x": 2**31 - 1,
         "block_dim_limit_y": 65535,
         "block_dim_limit_z": 65535,
         "memory_bandwidth": int(topology.chip.bandwidth),
-        "l2_cache_size": 50 << 20 if gpu["major"] > 8 else 40 << 20,
+        "l2_cache_size": gpu["l2"],
         "clock_rate_ghz": gpu["clock"],
         "device_memory_size": topology.chip.memory + (1 << 30),
         "registers_per_core_limit": 65536,
@@ -110,7 +125,7 @@ def _target_config(topology: Topology) -> str:
         "device_address_bits": 64,
     }
     lines = [f"{name}: {value}" for name, value in facts.items()]
-    lines.append(f"cuda_compute_capability {{ major: {gpu['major']} minor: 0 }}")
+    lines.append(f"cuda_compute_capability {{ major: {major} minor: {minor} }}")
     lines.append('device_vendor: "NVIDIA Corporation"')
     info = "\n".join(lines)
     versions = "dnn_version_info { major: 9 minor: 10 patch: 0 }"

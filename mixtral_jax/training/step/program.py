@@ -4,7 +4,7 @@ What `mixtral-jax train` prints before it starts, and what `train --plan` prints
 elsewhere, is read off this program.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +52,23 @@ class TrainingProgram:
     Args:
         model: the model to train, with its weights or abstract.
         config: settings, in which `steps` is known.
+        options: of the compiler, by the names that `jax.stages.Lowered.compile` takes.
 
     Raises ConfigError for a model or devices that do not fit the settings.
     """
 
-    def __init__(self, model: Transformer, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        config: TrainingConfig,
+        options: Mapping[str, bool | int | float | str] | None = None,
+    ) -> None:
         self.config = config
         self.trainee = Trainee(model, config.adapter)
         self.step = TrainingStep(self.trainee, config)
         self._check_rows()
         self._state_shardings = self._shardings_of_state()
-        self._compiled = self._lowered(model).compile()
+        self._compiled = self._lowered(model).compile(None if options is None else {**options})
         self._evaluate = jax.jit(self.step.evaluate, out_shardings=self._everywhere)
 
     @property
@@ -118,7 +124,7 @@ class TrainingProgram:
     def memory(self) -> TrainingMemory:
         """Bytes on one device, as the compiler lays arrays out."""
         analysis = self._compiled.memory_analysis()
-        state = sum(_held_bytes(leaf) for leaf in jax.tree.leaves(self.abstract_state()))
+        state = bytes_on_device(self.abstract_state())
         frozen = 0
         if self.config.adapter is not None:
             frozen = analysis.argument_size_in_bytes - state - self._batch_bytes()
@@ -143,8 +149,7 @@ class TrainingProgram:
         return text
 
     def _batch_bytes(self) -> int:
-        leaves = jax.tree.leaves(abstract_batch(self.config, self.layout))
-        return sum(_held_bytes(leaf) for leaf in leaves)
+        return bytes_on_device(abstract_batch(self.config, self.layout))
 
     @property
     def _everywhere(self) -> NamedSharding | None:
@@ -230,6 +235,10 @@ def _with_sharding(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def _held_bytes(shape: Any) -> int:
-    whole = shape.shape if shape.sharding is None else shape.sharding.shard_shape(shape.shape)
-    return int(np.prod(whole, dtype=np.int64)) * shape.dtype.itemsize
+def bytes_on_device(shapes: Any) -> int:
+    """Bytes that a tree of shapes with shardings takes on one device."""
+    total = 0
+    for shape in jax.tree.leaves(shapes):
+        held = shape.shape if shape.sharding is None else shape.sharding.shard_shape(shape.shape)
+        total += int(np.prod(held, dtype=np.int64)) * shape.dtype.itemsize
+    return total

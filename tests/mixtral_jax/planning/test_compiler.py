@@ -9,12 +9,8 @@ from flax import nnx
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
-from mixtral_jax.planning.compiler import (
-    CompileError,
-    CompileJob,
-    abstract_model,
-    compile_in_subprocess,
-)
+from mixtral_jax.planning.compiler import CompileJob, abstract_model, compile_in_subprocess
+from mixtral_jax.planning.compiler_process import CompileError
 from mixtral_jax.planning.plan import with_compiler
 from mixtral_jax.step.programs import SplitModel
 from tests.support.plan_workload import DENSE, SMALL, job_on_cpu, workload_of
