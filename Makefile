@@ -19,7 +19,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto s
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve chat quick test newest soak check format proto docs dist smoke bench \
-	plan-matrix notebooks clean
+	plan-matrix training-matrix notebooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ checkpoints/smollm2-135m-instruct-int8/config.json: | install
 
 plan-matrix: $(VENV)/.tested ## Compile the full-size models for every chip and write the table of memory in docs/numbers.md
 	$(BIN)/python -m benchmarks.plan_matrix $(ARGS)
+
+training-matrix: $(VENV)/.tested ## Compile full-size training steps and write the table of their memory in docs/numbers.md
+	$(BIN)/python -m benchmarks.training_matrix $(ARGS)
 
 notebooks: $(VENV)/.tested ## Execute the notebooks on this machine
 	$(BIN)/python -m pytest tests/end_to_end/test_notebooks.py $(ARGS)
