@@ -237,7 +237,9 @@ def _extrapolated(first: _Step, last: _Step, layers: int) -> TrainingMemory:
     few, more = asdict(first.memory), asdict(last.memory)
     return TrainingMemory(
         **{
-            name: round(_line(first.layers, few[name], last.layers, more[name], layers))
+            name: round(
+                _line(first.layers, float(few[name]), last.layers, float(more[name]), layers)
+            )
             for name in few
         }
     )
