@@ -101,7 +101,7 @@ def row(run: Run, plan: TrainingPlan) -> str:
     added = "-"
     if layer is not None:
         parts = (layer.temporary_bytes, layer.residual_bytes, layer.gradient_bytes)
-        added = "{:.1f}, {:.1f} and {:.1f}".format(*(part / (1 << 20) for part in parts))
+        added = "{:.1f}, {:.1f} and {:.1f}".format(*(size / (1 << 20) for size in parts))
     how = "all layers" if plan.method == "compiled" else plan.method.removeprefix("compiled with ")
     named = [f"`{plan.mesh}`", f"{run.rows} of {LENGTH:,}", *cells, added, how]
     return " ".join((run.title, " | ".join(named), "|"))
@@ -121,18 +121,20 @@ def main(
     before, rest = NUMBERS.read_text(encoding="utf-8").split(BEGIN)
     old, after = rest.split(END)
     lines, failures = [], []
-    for one in RUNS:
-        kept = [line for line in old.splitlines() if line.startswith(one.title)]
-        if only not in one.title or not installed(topologies(one.topology)[0].platform):
+    for planned in RUNS:
+        kept = [line for line in old.splitlines() if line.startswith(planned.title)]
+        if only not in planned.title or not installed(topologies(planned.topology)[0].platform):
             lines += kept
             continue
         try:
-            plan = plan_training(one.job(whole), lambda line: print(f"  {line}", file=sys.stderr))
+            plan = plan_training(
+                planned.job(whole), lambda line: print(f"  {line}", file=sys.stderr)
+            )
         except CompileError as error:
-            failures.append(f"{one.title} {error}")
+            failures.append(f"{planned.title} {error}")
             lines += kept
             continue
-        lines.append(row(one, plan))
+        lines.append(row(planned, plan))
         print(lines[-1], f"{plan.seconds:.0f} s", file=sys.stderr)
     table = "\n".join([HEAD, *lines])
     print(table)

@@ -205,6 +205,10 @@ class Transformer(nnx.Module):
                 x = block.full(x, rotary, capture, segments=segments, adapter=beside)
                 return x, capture.values
 
+            if is_recomputed:
+                # Else XLA keeps what attention and feed-forward gave, and sums it up once more in
+                # the backward pass: two arrays a layer in place of one.
+                x = jax.lax.optimization_barrier(x)
             x, values = (jax.checkpoint(run) if is_recomputed else run)(x, beside)
             if captures is not None:
                 captures[i].values.update(values)

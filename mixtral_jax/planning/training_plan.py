@@ -71,7 +71,7 @@ class TrainingJob:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What one more layer adds to a step, on one device.
+    """The bytes and operations that one more layer adds to a step, on one device.
 
     Attributes:
         temporary_bytes: to the largest amount of temporaries.
@@ -90,7 +90,7 @@ class LayerCost:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a training step takes on each chip of a topology.
+    """The bytes that a training step takes on each chip of a topology, and its work.
 
     Attributes:
         topology: the chips' name.
@@ -210,12 +210,12 @@ class _Step:
 
 
 def _one(name: str) -> list[Topology]:
-    found = topologies(name)
-    if len(found) != 1:
+    sizes = topologies(name)
+    if len(sizes) != 1:
         raise ConfigError(
-            f"--topology {name} names several sizes; give one, such as {name}:{found[0].slice}"
+            f"--topology {name} names several sizes; give one, such as {name}:{sizes[0].slice}"
         )
-    return found
+    return sizes
 
 
 def _placement(job: TrainingJob, devices: Sequence[jax.Device]) -> Placement:

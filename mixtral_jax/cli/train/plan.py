@@ -128,8 +128,8 @@ def text_of(name: str, job: "TrainingJob", plan: "TrainingPlan") -> Table:
         "  program": _gib(memory.program_bytes),
     }
     if plan.layer is not None:
-        parts = (plan.layer.temporary_bytes, plan.layer.residual_bytes, plan.layer.gradient_bytes)
-        grown, kept, gradient = (f"{part / (1 << 20):.1f} MiB" for part in parts)
+        sizes = (plan.layer.temporary_bytes, plan.layer.residual_bytes, plan.layer.gradient_bytes)
+        grown, kept, gradient = (f"{size / (1 << 20):.1f} MiB" for size in sizes)
         lines["a layer adds"] = (
             f"{grown} of temporaries; its input has {kept}, its gradient {gradient}"
         )
