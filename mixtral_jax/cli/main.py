@@ -6,6 +6,7 @@ import sys
 import typer
 
 from mixtral_jax.cli import adapter, bench, chat, convert, extras, keys, plan, serve
+from mixtral_jax.cli.train.command import train
 from mixtral_jax.errors import UserError
 from serving.command_line import USER_ERRORS, flags_of_all, run
 
@@ -20,7 +21,7 @@ app = typer.Typer(
 for _command in (
     *(convert.pull, convert.convert, convert.export, convert.info, chat.chat),
     *(adapter.merge, adapter.export_adapter),
-    *(extras.needs("serve")(serve.serve), plan.plan, bench.bench),
+    *(extras.needs("serve")(serve.serve), train, plan.plan, bench.bench),
 ):
     app.command()(_command)
 app.add_typer(keys.app, name="keys")

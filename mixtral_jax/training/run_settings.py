@@ -24,6 +24,8 @@ from mixtral_jax.training.dataset import BadRows, LongRows, Source
 
 _TRAINING, _ADAPTER, _TARGETS = "training", "adapter", "targets"
 
+_VALIDATE_EVERY = 50  # steps, where rows to validate on are given and no interval is
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -63,6 +65,11 @@ class RunSettings:
             raise ConfigError("there is no data: give --data FILE.jsonl")
         if self.training.validate_every and not self.validation:
             raise ConfigError("validate_every needs rows to validate on: give --validation FILE")
+        if self.training.objective != "supervised":
+            raise ConfigError(
+                f"objective={self.training.objective!r} is for the library's Trainer, with batches "
+                "of pairs; files hold chats and text, which are for supervised"
+            )
         if type(self.samples) is not int or self.samples < 0:
             raise ConfigError(f"samples={self.samples!r} must be a whole number of at least 0")
 
@@ -81,6 +88,8 @@ class RunSettings:
             if values.get(name) in (None, "", [], ()):
                 raise ConfigError(f"{name} is missing: give --{name}, or name it in the settings")
         training = {name: values.pop(name) for name in [*values] if name in inner}
+        if values.get("validation") and training.get("validate_every") is None:
+            training["validate_every"] = _VALIDATE_EVERY
         if training.get("steps") is None and training.get("epochs") is None:
             training["epochs"] = 1.0
         made: dict[str, Any] = {name: value for name, value in values.items() if value is not None}

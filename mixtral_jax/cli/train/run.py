@@ -1,0 +1,180 @@
+"""A run from settings to adapter: reads, reports, trains, and writes what serves it."""
+
+import shlex
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from mixtral_jax.checkpoint.adapter import write_adapter
+from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained, save
+from mixtral_jax.cli.train.logs import Logs
+from mixtral_jax.cli.train.report import Progressing, data_table, flops_per_token, program_table
+from mixtral_jax.compilation import keep_programs
+from mixtral_jax.model.adapter import Adapter
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.tokenization.tokenizer import Tokenizer
+from mixtral_jax.training.batch import Batch
+from mixtral_jax.training.dataset import Dataset
+from mixtral_jax.training.loop import Trainer, stopping_on_signals
+from mixtral_jax.training.packing import PackedData
+from mixtral_jax.training.records import EndRecord
+from mixtral_jax.training.run_settings import RunSettings
+from mixtral_jax.training.samples import greedy_answers, question_of
+
+ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
+_SAMPLE_TOKENS = 64
+
+
+def run(settings: RunSettings) -> bool:
+    """Trains as the settings say, or goes on with a run that was stopped. Raises UserError.
+
+    Returns whether the run is finished; a signal may have ended it before.
+    """
+    console = Console(soft_wrap=True)
+    pretrained = open_pretrained(settings.model)
+    tokenizer = pretrained.tokenizer
+    data, validation = _read(settings, tokenizer)
+    training = settings.training
+    packed = PackedData(data.examples, training.length, training.rows, training.seed)
+    config = training.resolved(packed.num_steps)
+    console.print(f"[bold]mixtral-jax train[/bold] {settings.model} -> {settings.output}")
+    console.print(data_table(data.account, packed, config))
+    for bad in data.account.bad_rows[:5]:
+        console.print(f"left out: {bad.place} {bad.reason}", markup=False, highlight=False)
+    keep_programs()
+    model = pretrained.load(pretrained.placement(settings.dtype, settings.mesh))
+    checks: list[Batch] = []
+    if validation is not None:
+        rows = PackedData(validation.examples, training.length, training.rows, 0, is_shuffled=False)
+        checks = [rows.batch(step) for step in range(rows.num_steps)]
+    settings.output.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    trainer = Trainer(
+        model,
+        config,
+        packed,
+        folder=settings.output / CHECKPOINTS,
+        facts={"data": data.digest(), "checkpoint": pretrained.card.name},
+        validation=checks,
+    )
+    seconds = time.perf_counter() - began
+    memory = trainer.program.memory
+    console.print(program_table(trainer.trained, memory, model.config, seconds))
+    if trainer.resumed_from:
+        console.print(f"goes on from step {trainer.resumed_from} of {trainer.num_steps}")
+    if not _train(settings, trainer, console):
+        return False
+    _finish(settings, pretrained, model, trainer, console)
+    _answer(settings, validation or data, tokenizer, model, trainer, console)
+    _say_how_to_serve(settings, console)
+    return True
+
+
+def _read(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """Returns the rows to train on, and those to validate on. Raises DataError."""
+    read = [
+        Dataset.read(
+            sources,
+            tokenizer,
+            settings.training.length,
+            bad_rows=settings.bad_rows,
+            long_rows=settings.long_rows,
+            ignored_keys=settings.ignored_keys,
+        )
+        for sources in (settings.data, settings.validation)
+        if sources
+    ]
+    return read[0], read[1] if len(read) > 1 else None
+
+
+def _train(settings: RunSettings, trainer: Trainer, console: Console) -> bool:
+    """Runs the steps; returns whether all of them are done."""
+    logs = Logs(settings.output, trainer.step)
+    flops = flops_per_token(trainer.program.trainee.config, trainer.config)
+    shown = Progressing(console, trainer.num_steps, trainer.step, flops)
+    is_finished = False
+    try:
+        with stopping_on_signals(trainer), shown:
+            for record in trainer.records():
+                shown.show(record)
+                logs.write(record)
+                if isinstance(record, EndRecord):
+                    is_finished = record.is_finished
+    finally:
+        logs.close()
+    if not is_finished:
+        console.print(
+            f"stopped after step {trainer.step} of {trainer.num_steps}, which is saved in "
+            f"{settings.output / CHECKPOINTS}; run the same command to go on"
+        )
+    return is_finished
+
+
+def _finish(
+    settings: RunSettings,
+    pretrained: Pretrained,
+    model: Transformer,
+    trainer: Trainer,
+    console: Console,
+) -> None:
+    """Writes the adapter, or the whole model, unless an earlier run of the command has done it."""
+    trained = trainer.trained
+    folder = result_folder(settings)
+    if folder.exists():
+        console.print(f"{folder} is there already, of an earlier end of this run")
+    elif isinstance(trained, Adapter):
+        adapter = settings.training.adapter
+        assert adapter is not None
+        base = settings.base or pretrained.card.name
+        write_adapter(folder, jax.device_get(trained), adapter, base)
+    else:
+        whole, _ = trainer.program.trainee.assemble(trained, {})
+        save(whole, pretrained.tokenizer, folder, name=f"{pretrained.card.name}-tuned")
+
+
+def result_folder(settings: RunSettings) -> Path:
+    """Returns the folder of what a run makes."""
+    return settings.output / (MODEL if settings.training.adapter is None else ADAPTER)
+
+
+def _answer(
+    settings: RunSettings,
+    data: Dataset,
+    tokenizer: Tokenizer,
+    model: Transformer,
+    trainer: Trainer,
+    console: Console,
+) -> None:
+    """Shows how the tuned model answers a few rows."""
+    trainee = trainer.program.trainee
+    questions = [question_of(example) for example in data.examples[: settings.samples]]
+    answers = greedy_answers(
+        trainee,
+        trainer.trained,
+        trainee.frozen(model),
+        [prompt for prompt, _ in questions],
+        _SAMPLE_TOKENS,
+        tokenizer.eos_ids,
+    )
+    for (prompt, expected), answer in zip(questions, answers, strict=True):
+        console.print("[bold]asked[/bold]", end="    ")
+        console.print(tokenizer.decode(prompt).strip(), markup=False, highlight=False)
+        for name, ids in (("expected", expected), ("answered", answer)):
+            console.print(f"[bold]{name}[/bold]", end=" ")
+            console.print(tokenizer.decode(ids).strip(), markup=False, highlight=False)
+
+
+def _say_how_to_serve(settings: RunSettings, console: Console) -> None:
+    folder = result_folder(settings)
+    console.print(f"curves and logs: {settings.output}")
+    base = shlex.quote(settings.model)
+    if settings.training.adapter is None:
+        console.print(f"serve it: mixtral-jax serve --model {shlex.quote(str(folder))}")
+        return
+    name = settings.output.name
+    console.print(f"the adapter is in {folder}")
+    console.print(
+        f"serve it: mixtral-jax serve --model {base} --adapter {shlex.quote(f'{name}={folder}')}"
+    )
