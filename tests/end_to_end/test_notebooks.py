@@ -71,3 +71,13 @@ def test_02_looks_inside(devices: int, mixture: Path, monkeypatch: pytest.Monkey
     assert f"cpu: {devices} device" in text
     assert "(30, 1, 21, 2)" in text.replace("\n", " ")
     assert figures == 3
+
+
+@pytest.mark.soak
+def test_05_learns_the_form(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"MIXTRAL_JAX_MODEL": str(smollm2), "MIXTRAL_JAX_RUN": str(tmp_path / "run")}
+    text, figures = executed("05_finetune", monkeypatch, **environment)
+    assert "exact: 0 of 8" in text
+    assert "exact: 8 of 8" in text or "exact: 7 of 8" in text
+    assert figures == 2
+    assert "adapter_model.safetensors" in text
