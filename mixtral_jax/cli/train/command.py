@@ -55,11 +55,22 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Any other setting as NAME=VALUE; repeatable."),
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Compile the step for --topology, and train nothing.")
+    ] = False,
+    topology: Annotated[
+        str | None, typer.Option(help="With --plan: chips such as tpu:v5e:2x4 or gpu:l4:1.")
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="With --plan: all layers, however long it takes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --plan: print JSON.")] = False,
 ) -> None:
     """Fine-tune a model on chats or text, by an adapter or as a whole.
 
     The same command goes on where a run was stopped. The settings are described in docs/train.md.
     """
+    from mixtral_jax.cli.train.plan import check_plan_flags, plan_run
     from mixtral_jax.cli.train.run import run
     from mixtral_jax.cli.train.settings import read_settings
 
@@ -82,5 +93,17 @@ def train(
         "mesh": mesh,
         "dtype": dtype,
     }
+    check_plan_flags(plan, topology, whole, as_json)
+    if topology is not None:
+        plan_run(
+            settings,
+            flags,
+            change or [],
+            is_full=full,
+            topology=topology,
+            is_whole=whole,
+            as_json=as_json,
+        )
+        return
     if not run(read_settings(settings, flags, change or [], is_full=full)):
         raise typer.Exit(_STOPPED)

@@ -23,6 +23,15 @@ _UNUSED = {"data": ["none.jsonl"], "output": "none"}
 _STEPS = 1000
 
 
+def check_plan_flags(plan: bool, topology: str | None, whole: bool, as_json: bool) -> None:
+    """Raises UserError for flags of a plan without the others that they need."""
+    if plan and topology is None:
+        raise UserError("--plan needs --topology, such as --topology tpu:v5e:2x4")
+    if not plan and (topology is not None or whole or as_json):
+        name = "--topology" if topology is not None else "--whole" if whole else "--json"
+        raise UserError(f"{name} is for --plan; give both, or leave it out")
+
+
 def plan_run(
     file: Path | None,
     flags: Mapping[str, Any],

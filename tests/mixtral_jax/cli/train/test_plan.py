@@ -2,8 +2,8 @@
 
 import pytest
 
-from mixtral_jax.cli.train.plan import job_of
-from mixtral_jax.errors import ConfigError
+from mixtral_jax.cli.train.plan import check_plan_flags, job_of
+from mixtral_jax.errors import ConfigError, UserError
 from mixtral_jax.planning.training_plan import TrainingJob
 
 
@@ -30,3 +30,13 @@ def test_a_published_model_needs_no_data() -> None:
 def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="no model is known as 'mistral-9b'"):
         job(model="mistral-9b")
+
+
+def test_flags_of_a_plan_need_each_other() -> None:
+    with pytest.raises(UserError, match="--plan needs --topology"):
+        check_plan_flags(True, None, False, False)
+    with pytest.raises(UserError, match="--whole is for --plan"):
+        check_plan_flags(False, None, True, False)
+    with pytest.raises(UserError, match="--topology is for --plan"):
+        check_plan_flags(False, "tpu:v5e:2x4", False, False)
+    check_plan_flags(True, "tpu:v5e:2x4", True, True)
