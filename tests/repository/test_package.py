@@ -28,6 +28,8 @@ OWN = {"mixtral_jax", "convert", "serving", "_typeshed"}
 ROOMS = {
     "mixtral_jax": set(),
     "mixtral_jax/cli/plan.py": {"plan"},
+    "mixtral_jax/cli/train": {"train"},
+    "mixtral_jax/training": {"train"},
     "convert": {"convert"},
     "serving": {"serve"},
     "serving/access/entra.py": {"serve", "entra"},
