@@ -105,13 +105,13 @@ class Progressing:
         console: where it is shown.
         steps: of the whole run.
         step: that the run goes on from.
-        flops_per_token: operations of the model for a trained token, for the utilisation.
+        flops: operations of a step over all devices, for the utilisation.
     """
 
-    def __init__(self, console: Console, steps: int, step: int, flops_per_token: float) -> None:
+    def __init__(self, console: Console, steps: int, step: int, flops: float) -> None:
         self._console = console
         self._steps = steps
-        self._flops = flops_per_token
+        self._flops = flops
         self._peak = _peak()
         self._validation = ""
         self._next_line = 0.0
@@ -162,25 +162,9 @@ class Progressing:
         rate = record.tokens / record.seconds
         text = f"loss {record.loss:.4f}{self._validation}, {rate:,.0f} tokens/s"
         if self._peak:
-            share = rate * self._flops / (self._peak * jax.device_count())
+            share = self._flops / (record.seconds * self._peak * jax.device_count())
             text += f", MFU {share:.1%}"
         return text
-
-
-def flops_per_token(config: ModelConfig, training: TrainingConfig) -> float:
-    """Returns the operations of the model for a trained token, attention's scores left out.
-
-    A product of the forward pass counts two operations for each weight that the token meets; the
-    gradient of its input counts the same again, and that of the weight too where it is trained.
-    Recomputation does not count, as in PaLM's model FLOPs utilisation (arXiv:2204.02311).
-    """
-    weights = count_parameters(config, "float32")[0]
-    if not config.tied_embeddings:
-        weights -= config.vocab_size * config.hidden_size  # the table is read, not multiplied
-    if config.is_moe:
-        experts = 3 * config.hidden_size * config.feed_forward_size * config.num_layers
-        weights -= experts * (config.num_experts - config.experts_per_token)
-    return 2.0 * weights * (2 if training.adapter is not None else 3)
 
 
 def _peak() -> float:

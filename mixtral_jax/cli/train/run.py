@@ -10,7 +10,7 @@ from rich.console import Console
 from mixtral_jax.checkpoint.adapter import write_adapter
 from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained, save
 from mixtral_jax.cli.train.logs import Logs
-from mixtral_jax.cli.train.report import Progressing, data_table, flops_per_token, program_table
+from mixtral_jax.cli.train.report import Progressing, data_table, program_table
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.adapter import Adapter
 from mixtral_jax.model.transformer import Transformer
@@ -22,6 +22,7 @@ from mixtral_jax.training.packing import PackedData
 from mixtral_jax.training.records import EndRecord
 from mixtral_jax.training.run_settings import RunSettings
 from mixtral_jax.training.samples import greedy_answers, question_of
+from mixtral_jax.training.step.flops import step_flops
 
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 _SAMPLE_TOKENS = 64
@@ -92,7 +93,7 @@ def _read(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Dataset, Dataset
 def _train(settings: RunSettings, trainer: Trainer, console: Console) -> bool:
     """Runs the steps; returns whether all of them are done."""
     logs = Logs(settings.output, trainer.step)
-    flops = flops_per_token(trainer.program.trainee.config, trainer.config)
+    flops = step_flops(trainer.program.trainee.config, trainer.config)
     shown = Progressing(console, trainer.num_steps, trainer.step, flops)
     is_finished = False
     try:
