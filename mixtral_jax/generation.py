@@ -28,7 +28,7 @@ from mixtral_jax.sampling_params import (
 from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import GroupInputs, StepSizes, host_array
 from mixtral_jax.step.launcher import StepLauncher
-from mixtral_jax.step.sampling import unpack
+from mixtral_jax.step.sampling import NO_TOKEN, unpack
 from mixtral_jax.structure.continuation import FormProgress
 from mixtral_jax.structure.form import Form, form_of
 from mixtral_jax.structure.grammar import grammar_of
@@ -345,6 +345,11 @@ def _draws(
             allowed[row] = mask
         packed = launcher.draw(walked, allowed)
         draw = Draw(*unpack(np.asarray(packed)).of_row(row, sampling.top_logprobs))
+        if draw.token_id == NO_TOKEN:
+            raise SamplingError(
+                "the model's values are not finite (NaN or infinity), and no token follows from "
+                "them; look at its weights and those of its adapter"
+            )
         ids.append(draw.token_id)
         yield draw
         if draw.token_id in eos_ids:

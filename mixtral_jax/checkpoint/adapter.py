@@ -110,7 +110,7 @@ def read_adapter(
             read: dict[str, list[Pair]] = {}
             for place in (place for place in wanted if place.layer == layer):
                 ratio = settings.scaling_of(place.asked) / ours.scaling
-                pair = _read(file, place, ratio)
+                pair = _read(file, place, ratio, ours.scaling)
                 for target, half in zip(place.targets, split(pair, place), strict=True):
                     _check_rank(path, place, half[1].shape[-1], max_rank)
                     read.setdefault(target, []).append(half)
@@ -249,13 +249,17 @@ def _check_rank(path: Path, place: Place, rank: int, max_rank: int | None) -> No
         )
 
 
-def _read(file: TensorFile, place: Place, ratio: float) -> Pair:
-    """Reads a place's two tensors in float32; raises AdapterError where one is not finite."""
+def _read(file: TensorFile, place: Place, ratio: float, scaling: float) -> Pair:
+    """Reads a place's two tensors in float32, B times a ratio.
+
+    Raises AdapterError where A, B or B times the scaling is not finite.
+    """
     a, b = (file.read(name) for name in (place.a, place.b))
-    if ratio != 1.0:
-        with np.errstate(over="ignore", invalid="ignore"):  # found below
+    with np.errstate(over="ignore", invalid="ignore"):  # found below
+        if ratio != 1.0:
             b = b * np.float32(ratio)
-    for name, array in ((place.a, a), (place.b, b)):
+        scaled = b * np.float32(scaling)
+    for name, array in ((place.a, a), (place.b, b), (place.b, scaled)):
         if not np.isfinite(array).all():
             raise AdapterError(
                 f"{file.path}: {name} has values that are not finite (NaN or infinity); save the "

@@ -223,6 +223,9 @@ def _check(path: Path, content: Mapping[str, Any]) -> None:
             f"{path}: bias is {content['bias']!r}, but the models have no biases; train with "
             'bias="none"'
         )
+    is_stabilized = content.get("use_rslora")
+    if is_stabilized not in (None, True, False):
+        raise AdapterError(f"{path}: use_rslora is {is_stabilized!r}; it must be true or false")
     made = content.get("init_lora_weights")
     if isinstance(made, str) and made.lower().startswith(_CHANGED_BASE):
         raise AdapterError(

@@ -44,6 +44,7 @@ from mixtral_jax.axes import (
 from mixtral_jax.sampling_params import MAX_TOP_LOGPROBS
 
 NO_ID = 2**31 - 1  # pads ids: no vocabulary has it
+NO_TOKEN = -1  # of a row whose logits are not finite
 _BLOCK = 256  # divides the vocabularies of all presets
 
 
@@ -127,7 +128,7 @@ class Sampled(NamedTuple):
 class Draws(NamedTuple):
     """Content of `Sampled.packed`, on the host. Logprobs that were not asked for are 0."""
 
-    tokens: HostRows
+    tokens: HostRows  # NO_TOKEN where the logits are not finite
     logprobs: HostRowFloats
     top_ids: HostTopIds  # likeliest first; where the vocabulary is smaller, logprobs of -inf
     top_logprobs: HostTopLogprobs
@@ -171,6 +172,8 @@ def sample(logits: FlatLogits, params: SamplingArrays, allowed: RowMasks | None 
         scores = _mask(scores, logits, allowed)
     tokens = jax.lax.cond(jnp.any(p.temperature > 0), _draw, _likeliest, scores, p)
     packed = jax.lax.cond(jnp.any(p.top_logprobs >= 0), _logprobs, _no_logprobs, logits, tokens, p)
+    own = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    packed = packed.at[:, 0].set(jnp.where(jnp.isfinite(own), tokens, NO_TOKEN))
     return Sampled(tokens, packed)
 
 

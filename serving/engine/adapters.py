@@ -62,7 +62,7 @@ class AdapterSlots:
         """Reads an adapter from its folder, in PEFT's form.
 
         Raises AdapterError where it is broken, does not fit the model, has a larger rank than the
-        stacks or changes weights that have no stack.
+        stacks, changes weights that have no stack, or changes nothing at all.
         """
         stored = read_adapter(folder, self._config, max_rank=self._sizes.rank)
         beyond = [name for name in stored.settings.targets if name not in self._sizes.targets]
@@ -71,6 +71,11 @@ class AdapterSlots:
                 f"{folder} changes {', '.join(beyond)}, and this server keeps room for adapters of "
                 f"{', '.join(self._sizes.targets)}, as those of --adapter need it; start it with "
                 "this one as an --adapter too, or with --adapters-folder"
+            )
+        if not stored.num_layers_changed:
+            raise AdapterError(
+                f"{folder} changes nothing, for all its matrices B are zero: the model itself would "
+                "answer under its name; give one that has been trained"
             )
         return stored
 

@@ -23,16 +23,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mixtral_jax.checkpoint.adapter import StoredAdapter
+from mixtral_jax.step.sampling import NO_TOKEN
 from serving.engine.adapters import AdapterSlots
 from serving.engine.device import Device, Launched, Masks, MaskSource, Order, PutLayer, Walk
 from serving.engine.recovery import Suspects
 from serving.errors import ModelNotFound
 from serving.scheduling.partitions import Partitions
 from serving.scheduling.proposer import Proposer
-from serving.scheduling.request import Event, FinishReason, Request, RowDraws
+from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws
 from serving.scheduling.step_plan import Limits, StepPlan
 
 _log = logging.getLogger(__name__)
+_NOT_FINITE = (
+    "the model's values are not finite (NaN or infinity), so that no token follows from them; the "
+    "weights of the model, or of its adapter, are the reason"
+)
 
 
 @dataclass
@@ -158,6 +163,7 @@ class Engine:
         step = self._plan()
         fault: _Fault | None = None
         walked = None
+        lost: list[Event] = []
         if step is not None:
             has_masks = self._masks is not None and self._masks.has_rows(step.plans)
             if self._broadcast is not None:
@@ -175,12 +181,14 @@ class Engine:
             except Exception as error:  # the older step is the reason, also where both have failed
                 fault = _Fault(before, error)
             else:
+                lost = self._without_tokens(before.plans, drawn)
                 events += self.scheduler.commit(before.plans, drawn)
                 trusted = self._suspects.passed(before.plans)
                 if trusted:
                     self.scheduler.trust(trusted)
         if self._masks is not None:
             self._masks.advance(events)
+        events += lost
         if step is not None and fault is None and step.launched is None:
             fault = self._draw(step, walked, events)
         if fault is not None:
@@ -192,6 +200,25 @@ class Engine:
         """Returns the next step, or None if there is nothing to compute now."""
         plans = self.scheduler.plan()
         return _Step(plans) if any(plan.chunks for plan in plans) else None
+
+    def _without_tokens(
+        self, plans: Sequence[StepPlan], drawn: Sequence[Sequence[RowDraws]]
+    ) -> list[Event]:
+        """Ends the requests whose values are not finite; returns their events.
+
+        No token follows from such values, and an adapter with huge ones gives them.
+        """
+        lost = {
+            chunk.request_id
+            for plan, draws in zip(plans, drawn, strict=True)
+            for chunk, draw in zip(plan.chunks, draws, strict=True)
+            if isinstance(draw, Drawn) and draw.token_id == NO_TOKEN
+            if self.scheduler.has(chunk.request_id)  # else it has ended since the plan
+        }
+        for request_id in sorted(lost):
+            _log.error("request %s ends: %s", request_id, _NOT_FINITE)
+            self.cancel(request_id)
+        return [_failed(request_id, _NOT_FINITE) for request_id in sorted(lost)]
 
     def _draw(self, step: _Step, walked: object, events: list[Event]) -> _Fault | None:
         """Launches the second part of a step whose rows have masks.

@@ -66,7 +66,7 @@ class Partitions:
         `without` has the ids of requests that sit the step out; see `Scheduler.plan`.
         """
         if len(self._turns) > 1:  # suspects that have ended are forgotten
-            self._turns = deque(turn for turn in self._turns if turn is None or self._has(turn))
+            self._turns = deque(turn for turn in self._turns if turn is None or self.has(turn))
         suspects = [turn for turn in self._turns if turn is not None]
         for _ in range(len(self._turns)):
             turn = self._turns[0]
@@ -116,9 +116,10 @@ class Partitions:
     @property
     def suspects(self) -> frozenset[str]:
         """Ids of the requests that are computed alone."""
-        return frozenset(turn for turn in self._turns if turn is not None and self._has(turn))
+        return frozenset(turn for turn in self._turns if turn is not None and self.has(turn))
 
-    def _has(self, request_id: str) -> bool:
+    def has(self, request_id: str) -> bool:
+        """Returns True if a request has not ended."""
         return any(scheduler.has(request_id) for scheduler in self._schedulers)
 
     @property

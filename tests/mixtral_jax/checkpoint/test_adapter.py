@@ -246,6 +246,17 @@ BROKEN: dict[str, tuple[Change, str]] = {
         ),
         r"q_proj.lora_B.weight has values that are not finite",
     ),
+    "infinity after the scaling of all": (
+        lambda tensors, settings: (
+            settings.update(lora_alpha=1e8),
+            tensors.update({FIRST.replace("_A", "_B"): np.full((64, 4), 1e35, np.float32)}),
+        ),
+        r"q_proj.lora_B.weight has values that are not finite",
+    ),
+    "a flag that is text": (
+        lambda _, settings: settings.update(use_rslora="false"),
+        "use_rslora is 'false'; it must be true or false",
+    ),
     "a rank that is not its own": (
         lambda _, settings: settings.update(r=8),
         r"has the shape \[4, 32\], but rank 8",

@@ -9,6 +9,7 @@ import pytest
 
 from mixtral_jax.step.sampling import (
     NO_ID,
+    NO_TOKEN,
     Biases,
     History,
     Sampled,
@@ -259,6 +260,21 @@ def test_logprobs_of_a_small_vocabulary() -> None:
     np.testing.assert_allclose(
         np.exp(draws.top_logprobs[0, :7]), [0.5, 0.3, 0.15, 0.05, 0, 0, 1], atol=1e-6
     )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_logprobs", [-1, 2])
+def test_no_token_follows_from_logits_that_are_not_finite(
+    temperature: float, top_logprobs: int
+) -> None:
+    logits = np.tile(np.float32(LOGITS), (2, 1))
+    logits[0] = np.nan
+    rows = arrays(2, temperature=temperature, top_logprobs=top_logprobs)
+    alone = draw(jnp.asarray(logits[1:]), arrays(1, temperature=temperature))
+    sampled = draw(jnp.asarray(logits), rows)
+    tokens = unpack(np.asarray(sampled.packed)).tokens
+    assert tokens.tolist() == [NO_TOKEN, sampled.tokens[1]]
+    assert temperature > 0 or tokens[1] == alone.tokens[0]
 
 
 def test_top_equals_the_library_with_ties() -> None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint.adapter import StoredAdapter, write_adapter
@@ -13,7 +15,7 @@ from mixtral_jax.compilation import CompilationCount
 from mixtral_jax.errors import AdapterError
 from mixtral_jax.generation import generate_tokens
 from mixtral_jax.hf_config import from_hf
-from mixtral_jax.model.adapter import AdapterConfig
+from mixtral_jax.model.adapter import Adapter, AdapterConfig
 from mixtral_jax.model.adapter_stack import StackSizes
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.step.buckets import Steps
@@ -24,7 +26,7 @@ from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
 from serving.errors import ModelNotFound
-from serving.scheduling.request import Priority, Request, Seat
+from serving.scheduling.request import FinishReason, Priority, Request, Seat
 from serving.scheduling.step_plan import Limits
 from tests.support import sources
 from tests.support.adapters import random_adapter
@@ -256,3 +258,36 @@ def test_targets_and_ranks_beyond_the_stacks_are_refused(written: Callable[[str]
     flat = AdapterSlots(CONFIGS["dense"], StackSizes(slots=1, rank=1, targets=("o", "q")))
     with pytest.raises(AdapterError, match="at most 1 is allowed"):
         flat.read(written("blue"))
+
+
+def test_values_that_overflow_end_their_request_alone() -> None:
+    huge = stored("dense", "red")
+    layers = tuple(
+        type(block)(
+            *(low and low._replace(b=np.full_like(low.b, 1e38)) for low in block)  # finite
+        )
+        for block in huge.adapter.layers
+    )
+    engine = engine_for("dense")
+    engine.load_adapter("huge", replace(huge, adapter=Adapter(layers), settings=SETTINGS["red"]))
+    want = answers(engine_for("dense"), request("base"))
+    for asked in (request("bad", "huge"), request("base")):
+        engine.add(asked)
+    failed, tokens = [], []
+    while engine.has_work:
+        for event in engine.step():
+            if event.finish_reason is FinishReason.FAILED:
+                failed.append((event.request_id, "not finite" in event.problem))
+            elif event.drawn is not None:
+                tokens.append((event.request_id, event.drawn.token_id))
+    assert failed == [("bad", True)]
+    assert tokens == [("base", token) for token in want["base"]]
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    settings = SETTINGS["red"]
+    new = Adapter.random(CONFIGS["dense"], settings, jax.random.key(0))  # B is zero
+    write_adapter(tmp_path / "new", new, settings, "base")
+    slots = AdapterSlots(CONFIGS["dense"], StackSizes.all_targets(CONFIGS["dense"], 2, 4))
+    with pytest.raises(AdapterError, match="changes nothing.*trained"):
+        slots.read(tmp_path / "new")
