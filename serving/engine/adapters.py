@@ -74,8 +74,8 @@ class AdapterSlots:
             )
         if not stored.num_layers_changed:
             raise AdapterError(
-                f"{folder} changes nothing, for all its matrices B are zero: the model itself would "
-                "answer under its name; give one that has been trained"
+                f"{folder} changes nothing, for all its matrices B are zero, and the model itself "
+                "would answer under its name; give one that has been trained"
             )
         return stored
 
