@@ -207,8 +207,9 @@ class Transformer(nnx.Module):
 
             if is_recomputed:
                 # Else XLA keeps what attention and feed-forward gave, and sums it up once more in
-                # the backward pass: two arrays a layer in place of one.
-                x = jax.lax.optimization_barrier(x)
+                # the backward pass: two arrays a layer in place of one. And it puts the adapter's
+                # gradient off, with all that it is a product of, while the backward pass goes on.
+                x, beside = jax.lax.optimization_barrier((x, beside))
             x, values = (jax.checkpoint(run) if is_recomputed else run)(x, beside)
             if captures is not None:
                 captures[i].values.update(values)
