@@ -200,7 +200,7 @@ def moe_ragged(
             return add_stacks(ys, x, groups, stacks, kernels, lead=2)
         for i, beside in enumerate(adapted):
             if isinstance(beside.low, LowRank):
-                a, b = (Weight(matrix.astype(x.dtype), None) for matrix in beside.low)
+                a, b = (Weight(jnp.asarray(matrix, x.dtype), None) for matrix in beside.low)
                 ys[i] += kernels.grouped(kernels.grouped(x, sizes, a), sizes, b)
         return ys
 
