@@ -1,4 +1,7 @@
-"""The notebooks run from their first cell to their last, and give the values that they speak of."""
+"""The notebooks run from their first cell to their last, and give the values that they speak of.
+
+CI runs the first and the third; what the others show, smaller tests show too.
+"""
 
 from pathlib import Path
 
@@ -38,14 +41,14 @@ def test_03_splits_and_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures == 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_04_serves_and_answers(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, _ = executed("04_serve_and_chat", monkeypatch, MIXTRAL_JAX_MODEL=str(smollm2))
     assert text.count("Paris") >= 2  # by gRPC and by HTTP
     assert "completion_tokens" in text
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_06_gives_valid_answers(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, figures = executed("06_structured_output", monkeypatch, MIXTRAL_JAX_MODEL=str(smollm2))
     assert "'districts':" in text
@@ -63,8 +66,8 @@ def mixture(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("devices", [1, 8])
 def test_02_looks_inside(devices: int, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"MIXTRAL_JAX_MODEL": str(mixture), "JAX_NUM_CPU_DEVICES": str(devices)}
     text, figures = executed("02_inside_the_experts", monkeypatch, **environment)
