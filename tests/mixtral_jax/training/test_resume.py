@@ -87,6 +87,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(tmp_path: Path) -> None:
     assert min(losses(rest)) == last + 1 and rest[-1]["end"] is True
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_in_two_processes(tmp_path: Path) -> None:
     """The rows are the same, and split: sums have another order, so losses differ by rounding."""
     want = losses(lines_of(started(tmp_path / "whole", STEPS)))
