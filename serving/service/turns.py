@@ -77,12 +77,15 @@ class Turns:
         if not self._busy[caller]:
             del self._busy[caller]
         for following in tuple(self._waiting):
-            turns = self._waiting.pop(following)
-            while turns and self._may_take(following):
+            turns = self._waiting[following]
+            is_served = False
+            while turns and not is_served and self._may_take(following):
                 turn = turns.popleft()
                 if not turn.done():  # else its call was cancelled
                     self._busy[following] += 1
                     turn.set_result(None)
-                    break
-            if turns:
-                self._waiting[following] = turns  # behind the others
+                    is_served = True
+            if is_served or not turns:
+                del self._waiting[following]
+                if turns:
+                    self._waiting[following] = turns  # behind the others
