@@ -3,6 +3,7 @@
 Layers record by these names; B rows, T tokens, M = B*T*X pairs of a token and one of its experts:
 
     block.in            [B T D]      inputs of the layer
+    block.out           [B T D]      what it gives
     attention.qkv       [B T D]      inputs of the products with q, k and v
     attention.q         [B T N H]    queries, rotated
     attention.k         [B T K H]    keys, rotated

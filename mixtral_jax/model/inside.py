@@ -101,19 +101,20 @@ def captures_for(names: Collection[str], num_layers: int, is_moe: bool) -> list[
         values = {"routing": _ROUTING, "hidden": _HIDDEN, "attention": _ATTENTION}[kind]
         for layer in layers:
             wanted[layer] |= values
+        if name == "hidden":
+            wanted[-1] |= {"block.out"}
     return [Capture(values) for values in wanted]
 
 
-def inside_of(captures: Sequence[Capture], final: jax.Array, window: int | None) -> Inside:
+def inside_of(captures: Sequence[Capture], rows: tuple[int, ...], window: int | None) -> Inside:
     """Puts together what the captures of `captures_for` recorded.
 
     Args:
         captures: one of each layer, after the run.
-        final: what the last layer gave, [B T D].
+        rows: B and T.
         window: of the attention.
     """
     values = [capture.values for capture in captures]
-    rows = final.shape[:2]
     choice = weights = probabilities = hidden = None
     if values and "router.choice" in values[0]:
         by_token = {
@@ -124,7 +125,8 @@ def inside_of(captures: Sequence[Capture], final: jax.Array, window: int | None)
         logits = by_token["router.logits"].astype(jnp.float32)
         probabilities = jax.nn.softmax(logits, axis=-1)
     if values and "block.in" in values[0]:
-        hidden = jnp.stack([*(layer["block.in"] for layer in values), final])
+        inputs = [layer["block.in"] for layer in values]
+        hidden = jnp.stack([*inputs, values[-1]["block.out"]])
     attention = {
         number: attention_weights(layer["attention.q"], layer["attention.k"], window)
         for number, layer in enumerate(values)

@@ -70,7 +70,9 @@ class Block(nnx.Module):
         normed = self.attention_norm.full(x)
         x = x + self.attention.full(normed, rotary, capture, segments=segments, adapter=adapter)
         normed = self.feed_forward_norm.full(x)
-        return x + self.feed_forward.full(normed, capture=capture, adapter=adapter)
+        x = x + self.feed_forward.full(normed, capture=capture, adapter=adapter)
+        capture.record("block.out", x)
+        return x
 
     def paged(
         self,
@@ -140,9 +142,8 @@ class Transformer(nnx.Module):
         if capture is None:
             return self.logits(self.hidden(tokens, adapter=adapter))
         captures = captures_for(capture, len(self.layers), self.config.is_moe)
-        x = self.blocks(tokens, adapter=adapter, captures=captures)
-        inside = inside_of(captures, x, self.config.sliding_window)
-        return self.logits(self.norm.full(x)), inside
+        logits = self.logits(self.hidden(tokens, adapter=adapter, captures=captures))
+        return logits, inside_of(captures, tokens.shape, self.config.sliding_window)
 
     def hidden(
         self,
@@ -154,28 +155,6 @@ class Transformer(nnx.Module):
         is_recomputed: bool = False,
     ) -> RowHidden:
         """The final hidden states of whole rows, whose `logits` are the model's: [B T] -> [B T D].
-
-        The arguments are those of `blocks`.
-        """
-        x = self.blocks(
-            tokens,
-            segments=segments,
-            adapter=adapter,
-            captures=captures,
-            is_recomputed=is_recomputed,
-        )
-        return self.norm.full(x)
-
-    def blocks(
-        self,
-        tokens: Tokens,
-        *,
-        segments: Segments | None = None,
-        adapter: Adapter | None = None,
-        captures: Sequence[Capture] | None = None,
-        is_recomputed: bool = False,
-    ) -> RowHidden:
-        """Output of the last layer for whole rows, before the norm: [B T] -> [B T D].
 
         Args:
             tokens: ids [B T].
@@ -213,7 +192,7 @@ class Transformer(nnx.Module):
             x, values = (jax.checkpoint(run) if is_recomputed else run)(x, beside)
             if captures is not None:
                 captures[i].values.update(values)
-        return x
+        return self.norm.full(x)
 
     def paged(self, batch: RaggedBatch, cache: PagedCache) -> tuple[FlatHidden, PagedCache]:
         """New tokens of many sequences against their pages: final hidden states [T D].

@@ -5,6 +5,8 @@ micro-batches, or with logits in chunks, cannot be read off its program. A test 
 to the compiler's where there is no loop.
 """
 
+import math
+
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.adapter import AdapterConfig, adapter_letters
 from mixtral_jax.training.config import TrainingConfig
@@ -44,8 +46,5 @@ def _adapter_weights_of_a_token(model: ModelConfig, adapter: AdapterConfig) -> i
     sizes = model.axis_sizes | {"U": adapter.rank, "E": model.experts_per_token}
     for target in adapter.targets:
         for letters in adapter_letters(target, model):
-            product = 1
-            for letter in letters:
-                product *= sizes[letter]
-            total += product
+            total += math.prod(sizes[letter] for letter in letters)
     return model.num_layers * total

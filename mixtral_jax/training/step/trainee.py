@@ -116,19 +116,14 @@ def master_sharding(shape: tuple[int, ...], letters: str, layout: Layout) -> Nam
 
     An array without such a dimension is the same on all devices along `data`.
     """
-    spec = [*layout.rules.spec(letters)]
-    ways = layout.mesh.shape[DATA]
-    best: int | None = None
-    for i, entry in enumerate(spec):
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        held = shape[i] // math.prod(layout.mesh.shape[axis] for axis in axes)
-        if held % ways == 0 and (best is None or shape[i] > shape[best]):
-            best = i
-    if ways > 1 and best is not None:
-        entry = spec[best]
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        spec[best] = (*axes, DATA)
-    return NamedSharding(layout.mesh, PartitionSpec(*spec))
+    sizes = layout.mesh.shape
+    axes = [tuple(getattr(layout.rules, letter, None) or ()) for letter in letters]
+    held = [n // math.prod(sizes[axis] for axis in own) for n, own in zip(shape, axes, strict=True)]
+    divided = [i for i, size in enumerate(held) if size % sizes[DATA] == 0]
+    if sizes[DATA] > 1 and divided:
+        largest = max(divided, key=lambda i: shape[i])
+        axes[largest] += (DATA,)
+    return NamedSharding(layout.mesh, PartitionSpec(*(own or None for own in axes)))
 
 
 def _shape_of(array: Any) -> jax.ShapeDtypeStruct:

@@ -1,7 +1,5 @@
 """An adapter adds B(Ax) * scaling to its targets, and a packed row equals its documents."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,9 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.hf_config import from_hf
 from mixtral_jax.model.adapter import Adapter, AdapterConfig, LowRank
-from mixtral_jax.model.transformer import named_parameters, positions_in
+from mixtral_jax.model.transformer import positions_in
 from tests.support import sources
+from tests.support.merged_models import merged_model
 from tests.support.models import model_of
 
 CONFIGS = {"dense": from_hf(sources.DENSE), "moe": from_hf(sources.MOE)}
@@ -37,22 +36,7 @@ def test_an_adapter_equals_the_weights_that_it_stands_for(kind: str) -> None:
     settings = AdapterConfig(targets=targets, rank=4, alpha=6.0)
     assert settings.scaling == 1.5
     adapter = adapter_of(config, settings)
-    model, merged = model_of(config), model_of(config)
-    parameters = named_parameters(merged)
-    for i, layer in enumerate(adapter.layers):
-        for target, low in layer._asdict().items():
-            if low is None:
-                continue
-            room = "attention" if target in ("q", "k", "v", "o") else "feed_forward"
-            weight = parameters[f"layers.{i}.{room}.{target}.weight"]
-            inputs = math.prod(low.a.shape[-2:]) if target == "o" else low.a.shape[-1]
-            experts = config.num_experts if config.is_moe and target in settings.targets[4:] else 0
-            experts = 0 if target == "router" else experts
-            lead = (experts,) if experts else ()
-            a = low.a.reshape(*lead, 4, inputs)
-            b = low.b.reshape(*lead, -1, 4)
-            delta = 1.5 * jnp.matmul(b, a)
-            weight.set_value(weight.get_value() + delta.reshape(weight.get_value().shape))
+    model, merged = model_of(config), merged_model(config, adapter, settings)
     with jax.default_matmul_precision("highest"):
         want = merged(TOKENS)
         got = model(TOKENS, adapter.folded(settings))
