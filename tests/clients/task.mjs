@@ -5,7 +5,7 @@ import { z } from "zod";
 
 export const url = process.env.ENDPOINT;
 export const key = process.env.KEY;
-export const model = process.env.MODEL ?? "smollm2-135m-instruct";
+export const model = process.env.MODEL ?? "SmolLM2-135M-Instruct";
 export const maxTokens = 160;
 export const question =
   "Ada is 36, lives in Paris, likes chess and tea, and is a member. Describe her.";

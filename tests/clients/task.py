@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 URL = os.environ["ENDPOINT"]
 KEY = os.environ["KEY"]
-MODEL = os.environ.get("MODEL", "smollm2-135m-instruct")
+MODEL = os.environ.get("MODEL", "SmolLM2-135M-Instruct")
 MAX_TOKENS = 160
 QUESTION = "Ada is 36, lives in Paris, likes chess and tea, and is a member. Describe her."
 WEATHER_QUESTION = "What is the weather in Paris?"
