@@ -27,7 +27,8 @@ from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import answer_failures
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.origin import OriginCheck
-from serving.gateway.openapi import RATE_LIMIT_HEADERS, document, page
+from serving.gateway.openapi.document import RATE_LIMIT_HEADERS, document
+from serving.gateway.openapi.page import page
 from serving.gateway.routes import add_routes
 from serving.gateway.upstream import ModelService
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload

@@ -11,7 +11,8 @@ from serving.access.keyring import Keyring
 from serving.accounting.admission import headers_of
 from serving.accounting.rate_limits import UNITS, Allowance
 from serving.gateway.app import create_app
-from serving.gateway.openapi import document, page
+from serving.gateway.openapi.document import document
+from serving.gateway.openapi.page import page
 from tests.support.fakes import KEY, gateway_config, running_stack
 
 NAMES = ("ChatRequest", "CompletionRequest", "ResponsesRequest", "ResponseObject", "ResponseEvent")
