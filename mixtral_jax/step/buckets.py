@@ -12,8 +12,16 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.model.adapter_stack import BlockStacks, StackSizes
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.step.adapter_programs import AdapterPrograms
 from mixtral_jax.step.inputs import StepInputs, StepSizes
-from mixtral_jax.step.programs import Programs, SplitModel
+from mixtral_jax.step.programs import (
+    Programs,
+    compile_copy,
+    compile_draw,
+    compile_empty,
+    compile_walk,
+)
+from mixtral_jax.step.split_model import SplitModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +35,7 @@ class Steps:
     copy: Compiled  # (pages, pairs) -> pages; pages are donated
     sizes: StepSizes
     groups: int | None  # sequence groups; None without a mesh
-    adapters: "AdapterPrograms | None" = None  # None: rows have no adapters
+    adapters: AdapterPrograms | None = None  # None: rows have no adapters
 
     @property
     def num_sequence_groups(self) -> int:
@@ -42,15 +50,6 @@ class Steps:
         """Returns inputs of that bucket to be filled in; see `StepInputs.blank`."""
         rows = self.rows[bucket]
         return StepInputs.blank(bucket, rows, self.sizes, self.groups, with_history=with_history)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterPrograms:
-    """The programs that make and change the stacks of adapters; those of steps are in `buckets`."""
-
-    sizes: StackSizes
-    empty: Compiled  # () -> stacks of one layer
-    put: Compiled  # (stacks, slot, content) -> stacks
 
 
 def compile_buckets(
@@ -81,11 +80,7 @@ def compile_buckets(
     stacks, changes = None, None
     if adapters is not None:
         stacks = BlockStacks.abstract(model.config, model.placement, adapters)
-        changes = AdapterPrograms(
-            sizes=adapters,
-            empty=split.compile_no_adapters(stacks),
-            put=split.compile_put(stacks, adapters),
-        )
+        changes = AdapterPrograms.compile(split, stacks, adapters)
     # One after the other: the compiler itself uses all cores.
     draw: dict[int, tuple[Compiled, Compiled | None]] = {}
     programs: dict[int, Programs] = {}
@@ -93,15 +88,15 @@ def compile_buckets(
         progress(f"compiling step {number} of {len(rows_of)}: {size} tokens")
         inputs = StepInputs.blank(size, rows, sizes, groups)
         if rows not in draw:
-            draw[rows] = split.compile_draw(inputs, num_drawn, has_masks=has_masks)
-        embed, block, pick, adapted = split.compile_walk(pages, inputs, num_drawn, stacks)
+            draw[rows] = compile_draw(split, inputs, num_drawn, has_masks=has_masks)
+        embed, block, pick, adapted = compile_walk(split, pages, inputs, num_drawn, stacks)
         programs[size] = Programs(embed, block, pick, *draw[rows], adapted)
     return Steps(
         pages=pages,
         buckets=programs,
         rows=dict(rows_of),
-        empty=split.compile_empty(pages),
-        copy=split.compile_copy(pages, sizes.max_sequences),
+        empty=compile_empty(pages),
+        copy=compile_copy(split, pages, sizes.max_sequences),
         sizes=sizes,
         groups=groups,
         adapters=changes,

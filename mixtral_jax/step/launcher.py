@@ -16,8 +16,8 @@ from mixtral_jax.model.adapter_stack import Adapters, BlockStacks, slot_content
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepInputs, host_array
-from mixtral_jax.step.programs import SplitModel
 from mixtral_jax.step.sampling import NO_ID, SamplingArrays
+from mixtral_jax.step.split_model import SplitModel
 
 
 class WalkedStep(NamedTuple):

@@ -12,7 +12,8 @@ from mixtral_jax.placement import Placement
 from mixtral_jax.planning.compiler import CompileJob, abstract_model, compile_in_subprocess
 from mixtral_jax.planning.compiler_process import CompileError
 from mixtral_jax.planning.plan import with_compiler
-from mixtral_jax.step.programs import SplitModel
+from mixtral_jax.step.programs import compile_empty
+from mixtral_jax.step.split_model import SplitModel
 from tests.support.plan_workload import DENSE, SMALL, job_on_cpu, workload_of
 
 
@@ -24,7 +25,7 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
     placement = Placement.of(job.model, job.dtype, job.mesh, job.dp_attention)
     model = Transformer(job.model, placement, rngs=nnx.Rngs(0))
     split = SplitModel.of(model)
-    empty = split.compile_empty(split.pages(job.num_pages, job.page_size))
+    empty = compile_empty(split.pages(job.num_pages, job.page_size))
     layers = [empty() for _ in split.blocks]
 
     def each(tree: object) -> set[int]:

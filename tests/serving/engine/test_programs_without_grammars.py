@@ -14,7 +14,8 @@ from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.step import sampling
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepInputs, mask_words
-from mixtral_jax.step.programs import Programs, SplitModel
+from mixtral_jax.step.programs import Programs, compile_draw
+from mixtral_jax.step.split_model import SplitModel
 from mixtral_jax.structure.matcher import Guide
 from serving.engine.build import engine_of
 from serving.engine.engine import Engine
@@ -110,14 +111,13 @@ def test_the_program_that_draws_without_masks_has_nothing_of_them(
     """Compiled where sampling knows no masks it is the same text; the masked one is not."""
     rows = LIMITS.max_sequences
     inputs = StepInputs.blank(LIMITS.max_step_tokens, rows, steps.sizes, steps.groups)
-    split = SplitModel.of(model)
     programs = steps.buckets[LIMITS.max_step_tokens]
 
     def no_mask(scores: FlatLogits, logits: FlatLogits, allowed: RowMasks) -> FlatLogits:
         return scores
 
     monkeypatch.setattr(sampling, "_mask", no_mask)
-    draw, unmasked = split.compile_draw(inputs, rows)
+    draw, unmasked = compile_draw(SplitModel.of(model), inputs, rows)
     assert instructions(draw) == instructions(programs.draw)
     assert instructions(unmasked) != instructions(programs.draw_masked)
     masks = f"s32[{rows},{mask_words(TOKENIZER.vocab_size)}]"
