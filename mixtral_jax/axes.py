@@ -41,6 +41,9 @@ Positions = Int[Array, "*R"]
 # Routing: the experts of each token and the weight of each.
 Choice = Int[Array, "T X"]
 ChoiceWeights = Float[Array, "T X"]
+# Tokens that chose each expert; in all layers.
+ExpertCounts = Int[Array, " E"]
+LayerCounts = Int[Array, "L E"]
 
 # The cache.
 Pages = Float[Array, "P Y C H"] | Int8[Array, "P Y C _"]  # int8: see cache.py

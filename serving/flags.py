@@ -267,6 +267,12 @@ _METRICS_HOST = Flag(
     "127.0.0.1",
     "Address of the port for Prometheus, which asks for no key.",
 )
+_EXPERT_METRICS = Flag(
+    "expert_metrics",
+    bool,
+    False,
+    "Count the tokens that each expert of each layer gets, for --metrics-port; of mixtures.",
+)
 _TRACES_AND_LOGS = (
     Flag(
         "otlp_endpoint",
@@ -493,7 +499,8 @@ SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
     *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
     *(*_ADAPTERS, _MODEL_ALIAS),
-    *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS, _USAGE_DB),
+    *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, _EXPERT_METRICS),
+    *_panel("Monitoring", *_TRACES_AND_LOGS, _USAGE_DB),
     *(*_ACCOUNTING, *_ACCESS),
 )
 GATEWAY = (
@@ -522,7 +529,7 @@ SERVE = (
         replace(
             _METRICS_PORT, name="gateway_metrics_port", min=1, help="The same for the gateway."
         ),
-        _METRICS_HOST,
+        *(_METRICS_HOST, _EXPERT_METRICS),
         *(*_TRACES_AND_LOGS, _TRUST_TRACEPARENT, _LOG_PROMPTS),
         replace(
             _USAGE_DB,

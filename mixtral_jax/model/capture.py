@@ -1,4 +1,4 @@
-"""Capture: intermediate values of a layer's full form, recorded while it runs.
+"""Capture: intermediate values of a layer, recorded while it runs.
 
 Layers record by these names; B rows, T tokens, M = B*T*X pairs of a token and one of its experts:
 
@@ -14,6 +14,8 @@ Layers record by these names; B rows, T tokens, M = B*T*X pairs of a token and o
     router.logits       [B*T E]      what the router gives each expert
     router.choice       [B*T X] i32  the experts of each token
     router.weights      [B*T X] f32  and what each weighs in the sum
+
+That is the full form; the paged one records router.choice alone, [T X] of a step's flat row.
 """
 
 from collections.abc import Collection

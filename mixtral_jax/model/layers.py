@@ -236,8 +236,11 @@ class FeedForward(nnx.Module):
         capture.record("feed_forward.down", hidden)
         return self.down.full(hidden, adapter.down)
 
-    def paged(self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS) -> FlatHidden:
-        """x [T D] -> [T D]."""
+    def paged(
+        self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS, capture: Capture = NOTHING
+    ) -> FlatHidden:
+        """x [T D] -> [T D]; without experts there is nothing to record."""
+        del capture
         stacks, slots = adapters
         if self.layout is not None:
             x = self.layout.gather_tokens(x, "F")

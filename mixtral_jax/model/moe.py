@@ -96,11 +96,14 @@ class MoE(nnx.Module):
             flat = moe_ragged(flat, choice, weights, experts, kernels, capture)
         return flat.reshape(x.shape)
 
-    def paged(self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS) -> FlatHidden:
-        """x [T D] -> [T D]."""
+    def paged(
+        self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS, capture: Capture = NOTHING
+    ) -> FlatHidden:
+        """x [T D] -> [T D]; records the choice alone."""
         stacks, slots = adapters
         logits = self.router.paged(self.kernels.router_input(x), stacks.router, slots)
         choice, weights = route(logits, self.experts_per_token)
+        capture.record("router.choice", choice)
         experts = self.adapted(stacks)
         if self.layout is not None:
             return moe_local(x, choice, weights, experts, self.layout, self.kernels, slots)

@@ -81,12 +81,17 @@ class Block(nnx.Module):
         pages: Pages,
         batch: RaggedBatch,
         adapters: Adapters = NO_ADAPTERS,
+        capture: Capture = NOTHING,
     ) -> tuple[FlatHidden, Pages]:
-        """New tokens against this layer's pages: x [T D] -> [T D] and the pages."""
+        """New tokens against this layer's pages: x [T D] -> [T D] and the pages.
+
+        `capture` records the experts that they chose.
+        """
         normed = self.attention_norm.paged(x)
         mixed, pages = self.attention.paged(normed, rotary, pages, batch, adapters)
         x = x + mixed
-        return x + self.feed_forward.paged(self.feed_forward_norm.paged(x), adapters), pages
+        normed = self.feed_forward_norm.paged(x)
+        return x + self.feed_forward.paged(normed, adapters, capture), pages
 
 
 class Transformer(nnx.Module):

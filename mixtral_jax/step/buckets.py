@@ -19,6 +19,7 @@ from mixtral_jax.step.programs import (
     compile_copy,
     compile_draw,
     compile_empty,
+    compile_tally,
     compile_walk,
 )
 from mixtral_jax.step.split_model import SplitModel
@@ -36,6 +37,7 @@ class Steps:
     sizes: StepSizes
     groups: int | None  # sequence groups; None without a mesh
     adapters: AdapterPrograms | None = None  # None: rows have no adapters
+    tally: Compiled | None = None  # (counts of each layer) -> [L E]; None: no expert is counted
 
     @property
     def num_sequence_groups(self) -> int:
@@ -61,6 +63,7 @@ def compile_buckets(
     *,
     has_masks: bool = True,
     adapters: StackSizes | None = None,
+    counts_experts: bool = False,
 ) -> Steps:
     """Compiles the step of every bucket.
 
@@ -72,6 +75,7 @@ def compile_buckets(
         kv_dtype: of keys and values, such as int8; None for the model's own.
         has_masks: whether a row may have a mask.
         adapters: sizes of the adapters' stacks; None if no row has an adapter.
+        counts_experts: whether steps count the tokens that chose each expert, of a mixture.
     """
     split = SplitModel.of(model)
     pages = split.pages(sizes.num_pages, sizes.page_size, kv_dtype)
@@ -89,7 +93,9 @@ def compile_buckets(
         inputs = StepInputs.blank(size, rows, sizes, groups)
         if rows not in draw:
             draw[rows] = compile_draw(split, inputs, num_drawn, has_masks=has_masks)
-        embed, block, pick, adapted = compile_walk(split, pages, inputs, num_drawn, stacks)
+        embed, block, pick, adapted = compile_walk(
+            split, pages, inputs, num_drawn, stacks, counts_experts=counts_experts
+        )
         programs[size] = Programs(embed, block, pick, *draw[rows], adapted)
     return Steps(
         pages=pages,
@@ -100,4 +106,5 @@ def compile_buckets(
         sizes=sizes,
         groups=groups,
         adapters=changes,
+        tally=compile_tally(split) if counts_experts else None,
     )

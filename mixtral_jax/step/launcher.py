@@ -10,7 +10,15 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from mixtral_jax.axes import DrawnHidden, HostRowMasks, PackedDraws, Pages, Rows
+from mixtral_jax.axes import (
+    DrawnHidden,
+    ExpertCounts,
+    HostRowMasks,
+    LayerCounts,
+    PackedDraws,
+    Pages,
+    Rows,
+)
 from mixtral_jax.model.adapter import Adapter, BlockAdapter
 from mixtral_jax.model.adapter_stack import Adapters, BlockStacks, slot_content
 from mixtral_jax.model.transformer import Transformer
@@ -28,6 +36,7 @@ class WalkedStep(NamedTuple):
     sampling: SamplingArrays
     program: Compiled
     masked_program: Compiled | None  # None if the steps were compiled without masks
+    expert_tokens: LayerCounts | None  # [L E]; None if the steps were compiled without counts
 
 
 class StepLauncher:
@@ -96,16 +105,20 @@ class StepLauncher:
         rest = self._model.rest
         batch, x, rotary = programs.embed(rest, batch, inputs.follows, self._tokens)
         slots = self._model.replicate(np.asarray(inputs.slots)) if inputs.has_adapters else None
+        counts: list[ExpertCounts] = []
         for i, block in enumerate(self._model.blocks):
             given = (block, x, rotary, self._layers[i], batch)
             if slots is None:
-                x, self._layers[i] = programs.block(*given)
+                x, self._layers[i], *counted = programs.block(*given)
             else:
                 assert programs.adapted_block is not None, "no stacks were compiled"
                 adapters = Adapters(self._stacks[i], slots)
-                x, self._layers[i] = programs.adapted_block(*given, adapters)
+                x, self._layers[i], *counted = programs.adapted_block(*given, adapters)
+            counts += counted
         x, last = programs.pick(x, batch.tokens, inputs.last)
-        return WalkedStep(x, last, inputs.sampling, programs.draw, programs.draw_masked)
+        tally = self.steps.tally
+        tokens = None if tally is None else tally(tuple(counts))
+        return WalkedStep(x, last, inputs.sampling, programs.draw, programs.draw_masked, tokens)
 
     def draw(self, walked: WalkedStep, allowed: HostRowMasks | None = None) -> PackedDraws:
         """Starts the other part, in which each row draws its token.
@@ -115,13 +128,12 @@ class StepLauncher:
             allowed: which tokens each row may draw, as `sample` reads it, all groups one behind
                 the other; None where every row may draw any.
         """
-        hidden, last, sampling, program, masked_program = walked
-        given = (self._model.rest, hidden, last, sampling)
+        given = (self._model.rest, walked.hidden, walked.last, walked.sampling)
         if allowed is None:
-            sampled = program(*given)
+            sampled = walked.program(*given)
         else:
-            assert masked_program is not None, "the steps were compiled without masks"
-            sampled = masked_program(*given, allowed)
+            assert walked.masked_program is not None, "the steps were compiled without masks"
+            sampled = walked.masked_program(*given, allowed)
         self._tokens = sampled.tokens
         packed: PackedDraws = sampled.packed
         return packed

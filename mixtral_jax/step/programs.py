@@ -7,6 +7,9 @@ layers have the same shapes, so one compilation serves them all and the start do
 depth. What a sequence drew goes from `draw` to the next `embed` on the device, so a step can be
 launched before the tokens of the previous one are read.
 
+Where experts are counted, `block` and `adapted_block` also return how many tokens chose each of
+them, and `tally` puts the counts of all layers together.
+
 Under a mesh (split_model.py) the sequences may be split into groups, each with a flat row and pages
 of its own; the arrays on the host hold the groups one behind the other. Drawn tokens are known to
 every device.
@@ -22,10 +25,22 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled
 
-from mixtral_jax.axes import DrawnHidden, FlatHidden, FlatTokens, PagePairs, Pages, RowMasks, Rows
+from mixtral_jax.axes import (
+    Choice,
+    DrawnHidden,
+    ExpertCounts,
+    FlatHidden,
+    FlatTokens,
+    LayerCounts,
+    PagePairs,
+    Pages,
+    RowMasks,
+    Rows,
+)
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.layout import Layout
 from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters, BlockStacks
+from mixtral_jax.model.capture import Capture
 from mixtral_jax.model.layers import Rotary
 from mixtral_jax.step.inputs import StepInputs, mask_words
 from mixtral_jax.step.sampling import Sampled, SamplingArrays, sample
@@ -43,6 +58,7 @@ class Programs:
     draw_masked: Compiled | None  # (rest, x, last tokens, sampling, allowed) -> Sampled
     # (block, x, rotary, pages, batch, adapters) -> x, pages; None if no row has an adapter
     adapted_block: Compiled | None = None
+    # Where experts are counted, both blocks have a third result, which `compile_tally` takes.
 
 
 def compile_walk(
@@ -51,11 +67,13 @@ def compile_walk(
     inputs: StepInputs,
     num_drawn: int,
     stacks: BlockStacks | None = None,
+    *,
+    counts_experts: bool = False,
 ) -> tuple[Compiled, Compiled, Compiled, Compiled | None]:
     """Compiles `embed`, `block`, `pick` and `adapted_block` for the shapes of these inputs.
 
     `num_drawn` is the length of `Sampled.tokens`. `stacks` are shapes; without them there is no
-    `adapted_block`.
+    `adapted_block`. With `counts_experts` both blocks also return `expert_tokens` of each group.
     """
 
     def embed(
@@ -73,11 +91,17 @@ def compile_walk(
         pages: Pages,
         batch: RaggedBatch,
         adapters: Adapters = NO_ADAPTERS,
-    ) -> tuple[FlatHidden, Pages]:
+    ) -> tuple[jax.Array, ...]:
         batch = with_scalar_counts(batch, split.layout)
         if adapters.slots is not None:
             adapters = adapters._replace(slots=own_group(adapters.slots, split.layout))
-        return split.block_structure.module(arrays).paged(x, rotary, pages, batch, adapters)
+        capture = Capture({"router.choice"} if counts_experts else ())
+        module = split.block_structure.module(arrays)
+        x, pages = module.paged(x, rotary, pages, batch, adapters, capture)
+        if not counts_experts:
+            return x, pages
+        choice = capture.values["router.choice"]
+        return x, pages, expert_tokens(choice, batch, split.config.num_experts)
 
     def pick(x: FlatHidden, tokens: FlatTokens, last: Rows) -> tuple[DrawnHidden, Rows]:
         last = own_group(last, split.layout)
@@ -98,13 +122,14 @@ def compile_walk(
     given = (split.rest, inputs.batch, inputs.follows, drawn)
     batch, x, rotary = jax.eval_shape(embedding, *given)
     specs = (split.block_structure.specs, rows, rows, places, rows)
-    walk = split.jit(block, specs, (rows, places), donate=(3,))
+    out = (rows, places, rows) if counts_experts else (rows, places)
+    walk = split.jit(block, specs, out, donate=(3,))
     walked = (split.blocks[0], x, rotary, pages, batch)
     adapted: Compiled | None = None
     if stacks is not None:
         slots = jax.ShapeDtypeStruct(inputs.slots.shape, jnp.int32)
         beside = Adapters(split.stack_specs(stacks), REPLICATED)  # type: ignore[arg-type]
-        with_adapters = split.jit(block, (*specs, beside), (rows, places), donate=(3,))
+        with_adapters = split.jit(block, (*specs, beside), out, donate=(3,))
         adapted = with_adapters.lower(*walked, Adapters(stacks, slots)).compile()  # type: ignore[arg-type]
     picking = split.jit(pick, (rows, rows, REPLICATED), (REPLICATED, REPLICATED))
     return (
@@ -169,6 +194,26 @@ def compile_empty(pages: jax.ShapeDtypeStruct) -> Compiled:
     """Compiles () -> pages: allocates one layer's pages, filled with zeros."""
     program = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=pages.sharding)
     return program.lower().compile()
+
+
+def compile_tally(split: SplitModel) -> Compiled:
+    """Compiles (counts of each layer [groups*E]) -> [L E]: those of all groups, on every device."""
+    shape = (split.num_sequence_groups * split.config.num_experts,)
+
+    def tally(layers: tuple[jax.Array, ...]) -> LayerCounts:
+        counts = jnp.stack(layers)
+        axes = () if split.layout is None else split.layout.axes("B")
+        return jax.lax.psum(counts, axes) if axes else counts
+
+    layers = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for _ in split.blocks)
+    return split.jit(tally, (split.spec("B"),), REPLICATED).lower(layers).compile()
+
+
+def expert_tokens(choice: Choice, batch: RaggedBatch, num_experts: int) -> ExpertCounts:
+    """Counts the tokens of a step that chose each expert, without its padding: [T X] -> [E] i32."""
+    is_used = jnp.arange(choice.shape[0]) < batch.query_starts[batch.num_sequences]
+    is_chosen = jax.nn.one_hot(choice, num_experts, dtype=jnp.int32)
+    return jnp.sum(jnp.where(is_used[:, None, None], is_chosen, 0), axis=(0, 1), dtype=jnp.int32)
 
 
 def own_group(arrays: Any, layout: Layout | None) -> Any:

@@ -17,7 +17,7 @@ from mixtral_jax.cache import token_bytes
 from mixtral_jax.checkpoint.adapter import read_adapter
 from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import TopologyError
+from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.model.adapter_stack import StackSizes, slot_bytes
 from mixtral_jax.model.transformer import Transformer, held_bytes
 from mixtral_jax.placement import Placement
@@ -28,6 +28,7 @@ from serving.engine.cache_memory import cache_bytes
 from serving.engine.config import EngineConfig
 from serving.engine.device import Order
 from serving.engine.engine import Engine
+from serving.engine.expert_load import ExpertLoad
 from serving.engine.grammars import Grammars
 from serving.engine.runner import Runner
 from serving.scheduling.step_plan import Limits
@@ -65,11 +66,12 @@ def compile_steps(
     *,
     has_masks: bool = True,
     adapters: StackSizes | None = None,
+    counts_experts: bool = False,
 ) -> Steps:
     """Compiles all steps of an engine; `limits` are those of one partition.
 
     Without `has_masks` no request may have a form, and without `adapters`, the sizes of their
-    stacks, none may have an adapter.
+    stacks, none may have an adapter. `counts_experts` is for an engine that has an `ExpertLoad`.
     """
     sizes = StepSizes(
         num_pages=limits.num_pages,
@@ -79,7 +81,14 @@ def compile_steps(
     )
     rows = {bucket: rows_of(bucket, limits) for bucket in buckets(limits)}
     return compile_buckets(
-        model, sizes, rows, progress, kv_dtype, has_masks=has_masks, adapters=adapters
+        model,
+        sizes,
+        rows,
+        progress,
+        kv_dtype,
+        has_masks=has_masks,
+        adapters=adapters,
+        counts_experts=counts_experts,
     )
 
 
@@ -88,6 +97,7 @@ def engine_of(
     limits: Limits,
     steps: Steps,
     broadcast: Callable[[Order], None] | None = None,
+    expert_load: ExpertLoad | None = None,
 ) -> Engine:
     """Returns an engine for a model on its devices.
 
@@ -100,9 +110,10 @@ def engine_of(
             partition.
         steps: the result of `compile_steps` for the same shapes and limits.
         broadcast: see `Engine`.
+        expert_load: sums up what steps count that were compiled with `counts_experts`.
     """
     masks = Grammars(mask_words(model.config.vocab_size))
-    runner, slots = Runner(model, steps), None
+    runner, slots = Runner(model, steps, expert_load), None
     if steps.adapters is not None:
         slots = AdapterSlots(model.config, steps.adapters.sizes)
     return Engine(runner, limits, broadcast, masks, adapters=slots, put_layer=runner.put_layer)
@@ -175,7 +186,14 @@ def prepare(
         if stacks is not None:
             slot = slot_bytes(abstract.config, placement, stacks)
             say(f"room for {stacks.slots} adapters of {slot / 1e6:,.0f} MB on each device")
-        steps = compile_steps(abstract, limits, say, config.kv_dtype, adapters=stacks)
+        steps = compile_steps(
+            abstract,
+            limits,
+            say,
+            config.kv_dtype,
+            adapters=stacks,
+            counts_experts=config.expert_metrics,
+        )
         return Prepared(model.result(), limits, steps, placement.mesh_text)
 
 
@@ -191,6 +209,10 @@ def _check(placement: Placement, config: EngineConfig, model: ModelConfig) -> No
     if config.deterministic:
         placement.check_deterministic(model)
     placement.checked_kv_dtype(config.kv_dtype)
+    if config.expert_metrics and not model.is_moe:
+        raise ConfigError(
+            "--expert-metrics counts the tokens of experts, and this model has none; leave it out"
+        )
 
 
 def stack_sizes(config: EngineConfig, model: ModelConfig) -> StackSizes | None:

@@ -43,6 +43,8 @@ class EngineConfig:
     """Adapters that are loaded at the same time; None: see `num_adapters`."""
     max_adapter_rank: int = 16
     """Largest rank of an adapter."""
+    expert_metrics: bool = False
+    """Count the tokens that each expert of each layer gets."""
 
     @property
     def adapters(self) -> dict[str, Path]:

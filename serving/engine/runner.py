@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
-from mixtral_jax.axes import PackedDraws
+from mixtral_jax.axes import LayerCounts, PackedDraws
 from mixtral_jax.model.adapter import BlockAdapter, LowRank
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
@@ -18,6 +19,7 @@ from mixtral_jax.step.inputs import GroupInputs, mask_words
 from mixtral_jax.step.launcher import StepLauncher, WalkedStep
 from mixtral_jax.step.sampling import unpack
 from serving.engine.device import Masks, PutLayer
+from serving.engine.expert_load import ExpertLoad
 from serving.scheduling.request import Drawn
 from serving.scheduling.step_plan import StepPlan
 
@@ -28,10 +30,14 @@ class Runner:
     Args:
         model: the parameters; must not be changed afterwards.
         steps: the result of `compile_steps` for the same shapes.
+        expert_load: sums up what each step has counted, if the steps count; None where nobody asks.
     """
 
-    def __init__(self, model: Transformer, steps: Steps) -> None:
+    def __init__(
+        self, model: Transformer, steps: Steps, expert_load: ExpertLoad | None = None
+    ) -> None:
         self._steps = steps
+        self._expert_load = expert_load
         self._launcher = StepLauncher(model, steps)
 
     @property
@@ -65,7 +71,9 @@ class Runner:
                     first = group * walked.rows
                     allowed[first : first + len(rows)] = rows
         packed = self._launcher.draw(walked.step, allowed)
-        return RunningStep(walked.plans, walked.rows, packed)
+        return RunningStep(
+            walked.plans, walked.rows, packed, walked.step.expert_tokens, self._expert_load
+        )
 
     def put_layer(self, put: PutLayer) -> None:
         """Writes a layer of an adapter into its slot, for steps that are launched from now on."""
@@ -98,10 +106,17 @@ class RunningStep:
     plans: tuple[StepPlan, ...]
     rows: int  # of each sequence group
     packed: PackedDraws
+    expert_tokens: LayerCounts | None
+    expert_load: ExpertLoad | None
 
     def drawn(self) -> list[list[Drawn | None]]:
         """Waits for the step; returns what each chunk of each plan drew, or None for nothing."""
-        draws = unpack(np.asarray(self.packed))
+        if self.expert_load is None or self.expert_tokens is None:
+            packed = np.asarray(self.packed)
+        else:
+            packed, counts = jax.device_get((self.packed, self.expert_tokens))
+            self.expert_load.add(counts)
+        draws = unpack(packed)
         drawn: list[list[Drawn | None]] = []
         for group, plan in enumerate(self.plans):
             tokens: list[Drawn | None] = []

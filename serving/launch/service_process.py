@@ -12,7 +12,7 @@ from grpc_health.v1._async import HealthServicer
 
 from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained
 from mixtral_jax.compilation import CompilationCount, keep_programs
-from mixtral_jax.errors import UserError
+from mixtral_jax.errors import ConfigError, UserError
 from mixtral_jax.structure.compiler import Compiler
 from serving.access.config import AccessConfig
 from serving.access.credentials import Access
@@ -29,6 +29,7 @@ from serving.command_line import USER_ERRORS, Errors, app_of, command, exit_stat
 from serving.engine.adapters import AdapterHost
 from serving.engine.build import engine_of, facts, prepare
 from serving.engine.config import EngineConfig
+from serving.engine.expert_load import ExpertLoad
 from serving.engine.metrics import Metrics
 from serving.engine.watchdog import until_stuck
 from serving.engine.worker import EngineWorker
@@ -99,6 +100,8 @@ def _lead(
     rank: Rank | None,
 ) -> None:
     """Serves; with a rank, as the leader of its group."""
+    if engine.expert_metrics and service.metrics_port is None:
+        raise ConfigError("--expert-metrics is shown at --metrics-port; give that too")
     door, tls = access.access(), access.renewed_tls()
     accounts = Accounts.of(accounting)
     admission = Admission(accounts, accounting.assumed_max_tokens, accounting.cached_token_charge)
@@ -180,7 +183,8 @@ def _build(
 
     prepared = prepare(config, pretrained, _say, agree)
     broadcast = None if leader is None else leader.broadcast
-    engine = engine_of(prepared.model, prepared.limits, prepared.steps, broadcast)
+    load = ExpertLoad(card.model, metrics.registry) if config.expert_metrics else None
+    engine = engine_of(prepared.model, prepared.limits, prepared.steps, broadcast, load)
     if leader is not None:
         leader.await_ready()
     info = pb.ModelInfo(
