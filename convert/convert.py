@@ -25,6 +25,7 @@ from convert.errors import ConversionError
 from convert.name_table import NameTable, name_table
 from convert.pieces import write_pieces
 from convert.progress import Progress
+from convert.pull import pull
 from convert.quantize import calibration_text, quantize
 from convert.served_name import served_as
 from convert.source import gguf_tokenizer
@@ -111,6 +112,25 @@ def convert(
                 write_pieces(writer, np.dtype(dtype), assembly.fill, progress)
             card.write(folder)
     return card
+
+
+def convert_once(
+    name: str, *, upcycle_experts: int = 0, folder: Path | str = "checkpoints"
+) -> Path:
+    """Pulls a model by its name and converts it, unless that was done; returns the checkpoint.
+
+    Args:
+        name: what `pull` takes.
+        upcycle_experts: as for `convert`; the checkpoint's name ends with, for example, "-4x".
+        folder: of the checkpoint, whose name is the model's.
+
+    Raises what `pull` and `convert` raise.
+    """
+    ending = f"-{upcycle_experts}x" if upcycle_experts else ""
+    checkpoint = Path(folder, name.rpartition("/")[2] + ending)
+    if not checkpoint.exists():
+        convert(pull(name), checkpoint, upcycle_experts=upcycle_experts)
+    return checkpoint
 
 
 def _float_dtype(source: Source, table: NameTable) -> str:

@@ -1,5 +1,6 @@
 """A progress bar for commands that move bytes."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ def bar(description: str, console: Console | None = None) -> Iterator[Progress]:
     """Yields the `progress` of a bar on standard error, which leaves a last line.
 
     Without a terminal there is the last line only; without any bytes, or after an error, nothing.
+    A notebook is none, although it asks for colours (FORCE_COLOR).
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,6 +1,7 @@
 """`mixtral-jax plan`: whether chips hold a model, how to split it, and how fast it may be."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -93,7 +94,8 @@ def plan(
         prefill_tokens=prefill_tokens,
         page_size=placement.page_size,
     )
-    notes = Console(stderr=True, highlight=False)
+    # A notebook asks for colours (FORCE_COLOR) and is no terminal.
+    notes = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
 
     def note(line: str) -> None:
         notes.print(line, markup=False)

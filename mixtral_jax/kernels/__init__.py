@@ -27,7 +27,7 @@ from mixtral_jax.weight import Weight
 Attended = tuple[FlatQueries, Pages]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Kernels:
     """The operations of a model on one kind of device, and the numbers that come with them.
 
@@ -82,6 +82,9 @@ class Kernels:
     # Heads of a multiple of so many values give a row the same bits whatever runs beside it;
     # None where that is not promised.
     deterministic_heads: int | None
+
+    def __repr__(self) -> str:
+        return f"Kernels({self.platform!r})"  # every layer of a printed model has them
 
     def activation_dtype(self, dtype: str) -> str:
         """The dtype of what flows between weights of `dtype`."""

@@ -64,6 +64,7 @@ def bookings(count: int, seed: int, *, held_out: bool = False) -> list[Booking]:
 
 
 def write_bookings(path: Path, rows: Sequence[Booking]) -> None:
-    """Writes bookings as a JSONL file of chats."""
+    """Writes bookings as a JSONL file of chats, in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(booking.row(), ensure_ascii=False) + "\n" for booking in rows]
     path.write_text("".join(lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Records: what a run tells while it goes on. The command prints and logs them."""
+"""Records: what a run tells while it goes on. The command logs them; `str` gives a line of text."""
 
 from dataclasses import dataclass
 
@@ -41,6 +41,10 @@ class StepRecord:
     is_skipped: bool
     skipped: int
 
+    def __str__(self) -> str:
+        result = "skipped, as it is not finite" if self.is_skipped else f"loss {self.loss:.3f}"
+        return f"step {self.step}: {result}, {self.seconds:.1f} s"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord:
@@ -51,6 +55,9 @@ class ValidationRecord:
     targets: float
     seconds: float
 
+    def __str__(self) -> str:
+        return f"step {self.step}: validation loss {self.loss:.3f}, {self.seconds:.1f} s"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
@@ -59,6 +66,9 @@ class CheckpointRecord:
     step: int
     seconds: float  # that the run has waited for it
 
+    def __str__(self) -> str:
+        return f"step {self.step}: checkpoint"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EndRecord:
@@ -66,6 +76,9 @@ class EndRecord:
 
     step: int
     is_finished: bool
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {'the run is finished' if self.is_finished else 'stopped'}"
 
 
 Record = StepRecord | ValidationRecord | CheckpointRecord | EndRecord

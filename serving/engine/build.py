@@ -197,6 +197,25 @@ def prepare(
         return Prepared(model.result(), limits, steps, placement.mesh_text)
 
 
+def prepare_loaded(
+    config: EngineConfig, model: Transformer, say: Callable[[str], None]
+) -> Prepared:
+    """Compiles the programs for a model that is loaded already, in one process.
+
+    Args:
+        config: As for `prepare`; its model, type and mesh are those of the loaded one.
+        model: The parameters; must not be changed afterwards.
+        say: Called with a line for each stage.
+
+    Raises UserError if the model cannot be run so.
+    """
+    _check(model.placement, config, model.config)
+    stacks = stack_sizes(config, model.config)
+    limits = _limits(model, config, stacks)
+    steps = compile_steps(model, limits, say, config.kv_dtype, has_masks=False, adapters=stacks)
+    return Prepared(model, limits, steps, model.placement.mesh_text)
+
+
 def _check(placement: Placement, config: EngineConfig, model: ModelConfig) -> None:
     """Raises UserError if the model cannot be served so on these devices."""
     layout = placement.layout

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mixtral_jax
-from convert.convert import convert
+from convert.convert import convert, convert_once
 from convert.errors import ConversionError
 from convert.export import export
 from mixtral_jax.tokenization import tokenizer
@@ -28,6 +28,21 @@ def test_progress_and_names(tmp_path: Path) -> None:
     assert calls == sorted(calls)
     card = convert(path, tmp_path / "other", name="mine", provider="me")
     assert (card.name, card.provider) == ("mine", "me")
+
+
+def test_a_model_is_pulled_and_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = sources.write(tmp_path / "source", "folder", sources.DENSE, np.float32)
+    pulled: list[str] = []
+    monkeypatch.setattr("convert.convert.pull", lambda name: pulled.append(name) or path)
+    for _ in range(2):
+        checkpoint = convert_once("some/dense", folder=tmp_path / "made")
+        assert checkpoint == tmp_path / "made" / "dense"
+    mixture = convert_once("some/dense", upcycle_experts=4, folder=tmp_path / "made")
+    assert pulled == ["some/dense", "some/dense"]
+    assert mixture.name == "dense-4x"
+    assert mixtral_jax.load(mixture, mesh=None)[0].config.num_experts == 4
 
 
 def test_tokenizer_files_are_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,11 @@
 """Notebooks are small, begin and end alike, and keep no output but the figures that are meant."""
 
+import importlib.metadata
+import importlib.util
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +50,52 @@ def test_it_has_a_title_an_install_cell_and_a_next_step(path: Path) -> None:
     assert len(titles) == 1
     install = code(path)[0]
     assert install == code(NOTEBOOKS[0])[0]
-    assert 'kept = [name for name in ("jax", "jaxlib", "libtpu")' in install
     if path != NOTEBOOKS[-1]:
         following = NOTEBOOKS[NOTEBOOKS.index(path) + 1]
         assert f"({following.name})" in last["source"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_says_what_it_needs_and_how_long_it_takes(path: Path) -> None:
+    first = cells(path)[0]["source"]
+    assert "colab-badge.svg" in first
+    assert re.search(
+        r"\*\*Needs\*\* .+\*\*Takes\*\* (a|two|three) minutes? on two CPU cores", first
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_figure_follows_what_to_look_for(path: Path) -> None:
+    text = ""
+    for cell in cells(path):
+        if cell["cell_type"] == "markdown":
+            text = cell["source"]
+            assert "\\n" not in text, "a line break that was escaped twice"
+        elif cell["metadata"].get("keep_output"):
+            assert "Look " in text, cell["source"]
+
+
+@pytest.mark.parametrize("is_in_clone", [True, False])
+def test_the_platforms_jax_is_kept(
+    is_in_clone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec, commands = importlib.util.find_spec, list[list[str]]()
+    installed = {"jax": "0.11.3", "libtpu": "0.0.50"}  # as on a TPU whose jaxlib is built in
+    monkeypatch.setattr(importlib.metadata, "version", installed.get)
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: find_spec("json") if name in installed else None,
+    )
+    monkeypatch.setattr(subprocess, "check_call", commands.append)
+    (tmp_path / "notebooks").mkdir()
+    if is_in_clone:
+        (tmp_path / "mixtral_jax").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    exec(code(NOTEBOOKS[0])[0], {})
+    package = "..[notebook]" if is_in_clone else "mixtral-jax[notebook]"
+    pip = [sys.executable, "-m", "pip", "install", "-q"]
+    assert commands == [[*pip, package, "jax==0.11.3", "libtpu==0.0.50"]]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

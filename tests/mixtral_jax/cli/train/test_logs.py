@@ -50,3 +50,9 @@ def test_a_run_that_is_stopped_and_goes_on(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl") == lines
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_record_is_a_line_of_text() -> None:
+    assert str(step(3)) == "step 3: loss 1.500, 0.5 s"
+    assert str(step(4, float("nan"))) == "step 4: skipped, as it is not finite, 0.5 s"
+    assert str(EndRecord(step=4, is_finished=False)) == "step 4: stopped"
