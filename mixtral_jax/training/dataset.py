@@ -107,12 +107,19 @@ class Dataset(NamedTuple):
         reader = _Reader(tokenizer, length, long_rows, account)
         made: list[Example] = []
         for source in sources:
-            rows = list(reader.examples(rows_of(source.path, ignored_keys)))
-            if not rows:
-                account.bad_rows.append(Refused(str(source.path), "has no row to train on"))
-            made += rows * source.weight
+            before = account.rows
+            kept = list(reader.examples(rows_of(source.path, ignored_keys)))
+            if account.rows == before:
+                raise DataError(f"{source.path} is empty: it has no rows")
+            made += kept * source.weight
         if account.bad_rows and (bad_rows is BadRows.REFUSE or not made):
             raise DataError(_refusal(account.bad_rows, account.rows))
+        if not made:
+            files = ", ".join(str(source.path) for source in sources)
+            raise DataError(
+                f"{files} has no row to train on that fits: all {account.rows:,} are longer than "
+                f"the length {length:,}; raise length"
+            )
         account.examples = len(made)
         account.tokens = sum(len(example.ids) for example in made)
         account.targets = sum(example.num_targets for example in made)
@@ -180,11 +187,10 @@ class _Reader:
 
 def _refusal(bad_rows: Sequence[Refused], rows: int) -> str:
     lines = [f"{bad.place} {bad.reason}" for bad in bad_rows[:_MOST_REASONS]]
-    if len(bad_rows) == 1:
+    if rows == 1:
         return lines[0]
-    more = len(bad_rows) - len(lines)
-    rest = [f"and {more:,} more"] if more else []
-    head = (
-        f"{len(bad_rows):,} of {rows:,} rows cannot be trained on; bad_rows: drop leaves them out"
-    )
-    return "\n  ".join([head, *lines, *rest])
+    count = len(bad_rows)
+    remedy = "; bad_rows: drop leaves them out" if count < rows else ""
+    head = f"{count:,} of {rows:,} rows cannot be trained on{remedy}"
+    more = [f"and {count - len(lines):,} more"] if count > len(lines) else []
+    return "\n  ".join([f"{head}:", *lines, *more])

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -113,7 +113,7 @@ class Trainer:
         """Ends the run after the step that runs now; may be called by a signal's handler."""
         self._is_stopped = True
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Generator[Record]:
         """Runs the steps that are not done yet; the last state is saved at the end.
 
         Raises TrainingError after `max_skipped_steps` steps in a row that were not finite.

@@ -90,8 +90,12 @@ def _parsed(line: bytes) -> Mapping[str, object]:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
+        if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError("is UTF-16: save the file as UTF-8") from None
         raise DataError(f"is not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
+        if line.strip() in (b"{", b"["):
+            raise DataError("is no JSON by itself: a row is one line (JSON Lines)") from None
         raise DataError(f"is no JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON that can be read: {str(error)[:100]}") from None
@@ -167,6 +171,8 @@ def _messages(value: object, key: str, *, is_prompt: bool) -> tuple[list[Message
             raise DataError(f"has the weight 1 in {name}: a prompt is only read")
         messages.append(message)
         is_learnt.append(message["role"] == "assistant" and bool(weight) and not is_prompt)
+        if is_learnt[-1]:
+            _check_arguments(message, name)
     return messages, is_learnt
 
 
@@ -227,6 +233,27 @@ def _call(call: object, name: str) -> ToolCall:
     if not isinstance(arguments, str) or not isinstance(call_id, str):
         raise DataError(f"has a call in {name} whose id or arguments are no text")
     return {"id": call_id, "name": function["name"], "arguments": arguments}
+
+
+def _check_arguments(message: Message, name: str) -> None:
+    """Raises DataError for calls that a model must not learn: no server could read them."""
+    for place, call in enumerate(message.get("tool_calls", [])):
+        try:
+            value = json.loads(call["arguments"], parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            kind = "no JSON" if call["arguments"] else "empty"
+        else:
+            if isinstance(value, dict):
+                continue
+            kind = f"a JSON {_kind(value)}"
+        raise DataError(
+            f"has arguments in {name}, tool_calls[{place}], that are {kind}, and a call is learnt "
+            'as it stands: give a JSON object, such as {}, or give the message "weight": 0'
+        )
+
+
+def _no_number(word: str) -> object:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def _tools(value: object) -> tuple[Tool, ...]:

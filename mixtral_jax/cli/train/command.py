@@ -7,8 +7,6 @@ import typer
 
 from mixtral_jax.cli import extras
 
-_STOPPED = 130  # exit status of a run that a signal has ended, as of other commands
-
 
 @extras.needs("train")
 def train(
@@ -105,5 +103,5 @@ def train(
             as_json=as_json,
         )
         return
-    if not run(read_settings(settings, flags, change or [], is_full=full)):
-        raise typer.Exit(_STOPPED)
+    if status := run(read_settings(settings, flags, change or [], is_full=full)):
+        raise typer.Exit(status)

@@ -7,12 +7,16 @@ OUTPUT/curves.png      loss, validation loss, learning rate and gradient norm by
 
 import dataclasses
 import json
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from mixtral_jax.training.records import Record, StepRecord, ValidationRecord
 
@@ -35,7 +39,12 @@ class Logs:
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
         self._path.write_text(text, encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+        board = folder / TENSORBOARD
+        board.mkdir(exist_ok=True)
+        # Its SummaryWriter writes in a thread, and waits for ever when that died of a full disk.
+        self._board = EventsWriter(str(board / "events"))
+        start = SessionLog(status=SessionLog.START)  # takes the place of later steps
+        self._board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, record: Record) -> None:
         """Writes a record."""
@@ -43,16 +52,21 @@ class Logs:
         self._lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        prefix = line["kind"]
         for name, value in line.items():
             if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(f"{prefix}/{name}", value, line["step"])
+                summary = scalar(f"{line['kind']}/{name}", value)
+                event = Event(wall_time=time.time(), step=line["step"], summary=summary)
+                self._board.write_event(event)
+        self._board.flush()
 
     def close(self) -> None:
-        """Ends the logs and draws the curves."""
-        self._file.close()
-        self._board.close()
-        draw_curves(self._lines, self._picture)
+        """Ends the logs and draws the curves; a disk that is full has raised an error before."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._board.close()
+        with suppress(OSError):
+            draw_curves(self._lines, self._picture)
 
 
 def as_line(record: Record) -> dict[str, Any]:

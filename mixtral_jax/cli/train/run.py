@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -10,36 +11,59 @@ from rich.console import Console
 from mixtral_jax.checkpoint.adapter import write_adapter
 from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained, save
 from mixtral_jax.cli.train.logs import Logs
+from mixtral_jax.cli.train.output import (
+    ADAPTER,
+    CHECKPOINTS,
+    MODEL,
+    check_result,
+    claimed,
+    disk_errors,
+    resumption,
+)
 from mixtral_jax.cli.train.report import Progressing, data_table, program_table
+from mixtral_jax.cli.train.stopping import Stopping
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.adapter import Adapter
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.training.batch import Batch
 from mixtral_jax.training.dataset import Dataset
-from mixtral_jax.training.loop import Trainer, stopping_on_signals
+from mixtral_jax.training.loop import Trainer
 from mixtral_jax.training.packing import PackedData
 from mixtral_jax.training.records import EndRecord
 from mixtral_jax.training.run_settings import RunSettings
 from mixtral_jax.training.samples import greedy_answers, question_of
 from mixtral_jax.training.step.flops import step_flops
 
-ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 _SAMPLE_TOKENS = 64
 
 
-def run(settings: RunSettings) -> bool:
+def run(settings: RunSettings) -> int:
     """Trains as the settings say, or goes on with a run that was stopped. Raises UserError.
 
-    Returns whether the run is finished; a signal may have ended it before.
+    Returns the exit status: 0, or 128 and the number of the signal that ended the run.
     """
     console = Console(soft_wrap=True)
+    output = settings.output
+    stopping = Stopping(lambda text: _tell(console, text), lambda: resumption(output))
+    with stopping, disk_errors(output), claimed(output):
+        return _run(settings, console, stopping)
+
+
+def _tell(console: Console, text: str) -> None:
+    console.show_cursor(True)  # which a bar hides
+    console.print(text, markup=False, highlight=False)
+
+
+def _run(settings: RunSettings, console: Console, stopping: Stopping) -> int:
     pretrained = open_pretrained(settings.model)
     tokenizer = pretrained.tokenizer
     data, validation = _read(settings, tokenizer)
     training = settings.training
     packed = PackedData(data.examples, training.length, training.rows, training.seed)
     config = training.resolved(packed.num_steps)
+    assert config.steps is not None
+    check_result(settings.output, result_folder(settings), config.steps)
     console.print(f"[bold]mixtral-jax train[/bold] {settings.model} -> {settings.output}")
     console.print(data_table(data.account, packed, config))
     for bad in data.account.bad_rows[:5]:
@@ -50,7 +74,6 @@ def run(settings: RunSettings) -> bool:
     if validation is not None:
         rows = PackedData(validation.examples, training.length, training.rows, 0, is_shuffled=False)
         checks = [rows.batch(step) for step in range(rows.num_steps)]
-    settings.output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     trainer = Trainer(
         model,
@@ -65,12 +88,12 @@ def run(settings: RunSettings) -> bool:
     console.print(program_table(trainer.trained, memory, model.config, seconds))
     if trainer.resumed_from:
         console.print(f"goes on from step {trainer.resumed_from} of {trainer.num_steps}")
-    if not _train(settings, trainer, console):
-        return False
+    if not _train(settings, trainer, console, stopping):
+        return stopping.status
     _finish(settings, pretrained, model, trainer, console)
     _answer(settings, validation or data, tokenizer, model, trainer, console)
     _say_how_to_serve(settings, console)
-    return True
+    return 0
 
 
 def _read(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
@@ -90,26 +113,26 @@ def _read(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Dataset, Dataset
     return read[0], read[1] if len(read) > 1 else None
 
 
-def _train(settings: RunSettings, trainer: Trainer, console: Console) -> bool:
+def _train(settings: RunSettings, trainer: Trainer, console: Console, stopping: Stopping) -> bool:
     """Runs the steps; returns whether all of them are done."""
     logs = Logs(settings.output, trainer.step)
     flops = step_flops(trainer.program.trainee.config, trainer.config)
     shown = Progressing(console, trainer.num_steps, trainer.step, flops)
     is_finished = False
     try:
-        with stopping_on_signals(trainer), shown:
-            for record in trainer.records():
+        with stopping.finishing(trainer.stop), shown, closing(trainer.records()) as records:
+            for record in records:
                 shown.show(record)
                 logs.write(record)
                 if isinstance(record, EndRecord):
                     is_finished = record.is_finished
+        if not is_finished:
+            console.print(
+                f"stopped after step {trainer.step} of {trainer.num_steps}, which is saved in "
+                f"{settings.output / CHECKPOINTS}: run the same command to go on"
+            )
     finally:
         logs.close()
-    if not is_finished:
-        console.print(
-            f"stopped after step {trainer.step} of {trainer.num_steps}, which is saved in "
-            f"{settings.output / CHECKPOINTS}; run the same command to go on"
-        )
     return is_finished
 
 

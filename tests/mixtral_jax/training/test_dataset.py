@@ -45,6 +45,22 @@ def test_bad_rows_are_listed_together_or_dropped(tmp_path: Path) -> None:
     assert [bad.place[-2:] for bad in data.account.bad_rows] == [":2", ":4"]
 
 
+def test_a_refusal_counts_rows(tmp_path: Path) -> None:
+    many = file_of(tmp_path, *[row("a")] * 9, "{", *[row("a")] * 10)
+    with pytest.raises(DataError) as refusal:
+        Dataset.read([Source(many)], ByteTokenizer(), 10)
+    assert str(refusal.value).splitlines() == [
+        "1 of 20 rows cannot be trained on; bad_rows: drop leaves them out:",
+        f"  {many}:10 is no JSON by itself: a row is one line (JSON Lines)",
+    ]
+    for policy in BadRows:
+        both = [Source(many), Source(file_of(tmp_path, "", " ", name="b.jsonl"))]
+        with pytest.raises(DataError, match=r"b\.jsonl is empty: it has no rows"):
+            Dataset.read(both, ByteTokenizer(), 10, bad_rows=policy)
+    with pytest.raises(DataError, match=r"\A2 of 2 rows cannot be trained on:\n"):
+        Dataset.read([Source(file_of(tmp_path, "{", "["))], ByteTokenizer(), 10)
+
+
 def test_nothing_to_train_on_is_refused_even_if_bad_rows_are_dropped(tmp_path: Path) -> None:
     for lines in (["{"], [""]):
         sources = [Source(file_of(tmp_path, *lines))]
@@ -64,7 +80,9 @@ def test_long_rows_are_refused_cut_or_dropped(tmp_path: Path) -> None:
     assert (dropped.account.truncated, dropped.account.dropped) == (0, 1)
     short = Dataset.read(sources, ByteTokenizer(), 7, long_rows=LongRows.TRUNCATE)
     assert short.account.truncated == 1  # it keeps a target
-    with pytest.raises(DataError, match="has no row to train on"):  # all targets are cut off
+    with pytest.raises(
+        DataError, match="has no row to train on that fits: all 2"
+    ):  # all targets are cut off
         Dataset.read(sources, ByteTokenizer(), 5, long_rows=LongRows.TRUNCATE)
 
 

@@ -12,6 +12,11 @@ USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "yes"}
 
 
+def calling(arguments: str) -> object:
+    call = {"id": "x", "function": {"name": "add", "arguments": arguments}}
+    return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+
+
 def read(folder: Path, *lines: object) -> list[Row | Refused]:
     file = folder / "a.jsonl"
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
@@ -95,10 +100,16 @@ def test_parts_developers_calls_and_results(tmp_path: Path) -> None:
         ({"messages": [{**USER, "tool_calls": [{}]}, ANSWER]}, "only an assistant calls"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "without a function"),
         ({"messages": [USER, ANSWER], "tools": [{}]}, r"tools\[0\] that is no function"),
+        (calling("[1]"), r"messages\[1\], tool_calls\[0\], that are a JSON list"),
+        (calling('{"a": NaN}'), "that are no JSON"),
+        (calling("add"), "that are no JSON"),
+        (calling(""), "that are empty"),
+        ('[\n{"text": "a"}]', "a row is one line"),
+        ("\udcff\udcfea", "is UTF-16"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: object, reason: str) -> None:
-    (row, refused) = read(tmp_path, {"text": "right"}, line)
+    row, refused, *_ = read(tmp_path, {"text": "right"}, line)
     assert isinstance(row, Row)
     assert isinstance(refused, Refused)
     assert refused.place == f"{tmp_path}/a.jsonl:2"
@@ -115,3 +126,17 @@ def test_a_key_may_be_ignored_by_name(tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read the data set .*gone.jsonl: No such file"):
         list(rows_of(tmp_path / "gone.jsonl"))
+
+
+def test_calls_that_are_only_read_may_be_broken(tmp_path: Path) -> None:
+    call = {"id": "x", "function": {"name": "add", "arguments": "{"}}
+    history = {"role": "assistant", "tool_calls": [call], "weight": 0}
+    (row,) = read(tmp_path, {"messages": [USER, history, USER, ANSWER]})
+    assert isinstance(row, Row)
+
+
+def test_marks_and_line_ends_of_other_systems_are_no_part_of_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
+    rows = list(rows_of(file))
+    assert rows == [Row(f"{file}:1", Completion("", "a")), Row(f"{file}:3", Completion("", "b"))]
