@@ -15,6 +15,7 @@
 
 #include "dot_products.h"
 #include "many_rows.h"
+#include "many_rows_vnni.h"
 #include "vectors.h"
 #include "worker_pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -36,24 +37,44 @@ struct FloatRows {
 };
 
 // Rows that are rounded to int8, one scale a row: x = values * scale. The values are widened to
-// int16, which is what the products multiply.
+// int16, which is what products of few rows multiply; many rows have them as bytes, too, where the
+// machine multiplies these.
 struct Int8Rows {
   using Weight = int8_t;
   using Total = int32_t;
   int64_t stride;  // A multiple of a cache line; otherwise every second load would touch two lines.
   int16_t* values;
   std::vector<float> scales;
+#if defined(MIXTRAL_JAX_HAS_VNNI)
+  int8_t* bytes = nullptr;
+  std::vector<int32_t> sums;  // Of the bytes of each row.
+#endif
 
   Int8Rows(int64_t num_threads, const float* x, int64_t rows, int64_t n)
-      : stride((n + 31) / 32 * 32),
+      : stride((n + 63) / 64 * 64),
         values(ThreadScratch<int16_t>(rows * stride)),
         scales(static_cast<size_t>(rows)) {
+#if defined(MIXTRAL_JAX_HAS_VNNI)
+    if (rows >= kManyRows) {
+      bytes = ThreadScratch<int8_t>(rows * stride);
+      sums.resize(static_cast<size_t>(rows));
+    }
+#endif
     constexpr int64_t kBlock = 8;
     ParallelFor(num_threads, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
       for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
         int16_t* to = values + r * stride;
         scales[static_cast<size_t>(r)] = QuantizeRow(x + r * n, n, to);
         std::fill(to + n, to + stride, int16_t{0});
+#if defined(MIXTRAL_JAX_HAS_VNNI)
+        if (bytes == nullptr) continue;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < stride; ++i) {
+          bytes[r * stride + i] = static_cast<int8_t>(to[i]);
+          sum += to[i];
+        }
+        sums[static_cast<size_t>(r)] = sum;
+#endif
       }
     });
   }
@@ -91,7 +112,12 @@ void ProductOfFewRows(const Rows& x, int64_t r, int64_t n, const typename Rows::
 template <typename Rows>
 void Product(const Rows& x, int64_t from, int64_t to, int64_t n, const typename Rows::Weight* w,
              const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
-#if defined(__AVX2__)
+#if defined(MIXTRAL_JAX_HAS_VNNI)
+  if constexpr (std::is_same_v<Rows, Int8Rows>) {
+    if (to - from >= kManyRows)
+      return ProductOfByteRows(x, from, to, n, w, scale, first, last, y, outs);
+  }
+#elif defined(__AVX2__)
   if constexpr (std::is_same_v<Rows, Int8Rows>) {
     if (to - from >= kManyRows)
       return ProductOfManyRows(x, from, to, n, w, scale, first, last, y, outs);

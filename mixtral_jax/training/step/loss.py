@@ -41,6 +41,7 @@ def row_losses(
     if chunk >= length:
         return losses(hidden, targets, weights)
     count = -(-length // chunk)
+    chunk = -(-length // count)  # equal chunks, or the last one would be mostly padding
 
     def cut(x: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2)

@@ -46,6 +46,15 @@ def test_the_worker_pool_runs_every_task_once(tmp_path: Path, sanitizer: str) ->
     assert output_of([str(program)]) == "0 jobs were wrong\n"
 
 
+def test_products_by_bytes_have_the_bits_of_those_by_pairs(tmp_path: Path) -> None:
+    """Depths of a part of a vector, and of several panels; outputs that fill none."""
+    program = tmp_path / "driver"
+    flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-Wno-psabi", f"-I{CODE}"]
+    sources = [str(CODE / "worker_pool.cc"), str(HERE / "many_rows_driver.cc")]
+    output_of([str(COMPILER), *flags, "-pthread", *WARNINGS, *sources, "-o", str(program)])
+    assert output_of([str(program)]) in ("0 results differ\n", "this machine has one form\n")
+
+
 @pytest.mark.soak  # minutes: every kernel runs many times slower
 @pytest.mark.timeout(3000)
 def test_the_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
