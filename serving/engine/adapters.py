@@ -6,7 +6,6 @@ whatever its name means later. A name that is unloaded, or loaded anew, is anoth
 requests at once, while its slot stays as it is until those that use it have ended.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +20,6 @@ from mixtral_jax.model.adapter_stack import StackSizes
 from serving.engine.device import PutLayer
 from serving.errors import ModelNotFound, Overloaded
 from serving.scheduling.request import Request, Seat
-
-_DRAIN_SECONDS = 60.0  # for which an adapter waits for a slot
-_DRAIN_LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ class LoadingEngine(Protocol):
         """Loads an adapter, between two steps; see `AdapterSlots.load`."""
 
 
-class AdapterHost:
+class AdapterLoader:
     """Loads and unloads the adapters of an engine that runs. For any thread but the engine's.
 
     Args:
@@ -155,29 +151,24 @@ class AdapterHost:
     def __init__(self, engine: LoadingEngine, call: Callable[[Callable[[], None]], None]) -> None:
         self._engine, self._call = engine, call
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Loads an adapter under a name, in the place of an older one of this name.
+    def read(self, name: str, folder: Path) -> Callable[[], None]:
+        """Reads an adapter into memory; returns the function that loads it under a name.
 
-        It is read by the calling thread, and written to the devices between two steps; nothing is
-        compiled. Where all slots are taken but some are of unloaded adapters, it waits for the
-        requests that use these.
+        That function writes it to the devices between two steps, in the place of an older one of
+        this name; nothing is compiled. It raises SlotsBusy or NoRoom as `AdapterSlots.load` does,
+        and may then be called again, and what `call` raises if the engine has ended; the older one
+        then stays.
 
-        Raises AdapterError if the adapter is broken, does not fit the model or its stacks, or if
-        there is no room; the older one then stays. Raises SlotsBusy if those requests last too
-        long, and what `call` raises if the engine has ended.
+        Raises AdapterError if the adapter is broken, or does not fit the model or its stacks.
         """
         stored = self._slots(name).read(folder)
-        deadline = time.monotonic() + _DRAIN_SECONDS
-        while True:
-            try:
-                self._call(lambda: self._engine.load_adapter(name, stored))
-                return
-            except SlotsBusy:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(_DRAIN_LOOK_SECONDS)
 
-    def unload_adapter(self, name: str) -> None:
+        def load() -> None:
+            self._call(lambda: self._engine.load_adapter(name, stored))
+
+        return load
+
+    def unload(self, name: str) -> None:
         """Refuses later requests for an adapter; those that run go on, and then its slot is free.
 
         Raises AdapterError for a name that is not loaded.
@@ -185,7 +176,7 @@ class AdapterHost:
         slots = self._slots(name)
         self._call(lambda: slots.unload(name))
 
-    def adapters(self) -> Mapping[str, str]:
+    def digests(self) -> Mapping[str, str]:
         """Returns the digests of the loaded adapters by their names."""
         slots = self._engine.adapters
         return {} if slots is None else slots.digests

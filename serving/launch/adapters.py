@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from mixtral_jax.errors import AdapterError
 from serving.engine.config import EngineConfig
-from serving.service.models.adapter_folder import AdapterFolder, AdapterHost
+from serving.service.models.adapter_folder import AdapterFolder, LoadsAdapters
 from serving.service.models.adapter_metrics import AdapterMetrics
 from serving.service.models.served_models import ServedModels
 
@@ -14,7 +14,7 @@ from serving.service.models.served_models import ServedModels
 def followed_adapters(
     config: EngineConfig,
     models: ServedModels,
-    host: AdapterHost,
+    loader: LoadsAdapters,
     metrics: AdapterMetrics,
     say: Callable[[str], None],
 ) -> Iterator[None]:
@@ -23,7 +23,7 @@ def followed_adapters(
     Args:
         config: What the operator asked for.
         models: The names of the model, which no adapter may have.
-        host: Loads them.
+        loader: Loads them.
         metrics: Counts those of the folder that cannot be loaded.
         say: Called with a line for each adapter of the start.
 
@@ -32,7 +32,7 @@ def followed_adapters(
     fixed = config.adapters
     for name, folder in fixed.items():
         models.check_name(name)
-        host.load_adapter(name, folder)
+        loader.read(name, folder)()
         say(f"adapter {name} from {folder}")
     if config.adapters_folder is None:
         yield
@@ -43,10 +43,10 @@ def followed_adapters(
         if name in fixed:
             raise AdapterError(f"--adapter names '{name}' already; call the folder otherwise")
 
-    follower = AdapterFolder(config.adapters_folder, host, check_name, metrics.failed)
+    follower = AdapterFolder(config.adapters_folder, loader, check_name, metrics.failed)
     metrics.num_failed = lambda: follower.num_failed
     follower.start()
-    say(f"adapters of {config.adapters_folder}: {len(host.adapters()) - len(fixed)}")
+    say(f"adapters of {config.adapters_folder}: {len(loader.digests()) - len(fixed)}")
     try:
         yield
     finally:

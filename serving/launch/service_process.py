@@ -26,7 +26,7 @@ from serving.cluster.follower import follow
 from serving.cluster.leader import Leader, connect
 from serving.cluster.rank import Rank
 from serving.command_line import USER_ERRORS, Errors, app_of, command, exit_status, run
-from serving.engine.adapters import AdapterHost
+from serving.engine.adapters import AdapterLoader
 from serving.engine.build import engine_of, facts, prepare
 from serving.engine.config import EngineConfig
 from serving.engine.expert_load import ExpertLoad
@@ -195,13 +195,13 @@ def _build(
         vocab_size=card.model.vocab_size,
     )
     worker = EngineWorker(engine, metrics, explain)
-    host = AdapterHost(engine, worker.call)
-    models = ServedModels(card.name, service.model_alias, host.adapters)
+    loader = AdapterLoader(engine, worker.call)
+    models = ServedModels(card.name, service.model_alias, loader.digests)
     counts: AdapterMetrics | None = None
     adapters: AbstractContextManager[None] = nullcontext()
     if config.num_adapters:
-        counts = AdapterMetrics(metrics.registry, card.name, host.adapters)
-        adapters = followed_adapters(config, models, host, counts, _say)
+        counts = AdapterMetrics(metrics.registry, card.name, loader.digests)
+        adapters = followed_adapters(config, models, loader, counts, _say)
     calls = Calls(metrics, traces, counts)
     inference = InferenceService(
         worker, pretrained.tokenizer, info, calls, service.max_bytes_per_token, compiler, models

@@ -19,7 +19,7 @@ from mixtral_jax.model.adapter import Adapter, AdapterConfig
 from mixtral_jax.model.adapter_stack import StackSizes
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.step.buckets import Steps
-from serving.engine.adapters import AdapterHost, AdapterSlots, SlotsBusy
+from serving.engine.adapters import AdapterLoader, AdapterSlots, SlotsBusy
 from serving.engine.build import compile_steps, engine_of
 from serving.engine.device import PutLayer
 from serving.engine.engine import Engine
@@ -231,24 +231,24 @@ def written(tmp_path: Path) -> Callable[[str], Path]:
 def test_adapters_come_and_go_without_a_compilation(written: Callable[[str], Path]) -> None:
     engine = engine_for("dense")
     worker = EngineWorker(engine, Metrics("tiny"))
-    host = AdapterHost(engine, worker.call)
+    loader = AdapterLoader(engine, worker.call)
     folders = {name: written(name) for name in ("red", "blue", "green")}
     worker.start()
     try:
         with CompilationCount() as count:
-            host.load_adapter("red", folders["red"])
-            host.load_adapter("blue", folders["blue"])
-            host.unload_adapter("red")
-            host.load_adapter("green", folders["green"])
+            loader.read("red", folders["red"])()
+            loader.read("blue", folders["blue"])()
+            loader.unload("red")
+            loader.read("green", folders["green"])()
         assert count.value == 0
-        assert set(host.adapters()) == {"blue", "green"}
-        assert all(len(digest) == 64 for digest in host.adapters().values())
+        assert set(loader.digests()) == {"blue", "green"}
+        assert all(len(digest) == 64 for digest in loader.digests().values())
         with pytest.raises(AdapterError, match="no room"):
-            host.load_adapter("red", folders["red"])
+            loader.read("red", folders["red"])()
     finally:
         worker.stop()
     with pytest.raises(Exception, match="stopped"):
-        host.unload_adapter("blue")
+        loader.unload("blue")
 
 
 def test_targets_and_ranks_beyond_the_stacks_are_refused(written: Callable[[str], Path]) -> None:

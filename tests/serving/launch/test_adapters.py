@@ -22,7 +22,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def follow(host: Host, lines: list[str], **given: Any) -> Any:
     config = record(EngineConfig, defaults(SERVICE, model="m", **given))
-    metrics = AdapterMetrics(CollectorRegistry(), "toy", host.adapters)
+    metrics = AdapterMetrics(CollectorRegistry(), "toy", host.digests)
     return followed_adapters(config, ServedModels("toy", ["azureai"]), host, metrics, lines.append)
 
 
