@@ -16,7 +16,7 @@ from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.config import AccessConfig
 from serving.access.credentials import Access
 from serving.client import Client
-from serving.engine.adapters import AdapterHost
+from serving.engine.adapters import AdapterLoader
 from serving.engine.build import engine_of, prepare_loaded
 from serving.engine.config import EngineConfig
 from serving.engine.metrics import Metrics
@@ -80,8 +80,8 @@ class InProcessService:
         prepared = prepare_loaded(config, model, say=lambda line: None)
         engine = engine_of(prepared.model, prepared.limits, prepared.steps)
         self._worker = EngineWorker(engine, Metrics(name))
-        host = AdapterHost(engine, self._worker.call)
-        models = ServedModels(name, (), host.adapters)
+        loader = AdapterLoader(engine, self._worker.call)
+        models = ServedModels(name, (), loader.digests)
         info = pb.ModelInfo(
             name=name,
             type="chat-completions",
@@ -100,7 +100,7 @@ class InProcessService:
         try:
             for adapter, folder in config.adapters.items():
                 models.check_name(adapter)
-                host.load_adapter(adapter, folder)
+                loader.read(adapter, folder)()
         except BaseException:
             self._worker.stop()
             serving.close()
