@@ -25,7 +25,7 @@ def show_devices() -> None:
 
     devices = jax.devices()
     check_seen(devices[0].platform)
-    stats = devices[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in stats else ""
     number = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
     print(f"{devices[0].platform}: {number} ({devices[0].device_kind}){memory}")

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Float32, Int
 
 from mixtral_jax.kernels.xla.attention import attention_weights
 from mixtral_jax.model.capture import Capture
@@ -36,26 +37,37 @@ class Inside(NamedTuple):
     hidden: Float[Array, "L+1 B T D"] | None  # what goes into each layer, and out of the last
     attention: dict[int, Float32[Array, "B N T T"]]  # by layer: query, then key
 
-    def expert_load(self, counted: Bool[Array, "B T"] | None = None) -> Float32[Array, "L E"]:
+    def expert_load(self, counted: ArrayLike | None = None) -> Float32[Array, "L E"]:
         """The share of tokens that chose each expert, which sums to X in every layer.
 
         Args:
-            counted: the tokens to count, without padding; None for all of them.
+            counted: [B T], True for each token to count, False for padding; None counts them all.
 
-        Raises ValueError where routing was not asked for.
+        Raises ValueError where routing was not asked for, and for `counted` of another shape.
         """
         choice, probabilities = self._routing()
         picks = jax.nn.one_hot(choice, probabilities.shape[-1], dtype=jnp.float32)
         return _mean(jnp.sum(picks, axis=3), counted)
 
-    def entropy(self, counted: Bool[Array, "B T"] | None = None) -> Float32[Array, " L"]:
+    def entropy(self, counted: ArrayLike | None = None) -> Float32[Array, " L"]:
         """The mean entropy of the router in each layer, in nats; log(E) where it cannot decide.
 
-        Raises ValueError where routing was not asked for.
+        Raises ValueError where routing was not asked for, and for `counted` of another shape.
         """
         _, probabilities = self._routing()
         surprise = jax.scipy.special.entr(probabilities).sum(axis=-1, keepdims=True)
         return _mean(surprise, counted)[:, 0]
+
+    def __repr__(self) -> str:
+        shapes = {
+            **{
+                name: array.shape
+                for name, array in self._asdict().items()
+                if name != "attention" and array is not None
+            },
+            **{f"attention[{layer}]": array.shape for layer, array in self.attention.items()},
+        }
+        return f"Inside({', '.join(f'{name} {[*shape]}' for name, shape in shapes.items())})"
 
     def _routing(self) -> tuple[jax.Array, jax.Array]:
         if self.choice is None or self.probabilities is None:
@@ -65,10 +77,16 @@ class Inside(NamedTuple):
         return self.choice, self.probabilities
 
 
-def _mean(values: jax.Array, counted: jax.Array | None) -> jax.Array:
+def _mean(values: jax.Array, counted: ArrayLike | None) -> jax.Array:
     """Mean over rows and tokens: [L B T E] -> [L E]."""
     if counted is None:
         return jnp.mean(values, axis=(1, 2))
+    counted = jnp.asarray(counted)
+    if counted.shape != values.shape[1:3]:
+        raise ValueError(
+            f"counted has the shape {[*counted.shape]}; give one True or False for each of the "
+            f"tokens {[*values.shape[1:3]]} that were recorded"
+        )
     weights = counted.astype(jnp.float32)[None, :, :, None]
     return jnp.sum(values * weights, axis=(1, 2)) / jnp.maximum(1.0, jnp.sum(weights))
 
@@ -83,6 +101,8 @@ def captures_for(names: Collection[str], num_layers: int, is_moe: bool) -> list[
     """
     if isinstance(names, str):
         names = (names,)
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"capture is {names!r}; give names, such as ('routing', 'attention.3')")
     wanted: list[set[str]] = [set() for _ in range(num_layers)]
     for name in names:
         kind, _, number = name.partition(".")

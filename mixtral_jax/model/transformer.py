@@ -135,7 +135,8 @@ class Transformer(nnx.Module):
         Rows of different lengths are padded on the right; what stands there disturbs nothing. An
         adapter must have its scaling folded in (`Adapter.folded`). With `capture`, names such as
         "routing" and "attention.3" (model/inside.py), gives what it recorded beside the logits.
-        Raises ValueError for an array of another rank, without tokens, or names it does not know.
+        Raises ValueError for an array of another rank or dtype, without tokens, or names it does
+        not know.
         """
         shape = getattr(tokens, "shape", None)
         if shape is None or len(shape) != 2 or 0 in shape:
@@ -144,6 +145,8 @@ class Transformer(nnx.Module):
                 f"the tokens are {given}; give an array [B T] of at least one row and one token, "
                 "such as jax.numpy.array([ids])"
             )
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"the tokens are of {tokens.dtype}; give ids, which are whole numbers")
         if capture is None:
             return self.logits(self.hidden(tokens, adapter=adapter))
         captures = captures_for(capture, len(self.layers), self.config.is_moe)

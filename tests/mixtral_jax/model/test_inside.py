@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import ArrayLike
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.hf_config import from_hf
@@ -68,6 +69,36 @@ def test_load_and_entropy_of_a_hand_made_routing() -> None:
     first = jnp.array([[True, False]])
     np.testing.assert_allclose(inside.expert_load(first), [[1, 1, 0]])
     np.testing.assert_allclose(inside.entropy(first), [np.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("counted", [jnp.array([2]), np.array([True, False]), jnp.array([[True]])])
+def test_counted_tokens_of_another_shape(counted: ArrayLike) -> None:
+    probabilities, choice = jnp.ones((1, 1, 2, 3)) / 3, jnp.zeros((1, 1, 2, 1), int)
+    inside = Inside(choice, jnp.ones((1, 1, 2, 1)), probabilities, None, {})
+    with pytest.raises(ValueError, match=r"for each of the tokens \[1, 2\]"):
+        inside.expert_load(counted)
+
+
+def test_padding_on_the_right_changes_nothing_that_is_counted() -> None:
+    model = model_of(CONFIGS["moe"])
+    names = ("routing", "hidden", "attention.1")
+    _, both = model(jnp.array([[1, 2, 3, 0, 0], [5, 4, 3, 2, 1]]), capture=names)
+    _, short = model(jnp.array([[1, 2, 3]]), capture=names)
+    _, long = model(jnp.array([[5, 4, 3, 2, 1]]), capture=names)
+    np.testing.assert_array_equal(both.choice[:, :1, :3], short.choice)
+    np.testing.assert_allclose(both.hidden[:, :1, :3], short.hidden, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        both.attention[1][:1, :, :3, :3], short.attention[1], rtol=0, atol=1e-6
+    )
+    counted = jnp.array([[True, True, True, False, False], [True] * 5])
+    for name in ("expert_load", "entropy"):
+        expected = (3 * getattr(short, name)() + 5 * getattr(long, name)()) / 8
+        np.testing.assert_allclose(getattr(both, name)(counted), expected, rtol=1e-5)
+
+
+def test_it_prints_its_shapes() -> None:
+    _, inside = model_of(CONFIGS["dense"])(TOKENS, capture=("attention.1",))
+    assert repr(inside) == f"Inside(attention[1] [2, {CONFIGS['dense'].num_heads}, 5, 5])"
 
 
 def test_routing_is_that_of_every_layer() -> None:
