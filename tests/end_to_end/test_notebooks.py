@@ -136,18 +136,14 @@ def test_05_learns_the_form_and_goes_on_where_it_was(
     monkeypatch.setenv("MIXTRAL_JAX_MODEL", str(smollm2))
     monkeypatch.setenv("MIXTRAL_JAX_RUN", str(tmp_path / "run"))
     first = run_on(devices, "05_finetune", tmp_path, monkeypatch)
-    assert "step 1: loss" in first.text and "step 12: loss" in first.text
+    assert "step 1: loss" in first.text and "step 6: loss" in first.text
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    for later in (9, 12):  # as after a machine that was lost, and a notebook that was run again
-        if later == 9:
-            for checkpoint in (tmp_path / "run" / "checkpoints").glob("*12*"):
-                checkpoint.rename(tmp_path / "lost")
-        again = run_on(devices, "05_finetune", tmp_path, monkeypatch)
-        assert ("step 10: loss" in again.text) == (later == 9)
-        assert "step 9: loss" not in again.text
-        assert re.findall("loss .* of|exact.*", again.text) == re.findall(
-            "loss .* of|exact.*", first.text
-        )
+    # As after a machine that was lost between the last two checkpoints.
+    (tmp_path / "run" / "checkpoints" / "6").rename(tmp_path / "lost")
+    again = run_on(devices, "05_finetune", tmp_path, monkeypatch)
+    steps = [re.findall(r"step (\d): loss (\S+),", shown.text) for shown in (first, again)]
+    assert steps[1] == steps[0][4:] and len(steps[1]) == 2
+    assert re.findall("exact.*", again.text) == re.findall("exact.*", first.text)
 
 
 @pytest.fixture(scope="module")
