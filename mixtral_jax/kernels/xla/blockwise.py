@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mixtral_jax.axes import RowKeys, RowQueries, Segments
 from mixtral_jax.kernels.xla import attention as dense
@@ -89,6 +90,20 @@ class _Shape(NamedTuple):
         """One block of an array [B T ...]."""
         return jax.lax.dynamic_slice_in_dim(x, number * self.block, self.block, axis=1)
 
+    def put(self, x: jax.Array, block: jax.Array, number: jax.Array) -> jax.Array:
+        """The array [B T ...] with another block."""
+        return jax.lax.dynamic_update_slice_in_dim(x, block, number * self.block, axis=1)
+
+
+def _zeros_after(x: jax.Array, *arrays: tuple[tuple[int, ...], DTypeLike]) -> list[jax.Array]:
+    """Zeros of these shapes and dtypes, which the compiler cannot make before `x` is there.
+
+    Loops fill them. Of plain zeros, and of the results that `lax.scan` stacks, it makes those of
+    all layers at the start of the step, where they take room that the step needs later.
+    """
+    zero, _ = jax.lax.optimization_barrier((jnp.zeros((), jnp.float32), x))
+    return [jnp.broadcast_to(zero.astype(dtype), shape) for shape, dtype in arrays]
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
@@ -109,7 +124,9 @@ def _attention_forward(
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, size)
     groups = (rows, kv_heads, heads // kv_heads, shape.block)
 
-    def of_queries(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_queries(
+        number: jax.Array, made: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         queries = shape.of(grouped, number)
 
         def step(
@@ -137,12 +154,15 @@ def _attention_forward(
             jnp.zeros((*groups, size), jnp.float32),
         )
         peak, total, mixed = jax.lax.fori_loop(*shape.keys_of(number), step, start)
-        return (mixed / total[..., None]).astype(q.dtype), peak + jnp.log(total)
+        out, logs = made
+        # [B K G block H] -> [B block K G H]
+        done = jnp.transpose(mixed / total[..., None], (0, 3, 1, 2, 4)).astype(q.dtype)
+        log = jnp.transpose(peak + jnp.log(total), (0, 3, 1, 2))
+        return shape.put(out, done, number), shape.put(logs, log, number)
 
-    blocks = length // shape.block
-    out, logs = jax.lax.map(of_queries, jnp.arange(blocks, dtype=jnp.int32))
-    # [blocks B K G block H] -> [B T N H]
-    out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(q.shape)
+    start = _zeros_after(q, (grouped.shape, q.dtype), (grouped.shape[:-1], jnp.float32))
+    out, logs = jax.lax.fori_loop(0, length // shape.block, of_queries, (start[0], start[1]))
+    out = out.reshape(q.shape)
     return out, (q, k, v, ids, out, logs)
 
 
@@ -158,7 +178,9 @@ def _attention_backward(
     off = jnp.sum(slopes.astype(jnp.float32) * out.reshape(slopes.shape), axis=-1)
     scale = size**-0.5
 
-    def of_keys(dq: jax.Array, number: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def of_keys(
+        number: jax.Array, made: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys, values = shape.of(k, number), shape.of(v, number)
 
         def step(
@@ -167,7 +189,7 @@ def _attention_backward(
             dq, dk, dv = state
             queries, d_out = shape.of(grouped, i), shape.of(slopes, i)
             scores, seen = shape.scores(queries, keys, ids, i, number)
-            log = jax.lax.dynamic_index_in_dim(logs, i, keepdims=False)
+            log = jnp.transpose(shape.of(logs, i), (0, 2, 3, 1))
             weights = jnp.where(seen, jnp.exp(scores - log[..., None]), 0)
             product = partial(jnp.einsum, preferred_element_type=jnp.float32)
             dv += product("BKGTS,BTKGH->BSKH", weights.astype(q.dtype), d_out)
@@ -176,20 +198,19 @@ def _attention_backward(
             d_scores = (weights * (d_weights - behind) * scale).astype(q.dtype)
             dk += product("BKGTS,BTKGH->BSKH", d_scores, queries)
             added = product("BKGTS,BSKH->BTKGH", d_scores, keys)
-            start = i * shape.block
-            sums = jax.lax.dynamic_slice_in_dim(dq, start, shape.block, axis=1) + added
-            return jax.lax.dynamic_update_slice_in_dim(dq, sums, start, axis=1), dk, dv
+            return shape.put(dq, shape.of(dq, i) + added, i), dk, dv
 
+        dq, dk, dv = made
         zeros = jnp.zeros(keys.shape, jnp.float32)
         first, last = shape.queries_of(number, blocks)
-        dq, dk, dv = jax.lax.fori_loop(first, last, step, (dq, zeros, zeros))
-        return dq, (dk, dv)
+        dq, own_dk, own_dv = jax.lax.fori_loop(first, last, step, (dq, zeros, zeros))
+        dk = shape.put(dk, own_dk.astype(k.dtype), number)
+        return dq, dk, shape.put(dv, own_dv.astype(v.dtype), number)
 
-    start = jnp.zeros(grouped.shape, jnp.float32)
-    dq, (dk, dv) = jax.lax.scan(of_keys, start, jnp.arange(blocks, dtype=jnp.int32))
-    # [blocks B block K H] -> [B T K H]
-    dk, dv = (jnp.moveaxis(x, 0, 1).reshape(k.shape) for x in (dk, dv))
-    return dq.reshape(q.shape).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    arrays = ((grouped.shape, jnp.float32), (k.shape, k.dtype), (v.shape, v.dtype))
+    start = _zeros_after(slope, *arrays)
+    dq, dk, dv = jax.lax.fori_loop(0, blocks, of_keys, (start[0], start[1], start[2]))
+    return dq.reshape(q.shape).astype(q.dtype), dk, dv, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
