@@ -39,7 +39,8 @@ def main(folder: Path, steps: int, pause: float = 0.0) -> None:
                 time.sleep(pause)
             if isinstance(record, EndRecord):
                 digest = hashlib.sha256()
-                for leaf in jax.tree.leaves(jax.device_get(trainer.trained)):
+                whole = trainer.program.trainee.whole(trainer.trained)
+                for leaf in jax.tree.leaves(jax.device_get(whole)):
                     digest.update(leaf.tobytes())
                 end = {"end": record.is_finished, "digest": digest.hexdigest()}
                 print(json.dumps(end), flush=True)

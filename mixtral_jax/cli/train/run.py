@@ -152,10 +152,11 @@ def _finish(
         adapter = settings.training.adapter
         assert adapter is not None
         base = settings.base or pretrained.card.name
-        write_adapter(folder, jax.device_get(trained), adapter, base)
+        whole = trainer.program.trainee.whole(trained)
+        write_adapter(folder, jax.device_get(whole), adapter, base)
     else:
-        whole, _ = trainer.program.trainee.assemble(trained, {})
-        save(whole, pretrained.tokenizer, folder, name=f"{pretrained.card.name}-tuned")
+        tuned = trainer.program.trainee.tuned(trained)
+        save(tuned, pretrained.tokenizer, folder, name=f"{pretrained.card.name}-tuned")
 
 
 def result_folder(settings: RunSettings) -> Path:
