@@ -98,10 +98,11 @@ bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Mea
 checkpoints/smollm2-135m-instruct-int8/config.json: | install
 	$(BIN)/mixtral-jax convert smollm2-135m-instruct checkpoints/smollm2-135m-instruct-int8 --dtype int8
 
-plan-matrix: $(VENV)/.tested ## Compile the full-size models for every chip and write the table of memory in docs/numbers.md
+plan-matrix: $(VENV)/.tested ## Compile full-size models, served and trained, and write the tables of memory in docs/numbers.md
 	$(BIN)/python -m benchmarks.plan_matrix $(ARGS)
+	$(BIN)/python -m benchmarks.training_matrix
 
-training-matrix: $(VENV)/.tested ## Compile full-size training steps and write the table of their memory in docs/numbers.md
+training-matrix: $(VENV)/.tested ## The second half of plan-matrix: the training steps alone (ARGS=--help)
 	$(BIN)/python -m benchmarks.training_matrix $(ARGS)
 
 notebooks: $(VENV)/.tested ## Execute the notebooks on this machine

@@ -78,6 +78,7 @@ RUNS = (
     Run(model="Mixtral-8x7B", dtype="int8", topology="tpu:v5p:2x2x1"),
     Run(model="Mixtral-8x7B", dtype="int8", topology="gpu:h100:8"),
     Run(model="Mixtral-8x22B", dtype="int8", topology="tpu:v5p:2x2x1"),
+    Run(model="Mixtral-8x22B", dtype="int8", topology="tpu:v5e:4x4", rows=2),
     Run(
         model="Mistral-7B",
         dtype="bfloat16",

@@ -154,7 +154,11 @@ class Trainee:
 
     def _parameter(self, name: str, master: jax.Array) -> jax.Array:
         """The model's parameter that a master makes."""
-        return self._shared(master.astype(self.dtypes[name]), self.letters[name])
+        value, letters = master.astype(self.dtypes[name]), self.letters[name]
+        if self.layout is not None:  # else the compiler gathers float32 and casts it then
+            cut = cut_sharding(value.shape, letters, self.layout)
+            value = jax.lax.with_sharding_constraint(value, cut)
+        return self._shared(value, letters)
 
     def _shared(self, array: jax.Array, letters: str) -> jax.Array:
         """The array in the model's sharding, whole along `data`."""

@@ -59,10 +59,23 @@ def test_operations_are_those_that_the_compiler_counts(adapter: AdapterConfig | 
     assert counted / step_flops(WIDE, compiled.config) == pytest.approx(1.0, abs=0.15)
 
 
-def test_masters_and_moments_are_cut_over_data() -> None:
-    whole = program(WIDE, adapter=None)
-    cut = program(WIDE, "data=8", adapter=None)
+@pytest.mark.parametrize("adapter", [AdapterConfig(rank=8), None], ids=["adapter", "full"])
+def test_trained_arrays_and_moments_are_cut_over_data(adapter: AdapterConfig | None) -> None:
+    whole = program(WIDE, adapter=adapter)
+    cut = program(WIDE, "data=8", adapter=adapter)
     assert cut.memory.state_bytes == pytest.approx(whole.memory.state_bytes / 8, rel=0.05)
+
+
+def test_the_backward_pass_gathers_a_layer_anew() -> None:
+    """Seven weights and two norms of the layer, beside the embedding, the last norm and the head.
+
+    Else the whole weights of all layers would live from the forward pass to the backward one.
+    """
+    model = model_of(WIDE, mesh="data=8")
+    text = TrainingProgram(model, settings(rows=8, length=16, adapter=None)).text()
+    gathers = [line for line in text.splitlines() if " all-gather(" in line]
+    again = [line for line in gathers if "rematted_computation" in line]
+    assert (len(again), len(gathers) - len(again)) == (9, 9 + 3)
 
 
 def test_rows_that_cannot_be_split_are_refused() -> None:
