@@ -66,17 +66,25 @@ class AdapterMetrics(Collector):
             prompt_tokens: Tokens of its prompt, if it had a token at all.
             generation_tokens: Tokens of all its choices.
         """
+        loaded = self._loaded()
         with self._lock:
-            figures = self._figures.setdefault(adapter, _Figures())
+            self._keep(loaded)  # where nobody reads the metrics, too
+            if adapter not in self._figures:
+                return  # it has gone meanwhile
+            figures = self._figures[adapter]
             figures.requests += 1
             figures.prompt_tokens += prompt_tokens
             figures.generation_tokens += generation_tokens
+
+    def _keep(self, loaded: Collection[str]) -> None:
+        """Forgets the figures of all others."""
+        self._figures = {name: self._figures.get(name) or _Figures() for name in loaded}
 
     def collect(self) -> Iterator[Metric]:
         """Yields the figures of the adapters that are loaded, and forgets those of all others."""
         loaded = sorted(self._loaded())
         with self._lock:
-            self._figures = {name: self._figures.get(name, _Figures()) for name in loaded}
+            self._keep(loaded)
             figures = [(name, vars(self._figures[name]).copy()) for name in loaded]
         yield GaugeMetricFamily("mixtral_adapters", "Adapters that are loaded.", len(loaded))
         yield GaugeMetricFamily(
