@@ -59,3 +59,12 @@ def test_the_figures_of_an_adapter_end_with_it() -> None:
     metrics.answered("a7", 1, 1)  # a request that was under way as its adapter went
     figures(registry)
     assert metrics._figures == {}
+
+
+def test_figures_that_nobody_reads_are_no_more_than_adapters() -> None:
+    loaded = list[str]()
+    metrics = AdapterMetrics(CollectorRegistry(), "toy", lambda: loaded)
+    for number in range(100):
+        loaded[:] = [f"a{number}"]
+        metrics.answered(f"a{number}", 1, 1)
+    assert list(metrics._figures) == ["a99"]
