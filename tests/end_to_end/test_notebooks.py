@@ -73,6 +73,10 @@ def check(name: str, shown: Shown) -> None:
 def run_on(devices: int, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Shown:
     """Runs a notebook on so many devices of the CPU; returns what was checked."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
+    if devices > 1:
+        # XLA has a thread for each core. Collectives of more devices hold them all, and what else a
+        # device has to run then waits for ever.
+        monkeypatch.setenv("NPROC", str(2 * devices))
     shown = executed(name, folder)
     check(name, shown)
     if name[:2] != "04":
