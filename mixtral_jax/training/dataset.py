@@ -12,8 +12,19 @@ import numpy as np
 from mixtral_jax.errors import ChatError
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.training.example import Example
-from mixtral_jax.training.rendering import examples_of
-from mixtral_jax.training.rows import Chat, Completion, DataError, Refused, Row, rows_of
+from mixtral_jax.training.pairs import Pair, read_pair
+from mixtral_jax.training.rendering import examples_of, examples_of_pair
+from mixtral_jax.training.rows import (
+    Chat,
+    Completion,
+    DataError,
+    Refused,
+    Row,
+    read_content,
+    rows_of,
+)
+
+Content = Chat | Completion | Pair
 
 _MOST_REASONS = 10  # that an error lists
 
@@ -73,7 +84,10 @@ class Account:
 
 
 class Dataset(NamedTuple):
-    """Examples in the order of their rows, those of a source of weight 2 twice; and the account."""
+    """Examples in the order of their rows, those of a source of weight 2 twice; and the account.
+
+    Those of pairs come in twos: that of the preferred answer, and that of the other one.
+    """
 
     examples: Sequence[Example]
     account: Account
@@ -88,6 +102,7 @@ class Dataset(NamedTuple):
         bad_rows: BadRows = BadRows.REFUSE,
         long_rows: LongRows = LongRows.REFUSE,
         ignored_keys: Collection[str] = (),
+        has_pairs: bool = False,
     ) -> "Dataset":
         """Returns the data set of some files.
 
@@ -99,6 +114,7 @@ class Dataset(NamedTuple):
             long_rows: Refuses, truncates or drops examples of more ids. One that has no targets
                 within `length` is dropped.
             ignored_keys: Keys of rows that mean nothing.
+            has_pairs: Rows are pairs of answers, for the objective "preference".
 
         Raises DataError that names the first rows that are refused, by file and line, and says how
         many there are.
@@ -108,7 +124,9 @@ class Dataset(NamedTuple):
         made: list[Example] = []
         for source in sources:
             before = account.rows
-            kept = list(reader.examples(rows_of(source.path, ignored_keys)))
+            read = read_pair if has_pairs else read_content
+            rows: Iterator[Row[Content] | Refused] = rows_of(source.path, read, ignored_keys)
+            kept = list(reader.examples(rows))
             if account.rows == before:
                 raise DataError(f"{source.path} is empty: it has no rows")
             made += kept * source.weight
@@ -146,7 +164,7 @@ class _Reader:
         self._long_rows = long_rows
         self._account = account
 
-    def examples(self, rows: Iterator[Row | Refused]) -> Iterator[Example]:
+    def examples(self, rows: Iterator[Row[Content] | Refused]) -> Iterator[Example]:
         """Yields the examples of rows that are kept."""
         for row in rows:
             self._account.rows += 1
@@ -154,34 +172,42 @@ class _Reader:
                 self._account.bad_rows.append(row)
                 continue
             try:
-                yield from self._fitting(self._rendered(row.content))
+                is_pair = isinstance(row.content, Pair)
+                yield from self._fitting(self._rendered(row.content), is_pair=is_pair)
             except (ChatError, DataError) as error:
                 self._account.bad_rows.append(Refused(row.place, str(error)))
 
-    def _rendered(self, content: Chat | Completion) -> list[Example]:
+    def _rendered(self, content: Content) -> list[Example]:
+        if isinstance(content, Pair):
+            return examples_of_pair(content, self._tokenizer)
         examples = examples_of(content, self._tokenizer)
         self._account.split_chats += len(examples) > 1
         return examples
 
-    def _fitting(self, examples: Sequence[Example]) -> list[Example]:
-        """Returns the examples of a row that are no longer than the length, or cut to it."""
+    def _fitting(self, examples: Sequence[Example], *, is_pair: bool) -> list[Example]:
+        """Returns the examples of a row that are no longer than the length, or cut to it.
+
+        Of a pair it returns both or none.
+        """
         longest = max(len(example.ids) for example in examples)
         if longest > self._length and self._long_rows is LongRows.REFUSE:
             raise DataError(
                 f"has {longest:,} tokens, more than the length {self._length:,}: raise length, or "
                 "set long_rows to truncate or drop"
             )
-        kept = []
+        kept, truncated = [], 0
         for example in examples:
             if len(example.ids) <= self._length:
                 kept.append(example)
                 continue
             cut = Example(example.ids[: self._length], example.weights[: self._length])
             if self._long_rows is LongRows.TRUNCATE and cut.num_targets:
-                self._account.truncated += 1
+                truncated += 1
                 kept.append(cut)
-            else:
-                self._account.dropped += 1
+        if is_pair and (len(kept) < len(examples) or np.array_equal(kept[0].ids, kept[1].ids)):
+            kept, truncated = [], 0
+        self._account.truncated += truncated
+        self._account.dropped += len(examples) - len(kept)
         return kept
 
 

@@ -168,12 +168,16 @@ class Trainer:
             self.program.evaluate(self._state.trained, self._frozen, batch)
             for batch in self.validation
         ]
-        loss, targets = (math.fsum(float(pair[i]) for pair in sums) for i in range(2))
+        loss, targets, preferred, margin = (
+            math.fsum(map(float, part)) for part in zip(*sums, strict=True)
+        )
         return ValidationRecord(
             step=self.step,
             loss=loss / targets,
             targets=targets,
             seconds=time.perf_counter() - began,
+            accuracy=preferred / targets,
+            margin=margin / targets,
         )
 
     def _save(self, checkpoints: Checkpoints) -> CheckpointRecord:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mixtral_jax.training.batch import Batch
+from mixtral_jax.training.batch import Batch, PreferenceBatch
 from mixtral_jax.training.example import Example
 
 
@@ -107,9 +107,73 @@ class PackedData:
         mixed = np.arange(len(self._lengths))
         order = np.arange(self.num_rows)
         if self._is_shuffled:
-            # Raw numbers of a bit generator are the same in every release of numpy (NEP 19).
-            draws = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+            draws = _draws(self._seed, epoch)
             mixed = np.argsort(draws.random_raw(len(mixed)), kind="stable")
             order = np.argsort(draws.random_raw(len(order)), kind="stable")
         items = mixed[np.argsort(-self._lengths[mixed], kind="stable")]
         return items, order
+
+
+class PairedData:
+    """The batches of pairs of answers, any of which can be asked for at any time.
+
+    A row holds one answer with its prompt, for the loss compares rows.
+
+    Args:
+        examples: in twos, a preferred answer and the other one; none has more ids than `length`.
+        length: positions of a row, T.
+        rows_per_step: pairs of a step, B.
+        seed: draws the order.
+        is_shuffled: False keeps the pairs in the same order in every epoch, for evaluation.
+
+    Attributes:
+        num_rows: pairs of an epoch.
+        num_steps: steps of an epoch. The last one has empty pairs where there are no more.
+        share_used: share of the positions of an epoch's rows that hold tokens.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        length: int,
+        rows_per_step: int,
+        seed: int,
+        *,
+        is_shuffled: bool = True,
+    ) -> None:
+        self._chosen, self._rejected = examples[0::2], examples[1::2]
+        self.length = length
+        self.rows_per_step = rows_per_step
+        self._seed = seed
+        self._is_shuffled = is_shuffled
+        self.num_rows = len(self._rejected)
+        self.num_steps = -(-self.num_rows // rows_per_step)
+        tokens = sum(len(example.ids) for example in examples)
+        self.share_used = tokens / (2 * self.num_rows * length)
+
+    def rows(self, step: int) -> list[int]:
+        """Returns the numbers of the pairs of a step, counted from 0 over epochs; B at most."""
+        epoch, within = divmod(step, self.num_steps)
+        order = np.arange(self.num_rows)
+        if self._is_shuffled:
+            draws = _draws(self._seed, epoch).random_raw(self.num_rows)
+            order = np.argsort(draws, kind="stable")
+        start = within * self.rows_per_step
+        chosen: list[int] = order[start : start + self.rows_per_step].tolist()
+        return chosen
+
+    def batch(self, step: int) -> PreferenceBatch:
+        """Returns the batch of a step: arrays of the host, [B T] each."""
+        chosen = self.rows(step)
+        empty: list[list[Example]] = [[]] * (self.rows_per_step - len(chosen))
+        return PreferenceBatch(
+            *(
+                Batch.packed([[answers[i]] for i in chosen] + empty, self.length)
+                for answers in (self._chosen, self._rejected)
+            )
+        )
+
+
+def _draws(seed: int, epoch: int) -> np.random.Philox:
+    """Returns a source of raw numbers, which every release of numpy draws alike (NEP 19)."""
+    return np.random.Philox(np.random.SeedSequence([seed, epoch]))

@@ -48,12 +48,14 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord:
-    """The mean loss of the validation rows after a step."""
+    """The mean loss of the validation rows after a step; the rest is as in StepRecord."""
 
     step: int
     loss: float
     targets: float
     seconds: float
+    accuracy: float = 0.0
+    margin: float = 0.0
 
     def __str__(self) -> str:
         return f"step {self.step}: validation loss {self.loss:.3f}, {self.seconds:.1f} s"

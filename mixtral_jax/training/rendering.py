@@ -17,7 +17,27 @@ import numpy as np
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.training.example import Example
+from mixtral_jax.training.pairs import CHOSEN, REJECTED, Pair
 from mixtral_jax.training.rows import Chat, Completion, DataError
+
+
+def examples_of_pair(pair: Pair, tokenizer: Tokenizer) -> list[Example]:
+    """Returns the example of the preferred answer, and that of the other one.
+
+    Raises ChatError and DataError as `examples_of`, and DataError for answers that are the same.
+    """
+    made: list[Example] = []
+    for name, content in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+        examples = examples_of(content, tokenizer)
+        if len(examples) > 1:
+            raise DataError(
+                f"has several answers in {name}, which this model's format asks for with other ids "
+                "than it keeps them: give one answer of each kind"
+            )
+        made += examples
+    if np.array_equal(made[0].ids, made[1].ids):
+        raise DataError("has the same answer twice, so that there is nothing to prefer")
+    return made
 
 
 def examples_of(content: Chat | Completion, tokenizer: Tokenizer) -> list[Example]:

@@ -12,10 +12,10 @@ https://platform.openai.com/docs/guides/fine-tuning, https://huggingface.co/docs
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from mixtral_jax.errors import UserError
 from mixtral_jax.tokenization.messages import ROLES, Message, Tool, ToolCall
@@ -23,7 +23,7 @@ from mixtral_jax.tokenization.messages import ROLES, Message, Tool, ToolCall
 MESSAGES, TOOLS, PROMPT, COMPLETION, TEXT = "messages", "tools", "prompt", "completion", "text"
 _FORMS = 'give "messages", "prompt" and "completion", or "text"'
 # A choice between one call and several changes nothing of the ids that a model reads.
-_UNREAD = ("parallel_tool_calls",)
+UNREAD = ("parallel_tool_calls",)
 _MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "weight")
 
 
@@ -48,11 +48,14 @@ class Completion:
     completion: str
 
 
-class Row(NamedTuple):
+C = TypeVar("C")
+
+
+class Row(NamedTuple, Generic[C]):
     """A line of a file, by its name and number."""
 
     place: str  # FILE:LINE
-    content: Chat | Completion
+    content: C
 
 
 class Refused(NamedTuple):
@@ -62,11 +65,16 @@ class Refused(NamedTuple):
     reason: str
 
 
-def rows_of(path: Path, ignored_keys: Collection[str] = ()) -> Iterator[Row | Refused]:
+def rows_of(
+    path: Path,
+    read: Callable[[Mapping[str, object], Collection[str]], C],
+    ignored_keys: Collection[str] = (),
+) -> Iterator[Row[C] | Refused]:
     """Yields the rows of a JSONL file in their order; lines without anything are no rows.
 
     Args:
         path: The file, in UTF-8.
+        read: Makes the content of a line's object and of `ignored_keys`, or raises DataError.
         ignored_keys: Keys of rows that may be there and mean nothing. Any other key that is not of
             a form is refused.
 
@@ -79,7 +87,7 @@ def rows_of(path: Path, ignored_keys: Collection[str] = ()) -> Iterator[Row | Re
                     continue
                 place = f"{path}:{number}"
                 try:
-                    yield Row(place, _content(_parsed(line), ignored_keys))
+                    yield Row(place, read(_parsed(line), ignored_keys))
                 except DataError as error:
                     yield Refused(place, str(error))
     except OSError as error:
@@ -100,67 +108,71 @@ def _parsed(line: bytes) -> Mapping[str, object]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON that can be read: {str(error)[:100]}") from None
     if not isinstance(value, dict):
-        raise DataError(f"is a JSON {_kind(value)}, not an object: {_FORMS}")
+        raise DataError(f"is a JSON {kind_of(value)}, not an object: a row is one object")
     return value
 
 
-def _content(row: Mapping[str, object], ignored_keys: Collection[str]) -> Chat | Completion:
+def read_content(row: Mapping[str, object], ignored_keys: Collection[str]) -> Chat | Completion:
+    """Returns the chat or the text of a line's object. Raises DataError."""
     keys = {key for key, value in row.items() if value is not None} - set(ignored_keys)
     forms = {
-        frozenset({MESSAGES}): {TOOLS, *_UNREAD},
-        frozenset({PROMPT, COMPLETION}): {TOOLS, *_UNREAD},
+        frozenset({MESSAGES}): {TOOLS, *UNREAD},
+        frozenset({PROMPT, COMPLETION}): {TOOLS, *UNREAD},
         frozenset({TEXT}): set(),
     }
     fitting = [form for form in forms if form <= keys]
     if not fitting:
-        raise DataError(f"has the keys {_listed(keys)}: {_FORMS}")
+        hint = "; pairs are for --set objective=preference" if "chosen" in keys else ""
+        raise DataError(f"has the keys {listed(keys)}: {_FORMS}{hint}")
     if len(fitting) > 1:
-        raise DataError(f"has the keys {_listed(keys)}, which are several forms: {_FORMS}")
+        raise DataError(f"has the keys {listed(keys)}, which are several forms: {_FORMS}")
     if unknown := keys - fitting[0] - forms[fitting[0]]:
         raise DataError(
-            f"has the unknown key {_listed(unknown)}: take it out, or name it in ignored_keys"
+            f"has the unknown key {listed(unknown)}: take it out, or name it in ignored_keys"
         )
     if TEXT in keys:
-        return Completion("", _text(row[TEXT], TEXT))
+        return Completion("", read_text(row[TEXT], TEXT))
     if MESSAGES in keys:
-        messages, is_learnt = _messages(row[MESSAGES], MESSAGES, is_prompt=False)
-        return _chat(messages, is_learnt, row)
+        messages, is_learnt = read_messages(row[MESSAGES], MESSAGES, is_prompt=False)
+        return read_chat(messages, is_learnt, row)
     prompt, completion = row[PROMPT], row[COMPLETION]
     if isinstance(prompt, str) and isinstance(completion, str):
         if row.get(TOOLS):
             raise DataError("has tools beside text: give prompt and completion as messages")
-        return Completion(prompt, _text(completion, COMPLETION))
+        return Completion(prompt, read_text(completion, COMPLETION))
     if isinstance(prompt, str) or isinstance(completion, str):
         raise DataError("has a prompt and a completion of which only one is text")
-    before, _ = _messages(prompt, PROMPT, is_prompt=True)
-    after, is_learnt = _messages(completion, COMPLETION, is_prompt=False)
-    return _chat([*before, *after], [*[False] * len(before), *is_learnt], row)
+    before, _ = read_messages(prompt, PROMPT, is_prompt=True)
+    after, is_learnt = read_messages(completion, COMPLETION, is_prompt=False)
+    return read_chat([*before, *after], [*[False] * len(before), *is_learnt], row)
 
 
-def _chat(messages: list[Message], is_learnt: list[bool], row: Mapping[str, object]) -> Chat:
+def read_chat(messages: list[Message], is_learnt: list[bool], row: Mapping[str, object]) -> Chat:
+    """Returns a chat with the tools of a row. Raises DataError where no message is learnt."""
     if not any(is_learnt):
         raise DataError("has nothing to learn: no message of the role assistant with a weight of 1")
     return Chat(messages, is_learnt, _tools(row.get(TOOLS) or []))
 
 
-def _text(value: object, name: str) -> str:
+def read_text(value: object, name: str) -> str:
+    """Returns a text that is not empty. Raises DataError, naming its key."""
     if not isinstance(value, str) or not value:
-        raise DataError(f"has a {name} that is {_kind(value)}: give text")
+        raise DataError(f"has a {name} that is {kind_of(value)}: give text")
     return value
 
 
-def _messages(value: object, key: str, *, is_prompt: bool) -> tuple[list[Message], list[bool]]:
+def read_messages(value: object, key: str, *, is_prompt: bool) -> tuple[list[Message], list[bool]]:
     """Returns the messages of a list, and which of them are learnt: none of a prompt."""
     if not isinstance(value, list) or not value:
-        raise DataError(f"has {key} that are {_kind(value)}: give a list of messages")
+        raise DataError(f"has {key} that are {kind_of(value)}: give a list of messages")
     messages, is_learnt = [], []
     for place, item in enumerate(value):
         name = f"{key}[{place}]"
         if not isinstance(item, dict):
-            raise DataError(f"has {name} that is {_kind(item)}: give role and content")
+            raise DataError(f"has {name} that is {kind_of(item)}: give role and content")
         given = {name: field for name, field in item.items() if field is not None}
         if unknown := given.keys() - set(_MESSAGE_KEYS):
-            raise DataError(f"has the unknown key {_listed(unknown)} in {name}")
+            raise DataError(f"has the unknown key {listed(unknown)} in {name}")
         message = _message(given, name)
         weight = given.get("weight", 1)
         if "weight" in given and message["role"] != "assistant":
@@ -191,17 +203,17 @@ def _message(given: Mapping[str, object], name: str) -> Message:
     if content is None and role == "assistant" and calls:
         content = ""
     if not isinstance(content, str):
-        raise DataError(f"has a content in {name} that is {_kind(content)}: give text")
+        raise DataError(f"has a content in {name} that is {kind_of(content)}: give text")
     message: Message = {"role": role, "content": content}
     if calls:
         if role != "assistant":
             raise DataError(f"has tool_calls in {name}: only an assistant calls tools")
         if not isinstance(calls, list):
-            raise DataError(f"has tool_calls in {name} that are {_kind(calls)}: give a list")
+            raise DataError(f"has tool_calls in {name} that are {kind_of(calls)}: give a list")
         message["tool_calls"] = [_call(call, name) for call in calls]
     call_id = given.get("tool_call_id", "")
     if not isinstance(call_id, str):
-        raise DataError(f"has a tool_call_id in {name} that is {_kind(call_id)}: give text")
+        raise DataError(f"has a tool_call_id in {name} that is {kind_of(call_id)}: give text")
     if call_id and role != "tool":
         raise DataError(f"has a tool_call_id in {name}: only results of tools have one")
     if call_id:
@@ -245,7 +257,7 @@ def _check_arguments(message: Message, name: str) -> None:
         else:
             if isinstance(value, dict):
                 continue
-            kind = f"a JSON {_kind(value)}"
+            kind = f"a JSON {kind_of(value)}"
         raise DataError(
             f"has arguments in {name}, tool_calls[{place}], that are {kind}, and a call is learnt "
             'as it stands: give a JSON object, such as {}, or give the message "weight": 0'
@@ -258,7 +270,7 @@ def _no_number(word: str) -> object:
 
 def _tools(value: object) -> tuple[Tool, ...]:
     if not isinstance(value, list):
-        raise DataError(f"has tools that are {_kind(value)}: give a list")
+        raise DataError(f"has tools that are {kind_of(value)}: give a list")
     tools = []
     for place, item in enumerate(value):
         function = item.get("function") if isinstance(item, dict) else None
@@ -269,17 +281,18 @@ def _tools(value: object) -> tuple[Tool, ...]:
         if not isinstance(name, str) or not isinstance(description, str):
             raise DataError(f"has tools[{place}] whose name or description is no text")
         if not isinstance(parameters, dict):
-            raise DataError(f"has tools[{place}] whose parameters are {_kind(parameters)}")
+            raise DataError(f"has tools[{place}] whose parameters are {kind_of(parameters)}")
         written = json.dumps(parameters, ensure_ascii=False) if parameters else ""
         tools.append(Tool(name, description, written, bool(function.get("strict"))))
     return tuple(tools)
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """Returns the name that JSON has for the kind of a value."""
     names = {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null"}
     return "an empty text" if value == "" else names.get(type(value), "number")
 
 
-def _listed(keys: Collection[str]) -> str:
+def listed(keys: Collection[str]) -> str:
+    """Returns keys in quotes, for an error."""
     return ", ".join(sorted(repr(key[:40]) for key in keys)) or "none"

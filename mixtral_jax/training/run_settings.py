@@ -65,11 +65,6 @@ class RunSettings:
             raise ConfigError("there is no data: give --data FILE.jsonl")
         if self.training.validate_every and not self.validation:
             raise ConfigError("validate_every needs rows to validate on: give --validation FILE")
-        if self.training.objective != "supervised":
-            raise ConfigError(
-                f"objective={self.training.objective!r} is for the library's Trainer, with batches "
-                "of pairs; files hold chats and text, which are for supervised"
-            )
         if type(self.samples) is not int or self.samples < 0:
             raise ConfigError(f"samples={self.samples!r} must be a whole number of at least 0")
 

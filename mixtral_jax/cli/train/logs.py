@@ -102,14 +102,18 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     """Draws the curves of a log's lines into a PNG file."""
     steps = [line for line in lines if line["kind"] == kind_of(StepRecord)]
     checks = [line for line in lines if line["kind"] == kind_of(ValidationRecord)]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    panels = (
+    has_pairs = any(row["margin"] or row["accuracy"] for row in steps)
+    figure = Figure(figsize=(9, 9 if has_pairs else 6), layout="constrained")
+    axes = figure.subplots(3 if has_pairs else 2, 2, sharex=True)
+    panels = [
         (axes[0, 0], steps, "loss", "loss"),
         (axes[0, 1], steps, "gradient_norm", "gradient norm"),
         (axes[1, 0], steps, "learning_rate", "learning rate"),
         (axes[1, 1], steps, "tokens_per_second", "tokens a second"),
-    )
+    ]
+    if has_pairs:
+        panels.append((axes[2, 0], steps, "margin", "reward margin"))
+        panels.append((axes[2, 1], steps, "accuracy", "share of pairs with a margin above 0"))
     for plot, rows, name, title in panels:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if name == "tokens_per_second":
@@ -117,15 +121,13 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
         plot.plot([x for x, _ in points], [y for _, y in points], linewidth=1, label="training")
         plot.set_title(title)
         plot.grid(alpha=0.3)
-    if checks:
-        axes[0, 0].plot(
-            [row["step"] for row in checks],
-            [row["loss"] for row in checks],
-            marker="o",
-            label="validation",
-        )
-        axes[0, 0].legend()
-    for plot in axes[1]:
+    for plot, _, name, _ in panels:
+        points = [(row["step"], row[name]) for row in checks if row.get(name) is not None]
+        if points:
+            xs, ys = zip(*points, strict=True)
+            plot.plot(xs, ys, marker="o", label="validation")
+            plot.legend()
+    for plot in axes[-1]:
         plot.set_xlabel("step")
     figure.savefig(path, dpi=120)
 

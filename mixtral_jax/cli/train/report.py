@@ -14,7 +14,7 @@ from mixtral_jax.model.adapter import Adapter
 from mixtral_jax.planning.chips import CHIPS, Chip
 from mixtral_jax.training.config import TrainingConfig
 from mixtral_jax.training.dataset import Account
-from mixtral_jax.training.packing import PackedData
+from mixtral_jax.training.packing import PackedData, PairedData
 from mixtral_jax.training.records import CheckpointRecord, Record, StepRecord, ValidationRecord
 from mixtral_jax.training.step.program import TrainingMemory
 
@@ -31,11 +31,14 @@ _DEVICES = {
 _LINES_EVERY = 10.0  # seconds, where there is no terminal for a bar
 
 
-def data_table(account: Account, data: PackedData, config: TrainingConfig) -> Table:
+def data_table(account: Account, data: PackedData | PairedData, config: TrainingConfig) -> Table:
     """Returns what the data set holds and how it is packed."""
     table = _table()
     table.add_row("rows", f"{account.rows:,}, of which {len(account.bad_rows):,} are left out")
+    has_pairs = config.objective == "preference"
     lines = f"{account.examples:,}"
+    if has_pairs:
+        lines = f"{account.examples // 2:,} pairs of a preferred answer and another one"
     for count, reason in (
         (account.split_chats, "chats have examples of their own for some answers"),
         (account.truncated, "are cut to the length"),
@@ -45,15 +48,17 @@ def data_table(account: Account, data: PackedData, config: TrainingConfig) -> Ta
             lines += f"; {count:,} {reason}"
     table.add_row("examples", lines)
     table.add_row("tokens", f"{account.tokens:,}, {account.target_share:.1%} are learnt")
-    table.add_row(
-        "packing",
-        f"{data.num_rows:,} rows of {data.length:,}, {data.share_used:.1%} of positions used",
-    )
+    used = f"of {data.length:,}, {data.share_used:.1%} of positions used"
+    if has_pairs:
+        table.add_row("packing", f"none: each answer has a row {used}; beta {config.beta:g}")
+    else:
+        table.add_row("packing", f"{data.num_rows:,} rows {used}")
     assert config.steps is not None
     epochs = config.steps / data.num_steps
     table.add_row(
         "steps",
-        f"{config.steps:,} of {config.rows} rows in {config.micro_batches} micro-batches: "
+        f"{config.steps:,} of {config.rows} {'pairs' if has_pairs else 'rows'} in "
+        f"{config.micro_batches} micro-batches: "
         f"{epochs:.2f} epochs of {data.num_steps:,}",
     )
     return table
@@ -103,14 +108,16 @@ class Progressing:
 
     Args:
         console: where it is shown.
-        steps: of the whole run.
+        config: of the run.
         step: that the run goes on from.
         flops: operations of a step over all devices, for the utilisation.
     """
 
-    def __init__(self, console: Console, steps: int, step: int, flops: float) -> None:
+    def __init__(self, console: Console, config: TrainingConfig, step: int, flops: float) -> None:
+        assert config.steps is not None
         self._console = console
-        self._steps = steps
+        self._steps = steps = config.steps
+        self._has_pairs = config.objective == "preference"
         self._flops = flops
         self._peak = _peak()
         self._validation = ""
@@ -151,16 +158,23 @@ class Progressing:
                     )
             case ValidationRecord():
                 self._validation = f", validation {record.loss:.4f}"
-                self._print(f"step {record.step}: validation loss {record.loss:.4f}")
+                pairs = self._of_pairs(record)
+                self._print(f"step {record.step}: validation loss {record.loss:.4f}{pairs}")
             case CheckpointRecord():
                 pass
+
+    def _of_pairs(self, record: StepRecord | ValidationRecord) -> str:
+        if not self._has_pairs:
+            return ""
+        return f", reward margin {record.margin:.4f}, accuracy {record.accuracy:.0%}"
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _figures(self, record: StepRecord) -> str:
         rate = record.tokens / record.seconds
-        text = f"loss {record.loss:.4f}{self._validation}, {rate:,.0f} tokens/s"
+        pairs = self._of_pairs(record)
+        text = f"loss {record.loss:.4f}{pairs}{self._validation}, {rate:,.0f} tokens/s"
         if self._peak:
             share = self._flops / (record.seconds * self._peak * jax.device_count())
             text += f", MFU {share:.1%}"

@@ -26,10 +26,10 @@ from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.adapter import Adapter
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.tokenization.tokenizer import Tokenizer
-from mixtral_jax.training.batch import Batch
+from mixtral_jax.training.batch import Batch, PreferenceBatch
 from mixtral_jax.training.dataset import Dataset
 from mixtral_jax.training.loop import Trainer
-from mixtral_jax.training.packing import PackedData
+from mixtral_jax.training.packing import PackedData, PairedData
 from mixtral_jax.training.records import EndRecord
 from mixtral_jax.training.run_settings import RunSettings
 from mixtral_jax.training.samples import greedy_answers, question_of
@@ -60,7 +60,8 @@ def _run(settings: RunSettings, console: Console, stopping: Stopping) -> int:
     tokenizer = pretrained.tokenizer
     data, validation = _read(settings, tokenizer)
     training = settings.training
-    packed = PackedData(data.examples, training.length, training.rows, training.seed)
+    of_batches = PairedData if training.objective == "preference" else PackedData
+    packed = of_batches(data.examples, training.length, training.rows, training.seed)
     config = training.resolved(packed.num_steps)
     assert config.steps is not None
     check_result(settings.output, result_folder(settings), config.steps)
@@ -70,9 +71,9 @@ def _run(settings: RunSettings, console: Console, stopping: Stopping) -> int:
         console.print(f"left out: {bad.place} {bad.reason}", markup=False, highlight=False)
     keep_programs()
     model = pretrained.load(pretrained.placement(settings.dtype, settings.mesh))
-    checks: list[Batch] = []
+    checks: list[Batch | PreferenceBatch] = []
     if validation is not None:
-        rows = PackedData(validation.examples, training.length, training.rows, 0, is_shuffled=False)
+        rows = of_batches(validation.examples, training.length, training.rows, 0, is_shuffled=False)
         checks = [rows.batch(step) for step in range(rows.num_steps)]
     began = time.perf_counter()
     trainer = Trainer(
@@ -106,6 +107,7 @@ def _read(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Dataset, Dataset
             bad_rows=settings.bad_rows,
             long_rows=settings.long_rows,
             ignored_keys=settings.ignored_keys,
+            has_pairs=settings.training.objective == "preference",
         )
         for sources in (settings.data, settings.validation)
         if sources
@@ -117,7 +119,7 @@ def _train(settings: RunSettings, trainer: Trainer, console: Console, stopping: 
     """Runs the steps; returns whether all of them are done."""
     logs = Logs(settings.output, trainer.step)
     flops = step_flops(trainer.program.trainee.config, trainer.config)
-    shown = Progressing(console, trainer.num_steps, trainer.step, flops)
+    shown = Progressing(console, trainer.config, trainer.step, flops)
     is_finished = False
     try:
         with stopping.finishing(trainer.stop), shown, closing(trainer.records()) as records:
@@ -174,7 +176,8 @@ def _answer(
 ) -> None:
     """Shows how the tuned model answers a few rows."""
     trainee = trainer.program.trainee
-    questions = [question_of(example) for example in data.examples[: settings.samples]]
+    examples = data.examples[::2] if trainer.config.objective == "preference" else data.examples
+    questions = [question_of(example) for example in examples[: settings.samples]]
     answers = greedy_answers(
         trainee,
         trainer.trained,

@@ -31,7 +31,7 @@ def rows_of(batch: Batch | PreferenceBatch) -> Batch:
 def divisor(batch: Batch | PreferenceBatch) -> jax.Array:
     """The number that a step's loss is divided by: the weight of its targets, or its pairs."""
     if isinstance(batch, PreferenceBatch):
-        return jnp.asarray(batch.chosen.tokens.shape[0], jnp.float32)
+        return jnp.sum(_is_pair(batch).astype(jnp.float32))
     return jnp.sum(batch.weights)
 
 
@@ -76,11 +76,16 @@ def preference_sums(
     chosen, rejected = jnp.split(reference - policy, 2)
     margin = config.beta * (chosen - rejected)
     return RowSums(
-        loss=-jnp.sum(jax.nn.log_sigmoid(margin)),
+        loss=-jnp.sum(jnp.where(_is_pair(pairs), jax.nn.log_sigmoid(margin), 0.0)),
         preferred=jnp.sum((margin > 0).astype(jnp.float32)),
         margin=jnp.sum(margin),
         router=router,
     )
+
+
+def _is_pair(pairs: PreferenceBatch) -> jax.Array:
+    """[B], false for the empty pairs that fill up an epoch's last step."""
+    return jnp.any(pairs.chosen.weights > 0, axis=1)
 
 
 def captures_of(model: Transformer) -> list[Capture] | None:

@@ -20,7 +20,13 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.training.batch import Batch, PreferenceBatch
 from mixtral_jax.training.config import TrainingConfig
 from mixtral_jax.training.step.trainee import Trained, Trainee
-from mixtral_jax.training.step.training_step import Rows, StepMetrics, TrainingState, TrainingStep
+from mixtral_jax.training.step.training_step import (
+    Evaluation,
+    Rows,
+    StepMetrics,
+    TrainingState,
+    TrainingStep,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +119,9 @@ class TrainingProgram:
         )
         return after
 
-    def evaluate(self, trained: Trained, frozen: Any, batch: Rows) -> tuple[jax.Array, jax.Array]:
-        """The sum of the losses of some rows, and the weight that it is to be divided by."""
-        sums: tuple[jax.Array, jax.Array] = self._evaluate(
-            trained, frozen, placed(batch, self.layout)
-        )
+    def evaluate(self, trained: Trained, frozen: Any, batch: Rows) -> Evaluation:
+        """The sums over some rows, without a gradient."""
+        sums: Evaluation = self._evaluate(trained, frozen, placed(batch, self.layout))
         return sums
 
     @property

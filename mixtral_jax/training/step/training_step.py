@@ -55,6 +55,15 @@ class StepMetrics(NamedTuple):
     is_finite: jax.Array  # bool; the step was skipped where false
 
 
+class Evaluation(NamedTuple):
+    """Sums over some rows; scalars are f32."""
+
+    loss: jax.Array
+    targets: jax.Array  # the weight of targets, or the number of pairs, that sums are divided by
+    preferred: jax.Array  # pairs whose margin is above 0
+    margin: jax.Array
+
+
 class TrainingStep:
     """The step of one trainee under one config, to be compiled for a shape of rows."""
 
@@ -113,9 +122,10 @@ class TrainingStep:
         )
         return after, metrics
 
-    def evaluate(self, trained: Trained, frozen: Any, batch: Rows) -> tuple[jax.Array, jax.Array]:
-        """The sum of the losses of some rows, and the weight of their targets."""
-        return self.sums(trained, frozen, batch).loss, divisor(batch)
+    def evaluate(self, trained: Trained, frozen: Any, batch: Rows) -> Evaluation:
+        """The sums over some rows, without a gradient."""
+        sums = self.sums(trained, frozen, batch)
+        return Evaluation(sums.loss, divisor(batch), sums.preferred, sums.margin)
 
     def gradient(self, trained: Trained, frozen: Any, batch: Rows) -> tuple[Trained, RowSums]:
         """The gradient of the step's loss in float32, and the sums over its rows."""

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.tokenization.messages import Tool
-from mixtral_jax.training.rows import Chat, Completion, DataError, Refused, Row, rows_of
+from mixtral_jax.training.rows import (
+    Chat,
+    Completion,
+    DataError,
+    Refused,
+    Row,
+    read_content,
+    rows_of,
+)
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "yes"}
@@ -21,7 +29,7 @@ def read(folder: Path, *lines: object) -> list[Row | Refused]:
     file = folder / "a.jsonl"
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     file.write_bytes("\n".join(texts).encode("utf-8", "surrogateescape"))
-    return list(rows_of(file))
+    return list(rows_of(file, read_content))
 
 
 def test_the_four_forms(tmp_path: Path) -> None:
@@ -120,12 +128,12 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: object, reason: str) -> Non
 def test_a_key_may_be_ignored_by_name(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a", "id": 3}\n')
-    assert list(rows_of(file, ["id"])) == [Row(f"{file}:1", Completion("", "a"))]
+    assert list(rows_of(file, read_content, ["id"])) == [Row(f"{file}:1", Completion("", "a"))]
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read the data set .*gone.jsonl: No such file"):
-        list(rows_of(tmp_path / "gone.jsonl"))
+        list(rows_of(tmp_path / "gone.jsonl", read_content))
 
 
 def test_calls_that_are_only_read_may_be_broken(tmp_path: Path) -> None:
@@ -138,5 +146,5 @@ def test_calls_that_are_only_read_may_be_broken(tmp_path: Path) -> None:
 def test_marks_and_line_ends_of_other_systems_are_no_part_of_a_row(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
-    rows = list(rows_of(file))
+    rows = list(rows_of(file, read_content))
     assert rows == [Row(f"{file}:1", Completion("", "a")), Row(f"{file}:3", Completion("", "b"))]

@@ -72,7 +72,7 @@ def test_settings_of_all_kinds() -> None:
         ({"bad_rows": "keep"}, "bad_rows='keep' does not exist; use refuse or drop"),
         ({"steps": 3, "epochs": 2.0}, "either steps or epochs"),
         ({"validate_every": 3}, "give --validation FILE"),
-        ({"objective": "preference"}, "is for the library's Trainer"),
+        ({"objective": "preference", "adapter": None}, "give an adapter"),
         ({"samples": -1}, "samples=-1"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 from mixtral_jax.tokenization.tokenizer import Tokenizer, load
 from mixtral_jax.training.example import Example
 from mixtral_jax.training.rendering import examples_of
-from mixtral_jax.training.rows import Row, rows_of
+from mixtral_jax.training.rows import Row, read_content, rows_of
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
 from serving.engine.worker import EngineWorker
@@ -131,7 +131,7 @@ async def differences(tokenizer: Tokenizer, file: Path, count: int, seed: int) -
     wrong = 0
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            for read, chat in zip(rows_of(file), chats, strict=True):
+            for read, chat in zip(rows_of(file, read_content), chats, strict=True):
                 assert isinstance(read, Row), read
                 asked_so = single_calls(chat) if tokenizer.tool_form.at_most_one else chat
                 expected = await spans(Served(channel), asked_so, tokenizer.eos_ids)

@@ -52,6 +52,38 @@ def test_a_run_writes_its_adapter_and_the_same_command_finds_it_done(tmp_path: P
     )
 
 
+@pytest.mark.slow
+def test_pairs_of_answers_are_learnt(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"say {i}"}],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no!"}],
+        }
+        for i in range(5)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = train(
+        f"--data={tmp_path}/a.jsonl",
+        f"--validation={tmp_path}/a.jsonl",
+        f"--output={tmp_path}/run",
+        *("--steps=8", "--rows=2", "--length=32", "--rank=2", "--targets=q,v", "--mesh=expert=1"),
+        *("--set=objective=preference", "--set=beta=0.2", "--set=validate_every=8"),
+        *("--learning-rate=2e-2", "--set=samples=1"),
+    )
+    assert "5 pairs of a preferred answer" in text and "beta 0.2" in text
+    assert "2.67 epochs of 3" in text
+    assert "expected yes" in text
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    # The adapter changes nothing yet: the two are as likely as before, and the loss is log 2.
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert [line["targets"] for line in steps[:3]] == [2, 2, 1]
+    (validation,) = (line for line in lines if line["kind"] == "validation")
+    assert validation["targets"] == 5 and validation["accuracy"] == 1
+    assert validation["margin"] > 0.05 and validation["loss"] < 0.68
+
+
 def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:1 has messages"):

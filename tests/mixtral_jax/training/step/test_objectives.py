@@ -10,6 +10,7 @@ import pytest
 from mixtral_jax.model.adapter import Adapter, AdapterConfig, LowRank
 from mixtral_jax.training.batch import Batch, PreferenceBatch
 from mixtral_jax.training.example import Example
+from mixtral_jax.training.step.objectives import divisor
 from mixtral_jax.training.step.trainee import Trainee
 from mixtral_jax.training.step.training_step import TrainingStep
 from tests.support import parity
@@ -106,6 +107,16 @@ def test_preferences_are_learnt_as_torch_does() -> None:
     loss = -torch.nn.functional.logsigmoid(margin).mean()
     loss.backward()
     assert float(sums.loss) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    # Empty pairs, which fill up an epoch's last step, count for nothing.
+    filled = PreferenceBatch(
+        *(
+            Batch.packed([[pair[i]] for pair in pairs] + [[], []], LENGTH)  # type: ignore[list-item]
+            for i in range(2)
+        )
+    )
+    assert float(divisor(filled)) == 2
+    more = jax.jit(step.sums)(adapter, trainee.frozen(ours), filled)
+    assert float(more.loss) == pytest.approx(loss.item() * 2, rel=1e-5)
     # The margins are differences of sums of about 40, in float32.
     assert float(sums.margin) == pytest.approx(margin.sum().item(), abs=1e-5)
     assert float(sums.preferred) == (margin > 0).sum().item()
