@@ -18,6 +18,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mixtral_jax.errors import ChatError, SamplingError, StructureError, UserError
+from mixtral_jax.model.adapter import Adapter
+from mixtral_jax.model.adapter_stack import NO_SLOT, StackSizes
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import (
     MAX_BIASES,
@@ -37,6 +39,7 @@ from mixtral_jax.structure.specification import Kind, Specification
 from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
+SLOT = 0  # of the only adapter
 _MOST_TOLD = 5  # rules that an error names
 
 
@@ -59,6 +62,7 @@ def generate(
     ignore_eos: bool = False,
     json_schema: str | Mapping[str, object] | None = None,
     regex: str | None = None,
+    adapter: Adapter | None = None,
     **fields: Unpack[SamplingFields],
 ) -> Iterator[str]:
     """Yields the answer's text as it comes; never half a character.
@@ -76,12 +80,14 @@ def generate(
             match; tokens that would break it are not drawn, and one of which a part cannot be
             enforced is refused. An answer that is cut at `max_tokens` is not whole.
         regex: Regular expression that the answer must match as a whole, in place of a schema.
+        adapter: as `load_adapter` gives it; it answers in place of the model alone.
         fields: fields of SamplingParams that replace those of `sampling`, such as temperature=0.
 
     Raises:
         StructureError: the schema or the expression is wrong, or cannot be enforced.
         SamplingError: a number is out of range, or the prompt does not fit.
         ChatError: the prompt is neither text nor messages, or the messages cannot be rendered.
+        AdapterError: the adapter is none of this model.
         UserError: there is no tokenizer.
         TypeError: `fields` names a parameter that does not exist.
     """
@@ -103,6 +109,7 @@ def generate(
         min_tokens=min_tokens,
         eos_ids=frozenset() if ignore_eos else tokenizer.eos_ids,
         form=_form(model, tokenizer, json_schema, regex, continues),
+        adapter=adapter,
     )
     return _texts(tokens, tokenizer, continues)
 
@@ -116,6 +123,7 @@ def generate_tokens(
     min_tokens: int = 0,
     eos_ids: Collection[int] = frozenset(),
     form: Form | None = None,
+    adapter: Adapter | None = None,
     **fields: Unpack[SamplingFields],
 ) -> Iterator[int]:
     """Yields the token ids of `generate_draws`, without the cost of logprobs."""
@@ -128,6 +136,7 @@ def generate_tokens(
         min_tokens=min_tokens,
         eos_ids=eos_ids,
         form=form,
+        adapter=adapter,
     )
     return (draw.token_id for draw in draws)
 
@@ -142,6 +151,7 @@ def generate_draws(
     eos_ids: Collection[int] = frozenset(),
     kv_dtype: DTypeLike | None = None,
     form: Form | None = None,
+    adapter: Adapter | None = None,
     **fields: Unpack[SamplingFields],
 ) -> Iterator[Draw]:
     """Yields up to `max_tokens` draws after the prompt; stops after one of `eos_ids`.
@@ -156,10 +166,12 @@ def generate_draws(
         kv_dtype: of cached keys and values, such as int8; None for the model's own.
         form: structure that the answer must have, as `structure.form` makes it of a grammar. It
             ends with the structure's end, also without `eos_ids`.
+        adapter: matrices that run beside the model, with their scaling in B; None for none.
         fields: fields of SamplingParams that replace those of `sampling`, such as top_logprobs=5.
 
     Raises:
         SamplingError: an id or a number is out of range, or the prompt does not fit.
+        AdapterError: the adapter is none of this model.
         ConfigError: keys and values of `kv_dtype` do not exist on the model's devices.
         StructureError: the grammar has run into a limit; raised while the answer is drawn.
         TypeError: `fields` names a parameter that does not exist.
@@ -189,17 +201,28 @@ def generate_draws(
             f"together; give at most {MAX_BIASES}"
         )
     length = min(len(ids) + max_tokens, context)
-    launcher = StepLauncher(model, steps_for(model, length, kv_dtype, has_masks=form is not None))
-    return _draws(launcher, ids, sampling, length, min_tokens, ends, form)
+    sizes = None if adapter is None else StackSizes.of_adapter(adapter, model.config)
+    steps = steps_for(model, length, kv_dtype, has_masks=form is not None, adapters=sizes)
+    launcher = StepLauncher(model, steps)
+    if adapter is not None:
+        launcher.put_adapter(SLOT, adapter)
+    slot = NO_SLOT if adapter is None else SLOT
+    return draws_of(launcher, ids, sampling, length, min_tokens, ends, form, slot)
 
 
 def steps_for(
-    model: Transformer, length: int, kv_dtype: DTypeLike | None = None, *, has_masks: bool = False
+    model: Transformer,
+    length: int,
+    kv_dtype: DTypeLike | None = None,
+    *,
+    has_masks: bool = False,
+    adapters: StackSizes | None = None,
 ) -> Steps:
     """Returns the compiled steps of one sequence of up to `length` tokens, prompt and answer.
 
     Room is made for a power of two of pages, so that sequences of similar length share one
-    compilation, which the model keeps. The draw under a mask is compiled where `has_masks`.
+    compilation, which the model keeps. The draw under a mask is compiled where `has_masks`, and the
+    layers beside an adapter where there are sizes of `adapters`.
     """
     placement = model.placement
     kv_dtype = placement.checked_kv_dtype(kv_dtype)
@@ -211,11 +234,19 @@ def steps_for(
         max_context=num_pages * placement.page_size,
     )
     arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
-    key = sizes, kv_dtype, has_masks, *((array.shape, str(array.dtype)) for array in arrays)
+    key = (
+        sizes,
+        kv_dtype,
+        has_masks,
+        adapters,
+        *((array.shape, str(array.dtype)) for array in arrays),
+    )
     steps = model.programs.get(key)
     if not isinstance(steps, Steps):
         rows = {1: 1, placement.step_tokens: 1}
-        steps = compile_buckets(model, sizes, rows, kv_dtype=kv_dtype, has_masks=has_masks)
+        steps = compile_buckets(
+            model, sizes, rows, kv_dtype=kv_dtype, has_masks=has_masks, adapters=adapters
+        )
         model.programs.keep(key, steps)
     return steps
 
@@ -299,7 +330,7 @@ def _form(
     return form
 
 
-def _draws(
+def draws_of(
     launcher: StepLauncher,
     ids: list[int],
     sampling: SamplingParams,
@@ -307,8 +338,13 @@ def _draws(
     min_tokens: int,
     eos_ids: frozenset[int],
     form: Form | None,
+    slot: int,
 ) -> Iterator[Draw]:
-    """Yields draws until the sequence `ids`, which grows, has `length` tokens or has ended."""
+    """Yields draws until the sequence `ids`, which grows, has `length` tokens or has ended.
+
+    The other arguments are those of `generate_draws`, checked; `slot` is that of the adapter in the
+    launcher's stacks, or NO_SLOT.
+    """
     steps, prompt_length = launcher.steps, len(ids)
     seed = randbits(31) if sampling.seed is None else sampling.seed
     progress = FormProgress(form, takes_turns=sampling.top_logprobs is not None)
@@ -323,7 +359,7 @@ def _draws(
         new = ids[done : done + max(steps.buckets)]
         inputs = steps.blank(steps.bucket(len(new)), with_history=sampling.has_penalties)
         group = GroupInputs(inputs, group=0, max_sequences=1)
-        row = group.add(new, done, pages)
+        row = group.add(new, done, pages, slot=slot)
         done += len(new)
         if done < len(ids):
             launcher.launch(inputs)

@@ -20,9 +20,9 @@ import numpy as np
 
 from mixtral_jax.axes import FlatTokens
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ConfigError
+from mixtral_jax.errors import AdapterError, ConfigError
 from mixtral_jax.kernels import Kernels
-from mixtral_jax.model.adapter import TARGETS, BlockAdapter, LowRank, adapter_letters
+from mixtral_jax.model.adapter import TARGETS, Adapter, BlockAdapter, LowRank, adapter_letters
 from mixtral_jax.placement import Placement
 from mixtral_jax.weight import Weight
 
@@ -62,6 +62,29 @@ class StackSizes:
         """Sizes by which an adapter may change every target that the model has."""
         targets = tuple(n for n in TARGETS if n != "router" or config.is_moe)
         return cls(slots=slots, rank=rank, targets=targets)
+
+    @classmethod
+    def of_adapter(cls, adapter: Adapter, config: ModelConfig) -> "StackSizes":
+        """Sizes for one adapter alone. Raises AdapterError for one that is none of this model."""
+        lows = list(adapter.pairs())
+        if len(adapter.layers) != config.num_layers or not lows:
+            raise AdapterError(
+                f"the adapter has {len(adapter.layers)} layers and {len(lows)} pairs of matrices, "
+                f"and the model has {config.num_layers} layers; load the adapter with "
+                "load_adapter(folder, model)"
+            )
+        for layer, target, low in lows:
+            axes = config.axis_sizes | {"U": low.b.shape[-1]}
+            has_target = target != "router" or config.is_moe
+            letters = adapter_letters(target, config) if has_target else ("", "")
+            wanted = [tuple(axes[letter] for letter in own) for own in letters]
+            if [low.a.shape, low.b.shape] != wanted:
+                raise AdapterError(
+                    f"layer {layer}, {target}: the adapter's matrices are {low.a.shape} and "
+                    f"{low.b.shape}, which do not fit this model; it is an adapter of another one"
+                )
+        rank = max(low.b.shape[-1] for _, _, low in lows)
+        return cls(slots=1, rank=rank, targets=tuple({target for _, target, _ in lows}))
 
 
 class Stack(NamedTuple):

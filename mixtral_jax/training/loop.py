@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mixtral_jax.errors import UserError
+from mixtral_jax.model.adapter import Adapter
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.training.batch import Batch, PreferenceBatch
 from mixtral_jax.training.checkpoints import Checkpoints
@@ -22,9 +23,11 @@ from mixtral_jax.training.records import (
     CheckpointRecord,
     EndRecord,
     Record,
+    SampleRecord,
     StepRecord,
     ValidationRecord,
 )
+from mixtral_jax.training.samples import Samples
 from mixtral_jax.training.step.program import TrainingProgram
 from mixtral_jax.training.step.training_step import StepMetrics, TrainingState
 
@@ -62,6 +65,8 @@ class Trainer:
             from checkpoints of the same facts and settings.
         validation: rows of which the loss is told every `validate_every` steps, in batches of one
             shape.
+        samples: questions that the model answers after each validation, with the adapter as it is
+            then. In full fine-tuning there are none: their model would be one more copy in memory.
 
     Raises ConfigError for a model or devices that do not fit the settings, and for checkpoints of
     another run; CheckpointError for damaged ones.
@@ -76,6 +81,7 @@ class Trainer:
         folder: Path | None = None,
         facts: Mapping[str, str] | None = None,
         validation: Sequence[Batch | PreferenceBatch] = (),
+        samples: Samples | None = None,
     ) -> None:
         assert config.steps is not None, "epochs are not resolved yet"
         self.config, self.batches, self.validation = config, batches, validation
@@ -91,6 +97,8 @@ class Trainer:
             }
             self._checkpoints = Checkpoints(folder, config.keep, what, CHANGEABLE)
         self._frozen = self.program.frozen(model)
+        self._model = None if samples is None or config.adapter is None else model
+        self._samples = samples
         if self._checkpoints is not None and self._checkpoints.latest is not None:
             self._state = self._checkpoints.restore(self.program.abstract_state())
         else:
@@ -108,6 +116,15 @@ class Trainer:
     def trained(self) -> Any:
         """The trained arrays: an Adapter without its scaling, or the masters by their names."""
         return self._state.trained
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, with its scaling in B, whole on every device.
+
+        There is none in full fine-tuning.
+        """
+        assert self.config.adapter is not None and isinstance(self.trained, Adapter)
+        return self.program.trainee.whole(self.trained).folded(self.config.adapter)
 
     def stop(self) -> None:
         """Ends the run after the step that runs now; may be called by a signal's handler."""
@@ -127,6 +144,7 @@ class Trainer:
                 is_stopped = self._is_stopped_anywhere()
                 if self.validation and self._is_due(config.validate_every):
                     yield self._validate()
+                    yield from self._answers()
                 is_due = self._is_due(config.checkpoint_every) or is_stopped
                 if self._checkpoints and is_due:
                     yield self._save(self._checkpoints)
@@ -169,7 +187,7 @@ class Trainer:
             for batch in self.validation
         ]
         loss, targets, preferred, margin = (
-            math.fsum(map(float, part)) for part in zip(*sums, strict=True)
+            math.fsum(map(float, column)) for column in zip(*sums, strict=True)
         )
         return ValidationRecord(
             step=self.step,
@@ -179,6 +197,13 @@ class Trainer:
             accuracy=preferred / targets,
             margin=margin / targets,
         )
+
+    def _answers(self) -> Iterator[SampleRecord]:
+        if self._model is None or self._samples is None:
+            return
+        answers = self._samples.answers(self._model, self.adapter)
+        for (asked, expected), answered in zip(self._samples.texts(), answers, strict=True):
+            yield SampleRecord(step=self.step, asked=asked, expected=expected, answered=answered)
 
     def _save(self, checkpoints: Checkpoints) -> CheckpointRecord:
         began = time.perf_counter()

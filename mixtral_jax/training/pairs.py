@@ -73,11 +73,11 @@ def read_pair(row: Mapping[str, object], ignored_keys: Collection[str]) -> Pair:
         if isinstance(chosen, str) or isinstance(rejected, str):
             raise DataError("has answers without a prompt: give the prompt beside them")
         return _chats_of_one_beginning(chosen, rejected, row)
-    parts = (row[PROMPT], chosen, rejected)
-    if not any(isinstance(part, str) for part in parts):
-        return _chats(*parts, row, (PROMPT, CHOSEN, REJECTED))
+    fields = (row[PROMPT], chosen, rejected)
+    if not any(isinstance(field, str) for field in fields):
+        return _chats(*fields, row, (PROMPT, CHOSEN, REJECTED))
     prompt = row[PROMPT]
-    if not isinstance(prompt, str) or not all(isinstance(part, str) for part in parts):
+    if not isinstance(prompt, str) or not all(isinstance(field, str) for field in fields):
         raise DataError(
             "has a prompt, chosen and rejected of which only some are text: give all as text or "
             "all as messages; a prompt that the messages repeat is named in ignored_keys"
@@ -129,5 +129,5 @@ def _chats_of_one_beginning(chosen: object, rejected: object, row: Mapping[str, 
 
 
 def _shared(first: Sequence[Message], other: Sequence[Message]) -> int:
-    both = zip(first, other, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+    neighbours = zip(first, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], neighbours))

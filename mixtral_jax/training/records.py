@@ -62,6 +62,16 @@ class ValidationRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """The model's answer to a row after a step, beside the one that is expected; texts."""
+
+    step: int
+    asked: str
+    expected: str
+    answered: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
     """A checkpoint after a step; it is complete when the next one begins, or the run ends."""
 
@@ -83,4 +93,4 @@ class EndRecord:
         return f"step {self.step}: {'the run is finished' if self.is_finished else 'stopped'}"
 
 
-Record = StepRecord | ValidationRecord | CheckpointRecord | EndRecord
+Record = StepRecord | ValidationRecord | SampleRecord | CheckpointRecord | EndRecord

@@ -43,7 +43,7 @@ class RunSettings:
         ignored_keys: keys of rows that mean nothing.
         mesh: devices that the model is split over, as for `serve`.
         dtype: float32 or bfloat16; None keeps the stored one.
-        samples: number of validation rows that are answered when the run ends.
+        samples: number of validation rows that are answered at each validation and at the end.
         training: everything else.
     """
 

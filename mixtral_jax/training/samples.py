@@ -1,82 +1,89 @@
-"""Samples: greedy answers of the model as it is trained now, without a cache of keys and values.
+"""Samples: how a model that is trained answers some rows, by the plain loop with its cache."""
 
-Each token takes a whole forward pass over all prompts at once, which is right for a few short
-answers in the middle of a run: nothing is compiled but one program, and nothing is copied.
-"""
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from collections.abc import Collection, Sequence
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from mixtral_jax.generation import SLOT, draws_of, steps_for
+from mixtral_jax.model.adapter import Adapter
+from mixtral_jax.model.adapter_stack import NO_SLOT, StackSizes
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sampling_params import SamplingParams
+from mixtral_jax.step.launcher import StepLauncher
+from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.training.example import Example
-from mixtral_jax.training.step.trainee import Trained, Trainee
+
+_GREEDY = replace(SamplingParams(temperature=0.0), top_logprobs=None)
 
 
-def question_of(example: Example) -> tuple[list[int], list[int]]:
-    """Returns the ids before the first answer of an example, and those of that answer."""
-    learnt = np.flatnonzero(example.weights)
-    start = int(learnt[0])
-    gaps = np.flatnonzero(np.diff(learnt) > 1)
-    stop = int(learnt[gaps[0]]) + 1 if gaps.size else len(example.ids)
-    return example.ids[:start].tolist(), example.ids[start:stop].tolist()
+class Question(NamedTuple):
+    """The ids before the first answer of an example, and those of that answer."""
+
+    prompt: list[int]
+    expected: list[int]
+
+    @classmethod
+    def of(cls, example: Example) -> "Question":
+        """Returns the first question of an example."""
+        learnt = np.flatnonzero(example.weights)
+        start = int(learnt[0])
+        gaps = np.flatnonzero(np.diff(learnt) > 1)
+        stop = int(learnt[gaps[0]]) + 1 if gaps.size else len(example.ids)
+        return cls(example.ids[:start].tolist(), example.ids[start:stop].tolist())
 
 
-def greedy_answers(
-    trainee: Trainee,
-    trained: Trained,
-    frozen: Any,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    eos_ids: Collection[int],
-) -> list[list[int]]:
-    """Returns the likeliest next ids of each prompt, one after the other, until one ends it.
+class Samples:
+    """Questions, and the likeliest answers that a model gives to them.
 
     Args:
-        trainee: makes the model of arrays.
-        trained: arrays as they are now.
-        frozen: the model's other arrays.
-        prompts: ids of the prompts.
+        examples: those whose first questions are asked.
+        tokenizer: that of the model.
         max_tokens: length at which answers are cut.
-        eos_ids: ids that end an answer, which are not part of what is returned.
     """
-    if not prompts:
-        return []
-    layout = trainee.layout
-    groups = 1 if layout is None else layout.num_sequence_groups
-    rows = -(-len(prompts) // groups) * groups
-    length = max(map(len, prompts)) + max_tokens
-    length = -(-length // 32) * 32
-    tokens = np.zeros((rows, length), np.int32)
-    sizes = np.ones(rows, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-        sizes[row] = len(prompt)
 
-    @jax.jit
-    def next_ids(trained: Trained, frozen: Any, tokens: jax.Array, sizes: jax.Array) -> jax.Array:
-        model, adapter = trainee.assemble(trained, frozen)
-        segments = (jnp.arange(length)[None] < sizes[:, None]).astype(jnp.int32)
-        hidden = model.hidden(tokens, segments=segments, adapter=adapter)
-        last = jnp.take_along_axis(hidden, (sizes - 1)[:, None, None], axis=1)
-        return jnp.argmax(model.logits(last)[:, 0], axis=-1)
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: Tokenizer, max_tokens: int = 64
+    ) -> None:
+        self.questions = [Question.of(example) for example in examples]
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
 
-    answers: list[list[int]] = [[] for _ in prompts]
-    is_open = [True] * len(prompts)
-    for _ in range(max_tokens):
-        chosen = np.asarray(next_ids(trained, frozen, jnp.asarray(tokens), jnp.asarray(sizes)))
-        for row, answer in enumerate(answers):
-            if not is_open[row]:
-                continue
-            token = int(chosen[row])
-            if token in eos_ids:
-                is_open[row] = False
-                continue
-            answer.append(token)
-            tokens[row, sizes[row]] = token
-            sizes[row] += 1
-        if not any(is_open):
-            break
-    return answers
+    def texts(self) -> list[tuple[str, str]]:
+        """Returns each question and the answer that is expected."""
+        return [(self._text(prompt), self._text(expected)) for prompt, expected in self.questions]
+
+    def answers(self, model: Transformer, adapter: Adapter | None = None) -> list[str]:
+        """Returns the answer to each question.
+
+        What is compiled is kept by the model, so that later answers compile nothing, also for
+        another adapter of the same shapes.
+
+        Args:
+            model: answers alone where there is no adapter.
+            adapter: with its scaling in B.
+        """
+        return [self._text(ids) for ids in self.answer_ids(model, adapter)]
+
+    def answer_ids(self, model: Transformer, adapter: Adapter | None = None) -> list[list[int]]:
+        """Returns the ids of each answer, up to the one that ends it."""
+        if not self.questions:
+            return []
+        context, ends = model.config.max_context, frozenset(self._tokenizer.eos_ids)
+        longest = max(len(prompt) for prompt, _ in self.questions) + self._max_tokens
+        sizes = None if adapter is None else StackSizes.of_adapter(adapter, model.config)
+        steps = steps_for(model, min(longest, context), adapters=sizes)
+        launcher, slot = StepLauncher(model, steps), NO_SLOT
+        if adapter is not None:
+            slot = SLOT
+            launcher.put_adapter(slot, adapter)
+        answers = []
+        for prompt, _ in self.questions:
+            length = min(len(prompt) + self._max_tokens, context)
+            draws = draws_of(launcher, [*prompt], _GREEDY, length, 0, ends, None, slot)
+            ids = [draw.token_id for draw in draws]
+            answers.append(ids[:-1] if ids and ids[-1] in ends else ids)
+        return answers
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids).strip()

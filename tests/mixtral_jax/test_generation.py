@@ -1,6 +1,7 @@
 """The plain loop, with parameters whose effect can be worked out by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,15 +13,19 @@ from flax import nnx
 
 from mixtral_jax.compilation import CompilationCount
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import ChatError, ConfigError, SamplingError, UserError
+from mixtral_jax.errors import AdapterError, ChatError, ConfigError, SamplingError, UserError
 from mixtral_jax.generation import generate, generate_draws, generate_tokens, steps_for
+from mixtral_jax.model.adapter import Adapter, AdapterConfig
+from mixtral_jax.model.merged import merge
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+from tests.support.adapters import random_adapter
 from tests.support.models import model_of
 from tests.support.parity import huggingface, twin
 
 VOCAB = 61
+GREEDY = SamplingParams(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +344,33 @@ def test_generate_passes_everything_on() -> None:
     assert text(min_tokens=9) == once * 4
     # The end's own id has no text, and does not end the answer.
     assert text(ignore_eos=True) == text(ignore_eos=True, min_tokens=3)
+
+
+@pytest.mark.parametrize("experts", [0, 3], ids=["dense", "moe"])
+def test_an_adapter_beside_the_model_draws_what_the_merged_model_does(experts: int) -> None:
+    config = replace(
+        ModelConfig.tiny(vocab_size=ByteTokenizer().vocab_size),
+        num_experts=experts,
+        experts_per_token=min(experts, 2),
+    )
+    model = model_of(config)
+    settings = AdapterConfig(rank=3, targets=("q", "o", "down"))
+    adapter = random_adapter(config, settings, size=0.3).folded(settings)
+    prompt = [7, 7, 9, 7]
+    ours = list(generate_draws(model, prompt, max_tokens=8, adapter=adapter))
+    want = list(generate_draws(merge(model, adapter), prompt, max_tokens=8))
+    assert [draw.token_id for draw in ours] == [draw.token_id for draw in want]
+    assert [draw.logprob for draw in ours] == pytest.approx([d.logprob for d in want], abs=1e-4)
+    alone = list(generate_tokens(model, prompt, max_tokens=8))
+    assert alone != [draw.token_id for draw in ours]
+    words = (
+        "".join(generate(model, ByteTokenizer(), "hi", GREEDY, max_tokens=4, adapter=beside))
+        for beside in (None, adapter)
+    )
+    assert len(set(words)) == 2
+    short = Adapter(adapter.layers[:1])
+    with pytest.raises(AdapterError, match="has 1 layers"):
+        generate_tokens(model, prompt, max_tokens=1, adapter=short)
+    wide = random_adapter(replace(config, num_heads=2 * config.num_heads), settings)
+    with pytest.raises(AdapterError, match="layer 0, q: .* do not fit this model"):
+        generate_tokens(model, prompt, max_tokens=1, adapter=wide)

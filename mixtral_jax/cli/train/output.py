@@ -60,8 +60,8 @@ def check_result(folder: Path, result: Path, steps: int) -> None:
     saved = last_saved(folder)
     if result.exists() and saved < steps:
         raise ConfigError(
-            f"{result} is there already, but the run in {folder} is at step {saved} of {steps}, so "
-            "it is of another run; move it away, or give another --output"
+            f"{result} is there already, of a run that has ended, and {folder} is at step {saved} "
+            f"of {steps}; give the settings of that run, move it away, or give another --output"
         )
 
 

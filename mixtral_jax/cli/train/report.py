@@ -1,6 +1,7 @@
 """Report: what is said before a run begins, and the lines and the bar while it goes on."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,13 @@ from mixtral_jax.planning.chips import CHIPS, Chip
 from mixtral_jax.training.config import TrainingConfig
 from mixtral_jax.training.dataset import Account
 from mixtral_jax.training.packing import PackedData, PairedData
-from mixtral_jax.training.records import CheckpointRecord, Record, StepRecord, ValidationRecord
+from mixtral_jax.training.records import (
+    CheckpointRecord,
+    Record,
+    SampleRecord,
+    StepRecord,
+    ValidationRecord,
+)
 from mixtral_jax.training.step.program import TrainingMemory
 
 _KINDS = {
@@ -28,6 +35,7 @@ _DEVICES = {
     **{"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v6 lite": "v6e", "v6e": "v6e"},
     **{"A100": "a100-80", "H100": "h100", "H200": "h200"},
 }
+_SHOWN = 400  # characters of a question or an answer
 _LINES_EVERY = 10.0  # seconds, where there is no terminal for a bar
 
 
@@ -103,6 +111,15 @@ def trained_by_kind(trained: Any) -> dict[str, int]:
     return {"all": sum(array.size for array in trained.values())}
 
 
+def print_answers(console: Console, asked: str, expected: str, answers: Mapping[str, str]) -> None:
+    """Prints a question, the answer that is expected, and those that models gave, by a name."""
+    lines = {"asked": asked, "expected": expected, **answers}
+    for name, text in lines.items():
+        shown = text if len(text) <= _SHOWN else f"... {text[-_SHOWN:]}"
+        console.print(f"[bold]{name:8}[/bold]", end=" ")
+        console.print(shown, markup=False, highlight=False)
+
+
 class Progressing:
     """Shows records as they come: a bar on a terminal, else a line every few seconds.
 
@@ -122,6 +139,7 @@ class Progressing:
         self._peak = _peak()
         self._validation = ""
         self._next_line = 0.0
+        self._first = step + 1
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -144,6 +162,8 @@ class Progressing:
         """Shows a record."""
         match record:
             case StepRecord():
+                if record.step == self._first and record.step < self._steps:
+                    self._print(self._remaining(record))
                 figures = self._figures(record)
                 self._bar.update(self._task, completed=record.step, figures=figures)
                 now = time.monotonic()
@@ -160,8 +180,20 @@ class Progressing:
                 self._validation = f", validation {record.loss:.4f}"
                 pairs = self._of_pairs(record)
                 self._print(f"step {record.step}: validation loss {record.loss:.4f}{pairs}")
+            case SampleRecord() if record.step < self._steps:  # those of the end come later
+                print_answers(
+                    self._console, record.asked, record.expected, {"answered": record.answered}
+                )
             case CheckpointRecord():
                 pass
+
+    def _remaining(self, record: StepRecord) -> str:
+        """Returns the time that the other steps take, if they take what the first one took."""
+        count = self._steps - record.step
+        return (
+            f"time       about {duration(count * record.seconds)} for {count:,} more steps, by the "
+            f"first one's {record.seconds:.3g} s; validation and checkpoints come on top"
+        )
 
     def _of_pairs(self, record: StepRecord | ValidationRecord) -> str:
         if not self._has_pairs:
@@ -196,6 +228,14 @@ def _table() -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def duration(seconds: float) -> str:
+    """Returns a time such as 40 s, 12 min, 3.5 h or 2.1 days."""
+    for unit, size, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _gib(count: int) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mixtral_jax.checkpoint.adapter import write_adapter
 from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained, save
+from mixtral_jax.cli.train.facts import weights_digest
 from mixtral_jax.cli.train.logs import Logs
 from mixtral_jax.cli.train.output import (
     ADAPTER,
@@ -20,7 +21,7 @@ from mixtral_jax.cli.train.output import (
     disk_errors,
     resumption,
 )
-from mixtral_jax.cli.train.report import Progressing, data_table, program_table
+from mixtral_jax.cli.train.report import Progressing, data_table, print_answers, program_table
 from mixtral_jax.cli.train.stopping import Stopping
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.adapter import Adapter
@@ -32,10 +33,8 @@ from mixtral_jax.training.loop import Trainer
 from mixtral_jax.training.packing import PackedData, PairedData
 from mixtral_jax.training.records import EndRecord
 from mixtral_jax.training.run_settings import RunSettings
-from mixtral_jax.training.samples import greedy_answers, question_of
+from mixtral_jax.training.samples import Samples
 from mixtral_jax.training.step.flops import step_flops
-
-_SAMPLE_TOKENS = 64
 
 
 def run(settings: RunSettings) -> int:
@@ -75,24 +74,45 @@ def _run(settings: RunSettings, console: Console, stopping: Stopping) -> int:
     if validation is not None:
         rows = of_batches(validation.examples, training.length, training.rows, 0, is_shuffled=False)
         checks = [rows.batch(step) for step in range(rows.num_steps)]
+    of_samples = (validation or data).examples[:: 2 if config.objective == "preference" else 1]
+    samples = Samples(of_samples[: settings.samples], tokenizer)
+    facts = {
+        "data": data.digest(),
+        "checkpoint": pretrained.card.name,
+        "weights": weights_digest(model),
+    }
+    # Full fine-tuning has copies of the model, which is dropped; it answers before.
+    before = samples.answers(model) if config.adapter is None else []
     began = time.perf_counter()
     trainer = Trainer(
         model,
         config,
         packed,
         folder=settings.output / CHECKPOINTS,
-        facts={"data": data.digest(), "checkpoint": pretrained.card.name},
+        facts=facts,
         validation=checks,
+        samples=samples,
     )
     seconds = time.perf_counter() - began
     memory = trainer.program.memory
     console.print(program_table(trainer.trained, memory, model.config, seconds))
+    base = None if config.adapter is None else model
+    del model
     if trainer.resumed_from:
         console.print(f"goes on from step {trainer.resumed_from} of {trainer.num_steps}")
     if not _train(settings, trainer, console, stopping):
         return stopping.status
-    _finish(settings, pretrained, model, trainer, console)
-    _answer(settings, validation or data, tokenizer, model, trainer, console)
+    if base is None:
+        tuned = trainer.program.trainee.tuned(trainer.trained)
+        _finish(settings, pretrained, trainer, tuned, console)
+        after = samples.answers(tuned)
+    else:
+        _finish(settings, pretrained, trainer, None, console)
+        before, after = samples.answers(base), samples.answers(base, trainer.adapter)
+    for (asked, expected), base_text, tuned_text in zip(
+        samples.texts(), before, after, strict=True
+    ):
+        print_answers(console, asked, expected, {"base": base_text, "tuned": tuned_text})
     _say_how_to_serve(settings, console)
     return 0
 
@@ -141,57 +161,28 @@ def _train(settings: RunSettings, trainer: Trainer, console: Console, stopping: 
 def _finish(
     settings: RunSettings,
     pretrained: Pretrained,
-    model: Transformer,
     trainer: Trainer,
+    tuned: Transformer | None,
     console: Console,
 ) -> None:
     """Writes the adapter, or the whole model, unless an earlier run of the command has done it."""
-    trained = trainer.trained
     folder = result_folder(settings)
     if folder.exists():
         console.print(f"{folder} is there already, of an earlier end of this run")
-    elif isinstance(trained, Adapter):
+    elif tuned is None:
         adapter = settings.training.adapter
         assert adapter is not None
         base = settings.base or pretrained.card.name
-        whole = trainer.program.trainee.whole(trained)
+        assert isinstance(trainer.trained, Adapter)
+        whole = trainer.program.trainee.whole(trainer.trained)
         write_adapter(folder, jax.device_get(whole), adapter, base)
     else:
-        tuned = trainer.program.trainee.tuned(trained)
         save(tuned, pretrained.tokenizer, folder, name=f"{pretrained.card.name}-tuned")
 
 
 def result_folder(settings: RunSettings) -> Path:
     """Returns the folder of what a run makes."""
     return settings.output / (MODEL if settings.training.adapter is None else ADAPTER)
-
-
-def _answer(
-    settings: RunSettings,
-    data: Dataset,
-    tokenizer: Tokenizer,
-    model: Transformer,
-    trainer: Trainer,
-    console: Console,
-) -> None:
-    """Shows how the tuned model answers a few rows."""
-    trainee = trainer.program.trainee
-    examples = data.examples[::2] if trainer.config.objective == "preference" else data.examples
-    questions = [question_of(example) for example in examples[: settings.samples]]
-    answers = greedy_answers(
-        trainee,
-        trainer.trained,
-        trainee.frozen(model),
-        [prompt for prompt, _ in questions],
-        _SAMPLE_TOKENS,
-        tokenizer.eos_ids,
-    )
-    for (prompt, expected), answer in zip(questions, answers, strict=True):
-        console.print("[bold]asked[/bold]", end="    ")
-        console.print(tokenizer.decode(prompt).strip(), markup=False, highlight=False)
-        for name, ids in (("expected", expected), ("answered", answer)):
-            console.print(f"[bold]{name}[/bold]", end=" ")
-            console.print(tokenizer.decode(ids).strip(), markup=False, highlight=False)
 
 
 def _say_how_to_serve(settings: RunSettings, console: Console) -> None:

@@ -1,35 +1,55 @@
-"""Greedy answers without a cache are those of the plain loop."""
+"""Sample answers are those of the plain loop, of the model alone and beside an adapter."""
 
-import jax
 import numpy as np
+import pytest
 
+from mixtral_jax.compilation import CompilationCount
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.generation import generate_tokens
-from mixtral_jax.model.adapter import Adapter, AdapterConfig
+from mixtral_jax.model.adapter import AdapterConfig
+from mixtral_jax.model.merged import merge
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from mixtral_jax.training.example import Example
-from mixtral_jax.training.samples import greedy_answers, question_of
-from mixtral_jax.training.step.trainee import Trainee
+from mixtral_jax.training.samples import Question, Samples
+from tests.support.adapters import random_adapter
 from tests.support.models import model_of
 
-CONFIG = ModelConfig.tiny(vocab_size=64)
+TOKENS = ByteTokenizer()
+CONFIG = ModelConfig.tiny(vocab_size=TOKENS.vocab_size)
 
 
-def test_a_new_adapter_answers_as_the_model_does() -> None:
-    model, settings = model_of(CONFIG), AdapterConfig(rank=2)
-    trainee = Trainee(model, settings)
-    trained = Adapter.random(CONFIG, settings, jax.random.key(0))
-    prompts = [[3, 5, 7], [9], [11, 2]]
-    answers = greedy_answers(trainee, trained, trainee.frozen(model), prompts, 5, ())
-    expected = [list(generate_tokens(model, prompt, max_tokens=5)) for prompt in prompts]
-    assert answers == expected
-    ends = {expected[0][2]}
-    cut = greedy_answers(trainee, trained, trainee.frozen(model), prompts[:1], 5, ends)
-    assert cut == [expected[0][: expected[0].index(expected[0][2])]]
+def example(prompt: list[int], answer: list[int]) -> Example:
+    weights = [0.0] * len(prompt) + [1.0] * len(answer)
+    return Example(np.array(prompt + answer, np.int32), np.array(weights, np.float32))
+
+
+@pytest.mark.slow
+def test_samples_are_what_the_plain_loop_answers() -> None:
+    model = model_of(CONFIG)
+    adapter, other = (random_adapter(CONFIG, AdapterConfig(rank=2), seed=seed) for seed in (0, 1))
+    prompts = [[70, 72, 71], [80, 81, 82, 83, 84]]
+    samples = Samples([example(prompt, [90, 2]) for prompt in prompts], TOKENS, max_tokens=6)
+    assert [asked for asked, _ in samples.texts()] == [TOKENS.decode(p) for p in prompts]
+
+    def plain(model: object) -> list[list[int]]:
+        answers = []
+        for prompt in prompts:
+            ids = list(generate_tokens(model, prompt, max_tokens=6, eos_ids=TOKENS.eos_ids))  # type: ignore[arg-type]
+            answers.append([token for token in ids if token not in TOKENS.eos_ids])
+        return answers
+
+    assert samples.answer_ids(model) == plain(model)
+    assert samples.answer_ids(model, adapter) == plain(merge(model, adapter))
+    assert plain(merge(model, adapter)) != plain(model)
+    with CompilationCount() as compiled:
+        again = samples.answer_ids(model, other)
+    assert compiled.value == 0
+    assert again == plain(merge(model, other))
 
 
 def test_the_first_answer_of_an_example() -> None:
     weights = np.array([0, 0, 1, 1, 0, 1], np.float32)
-    example = Example(np.arange(10, 16, dtype=np.int32), weights)
-    assert question_of(example) == ([10, 11], [12, 13])
-    last = Example(example.ids, np.array([0, 0, 0, 0, 1, 1], np.float32))
-    assert question_of(last) == ([10, 11, 12, 13], [14, 15])
+    document = Example(np.arange(10, 16, dtype=np.int32), weights)
+    assert Question.of(document) == ([10, 11], [12, 13])
+    last = Example(document.ids, np.array([0, 0, 0, 0, 1, 1], np.float32))
+    assert Question.of(last) == ([10, 11, 12, 13], [14, 15])

@@ -56,7 +56,7 @@ def test_an_adapter_of_another_run_is_not_kept_for_this_one(tmp_path: Path) -> N
     result = tmp_path / "adapter"
     check_result(tmp_path, result, 12)
     result.mkdir()
-    with pytest.raises(ConfigError, match="is at step 0 of 12, so it is of another run"):
+    with pytest.raises(ConfigError, match="is at step 0 of 12; give the settings"):
         check_result(tmp_path, result, 12)
     (tmp_path / "checkpoints/12").mkdir(parents=True)
     check_result(tmp_path, result, 12)
