@@ -5,7 +5,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mixtral_jax.errors import ConfigError, UserError
@@ -44,6 +44,8 @@ def claimed(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        with suppress(OSError):
+            folder.rmdir()  # if nothing was written, such as for rows that were refused
         os.close(descriptor)
 
 

@@ -116,6 +116,10 @@ def print_answers(console: Console, asked: str, expected: str, answers: Mapping[
     lines = {"asked": asked, "expected": expected, **answers}
     for name, text in lines.items():
         shown = text if len(text) <= _SHOWN else f"... {text[-_SHOWN:]}"
+        # A terminal acts on control characters, and a model may write any.
+        shown = "".join(
+            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in shown
+        )
         console.print(f"[bold]{name:8}[/bold]", end=" ")
         console.print(shown, markup=False, highlight=False)
 

@@ -34,7 +34,8 @@ def test_a_folder_is_refused_while_another_process_uses_it(tmp_path: Path) -> No
     process.kill()
     process.join()
     with claimed(folder):
-        assert list(folder.iterdir()) == []  # the claim leaves nothing
+        assert list(folder.iterdir()) == []
+    assert not folder.exists()  # the claim leaves nothing
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
