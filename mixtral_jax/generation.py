@@ -28,9 +28,9 @@ from mixtral_jax.sampling_params import (
     whole_number,
 )
 from mixtral_jax.step.buckets import Steps, compile_buckets
+from mixtral_jax.step.draws import NO_TOKEN, unpack
 from mixtral_jax.step.inputs import GroupInputs, StepSizes, host_array
 from mixtral_jax.step.launcher import StepLauncher
-from mixtral_jax.step.sampling import NO_TOKEN, unpack
 from mixtral_jax.structure.continuation import FormProgress
 from mixtral_jax.structure.form import Form, form_of
 from mixtral_jax.structure.grammar import grammar_of

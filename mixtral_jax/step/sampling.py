@@ -24,15 +24,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mixtral_jax.axes import (
     FlatLogits,
-    HostPackedDraws,
-    HostRowFloats,
-    HostRows,
-    HostTopIds,
-    HostTopLogprobs,
     PackedDraws,
     RowBiases,
     RowBiasIds,
@@ -42,9 +36,9 @@ from mixtral_jax.axes import (
     Rows,
 )
 from mixtral_jax.sampling_params import MAX_TOP_LOGPROBS
+from mixtral_jax.step.draws import NO_TOKEN, pack
 
 NO_ID = 2**31 - 1  # pads ids: no vocabulary has it
-NO_TOKEN = -1  # of a row whose logits are not finite
 _BLOCK = 256  # divides the vocabularies of all presets
 
 
@@ -122,36 +116,7 @@ class Sampled(NamedTuple):
     """Tokens for the next step, and everything for the host in one array."""
 
     tokens: Rows  # i32
-    packed: PackedDraws  # see `unpack`
-
-
-class Draws(NamedTuple):
-    """Content of `Sampled.packed`, on the host. Logprobs that were not asked for are 0."""
-
-    tokens: HostRows  # NO_TOKEN where the logits are not finite
-    logprobs: HostRowFloats
-    top_ids: HostTopIds  # likeliest first; where the vocabulary is smaller, logprobs of -inf
-    top_logprobs: HostTopLogprobs
-
-    def of_row(
-        self, row: int, top_logprobs: int | None
-    ) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
-        """Returns a row's token, its logprob, and (token id, logprob) of the likeliest tokens.
-
-        `top_logprobs` is what the row asked for; with None there are no logprobs at all.
-        """
-        token = int(self.tokens[row])
-        if top_logprobs is None:
-            return token, None, ()
-        ids, values = self.top_ids[row, :top_logprobs], self.top_logprobs[row, :top_logprobs]
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return token, float(self.logprobs[row]), top
-
-
-def unpack(packed: HostPackedDraws) -> Draws:
-    """Takes `Sampled.packed` apart: token, logprob, top 20 ids, top 20 logprobs; floats as bits."""
-    ids, values = np.split(packed[:, 2:], 2, axis=1)
-    return Draws(packed[:, 0], packed[:, 1].view(np.float32), ids, values.view(np.float32))
+    packed: PackedDraws  # see draws.py
 
 
 def sample(logits: FlatLogits, params: SamplingArrays, allowed: RowMasks | None = None) -> Sampled:
@@ -333,7 +298,7 @@ def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> Packe
 
     values, ids = jax.lax.cond(jnp.any(asked > 0), _top, no_top, logits)
     wanted = jnp.arange(MAX_TOP_LOGPROBS, dtype=jnp.int32)[None] < asked
-    return _pack(
+    return pack(
         tokens,
         jnp.where(asked >= 0, own, 0.0),
         jnp.where(wanted, ids, 0),
@@ -358,9 +323,4 @@ def _top(logits: FlatLogits) -> tuple[jax.Array, jax.Array]:
 def _no_logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> PackedDraws:
     rows = tokens.shape[0]
     top = jnp.zeros((rows, MAX_TOP_LOGPROBS), jnp.int32)
-    return _pack(tokens, jnp.zeros((rows, 1)), top, top.astype(jnp.float32))
-
-
-def _pack(tokens: Rows, own: jax.Array, ids: jax.Array, values: jax.Array) -> PackedDraws:
-    bits = [jax.lax.bitcast_convert_type(floats, jnp.int32) for floats in (own, values)]
-    return jnp.concatenate([tokens[:, None], bits[0], ids, bits[1]], axis=1)
+    return pack(tokens, jnp.zeros((rows, 1)), top, top.astype(jnp.float32))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mixtral_jax.checkpoint.adapter import StoredAdapter
-from mixtral_jax.step.sampling import NO_TOKEN
+from mixtral_jax.step.draws import NO_TOKEN
 from serving.engine.adapters import AdapterSlots
 from serving.engine.device import Device, Launched, Masks, MaskSource, Order, PutLayer, Walk
 from serving.engine.recovery import Suspects

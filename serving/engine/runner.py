@@ -15,9 +15,9 @@ from mixtral_jax.axes import LayerCounts, PackedDraws
 from mixtral_jax.model.adapter import BlockAdapter, LowRank
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
+from mixtral_jax.step.draws import unpack
 from mixtral_jax.step.inputs import GroupInputs, mask_words
 from mixtral_jax.step.launcher import StepLauncher, WalkedStep
-from mixtral_jax.step.sampling import unpack
 from serving.engine.device import Masks, PutLayer
 from serving.engine.expert_load import ExpertLoad
 from serving.scheduling.request import Drawn

@@ -15,9 +15,9 @@ from mixtral_jax.model.adapter_stack import NO_SLOT, StackSizes
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.step.buckets import Steps, compile_buckets
+from mixtral_jax.step.draws import unpack
 from mixtral_jax.step.inputs import GroupInputs, StepSizes
 from mixtral_jax.step.launcher import StepLauncher
-from mixtral_jax.step.sampling import unpack
 from tests.support import sources
 from tests.support.adapters import random_adapter
 from tests.support.merged_models import merged_model

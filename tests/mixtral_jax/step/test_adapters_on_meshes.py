@@ -12,9 +12,9 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.sharding import copies_of, make_mesh
 from mixtral_jax.step.buckets import compile_buckets
+from mixtral_jax.step.draws import unpack
 from mixtral_jax.step.inputs import GroupInputs, StepSizes
 from mixtral_jax.step.launcher import StepLauncher
-from mixtral_jax.step.sampling import unpack
 from tests.support.adapters import random_adapter
 from tests.support.models import model_of, split_over
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.step.draws import NO_TOKEN, unpack
 from mixtral_jax.step.sampling import (
     NO_ID,
-    NO_TOKEN,
     Biases,
     History,
     Sampled,
@@ -22,7 +22,6 @@ from mixtral_jax.step.sampling import (
     _threshold,
     _top,
     sample,
-    unpack,
 )
 
 # Probabilities 0.5, 0.3, 0.15, 0.05 at temperature 1.
