@@ -67,6 +67,8 @@ class Kernels:
         [jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, str], jax.Array
     ]
     can_move_rows: Callable[[Mesh], bool]
+    # (x, causes) -> x, for uses that come after the causes are computed: see xla/order.py
+    after: Callable[[jax.Array, Any], jax.Array]
     # Names of the functions above through which jax.grad goes.
     differentiable: frozenset[str]
     # Up to so many tokens every expert computes every token: an accelerator reads an expert's
@@ -107,7 +109,7 @@ def kernels_for(platform: str) -> Kernels:
     "xla" gives the forms that any backend computes. Raises ValueError for another name. On CPU the
     kernels are compiled here, if they were not before; no other platform compiles C++.
     """
-    from mixtral_jax.kernels.xla import attention, low_rank, moves, products
+    from mixtral_jax.kernels.xla import attention, low_rank, moves, order, products
 
     oracle = Kernels(
         platform="xla",
@@ -121,10 +123,11 @@ def kernels_for(platform: str) -> Kernels:
         router_input=products.router_input,
         move_rows=moves.move_rows,
         can_move_rows=moves.can_move_rows,
+        after=order.after,
         differentiable=frozenset(
             {
                 *("linear", "grouped", "add_low_rank", "norm", "swiglu", "full_attention"),
-                *("router_input", "move_rows", "can_move_rows"),
+                *("router_input", "move_rows", "can_move_rows", "after"),
             }
         ),
         max_dense_tokens=0,
@@ -147,9 +150,14 @@ def kernels_for(platform: str) -> Kernels:
 
 def _cpu(oracle: Kernels) -> Kernels:
     from mixtral_jax.kernels.cpu import attention, build, low_rank, products
-    from mixtral_jax.kernels.xla import blockwise
+    from mixtral_jax.kernels.xla import blockwise, order
 
-    plain = replace(oracle, platform="cpu", full_attention=blockwise.full_attention)
+    plain = replace(
+        oracle,
+        platform="cpu",
+        full_attention=blockwise.full_attention,
+        after=order.after_by_value,
+    )
     if not build.available():
         return plain
     return replace(

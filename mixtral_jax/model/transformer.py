@@ -42,6 +42,7 @@ from mixtral_jax.model.layers import (
     full_product,
 )
 from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.recomputation import Run, recomputed
 from mixtral_jax.placement import Placement
 
 
@@ -182,22 +183,14 @@ class Transformer(nnx.Module):
         for i, (block, beside) in enumerate(zip(self.layers, adapters, strict=True)):
             names = frozenset[str]() if captures is None else captures[i].names
 
-            def run(
-                x: jax.Array,
-                beside: BlockAdapter,
-                block: Block = block,
-                names: frozenset[str] = names,
-            ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            if is_recomputed:
+                after = self.placement.full_kernels.after
+                run, state = _apart_from_arrays(block, names)
+                x, values = recomputed(run, after, x, beside, state, rotary, segments)
+            else:
                 capture = Capture(names)
                 x = block.full(x, rotary, capture, segments=segments, adapter=beside)
-                return x, capture.values
-
-            if is_recomputed:
-                # Else XLA keeps what attention and feed-forward gave, and sums it up once more in
-                # the backward pass: two arrays a layer in place of one. And it puts the adapter's
-                # gradient off, with all that it is a product of, while the backward pass goes on.
-                x, beside = jax.lax.optimization_barrier((x, beside))
-            x, values = (jax.checkpoint(run) if is_recomputed else run)(x, beside)
+                values = capture.values
             if captures is not None:
                 captures[i].values.update(values)
         return self.norm.full(x)
@@ -253,6 +246,20 @@ class Transformer(nnx.Module):
     @property
     def _head(self) -> Embedding | Linear:
         return self.embed if self.head is None else self.head
+
+
+def _apart_from_arrays(block: Block, names: frozenset[str]) -> tuple[Run, Any]:
+    """A function of a block's input, adapter, arrays, rotation and segments; and its arrays."""
+    graph, state = nnx.split(block)
+
+    def run(
+        x: RowHidden, beside: BlockAdapter, state: Any, rotary: Rotary, segments: Segments | None
+    ) -> tuple[RowHidden, dict[str, jax.Array]]:
+        capture, whole = Capture(names), nnx.merge(graph, state)
+        x = whole.full(x, rotary, capture, segments=segments, adapter=beside)
+        return x, capture.values
+
+    return run, state
 
 
 def positions_in(segments: Segments) -> Segments:

@@ -34,34 +34,45 @@ _FLAGS = (
     "-Wall",
     "-Wextra",
     "-Wshadow",
+    "-Wno-maybe-uninitialized",  # GCC 12's header of AVX-512 has such values on purpose
     "-Wno-psabi",  # vectors are passed between these files only, which are compiled together
 )
 _FUNCTIONS = (
     *("linear", "grouped", "add_low_rank", "norm", "swiglu", "paged"),
-    *("grouped_back", "grouped_weight", "swiglu_back"),
+    *("linear_back", "grouped_back", "grouped_weight", "swiglu_back"),
 )
 _log = logging.getLogger(__name__)
 
 
-@functools.cache
 def available() -> bool:
     """Compiles and registers the kernels if need be; False if this process cannot use them."""
+    return _library() is not None
+
+
+def multiplies_bytes() -> bool:
+    """Says whether the kernels are there, on a processor whose AVX-512 multiplies bytes (VNNI)."""
+    library = _library()
+    return library is not None and bool(library.mixtral_jax_multiplies_bytes())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
     if os.environ.get("MIXTRAL_JAX_NATIVE") == "0":
-        return False
+        return None
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         _log.warning("no C++ compiler was found: CPU steps are several times slower; install g++")
-        return False
+        return None
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning("the CPU kernels cannot be built, steps are slower: %s", str(detail)[:500])
-        return False
+        return None
     for name in _FUNCTIONS:
         handler = getattr(library, f"mixtral_jax_{name}")
         jax.ffi.register_ffi_target(f"mixtral_jax_{name}", jax.ffi.pycapsule(handler), "cpu")
-    return True
+    return library
 
 
 def build_command(compiler: str, library: Path) -> list[str]:

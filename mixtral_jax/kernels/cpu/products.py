@@ -3,20 +3,25 @@
 The kernels take and give float32; weights are float32, or int8 with a float32 scale per output.
 Other dtypes are computed by the XLA forms: a bfloat16 model on CPU is for trying things out.
 
-Gradients are those of the XLA forms: with int8 they pass straight through the rounding, and slopes
-are never rounded. What nobody asks for, such as the gradient of a weight that stays as it is, is
-dropped by jit.
+Gradients are those of the XLA forms: with int8 they pass straight through the rounding. Slopes are
+not rounded, but for `linear` of many rows by int8 on processors that multiply bytes: to 15 bits and
+a sign, in steps of 1/16256 of the largest one of a row. What nobody asks for, such as the gradient
+of a weight that stays as it is, is dropped by jit.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixtral_jax.kernels.cpu import build
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.weight import Weight
+
+_MANY_ROWS = 24  # fewer are not worth a copy of the weight in another order
+_MOST_OUTPUTS = (2**31 - 1) // 127**2  # sums of more products of bytes do not fit 32 bits
 
 
 def linear(x: jax.Array, weights: Sequence[Weight]) -> list[jax.Array]:
@@ -42,9 +47,28 @@ def _linear_forward(x: jax.Array, weights: list[Weight]) -> tuple[list[jax.Array
 
 
 def _linear_backward(residuals: _Linear, slopes: list[jax.Array]) -> _Linear:
+    x, weights = residuals
+    if all(_goes_by_bytes(x, weight) for weight in weights):
+        pairs = list(zip(weights, slopes, strict=True))
+        back = partial(jax.ffi.ffi_call, "mixtral_jax_linear_back")
+        rows = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        parts: list[jax.Array] = [back(rows)(dy, *w.arrays) for w, dy in pairs]
+        return reduce(jnp.add, parts), [_gradient_of_scale(x, w, dy) for w, dy in pairs]
     # XLA's products of many rows of floats are as fast as a kernel of ours.
     gradients: _Linear = jax.vjp(xla.linear, *residuals)[1](slopes)
     return gradients
+
+
+def _goes_by_bytes(x: jax.Array, weight: Weight) -> bool:
+    """Says whether `linear_back` computes the slopes of rows [R I] beside a weight [O I]."""
+    fits = x.shape[0] >= _MANY_ROWS and weight.values.shape[0] <= _MOST_OUTPUTS
+    return fits and weight.scale is not None and build.multiplies_bytes()
+
+
+def _gradient_of_scale(x: jax.Array, weight: Weight, slope: jax.Array) -> Weight:
+    assert weight.scale is not None
+    (unscaled,) = _linear(x, [Weight(weight.values, jnp.ones_like(weight.scale))])
+    return Weight(xla.no_gradient(weight.values), jnp.sum(slope * unscaled, axis=0))
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

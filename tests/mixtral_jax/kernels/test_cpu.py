@@ -1,5 +1,8 @@
 """The kernels equal their XLA forms, and a row's bits do not depend on the rows beside it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +64,37 @@ def test_linear_rows_do_not_feel_each_other(dtype: str) -> None:
     for rows in (slice(0, 1), slice(5, 8), slice(64, 129)):
         (alone,) = products.linear(x[rows], [w])
         assert jnp.array_equal(alone, together[rows])
+
+
+by_bytes = pytest.mark.skipif(
+    not build.multiplies_bytes(), reason="no AVX-512 VNNI: slopes go by XLA's products"
+)
+
+
+@by_bytes
+@pytest.mark.parametrize(("rows", "outs", "n"), [(25, 70, 131), (262, 33, 48), (30, 2500, 33)])
+def test_slopes_of_many_rows_equal_xla(rows: int, outs: int, n: int) -> None:
+    """Several weights, sizes that leave something over; 15 bits of the largest slope of a row."""
+    x, first, second = normal(0, rows, n), weight(1, "int8", outs, n), weight(2, "int8", 64, n)
+    slopes = [normal(3, rows, outs), normal(4, rows, 64)]
+
+    def gradient(linear: Callable[..., list[jax.Array]]) -> Any:
+        def run(x: jax.Array, scale: jax.Array) -> list[jax.Array]:
+            return linear(x, [Weight(first.values, scale), second])
+
+        return jax.jit(lambda *given: jax.vjp(run, *given)[1](slopes))(x, first.scale)
+
+    for got, want in zip(gradient(products.linear), gradient(xla.linear), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * float(jnp.max(jnp.abs(want))))
+
+
+@by_bytes
+def test_slopes_of_many_rows_by_hand() -> None:
+    """Slopes 2 and -1 by scales 0.5 and 1 are 16256 and -16256 steps of 1 / 16256."""
+    scaled = Weight(jnp.asarray([[3, -1, 5], [7, 0, -127]], jnp.int8), jnp.asarray([0.5, 1.0]))
+    slopes = jnp.tile(jnp.asarray([[2.0, -1.0]]), (24, 1))
+    (dx,) = jax.vjp(lambda x: products.linear(x, [scaled])[0], jnp.ones((24, 3)))[1](slopes)
+    np.testing.assert_allclose(dx, [[-4.0, -1.0, 132.0]] * 24, rtol=1e-6)
 
 
 def test_norm_equals_xla() -> None:

@@ -223,6 +223,7 @@ def differentiable_calls() -> dict[str, tuple[Callable[[Callable[..., Any]], Any
             [normal(0, 3, 16), normal(1, 2, 4, 16), normal(2, 2, 4, 16)],
         ),
         "router_input": (lambda f: f, [normal(0, 7, 128)]),
+        "after": (lambda f: lambda x, y: f(x, {"a": [y]}), [normal(0, 7, 128), normal(1, 3)]),
         "full_attention": (attention(100, None), heads),
         "full_attention packed": (attention(None, segments), heads),
     }
