@@ -149,15 +149,10 @@ def kernels_for(platform: str) -> Kernels:
 
 
 def _cpu(oracle: Kernels) -> Kernels:
-    from mixtral_jax.kernels.cpu import attention, build, low_rank, products
-    from mixtral_jax.kernels.xla import blockwise, order
+    from mixtral_jax.kernels.cpu import attention, build, low_rank, order, products
+    from mixtral_jax.kernels.xla import blockwise
 
-    plain = replace(
-        oracle,
-        platform="cpu",
-        full_attention=blockwise.full_attention,
-        after=order.after_by_value,
-    )
+    plain = replace(oracle, platform="cpu", full_attention=blockwise.full_attention)
     if not build.available():
         return plain
     return replace(
@@ -168,6 +163,7 @@ def _cpu(oracle: Kernels) -> Kernels:
         norm=products.norm,
         swiglu=products.swiglu,
         attend=attention.attend,
+        after=order.after,
         differentiable=plain.differentiable - {"add_low_rank"},
         deterministic_heads=attention.LANES,
     )

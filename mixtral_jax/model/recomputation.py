@@ -1,8 +1,9 @@
 """Recomputation: a gradient computes a layer again instead of keeping what is inside of it.
 
 `jax.checkpoint` leaves the order to the compiler. XLA:CPU drops its barriers, recomputes layers
-long before their slopes are there, and so keeps them all; and every compiler puts the gradient of
-an adapter off, with all that it is a product of, while the backward pass goes on.
+long before their slopes are there, and so keeps them all. Every compiler puts the gradient of an
+adapter off, with all that it is a product of, while the backward pass goes on, and keeps what
+attention and feed-forward gave in place of their sum, to sum it up once more.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,7 @@ def recomputed(
 def _forward(
     run: Run, after: After, x: jax.Array, beside: Any, *others: Any
 ) -> tuple[tuple[jax.Array, Any], tuple[Any, ...]]:
+    x = after(x, ())
     return run(x, beside, *others), (x, beside, *others)
 
 

@@ -39,7 +39,7 @@ _FLAGS = (
 )
 _FUNCTIONS = (
     *("linear", "grouped", "add_low_rank", "norm", "swiglu", "paged"),
-    *("linear_back", "grouped_back", "grouped_weight", "swiglu_back"),
+    *("linear_back", "grouped_back", "grouped_weight", "swiglu_back", "after"),
 )
 _log = logging.getLogger(__name__)
 

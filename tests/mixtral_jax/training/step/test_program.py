@@ -9,6 +9,7 @@ import pytest
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
+from mixtral_jax.kernels.cpu import build
 from mixtral_jax.model.adapter import AdapterConfig
 from mixtral_jax.model.transformer import held_bytes
 from mixtral_jax.training.step.flops import step_flops
@@ -57,6 +58,18 @@ def test_operations_are_those_that_the_compiler_counts(adapter: AdapterConfig | 
     # The compiler also counts what is no product, and the first layer needs no gradient of its x.
     assert counted is not None
     assert counted / step_flops(WIDE, compiled.config) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.skipif(not build.available(), reason="no C++ compiler: XLA:CPU drops the barriers")
+def test_recomputed_layers_keep_one_array_each() -> None:
+    """Their inputs [8 64 128], and gradients of an adapter, which are small beside them."""
+
+    def temporaries(layers: int) -> int:
+        model = model_of(replace(WIDE, num_layers=layers))
+        run = settings(rows=8, length=64, recompute=True, adapter=AdapterConfig(rank=1))
+        return TrainingProgram(model, run).memory.temporary_bytes
+
+    assert (temporaries(5) - temporaries(2)) / 3 == pytest.approx(8 * 64 * 128 * 4, rel=0.2)
 
 
 @pytest.mark.parametrize("adapter", [AdapterConfig(rank=8), None], ids=["adapter", "full"])
