@@ -146,8 +146,7 @@ template <typename Rows>
 void ProductOfByteRows(const Rows& x, int64_t from, int64_t to, int64_t n, const int8_t* w,
                        const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
   alignas(64) thread_local uint8_t panel[kBytePanelOuts * kBytePanelDepth];
-  int32_t* totals =
-      n <= kBytePanelDepth ? nullptr : ThreadScratch<int32_t>((to - from) * kBytePanelOuts);
+  int32_t* totals = ThreadScratch<int32_t>((to - from) * kBytePanelOuts);
   for (int64_t o = first; o < last; o += kBytePanelOuts) {
     const int64_t count = std::min(kBytePanelOuts, last - o);
     for (int64_t k = 0; k < n; k += kBytePanelDepth) {
