@@ -21,7 +21,9 @@ from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.weight import Weight
 
 _MANY_ROWS = 24  # fewer are not worth a copy of the weight in another order
-_MOST_OUTPUTS = (2**31 - 1) // 127**2  # sums of more products of bytes do not fit 32 bits
+# The slopes of a vocabulary are a large one and very many small ones, which steps of 1/16256 would
+# round to nought, though they have a sum.
+_MOST_OUTPUTS = 16384
 
 
 def linear(x: jax.Array, weights: Sequence[Weight]) -> list[jax.Array]:
