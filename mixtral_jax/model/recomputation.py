@@ -43,7 +43,8 @@ def _backward(
     run: Run, after: After, arguments: tuple[Any, ...], slopes: tuple[jax.Array, Any]
 ) -> tuple[Any, ...]:
     x, *others = arguments
-    back = jax.vjp(run, after(x, slopes[0]), *others)[1]
+    with jax.named_scope("rematted_computation"):  # as jax.checkpoint names it in a program
+        back = jax.vjp(run, after(x, slopes[0]), *others)[1]
     d_x, d_beside, *d_others = back(slopes)
     return after(d_x, d_beside), d_beside, *d_others
 

@@ -182,7 +182,6 @@ class Transformer(nnx.Module):
         adapters = (UNCHANGED,) * len(self.layers) if adapter is None else adapter.layers
         for i, (block, beside) in enumerate(zip(self.layers, adapters, strict=True)):
             names = frozenset[str]() if captures is None else captures[i].names
-
             if is_recomputed:
                 after = self.placement.full_kernels.after
                 run, state = _apart_from_arrays(block, names)
