@@ -90,8 +90,9 @@ class TrainingStep:
         # optax mixes dtypes and ranks inside, which a caller's strict setting would refuse.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, moments = self.optimizer.update(gradient, state.moments, state.trained)
-        size = optax.tree.norm(updates)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(size)
+        # A finite gradient makes finite updates. Nothing asks about all updates at once, so that
+        # those of one array after the other are made and added.
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         trained = jax.tree.map(lambda p, update: p + rate * update, state.trained, updates)
 
         def choose(new: Any, old: Any) -> Any:
