@@ -182,7 +182,7 @@ def test_all_of_them_from_the_wheel(kernel: Path, monkeypatch: pytest.MonkeyPatc
     for path in sorted(FOLDER.glob("*.ipynb")):
         check(path.stem, executed(path.stem, elsewhere, "bare"))
     assert not list((kernel / "venv").rglob("site-packages/libtpu")), "the platform's, not ours"
-    assert os.listdir(elsewhere / "checkpoints") == [
+    assert sorted(os.listdir(elsewhere / "checkpoints")) == [
         "smollm2-135m-instruct",
         "smollm2-135m-instruct-4x",
     ]
