@@ -25,9 +25,19 @@ from tests.support.structure_clients import (
 
 pytestmark = pytest.mark.slow
 
-# CI has time for these, and holds the others to the bodies that they send; `make soak` runs all.
+# CI has time for these, and for the kept bodies of all in the tests of the gateway; soak runs all.
 IN_CI = ("openai-python", "azure-python", "mistral-python")
-each_client = pytest.mark.parametrize("client", STRUCTURE_CLIENTS, ids=lambda client: client.name)
+each_client = pytest.mark.parametrize(
+    "client",
+    [
+        pytest.param(
+            client,
+            id=client.name,
+            marks=[] if client.name in IN_CI else [pytest.mark.soak],
+        )
+        for client in STRUCTURE_CLIENTS
+    ],
+)
 
 
 @each_client
@@ -46,17 +56,7 @@ def server(smollm2: Path) -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize(
-    "client",
-    [
-        pytest.param(
-            client,
-            id=client.name,
-            marks=[] if client.name in IN_CI else [pytest.mark.soak],
-        )
-        for client in STRUCTURE_CLIENTS
-    ],
-)
+@each_client
 def test_a_client_runs_to_its_end(client: StructureClient, server: Server) -> None:
     client.run({"ENDPOINT": server.url, "KEY": server.key})
 
