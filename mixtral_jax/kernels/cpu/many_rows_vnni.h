@@ -107,9 +107,9 @@ struct ByteOutputs {
 };
 
 // Products of kRows rows from r with a panel of the values [k, k + depth). They go to `totals`, or,
-// if they are the last ones, to the outputs.
+// if they are the last ones, to the outputs. Within a larger function GCC keeps sums on the stack.
 template <int kRows, typename Rows>
-void ProductOfBytePanel(const Rows& x, int64_t r, int64_t k, const uint8_t* panel, int64_t depth,
+[[gnu::noinline]] void ProductOfBytePanel(const Rows& x, int64_t r, int64_t k, const uint8_t* panel, int64_t depth,
                         bool is_last, int32_t* totals, const ByteOutputs& outputs) {
   __m512i sums[kRows][2];
   Unroll<kRows>(INLINE_LAMBDA(i) {

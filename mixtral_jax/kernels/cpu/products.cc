@@ -136,10 +136,17 @@ void Product(const Rows& x, int64_t from, int64_t to, int64_t n, const typename 
   }
 }
 
-// Number of outputs of one task: enough work to be worth a task, and several tasks for each thread.
+// Number of outputs of one task: enough work to be worth a task, several tasks for each thread, and
+// whole panels of many rows, as a part of a panel takes as long as the whole.
 int64_t OutputsPerTask(int64_t num_threads, int64_t outs, int64_t rows, int64_t n) {
   const int64_t worthwhile = 200'000 / std::max<int64_t>(1, rows * n) + 1;
   const int64_t balanced = outs / (8 * std::max<int64_t>(1, num_threads)) + 1;
+#if defined(MIXTRAL_JAX_HAS_VNNI)
+  if (rows >= kManyRows) {
+    const int64_t panels = (worthwhile + kBytePanelOuts - 1) / kBytePanelOuts;
+    return std::max(panels, balanced / kBytePanelOuts) * kBytePanelOuts;
+  }
+#endif
   return (std::max(worthwhile, balanced) + 15) & ~int64_t{15};
 }
 

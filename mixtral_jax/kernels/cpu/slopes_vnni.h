@@ -99,7 +99,7 @@ struct SlopeRows {
 
 // Products of kRows rows of slopes from r with a panel of the weight's rows [k, k + depth).
 template <int kRows>
-void ProductOfSlopePanel(const SlopeRows& x, int64_t r, int64_t k, const uint8_t* panel,
+[[gnu::noinline]] void ProductOfSlopePanel(const SlopeRows& x, int64_t r, int64_t k, const uint8_t* panel,
                          int64_t depth, bool is_last, int32_t* totals, const ByteOutputs& outputs) {
   __m512i sums[2 * kRows][2];
   Unroll<2 * kRows>(INLINE_LAMBDA(i) {
