@@ -9,16 +9,19 @@ import pytest
 from tests.support.servers import ROOT, environment
 
 PROGRAM = """
-import sys, threading
+import os, sys, threading
 from mixtral_jax.cli.train.stopping import Stopping
 
+def say(text):  # in one piece, as two threads do
+    os.write(1, f"{text}\\n".encode())
+
 told = threading.Event()
-with Stopping(lambda text: print(text, flush=True), lambda: "step 7 is saved") as stopping:
-    print("begun", flush=True)
+with Stopping(say, lambda: "step 7 is saved") as stopping:
+    say("begun")
     if sys.argv[1] == "steps":
         with stopping.finishing(told.set):
             told.wait()
-            print("finishing", flush=True)
+            say("finishing")
             if len(sys.argv) > 2:
                 threading.Event().wait()
         sys.exit(stopping.status)
