@@ -70,7 +70,7 @@ def processes() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [FILES, WEIGHTS])
+@pytest.mark.parametrize("kind", [FILES, pytest.param(WEIGHTS, marks=pytest.mark.soak)])
 def test_killed_at_any_moment_it_leaves_all_or_nothing(tmp_path: Path, kind: str) -> None:
     path = big_source(tmp_path / "src")
     context = processes()

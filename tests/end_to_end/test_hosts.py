@@ -233,6 +233,7 @@ def test_processes_with_certificates_make_a_group_of_their_own(tmp_path: Path) -
         assert group_.leader.stop(signal.SIGTERM) == 0
 
 
+@pytest.mark.soak
 def test_a_killed_process_ends_the_streams_and_the_group_comes_back(alone: Alone) -> None:
     """First the follower and, with MIXTRAL_JAX_SOAK=1, then the leader, each under load."""
     with group(2, 2, "--mesh", "data=1,expert=2,tensor=2") as group_:

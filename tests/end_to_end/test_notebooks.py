@@ -100,7 +100,7 @@ def test_01_generates(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run_on(1, "01_generate", tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_03_splits_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_on(1, "03_sharding_and_plan", tmp_path, monkeypatch)
 

@@ -58,6 +58,7 @@ def replace_each(running: Deployment, rounds: int) -> None:
             new.until(CALL)
 
 
+@pytest.mark.soak
 def test_each_replica_is_replaced_under_load_and_no_request_fails() -> None:
     """Three times with MIXTRAL_JAX_SOAK=1."""
     rounds = 3 if "MIXTRAL_JAX_SOAK" in os.environ else 1

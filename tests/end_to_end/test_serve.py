@@ -191,7 +191,13 @@ def children(server: Server) -> dict[str, psutil.Process]:
     return {names[p.cmdline()[2]]: p for p in psutil.Process(server.process.pid).children()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.soak) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_ends_everything_with_status_0(number: signal.Signals) -> None:
     with running(command()) as server:
         both = children(server)

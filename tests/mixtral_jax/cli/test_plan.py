@@ -95,7 +95,7 @@ def test_what_cannot_be_is_said_in_a_line(arguments: list[str], said: str) -> No
         plan("--topology=tpu:v5e:2x4", "--estimate", *arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(not installed("tpu"), reason="libtpu is not installed")
 def test_mixtral_in_int8_on_eight_small_tpus() -> None:
     """Full size: 32 sequences of 2,048 fit, hardly a byte moves needlessly, and no weight does."""

@@ -171,7 +171,7 @@ def test_no_weight_of_the_base_has_a_gradient_in_an_adapters_program(kind: str, 
     ("kind", "mesh", "dp_attention"),
     [
         ("dense", dict(data=2, tensor=2), False),
-        ("moe", dict(data=2, expert=3), False),
+        pytest.param("moe", dict(data=2, expert=3), False, marks=pytest.mark.soak),
         ("moe", dict(expert=3), True),  # tokens travel to their experts and back
     ],
 )

@@ -43,7 +43,7 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
     ("config", "dtype", "shape", "dp_attention"),
     [
         pytest.param(SMALL, "float32", (1, 8, 1), False, marks=pytest.mark.soak),
-        (SMALL, "int8", (1, 4, 2), True),
+        pytest.param(SMALL, "int8", (1, 4, 2), True, marks=pytest.mark.soak),
         (DENSE, "float32", (2, 2, 2), True),
     ],
     ids=["experts", "int8 and sequences", "dense"],

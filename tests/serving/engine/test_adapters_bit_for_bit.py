@@ -142,6 +142,7 @@ def test_the_same_bits_alone_and_among_rows_of_other_adapters() -> None:
     assert len({tuple(text) for text in texts}) == 3
 
 
+@pytest.mark.soak
 def test_an_int8_base_has_its_bits_and_its_adapters_beside_it() -> None:
     """The twin of an adapter beside rounded weights is the full form of the two, without steps."""
     model = model_of(CONFIG, "int8")

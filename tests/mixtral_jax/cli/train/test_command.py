@@ -60,7 +60,7 @@ def test_a_run_writes_its_adapter_and_the_same_command_finds_it_done(tmp_path: P
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_all_parameters_are_trained_and_saved(tmp_path: Path) -> None:
     write_bookings(tmp_path / "a.jsonl", bookings(4, seed=1))
     text = train(

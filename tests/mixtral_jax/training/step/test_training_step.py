@@ -48,7 +48,13 @@ def difference(got: Any, want: Any) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [ROUTED, None], ids=["adapter", "full"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        pytest.param(ROUTED, id="adapter"),
+        pytest.param(None, id="full", marks=pytest.mark.soak),
+    ],
+)
 def test_micro_batches_and_devices_do_not_change_the_gradient(
     adapter: AdapterConfig | None,
 ) -> None:
