@@ -17,14 +17,15 @@ def say(text):  # in one piece, as two threads do
 
 told = threading.Event()
 with Stopping(say, lambda: "step 7 is saved") as stopping:
-    say("begun")
     if sys.argv[1] == "steps":
         with stopping.finishing(told.set):
+            say("begun")
             told.wait()
             say("finishing")
             if len(sys.argv) > 2:
                 threading.Event().wait()
         sys.exit(stopping.status)
+    say("begun")
     threading.Event().wait()
 """
 
@@ -44,7 +45,9 @@ def ended_by(*signals: signal.Signals, phase: str) -> tuple[int, list[str]]:
     for number in signals:
         process.send_signal(number)
         while number is not signals[-1] and "finishing\n" not in lines:
-            lines.append(process.stdout.readline())
+            line = process.stdout.readline()
+            assert line, f"it ended after {lines}"
+            lines.append(line)
     output, _ = process.communicate(timeout=60)
     return process.returncode, [*map(str.strip, lines), *output.splitlines()]
 
