@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.restore_memory import peak
 from mixtral_jax import load
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.adapter import AdapterConfig
@@ -50,7 +51,7 @@ def main() -> None:
         assert np.isfinite(float(metrics.loss))
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
-    figures = {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_bytes": _peak()}
+    figures = {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_bytes": peak()}
     # The text of the program is read when the peak is known.
     print(json.dumps({**figures, **_operations(program, model)}))
 
@@ -67,14 +68,6 @@ def _batch(config: TrainingConfig, vocabulary: int) -> Batch:
     tokens = np.random.default_rng(0).integers(0, vocabulary, (shape[0], shape[1] + 1), np.int32)
     ones = np.ones(shape, np.int32)
     return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones)
-
-
-def _peak() -> int:
-    """The most memory that this process ever had, in bytes."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(
-        int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")
-    )
 
 
 def _operations(program: TrainingProgram, model: Transformer) -> dict[str, Any]:

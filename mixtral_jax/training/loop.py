@@ -1,12 +1,9 @@
 """The loop: step after step over the data, told as records, with checkpoints to go on from."""
 
 import math
-import signal
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -48,9 +45,8 @@ class Trainer:
     """A training run: compiled when it is made, and run by `records`.
 
         trainer = Trainer(model, config, batches, folder=Path("run/checkpoints"))
-        with stopping_on_signals(trainer):
-            for record in trainer.records():
-                print(record)
+        for record in trainer.records():
+            print(record)
         adapter = trainer.trained
 
     Where the folder has a checkpoint the run goes on from the last one, as if it had not ended.
@@ -127,7 +123,7 @@ class Trainer:
         return self.program.trainee.whole(self.trained).folded(self.config.adapter)
 
     def stop(self) -> None:
-        """Ends the run after the step that runs now; may be called by a signal's handler."""
+        """Ends the run after the step that runs now, with a checkpoint; any thread may call it."""
         self._is_stopped = True
 
     def records(self) -> Generator[Record]:
@@ -224,22 +220,3 @@ class Trainer:
             return self._is_stopped
         flags = multihost_utils.process_allgather(np.array(self._is_stopped))
         return bool(np.any(flags))
-
-
-@contextmanager
-def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Lets SIGINT (Ctrl-C) and SIGTERM end a run after its step, with a checkpoint.
-
-    A second SIGINT interrupts at once. Must be entered in the main thread.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        trainer.stop()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

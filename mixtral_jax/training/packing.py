@@ -150,16 +150,13 @@ class PairedData:
         self.num_steps = -(-self.num_rows // rows_per_step)
         tokens = sum(len(example.ids) for example in examples)
         self.share_used = tokens / (2 * self.num_rows * length)
+        self._order = lru_cache(maxsize=2)(self._order_of)
 
     def rows(self, step: int) -> list[int]:
         """Returns the numbers of the pairs of a step, counted from 0 over epochs; B at most."""
         epoch, within = divmod(step, self.num_steps)
-        order = np.arange(self.num_rows)
-        if self._is_shuffled:
-            draws = _draws(self._seed, epoch).random_raw(self.num_rows)
-            order = np.argsort(draws, kind="stable")
         start = within * self.rows_per_step
-        chosen: list[int] = order[start : start + self.rows_per_step].tolist()
+        chosen: list[int] = self._order(epoch)[start : start + self.rows_per_step].tolist()
         return chosen
 
     def batch(self, step: int) -> PreferenceBatch:
@@ -172,6 +169,11 @@ class PairedData:
                 for answers in (self._chosen, self._rejected)
             )
         )
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if not self._is_shuffled:
+            return np.arange(self.num_rows)
+        return np.argsort(_draws(self._seed, epoch).random_raw(self.num_rows), kind="stable")
 
 
 def _draws(seed: int, epoch: int) -> np.random.Philox:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax.training.loop import Trainer, stopping_on_signals
+from mixtral_jax.cli.train.stopping import Stopping
+from mixtral_jax.training.loop import Trainer
 from mixtral_jax.training.records import EndRecord, StepRecord
 from tests.support.models import model_of
 from tests.support.training import DENSE, Counting, settings
@@ -31,7 +32,8 @@ def main(folder: Path, steps: int, pause: float = 0.0) -> None:
         mesh = f"data={jax.device_count()}"
     run = settings(steps=steps, checkpoint_every=2, keep=2, micro_batches=2)
     trainer = Trainer(model_of(DENSE, mesh=mesh), run, Counting(DENSE, run.rows), folder=folder)
-    with stopping_on_signals(trainer):
+    stopping = Stopping(lambda text: print(text, file=sys.stderr), lambda: "stopped")
+    with stopping, stopping.finishing(trainer.stop):
         for record in trainer.records():
             if isinstance(record, StepRecord):
                 # Hexadecimal: every bit is there.
