@@ -465,6 +465,10 @@ def test_what_was_aboard_when_a_service_was_killed_comes_back_as_a_suspect() -> 
             victim.kill()
             with pytest.raises(Unavailable):
                 await aboard.read()
+            # The channel hears of the death a moment after the call: a request between the two
+            # would be a suspect too, as it may have been aboard.
+            while service._channel.get_state() is grpc.ChannelConnectivity.READY:
+                await asyncio.sleep(0.01)
             # This one finds nobody, and so it was aboard nowhere.
             for _ in range(2):
                 late = asking("two")
