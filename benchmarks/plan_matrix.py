@@ -14,11 +14,11 @@ from typing import Annotated
 import typer
 
 from benchmarks.command import run
-from mixtral_jax.planning.chips import GIB, topologies
 from mixtral_jax.planning.plan import Plan
 from mixtral_jax.planning.search import Search, known_model
 from mixtral_jax.planning.topology import installed
-from mixtral_jax.planning.workload import Workload, unsplit_placement
+from mixtral_jax.roofline.chips import GIB, topologies
+from mixtral_jax.roofline.workload import Workload, unsplit_placement
 
 NUMBERS = Path(__file__).parent.parent / "docs" / "numbers.md"
 BEGIN, END = "<!-- plan: make plan-matrix -->\n", "<!-- end of plan -->"

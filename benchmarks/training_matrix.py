@@ -15,11 +15,11 @@ import typer
 
 from benchmarks.command import run
 from mixtral_jax.model.adapter import AdapterConfig
-from mixtral_jax.planning.chips import GIB, topologies
 from mixtral_jax.planning.compiler_process import CompileError
 from mixtral_jax.planning.search import known_model
 from mixtral_jax.planning.topology import installed
 from mixtral_jax.planning.training_plan import TrainingJob, TrainingPlan, plan_training
+from mixtral_jax.roofline.chips import GIB, topologies
 from mixtral_jax.training.config import TrainingConfig
 
 NUMBERS = Path(__file__).parent.parent / "docs" / "numbers.md"

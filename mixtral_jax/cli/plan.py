@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.errors import UserError
-from mixtral_jax.planning.chips import GIB, topologies
+from mixtral_jax.roofline.chips import GIB, topologies
 
 if TYPE_CHECKING:
     from mixtral_jax.config import ModelConfig
@@ -74,7 +74,7 @@ def plan(
     the answer is arithmetic, and says so. Speeds are estimates: nothing runs.
     """
     from mixtral_jax.planning.search import Search
-    from mixtral_jax.planning.workload import Workload, unsplit_placement
+    from mixtral_jax.roofline.workload import Workload, unsplit_placement
 
     sizes = topologies(topology)
     config, stored = _model(model, checkpoint)

@@ -14,11 +14,11 @@ import jax
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
-from mixtral_jax.planning.chips import topologies
-from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.compiler_process import answer_job, report_of
 from mixtral_jax.planning.topology import absent_devices
 from mixtral_jax.planning.traffic import program_traffic
+from mixtral_jax.roofline.chips import topologies
+from mixtral_jax.roofline.collective import Collective
 from mixtral_jax.sharding import mesh_sizes
 from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import StepSizes

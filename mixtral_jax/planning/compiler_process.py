@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mixtral_jax.errors import UserError
-from mixtral_jax.planning.chips import Topology
 from mixtral_jax.planning.topology import environment
+from mixtral_jax.roofline.chips import Topology
 
 Fields = dict[str, Any]
 Progress = Callable[[str], None]

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mixtral_jax.planning.chips import Topology
-from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.compiler import CompileJob, CompilerReport
-from mixtral_jax.planning.estimate import Estimate
-from mixtral_jax.planning.split import Split
-from mixtral_jax.planning.workload import Workload
+from mixtral_jax.roofline.chips import Topology
+from mixtral_jax.roofline.collective import Collective
+from mixtral_jax.roofline.estimate import Estimate
+from mixtral_jax.roofline.split import Split
+from mixtral_jax.roofline.workload import Workload
 
 # Share of the chip's memory that arithmetic sets aside for temporaries and programs.
 _TEMPORARY_SHARE = 0.05

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
-from mixtral_jax.planning.chips import Topology
 from mixtral_jax.planning.compiler import compile_in_subprocess
 from mixtral_jax.planning.compiler_process import CompileError
 from mixtral_jax.planning.plan import (
@@ -16,9 +15,10 @@ from mixtral_jax.planning.plan import (
     plan_by_arithmetic,
     with_compiler,
 )
-from mixtral_jax.planning.split import Split, candidates
 from mixtral_jax.planning.topology import installed
-from mixtral_jax.planning.workload import Workload
+from mixtral_jax.roofline.chips import Topology
+from mixtral_jax.roofline.split import Split, candidates
+from mixtral_jax.roofline.workload import Workload
 from mixtral_jax.sharding import mesh_sizes
 
 # Seconds from the start within which the compilation of another split must be likely to end.

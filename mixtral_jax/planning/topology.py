@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from mixtral_jax.errors import TopologyError
-from mixtral_jax.planning.chips import Topology
+from mixtral_jax.roofline.chips import Topology
 
 # Figures of a GPU from which the compiler chooses tiles, registers and instructions: the compute
 # capability, streaming multiprocessors, bytes of shared memory of each, GHz, and bytes of level 2

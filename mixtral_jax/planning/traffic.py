@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.hlo import Computation, HloError, Instruction, Program, parse
+from mixtral_jax.roofline.collective import Collective
 
 _LOOP_LENGTH = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")

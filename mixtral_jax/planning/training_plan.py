@@ -16,9 +16,9 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
-from mixtral_jax.planning.chips import Topology, topologies
 from mixtral_jax.planning.compiler_process import Fields, Progress, answer_job, report_of
 from mixtral_jax.planning.topology import absent_devices
+from mixtral_jax.roofline.chips import Topology, topologies
 from mixtral_jax.sharding import mesh_sizes
 from mixtral_jax.training.config import TrainingConfig
 from mixtral_jax.training.step.flops import step_flops

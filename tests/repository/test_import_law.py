@@ -36,7 +36,8 @@ mixtral_jax.compilation      | mixtral_jax.cache*
 mixtral_jax.kernels          | mixtral_jax.compilation*
 mixtral_jax.placement        | mixtral_jax.kernels*
 mixtral_jax.model            | mixtral_jax.placement*
-mixtral_jax.step             | mixtral_jax.model*
+mixtral_jax.roofline         | mixtral_jax.model*
+mixtral_jax.step             | mixtral_jax.roofline*
 mixtral_jax.tokenization     | mixtral_jax.errors
 mixtral_jax.structure        | mixtral_jax.errors mixtral_jax.tokenization
 mixtral_jax.checkpoint       | mixtral_jax.model* mixtral_jax.tokenization

@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.compiler import CompileJob
 from mixtral_jax.planning.plan import Plan, compile_job, plan_by_arithmetic
-from mixtral_jax.planning.split import Split
-from mixtral_jax.planning.workload import Workload
+from mixtral_jax.roofline.chips import topologies
+from mixtral_jax.roofline.split import Split
+from mixtral_jax.roofline.workload import Workload
 
 # Mixtral's proportions, so that padding does not count for more than in the real one.
 SMALL = replace(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mixtral_jax.cli.train.settings import read_settings
 from mixtral_jax.errors import UserError
-from mixtral_jax.planning.chips import GIB, topologies
+from mixtral_jax.roofline.chips import GIB, topologies
 
 if TYPE_CHECKING:
     from mixtral_jax.config import ModelConfig

@@ -12,7 +12,7 @@ from rich.table import Table
 from mixtral_jax.checkpoint.parameters import count_parameters
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.adapter import Adapter
-from mixtral_jax.planning.chips import CHIPS, Chip
+from mixtral_jax.roofline.chips import CHIPS, Chip
 from mixtral_jax.training.config import TrainingConfig
 from mixtral_jax.training.dataset import Account
 from mixtral_jax.training.packing import PackedData, PairedData

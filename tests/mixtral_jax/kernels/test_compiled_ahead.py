@@ -27,8 +27,8 @@ from mixtral_jax.kernels import kernels_for
 from mixtral_jax.kernels.xla.attention import paged_attention
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
-from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.topology import absent_devices, environment, installed
+from mixtral_jax.roofline.chips import topologies
 from mixtral_jax.weight import Weight
 
 # Query heads, key/value heads, window; of one device.

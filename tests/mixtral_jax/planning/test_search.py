@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from mixtral_jax.errors import ConfigError
-from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.search import Search
+from mixtral_jax.roofline.chips import topologies
 from tests.support.plan_workload import DENSE, SMALL, workload_of
 
 

@@ -1,7 +1,7 @@
 """The environment of the process that compiles."""
 
-from mixtral_jax.planning.chips import topologies
 from mixtral_jax.planning.topology import environment
+from mixtral_jax.roofline.chips import topologies
 
 
 def test_the_compilers_environment_has_nothing_of_our_devices() -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mixtral_jax.planning.collective import Collective
 from mixtral_jax.planning.traffic import program_traffic
+from mixtral_jax.roofline.collective import Collective
 
 PROGRAM = """
 HloModule jit_block

@@ -1,6 +1,6 @@
 """Splits of a model over chips."""
 
-from mixtral_jax.planning.split import candidates
+from mixtral_jax.roofline.split import candidates
 from mixtral_jax.sharding import ShardingRules
 from tests.support.plan_workload import DENSE, SMALL
 

@@ -1,6 +1,6 @@
 """Seconds of collectives, by hand."""
 
-from mixtral_jax.planning.collective import Collective
+from mixtral_jax.roofline.collective import Collective
 
 
 def test_collectives_take_as_long_as_a_ring() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.planning.search import known_model
-from mixtral_jax.planning.workload import unsplit_placement
+from mixtral_jax.roofline.workload import unsplit_placement
 from tests.support.plan_workload import SMALL, workload_of
 
 

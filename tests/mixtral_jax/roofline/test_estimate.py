@@ -2,11 +2,11 @@
 
 import pytest
 
-from mixtral_jax.planning.chips import GIB, topologies
-from mixtral_jax.planning.estimate import Estimate
 from mixtral_jax.planning.plan import Plan, best_first
 from mixtral_jax.planning.search import known_model
-from mixtral_jax.planning.split import Split
+from mixtral_jax.roofline.chips import GIB, topologies
+from mixtral_jax.roofline.estimate import Estimate
+from mixtral_jax.roofline.split import Split
 from tests.support.plan_workload import SMALL, plan_of, workload_of
 
 MIXTRAL = known_model("mistralai/Mixtral-8x7B-Instruct-v0.1")

@@ -3,7 +3,7 @@
 import pytest
 
 from mixtral_jax.errors import TopologyError
-from mixtral_jax.planning.chips import GIB, topologies
+from mixtral_jax.roofline.chips import GIB, topologies
 
 
 def test_a_topology_is_one_slice_or_all_of_a_chip() -> None:

@@ -16,11 +16,11 @@ from mixtral_jax.cache import token_bytes
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.placement import Placement
-from mixtral_jax.planning.chips import Topology
-from mixtral_jax.planning.collective import Collective
-from mixtral_jax.planning.expert_load import busiest_experts, busiest_pairs
-from mixtral_jax.planning.split import Split
-from mixtral_jax.planning.workload import Workload, unsplit_placement
+from mixtral_jax.roofline.chips import Topology
+from mixtral_jax.roofline.collective import Collective
+from mixtral_jax.roofline.expert_load import busiest_experts, busiest_pairs
+from mixtral_jax.roofline.split import Split
+from mixtral_jax.roofline.workload import Workload, unsplit_placement
 from mixtral_jax.sharding import ShardingRules
 
 
