@@ -8,6 +8,9 @@ JAX's TPU kernel `ragged_paged_attention`.
 Pages of int8 take about a quarter of float32's memory: each head's H values are rounded to
 int8 with a scale of their own, whose four bytes (float32) stand behind them: [P Y C H+4].
 
+Pages of fp8 (float8_e4m3fn: four bits of exponent, three of mantissa) are [P Y C H] without scales,
+as if every scale were 1: each value is rounded by itself, and what exceeds 448 becomes 448.
+
 Worked example: page size 4, three sequences. Two are in decode, with 5 and 9 tokens cached after
 this step, and one brings a prompt chunk of 3 tokens after 4 that are already cached:
 
@@ -114,12 +117,18 @@ def write(pages: Pages, k: FlatKeys, v: FlatKeys, batch: RaggedBatch) -> Pages:
     # A place out of range is dropped by the scatter.
     page = jnp.where(in_use, page, num_pages)
     heads = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])
-    heads = round_heads(heads) if pages.dtype == jnp.int8 else heads.astype(pages.dtype)
-    return pages.at[page, batch.positions % page_size].set(heads, mode="drop")
+    rounded = round_heads(heads, pages.dtype)
+    return pages.at[page, batch.positions % page_size].set(rounded, mode="drop")
 
 
-def round_heads(heads: jax.Array) -> jax.Array:
-    """Rounds heads [T C H] as pages of int8 hold them: [T C H+4]."""
+def round_heads(heads: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Rounds heads [T C H] as pages of `dtype` hold them: [T C H], of int8 [T C H+4]."""
+    if dtype == jnp.float8_e4m3fn:
+        # A cast gives NaN for what is larger; NaN itself stays.
+        largest = float(jnp.finfo(dtype).max)
+        return jnp.clip(heads, -largest, largest).astype(dtype)
+    if dtype != jnp.int8:
+        return heads.astype(dtype)
     values, scale = round_rows(heads)
     scale_bytes = jax.lax.bitcast_convert_type(scale, jnp.int8)
     return jnp.concatenate([values, scale_bytes], axis=-1)

@@ -108,11 +108,13 @@ class Placement:
     def checked_kv_dtype(self, dtype: DTypeLike | None) -> str:
         """The dtype of cached keys and values; None asks for the activations' own.
 
+        "fp8" is another name of float8_e4m3fn.
+
         Raises ConfigError for one that does not exist, or that these devices gain nothing from.
         """
         if dtype is None:
             return self.activation_dtype
-        name = _dtype_name(dtype)
+        name = "float8_e4m3fn" if dtype == "fp8" else _dtype_name(dtype)
         possible = [self.activation_dtype, *sorted(self.kernels.kv_dtypes)]
         if name in possible:
             return name

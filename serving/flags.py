@@ -166,10 +166,10 @@ _ENGINE = _panel(
     ),
     Flag(
         "kv_dtype",
-        Literal["int8"] | None,
+        Literal["int8", "fp8"] | None,
         None,
-        "Type of keys and values: int8 takes a quarter of float32's memory and half of "
-        "bfloat16's; default: as they are computed.",
+        "Type of keys and values: int8 and fp8 (e4m3) take a quarter of float32's memory and half "
+        "of bfloat16's, and int8 is the more exact; default: as they are computed.",
     ),
     Flag("prefix_reuse", bool, True, "Compute every prompt from its beginning."),
     Flag("deterministic", bool, False, "Answer equal requests equally, whatever runs beside them."),

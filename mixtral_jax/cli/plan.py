@@ -37,7 +37,8 @@ def plan(
         typer.Option(help="Type of the weights; default: as stored, bfloat16 for --model."),
     ] = None,
     kv_dtype: Annotated[
-        Literal["int8"] | None, typer.Option(help="Type of keys and values, as `serve` takes it.")
+        Literal["int8", "fp8"] | None,
+        typer.Option(help="Type of keys and values, as `serve` takes it."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 32,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 2048,
@@ -84,11 +85,10 @@ def plan(
             f"--dtype {dtype}, or give --model"
         )
     placement = unsplit_placement(dtype or stored or "bfloat16", sizes[0].platform)
-    placement.checked_kv_dtype(kv_dtype)
     workload = Workload(
         model=config,
         dtype=placement.dtype,
-        kv_dtype=kv_dtype,
+        kv_dtype=None if kv_dtype is None else placement.checked_kv_dtype(kv_dtype),
         batch=batch,
         context=context,
         prefill_tokens=prefill_tokens,

@@ -133,7 +133,7 @@ def kernels_for(platform: str) -> Kernels:
         max_dense_tokens=0,
         page_size=16,
         activation_dtype_between_int8="float32",
-        kv_dtypes=frozenset({"int8"}),
+        kv_dtypes=frozenset({"int8", "float8_e4m3fn"}),
         deterministic_heads=None,
     )
     match platform:
@@ -204,5 +204,5 @@ def _tpu(oracle: Kernels) -> Kernels:
         page_size=128,
         activation_dtype_between_int8="bfloat16",
         # An int8 page's rows of H + 4 bytes take more room here than bfloat16's, not less.
-        kv_dtypes=frozenset(),
+        kv_dtypes=frozenset({"float8_e4m3fn"}),
     )

@@ -17,7 +17,7 @@ class Workload:
     Attributes:
         model: sizes of the model.
         dtype: float32, bfloat16 or int8; the dtype of the weights.
-        kv_dtype: int8, or None for keys and values in the activations' dtype.
+        kv_dtype: int8, float8_e4m3fn, or None for keys and values in the activations' dtype.
         batch: sequences that are decoded together.
         context: tokens of each sequence, prompt and answer together.
         prefill_tokens: tokens of one step that reads prompts.

@@ -190,7 +190,7 @@ def prepare(
             abstract,
             limits,
             say,
-            config.kv_dtype,
+            placement.checked_kv_dtype(config.kv_dtype),
             adapters=stacks,
             counts_experts=config.expert_metrics,
         )
@@ -212,7 +212,8 @@ def prepare_loaded(
     _check(model.placement, config, model.config)
     stacks = stack_sizes(config, model.config)
     limits = _limits(model, config, stacks)
-    steps = compile_steps(model, limits, say, config.kv_dtype, has_masks=False, adapters=stacks)
+    kv_dtype = model.placement.checked_kv_dtype(config.kv_dtype)
+    steps = compile_steps(model, limits, say, kv_dtype, has_masks=False, adapters=stacks)
     return Prepared(model, limits, steps, model.placement.mesh_text)
 
 
@@ -258,7 +259,9 @@ def _limits(model: Transformer, config: EngineConfig, stacks: StackSizes | None)
     parts, heads = 1, 1
     if layout is not None:
         parts, heads = layout.num_sequence_groups, layout.rules.ways("K", layout.mesh)
-    per_token = token_bytes(model.config, config.kv_dtype or model.dtype) // heads
+    per_token = (
+        token_bytes(model.config, model.placement.checked_kv_dtype(config.kv_dtype)) // heads
+    )
     max_sequences = -(-config.max_sequences // parts)
     if config.kv_memory is not None:
         memory = config.kv_memory << 20

@@ -31,7 +31,7 @@ class EngineConfig:
     kv_memory: int | None
     """MiB of keys and values on each device; None: a part of what is free."""
     kv_dtype: str | None
-    """Type of keys and values: "int8"; None: as they are computed."""
+    """Type of keys and values: "int8" or "fp8"; None: as they are computed."""
     prefix_reuse: bool
     deterministic: bool
     """Answer equal requests equally, whatever runs beside them."""
@@ -65,8 +65,8 @@ class EngineConfig:
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 flag = f"--{field.name.replace('_', '-')}"
                 raise ConfigError(f"{flag} is {value}; it must be at least 1")
-        if self.kv_dtype not in (None, "int8"):
-            raise ConfigError(f"--kv-dtype is {self.kv_dtype!r}; give int8, or leave it out")
+        if self.kv_dtype not in (None, "int8", "fp8"):
+            raise ConfigError(f"--kv-dtype is {self.kv_dtype!r}; give int8 or fp8, or leave it out")
         self._check_adapters()
 
     def _check_adapters(self) -> None:

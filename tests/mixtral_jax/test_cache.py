@@ -16,6 +16,16 @@ BATCH = RaggedBatch(
     num_decodes=jnp.int32(2),
     num_sequences=jnp.int32(3),
 )
+# One token of one sequence, the first of page 7.
+ONE = RaggedBatch(
+    tokens=jnp.zeros(1, jnp.int32),
+    positions=jnp.zeros(1, jnp.int32),
+    lengths=jnp.ones(1, jnp.int32),
+    query_starts=jnp.asarray([0, 1]),
+    page_table=jnp.asarray([[7]]),
+    num_decodes=jnp.int32(1),
+    num_sequences=jnp.int32(1),
+)
 
 
 def test_sequences_of_tokens() -> None:
@@ -38,15 +48,26 @@ def test_write_puts_tokens_where_the_table_says() -> None:
 def test_int8_pages_hold_each_head_with_its_scale() -> None:
     """The largest of a head becomes 127; what is read is within half a step of what was written."""
     heads = jnp.asarray([[[1.0, -2.0, 0.5, 0.0], [254.0, 2.0, -100.0, 3.0], [0.0] * 4]])
-    pages = cache.round_heads(heads)
+    pages = cache.round_heads(heads, jnp.int8)
     assert pages.dtype == jnp.int8 and pages.shape == (1, 3, 8)
     assert pages[0, :, :4].tolist() == [[64, -127, 32, 0], [127, 1, -50, 2], [0, 0, 0, 0]]
     step = np.asarray([[[2 / 127], [2.0], [0.0]]])
     assert np.all(np.abs(cache.read(pages, jnp.float32) - heads) <= step / 2 + 1e-6)
 
 
+def test_fp8_pages_hold_each_value_rounded_by_itself() -> None:
+    """Three bits of mantissa: 1.0625 lies between 1 and 1.125 and goes to the even one; what is
+    larger than 448 becomes 448, and a NaN stays one."""
+    heads = jnp.asarray([[[1.0625, 1.1875, -0.3, 448.0], [460.0, -1e9, jnp.inf, jnp.nan]]])
+    pages = cache.write(jnp.zeros((8, 4, 2, 4), jnp.float8_e4m3fn), heads[:, :1], heads[:, 1:], ONE)
+    got = cache.read(pages, jnp.float32)[7, 0]
+    assert got[0].tolist() == [1.0, 1.25, -0.3125, 448.0]
+    assert got[1, :3].tolist() == [448.0, -448.0, 448.0] and bool(jnp.isnan(got[1, 3]))
+
+
 def test_token_bytes_by_hand() -> None:
     """SmolLM2: 30 layers of 3 heads of 64, a key and a value each."""
     config = ModelConfig.smollm2_135m()
     assert cache.token_bytes(config, jnp.float32) == 30 * 2 * 3 * 64 * 4
+    assert cache.token_bytes(config, jnp.float8_e4m3fn) == 30 * 2 * 3 * 64
     assert cache.token_bytes(config, jnp.int8) == 30 * 2 * 3 * (64 + 4)

@@ -126,8 +126,12 @@ def test_a_dtype_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_int8_pages_are_refused_where_they_gain_nothing() -> None:
     placement = Placement.of(CONFIG, mesh=None)
     assert placement.checked_kv_dtype(None) == "float32"
+    assert placement.checked_kv_dtype("fp8") == "float8_e4m3fn"
+    assert placement.checked_kv_dtype(jnp.float8_e4m3fn) == "float8_e4m3fn"
     assert placement.checked_kv_dtype("int8") == placement.checked_kv_dtype(jnp.int8) == "int8"
-    with pytest.raises(ConfigError, match="'' are not supported .* on cpu; use float32 or int8"):
+    with pytest.raises(
+        ConfigError, match="'' are not supported .* on cpu; use float32 or float8_e4m3fn or int8"
+    ):
         placement.checked_kv_dtype("")
     with pytest.raises(ConfigError, match="on tpu they take more room"):
         replace(placement, kernels=kernels_for("tpu")).checked_kv_dtype("int8")

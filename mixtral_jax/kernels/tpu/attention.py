@@ -24,9 +24,9 @@ _VMEM = 64 << 20  # of 128 MiB, which v5e, v5p and v6e have
 
 def _fits_pages(pages: Pages) -> bool:
     """Says whether the kernel takes such pages: heads fill whole tiles."""
-    packed = pages.shape[2] * pages.dtype.itemsize // 4
-    is_tiled = packed in (1, 2, 4) or (packed > 0 and packed % 8 == 0)
-    floats = pages.dtype in (jnp.bfloat16, jnp.float32)
+    packed, rest = divmod(pages.shape[2] * pages.dtype.itemsize, 4)
+    is_tiled = rest == 0 and (packed in (1, 2, 4) or (packed > 0 and packed % 8 == 0))
+    floats = pages.dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)
     return floats and is_tiled and pages.shape[3] % LANES == 0
 
 
@@ -46,6 +46,8 @@ def attend(
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     pages = cache.write(pages, k, v, batch)
+    # A scale is what makes the kernel widen fp8, as our XLA form does.
+    scale = 1.0 if pages.dtype == jnp.float8_e4m3fn else None
     page_size, table_width = pages.shape[1], batch.page_table.shape[1]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         mixed: jax.Array = ragged_paged_attention(
@@ -57,6 +59,8 @@ def attend(
             batch.num_sequences[None],
             sm_scale=q.shape[-1] ** -0.5,
             sliding_window=window,
+            k_scale=scale,
+            v_scale=scale,
             num_kv_pages_per_block=min(table_width, max(1, _KEYS_PER_BLOCK // page_size)),
             num_queries_per_block=min(q.shape[0], _QUERIES_PER_BLOCK),
             vmem_limit_bytes=_VMEM,

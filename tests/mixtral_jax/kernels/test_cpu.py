@@ -147,7 +147,7 @@ def batch_of(lengths: list[int], news: list[int], page_size: int) -> RaggedBatch
 def pages_of(batch: RaggedBatch, dtype: str) -> jax.Array:
     """Pages [P 16 4 24] full of what was there before."""
     old = normal(0, batch.page_table.size, 16, 4, 24)
-    return old if dtype == "float32" else round_heads(old)
+    return old if dtype == "float32" else round_heads(old, jnp.int8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

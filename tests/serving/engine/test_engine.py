@@ -175,16 +175,17 @@ def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not build.available(), reason="another program may round the other way")
-def test_int8_pages_equal_the_plain_loop_with_int8_pages() -> None:
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_small_pages_equal_the_plain_loop_with_such_pages(dtype: str) -> None:
     """Preempted, forked and found again: what was rounded once is the same rounded later."""
     model = toy(None, "float32")
-    engine = engine_of(model, SMALL, kv_dtype="int8")
+    engine = engine_of(model, SMALL, kv_dtype=dtype)
     requests = random_requests(30)
     out, _ = serve(engine, requests, seed=5)
     assert engine.scheduler.preemptions > 10
     for request in requests:
         for choice in range(request.n):
-            assert_near(out[request.id, choice], alone(model, request, choice, "int8"))
+            assert_near(out[request.id, choice], alone(model, request, choice, dtype))
 
 
 @pytest.mark.slow
