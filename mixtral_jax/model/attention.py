@@ -5,6 +5,7 @@ tokens of many sequences in one flat row, keys and values in pages. The arithmet
 `mixtral_jax/kernels`.
 """
 
+import jax
 from flax import nnx
 
 from mixtral_jax.axes import FlatHidden, Pages, RowHidden, Segments
@@ -39,14 +40,17 @@ class Attention(nnx.Module):
     ) -> RowHidden:
         """Causal attention within each row, or each segment of it: x [B T D] -> [B T D]."""
         capture.record("attention.qkv", x)
-        q = rotary.rotate(self.q.full(x, adapter.q))
-        k = rotary.rotate(self.k.full(x, adapter.k))
-        v = self.v.full(x, adapter.v)
+        with jax.named_scope("qkv"):
+            q, k = self.q.full(x, adapter.q), self.k.full(x, adapter.k)
+            v = self.v.full(x, adapter.v)
+        q, k = rotary.rotate(q), rotary.rotate(k)
         capture.record("attention.q", q)
         capture.record("attention.k", k)
-        mixed = self.kernels.full_attention(q, k, v, self.window, self.layout, segments)
+        with jax.named_scope("attend"):
+            mixed = self.kernels.full_attention(q, k, v, self.window, self.layout, segments)
         capture.record("attention.o", mixed)
-        return self.o.full(mixed, adapter.o)
+        with jax.named_scope("output"):
+            return self.o.full(mixed, adapter.o)
 
     def paged(
         self,
@@ -59,8 +63,11 @@ class Attention(nnx.Module):
         """Writes the new keys and values, then attends: x [T D] -> [T D] and the pages."""
         stacks, slots = adapters
         beside = (stacks.q, stacks.k, stacks.v)
-        q, k, v = paged_together(x, self.q, self.k, self.v, stacks=beside, slots=slots)
+        with jax.named_scope("qkv"):
+            q, k, v = paged_together(x, self.q, self.k, self.v, stacks=beside, slots=slots)
         q, k = rotary.rotate(q), rotary.rotate(k)
-        mixed, pages = self.kernels.attend(q, k, v, pages, batch, self.window)
-        out = self.o.paged(mixed, stacks.o, slots)
-        return out if self.layout is None else self.layout.sum_over(out, "N"), pages
+        with jax.named_scope("attend"):
+            mixed, pages = self.kernels.attend(q, k, v, pages, batch, self.window)
+        with jax.named_scope("output"):
+            out = self.o.paged(mixed, stacks.o, slots)
+            return out if self.layout is None else self.layout.sum_over(out, "N"), pages

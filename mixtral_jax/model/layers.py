@@ -54,11 +54,13 @@ class RMSNorm(nnx.Module):
 
     def full(self, x: Hidden) -> Hidden:
         """Normalises the last axis of x [*R D]."""
-        return xla.norm(x, self.weight[...], self.eps)
+        with jax.named_scope("norm"):
+            return xla.norm(x, self.weight[...], self.eps)
 
     def paged(self, x: FlatHidden) -> FlatHidden:
         """Normalises rows [T D] by the placement's kernel."""
-        return self.kernels.norm(x, self.weight[...], self.eps)
+        with jax.named_scope("norm"):
+            return self.kernels.norm(x, self.weight[...], self.eps)
 
 
 class Rotary(NamedTuple):
@@ -74,20 +76,22 @@ class Rotary(NamedTuple):
     def at(cls, positions: Positions, config: ModelConfig) -> "Rotary":
         """Makes the rotation of positions [*R], in float32."""
         half = config.head_size // 2
-        frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(
-            (1,) * (positions.ndim + 1) + (-1,)
-        )
-        return cls(jnp.cos(angle), jnp.sin(angle))
+        with jax.named_scope("rope"):
+            frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+            angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(
+                (1,) * (positions.ndim + 1) + (-1,)
+            )
+            return cls(jnp.cos(angle), jnp.sin(angle))
 
     def rotate(self, x: jax.Array) -> jax.Array:
         """Rotates heads [*R N H] or [*R K H]; computed in f32, returned in the dtype of x."""
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        turned = (
-            first * self.cos - second * self.sin,
-            second * self.cos + first * self.sin,
-        )
-        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+        with jax.named_scope("rope"):
+            first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+            turned = (
+                first * self.cos - second * self.sin,
+                second * self.cos + first * self.sin,
+            )
+            return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -230,11 +234,13 @@ class FeedForward(nnx.Module):
     ) -> Hidden:
         """x [*R D] -> [*R D]."""
         capture.record("feed_forward.in", x)
-        hidden = self.full_kernels.swiglu(
-            self.gate.full(x, adapter.gate), self.up.full(x, adapter.up)
-        )
+        with jax.named_scope("gate_up"):
+            hidden = self.full_kernels.swiglu(
+                self.gate.full(x, adapter.gate), self.up.full(x, adapter.up)
+            )
         capture.record("feed_forward.down", hidden)
-        return self.down.full(hidden, adapter.down)
+        with jax.named_scope("down"):
+            return self.down.full(hidden, adapter.down)
 
     def paged(
         self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS, capture: Capture = NOTHING
@@ -246,6 +252,9 @@ class FeedForward(nnx.Module):
             x = self.layout.gather_tokens(x, "F")
             slots = None if slots is None else self.layout.gather_tokens(slots, "F")
         beside = (stacks.gate, stacks.up)
-        gate, up = paged_together(x, self.gate, self.up, stacks=beside, slots=slots)
-        out = self.down.paged(self.kernels.swiglu(gate, up), stacks.down, slots)
-        return out if self.layout is None else self.layout.sum_over(out, "F")
+        with jax.named_scope("gate_up"):
+            gate, up = paged_together(x, self.gate, self.up, stacks=beside, slots=slots)
+            hidden = self.kernels.swiglu(gate, up)
+        with jax.named_scope("down"):
+            out = self.down.paged(hidden, stacks.down, slots)
+            return out if self.layout is None else self.layout.sum_over(out, "F")

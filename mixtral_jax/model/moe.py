@@ -81,19 +81,21 @@ class MoE(nnx.Module):
         """
         flat = x.reshape(-1, x.shape[-1])
         kernels = self.kernels.with_gradients()
-        logits = self.router.full(flat, adapter.router)
-        choice, weights = route(logits, self.experts_per_token)
+        with jax.named_scope("router"):
+            logits = self.router.full(flat, adapter.router)
+            choice, weights = route(logits, self.experts_per_token)
         experts = self.adapted(adapter)
         capture.record("feed_forward.in", x)
         capture.record("router.logits", logits)
         capture.record("router.choice", choice)
         capture.record("router.weights", weights)
-        if self.layout is not None:
-            flat = moe_sharded(flat, choice, weights, experts, self.layout, kernels)
-        elif form == "dense":
-            flat = moe_dense(flat, choice, weights, experts)
-        else:
-            flat = moe_ragged(flat, choice, weights, experts, kernels, capture)
+        with jax.named_scope("experts"):
+            if self.layout is not None:
+                flat = moe_sharded(flat, choice, weights, experts, self.layout, kernels)
+            elif form == "dense":
+                flat = moe_dense(flat, choice, weights, experts)
+            else:
+                flat = moe_ragged(flat, choice, weights, experts, kernels, capture)
         return flat.reshape(x.shape)
 
     def paged(
@@ -101,15 +103,17 @@ class MoE(nnx.Module):
     ) -> FlatHidden:
         """x [T D] -> [T D]; records the choice alone."""
         stacks, slots = adapters
-        logits = self.router.paged(self.kernels.router_input(x), stacks.router, slots)
-        choice, weights = route(logits, self.experts_per_token)
+        with jax.named_scope("router"):
+            logits = self.router.paged(self.kernels.router_input(x), stacks.router, slots)
+            choice, weights = route(logits, self.experts_per_token)
         capture.record("router.choice", choice)
         experts = self.adapted(stacks)
-        if self.layout is not None:
-            return moe_local(x, choice, weights, experts, self.layout, self.kernels, slots)
-        if x.shape[0] <= self.kernels.max_dense_tokens:
-            return moe_dense(x, choice, weights, experts, slots)
-        return moe_ragged(x, choice, weights, experts, self.kernels, slots=slots)
+        with jax.named_scope("experts"):
+            if self.layout is not None:
+                return moe_local(x, choice, weights, experts, self.layout, self.kernels, slots)
+            if x.shape[0] <= self.kernels.max_dense_tokens:
+                return moe_dense(x, choice, weights, experts, slots)
+            return moe_ragged(x, choice, weights, experts, self.kernels, slots=slots)
 
     @property
     def experts(self) -> Experts:

@@ -1,7 +1,8 @@
 """The decoder: Block and Transformer, with the full-sequence and the paged form.
 
 No sampling, no requests, no globals. Parameters carry their axis letters (`axes="NHD"`), from
-which ShardingRules makes shardings.
+which ShardingRules makes shardings. Named scopes such as `embed`, `layers.3/attention/qkv` and
+`head` name each part in compiled programs, and so in the profiler's traces.
 """
 
 import math
@@ -68,10 +69,12 @@ class Block(nnx.Module):
     ) -> RowHidden:
         """Whole rows: x [B T D] -> [B T D]; `capture` records values on the way."""
         capture.record("block.in", x)
-        normed = self.attention_norm.full(x)
-        x = x + self.attention.full(normed, rotary, capture, segments=segments, adapter=adapter)
-        normed = self.feed_forward_norm.full(x)
-        x = x + self.feed_forward.full(normed, capture=capture, adapter=adapter)
+        with jax.named_scope("attention"):
+            normed = self.attention_norm.full(x)
+            x = x + self.attention.full(normed, rotary, capture, segments=segments, adapter=adapter)
+        with jax.named_scope("feed_forward"):
+            normed = self.feed_forward_norm.full(x)
+            x = x + self.feed_forward.full(normed, capture=capture, adapter=adapter)
         capture.record("block.out", x)
         return x
 
@@ -88,11 +91,13 @@ class Block(nnx.Module):
 
         `capture` records the experts that they chose.
         """
-        normed = self.attention_norm.paged(x)
-        mixed, pages = self.attention.paged(normed, rotary, pages, batch, adapters)
-        x = x + mixed
-        normed = self.feed_forward_norm.paged(x)
-        return x + self.feed_forward.paged(normed, adapters, capture), pages
+        with jax.named_scope("attention"):
+            normed = self.attention_norm.paged(x)
+            mixed, pages = self.attention.paged(normed, rotary, pages, batch, adapters)
+            x = x + mixed
+        with jax.named_scope("feed_forward"):
+            normed = self.feed_forward_norm.paged(x)
+            return x + self.feed_forward.paged(normed, adapters, capture), pages
 
 
 class Transformer(nnx.Module):
@@ -178,18 +183,20 @@ class Transformer(nnx.Module):
         else:
             positions = positions_in(segments)
         rotary = Rotary.at(positions, self.config)
-        x = self.embed.full(tokens).astype(self.dtype)
+        with jax.named_scope("embed"):
+            x = self.embed.full(tokens).astype(self.dtype)
         adapters = (UNCHANGED,) * len(self.layers) if adapter is None else adapter.layers
         for i, (block, beside) in enumerate(zip(self.layers, adapters, strict=True)):
             names = frozenset[str]() if captures is None else captures[i].names
-            if is_recomputed:
-                after = self.placement.full_kernels.after
-                run, state = _apart_from_arrays(block, names)
-                x, values = recomputed(run, after, x, beside, state, rotary, segments)
-            else:
-                capture = Capture(names)
-                x = block.full(x, rotary, capture, segments=segments, adapter=beside)
-                values = capture.values
+            with jax.named_scope(f"layers.{i}"):
+                if is_recomputed:
+                    after = self.placement.full_kernels.after
+                    run, state = _apart_from_arrays(block, names)
+                    x, values = recomputed(run, after, x, beside, state, rotary, segments)
+                else:
+                    capture = Capture(names)
+                    x = block.full(x, rotary, capture, segments=segments, adapter=beside)
+                    values = capture.values
             if captures is not None:
                 captures[i].values.update(values)
         return self.norm.full(x)
@@ -201,14 +208,16 @@ class Transformer(nnx.Module):
         """
         x, rotary = self.begin(batch)
         layers = []
-        for block, pages in zip(self.layers, cache.layers, strict=True):
-            x, pages = block.paged(x, rotary, pages, batch)
+        for i, (block, pages) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            with jax.named_scope(f"layers.{i}"):
+                x, pages = block.paged(x, rotary, pages, batch)
             layers.append(pages)
         return self.norm.paged(x), PagedCache(tuple(layers))
 
     def begin(self, batch: RaggedBatch) -> tuple[FlatHidden, Rotary]:
         """Embeds a batch's tokens: the first block's input, and the rotation of its positions."""
-        x = self.embed.paged(batch.tokens).astype(self.dtype)
+        with jax.named_scope("embed"):
+            x = self.embed.paged(batch.tokens).astype(self.dtype)
         return x, Rotary.at(batch.positions, self.config)
 
     def apart(self) -> tuple[list["Block"], "Transformer"]:
@@ -223,12 +232,14 @@ class Transformer(nnx.Module):
     def logits(self, x: Hidden) -> jax.Array:
         """Hidden states [*R D] -> logits [*R V] f32."""
         flat = x.reshape(-1, x.shape[-1])
-        scores = full_product(flat, self._head.flat_weight, self.placement.full_kernels)
+        with jax.named_scope("head"):
+            scores = full_product(flat, self._head.flat_weight, self.placement.full_kernels)
         return scores.astype(jnp.float32).reshape(*x.shape[:-1], -1)
 
     def paged_logits(self, x: DrawnHidden) -> FlatLogits:
         """The same for rows [R D] that every device has, by the placement's kernel."""
-        products = self.placement.kernels.linear(x, [self._head.flat_weight])
+        with jax.named_scope("head"):
+            products = self.placement.kernels.linear(x, [self._head.flat_weight])
         scores = products[0].astype(jnp.float32)
         return scores if self.layout is None else self.layout.gather_dimension(scores, "V", 1)
 
