@@ -273,6 +273,24 @@ _EXPERT_METRICS = Flag(
     False,
     "Count the tokens that each expert of each layer gets, for --metrics-port; of mixtures.",
 )
+_PROFILE = (
+    Flag(
+        "profile",
+        Path | None,
+        None,
+        "Folder of profiles of the running service, for XProf, TensorBoard and Perfetto: SIGUSR1 "
+        "starts one, SIGUSR2 ends it; default: signals make none.",
+        "DIR",
+    ),
+    Flag(
+        "profile_seconds",
+        float,
+        10.0,
+        "Seconds after which a profile ends by itself.",
+        "SECONDS",
+        min=0.1,
+    ),
+)
 _TRACES_AND_LOGS = (
     Flag(
         "otlp_endpoint",
@@ -500,7 +518,7 @@ SERVICE = (
     *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
     *(*_ADAPTERS, _MODEL_ALIAS),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, _EXPERT_METRICS),
-    *_panel("Monitoring", *_TRACES_AND_LOGS, _USAGE_DB),
+    *_panel("Monitoring", *_PROFILE, *_TRACES_AND_LOGS, _USAGE_DB),
     *(*_ACCOUNTING, *_ACCESS),
 )
 GATEWAY = (
@@ -529,7 +547,7 @@ SERVE = (
         replace(
             _METRICS_PORT, name="gateway_metrics_port", min=1, help="The same for the gateway."
         ),
-        *(_METRICS_HOST, _EXPERT_METRICS),
+        *(_METRICS_HOST, _EXPERT_METRICS, *_PROFILE),
         *(*_TRACES_AND_LOGS, _TRUST_TRACEPARENT, _LOG_PROMPTS),
         replace(
             _USAGE_DB,

@@ -1,8 +1,20 @@
-"""Memory for keys and values, where the operator does not set it."""
+"""Memory of devices: what keys and values get where the operator does not say, and what is held."""
 
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.stages import Compiled
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mixtral_jax.model.adapter_stack import slot_bytes
+from mixtral_jax.model.transformer import Transformer, held_bytes
+from mixtral_jax.step.buckets import Steps
 
 _MEMINFO = Path("/proc/meminfo")
 _OF_DEVICE = 0.9  # the rest is for intermediate results of a step
@@ -10,6 +22,8 @@ _OF_HOST = 0.5  # a CPU shares its memory with everything else
 _LARGEST_OF_HOST = 2 << 30  # with more tokens in flight a CPU is too slow in any case
 _UNKNOWN = 512 << 20
 _LEAST = 64 << 20
+# Kinds of what a device's allocator says, and its own names for them.
+_OF_ALLOCATOR = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use", "limit": "bytes_limit"}
 
 
 def cache_bytes(weights: int) -> int:
@@ -39,3 +53,69 @@ def _available() -> int | None:
     lines = _MEMINFO.read_text(encoding="utf-8").splitlines() if _MEMINFO.exists() else []
     kibibytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(kibibytes[0]) << 10 if kibibytes else None
+
+
+class DeviceMemory(Collector):
+    """Bytes on the fullest device of this process, by kind.
+
+    `weights`, `pages` and `adapters` are those of the arrays; `programs` is the code of all that
+    are compiled, and `temporaries` what the one with the most of them takes while it runs, as the
+    compiler says. `in_use`, `peak` and `limit` are those of the device's allocator, where it has
+    one that tells; a CPU has none.
+
+    Args:
+        model: the parameters.
+        steps: all programs of its engine.
+        registry: of the process.
+    """
+
+    def __init__(self, model: Transformer, steps: Steps, registry: CollectorRegistry) -> None:
+        pages = steps.pages
+        shape = pages.shape if pages.sharding is None else pages.sharding.shard_shape(pages.shape)
+        self._steps = steps
+        self._arrays = {
+            "weights": held_bytes(model),
+            "pages": model.config.num_layers * math.prod(shape) * pages.dtype.itemsize,
+        }
+        if steps.adapters is not None:
+            sizes = steps.adapters.sizes
+            slot = slot_bytes(model.config, model.placement, sizes)
+            self._arrays["adapters"] = sizes.slots * slot
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the bytes by `kind`."""
+        family = GaugeMetricFamily(
+            "mixtral_device_memory_bytes",
+            "Bytes on the fullest device of this process, by kind.",
+            labels=("kind",),
+        )
+        analyses = [program.memory_analysis() for program in _compiled(self._steps)]
+        known = [analysis for analysis in analyses if analysis is not None]
+        code = sum(analysis.generated_code_size_in_bytes for analysis in known)
+        temporaries = max((analysis.temp_size_in_bytes for analysis in known), default=0)
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        allocated = {
+            kind: max(values)
+            for kind, name in _OF_ALLOCATOR.items()
+            if (values := [known[name] for known in stats if name in known])
+        }
+        kinds = {**self._arrays, "programs": code, "temporaries": temporaries, **allocated}
+        for kind, value in kinds.items():
+            family.add_metric([kind], value)
+        yield family
+
+
+def _compiled(value: Any) -> Iterator[Compiled]:
+    """Yields the compiled programs in a record of records, mappings and sequences."""
+    if isinstance(value, Compiled):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _compiled(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _compiled(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _compiled(item)

@@ -73,7 +73,7 @@ class Child:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self._name = name
+        self.name = name
         self._command = [sys.executable, "-m", *command]
         self._environment = environment
         self._pipes = tuple(pipes)
@@ -125,7 +125,7 @@ class Child:
         if status is None:
             reason = self._standstill()
             if reason is not None:
-                _print(f"the {self._name} {reason}; it is killed")
+                _print(f"the {self.name} {reason}; it is killed")
                 self.process.kill()  # which ends a stopped process too
         elif status != 0:
             self.process = None
@@ -185,17 +185,17 @@ class Child:
             if self._clock() - self._served_at >= rules.settled_seconds:
                 self._deaths = 0
         if not self._has_ever_served:
-            raise SupervisorError(f"the {self._name} ended with {how}; see above")
+            raise SupervisorError(f"the {self.name} ended with {how}; see above")
         if self._failures == rules.max_failures:
             raise SupervisorError(
-                f"the {self._name} ended {self._failures} times before it could serve, the last "
+                f"the {self.name} ended {self._failures} times before it could serve, the last "
                 f"time with {how}; see above"
             )
         delay = min(2**self._deaths - 1, rules.longest_wait)
         self._deaths = min(self._deaths + 1, 32)
         self._start_at = self._clock() + delay
         when = f"in {delay:g} s" if delay else "now"
-        _print(f"the {self._name} ended with {how}; it is started again {when}")
+        _print(f"the {self.name} ended with {how}; it is started again {when}")
 
 
 def _print(text: str) -> None:

@@ -1,6 +1,7 @@
 """The settings of the service's process that belong to no other room."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,5 +26,9 @@ class ServiceConfig:
     """Time after such a signal in which requests are still served, while readiness fails."""
     step_timeout: float = 60.0
     """Time that a step of the engine may take before the process ends with status 1."""
+    profile: Path | None = None
+    """Folder of the profiles that SIGUSR1 starts; None: none are made."""
+    profile_seconds: float = 10.0
+    """Time after which a profile ends by itself."""
     model_alias: tuple[str, ...] = ()
     """Other names under which requests mean the model itself; "*" for all that no adapter has."""

@@ -28,6 +28,7 @@ from serving.cluster.rank import Rank
 from serving.command_line import USER_ERRORS, Errors, app_of, command, exit_status, run
 from serving.engine.adapters import AdapterLoader
 from serving.engine.build import engine_of, facts, prepare
+from serving.engine.cache_memory import DeviceMemory
 from serving.engine.config import EngineConfig
 from serving.engine.expert_load import ExpertLoad
 from serving.engine.metrics import Metrics
@@ -37,6 +38,7 @@ from serving.errors import ServingError, SetupError, Unavailable
 from serving.flags import SERVICE, record
 from serving.launch.adapters import followed_adapters
 from serving.launch.config import ServiceConfig
+from serving.launch.profiling import JaxTracer, Profiling
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
@@ -65,6 +67,8 @@ def _serve(given: dict[str, Any]) -> None:
 
     Prints a line for each stage of the start, and `ready` when it answers.
 
+    With --profile, SIGUSR1 starts a profile, and SIGUSR2 ends it before its time.
+
     Keys come from the environment: MIXTRAL_JAX_API_KEY holds one that clients present,
     MIXTRAL_JAX_SERVICE_KEY the gateway's. Where several processes run one model, process 0 serves
     and the others follow it until it ends; MIXTRAL_JAX_GROUP_KEY holds the key of the group.
@@ -75,9 +79,14 @@ def _serve(given: dict[str, Any]) -> None:
     end_with_parent()
     raise_open_files()
     set_up("serving", service.log_format)
+    profiling = Profiling(service.profile, service.profile_seconds, JaxTracer())
+    profiling.listen()
     if rank is None:
         access = record(AccessConfig, given, admits_gateway=True)
-        _lead(engine, service, access, accounting, None)
+        try:
+            _lead(engine, service, access, accounting, None)
+        finally:
+            profiling.close()
         return
 
     def work() -> None:
@@ -89,7 +98,9 @@ def _serve(given: dict[str, Any]) -> None:
             follow(engine, rank, facts(engine, pretrained), pretrained, _say)
 
     # JAX would wait for the other processes at the exit, and they may be gone.
-    end_process(exit_status(work, _ERRORS))
+    status = exit_status(work, _ERRORS)
+    profiling.close()
+    end_process(status)
 
 
 def _lead(
@@ -208,6 +219,7 @@ def _build(
     )
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
+    DeviceMemory(prepared.model, prepared.steps, metrics.registry)
     return worker, inference, adapters
 
 

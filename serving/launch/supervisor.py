@@ -5,7 +5,8 @@ gateway. A process of a group ends with the first of the others that is lost, an
 and so the group comes together again.
 
 They run in sessions of their own, so that Ctrl-C reaches the supervisor alone, which ends them by
-SIGTERM: running answers finish, and new requests are refused meanwhile.
+SIGTERM: running answers finish, and new requests are refused meanwhile. SIGUSR1 and SIGUSR2 are
+passed on to the service, which starts and ends profiles by them.
 
 A process that dies is started again (child.py): the first time at once, then after longer and
 longer waits, until it has served for a minute. The other one goes on, and the gateway answers 503
@@ -27,6 +28,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +40,7 @@ from serving.flags import KEY_VARIABLE, SERVICE_KEY_VARIABLE
 from serving.launch.child import Child, Probe, SupervisorError
 from serving.parent import PARENT_VARIABLE, READY_VARIABLE
 
+_OF_SERVICE = (signal.SIGUSR1, signal.SIGUSR2)  # they start and end a profile
 _STOP_SECONDS = 10.0  # time that a process may take to end after its drain
 # Time that a heartbeat may take beyond the time of a step. It comes every second or a little later,
 # so that a process that stops is killed within 2 s beyond the time of a step.
@@ -145,6 +148,7 @@ def run(
         try:
             announced = False
             while not signals.received and not any(child.was_told_to_end for child in children):
+                _pass_on(signals.take(), service)
                 for child in children:
                     child.keep_running()
                 for child, route in ((gateway, "live"), (service, "ready")):
@@ -187,6 +191,7 @@ def run_follower(
         try:
             announced = False
             while not signals.received and not child.was_told_to_end:
+                _pass_on(signals.take(), child)
                 # This comes first, because a process may become ready and die between two looks.
                 with contextlib.suppress(BlockingIOError):
                     if os.read(reading, 16):
@@ -203,18 +208,40 @@ def run_follower(
             os.close(writing)
 
 
+def _pass_on(numbers: Sequence[int], child: Child) -> None:
+    """Sends signals to the process that has the model; to one that serves, as others die of it."""
+    for number in numbers:
+        if child.process is not None and child.has_served:
+            child.process.send_signal(number)
+        else:
+            text = "does not serve yet: no profile is started or ended"
+            print(f"mixtral-jax: the {child.name} {text}", file=sys.stderr, flush=True)
+
+
 class _Signals:
-    """Notes SIGINT, SIGTERM and SIGHUP instead of being interrupted; a second signal kills."""
+    """Notes SIGINT, SIGTERM and SIGHUP instead of being interrupted; a second signal kills.
+
+    It also notes SIGUSR1 and SIGUSR2, which are for the process that has the model.
+    """
 
     def __enter__(self) -> "_Signals":
         self.received = False
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        self._others: list[int] = []
+        numbers = [signal.SIGINT, signal.SIGTERM, *_OF_SERVICE]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
             numbers.append(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
+    def take(self) -> list[int]:
+        """Returns the signals for the process that has the model, each of them once."""
+        taken, self._others = self._others, []
+        return taken
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number in _OF_SERVICE:
+            self._others.append(number)
+            return
         if self.received:
             raise KeyboardInterrupt
         self.received = True

@@ -1,6 +1,7 @@
 """What the supervisor does with its children: addresses, readiness, order of the end."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -93,3 +94,32 @@ def test_the_gateway_gets_its_signal_before_the_service(tmp_path: Path) -> None:
     words = ["gateway told", "gateway ended", "service told", "service ended"]
     assert log.read_text().splitlines() == words
     assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_the_signals_of_profiles_go_to_a_process_that_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before it serves, such a signal would kill it."""
+    (tmp_path / "serving").mkdir()
+    (tmp_path / "serving" / "__init__.py").touch()
+    (tmp_path / "serving" / "__main__.py").write_text(
+        "import os, signal, sys, time\n"
+        "os.kill(os.getppid(), signal.SIGUSR1)\n"
+        "time.sleep(0.5)\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('start', file=sys.stderr, flush=True))\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(0))\n"
+        f"os.write(int(os.environ[{READY_VARIABLE!r}]), b'1')\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
+
+    def ready() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    run_follower(environment, [], ready, drain_seconds=5)
+    assert capfd.readouterr().err.splitlines() == [
+        "mixtral-jax: the follower does not serve yet: no profile is started or ended",
+        "start",
+    ]
