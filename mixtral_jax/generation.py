@@ -21,6 +21,7 @@ from mixtral_jax.errors import ChatError, SamplingError, StructureError, UserErr
 from mixtral_jax.model.adapter import Adapter
 from mixtral_jax.model.adapter_stack import NO_SLOT, StackSizes
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.roofline.settings import GivenSettings, chip_under, settings_by_chip
 from mixtral_jax.sampling_params import (
     MAX_BIASES,
     SamplingFields,
@@ -40,6 +41,7 @@ from mixtral_jax.tokenization.messages import Message
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
 SLOT = 0  # of the only adapter
+_LEAST_STEP_TOKENS = 128
 _MOST_TOLD = 5  # rules that an error names
 
 
@@ -243,12 +245,23 @@ def steps_for(
     )
     steps = model.programs.get(key)
     if not isinstance(steps, Steps):
-        rows = {1: 1, placement.step_tokens: 1}
+        rows = {1: 1, _step_tokens(model, kv_dtype, num_pages * placement.page_size): 1}
         steps = compile_buckets(
             model, sizes, rows, kv_dtype=kv_dtype, has_masks=has_masks, adapters=adapters
         )
         model.programs.keep(key, steps)
     return steps
+
+
+def _step_tokens(model: Transformer, kv_dtype: str, room: int) -> int:
+    """Returns the tokens of a step that takes in a prompt, of a sequence with this room."""
+    placement = model.placement
+    if placement.step_tokens is not None:
+        return placement.step_tokens
+    given = GivenSettings(max_sequences=placement.num_sequence_groups, kv_dtype=kv_dtype)
+    settings = settings_by_chip(model.config, placement, chip_under(placement), given)
+    tokens = -(-settings.max_step_tokens // placement.num_sequence_groups)
+    return min(tokens, max(_LEAST_STEP_TOKENS, room))
 
 
 def _checked_messages(prompt: Sequence[Message]) -> Sequence[Message]:

@@ -30,7 +30,9 @@ class Placement:
     activation_dtype: str  # of what flows between the products, and of cached keys and values
     layout: Layout | None  # the mesh and the rules on it; None for one device
     kernels: Kernels
-    step_tokens: int = 128  # new tokens of a step; a longer prompt comes in several
+    # New tokens of a step of the plain loop; a longer prompt comes in several. None: by chip, from
+    # the roofline that stands above the model (roofline/settings.py).
+    step_tokens: int | None = None
 
     @classmethod
     def of(

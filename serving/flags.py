@@ -145,8 +145,37 @@ _ENGINE = _panel(
     "Engine",
     MESH,
     DP_ATTENTION,
-    Flag("max_sequences", int, 32, "Maximum number of sequences in a step.", min=1),
-    Flag("max_step_tokens", int, 128, "Maximum number of new tokens in a step.", min=1),
+    Flag(
+        "max_sequences",
+        int | None,
+        None,
+        "Maximum number of sequences in a step; default: by chip and model, 32 on CPU.",
+        min=1,
+    ),
+    Flag(
+        "max_step_tokens",
+        int | None,
+        None,
+        "Maximum number of new tokens in a step, for the length of which every answer may wait; "
+        "default: by chip and model, 128 on CPU.",
+        min=1,
+    ),
+    Flag(
+        "step_buckets",
+        str | None,
+        None,
+        "Numbers of tokens that steps are padded to, such as 8,64,512; each is a program to "
+        "compile; default: by chip.",
+        "SIZES",
+    ),
+    Flag(
+        "page_size",
+        int | None,
+        None,
+        "Tokens of a page of keys and values: 16, 32, 64, 128 or 256; default: by chip.",
+        min=16,
+        max=256,
+    ),
     Flag(
         "max_waiting",
         int,
@@ -166,10 +195,11 @@ _ENGINE = _panel(
     ),
     Flag(
         "kv_dtype",
-        Literal["int8", "fp8"] | None,
+        Literal["int8", "fp8", "bfloat16", "float32"] | None,
         None,
         "Type of keys and values: int8 and fp8 (e4m3) take a quarter of float32's memory and half "
-        "of bfloat16's, and int8 is the more exact; default: as they are computed.",
+        "of bfloat16's, and int8 is the more exact; default: as they are computed, but small "
+        "where an accelerator would have no room for the model's context otherwise.",
     ),
     Flag("prefix_reuse", bool, True, "Compute every prompt from its beginning."),
     Flag("deterministic", bool, False, "Answer equal requests equally, whatever runs beside them."),

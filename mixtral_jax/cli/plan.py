@@ -12,9 +12,12 @@ from rich.table import Table
 from mixtral_jax.errors import UserError
 from mixtral_jax.roofline.chips import GIB, topologies
 
+_PREFILL_TOKENS = 2048  # to compare splits by
+
 if TYPE_CHECKING:
     from mixtral_jax.config import ModelConfig
     from mixtral_jax.planning.plan import Plan
+    from mixtral_jax.roofline.settings import StepSettings
 
 
 def plan(
@@ -43,8 +46,11 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 32,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 2048,
     prefill_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a step that takes in prompts.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a step that takes in prompts; default: what `serve` chooses."
+        ),
+    ] = None,
     mesh: Annotated[
         str, typer.Option(help="Split, such as data=1,expert=8,tensor=1, or auto: the best split.")
     ] = "auto",
@@ -75,6 +81,7 @@ def plan(
     the answer is arithmetic, and says so. Speeds are estimates: nothing runs.
     """
     from mixtral_jax.planning.search import Search
+    from mixtral_jax.roofline.settings import settings_for_split
     from mixtral_jax.roofline.workload import Workload, unsplit_placement
 
     sizes = topologies(topology)
@@ -91,7 +98,7 @@ def plan(
         kv_dtype=None if kv_dtype is None else placement.checked_kv_dtype(kv_dtype),
         batch=batch,
         context=context,
-        prefill_tokens=prefill_tokens,
+        prefill_tokens=prefill_tokens or _PREFILL_TOKENS,
         page_size=placement.page_size,
     )
     # A notebook asks for colours (FORCE_COLOR) and is no terminal.
@@ -100,19 +107,23 @@ def plan(
     def note(line: str) -> None:
         notes.print(line, markup=False)
 
-    search = Search(workload, mesh, dp_attention, tries, note, compiles=not estimate)
+    by_chip = prefill_tokens is None
+    search = Search(workload, mesh, dp_attention, tries, note, not estimate, by_chip)
     with notes.status("planning") as status:
         answers = search.best_of(sizes, status.update)
+    settings = settings_for_split(workload, answers[0].topology, answers[0].split)
     if png is not None:
         _draw(png, answers[0], model or str(checkpoint))
     if as_json:
         report = answers[0].to_json(price)
         report["model"] = {"name": model or str(checkpoint), "dtype": workload.dtype}
-        report["load"] = {"batch": batch, "context": context, "prefill": prefill_tokens}
+        prefill = answers[0].workload.prefill_tokens
+        report["load"] = {"batch": batch, "context": context, "prefill": prefill}
+        report["settings"] = vars(settings)
         report["others"] = [_short(plan) for plan in answers[1:]]
         print(json.dumps(report, indent=2))
     else:
-        _show(answers, model or str(checkpoint), price)
+        _show(answers, settings, model or str(checkpoint), price)
 
 
 def _model(name: str | None, folder: Path | None) -> "tuple[ModelConfig, str | None]":
@@ -135,7 +146,7 @@ def _short(answer: "Plan") -> dict[str, object]:
     return {name: report[name] for name in (*kept, "bound", "bytes_per_chip")}
 
 
-def _show(answers: "list[Plan]", name: str, price: float | None) -> None:
+def _show(answers: "list[Plan]", settings: "StepSettings", name: str, price: float | None) -> None:
     best = answers[0]
     workload, chip = best.workload, best.topology.chip
     report = best.to_json(price)
@@ -154,12 +165,13 @@ def _show(answers: "list[Plan]", name: str, price: float | None) -> None:
         f"\nlongest context at this batch   {best.longest_context:,} tokens\n"
         f"largest batch at this context   {best.largest_batch:,} sequences\n"
     )
-    speed = Table("", "ms", "memory", "compute", "network", "bound", "tokens/s", box=None)
+    resources = ("memory", "compute", "network", "launch")
+    speed = Table("", "ms", *resources, "bound", "tokens/s", box=None)
     for what, step, rate in (
         ("decode step", best.decode, best.tokens_per_second),
         (f"prefill of {workload.prefill_tokens:,}", best.prefill, best.prefill_tokens_per_second),
     ):
-        spent = [f"{seconds * 1e3:.2f}" for seconds in (step.memory, step.compute, step.network)]
+        spent = [f"{getattr(step, name) * 1e3:.2f}" for name in resources]
         speed.add_row(what, f"{step.total * 1e3:.2f}", *spent, step.bound, f"{rate:,.0f}")
     out.print(speed)
     moves = "yes" if report["collectives_move_weights"] else "no"
@@ -168,6 +180,9 @@ def _show(answers: "list[Plan]", name: str, price: float | None) -> None:
         f"{report['bytes_over_least']:.2f} of the least possible\n"
         f"collectives a layer             {_collectives(best)}; weights among them: {moves}"
     )
+    out.print("\nwhat serve chooses where no flag says otherwise")
+    for line in settings.lines:
+        out.print(f"  {line}")
     if price is not None:
         out.print(f"a million tokens                {best.cost(price):.2f} at {price:g} an hour")
     if len(answers) > 1:
@@ -219,7 +234,7 @@ def _draw(file: Path, answer: "Plan", name_of_model: str) -> None:
     ]
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     time_axes, speed_axes = figure.subplots(1, 2)
-    for resource in ("memory", "compute", "network"):
+    for resource in ("memory", "compute", "network", "launch"):
         values = [getattr(plan.decode, resource) * 1e3 for plan in points]
         time_axes.plot(batches, values, label=resource, linestyle="--")
     for axes, name, value in (
@@ -238,7 +253,7 @@ def _draw(file: Path, answer: "Plan", name_of_model: str) -> None:
         axes.set(xlabel="batch", title=name)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.legend(*time_axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*time_axes.get_legend_handles_labels(), loc="outside lower center", ncols=7)
     figure.suptitle(
         f"estimate: {name_of_model} in {answer.workload.dtype}, "
         f"context {answer.workload.context:,}, {answer.topology}, {_named(answer)}"

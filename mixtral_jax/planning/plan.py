@@ -3,7 +3,8 @@
 `plan_by_arithmetic` makes a plan from an `Estimate`; `with_compiler` puts what the compiler reports
 in place of the arithmetic. Nothing runs, so every speed is an estimate: a step takes as long as its
 bytes take from memory or as its operations take at the chip's published peak, whichever is longer,
-and then as long as its collectives take on a ring. Real chips reach 60 to 90 % of that.
+and then as long as its collectives take on a ring; and no less than its launch takes the host. Real
+chips reach 60 to 90 % of that.
 
 Arithmetic knows shapes, shardings and the experts that are chosen; it does not know what a compiler
 pads, copies or keeps for a while, so it takes temporaries as a share of the chip's memory.
@@ -17,34 +18,10 @@ from mixtral_jax.planning.compiler import CompileJob, CompilerReport
 from mixtral_jax.roofline.chips import Topology
 from mixtral_jax.roofline.collective import Collective
 from mixtral_jax.roofline.estimate import Estimate
+from mixtral_jax.roofline.page_memory import temporary_memory
 from mixtral_jax.roofline.split import Split
+from mixtral_jax.roofline.step_seconds import EstimatedSeconds
 from mixtral_jax.roofline.workload import Workload
-
-# Share of the chip's memory that arithmetic sets aside for temporaries and programs.
-_TEMPORARY_SHARE = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimatedSeconds:
-    """Estimated seconds of one step, by what they are spent on.
-
-    Memory and compute overlap; the network does not overlap with them.
-    """
-
-    memory: float
-    compute: float
-    network: float
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole step."""
-        return max(self.memory, self.compute) + self.network
-
-    @property
-    def bound(self) -> str:
-        """The largest of memory, compute and network, by name."""
-        seconds = {"memory": self.memory, "compute": self.compute, "network": self.network}
-        return max(seconds, key=lambda name: seconds[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,30 +178,18 @@ def plan_by_arithmetic(workload: Workload, topology: Topology, split: Split) -> 
     sequences = estimate.sequences
     chunk = -(-workload.prefill_tokens // estimate.num_groups)
     layer, outer = estimate.collectives(sequences)
-    decode_bytes = estimate.moved_bytes(sequences, sequences)
-    decode_operations = estimate.operations(sequences, workload.attended_tokens)
-    # A token of a prompt as long as the step attends to half of it on average.
-    prefill_operations = estimate.operations(chunk, chunk // 2)
-    peak = chip.peak(workload.dtype)
     return Plan(
         estimate=estimate,
         method="arithmetic",
         weight_bytes=estimate.weights.total,
         cache_bytes=sequences * workload.pages_per_sequence * estimate.page_bytes,
-        temporary_bytes=int(_TEMPORARY_SHARE * chip.memory),
+        temporary_bytes=temporary_memory(chip.memory),
         program_bytes=0,
-        decode_bytes=decode_bytes,
+        decode_bytes=estimate.moved_bytes(sequences, sequences),
         least_bytes=estimate.least_bytes(sequences, sequences),
-        decode=EstimatedSeconds(
-            memory=decode_bytes / chip.bandwidth,
-            compute=decode_operations / peak,
-            network=_network_seconds(estimate, layer, outer),
-        ),
-        prefill=EstimatedSeconds(
-            memory=estimate.moved_bytes(chunk, 1) / chip.bandwidth,
-            compute=prefill_operations / peak,
-            network=_network_seconds(estimate, *estimate.collectives(chunk)),
-        ),
+        decode=estimate.seconds(sequences, sequences, workload.attended_tokens),
+        # A token of a prompt as long as the step attends to half of it on average.
+        prefill=estimate.seconds(chunk, 1, chunk // 2),
         layer_collectives=layer,
         outer_collectives=outer,
     )
@@ -271,33 +236,21 @@ def with_compiler(plan: Plan, report: CompilerReport) -> Plan:
         decode=replace(
             plan.decode,
             memory=decode_bytes / chip.bandwidth,
-            network=_network_seconds(
-                estimate, report.decode.layer_collectives, report.decode.outer_collectives
+            network=estimate.network_seconds(
+                report.decode.layer_collectives, report.decode.outer_collectives
             ),
         ),
         prefill=replace(
             plan.prefill,
             memory=prefill_bytes / chip.bandwidth,
-            network=_network_seconds(
-                estimate, report.prefill.layer_collectives, report.prefill.outer_collectives
+            network=estimate.network_seconds(
+                report.prefill.layer_collectives, report.prefill.outer_collectives
             ),
         ),
         layer_collectives=report.decode.layer_collectives,
         outer_collectives=report.decode.outer_collectives,
         report=report,
     )
-
-
-def _network_seconds(
-    estimate: Estimate, layer: Sequence[Collective], outer: Sequence[Collective]
-) -> float:
-    """Seconds of all collectives of a step."""
-    chip = estimate.topology.chip
-
-    def seconds(collectives: Sequence[Collective]) -> float:
-        return sum((item.seconds(chip.network, chip.latency) for item in collectives), 0.0)
-
-    return estimate.workload.model.num_layers * seconds(layer) + seconds(outer)
 
 
 def best_first(plans: Sequence[Plan]) -> list[Plan]:

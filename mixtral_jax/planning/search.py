@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
@@ -17,6 +18,7 @@ from mixtral_jax.planning.plan import (
 )
 from mixtral_jax.planning.topology import installed
 from mixtral_jax.roofline.chips import Topology
+from mixtral_jax.roofline.settings import settings_for_split
 from mixtral_jax.roofline.split import Split, candidates
 from mixtral_jax.roofline.workload import Workload
 from mixtral_jax.sharding import mesh_sizes
@@ -71,6 +73,8 @@ class Search:
         tries: number of splits that the compiler is asked about.
         note: called with a line for each thing that went otherwise than asked.
         compiles: False for arithmetic alone.
+        by_chip: plan each split with the step of prompts, and the dtype of keys and values, that
+            `serve` chooses there, in place of the workload's.
 
     Raises ConfigError for `dp_attention` without a split that it is about.
     """
@@ -83,6 +87,7 @@ class Search:
         tries: int,
         note: Callable[[str], None],
         compiles: bool,
+        by_chip: bool = False,
     ) -> None:
         if dp_attention and mesh == "auto":
             raise ConfigError(
@@ -95,6 +100,7 @@ class Search:
         self.tries = tries
         self.note = note
         self.compiles = compiles
+        self.by_chip = by_chip
         self.start = time.monotonic()
 
     def best_of(self, sizes: list[Topology], progress: Callable[[str], None]) -> list[Plan]:
@@ -135,6 +141,8 @@ class Search:
         progress(f"{topology}: comparing splits")
         splits = self._splits(topology)
         plans = best_first([plan_by_arithmetic(self.workload, topology, s) for s in splits])
+        if self.by_chip:
+            plans[: self.tries] = map(self._by_chip, plans[: self.tries])
         if not plans or not self.compiles:
             return plans
         if plans[0].total_bytes > _TOO_LARGE * topology.chip.memory and not is_last:
@@ -159,6 +167,14 @@ class Search:
             return plans
         done = refused | {plan.split for plan in compiled}
         return [*best_first(compiled), *(plan for plan in plans if plan.split not in done)]
+
+    def _by_chip(self, plan: Plan) -> Plan:
+        """The plan with what `serve` chooses for its topology and split."""
+        settings = settings_for_split(self.workload, plan.topology, plan.split)
+        workload = replace(
+            self.workload, prefill_tokens=settings.max_step_tokens, kv_dtype=settings.kv_dtype
+        )
+        return plan_by_arithmetic(workload, plan.topology, plan.split)
 
     def _splits(self, topology: Topology) -> list[Split]:
         """All splits over the topology, or the only one that was asked for."""

@@ -28,6 +28,7 @@ _GPUS: dict[str, dict[str, Any]] = {
     },
     "h100": {"capability": (9, 0), "cores": 132, "shared": 233472, "clock": 1.98, "l2": 50 << 20},
     "h200": {"capability": (9, 0), "cores": 132, "shared": 233472, "clock": 1.98, "l2": 50 << 20},
+    "b200": {"capability": (10, 0), "cores": 148, "shared": 233472, "clock": 1.97, "l2": 126 << 20},
     "l4": {"capability": (8, 9), "cores": 58, "shared": 102400, "clock": 2.04, "l2": 48 << 20},
     "rtx4090": {
         "capability": (8, 9),
@@ -37,6 +38,10 @@ _GPUS: dict[str, dict[str, Any]] = {
         "l2": 72 << 20,
     },
 }
+# The A100 of 40 GB is the same chip with less memory.
+_GPUS["a100-40"] = _GPUS["a100-80"]
+# Names of chips of libtpu that are not ours.
+_NAMES = {"v7x": "tpu7x"}
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 
 
@@ -83,8 +88,8 @@ def absent_devices(topology: Topology) -> Sequence[jax.Device]:
     options: dict[str, Any] = {}
     name = ""
     if topology.platform == "tpu":
-        name = f"{topology.kind}:{topology.slice}"
-        if topology.chips == 1:
+        name = f"{_NAMES.get(topology.kind, topology.kind)}:{topology.slice}"
+        if topology.chips == topology.chip.devices:
             options["chips_per_host_bounds"] = (1, 1, 1)
     else:
         options["target_config"] = _target_config(topology)

@@ -5,15 +5,17 @@ names all sizes, from small to large. Nothing here was measured; whatever is com
 figures is an estimate. Sources:
 
     TPU   Memory bandwidth, peak rates and interconnect are those of Google's pages
-          docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. The interconnect is published as the sum
-          of all links of a chip in both directions (400, 1200 and 800 GB/s); a ring sends over the
-          two links of one axis of the torus, which is a quarter of that on v5e and v6e (two axes)
-          and a sixth on v5p (three axes). The memory is what the compiler names as available when a
-          program does not fit.
-    GPU   NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and L4, and its white paper on
-          the Ada architecture for GeForce RTX 4090: dense rates, without sparsity; NVLink in one
-          direction, or PCIe 4.0 x16 where there is none. 1 GiB of the memory, which an L4 has less
-          of by its error correction, is left to CUDA, NCCL and cuBLAS.
+          docs.cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x. The interconnect is published as
+          the sum of all links of a chip in both directions (400, 1200, 800 and 1200 GB/s); a ring
+          sends over the two links of one axis of the torus, which is a quarter of that on v5e and
+          v6e (two axes) and a sixth on v5p and v7x (three axes). The memory is what the compiler
+          names as available when a program does not fit. A chip of v7x is two devices, each with a
+          half of the chip's 192 GiB, 7.38 TB/s and 2,307 TFLOP/s; it has no products in int8,
+          which are taken to run at the rate of bfloat16.
+    GPU   NVIDIA's data sheets of A100 40GB and 80GB SXM, H100 SXM, H200 SXM, HGX B200 and L4, and
+          its white paper on the Ada architecture for GeForce RTX 4090: dense rates, without
+          sparsity; NVLink in one direction, or PCIe 4.0 x16 where there is none. 1 GiB of the
+          memory, which an L4 has less of by its error correction, is left to CUDA, NCCL and cuBLAS.
     CPU   The machine's memory is divided evenly, and the rates are those of a nominal desktop, so
           that plans can be tried out on virtual devices.
 
@@ -43,6 +45,8 @@ class Chip:
         latency: seconds that a collective takes from one chip to the next.
         slices: sizes that can be had, from small to large.
         name: the vendor's name.
+        device_kinds: names that jax gives devices of this kind.
+        devices: devices, as jax counts them, that the vendor's chip has. All figures are of one.
     """
 
     memory: int
@@ -53,6 +57,8 @@ class Chip:
     latency: float
     slices: tuple[str, ...]
     name: str
+    device_kinds: tuple[str, ...] = ()
+    devices: int = 1
 
     def peak(self, dtype: str) -> float:
         """Peak operations a second in products with weights of this dtype.
@@ -70,6 +76,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
     "tpu": {
         "v5e": Chip(
             name="TPU v5e",
+            device_kinds=("TPU v5 lite", "TPU v5e"),
             memory=int(15.75 * GIB),
             bandwidth=819e9,
             bf16=197e12,
@@ -80,6 +87,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
         ),
         "v5p": Chip(
             name="TPU v5p",
+            device_kinds=("TPU v5", "TPU v5p"),
             memory=int(95.74 * GIB),
             bandwidth=2765e9,
             bf16=459e12,
@@ -90,6 +98,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
         ),
         "v6e": Chip(
             name="TPU v6e",
+            device_kinds=("TPU v6 lite", "TPU v6e"),
             memory=int(31.25 * GIB),
             bandwidth=1638e9,
             bf16=918e12,
@@ -98,10 +107,34 @@ CHIPS: dict[str, dict[str, Chip]] = {
             latency=1e-6,
             slices=_GRIDS,
         ),
+        "v7x": Chip(
+            name="TPU v7x (half a chip)",
+            device_kinds=("TPU7x",),
+            devices=2,
+            memory=int(94.75 * GIB),
+            bandwidth=3690e9,
+            bf16=1153e12,
+            int8=1153e12,
+            network=200e9,
+            latency=1e-6,
+            slices=("1x1x1", *_CUBES),
+        ),
     },
     "gpu": {
+        "a100-40": Chip(
+            name="A100 40 GB",
+            device_kinds=("NVIDIA A100-SXM4-40GB",),
+            memory=int(38.5 * GIB),
+            bandwidth=1555e9,
+            bf16=312e12,
+            int8=624e12,
+            network=300e9,
+            latency=2e-6,
+            slices=_SERVERS,
+        ),
         "a100-80": Chip(
             name="A100 80 GB",
+            device_kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
             memory=int(78.1 * GIB),
             bandwidth=2039e9,
             bf16=312e12,
@@ -112,6 +145,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
         ),
         "h100": Chip(
             name="H100 80 GB",
+            device_kinds=("NVIDIA H100 80GB HBM3",),
             memory=int(78.1 * GIB),
             bandwidth=3352e9,
             bf16=989e12,
@@ -122,6 +156,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
         ),
         "h200": Chip(
             name="H200 141 GB",
+            device_kinds=("NVIDIA H200",),
             memory=int(138.8 * GIB),
             bandwidth=4800e9,
             bf16=989e12,
@@ -130,8 +165,20 @@ CHIPS: dict[str, dict[str, Chip]] = {
             latency=2e-6,
             slices=_SERVERS,
         ),
+        "b200": Chip(
+            name="B200 180 GB",
+            device_kinds=("NVIDIA B200",),
+            memory=int(166.6 * GIB),
+            bandwidth=8000e9,
+            bf16=2250e12,
+            int8=4500e12,
+            network=900e9,
+            latency=2e-6,
+            slices=_SERVERS,
+        ),
         "l4": Chip(
             name="L4 24 GB",
+            device_kinds=("NVIDIA L4",),
             memory=int(21.4 * GIB),
             bandwidth=300e9,
             bf16=121e12,
@@ -142,6 +189,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
         ),
         "rtx4090": Chip(
             name="GeForce RTX 4090",
+            device_kinds=("NVIDIA GeForce RTX 4090",),
             memory=int(22.9 * GIB),
             bandwidth=1008e9,
             bf16=165e12,
@@ -152,6 +200,13 @@ CHIPS: dict[str, dict[str, Chip]] = {
         ),
     },
 }
+
+
+def chip_of(platform: str, device_kind: str) -> Chip | None:
+    """The figures of a device that is there, by jax's names for it; None where it is unknown."""
+    chips = CHIPS.get("gpu" if platform in ("cuda", "rocm") else platform, {})
+    matching = (chip for chip in chips.values() if device_kind in chip.device_kinds)
+    return next(matching, None)
 
 
 def _cpu(devices: int) -> Chip:
@@ -177,7 +232,7 @@ class Topology:
         platform: tpu, gpu or cpu.
         kind: the chip's short name, such as v5e or h100; empty for cpu.
         slice: the size: 2x4 for chips in a grid, 8 for chips in one server.
-        chip: figures of the chip.
+        chip: figures of one of its devices.
     """
 
     platform: str
@@ -187,8 +242,8 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Number of chips."""
-        return math.prod(int(size) for size in self.slice.split("x"))
+        """Number of chips as jax counts devices, of which v7x has two in each."""
+        return self.chip.devices * math.prod(int(size) for size in self.slice.split("x"))
 
     def __str__(self) -> str:
         return ":".join(word for word in (self.platform, self.kind, self.slice) if word)

@@ -6,9 +6,10 @@ counts, because a step ends with its slowest chip.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -20,8 +21,12 @@ from mixtral_jax.roofline.chips import Topology
 from mixtral_jax.roofline.collective import Collective
 from mixtral_jax.roofline.expert_load import busiest_experts, busiest_pairs
 from mixtral_jax.roofline.split import Split
+from mixtral_jax.roofline.step_seconds import EstimatedSeconds, launch_seconds
 from mixtral_jax.roofline.workload import Workload, unsplit_placement
 from mixtral_jax.sharding import ShardingRules
+
+# Arrays that a step is given beside parameters and pages: its inputs and the state of the draw.
+_OTHER_ARGUMENTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +82,21 @@ class Estimate:
         return unsplit_placement(self.workload.dtype, self.topology.platform)
 
     @property
+    def kv_dtype(self) -> str:
+        """The dtype of keys and values."""
+        return self.workload.kv_dtype or self.placement.activation_dtype
+
+    @property
     def activation_bytes(self) -> int:
         """Bytes of one number of the activations."""
         return 4 if self.placement.activation_dtype == "float32" else 2
+
+    def with_batch(self, batch: int) -> "Estimate":
+        """The same for so many sequences; what does not depend on them is not computed again."""
+        other = replace(self, workload=replace(self.workload, batch=batch))
+        for name in ("mesh", "rules", "placement", "_parameters", "weights"):
+            other.__dict__[name] = getattr(self, name)
+        return other
 
     def ways(self, letters: str, *, with_tokens: bool | None = None) -> int:
         """Number of devices over which any dimension named by the letters is split.
@@ -93,13 +110,17 @@ class Estimate:
         return math.prod(self.mesh.shape[axis] for axis in names)
 
     @cached_property
+    def _parameters(self) -> dict[str, Any]:
+        """The abstract parameters of a model of one layer, by their names."""
+        one_layer = ModelConfig.from_json({**self.workload.model.to_json(), "num_layers": 1})
+        return named_parameters(Transformer(one_layer, self.placement, rngs=None))
+
+    @cached_property
     def weights(self) -> WeightBytes:
         """Bytes of the parameters that one chip holds."""
         model = self.workload.model
-        one_layer = ModelConfig.from_json({**model.to_json(), "num_layers": 1})
-        abstract = Transformer(one_layer, self.placement, rngs=None)
         nbytes = {"experts": 0, "rest_of_layers": 0, "embedding": 0, "head": 0}
-        for name, variable in named_parameters(abstract).items():
+        for name, variable in self._parameters.items():
             array, letters = variable.get_value(), variable.get_metadata("axes")
             ways = math.prod(self.rules.ways(letter, self.mesh) for letter in letters)
             on_chip = array.size * array.dtype.itemsize // ways
@@ -113,8 +134,7 @@ class Estimate:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page on one chip, all layers."""
-        dtype = self.workload.kv_dtype or self.placement.activation_dtype
-        whole = token_bytes(self.workload.model, dtype) * self.workload.page_size
+        whole = token_bytes(self.workload.model, self.kv_dtype) * self.workload.page_size
         return whole // self.rules.ways("K", self.mesh)
 
     @property
@@ -202,6 +222,47 @@ class Estimate:
             return met * model.num_experts / chips
         chosen = model.experts_per_token
         return busiest_pairs(met, model.num_experts, chosen, chips, self._replicas)
+
+    def seconds(self, tokens: int, sequences: int, attended: int) -> EstimatedSeconds:
+        """Seconds of a step of `tokens` tokens that reads the pages of `sequences` sequences.
+
+        `attended` is the number of tokens that each token attends to on average. The whole step is
+        one compiled program.
+        """
+        chip = self.topology.chip
+        return EstimatedSeconds(
+            memory=self.moved_bytes(tokens, sequences) / chip.bandwidth,
+            compute=self.operations(tokens, attended) / chip.peak(self.workload.dtype),
+            network=self.network_seconds(*self.collectives(tokens)),
+            launch=launch_seconds(self.num_arguments, self.topology.chips),
+        )
+
+    def temporary_bytes(self, tokens: int) -> float:
+        """Bytes of intermediate results on the busiest chip at the widest place of a layer.
+
+        They are the rows of the residual, the projections and the feed-forward networks, in four
+        bytes each, because products of int8 are summed in int32.
+        """
+        model = self.workload.model
+        rows = tokens * 4 * model.hidden_size
+        inner = 2 * model.hidden_size + 3 * model.feed_forward_size / self.ways("F")
+        return 4 * (rows + self._expert_rows(tokens) * inner)
+
+    @property
+    def num_arguments(self) -> int:
+        """Number of arrays that a step is given: parameters, pages, and a few more."""
+        of_layer = sum(name.startswith("layers.") for name in self._parameters)
+        layers, outer = self.workload.model.num_layers, len(self._parameters) - of_layer
+        return layers * (of_layer + 1) + outer + _OTHER_ARGUMENTS
+
+    def network_seconds(self, layer: Sequence[Collective], outer: Sequence[Collective]) -> float:
+        """Seconds of all collectives of a step: those of each layer, and those around them."""
+        chip = self.topology.chip
+
+        def seconds(collectives: Sequence[Collective]) -> float:
+            return sum((item.seconds(chip.network, chip.latency) for item in collectives), 0.0)
+
+        return self.workload.model.num_layers * seconds(layer) + seconds(outer)
 
     def collectives(self, tokens: int) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
         """Collectives of one layer, and those before and behind all layers.

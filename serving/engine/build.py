@@ -5,7 +5,7 @@ In a group of processes all have the same config, and so prepare the same.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +21,15 @@ from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.model.adapter_stack import StackSizes, slot_bytes
 from mixtral_jax.model.transformer import Transformer, held_bytes
 from mixtral_jax.placement import Placement
+from mixtral_jax.roofline.page_memory import page_memory
+from mixtral_jax.roofline.settings import (
+    GivenSettings,
+    StepSettings,
+    chip_under,
+    compiles_few,
+    settings_by_chip,
+    step_buckets,
+)
 from mixtral_jax.step.buckets import Steps, compile_buckets
 from mixtral_jax.step.inputs import StepSizes, mask_words
 from serving.engine.adapters import AdapterSlots
@@ -38,20 +47,6 @@ _OF_ONE_PROCESS = {"model", "kv_memory", "adapter", "adapters_folder"}
 _FEW_ROWS = 8
 
 
-def buckets(limits: Limits) -> tuple[int, ...]:
-    """Returns the token counts that a step is padded to.
-
-    They are powers of four, and the numbers that fill all rows or a whole step. Each of them takes
-    a second of compiling at the start; padding takes a part of a step's time.
-    """
-    sizes = {1, _FEW_ROWS, limits.max_sequences, limits.max_step_tokens}
-    size = _FEW_ROWS * 4
-    while size < limits.max_step_tokens:
-        sizes.add(size)
-        size *= 4
-    return tuple(sorted(size for size in sizes if size <= limits.max_step_tokens))
-
-
 def rows_of(bucket: int, limits: Limits) -> int:
     """Returns the number of sequences that a step of `bucket` tokens has room for."""
     few = bucket <= _FEW_ROWS and not limits.deterministic
@@ -67,11 +62,13 @@ def compile_steps(
     has_masks: bool = True,
     adapters: StackSizes | None = None,
     counts_experts: bool = False,
+    buckets: Sequence[int] = (),
 ) -> Steps:
     """Compiles all steps of an engine; `limits` are those of one partition.
 
     Without `has_masks` no request may have a form, and without `adapters`, the sizes of their
     stacks, none may have an adapter. `counts_experts` is for an engine that has an `ExpertLoad`.
+    Steps are padded to `buckets`, or to the largest step; without any, to those of `step_buckets`.
     """
     sizes = StepSizes(
         num_pages=limits.num_pages,
@@ -79,7 +76,12 @@ def compile_steps(
         max_sequences=limits.max_sequences,
         max_context=limits.max_context,
     )
-    rows = {bucket: rows_of(bucket, limits) for bucket in buckets(limits)}
+    largest = limits.max_step_tokens
+    if not buckets:
+        few = compiles_few(model.placement)
+        buckets = step_buckets(limits.max_sequences, largest, few)
+    padded = sorted({*(bucket for bucket in buckets if bucket < largest), largest})
+    rows = {bucket: rows_of(bucket, limits) for bucket in padded}
     return compile_buckets(
         model,
         sizes,
@@ -152,6 +154,11 @@ class Prepared:
     mesh: str | None
     """The mesh as `mesh_text` writes it; None on one device."""
 
+    @property
+    def max_sequences(self) -> int:
+        """The number of sequences that are computed together, of all partitions."""
+        return self.limits.max_sequences * self.steps.num_sequence_groups
+
 
 def prepare(
     config: EngineConfig,
@@ -174,7 +181,10 @@ def prepare(
     _check(placement, config, pretrained.card.model)
     abstract = Transformer(pretrained.card.model, placement, rngs=None)
     stacks = stack_sizes(config, pretrained.card.model)
-    limits = agree(_limits(abstract, config, stacks))
+    settings = _settings(abstract, config, stacks)
+    for line in settings.lines:
+        say(line)
+    limits = agree(_limits(abstract, config, stacks, settings))
     if placement.layout is not None:
         say(f"{placement.layout.mesh.size} devices: {placement.mesh_text}")
     # Reading the weights and compiling for their shapes do not wait for one another.
@@ -190,9 +200,10 @@ def prepare(
             abstract,
             limits,
             say,
-            placement.checked_kv_dtype(config.kv_dtype),
+            settings.kv_dtype,
             adapters=stacks,
             counts_experts=config.expert_metrics,
+            buckets=_buckets(config, placement),
         )
         return Prepared(model.result(), limits, steps, placement.mesh_text)
 
@@ -211,9 +222,17 @@ def prepare_loaded(
     """
     _check(model.placement, config, model.config)
     stacks = stack_sizes(config, model.config)
-    limits = _limits(model, config, stacks)
-    kv_dtype = model.placement.checked_kv_dtype(config.kv_dtype)
-    steps = compile_steps(model, limits, say, kv_dtype, has_masks=False, adapters=stacks)
+    settings = _settings(model, config, stacks)
+    limits = _limits(model, config, stacks, settings)
+    steps = compile_steps(
+        model,
+        limits,
+        say,
+        settings.kv_dtype,
+        has_masks=False,
+        adapters=stacks,
+        buckets=_buckets(config, model.placement),
+    )
     return Prepared(model, limits, steps, model.placement.mesh_text)
 
 
@@ -253,30 +272,62 @@ def stack_sizes(config: EngineConfig, model: ModelConfig) -> StackSizes | None:
     return StackSizes(slots=count, rank=rank, targets=tuple(targets))
 
 
-def _limits(model: Transformer, config: EngineConfig, stacks: StackSizes | None) -> Limits:
-    """Returns the limits of one partition of the sequences; `config` has those of all together."""
+def _held(model: Transformer, stacks: StackSizes | None) -> int:
+    """Returns the bytes of weights and of adapters' stacks on each device."""
+    held = held_bytes(model)
+    if stacks is not None:
+        held += stacks.slots * slot_bytes(model.config, model.placement, stacks)
+    return held
+
+
+def _settings(model: Transformer, config: EngineConfig, stacks: StackSizes | None) -> StepSettings:
+    """Returns the sizes of steps, by chip where the operator does not give them.
+
+    They follow from published figures, not from what is free at the moment, so that all processes
+    of a group choose the same, and `plan` does too.
+    """
+    placement = model.placement
+    chip, memory = chip_under(placement), None
+    if chip is not None:
+        memory = page_memory(chip.memory, _held(model, stacks))
+    if config.kv_memory is not None and jax.process_count() == 1:
+        memory = config.kv_memory << 20
+    given = GivenSettings(
+        max_sequences=config.max_sequences,
+        max_step_tokens=config.max_step_tokens,
+        page_size=config.page_size,
+        kv_dtype=config.kv_dtype,
+    )
+    return settings_by_chip(model.config, placement, chip, given, memory)
+
+
+def _buckets(config: EngineConfig, placement: Placement) -> tuple[int, ...]:
+    """Returns the operator's buckets of one partition; none where they are chosen by chip."""
+    groups = placement.num_sequence_groups
+    return tuple(sorted({-(-size // groups) for size in config.buckets}))
+
+
+def _limits(
+    model: Transformer, config: EngineConfig, stacks: StackSizes | None, settings: StepSettings
+) -> Limits:
+    """Returns the limits of one partition of the sequences; settings are of all together."""
     layout = model.layout
     parts, heads = 1, 1
     if layout is not None:
         parts, heads = layout.num_sequence_groups, layout.rules.ways("K", layout.mesh)
-    per_token = (
-        token_bytes(model.config, model.placement.checked_kv_dtype(config.kv_dtype)) // heads
-    )
-    max_sequences = -(-config.max_sequences // parts)
+    per_token = token_bytes(model.config, settings.kv_dtype) // heads
+    max_sequences = -(-settings.max_sequences // parts)
     if config.kv_memory is not None:
         memory = config.kv_memory << 20
     else:
-        held = held_bytes(model)
-        if stacks is not None:
-            held += stacks.slots * slot_bytes(model.config, model.placement, stacks)
-        memory = cache_bytes(held)
-    max_context, page_size = model.config.max_context, model.placement.page_size
+        memory = cache_bytes(_held(model, stacks))
+    max_context, page_size = model.config.max_context, settings.page_size
     num_pages = max(1, min(max_sequences * max_context, memory // per_token) // page_size)
     limits = Limits(
         num_pages=num_pages,
         page_size=page_size,
         max_sequences=max_sequences,
-        max_step_tokens=max(-(-config.max_step_tokens // parts), max_sequences),
+        max_step_tokens=max(-(-settings.max_step_tokens // parts), max_sequences),
         max_context=max_context,
         max_waiting=-(-config.max_waiting // parts),
         window=model.config.sliding_window,

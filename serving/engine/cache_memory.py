@@ -14,10 +14,10 @@ from prometheus_client.registry import Collector
 
 from mixtral_jax.model.adapter_stack import slot_bytes
 from mixtral_jax.model.transformer import Transformer, held_bytes
+from mixtral_jax.roofline.page_memory import page_memory
 from mixtral_jax.step.buckets import Steps
 
 _MEMINFO = Path("/proc/meminfo")
-_OF_DEVICE = 0.9  # the rest is for intermediate results of a step
 _OF_HOST = 0.5  # a CPU shares its memory with everything else
 _LARGEST_OF_HOST = 2 << 30  # with more tokens in flight a CPU is too slow in any case
 _UNKNOWN = 512 << 20
@@ -44,8 +44,8 @@ def cache_bytes(weights: int) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return _UNKNOWN
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0) - weights
-    return max(_LEAST, int(free * _OF_DEVICE))
+    held = stats.get("bytes_in_use", 0) + weights
+    return max(_LEAST, page_memory(stats["bytes_limit"], held))
 
 
 def _available() -> int | None:

@@ -7,6 +7,8 @@ from mixtral_jax.errors import ConfigError
 
 # Adapters that are loaded at the same time, unless the operator names more.
 _ADAPTERS = 8
+# A page is a whole number of the rows that kernels read at once, and of the blocks of others.
+PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +26,16 @@ class EngineConfig:
     """Sizes of the mesh's axes, such as "data=1,expert=8,tensor=1", or "auto"."""
     dp_attention: bool
     """Split sequences instead of heads over the mesh's expert axis."""
-    max_sequences: int
-    max_step_tokens: int
+    max_sequences: int | None
+    """Sequences of a step; None: by chip."""
+    max_step_tokens: int | None
+    """Tokens of a step; None: by chip."""
     max_waiting: int
     """Requests in the queue."""
     kv_memory: int | None
     """MiB of keys and values on each device; None: a part of what is free."""
     kv_dtype: str | None
-    """Type of keys and values: "int8" or "fp8"; None: as they are computed."""
+    """Type of keys and values: "int8", "fp8" or the activations' own; None: by chip."""
     prefix_reuse: bool
     deterministic: bool
     """Answer equal requests equally, whatever runs beside them."""
@@ -43,6 +47,10 @@ class EngineConfig:
     """Adapters that are loaded at the same time; None: see `num_adapters`."""
     max_adapter_rank: int = 16
     """Largest rank of an adapter."""
+    page_size: int | None = None
+    """Tokens of a page of keys and values; None: by the kernels."""
+    step_buckets: str | None = None
+    """Numbers of tokens that a step is padded to, with commas between; None: by chip."""
     expert_metrics: bool = False
     """Count the tokens that each expert of each layer gets."""
 
@@ -51,6 +59,11 @@ class EngineConfig:
         """The folders of `adapter` by the names of the adapters."""
         pairs = [text.partition("=")[::2] for text in self.adapter]
         return {name: Path(folder) for name, folder in pairs}
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The numbers of `step_buckets`; empty where they are chosen by chip."""
+        return tuple(int(size) for size in (self.step_buckets or "").split(",") if size)
 
     @property
     def num_adapters(self) -> int:
@@ -65,9 +78,27 @@ class EngineConfig:
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 flag = f"--{field.name.replace('_', '-')}"
                 raise ConfigError(f"{flag} is {value}; it must be at least 1")
-        if self.kv_dtype not in (None, "int8", "fp8"):
-            raise ConfigError(f"--kv-dtype is {self.kv_dtype!r}; give int8 or fp8, or leave it out")
+        if self.kv_dtype not in (None, "int8", "fp8", "bfloat16", "float32"):
+            raise ConfigError(
+                f"--kv-dtype is {self.kv_dtype!r}; give int8, fp8, bfloat16 or float32, or leave "
+                "it out"
+            )
+        self._check_sizes()
         self._check_adapters()
+
+    def _check_sizes(self) -> None:
+        if self.page_size is not None and self.page_size not in PAGE_SIZES:
+            known = ", ".join(map(str, PAGE_SIZES))
+            raise ConfigError(f"--page-size is {self.page_size}; give one of {known}")
+        if self.step_buckets is None:
+            return
+        texts = self.step_buckets.split(",")
+        sizes = [int(text) if text.isdecimal() else 0 for text in texts]
+        if min(sizes) < 1 or sizes != sorted(set(sizes)):
+            raise ConfigError(
+                f"--step-buckets is {self.step_buckets!r}; give numbers from small to large, such "
+                "as 8,64,512"
+            )
 
     def _check_adapters(self) -> None:
         for text in self.adapter:

@@ -69,7 +69,6 @@ class InProcessService:
             model=name,
             adapter=[f"{adapter}={folder}" for adapter, folder in adapters.items()],
             max_sequences=max_sequences,
-            max_step_tokens=128,
             kv_memory=kv_memory,
             host=_HOST,
             api_key=self.key,

@@ -129,13 +129,13 @@ def _lead(
     leader = None if rank is None else _gathered(engine, rank, pretrained)
     # Its processes start beside the loading of the weights. Without a tokenizer nothing is served.
     compiler = Compiler(pretrained.tokenizer, pretrained.card.model.vocab_size)
-    worker, inference, adapters = _build(
+    worker, inference, adapters, rows = _build(
         engine, service, pretrained, metrics, traces, leader, compiler
     )
     worker.start()
     try:
         address = join_address(access.host, service.port)
-        max_calls = engine.max_waiting + engine.max_sequences
+        max_calls = engine.max_waiting + rows
         server = _Server(worker, inference, leader, service, max_calls)
         with adapters:
             asyncio.run(server.run(address, door, tls, admission, fields))
@@ -178,10 +178,11 @@ def _build(
     traces: Traces,
     leader: Leader | None,
     compiler: Compiler,
-) -> tuple[EngineWorker, InferenceService, AbstractContextManager[None]]:
+) -> tuple[EngineWorker, InferenceService, AbstractContextManager[None], int]:
     """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service.
 
-    The third has the adapters, once the thread has started, until it is left.
+    The third has the adapters, once the thread has started, until it is left. The fourth is the
+    number of sequences that are computed together.
     """
     keep_programs()
     card = pretrained.card
@@ -220,7 +221,7 @@ def _build(
     compilations = CompilationCount()
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
     DeviceMemory(prepared.model, prepared.steps, metrics.registry)
-    return worker, inference, adapters
+    return worker, inference, adapters, prepared.max_sequences
 
 
 class _Server:

@@ -12,7 +12,7 @@ from rich.table import Table
 from mixtral_jax.checkpoint.parameters import count_parameters
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.adapter import Adapter
-from mixtral_jax.roofline.chips import CHIPS, Chip
+from mixtral_jax.roofline.chips import chip_of
 from mixtral_jax.training.config import TrainingConfig
 from mixtral_jax.training.dataset import Account
 from mixtral_jax.training.packing import PackedData, PairedData
@@ -29,11 +29,6 @@ _KINDS = {
     **dict.fromkeys(("q", "k", "v", "o"), "attention"),
     "router": "router",
     **dict.fromkeys(("gate", "up", "down"), "feed-forward"),
-}
-# Parts of jax's names of devices, and our short names of chips.
-_DEVICES = {
-    **{"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v6 lite": "v6e", "v6e": "v6e"},
-    **{"A100": "a100-80", "H100": "h100", "H200": "h200"},
 }
 _SHOWN = 400  # characters of a question or an answer
 _LINES_EVERY = 10.0  # seconds, where there is no terminal for a bar
@@ -220,11 +215,8 @@ class Progressing:
 def _peak() -> float:
     """Returns the device's peak operations a second in bfloat16; 0 where it is not known."""
     device = jax.devices()[0]
-    chips: dict[str, Chip] = CHIPS.get(device.platform, {})
-    for words, name in _DEVICES.items():
-        if words in device.device_kind and name in chips:
-            return chips[name].bf16
-    return 0.0
+    chip = chip_of(device.platform, device.device_kind)
+    return 0.0 if chip is None else chip.bf16
 
 
 def _table() -> Table:

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mixtral_jax.planning.plan import EstimatedSeconds, best_first, plan_by_arithmetic
+from mixtral_jax.planning.plan import best_first, plan_by_arithmetic
 from mixtral_jax.planning.search import known_model
 from mixtral_jax.roofline.chips import topologies
 from mixtral_jax.roofline.split import Split, candidates
+from mixtral_jax.roofline.step_seconds import EstimatedSeconds
 from tests.support.plan_workload import SMALL, plan_of, workload_of
 
 MIXTRAL = known_model("mixtral-8x7b-v0.1")

@@ -18,6 +18,13 @@ def test_a_topology_is_one_slice_or_all_of_a_chip() -> None:
     assert topologies("cpu:3")[0].chips == 3
 
 
+def test_a_chip_of_v7x_is_two_devices() -> None:
+    """Each has a half of its 192 GiB, of which the compiler takes some."""
+    (topology,) = topologies("tpu:v7x:2x2x1")
+    assert (topology.chips, topology.chip.memory) == (8, int(94.75 * GIB))
+    assert [size.chips for size in topologies("tpu:v7x")][:2] == [2, 8]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -17,7 +17,7 @@ from mixtral_jax.kernels.cpu import build
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
 from serving.engine import build as engines
-from serving.engine.build import buckets, compile_steps
+from serving.engine.build import compile_steps
 from serving.engine.engine import Engine
 from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
@@ -240,14 +240,6 @@ def test_the_same_bits_alone_and_among_63_others(model: Transformer) -> None:
 
 def test_an_idle_step_does_nothing(model: Transformer) -> None:
     assert engine_of(model, SMALL).step() == []
-
-
-def test_buckets_hold_every_step() -> None:
-    assert buckets(SMALL) == (1, 8, 24)
-    wide = Limits(
-        num_pages=1, page_size=1, max_sequences=8, max_step_tokens=512, max_context=1, max_waiting=1
-    )
-    assert buckets(wide) == (1, 8, 32, 128, 512)
 
 
 @pytest.mark.slow
