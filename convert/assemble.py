@@ -41,7 +41,10 @@ class Assembly:
         self._reader.__exit__(kind, error, trace)
 
     def fill(self, piece: ParameterPiece, out: np.ndarray) -> None:
-        """Puts the elements of a piece into `out`, flat, f32 or bf16. For one thread at a time."""
+        """Puts the elements of a piece into `out`, flat, f32 or bf16. For one thread at a time.
+
+        Or float8_e4m3fn as it is stored, for a parameter that has `stored_scales`.
+        """
         rows = self._rows.get(piece.parameter)
         if rows is None:  # the router of an upcycled model: as a new one is initialised
             out[...] = _ROUTER_DEVIATION * self._routers.standard_normal(out.size, np.float32)
@@ -52,6 +55,22 @@ class Assembly:
                 self._read_interleaved(tensor, row.start + start, out[within])
             else:
                 self._reader.read(tensor, row.start + start, out[within])
+
+    def stored_scales(self, parameter: str) -> np.ndarray | None:
+        """The scales f32 [*E*O] of a parameter all of whose tensors are FP8 with one for a row.
+
+        None for any other parameter. Not while another thread fills.
+        """
+        rows = sorted(self._rows.get(parameter, []), key=lambda row: row.index)
+        if not rows or not all(self._tensors[row.source].has_scales_of_rows for row in rows):
+            return None
+        scales = []
+        for row in rows:
+            of_rows = self._reader.scales_of_rows(self._tensors[row.source])
+            if row.interleaved:
+                of_rows = of_rows.reshape(-1, self._head_size // 2, 2).swapaxes(1, 2).reshape(-1)
+            scales.append(of_rows)
+        return np.concatenate(scales)
 
     def _read_interleaved(self, tensor: Tensor, start: int, out: np.ndarray) -> None:
         """Reads whole heads [H D], turning rows 0 1 2 3 4 5 into 0 2 4 1 3 5."""

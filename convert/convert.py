@@ -26,7 +26,8 @@ from convert.name_table import NameTable, name_table
 from convert.pieces import write_pieces
 from convert.progress import Progress
 from convert.pull import pull
-from convert.quantize import calibration_text, quantize
+from convert.quantize.fp8 import fp8_shapes, holds_fp8, keeps_fp8, write_fp8
+from convert.quantize.int8 import calibration_text, quantize
 from convert.served_name import served_as
 from convert.source import gguf_tokenizer
 from convert.source.open import Source, open_source
@@ -58,10 +59,11 @@ def convert(
     Args:
         path: a folder or file as `convert.source.open` describes.
         destination: a folder that does not exist or is empty.
-        dtype: "float32" or "bfloat16" for all parameters, or "int8" as `convert.quantize` makes
-            them, which needs the tokenizer. By default bfloat16 where most bytes of the source are
-            bf16, else float32: nothing is lost unless it is asked for. (f16 and the quantised
-            forms of GGUF have values that bf16 has not.)
+        dtype: "float32" or "bfloat16" for all parameters; "int8" as `convert.quantize.int8` makes
+            them, which needs the tokenizer; or "fp8" as `convert.quantize.fp8` keeps or makes them.
+            By default fp8 where the source's weights are FP8 with a scale for each output or
+            tensor, bfloat16 where most other bytes are bf16, else float32: nothing is lost unless
+            it is asked for. (f16 and the quantised forms of GGUF have values that bf16 has not.)
         upcycle_experts: make a mixture of this many experts out of a dense model, each a copy of
             its feed-forward layer, with random routers. It computes what the dense model does.
         seed: of the random routers.
@@ -90,8 +92,10 @@ def convert(
         upcycle_experts=upcycle_experts,
         own_head=dtype == "int8",
     )
-    dtype = dtype or _float_dtype(source, table)
+    dtype = dtype or _default_dtype(source, table)
     shapes = parameter_shapes(table.config, dtype)
+    if dtype == "fp8":
+        shapes = fp8_shapes(shapes, _float_dtype(source, table))
     own_name, maker = served_as(path)
     card = Card(model=table.config, dtype=dtype, name=name or own_name, provider=provider or maker)
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,6 +112,15 @@ def convert(
             if words.tokenizer is not None and dtype == "int8":
                 ids = words.tokenizer.encode(calibration_text())
                 quantize(card.model, assembly.fill, ids, writer, progress)
+            elif dtype == "fp8":
+                lost = write_fp8(assembly, writer, progress)
+                if lost.parameters and holds_fp8(source.tensors.values()):
+                    logger.warning(
+                        "%d parameters are not FP8 with a scale for each output or tensor, and "
+                        "were rounded anew: %.1f %% of their size (root mean square) is lost; "
+                        "--dtype bfloat16 keeps them",
+                        *(lost.parameters, 100 * lost.error),
+                    )
             else:
                 write_pieces(writer, np.dtype(dtype), assembly.fill, progress)
             card.write(folder)
@@ -133,10 +146,23 @@ def convert_once(
     return checkpoint
 
 
+def _default_dtype(source: Source, table: NameTable) -> str:
+    """Returns fp8 where a source's weights can be kept so; else a float dtype."""
+    if not holds_fp8(source.tensors.values()):
+        return _float_dtype(source, table)
+    if keeps_fp8(table, source.tensors, parameter_shapes(table.config, "fp8")):
+        return "fp8"
+    logger.warning(
+        "some weights are not FP8 with a scale for each output or tensor: all are widened to "
+        "bfloat16; --dtype fp8 rounds those anew"
+    )
+    return "bfloat16"
+
+
 def _float_dtype(source: Source, table: NameTable) -> str:
-    """Returns bfloat16 where most bytes of the table's tensors are bf16, else float32."""
+    """Returns bfloat16 where most bytes of the table's float tensors are bf16, else float32."""
     names = {row.source for row in table.rows} & source.tensors.keys()
-    tensors = [source.tensors[name] for name in names]
+    tensors = [tensor for name in names if (tensor := source.tensors[name]).scale is None]
     nbytes = {tensor: tensor.nbytes for tensor in tensors if is_readable(tensor.encoding)}
     half = sum(size for tensor, size in nbytes.items() if tensor.encoding == "BF16")
     return "bfloat16" if 2 * half > sum(nbytes.values()) else "float32"

@@ -52,15 +52,15 @@ def export(
         progress: called with bytes written and bytes in all.
         chunk_bytes: that of the checkpoint; pieces of another size cost more to read.
 
-    Raises ConfigError if `checkpoint` is none, ConversionError if it is int8 or there is no room
-    for it, and FileExistsError if `destination` is not empty. Nothing is left there then.
+    Raises ConfigError if `checkpoint` is none, ConversionError if it is int8 or fp8 or there is no
+    room for it, and FileExistsError if `destination` is not empty. Nothing is left there then.
     """
     card = Card.read(checkpoint)
     if card.dtype not in _ENCODINGS:
         raise ConversionError(
             [
-                f"{checkpoint} is stored as {card.dtype}, which Hugging Face's format has no place "
-                "for; convert the weights with --dtype bfloat16 and export that"
+                f"{checkpoint} is stored as {card.dtype} and only floats are exported; "
+                "convert the weights with --dtype bfloat16 and export that"
             ]
         )
     table = name_table(card.model, "hf")

@@ -25,10 +25,10 @@ from mixtral_jax.model.adapter import LowRank, adapter_letters, weight_name
 from mixtral_jax.tokenization import tokenizer
 
 FLOATS = ("float32", "bfloat16")
-_INT8 = (
-    "{path} is stored as int8, where W + BA would be rounded anew with other scales, and without "
-    "the smoothing that the base had: serve the adapter beside it instead, or convert the weights "
-    "with --dtype bfloat16, merge, export and convert that with --dtype int8"
+_ROUNDED = (
+    "{path} is stored as {dtype}, where W + BA would be rounded anew with other scales, and int8 "
+    "without the smoothing that the base had: serve the adapter beside it instead, or convert the "
+    "weights with --dtype bfloat16, merge, export and convert that with --dtype {dtype}"
 )
 
 
@@ -169,16 +169,16 @@ def merge(
         chunk_bytes: bytes of a stored chunk.
 
     Raises ConfigError if `checkpoint` is none, AdapterError for an adapter that is broken or does
-    not fit, ConversionError for int8 or too little room, and FileExistsError if `destination` is
-    not empty. Nothing is left there then.
+    not fit, ConversionError for int8 and fp8 or too little room, and FileExistsError if
+    `destination` is not empty. Nothing is left there then.
     """
     base = Card.read(checkpoint)
     check_is_float(checkpoint, base)
     if dtype is not None and dtype not in FLOATS:
         raise ConversionError(
             [
-                f"an adapter is merged as {' or '.join(FLOATS)}, not as {dtype}; for int8, export "
-                "what was merged and convert that with --dtype int8"
+                f"an adapter is merged as {' or '.join(FLOATS)}, not as {dtype}; for int8 "
+                "or fp8, export what was merged and convert that with --dtype int8 or fp8"
             ]
         )
     stored = read_adapter(adapter, base.model)
@@ -204,9 +204,9 @@ def merge(
 
 
 def check_is_float(checkpoint: Path, card: Card) -> None:
-    """Raises ConversionError if a checkpoint is int8, into which nothing is merged."""
+    """Raises ConversionError if a checkpoint is int8 or fp8, into which nothing is merged."""
     if card.dtype not in FLOATS:
-        raise ConversionError([_INT8.format(path=checkpoint)])
+        raise ConversionError([_ROUNDED.format(path=checkpoint, dtype=card.dtype)])
 
 
 def summary(layers: tuple[LayerChange, ...], dtype: str) -> Iterator[str]:

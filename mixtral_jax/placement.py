@@ -15,18 +15,19 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, TopologyError
-from mixtral_jax.kernels import Kernels, kernels_for
+from mixtral_jax.kernels import Kernels, kernels_for, multiplies_fp8
 from mixtral_jax.layout import Layout
 from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
+from mixtral_jax.weight import QUANTIZED
 
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("float32", "bfloat16", *QUANTIZED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """A model's devices, dtypes and kernels. Models of equal placements share their programs."""
 
-    dtype: str  # of weights: float32, bfloat16, or int8 with float32 scales
+    dtype: str  # of weights: float32, bfloat16, or int8 and fp8 with float32 scales
     activation_dtype: str  # of what flows between the products, and of cached keys and values
     layout: Layout | None  # the mesh and the rules on it; None for one device
     kernels: Kernels
@@ -47,7 +48,7 @@ class Placement:
 
         Args:
             config: the model.
-            dtype: of its weights: float32, bfloat16 or int8.
+            dtype: of its weights: float32, bfloat16, int8 or fp8 (float8_e4m3fn).
             mesh: a mesh, "auto" for all devices, or a text such as "data=1,expert=8,tensor=1"; None
                 for one device. A text also makes the copies of key/value heads that it needs.
             dp_attention: splits sequences, not heads, over the mesh's expert axis, which must have
@@ -75,13 +76,21 @@ class Placement:
                 )
             layout = None
             device = (jax.devices() if devices is None else list(devices))[0]
-        kernels = kernels_for(device.platform)
+        kernels = kernels_for(device.platform, multiplies_fp8=multiplies_fp8(device))
         return cls(
             dtype=name,
             activation_dtype=kernels.activation_dtype(name),
             layout=layout,
             kernels=kernels,
         )
+
+    @property
+    def table_dtype(self) -> str:
+        """The dtype of the embedding and of the head, which fp8 leaves in the activations' own.
+
+        That is how FP8 models are published.
+        """
+        return self.activation_dtype if self.dtype == "fp8" else self.dtype
 
     @property
     def full_kernels(self) -> Kernels:
@@ -159,6 +168,7 @@ def checked_dtype(dtype: DTypeLike) -> str:
     if dtype is None:  # which would be float64
         raise ConfigError(f"a dtype must be given; use {' or '.join(DTYPES)}")
     name = _dtype_name(dtype)
+    name = next((short for short, stored in QUANTIZED.items() if stored.name == name), name)
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}")
     return name

@@ -87,8 +87,8 @@ DTYPE = Flag(
     "dtype",
     str | None,
     None,
-    "Type of the weights: float32, bfloat16, or int8 if the checkpoint is stored as int8; default: "
-    "as stored.",
+    "Type of the weights: float32, bfloat16, or int8 or fp8 if the checkpoint is stored so; "
+    "default: as stored.",
 )
 MESH = Flag(
     "mesh",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.source import configs
+from convert.source import configs, fp8
 from convert.source.gguf import gguf_header
 from convert.source.read import Tensor
 from convert.source.safetensors import safetensors_header, without_duplicates
@@ -51,6 +51,7 @@ class Source:
     config: ModelConfig | None = None
     problems: list[str] = field(default_factory=list)
     whole: bool = True
+    scheme: fp8.Scheme | None = None  # how its FP8 weights are scaled, if its config says so
 
     def add(self, file: Path) -> None:
         """Adds the tensors of a safetensors file."""
@@ -73,6 +74,15 @@ class Source:
 
 def open_source(path: Path) -> Source:
     """Reads a source's headers and config; raises ConversionError if `path` is no source at all."""
+    source = _open(path)
+    source.tensors, problems = fp8.attach_scales(
+        source.tensors, source.dialect, source.scheme, source.whole
+    )
+    source.problems += problems
+    return source
+
+
+def _open(path: Path) -> Source:
     if not path.exists():
         raise ConversionError([f"{path} does not exist"])
     if is_checkpoint(path):
@@ -122,7 +132,15 @@ def _open_file(path: Path) -> Source:
 
 def _open_hf(path: Path, folder: Path, shards: Sequence[Path], indexes: Sequence[Path]) -> Source:
     source = Source(path, "hf", folder)
-    source.config = _read_config(source, folder / CONFIG_FILE, from_hf)
+
+    def translate(content: dict[str, Any]) -> ModelConfig:
+        # The first releases of llm-compressor had another name for it.
+        fields = content.pop("quantization_config", None) or content.pop("compression_config", None)
+        if fields is not None:
+            source.scheme = fp8.from_quantization_config(fields)
+        return from_hf(content)
+
+    source.config = _read_config(source, folder / CONFIG_FILE, translate)
     if len(indexes) > 1:
         names = " and ".join(file.name for file in indexes)
         source.problems.append(f"{path} has two indexes, {names}; remove one")
@@ -185,7 +203,15 @@ def _add_indexed(source: Source, index: Path, placed: Mapping[str, str]) -> None
 
 def _open_consolidated(path: Path, folder: Path, shards: Sequence[Path]) -> Source:
     source = Source(path, "mistral", folder)
-    source.config = _read_config(source, folder / PARAMS_FILE, configs.from_params)
+
+    def translate(content: dict[str, Any]) -> ModelConfig:
+        if isinstance(fields := content.pop("quantization", None), dict):
+            source.scheme = fp8.from_params_quantization(fields)
+        elif fields is not None:
+            raise ConfigError(f"config field quantization={fields!r} must be an object")
+        return configs.from_params(content)
+
+    source.config = _read_config(source, folder / PARAMS_FILE, translate)
     for file in shards:
         source.add(file)
     return source

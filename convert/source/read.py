@@ -18,10 +18,12 @@ import numpy as np
 from convert.errors import ConversionError
 
 # Encodings that numpy reads without decoding.
+FP8 = "F8_E4M3"
 PLAIN = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    FP8: np.dtype(ml_dtypes.float8_e4m3fn),
 }
 # Elements decoded at a time: small enough to stay in a processor's cache.
 DECODED_AT_A_TIME = 1 << 18
@@ -35,6 +37,7 @@ class Tensor:
     offset: int  # of its first byte
     shape: tuple[int, ...]
     encoding: str  # as safetensors and GGUF name them: F32, BF16, Q4_1
+    scale: "Scale | None" = None  # of FP8: the values are those stored times the scale's
 
     @property
     def size(self) -> int:
@@ -46,6 +49,19 @@ class Tensor:
         """Number of bytes in the file, for an encoding that `is_readable`."""
         elements, size = _block(self)
         return self.size // elements * size
+
+    @property
+    def has_scales_of_rows(self) -> bool:
+        """Says whether it is FP8 whose every row [I] has one scale."""
+        return self.scale is not None and self.scale.block[1] == self.shape[-1]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Factors of a matrix [O I], one for each block: [O/rows I/columns]."""
+
+    tensor: Tensor
+    block: tuple[int, int]  # rows and columns, of which the last ones may be fewer
 
 
 class Reader:
@@ -59,6 +75,7 @@ class Reader:
         self._files: dict[Path, FileIO] = {}
         self._decoded_at_a_time = decoded_at_a_time
         self._scratch = np.empty(decoded_at_a_time * 4, np.uint8)
+        self._last_scale: tuple[Scale, np.ndarray] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -80,27 +97,51 @@ class Reader:
             tensor: what to read from.
             start: first element; the beginning of a row where the tensor is quantised.
             out: one-dimensional and contiguous, f32 or bf16; f32 is exact, bf16 rounds to
-                nearest. It holds whole rows where the tensor is quantised.
+                nearest. It holds whole rows where the tensor is quantised. Of float8_e4m3fn, for
+                such a tensor: the values as they are stored, without their scales.
 
-        Raises ConversionError if the file ends early.
+        Raises ConversionError if the file ends early, or a scale is not finite.
         """
         plain = PLAIN.get(tensor.encoding)
         if plain == out.dtype:
             self._fill(tensor, start * plain.itemsize, out.view(np.uint8))
             return
         elements, size = _block(tensor)
-        row = 1 if plain else tensor.shape[-1]
+        row = 1 if plain and tensor.scale is None else tensor.shape[-1]
         assert start % row == 0 and out.size % row == 0, (tensor, start, out.size)
         step = max(1, self._decoded_at_a_time // row) * row
         for begin in range(0, out.size, step):
             values = out[begin : begin + step]
             raw = self._raw(values.size // elements * size)
             self._fill(tensor, (start + begin) // elements * size, raw)
-            values[...] = raw.view(plain) if plain else _dequantised(raw, tensor)
+            if tensor.scale is not None:
+                rows = raw.view(PLAIN[FP8]).astype(np.float32).reshape(-1, row)
+                rows *= self._factors(tensor.scale, (start + begin) // row, *rows.shape)
+                values[...] = rows.reshape(-1)
+            else:
+                values[...] = raw.view(plain) if plain else _dequantised(raw, tensor)
 
     def read_bytes(self, tensor: Tensor, start: int, out: np.ndarray) -> None:
         """Fills `out`, of uint8, with the stored bytes of the tensor from byte `start` on."""
         self._fill(tensor, start, out)
+
+    def scales_of_rows(self, tensor: Tensor) -> np.ndarray:
+        """Reads the scale of each row of an FP8 tensor that `has_scales_of_rows`: f32 [O]."""
+        assert tensor.scale is not None and tensor.has_scales_of_rows, tensor
+        return self._factors(tensor.scale, 0, tensor.shape[0], 1).reshape(-1)
+
+    def _factors(self, scale: Scale, first: int, rows: int, columns: int) -> np.ndarray:
+        """The factors of `rows` rows from `first` on: [rows, columns], or [rows 1] if equal."""
+        if self._last_scale is None or self._last_scale[0] != scale:
+            stored = np.empty(scale.tensor.size, np.float32)
+            self.read(scale.tensor, 0, stored)
+            if not np.isfinite(stored).all():
+                raise ConversionError([f"{scale.tensor.file} has a scale that is not finite"])
+            self._last_scale = (scale, stored.reshape(scale.tensor.shape))
+        factors = self._last_scale[1][np.arange(first, first + rows) // scale.block[0]]
+        if factors.shape[1] == 1:
+            return factors
+        return np.repeat(factors, scale.block[1], axis=1)[:, :columns]
 
     def _raw(self, nbytes: int) -> np.ndarray:
         if nbytes > self._scratch.size:

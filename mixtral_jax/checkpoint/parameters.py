@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -20,6 +19,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.placement import Placement, checked_dtype
+from mixtral_jax.weight import QUANTIZED, is_quantized
 
 PARAMS = "params"
 # Bytes of one stored chunk: small enough to bound memory, large enough to stream.
@@ -33,7 +33,7 @@ def parameter_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, jax.Sha
 
 
 def count_parameters(config: ModelConfig, dtype: DTypeLike) -> tuple[int, int]:
-    """Returns the number of weights, and the bytes that they and the scales of int8 take."""
+    """Returns the number of weights, and the bytes that they and their scales take."""
     shapes = parameter_shapes(config, dtype)
     weights = sum(array.size for name, array in shapes.items() if not name.endswith(".scale"))
     return weights, stored_bytes(shapes)
@@ -47,10 +47,10 @@ def stored_bytes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
 def loadable_dtype(folder: Path, card: Card, dtype: Any) -> str:
     """Returns what a checkpoint is loaded as when `dtype` is asked for; None asks for the stored.
 
-    Raises ConfigError for what is no dtype of models, and from or to int8.
+    Raises ConfigError for what is no dtype of models, and from or to int8 or fp8.
     """
     name = checked_dtype(card.dtype if dtype is None else dtype)
-    if name != card.dtype and "int8" in (name, card.dtype):
+    if name != card.dtype and (is_quantized(name) or is_quantized(card.dtype)):
         raise ConfigError(
             f"{folder} is stored as {card.dtype} and cannot be loaded as {name}; convert the "
             f"weights anew with --dtype {name}"
@@ -63,10 +63,11 @@ def chunk_shape(array: jax.ShapeDtypeStruct, chunk_bytes: int = CHUNK_BYTES) -> 
 
     Trailing axes stay whole; leading axes are cut into equal parts until a chunk is small enough.
     Parts are equal because Zarr stores the last chunk in full size even where the array ends
-    inside it. An int8 array is cut as the float32 that it is made of.
+    inside it. An array of int8 or fp8 is cut as the float32 that it is made of.
     """
     shape = list(array.shape)
-    itemsize = 4 if array.dtype == jnp.int8 else np.dtype(array.dtype).itemsize
+    dtype = np.dtype(array.dtype)
+    itemsize = 4 if dtype in QUANTIZED.values() else dtype.itemsize
     for axis, size in enumerate(shape):
         rest = math.prod(shape[axis + 1 :]) * itemsize
         limit = max(1, chunk_bytes // rest)

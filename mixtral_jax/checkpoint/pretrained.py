@@ -91,8 +91,8 @@ def load(
         path: a folder that `mixtral-jax convert` made, or "tiny-random", a toy without files.
         mesh: "auto" for all devices, a text such as "expert=8,tensor=1", a mesh, or None for one
             device.
-        dtype: float32 or bfloat16; None keeps the stored one. int8 is for what is stored so, or
-            the toy.
+        dtype: float32 or bfloat16; None keeps the stored one. int8 and fp8 are for what is
+            stored so, or the toy.
         dp_attention: splits sequences, not heads, over the mesh's expert axis.
 
     The tokenizer is None, and a warning is logged, where it is missing or not supported.

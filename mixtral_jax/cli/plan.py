@@ -36,7 +36,7 @@ def plan(
         Path | None, typer.Option(help="Checkpoint folder instead; only its config is read.")
     ] = None,
     dtype: Annotated[
-        Literal["bfloat16", "int8", "float32"] | None,
+        Literal["bfloat16", "int8", "fp8", "float32"] | None,
         typer.Option(help="Type of the weights; default: as stored, bfloat16 for --model."),
     ] = None,
     kv_dtype: Annotated[
@@ -86,7 +86,12 @@ def plan(
 
     sizes = topologies(topology)
     config, stored = _model(model, checkpoint)
-    if dtype is not None and stored is not None and "int8" in (dtype, stored) and dtype != stored:
+    if (
+        dtype is not None
+        and stored is not None
+        and {"int8", "fp8"} & {dtype, stored}
+        and dtype != stored
+    ):
         raise UserError(
             f"{checkpoint} is stored as {stored}; to plan for {dtype}, convert the weights with "
             f"--dtype {dtype}, or give --model"

@@ -9,9 +9,11 @@ a folder beside this file:
     gpu   Pallas by way of Triton
     tpu   JAX's own collection of kernels, and a grouped product of ours for int8
 
-A maker's function computes by `xla` itself where its tiles do not fit.
+A maker's function computes by `xla` itself where its tiles do not fit, and what it does not take:
+products with fp8 are XLA's everywhere.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -22,7 +24,7 @@ from jax.sharding import Mesh
 from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries, Segments
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.layout import Layout
-from mixtral_jax.weight import Weight
+from mixtral_jax.weight import Weight, is_quantized
 
 Attended = tuple[FlatQueries, Pages]
 
@@ -77,8 +79,8 @@ class Kernels:
     # Tokens of a page. Prompts share whole pages, so small ones are found again more often; but a
     # kernel fetches page by page, and an accelerator's memory wants kilobytes at once.
     page_size: int
-    # The dtype of what flows between int8 weights.
-    activation_dtype_between_int8: str
+    # The dtype of what flows between weights of int8 or fp8.
+    activation_dtype_between_rounded: str
     # Dtypes of cached keys and values beside the activations' own.
     kv_dtypes: frozenset[str]
     # Heads of a multiple of so many values give a row the same bits whatever runs beside it;
@@ -90,7 +92,7 @@ class Kernels:
 
     def activation_dtype(self, dtype: str) -> str:
         """The dtype of what flows between weights of `dtype`."""
-        return self.activation_dtype_between_int8 if dtype == "int8" else dtype
+        return self.activation_dtype_between_rounded if is_quantized(dtype) else dtype
 
     def with_gradients(self) -> "Kernels":
         """The same record with XLA's form for every function that has no gradient."""
@@ -103,12 +105,38 @@ class Kernels:
         return replace(self, **changed)
 
 
-def kernels_for(platform: str) -> Kernels:
+def multiplies_fp8(device: jax.Device) -> bool:
+    """Says whether a device, present or absent, multiplies float8_e4m3fn by itself.
+
+    NVIDIA's do from compute capability 8.9 on (Ada, Hopper), and TPUs from v7 on.
+    """
+    if device.platform == "tpu":
+        version = re.search(r"\d+", device.device_kind)
+        return version is not None and int(version[0]) >= 7
+    # AMD's is a name, such as gfx942, whose fp8 is another format.
+    capability = str(getattr(device, "compute_capability", None))
+    if not re.fullmatch(r"\d+\.\d+", capability):
+        return False
+    return tuple(map(int, capability.split("."))) >= (8, 9)
+
+
+def kernels_for(platform: str, *, multiplies_fp8: bool = False) -> Kernels:
     """Makes the record for devices of a platform, as JAX names it: cpu, gpu (cuda, rocm) or tpu.
 
-    "xla" gives the forms that any backend computes. Raises ValueError for another name. On CPU the
-    kernels are compiled here, if they were not before; no other platform compiles C++.
+    "xla" gives the forms that any backend computes. With `multiplies_fp8`, rows that meet fp8
+    weights are rounded to fp8 too. Raises ValueError for another name. On CPU the kernels are
+    compiled here, if they were not before; no other platform compiles C++.
     """
+    kernels = _kernels_for(platform)
+    if not multiplies_fp8:
+        return kernels
+    from mixtral_jax.kernels.xla import products
+
+    assert kernels.linear is products.linear, "no maker with a product of its own multiplies fp8"
+    return replace(kernels, linear=products.linear_in_fp8)
+
+
+def _kernels_for(platform: str) -> Kernels:
     from mixtral_jax.kernels.xla import attention, low_rank, moves, order, products
 
     oracle = Kernels(
@@ -132,7 +160,7 @@ def kernels_for(platform: str) -> Kernels:
         ),
         max_dense_tokens=0,
         page_size=16,
-        activation_dtype_between_int8="float32",
+        activation_dtype_between_rounded="float32",
         kv_dtypes=frozenset({"int8", "float8_e4m3fn"}),
         deterministic_heads=None,
     )
@@ -184,7 +212,7 @@ def _gpu(oracle: Kernels) -> Kernels:
         can_move_rows=moves.can_move_rows_ragged,
         max_dense_tokens=128,
         page_size=64,
-        activation_dtype_between_int8="bfloat16",
+        activation_dtype_between_rounded="bfloat16",
     )
 
 
@@ -202,7 +230,7 @@ def _tpu(oracle: Kernels) -> Kernels:
         can_move_rows=moves.can_move_rows_ragged,
         max_dense_tokens=128,
         page_size=128,
-        activation_dtype_between_int8="bfloat16",
+        activation_dtype_between_rounded="bfloat16",
         # An int8 page's rows of H + 4 bytes take more room here than bfloat16's, not less.
         kv_dtypes=frozenset({"float8_e4m3fn"}),
     )

@@ -1,9 +1,9 @@
 """The small layers: RMSNorm, rotary embedding, Linear, Embedding, FeedForward.
 
 Weights keep the `[out, in]` order that Hugging Face stores, so a converter copies bytes, and
-matrix products contract the weight's last axes, which is the fast order on CPU. With dtype int8
-everything between the products, and small weights (norms, routers), stays in the placement's
-activation dtype.
+matrix products contract the weight's last axes, which is the fast order on CPU. With dtype int8 or
+fp8 everything between the products, and small weights (norms, routers), stays in the placement's
+activation dtype; with fp8 the embedding and the head as well.
 
 Every layer has two forms: `full` (differentiable) for whole sequences, and `paged` (serving); both
 by the placement's kernels. Under a mesh the full form sees whole arrays, and the compiler splits
@@ -26,8 +26,8 @@ from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter, LowRank
 from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters, Stack, add_stacks
 from mixtral_jax.model.capture import NOTHING, Capture
-from mixtral_jax.placement import Placement
-from mixtral_jax.weight import Weight
+from mixtral_jax.placement import Placement, checked_dtype
+from mixtral_jax.weight import QUANTIZED, Weight, is_quantized
 
 
 def parameter(axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> nnx.Param:
@@ -168,15 +168,16 @@ def paged_together(
 def weight_parameters(
     outputs: str, inputs: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None
 ) -> tuple[nnx.Param, nnx.Param | None]:
-    """Makes a weight and, for int8, the float32 scales of its outputs."""
-    if jnp.dtype(dtype) != jnp.int8:
+    """Makes a weight and, for int8 and fp8, the float32 scales of its outputs."""
+    name = checked_dtype(dtype)
+    if not is_quantized(name):
         return parameter(outputs + inputs, config, dtype, rngs), None
     weight = parameter(outputs + inputs, config, jnp.float32, rngs)
     scale = parameter(outputs, config, jnp.float32, None)
     if rngs is None:
-        weight.set_value(jax.ShapeDtypeStruct(weight.shape, jnp.int8))
+        weight.set_value(jax.ShapeDtypeStruct(weight.shape, QUANTIZED[name]))
         return weight, scale
-    rounded = Weight.quantized(weight[...].reshape(*weight.shape[: len(outputs)], -1))
+    rounded = Weight.quantized(weight[...].reshape(*weight.shape[: len(outputs)], -1), name)
     weight.set_value(rounded.values.reshape(weight.shape))
     scale.set_value(rounded.scale)
     return weight, scale
@@ -191,7 +192,7 @@ class Embedding(nnx.Module):
     """Rows of a table for tokens, and, where embeddings are tied, the head that scores them."""
 
     def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
-        self.weight, self.scale = weight_parameters("V", "D", config, placement.dtype, rngs)
+        self.weight, self.scale = weight_parameters("V", "D", config, placement.table_dtype, rngs)
         self.layout = placement.layout
 
     def full(self, tokens: jax.Array) -> Hidden:

@@ -11,6 +11,7 @@ from flax import nnx
 from mixtral_jax.errors import AdapterError
 from mixtral_jax.model.adapter import Adapter, adapter_letters, weight_name
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.weight import is_quantized
 
 
 def merge(model: Transformer, adapter: Adapter) -> Transformer:
@@ -24,12 +25,12 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
         model: float32 or bfloat16, whole or split over a mesh.
         adapter: as `load_adapter` gives it, with its scaling in B.
 
-    Raises AdapterError for an int8 model, which an adapter can only run beside.
+    Raises AdapterError for a model of int8 or fp8, which an adapter can only run beside.
     """
-    if model.placement.dtype == "int8":
+    if is_quantized(model.placement.dtype):
         raise AdapterError(
-            "W + BA of int8 weights would be rounded anew with other scales; run the adapter "
-            "beside the model (model(tokens, adapter)), or load weights of bfloat16"
+            f"W + BA of {model.placement.dtype} weights would be rounded anew with other scales; "
+            "run the adapter beside the model (model(tokens, adapter)), or load weights of bfloat16"
         )
     changed: dict[str, Any] = {}
     for layer, target, low in adapter.pairs():

@@ -116,7 +116,11 @@ class Transformer(nnx.Module):
         self.embed = Embedding(config, placement, rngs)
         self.layers = nnx.List([Block(config, placement, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config, placement, rngs)
-        self.head = None if config.tied_embeddings else Linear("V", "D", config, placement, rngs)
+        self.head = (
+            None
+            if config.tied_embeddings
+            else Linear("V", "D", config, placement, rngs, placement.table_dtype)
+        )
         if self.layout is not None:
             for variable in named_parameters(self).values():
                 variable.set_value(_placed(variable.get_value(), variable, self.layout))

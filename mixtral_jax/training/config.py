@@ -12,6 +12,7 @@ from typing import Any
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.adapter import AdapterConfig
+from mixtral_jax.weight import is_quantized
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "objective": ("supervised", "preference"),
@@ -155,10 +156,10 @@ class TrainingConfig:
         """Raises ConfigError for what a model of this config and dtype cannot be trained with."""
         if self.adapter is not None:
             self.adapter.check(model)
-        elif dtype == "int8":
+        elif is_quantized(dtype):
             raise ConfigError(
-                "the weights are int8, which full fine-tuning cannot change by small steps; train "
-                "an adapter, or give --dtype bfloat16"
+                f"the weights are {dtype}, which full fine-tuning cannot change by small steps; "
+                "train an adapter, or give --dtype bfloat16"
             )
         if not model.is_moe and (self.router_aux_coefficient or self.router_z_coefficient):
             raise ConfigError(

@@ -13,7 +13,7 @@ from pathlib import Path
 PROMPT = "Once upon a time"
 DATA = {
     "mixtral_jax": ["py.typed", "kernels/cpu/*.cc", "kernels/cpu/*.h"],
-    "convert": ["calibration.txt"],
+    "convert.quantize": ["calibration.txt"],
     "serving": ["proto/*.proto", "proto/*.pyi"],
 }
 

@@ -223,9 +223,14 @@ def write_hf(
 
 
 def write_consolidated(folder: Path, params: Mapping[str, Any], hf: Tensors) -> Path:
+    return write_params(folder, params, consolidated(hf))
+
+
+def write_params(folder: Path, params: Mapping[str, Any], weights: Tensors) -> Path:
+    """Mistral's own files, of tensors that have its names."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(dict(params)))
-    save_file(consolidated(hf), folder / "consolidated.safetensors")
+    save_file(weights, folder / "consolidated.safetensors")
     return folder
 
 

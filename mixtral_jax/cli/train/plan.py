@@ -93,7 +93,7 @@ def job_of(
         training = replace(training, steps=training.warmup_steps + _STEPS, epochs=None)
     config, stored = _model(settings.model)
     dtype = settings.dtype or stored or "bfloat16"
-    if stored is not None and "int8" in (dtype, stored) and dtype != stored:
+    if stored is not None and {"int8", "fp8"} & {dtype, stored} and dtype != stored:
         raise UserError(
             f"{settings.model} is stored as {stored}; to plan for {dtype}, convert the weights "
             f"with --dtype {dtype}, or give the name of a published model"

@@ -1,7 +1,7 @@
 """Products, norm and SwiGLU on CPU, by the kernels of products.cc; gradients by gradients.cc.
 
 The kernels take and give float32; weights are float32, or int8 with a float32 scale per output.
-Other dtypes are computed by the XLA forms: a bfloat16 model on CPU is for trying things out.
+Other dtypes are computed by the XLA forms: a bfloat16 or fp8 model on CPU is for trying things out.
 
 Gradients are those of the XLA forms: with int8 they pass straight through the rounding. Slopes are
 not rounded, but for `linear` of many rows by int8 on processors that multiply bytes: to 15 bits and
@@ -28,7 +28,7 @@ _MOST_OUTPUTS = 16384
 
 def linear(x: jax.Array, weights: Sequence[Weight]) -> list[jax.Array]:
     """`xla.linear`: x [R I] f32 -> one [R O] for each weight [O I]; all are of one dtype."""
-    if x.dtype != jnp.float32:
+    if x.dtype != jnp.float32 or any(weight.is_fp8 for weight in weights):
         return xla.linear(x, weights)
     return _linear(x, list(weights))
 
@@ -81,7 +81,7 @@ def grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
 
     x [M I] f32, sizes [E] -> [M O]. Rows behind the last group give zeros.
     """
-    if x.dtype != jnp.float32:
+    if x.dtype != jnp.float32 or weight.is_fp8:
         return xla.grouped(x, sizes, weight)
     return _grouped(x, sizes.astype(jnp.int32), weight)
 

@@ -32,7 +32,7 @@ def grouped(
     The gradient of x is by the same kernel; that of a float weight, for which training adapters
     never asks, by XLA. int8 as in `xla.product`.
     """
-    if not _fits(weight):
+    if weight.is_fp8 or not _fits(weight):
         return xla.grouped(x, sizes, weight)
     return _grouped(interpret, x, sizes.astype(jnp.int32), weight)
 

@@ -29,7 +29,7 @@ def grouped(
     Floats are multiplied by megablox, int8 by a kernel of the same walk over tiles. Gradients are
     by megablox; for that of int8, as in `xla.product`, the weights are widened to the dtype of x.
     """
-    if not _fits(weight):
+    if weight.is_fp8 or not _fits(weight):
         return xla.grouped(x, sizes, weight)
     return _grouped(interpret, x, sizes.astype(jnp.int32), weight)
 

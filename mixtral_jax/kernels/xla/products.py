@@ -1,13 +1,14 @@
 """Products, norm and SwiGLU in XLA: the meaning of every other maker's."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.weight import Weight, round_rows
+from mixtral_jax.weight import Weight, round_rows, round_rows_fp8
 
 # y[M, out] = x[M, in] @ w[E, out, in]^T, rows of x in E groups: contracts the weight's last axis.
 _GROUPED = jax.lax.RaggedDotDimensionNumbers(
@@ -28,82 +29,116 @@ def linear(x: jax.Array, weights: Sequence[Weight]) -> list[jax.Array]:
     return [product(x, weight) for weight in weights]
 
 
-def product(x: jax.Array, weight: Weight) -> jax.Array:
+def linear_in_fp8(x: jax.Array, weights: Sequence[Weight]) -> list[jax.Array]:
+    """`linear` on devices that multiply fp8: its rows are rounded to fp8 as well (W8A8)."""
+    return [product(x, weight, rounds_to_fp8=True) for weight in weights]
+
+
+def product(x: jax.Array, weight: Weight, *, rounds_to_fp8: bool = False) -> jax.Array:
     """x [R I] -> [R O] for a weight [O I], in the dtype of x.
 
-    The gradient of an int8 product passes straight through the rounding of x (arXiv:1308.3432), as
-    if the product were `x @ (values * scale)^T`; int8 values themselves have none.
+    The rows that meet int8 are rounded to it. Those that meet fp8 stay as they are, and the weight
+    is widened to their dtype, which is exact, unless `rounds_to_fp8`; sums are float32.
+
+    The gradient passes straight through the rounding of x (arXiv:1308.3432), as if the product were
+    `x @ (values * scale)^T`; rounded values themselves have none.
     """
     if weight.scale is None:
         return jnp.einsum("RI,OI->RO", x, weight.values)
-    return _product_int8(x, weight.values, weight.scale)
+    return _product_scaled(rounds_to_fp8, x, weight.values, weight.scale)
 
 
-@jax.custom_vjp
-def _product_int8(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    rows, x_scale = round_rows(x)
-    # XLA:CPU has no fast path for fewer than eight rows of int8.
-    rows = jnp.pad(rows, ((0, max(0, 8 - x.shape[0])), (0, 0)))
-    total = jnp.einsum("RI,OI->RO", rows, values, preferred_element_type=jnp.int32)
+def _factors(
+    rounds_to_fp8: bool, x: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Rows and values as they are multiplied, of one dtype, and the scales of rounded rows [R]."""
+    if values.dtype == jnp.int8:
+        rows, scale = round_rows(x)
+        return rows, values, scale
+    if rounds_to_fp8:
+        rows, scale = round_rows_fp8(x)
+        return rows, values, scale
+    return x, values.astype(x.dtype), None
+
+
+def _sums_of(rows: jax.Array) -> Any:
+    """The dtype in which products of such rows are summed up."""
+    return jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product_scaled(
+    rounds_to_fp8: bool, x: jax.Array, values: jax.Array, scale: jax.Array
+) -> jax.Array:
+    rows, values, x_scale = _factors(rounds_to_fp8, x, values)
+    if rows.dtype == jnp.int8:
+        # XLA:CPU has no fast path for fewer than eight rows of int8.
+        rows = jnp.pad(rows, ((0, max(0, 8 - x.shape[0])), (0, 0)))
+    total = jnp.einsum("RI,OI->RO", rows, values, preferred_element_type=_sums_of(rows))
     total = total[: x.shape[0]].astype(jnp.float32)
-    return (total * (x_scale[:, None] * scale[None, :])).astype(x.dtype)
+    factor = scale[None, :] if x_scale is None else x_scale[:, None] * scale[None, :]
+    return (total * factor).astype(x.dtype)
 
 
-_Int8Residuals = tuple[jax.Array, jax.Array, jax.Array]
+_Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _product_int8_forward(
-    x: jax.Array, values: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, _Int8Residuals]:
-    return _product_int8(x, values, scale), (x, values, scale)
+def _product_scaled_forward(
+    rounds_to_fp8: bool, x: jax.Array, values: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, _Residuals]:
+    return _product_scaled(rounds_to_fp8, x, values, scale), (x, values, scale)
 
 
-def _product_int8_backward(
-    residuals: _Int8Residuals, dy: jax.Array
+def _product_scaled_backward(
+    rounds_to_fp8: bool, residuals: _Residuals, dy: jax.Array
 ) -> tuple[jax.Array, None, jax.Array]:
     x, values, scale = residuals
     scaled = (dy.astype(jnp.float32) * scale[None, :]).astype(dy.dtype)
     dx = jnp.einsum("RO,OI->RI", scaled, values.astype(dy.dtype))
     # Computed only where somebody asks for it: jit drops what is not used.
-    unscaled = _product_int8(x.astype(jnp.float32), values, jnp.ones_like(scale))
+    ones = jnp.ones_like(scale)
+    unscaled = _product_scaled(rounds_to_fp8, x.astype(jnp.float32), values, ones)
     return dx, None, jnp.sum(dy.astype(jnp.float32) * unscaled, axis=0)
 
 
-_product_int8.defvjp(_product_int8_forward, _product_int8_backward)
+_product_scaled.defvjp(_product_scaled_forward, _product_scaled_backward)
 
 
 def grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
     """Rows in E groups, each against its own expert: x [M I], sizes [E], weight [E O I] -> [M O].
 
-    Rows behind the last group have unspecified values, and a gradient of zero. That of int8 is as
-    in `product`.
+    Rows behind the last group have unspecified values, and a gradient of zero. int8 and fp8 are as
+    in `product`; the experts of fp8 are widened for the product, so rows are not rounded to it.
     """
     if weight.scale is None:
         return jax.lax.ragged_dot_general(x, weight.values, sizes, _GROUPED)
-    return _grouped_int8(x, sizes, weight.values, weight.scale)
+    return _grouped_scaled(x, sizes, weight.values, weight.scale)
 
 
 @jax.custom_vjp
-def _grouped_int8(x: jax.Array, sizes: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    rows, x_scale = round_rows(x)
-    total = jax.lax.ragged_dot_general(
-        rows, values, sizes, _GROUPED, preferred_element_type=jnp.int32
-    )
-    scale = scale[expert_of_row(sizes, x.shape[0])]
-    return (total.astype(jnp.float32) * (x_scale[:, None] * scale)).astype(x.dtype)
-
-
-_GroupedInt8Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
-
-def _grouped_int8_forward(
+def _grouped_scaled(
     x: jax.Array, sizes: jax.Array, values: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, _GroupedInt8Residuals]:
-    return _grouped_int8(x, sizes, values, scale), (x, sizes, values, scale)
+) -> jax.Array:
+    rows, values, x_scale = _factors(False, x, values)
+    total = jax.lax.ragged_dot_general(
+        rows, values, sizes, _GROUPED, preferred_element_type=_sums_of(rows)
+    )
+    factor = scale[expert_of_row(sizes, x.shape[0])]
+    factor = factor if x_scale is None else x_scale[:, None] * factor
+    return (total.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def _grouped_int8_backward(
-    residuals: _GroupedInt8Residuals, dy: jax.Array
+_GroupedResiduals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _grouped_scaled_forward(
+    x: jax.Array, sizes: jax.Array, values: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, _GroupedResiduals]:
+    return _grouped_scaled(x, sizes, values, scale), (x, sizes, values, scale)
+
+
+def _grouped_scaled_backward(
+    residuals: _GroupedResiduals, dy: jax.Array
 ) -> tuple[jax.Array, None, None, jax.Array]:
     x, sizes, values, scale = residuals
     expert = expert_of_row(sizes, len(x))
@@ -112,12 +147,12 @@ def _grouped_int8_backward(
     scaled = (wide * scale[expert]).astype(dy.dtype)
     dx = jax.lax.ragged_dot_general(scaled, values.astype(dy.dtype), sizes, _GROUPED_BACK)
     # Computed only where somebody asks for it: jit drops what is not used.
-    unscaled = _grouped_int8(x.astype(jnp.float32), sizes, values, jnp.ones_like(scale))
+    unscaled = _grouped_scaled(x.astype(jnp.float32), sizes, values, jnp.ones_like(scale))
     d_scale = gradient_of_scales(wide, unscaled, sizes)
     return jnp.where(is_used, dx, jnp.zeros((), dx.dtype)), None, None, d_scale
 
 
-_grouped_int8.defvjp(_grouped_int8_forward, _grouped_int8_backward)
+_grouped_scaled.defvjp(_grouped_scaled_forward, _grouped_scaled_backward)
 
 
 def gradient_of_scales(slope: jax.Array, unscaled: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""quantize: from float weights to int8 with one scale for each output (W8A8), smoothed.
+"""int8: from float weights to int8 with one scale for each output (W8A8), smoothed.
 
 A few channels of a model's activations are far larger than the others, and one scale for a whole
 row of them leaves the others few steps. SmoothQuant (arXiv:2211.10438) divides channel j by

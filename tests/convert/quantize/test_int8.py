@@ -18,7 +18,7 @@ from convert.convert import convert
 from convert.errors import ConversionError
 from convert.export import export
 from convert.pieces import ParameterPiece
-from convert.quantize import ALPHA, quantize, smoothing
+from convert.quantize.int8 import ALPHA, quantize, smoothing
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.checkpoint import restore
 from mixtral_jax.checkpoint.folder import Card
@@ -40,7 +40,7 @@ CONFIGS = {
 GENERATOR = np.random.default_rng(0)
 IDS = GENERATOR.integers(0, sources.V, 642).tolist()  # two windows of the whole context
 TOKENS = GENERATOR.integers(0, sources.V, (2, 24), np.int32)
-ALICE = Path(__file__).parents[1] / "golden" / "alice.txt"
+ALICE = Path(__file__).parents[2] / "golden" / "alice.txt"
 
 both = pytest.mark.parametrize("kind", CONFIGS)
 
