@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
 
-# What values with scales are stored as, by the name of a model's dtype.
+# The dtypes of values with scales, by the name of a model's dtype.
 QUANTIZED: Mapping[str, jnp.dtype] = MappingProxyType(
     {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
 )
@@ -61,7 +61,7 @@ def round_rows(x: Float[Array, "*R I"]) -> tuple[Int8[Array, "*R I"], Float32[Ar
 
     A row of zeros has the scale 0.
     """
-    rows, scale = _scaled(x, 127)
+    rows, scale = _scaled(x, 127.0)
     return jnp.round(rows).astype(jnp.int8), scale
 
 

@@ -61,7 +61,7 @@ def holds_fp8(tensors: Iterable[Tensor]) -> bool:
 
 @dataclass
 class Lost:
-    """What rounding changed, over the weights that were not kept: sums of squares."""
+    """The change that rounding makes to the weights that are not kept: sums of squares."""
 
     parameters: int = 0
     weights: float = 0.0

@@ -41,7 +41,7 @@ _UNUSED = {
     "mistral": ("qscale_act",),
     "gguf": (),
 }
-# Of symmetric schemes, and no others are read: zeros.
+# Zeros, as no schemes but symmetric ones are read.
 _ZEROS = ("weight_zero_point", "input_zero_point")
 
 

@@ -33,7 +33,7 @@ class CompileJob:
 
     Attributes:
         model: sizes of the model.
-        dtype: float32, bfloat16 or int8; the dtype of the weights.
+        dtype: float32, bfloat16, int8 or fp8; the dtype of the weights.
         kv_dtype: int8, float8_e4m3fn, or None for keys and values in the activations' dtype.
         topology: the chips' name, such as tpu:v5e:2x4.
         mesh: sizes of the mesh axes as `--mesh` takes them, such as data=1,expert=8,tensor=1.

@@ -40,7 +40,7 @@ class TrainingJob:
 
     Attributes:
         model: sizes of the model.
-        dtype: float32, bfloat16 or int8; the dtype of its weights.
+        dtype: float32, bfloat16, int8 or fp8; the dtype of its weights.
         topology: the chips' name, such as tpu:v5e:2x4.
         mesh: as `train --mesh` takes it, such as data=8,expert=1,tensor=1, or auto.
         training: the settings, in which `steps` is known.

@@ -41,6 +41,7 @@ class Chip:
         bandwidth: bytes a second of that memory.
         bf16: peak operations a second in bfloat16; a multiply-add counts as two.
         int8: peak operations a second in int8.
+        fp8: likewise in float8_e4m3fn, summed up in float32; None where it is widened to bfloat16.
         network: bytes a second that one chip sends in a ring of chips.
         latency: seconds that a collective takes from one chip to the next.
         slices: sizes that can be had, from small to large.
@@ -59,12 +60,15 @@ class Chip:
     name: str
     device_kinds: tuple[str, ...] = ()
     devices: int = 1
+    fp8: float | None = None
 
     def peak(self, dtype: str) -> float:
         """Peak operations a second in products with weights of this dtype.
 
         Products in float32 are taken to run at half the rate of bfloat16.
         """
+        if dtype == "fp8":
+            return self.fp8 or self.bf16
         return self.int8 if dtype == "int8" else self.bf16 / (2 if dtype == "float32" else 1)
 
 
@@ -115,6 +119,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
             bandwidth=3690e9,
             bf16=1153e12,
             int8=1153e12,
+            fp8=2307e12,
             network=200e9,
             latency=1e-6,
             slices=("1x1x1", *_CUBES),
@@ -150,6 +155,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
             bandwidth=3352e9,
             bf16=989e12,
             int8=1979e12,
+            fp8=1979e12,
             network=450e9,
             latency=2e-6,
             slices=_SERVERS,
@@ -161,6 +167,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
             bandwidth=4800e9,
             bf16=989e12,
             int8=1979e12,
+            fp8=1979e12,
             network=450e9,
             latency=2e-6,
             slices=_SERVERS,
@@ -172,6 +179,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
             bandwidth=8000e9,
             bf16=2250e12,
             int8=4500e12,
+            fp8=4500e12,
             network=900e9,
             latency=2e-6,
             slices=_SERVERS,
@@ -183,6 +191,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
             bandwidth=300e9,
             bf16=121e12,
             int8=242e12,
+            fp8=242e12,
             network=32e9,
             latency=1e-5,
             slices=_SERVERS,
@@ -194,6 +203,7 @@ CHIPS: dict[str, dict[str, Chip]] = {
             bandwidth=1008e9,
             bf16=165e12,
             int8=660e12,
+            fp8=330e12,
             network=32e9,
             latency=1e-5,
             slices=("1", "2", "4"),

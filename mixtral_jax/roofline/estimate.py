@@ -232,7 +232,7 @@ class Estimate:
         chip = self.topology.chip
         return EstimatedSeconds(
             memory=self.moved_bytes(tokens, sequences) / chip.bandwidth,
-            compute=self.operations(tokens, attended) / chip.peak(self.workload.dtype),
+            compute=self.operations(tokens, attended) / chip.peak(self.workload.product_dtype),
             network=self.network_seconds(*self.collectives(tokens)),
             launch=launch_seconds(self.num_arguments, self.topology.chips),
         )

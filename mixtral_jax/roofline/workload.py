@@ -16,7 +16,7 @@ class Workload:
 
     Attributes:
         model: sizes of the model.
-        dtype: float32, bfloat16 or int8; the dtype of the weights.
+        dtype: float32, bfloat16, int8 or fp8; the dtype of the weights.
         kv_dtype: int8, float8_e4m3fn, or None for keys and values in the activations' dtype.
         batch: sequences that are decoded together.
         context: tokens of each sequence, prompt and answer together.
@@ -48,6 +48,11 @@ class Workload:
         if self.model.sliding_window is None:
             return pages
         return min(pages, -(-(self.model.sliding_window - 1) // self.page_size) + 1)
+
+    @property
+    def product_dtype(self) -> str:
+        """The dtype at whose rate most products run: experts of fp8 are widened to bfloat16."""
+        return "bfloat16" if self.dtype == "fp8" and self.model.is_moe else self.dtype
 
     @property
     def attended_tokens(self) -> int:
