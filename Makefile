@@ -19,7 +19,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto s
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve chat quick test newest soak check format proto docs dist smoke bench \
-	plan-matrix training-matrix notebooks clean
+	plan-matrix settings-table training-matrix notebooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ checkpoints/smollm2-135m-instruct-int8/config.json: | install
 plan-matrix: $(VENV)/.tested ## Compile full-size models, served and trained, and write the tables of memory in docs/numbers.md
 	$(BIN)/python -m benchmarks.plan_matrix $(ARGS)
 	$(BIN)/python -m benchmarks.training_matrix
+
+settings-table: $(VENV)/.tested ## Write the table of the settings that serve chooses by chip, into docs/numbers.md
+	$(BIN)/python -m benchmarks.settings_table $(ARGS)
 
 training-matrix: $(VENV)/.tested ## The second half of plan-matrix: the training steps alone (ARGS=--help)
 	$(BIN)/python -m benchmarks.training_matrix $(ARGS)

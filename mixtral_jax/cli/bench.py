@@ -52,8 +52,11 @@ def bench(
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     dtype: DtypeOption = None,
     max_step_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum number of new tokens in a step of MODEL.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            min=1, help="Maximum number of new tokens in a step of MODEL; default: by chip."
+        ),
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar=KEY_VARIABLE, help="Key of the server at --url.")
     ] = None,

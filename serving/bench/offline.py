@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from mixtral_jax.checkpoint.pretrained import open_pretrained
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.roofline.settings import GivenSettings, chip_under, settings_by_chip
 from mixtral_jax.sampling_params import SamplingParams
 from serving.bench.load import Answer, BenchError, Level, Progress, summary
 from serving.engine.build import compile_steps, engine_of
 from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
-
-_PAGE_SIZE = 16
 
 
 @dataclass
@@ -38,7 +37,7 @@ class OfflineEngine:
         concurrency: int,
         prompt_tokens: int,
         answer_tokens: int,
-        max_step_tokens: int,
+        max_step_tokens: int | None,
         shared_prefix: int,
     ) -> None:
         """Runs one request first, so that the counted ones find everything ready.
@@ -55,17 +54,19 @@ class OfflineEngine:
                 f"{prompt_tokens} + {answer_tokens} tokens are more than the model's "
                 f"{card.model.max_context}; ask for fewer"
             )
+        given = GivenSettings(max_sequences=concurrency, max_step_tokens=max_step_tokens)
+        settings = settings_by_chip(card.model, placement, chip_under(placement), given)
         limits = Limits(
-            num_pages=concurrency * -(-longest // _PAGE_SIZE),
-            page_size=_PAGE_SIZE,
+            num_pages=concurrency * -(-longest // settings.page_size),
+            page_size=settings.page_size,
             max_sequences=concurrency,
-            max_step_tokens=max(max_step_tokens, concurrency),
+            max_step_tokens=max(settings.max_step_tokens, concurrency),
             max_context=longest,
             max_waiting=concurrency,
             window=card.model.sliding_window,
         )
         abstract = Transformer(card.model, placement, rngs=None)
-        steps = compile_steps(abstract, limits, has_masks=False)
+        steps = compile_steps(abstract, limits, kv_dtype=settings.kv_dtype, has_masks=False)
         self._engine = engine_of(pretrained.load(placement), limits, steps)
         self._vocabulary = card.model.vocab_size
         self._lengths = prompt_tokens, answer_tokens

@@ -23,8 +23,6 @@ from mixtral_jax.roofline.settings import (
 from mixtral_jax.roofline.split import Split
 from mixtral_jax.roofline.workload import unsplit_placement
 from mixtral_jax.sharding import ShardingRules
-from serving.scheduling.scheduler import Scheduler
-from serving.scheduling.step_plan import Limits
 
 MISTRAL = known_model("mistral-7b-instruct-v0.3")
 MIXTRAL = known_model("mixtral-8x7b-v0.1")
@@ -163,29 +161,3 @@ def test_buckets_are_few_and_hold_every_step() -> None:
             assert len(buckets) <= 6 and buckets[-1] == tokens
             assert min(max(rows, 8), tokens) in buckets  # that of a step of answers alone
             assert all(b <= 8.5 * a for a, b in zip(buckets, buckets[1:], strict=False))
-
-
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_settings_of_every_chip_make_limits_that_a_scheduler_takes(
-    platform: str, dtype: str
-) -> None:
-    """Every power of two that is chosen leaves memory, and a step holds all its rows."""
-    placement = placed(MISTRAL, dtype, platform)
-    for chip in CHIPS[platform].values():
-        settings = settings_by_chip(MISTRAL, placement, chip)
-        context = context_that_fits(MISTRAL, placement, chip, settings)
-        if context == 0:  # 7B in bfloat16 is more than a v5e has
-            assert chip.memory < 16 * GIB and dtype == "bfloat16"
-            continue
-        limits = Limits(
-            num_pages=max(1, context // settings.page_size),
-            page_size=settings.page_size,
-            max_sequences=settings.max_sequences,
-            max_step_tokens=settings.max_step_tokens,
-            max_context=context,
-            max_waiting=1,
-        )
-        Scheduler(limits)
-        assert settings.max_step_tokens >= 2 * settings.max_sequences >= 16
-        assert limits.room >= 2048
