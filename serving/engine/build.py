@@ -68,7 +68,8 @@ def compile_steps(
 
     Without `has_masks` no request may have a form, and without `adapters`, the sizes of their
     stacks, none may have an adapter. `counts_experts` is for an engine that has an `ExpertLoad`.
-    Steps are padded to `buckets`, or to the largest step; without any, to those of `step_buckets`.
+    Steps are padded to `buckets`, the largest step among them; without any, to those that
+    `step_buckets` gives.
     """
     sizes = StepSizes(
         num_pages=limits.num_pages,
@@ -76,12 +77,10 @@ def compile_steps(
         max_sequences=limits.max_sequences,
         max_context=limits.max_context,
     )
-    largest = limits.max_step_tokens
     if not buckets:
         few = compiles_few(model.placement)
-        buckets = step_buckets(limits.max_sequences, largest, few)
-    padded = sorted({*(bucket for bucket in buckets if bucket < largest), largest})
-    rows = {bucket: rows_of(bucket, limits) for bucket in padded}
+        buckets = step_buckets(limits.max_sequences, limits.max_step_tokens, few)
+    rows = {bucket: rows_of(bucket, limits) for bucket in buckets}
     return compile_buckets(
         model,
         sizes,
@@ -193,6 +192,9 @@ def prepare(
         model = pool.submit(pretrained.load, placement)
         tokens = placement.num_sequence_groups * limits.num_pages * limits.page_size
         say(f"room for {tokens:,} tokens of all requests together")
+        buckets = _buckets(config, placement, limits)
+        sizes = ",".join(str(size * placement.num_sequence_groups) for size in buckets)
+        say(f"--step-buckets {sizes}: each is a program to compile")
         if stacks is not None:
             slot = slot_bytes(abstract.config, placement, stacks)
             say(f"room for {stacks.slots} adapters of {slot / 1e6:,.0f} MB on each device")
@@ -203,7 +205,7 @@ def prepare(
             settings.kv_dtype,
             adapters=stacks,
             counts_experts=config.expert_metrics,
-            buckets=_buckets(config, placement),
+            buckets=buckets,
         )
         return Prepared(model.result(), limits, steps, placement.mesh_text)
 
@@ -231,7 +233,7 @@ def prepare_loaded(
         settings.kv_dtype,
         has_masks=False,
         adapters=stacks,
-        buckets=_buckets(config, model.placement),
+        buckets=_buckets(config, model.placement, limits),
     )
     return Prepared(model, limits, steps, model.placement.mesh_text)
 
@@ -301,10 +303,15 @@ def _settings(model: Transformer, config: EngineConfig, stacks: StackSizes | Non
     return settings_by_chip(model.config, placement, chip, given, memory)
 
 
-def _buckets(config: EngineConfig, placement: Placement) -> tuple[int, ...]:
-    """Returns the operator's buckets of one partition; none where they are chosen by chip."""
+def _buckets(config: EngineConfig, placement: Placement, limits: Limits) -> tuple[int, ...]:
+    """Returns the buckets of one partition: the operator's, or those that follow from the chip."""
+    if not config.buckets:
+        few = compiles_few(placement)
+        return step_buckets(limits.max_sequences, limits.max_step_tokens, few)
     groups = placement.num_sequence_groups
-    return tuple(sorted({-(-size // groups) for size in config.buckets}))
+    largest = limits.max_step_tokens
+    sizes = {-(-size // groups) for size in config.buckets}
+    return (*sorted(size for size in sizes if size < largest), largest)
 
 
 def _limits(

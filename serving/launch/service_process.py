@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from serving.errors import ServingError, SetupError, Unavailable
 from serving.flags import SERVICE, record
 from serving.launch.adapters import followed_adapters
 from serving.launch.config import ServiceConfig
+from serving.launch.gpu_memory import take_gpu_memory
 from serving.launch.profiling import JaxTracer, Profiling
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
 from serving.observe.logs import set_up
@@ -78,6 +80,7 @@ def _serve(given: dict[str, Any]) -> None:
     rank = record(Rank.of_flags, given)
     end_with_parent()
     raise_open_files()
+    take_gpu_memory(os.environ)
     set_up("serving", service.log_format)
     profiling = Profiling(service.profile, service.profile_seconds, JaxTracer())
     profiling.listen()
