@@ -1,7 +1,8 @@
 """Reads stored arrays straight onto the shards of their devices, within a bound of memory.
 
 A process holds the shards of its own devices, once, and `BYTES_IN_FLIGHT` of chunks that are being
-read; where devices have a memory of their own, the host holds the shards of two parameters at most.
+read, of as many parameters as these are; where devices have a memory of their own, the host holds
+the shards of those and of two more.
 
 Orbax's own `load` begins all shards at once, reads each into an array of the host and copies that
 to the device: each of four processes that restore 6 GB together takes up to 4 GiB more than its
@@ -9,16 +10,18 @@ part. Its `read_concurrent_bytes` does not help, as it refuses a shard whose chu
 that in all, and where the inputs of experts are split those are the whole matrix of a layer.
 
 On CPU the array of the host becomes that of the device: XLA takes aligned memory as it is. A device
-that holds the same shard as another shares its memory then. Files are mapped into memory, so that
-chunks that are being read are not copied from the page cache first.
+that holds the same shard as another shares its memory then. Chunks are read by plain reads and then
+copied: files that are mapped into memory are read a page fault at a time, by one thread a chunk,
+which is slower on every disk and far slower on one behind a network.
 """
 
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,6 +42,8 @@ BYTES_IN_FLIGHT = 256 << 20
 _CACHE_BYTES = 64 << 20
 # XLA:CPU takes over memory that is aligned to so many bytes without a copy.
 _ALIGNMENT = 64
+# Arrays that a device with a memory of its own copies from the host's at the same time.
+_TRANSFERS = 2
 _REMEDY = "copy the checkpoint or convert it again"
 
 Box = tuple[tuple[int, int], ...]  # start and end in each dimension
@@ -100,9 +105,7 @@ def restore(
     Raises CheckpointError if the names and shapes are not those of the checkpoint, or a file of it
     is damaged.
     """
-    context = ts.Context(
-        {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}, "file_io_mode": {"mode": "memmap"}}
-    )
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     try:
         stored_names = _names(params, context)
     except ValueError as error:
@@ -116,22 +119,58 @@ def restore(
     # All are opened at once, because opening waits for the disk.
     opened = {name: _open(params, name, context) for name in wanted}
     arrays: dict[str, jax.Array] = {}
-    before = None
+    transfers: deque[jax.Array] = deque()
+    pending: deque[_ChunkRead] = deque()
+    num_bytes = 0
+
+    def finish(read: _ChunkRead) -> int:
+        with _damage_named(params, read.name):
+            for copy in read.copies:
+                copy.result()
+        if read.array is not None:
+            arrays[read.name] = read.array.on_devices()
+            # A device copies its shard while others are read; then the host's copy is freed.
+            transfers.append(arrays[read.name])
+            if len(transfers) > _TRANSFERS:
+                jax.block_until_ready(transfers.popleft())
+        return read.num_bytes
+
     for name, want in wanted.items():
-        try:
-            stored = opened[name].result()
-            if stored.shape == want.shape:
-                arrays[name] = _read(stored, want, bytes_in_flight)
-        except ValueError as error:  # tensorstore's, such as of a file cut short
-            raise CheckpointError(f"{params}: {name} is damaged; {_REMEDY} ({error})") from error
+        with _damage_named(params, name):
+            stored = opened.pop(name).result()
         if stored.shape != want.shape:
             raise CheckpointError(
                 f"{params}: {name} has the shape {stored.shape}, not {want.shape}"
             )
-        # A device copies its shard while the next array is read; then the host's copy is freed.
-        jax.block_until_ready(before)
-        before = arrays[name]
-    return arrays
+        array = _Shards(stored, want)
+        chunks = sorted(array.touched)
+        for chunk in chunks:
+            while pending and num_bytes + array.chunk_bytes > bytes_in_flight:
+                num_bytes -= finish(pending.popleft())
+            num_bytes += array.chunk_bytes
+            whole = array if chunk == chunks[-1] else None
+            pending.append(_ChunkRead(name, array.read(chunk), array.chunk_bytes, whole))
+    for read in pending:
+        finish(read)
+    return {name: arrays[name] for name in wanted}
+
+
+class _ChunkRead(NamedTuple):
+    """A chunk that is being read into the shards that it touches."""
+
+    name: str
+    copies: list[Any]  # futures
+    num_bytes: int
+    array: "_Shards | None"  # of the array that is complete with it
+
+
+@contextmanager
+def _damage_named(params: Path, name: str) -> Iterator[None]:
+    """Names the array where tensorstore raises, as it does for a file that was cut short."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{params}: {name} is damaged; {_REMEDY} ({error})") from error
 
 
 def _names(params: Path, context: ts.Context) -> set[str]:
@@ -151,32 +190,50 @@ def _open(params: Path, name: str, context: ts.Context) -> Any:
     return ts.open(spec, context=context, read=True)
 
 
-def _read(stored: Any, want: jax.ShapeDtypeStruct, bytes_in_flight: int) -> jax.Array:
-    """Reads an array chunk by chunk, each into all shards of this process that it touches."""
-    devices: dict[Box, list[jax.Device]] = {}
-    for device, index in want.sharding.addressable_devices_indices_map(want.shape).items():
-        bounds = [extent.indices(size)[:2] for extent, size in zip(index, want.shape, strict=True)]
-        devices.setdefault(tuple(bounds), []).append(device)
-    shards = {
-        box: aligned_memory([end - start for start, end in box], want.dtype) for box in devices
-    }
-    chunk_shape = stored.chunk_layout.read_chunk.shape
-    touched: dict[Box, list[Box]] = {}
-    for box in shards:
-        for chunk in _chunks(box, chunk_shape):
-            touched.setdefault(chunk, []).append(box)
-    chunk_bytes = math.prod(chunk_shape) * stored.dtype.numpy_dtype.itemsize
-    max_pending = max(1, bytes_in_flight // chunk_bytes)
-    source = ts.cast(stored, want.dtype) if stored.dtype.numpy_dtype != want.dtype else stored
-    pending_reads: deque[list[Any]] = deque()
-    for chunk in sorted(touched):
-        if len(pending_reads) == max_pending:
-            _finish(pending_reads.popleft())
-        pending_reads.append([_copy(source, chunk, box, shards[box]) for box in touched[chunk]])
-    for copies in pending_reads:
-        _finish(copies)
-    arrays = [jax.device_put(shards[box], device) for box in devices for device in devices[box]]
-    return jax.make_array_from_single_device_arrays(want.shape, want.sharding, arrays)
+class _Shards:
+    """Memory of the host for the shards of an array that the devices of this process hold.
+
+    Args:
+        stored: the array of tensorstore.
+        want: its shape, dtype and sharding on the devices.
+    """
+
+    def __init__(self, stored: Any, want: jax.ShapeDtypeStruct) -> None:
+        self._want = want
+        self._devices: dict[Box, list[jax.Device]] = {}
+        for device, index in want.sharding.addressable_devices_indices_map(want.shape).items():
+            bounds = [
+                extent.indices(size)[:2] for extent, size in zip(index, want.shape, strict=True)
+            ]
+            self._devices.setdefault(tuple(bounds), []).append(device)
+        self._memory = {
+            box: aligned_memory([end - start for start, end in box], want.dtype)
+            for box in self._devices
+        }
+        chunk_shape = stored.chunk_layout.read_chunk.shape
+        self.touched: dict[Box, list[Box]] = {}
+        """Stored chunks, with the shards that need something of them."""
+        for box in self._memory:
+            for chunk in _chunks(box, chunk_shape):
+                self.touched.setdefault(chunk, []).append(box)
+        dtype = stored.dtype.numpy_dtype
+        self.chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
+        """Stored bytes of a chunk."""
+        self._source = ts.cast(stored, want.dtype) if dtype != want.dtype else stored
+
+    def read(self, chunk: Box) -> list[Any]:
+        """Begins to read a chunk into all shards that it touches; returns futures."""
+        return [_copy(self._source, chunk, box, self._memory[box]) for box in self.touched[chunk]]
+
+    def on_devices(self) -> jax.Array:
+        """Begins to copy the shards, which have been read, to their devices."""
+        parts = [
+            jax.device_put(memory, device)
+            for box, memory in self._memory.items()
+            for device in self._devices[box]
+        ]
+        want = self._want
+        return jax.make_array_from_single_device_arrays(want.shape, want.sharding, parts)
 
 
 def _chunks(box: Box, shape: Sequence[int]) -> Iterator[Box]:
@@ -197,11 +254,6 @@ def _copy(source: Any, chunk: Box, box: Box, shard: np.ndarray) -> Any:
     )
     target = ts.array(shard, copy=False)[ts.d[:].translate_to[[start for start, _ in box]]]
     return target[overlap].write(source[overlap])
-
-
-def _finish(copies: list[Any]) -> None:
-    for copy in copies:
-        copy.result()
 
 
 def aligned_memory(shape: Sequence[int], dtype: Any) -> np.ndarray:
