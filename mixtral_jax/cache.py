@@ -49,6 +49,11 @@ class RaggedBatch(NamedTuple):
     num_decodes: Scalar
     num_sequences: Scalar
 
+    @property
+    def num_tokens(self) -> Scalar:
+        """Number of places that hold a token: those of all sequences, which come first."""
+        return self.query_starts[self.num_sequences]
+
     def sequence_of_token(self) -> FlatTokens:
         """The number of each token's sequence; unspecified for unused places."""
         place = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
@@ -112,8 +117,7 @@ def write(pages: Pages, k: FlatKeys, v: FlatKeys, batch: RaggedBatch) -> Pages:
     num_pages, page_size = pages.shape[:2]
     sequence = batch.sequence_of_token()
     page = batch.page_table[sequence, batch.positions // page_size]
-    used = batch.query_starts[batch.num_sequences]
-    in_use = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < used
+    in_use = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.num_tokens
     # A place out of range is dropped by the scatter.
     page = jnp.where(in_use, page, num_pages)
     heads = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])

@@ -7,10 +7,10 @@ a folder beside this file:
     xla   any backend; the meaning of each operation, to which tests hold the others
     cpu   C++ by JAX's foreign function interface, where a compiler is there; else xla
     gpu   Pallas by way of Triton
-    tpu   JAX's own collection of kernels, and a grouped product of ours for int8
+    tpu   JAX's own collection of kernels, and a grouped product of ours
 
 A maker's function computes by `xla` itself where its tiles do not fit, and what it does not take:
-products with fp8 are XLA's everywhere.
+products with fp8 are XLA's, but for the grouped one on TPU.
 """
 
 import re
@@ -42,6 +42,8 @@ class Kernels:
     linear: Callable[[jax.Array, Sequence[Weight]], list[jax.Array]]
     # (x [M I], sizes [E], weight [E O I]) -> [M O]: rows in groups, each against its own expert
     grouped: Callable[[jax.Array, jax.Array, Weight], jax.Array]
+    # (sizes [E], M, shape of a weight [E O I]) -> number of experts' matrices that `grouped` reads
+    expert_reads: Callable[[Sequence[int], int, jax.ShapeDtypeStruct], float]
     # (ys [R O], x [R I], groups [R], A [G U I] and B [G U O] of each) -> [R O] each: what adapters
     # add to the weights' own products, each row by the one of its group
     add_low_rank: Callable[
@@ -73,8 +75,8 @@ class Kernels:
     after: Callable[[jax.Array, Any], jax.Array]
     # Names of the functions above through which jax.grad goes.
     differentiable: frozenset[str]
-    # Up to so many tokens every expert computes every token: an accelerator reads an expert's
-    # weights for longer than it computes with them, so sorting tokens by expert gains nothing.
+    # Up to so many tokens every expert may compute every token, where nearly all are chosen anyway
+    # (model/expert_load.py): an accelerator reads weights for longer than it computes with them.
     max_dense_tokens: int
     # Tokens of a page. Prompts share whole pages, so small ones are found again more often; but a
     # kernel fetches page by page, and an accelerator's memory wants kilobytes at once.
@@ -143,6 +145,7 @@ def _kernels_for(platform: str) -> Kernels:
         platform="xla",
         linear=products.linear,
         grouped=products.grouped,
+        expert_reads=products.expert_reads,
         add_low_rank=low_rank.add_low_rank,
         norm=products.norm,
         swiglu=products.swiglu,
@@ -154,7 +157,15 @@ def _kernels_for(platform: str) -> Kernels:
         after=order.after,
         differentiable=frozenset(
             {
-                *("linear", "grouped", "add_low_rank", "norm", "swiglu", "full_attention"),
+                *(
+                    "linear",
+                    "grouped",
+                    "expert_reads",
+                    "add_low_rank",
+                    "norm",
+                    "swiglu",
+                    "full_attention",
+                ),
                 *("router_input", "move_rows", "can_move_rows", "after"),
             }
         ),
@@ -205,6 +216,7 @@ def _gpu(oracle: Kernels) -> Kernels:
         oracle,
         platform="gpu",
         grouped=products.grouped,
+        expert_reads=products.expert_reads,
         attend=attention.attend,
         full_attention=blockwise.full_attention,
         router_input=products.router_input,
@@ -224,6 +236,7 @@ def _tpu(oracle: Kernels) -> Kernels:
         oracle,
         platform="tpu",
         grouped=products.grouped,
+        expert_reads=products.expert_reads,
         attend=attention.attend,
         full_attention=attention.full_attention,
         move_rows=moves.move_rows_ragged,

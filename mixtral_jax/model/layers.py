@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mixtral_jax.axes import FlatHidden, FlatTokens, Hidden, Positions
+from mixtral_jax.axes import FlatHidden, FlatTokens, Hidden, Positions, Scalar
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import Kernels
 from mixtral_jax.kernels.xla import products as xla
@@ -244,10 +244,14 @@ class FeedForward(nnx.Module):
             return self.down.full(hidden, adapter.down)
 
     def paged(
-        self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS, capture: Capture = NOTHING
+        self,
+        x: FlatHidden,
+        adapters: Adapters = NO_ADAPTERS,
+        capture: Capture = NOTHING,
+        num_tokens: Scalar | None = None,
     ) -> FlatHidden:
-        """x [T D] -> [T D]; without experts there is nothing to record."""
-        del capture
+        """x [T D] -> [T D]; without experts there is nothing to record, nor to leave out."""
+        del capture, num_tokens
         stacks, slots = adapters
         if self.layout is not None:
             x = self.layout.gather_tokens(x, "F")

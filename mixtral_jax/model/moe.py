@@ -3,9 +3,13 @@
 One sum, four equal forms:
     dense      every expert computes every token, the router's weights pick; the oracle
     ragged     tokens sorted by expert, one grouped product per matrix
-    local      one device's side under a mesh: the ragged form (or, for few tokens, the dense one)
-               on the experts that it holds, for the tokens that it sees; the sums are added up
+    local      one device's side under a mesh: the ragged form (or the dense one) on the experts
+               that it holds, for the tokens that it sees; the sums are added up
     exchanged  the same for many tokens, which travel to their experts and back
+
+Serving takes the ragged form, which reads no expert that nobody chose; an accelerator takes the
+dense one for few tokens that choose nearly all of them (expert_load.py). Places of a step that hold
+no token choose no expert.
 """
 
 from dataclasses import replace
@@ -15,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, FlatTokens, Hidden
+from mixtral_jax.axes import Choice, ChoiceWeights, FlatHidden, FlatTokens, Hidden, Scalar
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import Kernels
 from mixtral_jax.kernels.xla import products as xla
@@ -33,6 +37,7 @@ from mixtral_jax.model.adapter_stack import (
     add_stacks,
 )
 from mixtral_jax.model.capture import NOTHING, Capture
+from mixtral_jax.model.expert_load import computes_every_expert
 from mixtral_jax.model.layers import Linear, weight_of, weight_parameters
 from mixtral_jax.placement import Placement
 from mixtral_jax.weight import Weight
@@ -53,6 +58,12 @@ def route(logits: jax.Array, experts_per_token: int) -> tuple[Choice, ChoiceWeig
     """
     top, choice = jax.lax.top_k(logits.astype(jnp.float32), experts_per_token)
     return choice, jax.nn.softmax(top, axis=-1)
+
+
+def without_padding(choice: Choice, num_tokens: Scalar, num_experts: int) -> Choice:
+    """The choice [T X] with E in place of every expert from token `num_tokens` on: none at all."""
+    is_used = jnp.arange(choice.shape[0], dtype=jnp.int32) < num_tokens
+    return jnp.where(is_used[:, None], choice, jnp.asarray(num_experts, choice.dtype))
 
 
 class MoE(nnx.Module):
@@ -99,19 +110,35 @@ class MoE(nnx.Module):
         return flat.reshape(x.shape)
 
     def paged(
-        self, x: FlatHidden, adapters: Adapters = NO_ADAPTERS, capture: Capture = NOTHING
+        self,
+        x: FlatHidden,
+        adapters: Adapters = NO_ADAPTERS,
+        capture: Capture = NOTHING,
+        num_tokens: Scalar | None = None,
     ) -> FlatHidden:
-        """x [T D] -> [T D]; records the choice alone."""
+        """x [T D] -> [T D]; records the choice alone.
+
+        Places from `num_tokens` on are padding, which no expert computes; None if there are none.
+        """
         stacks, slots = adapters
         with jax.named_scope("router"):
             logits = self.router.paged(self.kernels.router_input(x), stacks.router, slots)
             choice, weights = route(logits, self.experts_per_token)
         capture.record("router.choice", choice)
+        num_experts = logits.shape[1]
+        if num_tokens is not None:
+            choice = without_padding(choice, num_tokens, num_experts)
         experts = self.adapted(stacks)
         with jax.named_scope("experts"):
             if self.layout is not None:
                 return moe_local(x, choice, weights, experts, self.layout, self.kernels, slots)
-            if x.shape[0] <= self.kernels.max_dense_tokens:
+            if computes_every_expert(
+                x.shape[0],
+                num_experts,
+                self.experts_per_token,
+                experts[0].weight.values,
+                self.kernels,
+            ):
                 return moe_dense(x, choice, weights, experts, slots)
             return moe_ragged(x, choice, weights, experts, self.kernels, slots=slots)
 
@@ -260,7 +287,10 @@ def moe_local(
     held = experts[0].weight.values.shape[0]
     mine = choice - held * layout.part_index("E")
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
-    if x.shape[0] <= kernels.max_dense_tokens:
+    num_experts = held * layout.rules.ways("E", layout.mesh)
+    if computes_every_expert(
+        x.shape[0], num_experts, choice.shape[1], experts[0].weight.values, kernels
+    ):
         sums = moe_dense(x, mine, weights, experts, slots)
     else:
         sums = moe_ragged(x, mine, weights, experts, kernels, slots=slots)

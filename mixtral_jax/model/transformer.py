@@ -97,7 +97,7 @@ class Block(nnx.Module):
             x = x + mixed
         with jax.named_scope("feed_forward"):
             normed = self.feed_forward_norm.paged(x)
-            return x + self.feed_forward.paged(normed, adapters, capture), pages
+            return x + self.feed_forward.paged(normed, adapters, capture, batch.num_tokens), pages
 
 
 class Transformer(nnx.Module):

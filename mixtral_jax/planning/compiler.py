@@ -43,7 +43,8 @@ class CompileJob:
         num_pages: pages of the cache.
         page_size: tokens of one page.
         prefill_tokens: tokens of a step that reads prompts.
-        chosen_share: share of its experts that a chip's kernel reads in a decode step.
+        decode_reads: experts that a chip's kernel reads in a decode step over those it holds.
+        prefill_reads: the same of a step of `prefill_tokens` tokens.
     """
 
     model: ModelConfig
@@ -57,7 +58,8 @@ class CompileJob:
     num_pages: int
     page_size: int
     prefill_tokens: int
-    chosen_share: float
+    decode_reads: float
+    prefill_reads: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,8 @@ def compile_step(
     steps = compile_buckets(model, sizes, rows, progress, job.kv_dtype)
     return CompilerReport(
         **_memory(model, steps),
-        decode=_step_cost(steps.buckets[job.sequences], job, job.chosen_share),
-        prefill=_step_cost(steps.buckets[prefill_tokens], job, 1.0),
+        decode=_step_cost(steps.buckets[job.sequences], job, job.decode_reads),
+        prefill=_step_cost(steps.buckets[prefill_tokens], job, job.prefill_reads),
     )
 
 
@@ -224,12 +226,12 @@ def _outer_weight_bytes(bucket: Programs) -> int:
     return sum(max(sizes) for sizes in zip(*ends, strict=True))
 
 
-def _step_cost(bucket: Programs, job: CompileJob, chosen_share: float) -> StepCost:
+def _step_cost(bucket: Programs, job: CompileJob, expert_reads: float) -> StepCost:
     """Cost of one step of a bucket, from its programs' texts and the compiler's counts."""
     model = job.model
     experts = model.num_experts // mesh_sizes(job.mesh)[1] if model.is_moe else 0
     layers = model.num_layers
-    block = program_traffic(_text(bucket.block), chosen_share, experts)
+    block = program_traffic(_text(bucket.block), expert_reads, experts)
     ends = [program_traffic(_text(p)) for p in (bucket.embed, bucket.pick, bucket.draw)]
     counts = [p.cost_analysis() for p in (bucket.block, bucket.embed, bucket.pick, bucket.draw)]
 

@@ -198,6 +198,7 @@ def plan_by_arithmetic(workload: Workload, topology: Topology, split: Split) -> 
 def compile_job(plan: Plan) -> CompileJob:
     """The job that asks the compiler about a plan."""
     workload, estimate = plan.workload, plan.estimate
+    prefill_tokens = -(-workload.prefill_tokens // estimate.num_groups)
     return CompileJob(
         model=workload.model,
         dtype=workload.dtype,
@@ -209,8 +210,9 @@ def compile_job(plan: Plan) -> CompileJob:
         context=workload.context,
         num_pages=estimate.sequences * workload.pages_per_sequence,
         page_size=workload.page_size,
-        prefill_tokens=-(-workload.prefill_tokens // estimate.num_groups),
-        chosen_share=estimate.chosen_share(estimate.sequences),
+        prefill_tokens=prefill_tokens,
+        decode_reads=estimate.read_share(estimate.sequences),
+        prefill_reads=estimate.read_share(max(prefill_tokens, estimate.sequences)),
     )
 
 

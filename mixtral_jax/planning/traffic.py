@@ -80,14 +80,14 @@ class Traffic:
     kernels: Mapping[str, int]
 
 
-def program_traffic(text: str, chosen_share: float = 1.0, experts: int = 0) -> Traffic:
+def program_traffic(text: str, expert_reads: float = 1.0, experts: int = 0) -> Traffic:
     """Reads the text of one compiled program of the serving step.
 
     Parameters that jax calls `arrays[..]` or `rest[..]` are weights, `pages` are the pages. A
-    kernel whose weights have `experts` as the first of three dimensions reads `chosen_share` of
-    them. Raises HloError where the text is not understood.
+    kernel whose weights have `experts` as the first of three dimensions reads `expert_reads` times
+    their bytes. Raises HloError where the text is not understood.
     """
-    counter = _TrafficCounter(parse(text), chosen_share, experts)
+    counter = _TrafficCounter(parse(text), expert_reads, experts)
     nbytes = counter.count(counter.program.entry, counter.argument_sources())
     return Traffic(nbytes, tuple(counter.collectives), dict(counter.kernels))
 
@@ -95,9 +95,9 @@ def program_traffic(text: str, chosen_share: float = 1.0, experts: int = 0) -> T
 class _TrafficCounter:
     """A walk over the instructions that run, which tracks the sources of every value."""
 
-    def __init__(self, program: Program, chosen_share: float, experts: int) -> None:
+    def __init__(self, program: Program, expert_reads: float, experts: int) -> None:
         self.program = program
-        self.chosen_share = chosen_share
+        self.expert_reads = expert_reads
         self.experts = experts
         self.collectives: list[Collective] = []
         self.chains: set[str] = set()
@@ -211,7 +211,7 @@ class _TrafficCounter:
                 return 0.0
             dims = operand.arrays[0].dims if operand.arrays else ()
             if sources == {"weights"} and len(dims) == 3 and dims[0] == self.experts:
-                return size * self.chosen_share
+                return size * self.expert_reads
             return size
         if item.op == "fusion":
             taken = self._taken(self.program.called_by(item), index)

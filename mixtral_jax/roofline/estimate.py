@@ -11,19 +11,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from mixtral_jax.cache import token_bytes
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.expert_load import (
+    busiest_experts,
+    busiest_pairs,
+    computes_every_expert,
+)
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.placement import Placement
 from mixtral_jax.roofline.chips import Topology
 from mixtral_jax.roofline.collective import Collective
-from mixtral_jax.roofline.expert_load import busiest_experts, busiest_pairs
 from mixtral_jax.roofline.split import Split
 from mixtral_jax.roofline.step_seconds import EstimatedSeconds, launch_seconds
 from mixtral_jax.roofline.workload import Workload, unsplit_placement
 from mixtral_jax.sharding import ShardingRules
+from mixtral_jax.weight import QUANTIZED
 
 # Arrays that a step is given beside parameters and pages: its inputs and the state of the draw.
 _OTHER_ARGUMENTS = 8
@@ -144,26 +150,68 @@ class Estimate:
 
     def chosen_share(self, tokens: int) -> float:
         """Expected share of its experts that the busiest chip needs; 1 for a dense model."""
-        model, chips = self.workload.model, self.ways("E")
+        held = self.workload.model.num_experts // self.ways("E")
+        return self._busiest_experts(tokens) / held if held else 1.0
+
+    def read_share(self, tokens: int) -> float:
+        """The experts that the model's own step reads on the busiest chip over those it holds.
+
+        In the ragged form they are counted from the tiles that the kernel fetches for groups of
+        even sizes, so a kernel that reads an expert once for each of its tiles of rows counts it so
+        often, and the share may exceed 1.
+        """
+        if self.computes_every_expert(tokens):
+            return 1.0
+        return self.chosen_share(tokens) * self.reads_of_an_expert(tokens)
+
+    def reads_of_an_expert(self, tokens: int) -> float:
+        """Times that the ragged form reads an expert that some token chose."""
+        model = self.workload.model
         if not model.is_moe:
             return 1.0
-        busiest = busiest_experts(
+        rows = self._tokens_met(tokens) * model.experts_per_token
+        experts = max(1, round(self._busiest_experts(tokens)))
+        pairs = min(rows, max(experts, round(self._expert_rows(tokens))))
+        sizes = [pairs // experts + (i < pairs % experts) for i in range(experts)]
+        expert_reads = self.placement.kernels.expert_reads
+        reads = [expert_reads(sizes, rows, matrix) for matrix in self._expert_matrices]
+        return sum(reads) / len(reads) / experts
+
+    @property
+    def _expert_matrices(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of gate, up and down [E O I] on one chip."""
+        model, dtype = self.workload.model, self.workload.dtype
+        held, inside = (
+            model.num_experts // self.ways("E"),
+            model.feed_forward_size // self.ways("F"),
+        )
+        shapes = 2 * [(held, inside, model.hidden_size)] + [(held, model.hidden_size, inside)]
+        kind = QUANTIZED.get(dtype, dtype)
+        return tuple(jax.ShapeDtypeStruct(shape, kind) for shape in shapes)
+
+    def _busiest_experts(self, tokens: int) -> float:
+        """Expected number of experts that are chosen on the chip where it is the largest."""
+        model = self.workload.model
+        if not model.is_moe:
+            return 0.0
+        return busiest_experts(
             self._tokens_met(tokens),
             model.num_experts,
             model.experts_per_token,
-            chips,
+            self.ways("E"),
             self._replicas,
         )
-        return busiest * chips / model.num_experts
 
     def computes_every_expert(self, tokens: int) -> bool:
-        """Few tokens on an accelerator: the model computes all experts that a chip holds.
-
-        This is the dense form of `model.moe.moe_local`, which also reads experts that no token
-        chose.
-        """
-        few = self._tokens_met(tokens) <= self.placement.kernels.max_dense_tokens
-        return self.workload.model.is_moe and few
+        """Says whether the model's own step takes the dense form (`model.moe.moe_local`)."""
+        model, kernels = self.workload.model, self.placement.kernels
+        return model.is_moe and computes_every_expert(
+            self._tokens_met(tokens),
+            model.num_experts,
+            model.experts_per_token,
+            self._expert_matrices[0],
+            kernels,
+        )
 
     def least_bytes(self, tokens: int, sequences: int) -> float:
         """Bytes that any program must move in a step on the busiest chip.
@@ -176,10 +224,10 @@ class Estimate:
     def moved_bytes(self, tokens: int, sequences: int) -> float:
         """Bytes that the model's own step moves on the busiest chip.
 
-        They exceed `least_bytes` where the model reads experts that no token chose.
+        They exceed `least_bytes` where the model reads experts that no token chose, or an expert
+        more than once.
         """
-        share = 1.0 if self.computes_every_expert(tokens) else self.chosen_share(tokens)
-        return self._step_bytes(tokens, sequences, share)
+        return self._step_bytes(tokens, sequences, self.read_share(tokens))
 
     def _step_bytes(self, tokens: int, sequences: int, share_of_experts: float) -> float:
         model, weights = self.workload.model, self.weights

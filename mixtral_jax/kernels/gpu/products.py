@@ -1,6 +1,8 @@
 """Products of rows in groups on GPU, in Pallas by way of Triton."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,36 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from mixtral_jax.kernels.xla import products as xla
-from mixtral_jax.weight import Weight, round_rows
+from mixtral_jax.weight import QUANTIZED, Weight, round_rows
 
-_ROWS, _OUTPUTS, _INPUTS = 64, 128, 64  # of a tile
+_WIDTH = 128  # that tiles of every size divide
 
 
-def _fits(weight: Weight) -> bool:
-    """Says whether the kernel takes such weights, and their gradient: whole tiles either way."""
-    outputs, inputs = weight.values.shape[1:]
-    return outputs % _OUTPUTS == 0 == inputs % _OUTPUTS
+class _Tiles(NamedTuple):
+    """Sizes of the tiles of a grouped product, and how many of a program's tiles are fetched ahead.
+
+    A program computes a tile of rows by a tile of outputs. Few rows take narrow tiles, because one
+    expert's programs are then all that read from memory, and need to be many.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    stages: int
+
+    @classmethod
+    def of(cls, rows: int) -> "_Tiles":
+        """The tiles for so many rows in all groups together."""
+        if rows <= 16:
+            return cls(16, 32, 128, 4)
+        return cls(32, 64, 64, 4) if rows <= 32 else cls(64, 128, 64, 3)
+
+
+def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Says whether the kernel takes such weights [E O I], and their gradient: whole tiles."""
+    outputs, inputs = values.shape[1:]
+    is_fp8 = values.dtype == QUANTIZED["fp8"]
+    return not is_fp8 and outputs % _WIDTH == 0 == inputs % _WIDTH
 
 
 def grouped(
@@ -32,9 +55,21 @@ def grouped(
     The gradient of x is by the same kernel; that of a float weight, for which training adapters
     never asks, by XLA. int8 as in `xla.product`.
     """
-    if weight.is_fp8 or not _fits(weight):
+    if not _fits(weight.values):
         return xla.grouped(x, sizes, weight)
     return _grouped(interpret, x, sizes.astype(jnp.int32), weight)
+
+
+def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) -> float:
+    """Number of experts' matrices that `grouped` reads: one for each tile of rows of each group.
+
+    The groups are of these sizes, in `rows` rows, against weights [E O I]. XLA's form, which takes
+    weights of fp8 and those that are no whole tiles, reads them all.
+    """
+    if not _fits(weight):
+        return float(len(sizes))
+    tile = _Tiles.of(rows).rows
+    return float(sum(-(-size // tile) for size in sizes))
 
 
 _Residuals = tuple[jax.Array, jax.Array, Weight]
@@ -88,21 +123,22 @@ def _tiles_of(
 ) -> jax.Array:
     """Rows [M I] by weights [E O I] -> [M O]; as a gradient, slopes [M O] -> [M I]."""
     rows, experts = x.shape[0], sizes.shape[0]
+    size = _Tiles.of(rows)
     outputs = weight.shape[2 if is_gradient else 1]
     ends = jnp.cumsum(sizes)
     # Each group takes whole tiles of rows; the last one of it reaches into the next group, whose
     # rows it does not write.
-    tiles = -(-sizes // _ROWS)
+    tiles = -(-sizes // size.rows)
     last_tile = jnp.cumsum(tiles)
-    tile = jnp.arange(-(-rows // _ROWS) + experts, dtype=jnp.int32)
+    tile = jnp.arange(-(-rows // size.rows) + experts, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(last_tile, tile, side="right"), experts - 1)
     expert = expert.astype(jnp.int32)
-    first = (ends - sizes)[expert] + (tile - (last_tile - tiles)[expert]) * _ROWS
+    first = (ends - sizes)[expert] + (tile - (last_tile - tiles)[expert]) * size.rows
     out: jax.Array = pl.pallas_call(
-        partial(_grouped_tile, is_gradient=is_gradient),
+        partial(_grouped_tile, size=size, is_gradient=is_gradient),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
-        grid=(len(tile), outputs // _OUTPUTS),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        grid=(len(tile), outputs // size.outputs),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=size.stages),
         interpret=interpret,
         name="grouped_product",
     )(x, weight, expert, first.astype(jnp.int32), ends[expert], *scales)
@@ -110,17 +146,17 @@ def _tiles_of(
 
 
 def _grouped_tile(  # type: ignore[no-untyped-def]
-    x, weight, expert, first, end, *scales_and_out, is_gradient
+    x, weight, expert, first, end, *scales_and_out, size, is_gradient
 ):
     *scales, out = scales_and_out
     tile, column = pl.program_id(0), pl.program_id(1)
-    places = pl.ds(first[tile], _ROWS)
-    is_mine = first[tile] + jnp.arange(_ROWS, dtype=jnp.int32) < end[tile]
-    columns = pl.ds(column * _OUTPUTS, _OUTPUTS)
+    places = pl.ds(first[tile], size.rows)
+    is_mine = first[tile] + jnp.arange(size.rows, dtype=jnp.int32) < end[tile]
+    columns = pl.ds(column * size.outputs, size.outputs)
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
     def step(i, total):  # type: ignore[no-untyped-def]
-        inputs = pl.ds(i * _INPUTS, _INPUTS)
+        inputs = pl.ds(i * size.inputs, size.inputs)
         rows = plgpu.load(x.at[places, inputs], mask=is_mine[:, None], other=0)
         # A gradient contracts the weight's outputs.
         places_in = (inputs, columns) if is_gradient else (columns, inputs)
@@ -132,8 +168,8 @@ def _grouped_tile(  # type: ignore[no-untyped-def]
 
     @pl.when(first[tile] < end[tile])
     def _() -> None:
-        total = jnp.zeros((_ROWS, _OUTPUTS), kind)
-        total = jax.lax.fori_loop(0, x.shape[1] // _INPUTS, step, total)
+        total = jnp.zeros((size.rows, size.outputs), kind)
+        total = jax.lax.fori_loop(0, x.shape[1] // size.inputs, step, total)
         if scales:
             x_scale, scale = scales
             of_row = plgpu.load(x_scale.at[places], mask=is_mine, other=0)

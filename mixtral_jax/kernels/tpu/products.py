@@ -1,23 +1,25 @@
-"""Products of rows in groups on TPU, by megablox and a kernel of ours for int8.
+"""Products of rows in groups on TPU: a kernel of ours, which reads no expert without rows.
 
-Sizes of blocks are always given: left out, the kernels would ask the default device, which is
-another one where programs are compiled for hardware that is elsewhere.
+Gradients are by megablox. Sizes of its tiles are always given: left out, it would ask the default
+device, which is another one where programs are compiled for hardware that is elsewhere.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.kernels.tpu.tiles import LANES, largest_tile
+from mixtral_jax.kernels.tpu.tiles import LANES, Tiles, fetches
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.weight import Weight, round_rows
 
 
-def _fits(weight: Weight) -> bool:
-    """Says whether a kernel takes such rows and weights: whole tiles."""
-    outputs, inputs = weight.values.shape[1:]
+def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Says whether a kernel takes such weights [E O I]: whole tiles."""
+    outputs, inputs = values.shape[1:]
     return outputs % LANES == 0 == inputs % LANES
 
 
@@ -26,12 +28,26 @@ def grouped(
 ) -> jax.Array:
     """`xla.grouped`, which would transpose the weights [E O I] in every step: x [M I] -> [M O].
 
-    Floats are multiplied by megablox, int8 by a kernel of the same walk over tiles. Gradients are
-    by megablox; for that of int8, as in `xla.product`, the weights are widened to the dtype of x.
+    Gradients are by megablox; for that of int8, as in `xla.product`, the weights are widened to the
+    dtype of x.
     """
-    if weight.is_fp8 or not _fits(weight):
+    if not _fits(weight.values):
         return xla.grouped(x, sizes, weight)
     return _grouped(interpret, x, sizes.astype(jnp.int32), weight)
+
+
+def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) -> float:
+    """Number of experts' matrices that `grouped` reads, counted from the tiles that it fetches.
+
+    The groups are of these sizes, in `rows` rows, against weights [E O I]. XLA's form, which takes
+    weights that are no whole tiles, is counted as reading them all.
+    """
+    _, outputs, inputs = weight.shape
+    if not _fits(weight):
+        return float(len(sizes))
+    tiles = Tiles.of(rows, inputs, outputs, weight.dtype)
+    fetched = fetches(sizes, tiles, inputs, outputs).weights
+    return len(fetched) * tiles.inputs * tiles.outputs / (inputs * outputs)
 
 
 _Residuals = tuple[jax.Array, jax.Array, Weight]
@@ -39,11 +55,10 @@ _Residuals = tuple[jax.Array, jax.Array, Weight]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(interpret: bool, x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
-    product = _grouped_floats if weight.scale is None else _grouped_int8
-    padded = _padded(x)
     _, outputs, inputs = weight.values.shape
+    tiles = Tiles.of(x.shape[0], inputs, outputs, weight.values.dtype)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        total = product(padded, sizes, weight, _Tiles.of(padded, inputs, outputs), interpret)
+        total = _product(tiles.filled(x), sizes, weight, tiles, interpret)
     return total[: x.shape[0]].astype(x.dtype)
 
 
@@ -67,25 +82,26 @@ def _grouped_backward(
     if weight.scale is not None:
         of_row = weight.scale[xla.expert_of_row(sizes, len(x))]
         scaled = (slope.astype(jnp.float32) * of_row).astype(slope.dtype)
-    slopes = _padded(scaled)
+    tiles = Tiles.of_many(len(x), outputs, inputs)
+    slopes = tiles.filled(scaled)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         dx = gmm(
             slopes,
             weight.values.astype(x.dtype),
             sizes,
             preferred_element_type=x.dtype,
-            tiling=_Tiles.of(slopes, outputs, inputs),
+            tiling=tiles,
             interpret=interpret,
         )[: len(x)]
         dx = jnp.where(is_used, dx, jnp.zeros((), dx.dtype))
         if weight.scale is None:
-            rows = _padded(jnp.where(is_used, x, jnp.zeros((), x.dtype)))
+            rows = tiles.filled(jnp.where(is_used, x, jnp.zeros((), x.dtype)))
             dw = tgmm(
                 slopes.T,
                 rows,
                 sizes,
                 preferred_element_type=weight.values.dtype,
-                tiling=_Tiles.of(slopes, outputs, inputs),
+                tiling=tiles,
                 interpret=interpret,
             )
             has_rows = (sizes > 0)[:, None, None]  # others are never visited
@@ -93,74 +109,68 @@ def _grouped_backward(
     ones = Weight(weight.values, jnp.ones_like(weight.scale))
     unscaled = _grouped(interpret, x.astype(jnp.float32), sizes, ones)
     d_scale = xla.gradient_of_scales(slope, unscaled, sizes)
-    return dx, None, Weight(xla.no_gradient(weight.values), d_scale)
+    no_slope: Any = None if weight.is_fp8 else xla.no_gradient(weight.values)
+    return dx, None, Weight(no_slope, d_scale)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _padded(x: jax.Array) -> jax.Array:
-    """Rows filled up to whole tiles."""
-    return jnp.pad(x, ((0, -x.shape[0] % LANES), (0, 0)))
+class _Walk(NamedTuple):
+    """The visits of a product (tiles.py), as arrays i32 that its kernel reads. E experts."""
 
-
-class _Tiles(NamedTuple):
-    rows: int
-    inputs: int
-    outputs: int
+    starts: jax.Array  # [E+1], the row where each group starts, and where the last one ends
+    expert: jax.Array  # of each visit
+    tile: jax.Array  # of rows, of each visit
 
     @classmethod
-    def of(cls, rows: jax.Array, inputs: int, outputs: int) -> "_Tiles":
-        """The tiles of a product of padded rows."""
-        sizes = (
-            largest_tile(rows.shape[0], 512),
-            *(largest_tile(n, 1024) for n in (inputs, outputs)),
-        )
-        return cls(*sizes)
+    def of(cls, sizes: jax.Array, rows: int, tile: int) -> tuple["_Walk", jax.Array]:
+        """The walk over so many rows, and the number of its visits; what follows is unspecified.
+
+        It is written in comparisons of all with all, which become a few fused loops: megablox' own
+        takes some thirty small programs, longer than it takes to read an expert.
+        """
+        experts = sizes.shape[0]
+        index = jnp.arange(experts, dtype=jnp.int32)
+
+        def before(counts: jax.Array) -> jax.Array:  # sum of the counts of the experts before
+            is_before = index[None, :] < index[:, None]
+            return jnp.sum(jnp.where(is_before, counts[None, :], 0), axis=1, dtype=jnp.int32)
+
+        starts = before(sizes)
+        first, last = starts // tile, (starts + sizes - 1) // tile
+        counts = jnp.where(sizes > 0, last - first + 1, 0)
+        visited = before(counts)
+        visit = jnp.arange(rows // tile + experts - 1, dtype=jnp.int32)[:, None]
+        is_own = (visit >= visited) & (visit < visited + counts)  # [visits, E]
+        expert = jnp.sum(jnp.where(is_own, index, 0), axis=1, dtype=jnp.int32)
+        own_tile = jnp.where(is_own, first + visit - visited, 0)
+        ends = jnp.append(starts, jnp.sum(sizes, dtype=jnp.int32))
+        walk = cls(ends, expert, jnp.sum(own_tile, axis=1, dtype=jnp.int32))
+        return walk, jnp.sum(counts, dtype=jnp.int32)
 
 
-def _grouped_floats(
-    x: jax.Array, sizes: jax.Array, weight: Weight, tiles: _Tiles, interpret: bool
+@partial(jax.jit, static_argnames=("tiles", "interpret"))
+def _product(
+    x: jax.Array, sizes: jax.Array, weight: Weight, tiles: Tiles, interpret: bool
 ) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+    """The product of whole tiles of rows: x [M I] -> [M O].
 
-    total: jax.Array = gmm(
-        x,
-        weight.values,
-        sizes,
-        preferred_element_type=x.dtype,  # each tile is summed up in float32
-        tiling=tiles,
-        transpose_rhs=True,
-        interpret=interpret,
-    )
-    return total
-
-
-def _grouped_int8(
-    x: jax.Array, sizes: jax.Array, weight: Weight, tiles: _Tiles, interpret: bool
-) -> jax.Array:
-    """Megablox's order of tiles: a tile of rows that several experts share is visited by each of
-    them in turn and stays in near memory meanwhile."""
+    A tile of rows that several experts share is visited by each of them in turn and stays in near
+    memory meanwhile.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
-    assert weight.scale is not None
-    rows, x_scale = round_rows(x)
-    experts, outputs, inputs = weight.values.shape
+    values, scale = weight
+    _, outputs, inputs = values.shape
+    rows, *x_scale = round_rows(x) if values.dtype == jnp.int8 else [x]
+    kind = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
     steps = inputs // tiles.inputs
-    # Row where each group starts; expert and tile of rows of each visit.
-    walk, num_visits = make_group_metadata(
-        group_sizes=sizes,
-        m=rows.shape[0],
-        tm=tiles.rows,
-        start_group=jnp.zeros((), jnp.int32),
-        num_nonzero_groups=experts,
-        visit_empty_groups=False,
-    )
+    walk, num_visits = _Walk.of(sizes, rows.shape[0], tiles.rows)
 
-    def kernel(walk, x, x_scale, weight, scale, out, total):  # type: ignore[no-untyped-def]
-        starts, expert_of, tile_of = walk
+    def kernel(walk, x, weight, *rest):  # type: ignore[no-untyped-def]
+        *scales, out, total = rest
         visit, step = pl.program_id(1), pl.program_id(2)
 
         @pl.when(step == 0)
@@ -168,44 +178,57 @@ def _grouped_int8(
             total[...] = jnp.zeros_like(total)
 
         total[...] += jax.lax.dot_general(
-            x[...], weight[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+            x[...],
+            weight[...].astype(x.dtype),  # of fp8 widened, which is exact
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=kind,
         )
 
         @pl.when(step == steps - 1)
         def _() -> None:
-            expert = expert_of[visit]
+            expert = walk.expert[visit]
             place = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
-            place += tile_of[visit] * tiles.rows
-            is_mine = (place >= starts[expert]) & (place < starts[expert + 1])
-            scaled = total[...].astype(jnp.float32) * (x_scale[...] * scale[...])
+            place += walk.tile[visit] * tiles.rows
+            is_mine = (place >= walk.starts[expert]) & (place < walk.starts[expert + 1])
+            scaled = total[...].astype(jnp.float32)
+            if scales:
+                scaled *= math.prod(factor[...] for factor in scales)
             out[...] = jnp.where(is_mine, scaled, out[...].astype(jnp.float32)).astype(out.dtype)
 
     mapped = {
-        "x": lambda column, visit, step, walk: (walk[2][visit], step),
-        "x_scale": lambda column, visit, step, walk: (walk[2][visit], 0),
-        "weight": lambda column, visit, step, walk: (walk[1][visit], column, step),
-        "scale": lambda column, visit, step, walk: (walk[1][visit], 0, column),
-        "out": lambda column, visit, step, walk: (walk[2][visit], column),
+        "x": lambda column, visit, step, walk: (walk.tile[visit], step),
+        "weight": lambda column, visit, step, walk: (walk.expert[visit], column, step),
+        "x_scale": lambda column, visit, step, walk: (walk.tile[visit], 0),
+        "scale": lambda column, visit, step, walk: (walk.expert[visit], 0, column),
+        "out": lambda column, visit, step, walk: (walk.tile[visit], column),
     }
+    specs = [
+        pl.BlockSpec((tiles.rows, tiles.inputs), mapped["x"]),
+        pl.BlockSpec((None, tiles.outputs, tiles.inputs), mapped["weight"]),
+    ]
+    scales = [factor[:, None] for factor in x_scale]
+    if x_scale:
+        specs.append(pl.BlockSpec((tiles.rows, 1), mapped["x_scale"]))
+    if scale is not None:
+        specs.append(pl.BlockSpec((None, 1, tiles.outputs), mapped["scale"]))
+        scales.append(scale[:, None])
+    if not interpret:
+        # XLA would fetch all experts into near memory while it computes something else.
+        values = pltpu.with_memory_space_constraint(values, pltpu.HBM)
     total: jax.Array = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], outputs), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            in_specs=[
-                pl.BlockSpec((tiles.rows, tiles.inputs), mapped["x"]),
-                pl.BlockSpec((tiles.rows, 1), mapped["x_scale"]),
-                pl.BlockSpec((None, tiles.outputs, tiles.inputs), mapped["weight"]),
-                pl.BlockSpec((None, 1, tiles.outputs), mapped["scale"]),
-            ],
+            in_specs=specs,
             out_specs=pl.BlockSpec((tiles.rows, tiles.outputs), mapped["out"]),
             grid=(outputs // tiles.outputs, num_visits, steps),
-            scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.outputs), jnp.int32)],
+            scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.outputs), kind)],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")
         ),
         interpret=interpret,
-        name="grouped_int8",
-    )(walk, rows, x_scale[:, None], weight.values, weight.scale[:, None])
+        name="grouped_int8" if x_scale else "grouped_floats",
+    )(walk, rows, values, *scales)
     return total

@@ -155,6 +155,18 @@ def _grouped_scaled_backward(
 _grouped_scaled.defvjp(_grouped_scaled_forward, _grouped_scaled_backward)
 
 
+def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) -> float:
+    """Number of experts' matrices that a product of rows in groups reads: those that have rows.
+
+    Args:
+        sizes: of the groups.
+        rows: M of them all, with those behind the last group.
+        weight: shape and dtype of [E O I].
+    """
+    del rows, weight
+    return float(sum(size > 0 for size in sizes))
+
+
 def gradient_of_scales(slope: jax.Array, unscaled: jax.Array, sizes: jax.Array) -> jax.Array:
     """The gradient of scales [E O]: slopes [M O] by the rounded product without scales [M O]."""
     is_used = jnp.arange(len(slope))[:, None] < jnp.sum(sizes)

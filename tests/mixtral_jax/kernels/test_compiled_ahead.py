@@ -49,10 +49,16 @@ ATTENTION = {
     "gpu": ["paged_decode", "paged_prefill"],
 }
 PRODUCT = {
-    "tpu": {"bfloat16": ["gmm"], "int8": ["grouped_int8"]},
+    "tpu": {"bfloat16": ["grouped_floats"], "int8": ["grouped_int8"]},
     "gpu": {"bfloat16": ["grouped_product"], "int8": ["grouped_product"]},
 }
-KERNELS = [*ATTENTION["tpu"], *ATTENTION["gpu"], "gmm", "grouped_int8", "grouped_product"]
+KERNELS = [
+    *ATTENTION["tpu"],
+    *ATTENTION["gpu"],
+    "grouped_floats",
+    "grouped_int8",
+    "grouped_product",
+]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from mixtral_jax.cache import RaggedBatch, round_heads
 from mixtral_jax.kernels import Kernels, kernels_for
 from mixtral_jax.kernels.cpu import build
-from mixtral_jax.weight import Weight
+from mixtral_jax.weight import Weight, is_quantized
 
 XLA = kernels_for("xla")
 MAKERS = [
@@ -53,7 +53,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 def weight(seed: int, dtype: str, *shape: int) -> Weight:
     values = normal(seed, *shape)
-    return Weight.quantized(values) if dtype == "int8" else Weight(values, None)
+    return Weight.quantized(values, dtype) if is_quantized(dtype) else Weight(values, None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -64,14 +64,31 @@ def test_linear(run: Callable[..., Any], dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("sizes", [[70, 0, 58], [5, 100, 6]])
+@pytest.mark.parametrize(("rows", "sizes"), [(130, [70, 0, 58]), (700, [300, 1, 390])])
 @pytest.mark.parametrize("outputs", [256, 200], ids=["tiles", "no whole tiles"])
-def test_grouped(run: Callable[..., Any], sizes: list[int], outputs: int, dtype: str) -> None:
+def test_grouped(
+    run: Callable[..., Any], rows: int, sizes: list[int], outputs: int, dtype: str
+) -> None:
     """Groups that are empty and that end within a tile; rows behind the last group."""
-    x, experts = normal(0, 130, 128), weight(1, dtype, 3, outputs, 128)
+    x, experts = normal(0, rows, 128), weight(1, dtype, 3, outputs, 128)
     groups, used = jnp.asarray(sizes, jnp.int32), sum(sizes)
     want = XLA.grouped(x, groups, experts)
     got = run("grouped", x, groups, experts)
+    np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "fp8"])
+@pytest.mark.parametrize(("rows", "sizes"), [(2, [0, 1, 1]), (2, [0, 0, 0]), (20, [17, 0, 2])])
+def test_grouped_few_rows(run: Callable[..., Any], rows: int, sizes: list[int], dtype: str) -> None:
+    """Nothing of an expert without rows comes into the product: its weights, or scales, are NaN."""
+    x, (values, scale) = normal(0, rows, 128), weight(1, dtype, 3, 256, 128)
+    groups, used = jnp.asarray(sizes, jnp.int32), sum(sizes)
+    want = XLA.grouped(x, groups, Weight(values, scale))
+    spoilt = values if scale is None else scale
+    unused = (groups == 0).reshape(-1, *(1,) * (spoilt.ndim - 1))
+    spoilt = jnp.where(unused, jnp.nan, spoilt)
+    given = Weight(spoilt, None) if scale is None else Weight(values, spoilt)
+    got = run("grouped", x, groups, given)
     np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=1e-4)
 
 
@@ -187,7 +204,7 @@ def differentiable_calls() -> dict[str, tuple[Callable[[Callable[..., Any]], Any
     Grouped rows stand behind the last group, an expert has none, and tiles are cut by groups.
     """
     sizes, rows = jnp.asarray([70, 0, 55], jnp.int32), normal(0, 130, 128)
-    int8 = weight(1, "int8", 3, 256, 128)
+    int8, fp8 = weight(1, "int8", 3, 256, 128), weight(1, "fp8", 3, 256, 128)
     segments = jnp.asarray(np.repeat([[1, 2, 3, 0]], [100, 60, 80, 16], axis=1), jnp.int32)
     heads = [normal(seed, 1, 256, n, 128) for seed, n in ((0, 4), (1, 2), (2, 2))]
 
@@ -214,6 +231,10 @@ def differentiable_calls() -> dict[str, tuple[Callable[[Callable[..., Any]], Any
         "grouped int8": (
             lambda f: lambda x, scale: f(x, sizes, Weight(int8.values, scale))[:125],
             [rows, int8.scale],
+        ),
+        "grouped fp8": (
+            lambda f: lambda x, scale: f(x, sizes, Weight(fp8.values, scale))[:125],
+            [rows, fp8.scale],
         ),
         "norm": (lambda f: lambda x, w: f(x, w, 1e-5), [normal(0, 7, 128), normal(1, 128)]),
         "swiglu": (lambda f: f, [normal(0, 3, 503) * 4, normal(1, 3, 503)]),
@@ -255,7 +276,7 @@ def test_each_function_has_a_gradient_or_refuses_it_by_name(platform: str) -> No
     moves = {"move_rows", "can_move_rows"}  # tests of the expert exchange hold these
     tried = {case.split()[0] for case in differentiable_calls()}
     functions = {f.name for f in fields(kernels) if callable(getattr(kernels, f.name))}
-    assert functions == tried | moves | {"attend"}
+    assert functions == tried | moves | {"attend", "expert_reads"}  # the last takes no arrays
     assert functions - kernels.differentiable <= {"attend", "add_low_rank"}
     batch = ragged_batch()
     pages = normal(1, batch.page_table.size, 16, 4, 32)

@@ -68,23 +68,40 @@ def test_on_cpu_a_lone_request_is_slower_split_by_experts() -> None:
     assert by_experts.decode.total > by_tensors.decode.total
 
 
-def test_an_accelerator_computes_every_expert_for_few_tokens() -> None:
-    """The dense form of few tokens reads each chip's experts whole: one, or eight eighths.
+@pytest.mark.parametrize("topology", ["tpu:v5e:2x4", "gpu:h100:8"])
+def test_a_lone_request_reads_the_experts_that_it_chose(topology: str) -> None:
+    """Two eighths of an expert in each layer, and the rest, are 2.975 GiB of the 10.88 held.
 
-    So both splits take the same time, of which one could be spared: 14.26 ms of v5e's 819 GB/s
-    for the 10.88 GiB that a chip holds.
+    Split by experts, the two chips whose expert was chosen read it whole.
     """
-    by_experts, by_tensors = (
-        lone_request("tpu:v5e:2x4", shape) for shape in ((1, 8, 1), (1, 1, 8))
-    )
-    assert by_experts.decode_bytes == by_tensors.decode_bytes == by_experts.least_bytes
-    assert by_experts.decode.memory * 1e3 == pytest.approx(14.26, abs=0.05)
-    assert by_tensors.decode_bytes - by_tensors.least_bytes == 32 * EXPERT * 0.75
-    # Two eighths of an expert in each layer, and the rest, would be less than 3 GiB.
-    assert by_tensors.least_bytes / GIB == pytest.approx(2.975, abs=0.001)
-    # At equal times the split that leaves more to gain is preferred.
+    by_experts, by_tensors = (lone_request(topology, shape) for shape in ((1, 8, 1), (1, 1, 8)))
+    assert by_tensors.decode_bytes == by_tensors.least_bytes
+    assert by_tensors.decode_bytes / GIB == pytest.approx(2.975, abs=0.001)
+    assert by_experts.decode_bytes - by_tensors.decode_bytes == 32 * EXPERT * 0.75
     assert best_first([by_experts, by_tensors])[0] is by_tensors
-    assert by_tensors.decode_bytes / by_tensors.least_bytes == pytest.approx(3.62, abs=0.1)
+
+
+@pytest.mark.parametrize(("rows", "is_dense"), [(8, False), (16, True), (128, True), (129, False)])
+def test_an_accelerator_computes_every_expert_where_nearly_all_are_chosen(
+    rows: int, is_dense: bool
+) -> None:
+    """Eight tokens choose 0.90 of eight experts, 16 choose 0.99: a hundredth is read in vain."""
+    plan = plan_of(workload_of(MIXTRAL, "bfloat16", batch=rows), "tpu:v5e:2x4", (1, 1, 8))
+    assert plan.estimate.computes_every_expert(rows) == is_dense
+    assert 1 <= plan.decode_bytes / plan.least_bytes < 1.02
+
+
+def test_many_rows_read_an_expert_for_each_of_its_tiles_of_rows() -> None:
+    """On TPU 512 tokens are 1,024 rows in two tiles, each of four experts. On GPU an expert's 64
+    rows are a tile of its own, and 65 are two.
+    """
+    workload = workload_of(MIXTRAL, "bfloat16", batch=512)
+    (tpu,), (gpu,) = topologies("tpu:v5e:2x4"), topologies("gpu:h100:8")
+    split = Split.of(MIXTRAL, 1, 1, 8)
+    on_tpu, on_gpu = (Estimate(workload=workload, topology=t, split=split) for t in (tpu, gpu))
+    assert on_tpu.reads_of_an_expert(512) == 1
+    assert on_gpu.reads_of_an_expert(256) == 1
+    assert on_gpu.reads_of_an_expert(260) == 2
 
 
 def test_many_tokens_need_every_expert_of_every_split() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mixtral_jax.roofline.expert_load import busiest_experts, busiest_pairs, distinct_experts
+from mixtral_jax.model.expert_load import busiest_experts, busiest_pairs, distinct_experts
 
 
 def test_distinct_experts_of_two_tokens() -> None:

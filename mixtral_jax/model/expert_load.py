@@ -1,12 +1,51 @@
-"""The load of the busiest chip when a mixture's experts are split over chips.
+"""The experts that the tokens of a step are expected to choose, on average and on the busiest chip.
 
-A step ends with its slowest chip, so these are expected maxima over chips, not averages. Every
-token is taken to choose its X of E experts uniformly and independently of other tokens; a trained
-router is somewhat less even.
+Every token is taken to choose its X of E experts uniformly and independently of other tokens; a
+trained router is somewhat less even. A step ends with its slowest chip, so where experts are split
+over chips these are expected maxima over chips, not averages.
 """
 
 import functools
 import math
+
+import jax
+
+from mixtral_jax.kernels import Kernels
+
+# A step reads all experts and sorts no tokens from this expected share on: sorting them takes an
+# accelerator some microseconds in each layer, and so does reading a twentieth of the experts.
+_NEARLY_ALL = 0.95
+
+
+def chosen_share(tokens: int, experts: int, chosen: int) -> float:
+    """Expected share of E experts that at least one of the tokens chooses: 1 - (1 - X/E)^T."""
+    return 1.0 - (1.0 - chosen / experts) ** tokens
+
+
+def computes_every_expert(
+    tokens: int,
+    experts: int,
+    chosen: int,
+    weight: jax.Array | jax.ShapeDtypeStruct,
+    kernels: Kernels,
+) -> bool:
+    """Says whether a step takes the dense form: every expert computes every token.
+
+    Args:
+        tokens: whose experts a device computes, its own and those gathered to it.
+        experts: E, of one layer, on all devices.
+        chosen: X, experts that a token chooses.
+        weight: one of the matrices [E O I] that the device holds, or its shape.
+        kernels: of the device.
+
+    Of 8 experts of which a token chooses 2, 11 tokens choose 0.958 and 10 tokens 0.944. Weights
+    that the grouped product reads without any rows are read anyway.
+    """
+    if tokens > kernels.max_dense_tokens:
+        return False
+    shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    reads_all = kernels.expert_reads([0] * shape.shape[0], tokens * chosen, shape) > 0
+    return reads_all or chosen_share(tokens, experts, chosen) >= _NEARLY_ALL
 
 
 @functools.cache
