@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from convert.merge import MergedReader
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.checkpoint.pretrained import load
 from mixtral_jax.errors import ConfigError
+from mixtral_jax.generation import generate_tokens
 from tests.support import fp8_sources, sources
 from tests.support.sources import DENSE, MOE
 
@@ -101,3 +103,38 @@ def test_what_fp8_is_not_for(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="stored as fp8, where W"):
         MergedReader.open(ours, tmp_path)
     assert card.dtype == "fp8"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "layout", "dtype"),
+    [("moe", "channel", "fp8"), ("dense", "tensor", "fp8"), ("moe", "deepseek", "float32")],
+)
+def test_tokens_are_those_of_transformers(
+    tmp_path: Path, kind: str, layout: str, dtype: str
+) -> None:
+    """With the weights widened; those of blocks, transformers reads and widens by itself."""
+    torch = pytest.importorskip("torch", reason="no torch for this Python: see the test extra")
+    import transformers
+
+    config = {"moe": MOE, "dense": DENSE}[kind]
+    theirs, wide, _ = fp8_sources.write(tmp_path / "published", layout, config)
+    convert(theirs, tmp_path / "ours", dtype=dtype)
+    if layout != "deepseek":
+        theirs = sources.write_hf(tmp_path / "wide", config, wide)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        theirs, dtype=torch.float32, attn_implementation="eager"
+    )
+    reference = reference.float().eval()
+    model, _ = load(tmp_path / "ours", mesh=None)
+    assert model.placement.dtype == dtype
+    prompt = np.random.default_rng(3).integers(0, sources.V, (1, 9))
+    with torch.no_grad():
+        want = reference(torch.from_numpy(prompt)).logits.numpy()
+        answer = reference.generate(
+            torch.from_numpy(prompt), max_new_tokens=32, do_sample=False, eos_token_id=None
+        )
+    have = model(jnp.asarray(prompt, jnp.int32))
+    np.testing.assert_allclose(have, want, rtol=0, atol=1e-4)
+    tokens = list(generate_tokens(model, prompt[0].tolist(), temperature=0.0, max_tokens=32))
+    assert tokens == answer[0, prompt.shape[1] :].tolist()

@@ -56,7 +56,7 @@ def weight(seed: int, dtype: str, *shape: int) -> Weight:
     return Weight.quantized(values, dtype) if is_quantized(dtype) else Weight(values, None)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "fp8"])
 def test_linear(run: Callable[..., Any], dtype: str) -> None:
     x, weights = normal(0, 5, 128), [weight(1, dtype, 64, 128), weight(2, dtype, 128, 128)]
     for got, want in zip(run("linear", x, weights), XLA.linear(x, weights), strict=True):
