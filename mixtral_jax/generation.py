@@ -369,12 +369,19 @@ def draws_of(
             if forced in eos_ids:
                 return
             continue
-        new = ids[done : done + max(steps.buckets)]
-        inputs = steps.blank(steps.bucket(len(new)), with_history=sampling.has_penalties)
+        new = ids[done : done + max(steps.rows)]
+        draws = done + len(new) == len(ids)
+        bucket = steps.bucket(len(new), adapted=slot != NO_SLOT, masked=draws and form is not None)
+        forbidden = eos_ids if len(ids) - prompt_length < min_tokens else frozenset[int]()
+        inputs = steps.blank(
+            bucket,
+            with_history=sampling.has_penalties,
+            with_biases=bool(sampling.logit_bias or forbidden),
+        )
         group = GroupInputs(inputs, group=0, max_sequences=1)
         row = group.add(new, done, pages, slot=slot)
         done += len(new)
-        if done < len(ids):
+        if not draws:
             launcher.launch(inputs)
             continue
         group.sample(
@@ -384,16 +391,19 @@ def draws_of(
             position=done,
             prompt_length=prompt_length,
             history=ids[:-1] if sampling.has_penalties else (),
-            forbidden=eos_ids if done - prompt_length < min_tokens else (),
+            forbidden=forbidden,
         )
-        walked, mask = launcher.walk(inputs), progress.mask()
-        allowed = None
-        if mask is not None:
-            rows = steps.num_sequence_groups * inputs.num_rows
-            allowed = host_array((rows, len(mask)), -1)
-            allowed[row] = mask
-        packed = launcher.draw(walked, allowed)
-        draw = Draw(*unpack(np.asarray(packed)).of_row(row, sampling.top_logprobs))
+        if form is None:
+            launched = launcher.launch(inputs)
+        else:
+            walked, mask = launcher.walk(inputs), progress.mask()
+            allowed = None
+            if mask is not None:
+                rows = steps.num_sequence_groups * inputs.num_rows
+                allowed = host_array((rows, len(mask)), -1)
+                allowed[row] = mask
+            launched = launcher.draw(walked, allowed)
+        draw = Draw(*unpack(np.asarray(launched.packed)).of_row(row, sampling.top_logprobs))
         if draw.token_id == NO_TOKEN:
             raise SamplingError(
                 "the model's values are not finite (NaN or infinity), and no token follows from "

@@ -3,7 +3,8 @@
 Variables: MIXTRAL_JAX_TEST_PLATFORM=gpu (or tpu) runs on that platform instead of the CPU, so that
 `MIXTRAL_JAX_TEST_PLATFORM=gpu python -m pytest -m device` tries the kernels for real; PARITY=1
 refuses to start without torch, so that no comparison with transformers can be skipped;
-MIXTRAL_JAX_SOAK=1 takes in the tests that are marked `soak`.
+MIXTRAL_JAX_SOAK=1 takes in the tests that are marked `soak`; MIXTRAL_JAX_TEST_FORM=whole runs each
+step as one program, as TPU and GPU do, on the CPU.
 """
 
 import importlib.metadata
@@ -16,7 +17,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from mixtral_jax import placement
 from tests.support.identity import TENANT, Identity, certificate, running_identity
+from tests.support.models import whole_kernels_for
 from tests.support.servers import Server, running, serve_command
 
 # A shell that starts the tests in the background, or nohup, lets them ignore these signals, and
@@ -44,12 +47,16 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure() -> None:
-    """Refuses to start with PARITY=1 where torch is missing."""
+    """Refuses to start with PARITY=1 where torch is missing; makes steps whole if asked to."""
     if os.environ.get("PARITY") == "1" and _version("torch") == "none":
         raise pytest.UsageError(
             "PARITY=1 asks for comparisons with transformers, which need torch; on Python "
             f"{platform.python_version()} it is not installed: see the extra `test`"
         )
+
+
+    if os.environ.get("MIXTRAL_JAX_TEST_FORM") == "whole":
+        placement.kernels_for = whole_kernels_for
 
 
 def pytest_report_header() -> str:

@@ -85,6 +85,9 @@ class Kernels:
     activation_dtype_between_rounded: str
     # Dtypes of cached keys and values beside the activations' own.
     kv_dtypes: frozenset[str]
+    # Whether a serving step is one program, not one for each layer: launching dozens of programs
+    # takes an accelerator's host as long as the accelerator needs to compute them.
+    whole_step: bool
     # Heads of a multiple of so many values give a row the same bits whatever runs beside it;
     # None where that is not promised.
     deterministic_heads: int | None
@@ -173,6 +176,7 @@ def _kernels_for(platform: str) -> Kernels:
         page_size=16,
         activation_dtype_between_rounded="float32",
         kv_dtypes=frozenset({"int8", "float8_e4m3fn"}),
+        whole_step=False,
         deterministic_heads=None,
     )
     match platform:
@@ -215,6 +219,7 @@ def _gpu(oracle: Kernels) -> Kernels:
     return replace(
         oracle,
         platform="gpu",
+        whole_step=True,
         grouped=products.grouped,
         expert_reads=products.expert_reads,
         attend=attention.attend,
@@ -235,6 +240,7 @@ def _tpu(oracle: Kernels) -> Kernels:
     return replace(
         oracle,
         platform="tpu",
+        whole_step=True,
         grouped=products.grouped,
         expert_reads=products.expert_reads,
         attend=attention.attend,

@@ -141,7 +141,9 @@ def compile_step(
     )
     prefill_tokens = max(job.prefill_tokens, job.sequences)
     rows = {job.sequences: job.sequences, prefill_tokens: job.sequences}
-    steps = compile_buckets(model, sizes, rows, progress, job.kv_dtype)
+    # Layer by layer also where the server has one program for all of them: it compiles in seconds,
+    # and every layer's bytes and collectives are the same.
+    steps = compile_buckets(model, sizes, rows, progress, job.kv_dtype, is_whole=False)
     return CompilerReport(
         **_memory(model, steps),
         decode=_step_cost(steps.buckets[job.sequences], job, job.decode_reads),

@@ -3,7 +3,7 @@
 XLA compiles for fixed shapes, so a step is padded to the smallest bucket that holds its tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -23,6 +23,7 @@ from mixtral_jax.step.programs import (
     compile_walk,
 )
 from mixtral_jax.step.split_model import SplitModel
+from mixtral_jax.step.whole_step import Kind, WholeSteps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,11 @@ class Steps:
     """All programs that an engine, or the plain loop, ever runs for one model."""
 
     pages: jax.ShapeDtypeStruct  # of each layer, all sequence groups together
-    buckets: Mapping[int, Programs]  # by the tokens of one group
     rows: Mapping[int, int]  # sequences of one group, by its tokens
-    empty: Compiled  # () -> pages
-    copy: Compiled  # (pages, pairs) -> pages; pages are donated
+    empty: Compiled  # () -> pages of a layer
+    whole: WholeSteps | None  # None: a program for each layer
+    buckets: Mapping[int, Programs]  # by the tokens of one group; none where there are whole steps
+    copy: Compiled | None  # (pages, pairs) -> pages, which are donated; as `buckets`
     sizes: StepSizes
     groups: int | None  # sequence groups; None without a mesh
     adapters: AdapterPrograms | None = None  # None: rows have no adapters
@@ -44,14 +46,30 @@ class Steps:
         """Number of groups that the mesh splits the sequences into; 1 without a mesh."""
         return self.groups or 1
 
-    def bucket(self, num_tokens: int) -> int:
-        """Returns the smallest bucket that holds so many tokens in each group."""
-        return min(bucket for bucket in self.buckets if bucket >= num_tokens)
+    def bucket(self, num_tokens: int, *, adapted: bool = False, masked: bool = False) -> int:
+        """Returns the smallest bucket that holds so many tokens in each group.
 
-    def blank(self, bucket: int, *, with_history: bool = False) -> StepInputs:
+        Args:
+            num_tokens: of the group that has most.
+            adapted: some row has an adapter.
+            masked: the step is walked, and drawn afterwards.
+        """
+        if self.whole is not None:
+            return self.whole.bucket(Kind(adapted, masked), num_tokens)
+        return min(bucket for bucket in self.rows if bucket >= num_tokens)
+
+    def blank(
+        self, bucket: int, *, with_history: bool = False, with_biases: bool = False
+    ) -> StepInputs:
         """Returns inputs of that bucket to be filled in; see `StepInputs.blank`."""
-        rows = self.rows[bucket]
-        return StepInputs.blank(bucket, rows, self.sizes, self.groups, with_history=with_history)
+        return StepInputs.blank(
+            bucket,
+            self.rows[bucket],
+            self.sizes,
+            self.groups,
+            with_history=with_history,
+            with_biases=with_biases,
+        )
 
 
 def compile_buckets(
@@ -64,6 +82,8 @@ def compile_buckets(
     has_masks: bool = True,
     adapters: StackSizes | None = None,
     counts_experts: bool = False,
+    is_whole: bool | None = None,
+    first: Collection[int] | None = None,
 ) -> Steps:
     """Compiles the step of every bucket.
 
@@ -76,35 +96,56 @@ def compile_buckets(
         has_masks: whether a row may have a mask.
         adapters: sizes of the adapters' stacks; None if no row has an adapter.
         counts_experts: whether steps count the tokens that chose each expert, of a mixture.
+        is_whole: whether a step is one program; None for the devices' own form.
+        first: of whole steps, buckets that are compiled now, while `Steps.whole.compile_rest` is
+            left to the caller; None for all.
     """
     split = SplitModel.of(model)
     pages = split.pages(sizes.num_pages, sizes.page_size, kv_dtype)
     groups = None if model.layout is None else split.num_sequence_groups
-    num_drawn = split.num_sequence_groups * sizes.max_sequences
     stacks, changes = None, None
     if adapters is not None:
         stacks = BlockStacks.abstract(model.config, model.placement, adapters)
         changes = AdapterPrograms.compile(split, stacks, adapters)
-    # One after the other: the compiler itself uses all cores.
-    draw: dict[int, tuple[Compiled, Compiled | None]] = {}
+    whole: WholeSteps | None = None
     programs: dict[int, Programs] = {}
-    for number, (size, rows) in enumerate(sorted(rows_of.items()), start=1):
-        progress(f"compiling step {number} of {len(rows_of)}: {size} tokens")
-        inputs = StepInputs.blank(size, rows, sizes, groups)
-        if rows not in draw:
-            draw[rows] = compile_draw(split, inputs, num_drawn, has_masks=has_masks)
-        embed, block, pick, adapted = compile_walk(
-            split, pages, inputs, num_drawn, stacks, counts_experts=counts_experts
+    if model.placement.kernels.whole_step if is_whole is None else is_whole:
+        whole = WholeSteps(
+            split,
+            pages,
+            sizes,
+            groups,
+            dict(rows_of),
+            has_masks=has_masks,
+            stacks=stacks,
+            counts_experts=counts_experts,
         )
-        programs[size] = Programs(embed, block, pick, *draw[rows], adapted)
+        if first is None:
+            whole.compile_rest(progress)
+        else:
+            whole.compile_first(first, progress)
+    else:
+        num_drawn = split.num_sequence_groups * sizes.max_sequences
+        draw: dict[int, tuple[Compiled, Compiled | None]] = {}
+        # One after the other: the compiler itself uses all cores.
+        for number, (size, rows) in enumerate(sorted(rows_of.items()), start=1):
+            progress(f"compiling step {number} of {len(rows_of)}: {size} tokens")
+            inputs = StepInputs.blank(size, rows, sizes, groups)
+            if rows not in draw:
+                draw[rows] = compile_draw(split, inputs, num_drawn, has_masks=has_masks)
+            embed, block, pick, adapted = compile_walk(
+                split, pages, inputs, num_drawn, stacks, counts_experts=counts_experts
+            )
+            programs[size] = Programs(embed, block, pick, *draw[rows], adapted)
     return Steps(
         pages=pages,
-        buckets=programs,
         rows=dict(rows_of),
         empty=compile_empty(pages),
-        copy=compile_copy(split, pages, sizes.max_sequences),
+        whole=whole,
+        buckets=programs,
+        copy=None if whole else compile_copy(split, pages, sizes.max_sequences),
         sizes=sizes,
         groups=groups,
         adapters=changes,
-        tally=compile_tally(split) if counts_experts else None,
+        tally=compile_tally(split) if counts_experts and not whole else None,
     )

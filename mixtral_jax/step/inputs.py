@@ -50,6 +50,7 @@ class StepInputs(NamedTuple):
         groups: int | None,
         *,
         with_history: bool = False,
+        with_biases: bool = False,
     ) -> "StepInputs":
         """Returns inputs without a sequence: every row is padding that draws the likeliest token.
 
@@ -61,6 +62,7 @@ class StepInputs(NamedTuple):
             with_history: makes the tokens of `sampling.history` writable. Otherwise they are a
                 read-only view of a single number, because for long contexts they take megabytes
                 that most steps do not need.
+            with_biases: the same for `sampling.biases`, which have hundreds of places a row.
         """
         all_rows = (groups or 1) * rows
         batch = RaggedBatch(
@@ -73,7 +75,7 @@ class StepInputs(NamedTuple):
             num_sequences=host_array(() if groups is None else groups, 0),
         )
         follows = host_array((groups or 1) * num_tokens, -1)
-        sampling = _blank_sampling(all_rows, sizes.max_context, with_history)
+        sampling = _blank_sampling(all_rows, sizes.max_context, with_history, with_biases)
         slots = host_array(follows.shape, NO_SLOT)
         return cls(batch, follows, host_array(all_rows, 0), sampling, slots)
 
@@ -98,14 +100,23 @@ class StepInputs(NamedTuple):
         return bool(np.asarray(self.sampling.history.tokens).flags.writeable)
 
     @property
+    def has_biases(self) -> bool:
+        """True if the biases were made to be written, and so must be sent."""
+        return bool(np.asarray(self.sampling.biases.ids).flags.writeable)
+
+    @property
     def has_adapters(self) -> bool:
         """True if a token is computed with an adapter."""
         return bool(np.any(np.asarray(self.slots) != NO_SLOT))
 
-    def replace_history(self, tokens: Any) -> "StepInputs":
-        """Returns the same inputs with another array of the history's tokens."""
-        history = self.sampling.history._replace(tokens=tokens)
-        return self._replace(sampling=self.sampling._replace(history=history))
+    def with_blanks(self, tokens: Any, biases: Biases) -> "StepInputs":
+        """Returns the same inputs with other arrays for a history and biases that none has."""
+        sampling = self.sampling
+        if not self.has_history:
+            sampling = sampling._replace(history=sampling.history._replace(tokens=tokens))
+        if not self.has_biases:
+            sampling = sampling._replace(biases=biases)
+        return self._replace(sampling=sampling)
 
 
 class GroupInputs:
@@ -187,7 +198,8 @@ class GroupInputs:
             prompt_length: tokens from this position on were generated.
             history: all tokens before the last one, where `params` has penalties; the inputs must
                 then be made `with_history`.
-            forbidden: ids that must not be drawn.
+            forbidden: ids that must not be drawn; with them, or with biases in `params`, the
+                inputs must be made `with_biases`.
         """
         at, arrays = self._first_row + row, self._inputs.sampling
         values: Any = arrays
@@ -221,9 +233,11 @@ def host_array(shape: int | tuple[int, ...], value: int, dtype: type = np.int32)
     return np.full(shape, value, dtype)
 
 
-def _blank_sampling(rows: int, width: int, with_history: bool) -> SamplingArrays:
+def _blank_sampling(rows: int, width: int, with_history: bool, with_biases: bool) -> SamplingArrays:
     """Returns the parameters of rows that take the likeliest token; `width` is S of the history."""
     tokens: Any = np.broadcast_to(np.int32(NO_ID), (rows, width))
+    ids: Any = np.broadcast_to(np.int32(NO_ID), (rows, MAX_BIASES))
+    values: Any = np.broadcast_to(np.float32(0), (rows, MAX_BIASES))
     return SamplingArrays(
         temperature=host_array(rows, 0, np.float32),
         top_k=host_array(rows, 0),
@@ -241,7 +255,7 @@ def _blank_sampling(rows: int, width: int, with_history: bool) -> SamplingArrays
             prompt_length=host_array(rows, 0),
         ),
         biases=Biases(
-            ids=host_array((rows, MAX_BIASES), NO_ID),
-            values=host_array((rows, MAX_BIASES), 0, np.float32),
+            ids=ids.copy() if with_biases else ids,
+            values=values.copy() if with_biases else values,
         ),
     )

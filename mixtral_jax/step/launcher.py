@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.stages import Compiled
 
 from mixtral_jax.axes import (
     DrawnHidden,
@@ -23,20 +22,27 @@ from mixtral_jax.model.adapter import Adapter, BlockAdapter
 from mixtral_jax.model.adapter_stack import Adapters, BlockStacks, slot_content
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
-from mixtral_jax.step.inputs import StepInputs, host_array
-from mixtral_jax.step.sampling import NO_ID, SamplingArrays
+from mixtral_jax.step.inputs import StepInputs, host_array, mask_words
+from mixtral_jax.step.packed_inputs import PackedLayout
+from mixtral_jax.step.sampling import Biases
 from mixtral_jax.step.split_model import SplitModel
+from mixtral_jax.step.whole_step import Kind, WholeStep
 
 
 class WalkedStep(NamedTuple):
     """A step that has been through the layers and draws no token yet. On the devices."""
 
+    inputs: StepInputs
     hidden: DrawnHidden
     last: Rows  # last token of each row
-    sampling: SamplingArrays
-    program: Compiled
-    masked_program: Compiled | None  # None if the steps were compiled without masks
     expert_tokens: LayerCounts | None  # [L E]; None if the steps were compiled without counts
+
+
+class LaunchedStep(NamedTuple):
+    """A step that the devices compute."""
+
+    packed: PackedDraws  # for `unpack`; rows that draw nothing hold values without a meaning
+    expert_tokens: LayerCounts | None
 
 
 class StepLauncher:
@@ -50,18 +56,16 @@ class StepLauncher:
     def __init__(self, model: Transformer, steps: Steps) -> None:
         self.steps = steps
         self._model = SplitModel.of(model)
-        # By number of rows, on the devices: histories of steps in which no row needs one.
-        self._no_history = {
-            rows: self._model.replicate(
-                host_array((steps.num_sequence_groups * rows, steps.sizes.max_context), NO_ID)
-            )
-            for rows in set(steps.rows.values())
+        # By number of rows, on the devices: for steps in which no row has a history or biases.
+        self._blanks = {
+            rows: _Blank.of(steps.blank(bucket), self._model) for bucket, rows in steps.rows.items()
         }
         adapters = steps.adapters
         # Each layer has its own; they are not lost with the pages.
         self._stacks: list[BlockStacks] = (
             [] if adapters is None else [adapters.empty() for _ in self._model.blocks]
         )
+        self._layouts: dict[int, PackedLayout] = {}
         self._layers: list[Pages] = []
         self._tokens: Rows | Any = None
         self.reset()
@@ -90,17 +94,23 @@ class StepLauncher:
             return False
         return not any(pages.is_deleted() for pages in self._layers)
 
-    def launch(self, inputs: StepInputs) -> PackedDraws:
-        """Starts one step and returns its draws, which `unpack` reads, without waiting for them.
-
-        Rows that draw nothing hold values without a meaning.
-        """
-        return self.draw(self.walk(inputs))
+    def launch(self, inputs: StepInputs) -> LaunchedStep:
+        """Starts one step, without waiting for its draws."""
+        if self.steps.whole is None:
+            return self.draw(self.walk(inputs))
+        done = self._launch_whole(inputs, is_masked=False)
+        assert done.packed is not None, "the rows of a plain step draw"
+        self._tokens = done.tokens
+        return LaunchedStep(done.packed, done.expert_tokens)
 
     def walk(self, inputs: StepInputs) -> WalkedStep:
         """Starts the part of a step that goes through the layers and writes pages."""
-        if not inputs.has_history:
-            inputs = inputs.replace_history(self._no_history[inputs.num_rows])
+        if self.steps.whole is not None:
+            done = self._launch_whole(inputs, is_masked=True)
+            assert done.hidden is not None and done.last is not None, "a walk ends before the draw"
+            return WalkedStep(inputs, done.hidden, done.last, done.expert_tokens)
+        blank = self._blanks[inputs.num_rows]
+        inputs = inputs.with_blanks(blank.history, blank.biases)
         programs, batch = self.steps.buckets[inputs.num_tokens], inputs.batch
         rest = self._model.rest
         batch, x, rotary = programs.embed(rest, batch, inputs.follows, self._tokens)
@@ -117,10 +127,9 @@ class StepLauncher:
             counts += counted
         x, last = programs.pick(x, batch.tokens, inputs.last)
         tally = self.steps.tally
-        tokens = None if tally is None else tally(tuple(counts))
-        return WalkedStep(x, last, inputs.sampling, programs.draw, programs.draw_masked, tokens)
+        return WalkedStep(inputs, x, last, None if tally is None else tally(tuple(counts)))
 
-    def draw(self, walked: WalkedStep, allowed: HostRowMasks | None = None) -> PackedDraws:
+    def draw(self, walked: WalkedStep, allowed: HostRowMasks | None = None) -> LaunchedStep:
         """Starts the other part, in which each row draws its token.
 
         Args:
@@ -128,15 +137,48 @@ class StepLauncher:
             allowed: which tokens each row may draw, as `sample` reads it, all groups one behind
                 the other; None where every row may draw any.
         """
-        given = (self._model.rest, walked.hidden, walked.last, walked.sampling)
-        if allowed is None:
-            sampled = walked.program(*given)
+        inputs = walked.inputs
+        given = (self._model.rest, walked.hidden, walked.last)
+        if self.steps.whole is not None:
+            if allowed is None:
+                words = mask_words(self.vocab_size)
+                allowed = host_array((len(inputs.last), words), -1)
+            layout = self._layout(inputs.num_tokens)
+            drawing = layout.pack(inputs)[: layout.num_drawing]
+            draw = self.steps.whole.draw(inputs.num_rows)
+            sampled = draw(*given, drawing, self._rare(inputs), allowed)
         else:
-            assert walked.masked_program is not None, "the steps were compiled without masks"
-            sampled = walked.masked_program(*given, allowed)
+            programs = self.steps.buckets[inputs.num_tokens]
+            if allowed is None:
+                sampled = programs.draw(*given, inputs.sampling)
+            else:
+                assert programs.draw_masked is not None, "the steps were compiled without masks"
+                sampled = programs.draw_masked(*given, inputs.sampling, allowed)
         self._tokens = sampled.tokens
-        packed: PackedDraws = sampled.packed
-        return packed
+        return LaunchedStep(sampled.packed, walked.expert_tokens)
+
+    def _launch_whole(self, inputs: StepInputs, *, is_masked: bool) -> WholeStep:
+        whole, model = self.steps.whole, self._model
+        assert whole is not None
+        kind = Kind(inputs.has_adapters, is_masked)
+        common = self._layout(inputs.num_tokens).pack(inputs)
+        given = [tuple(self._layers), self._tokens, common, self._rare(inputs)]
+        if kind.adapted:
+            given.append(tuple(self._stacks))
+        done: WholeStep = whole.step(kind, inputs.num_tokens)(model.rest, model.blocks, *given)
+        self._layers[:] = done.layers
+        return done
+
+    def _layout(self, bucket: int) -> PackedLayout:
+        assert self.steps.whole is not None
+        if bucket not in self._layouts:
+            self._layouts[bucket] = self.steps.whole.layout(bucket)
+        return self._layouts[bucket]
+
+    def _rare(self, inputs: StepInputs) -> Any:
+        if inputs.has_history or inputs.has_biases:
+            return self._layout(inputs.num_tokens).pack_rare(inputs)
+        return self._blanks[inputs.num_rows].rare
 
     def put_adapter(self, slot: int, adapter: Adapter) -> None:
         """Writes an adapter into a slot, for the steps that are launched from now on.
@@ -163,5 +205,27 @@ class StepLauncher:
             for group, wanted in enumerate(copies):
                 now = wanted[start : start + width]
                 pairs[group, : len(now)] = np.reshape(now, (-1, 2))
+            if self.steps.whole is not None:
+                self._layers[:] = self.steps.whole.copy(tuple(self._layers), pairs.reshape(-1, 2))
+                continue
+            assert self.steps.copy is not None
             for i, layer in enumerate(self._layers):
                 self._layers[i] = self.steps.copy(layer, pairs.reshape(-1, 2))
+
+
+class _Blank(NamedTuple):
+    """What most steps have in place of histories and biases, on the devices."""
+
+    history: Any
+    biases: Biases
+    rare: Any  # the same, laid out for the program of a whole step
+
+    @classmethod
+    def of(cls, inputs: StepInputs, model: SplitModel) -> "_Blank":
+        history, biases = inputs.sampling.history.tokens, inputs.sampling.biases
+        put = model.replicate
+        return cls(
+            put(np.asarray(history)),
+            Biases(*(put(np.asarray(array)) for array in biases)),
+            put(PackedLayout(inputs).pack_rare(inputs)),
+        )

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.axes import LayerCounts, PackedDraws
 from mixtral_jax.model.adapter import BlockAdapter, LowRank
+from mixtral_jax.model.adapter_stack import NO_SLOT
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.draws import unpack
-from mixtral_jax.step.inputs import GroupInputs, mask_words
-from mixtral_jax.step.launcher import StepLauncher, WalkedStep
+from mixtral_jax.step.inputs import GroupInputs, StepInputs, mask_words
+from mixtral_jax.step.launcher import LaunchedStep, StepLauncher, WalkedStep
 from serving.engine.device import Masks, PutLayer
 from serving.engine.expert_load import ExpertLoad
 from serving.scheduling.request import Drawn
@@ -47,18 +47,32 @@ class Runner:
 
     def launch(self, plans: Sequence[StepPlan]) -> "RunningStep":
         """Starts one step: a plan for each sequence group, at least one of them with chunks."""
-        return self.draw(self.walk(plans), None)
+        inputs = self._inputs(plans, is_masked=False)
+        launched = self._launcher.launch(inputs)
+        return RunningStep(tuple(plans), inputs.num_rows, launched, self._expert_load)
 
     def walk(self, plans: Sequence[StepPlan]) -> "WalkedPlans":
         """Starts one step, up to where its rows draw."""
-        steps = self._steps
-        bucket = steps.bucket(max(plan.num_tokens for plan in plans))
-        has_history = any(chunk.history for plan in plans for chunk in plan.chunks)
-        inputs = steps.blank(bucket, with_history=has_history)
+        inputs = self._inputs(plans, is_masked=True)
+        return WalkedPlans(tuple(plans), inputs.num_rows, self._launcher.walk(inputs))
+
+    def _inputs(self, plans: Sequence[StepPlan], *, is_masked: bool) -> StepInputs:
+        """The arrays of a step; the pages that it writes are copied before."""
+        steps, chunks = self._steps, [chunk for plan in plans for chunk in plan.chunks]
+        bucket = steps.bucket(
+            max(plan.num_tokens for plan in plans),
+            adapted=any(chunk.slot != NO_SLOT for chunk in chunks),
+            masked=is_masked,
+        )
+        inputs = steps.blank(
+            bucket,
+            with_history=any(chunk.history for chunk in chunks),
+            with_biases=any(chunk.forbidden or chunk.sampling.logit_bias for chunk in chunks),
+        )
         for group, plan in enumerate(plans):
             _write(plan, GroupInputs(inputs, group, steps.sizes.max_sequences))
         self._launcher.copy_pages([plan.copies for plan in plans])
-        return WalkedPlans(tuple(plans), inputs.num_rows, self._launcher.walk(inputs))
+        return inputs
 
     def draw(self, walked: "WalkedPlans", masks: Masks | None) -> "RunningStep":
         """Lets the rows of a step draw what their masks allow; None for no masks."""
@@ -70,10 +84,8 @@ class Runner:
                 if rows is not None:
                     first = group * walked.rows
                     allowed[first : first + len(rows)] = rows
-        packed = self._launcher.draw(walked.step, allowed)
-        return RunningStep(
-            walked.plans, walked.rows, packed, walked.step.expert_tokens, self._expert_load
-        )
+        launched = self._launcher.draw(walked.step, allowed)
+        return RunningStep(walked.plans, walked.rows, launched, self._expert_load)
 
     def put_layer(self, put: PutLayer) -> None:
         """Writes a layer of an adapter into its slot, for steps that are launched from now on."""
@@ -105,16 +117,15 @@ class RunningStep:
 
     plans: tuple[StepPlan, ...]
     rows: int  # of each sequence group
-    packed: PackedDraws
-    expert_tokens: LayerCounts | None
+    launched: LaunchedStep
     expert_load: ExpertLoad | None
 
     def drawn(self) -> list[list[Drawn | None]]:
         """Waits for the step; returns what each chunk of each plan drew, or None for nothing."""
-        if self.expert_load is None or self.expert_tokens is None:
-            packed = np.asarray(self.packed)
+        if self.expert_load is None or self.launched.expert_tokens is None:
+            packed = np.asarray(self.launched.packed)
         else:
-            packed, counts = jax.device_get((self.packed, self.expert_tokens))
+            packed, counts = jax.device_get(self.launched)
             self.expert_load.add(counts)
         draws = unpack(packed)
         drawn: list[list[Drawn | None]] = []

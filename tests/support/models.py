@@ -1,5 +1,6 @@
 """Models with random weights, on one device or split over a mesh."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -7,8 +8,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels import Kernels, kernels_for
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.placement import Placement
+
+
+def whole_kernels_for(platform: str) -> Kernels:
+    """The kernels of a platform, with steps of one program as on TPU and GPU."""
+    return replace(kernels_for(platform), whole_step=True)
 
 
 def model_of(
