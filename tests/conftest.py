@@ -54,7 +54,6 @@ def pytest_configure() -> None:
             f"{platform.python_version()} it is not installed: see the extra `test`"
         )
 
-
     if os.environ.get("MIXTRAL_JAX_TEST_FORM") == "whole":
         placement.kernels_for = whole_kernels_for
 

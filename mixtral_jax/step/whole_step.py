@@ -17,7 +17,7 @@ would need room for both at the start.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -193,6 +193,14 @@ class WholeSteps:
         """The program (layers, pairs [S 2]) -> layers, which are donated."""
         return self._compiled["copy", 0]
 
+    @property
+    def missing(self) -> list[Key]:
+        """The programs that are not compiled by now, draws before the steps that need them."""
+        sizes = sorted(self._rows, reverse=True)
+        steps: list[Key] = [(kind, size) for kind in self._kinds for size in sizes]
+        keys = [("copy", 0), *self._draws(sizes), *steps]
+        return [key for key in keys if key not in self._compiled]
+
     def compile_first(self, few: Collection[int], progress: Callable[[str], None]) -> None:
         """Compiles all that any step needs: plain steps of a few buckets, others of the largest.
 
@@ -203,23 +211,36 @@ class WholeSteps:
         largest = max(self._rows)
         keys: list[Key] = [(kind, largest) for kind in self._kinds]
         keys += [(Kind(), size) for size in sorted(few, reverse=True) if size != largest]
-        self._compile([*self._draws([largest]), *keys, ("copy", 0)], progress)
+        # Several at once: each of them keeps a core or two busy.
+        self._compile([("copy", 0), *self._draws([largest]), *keys], progress, _half_the_cores())
 
-    def compile_rest(self, progress: Callable[[str], None] = lambda line: None) -> None:
-        """Compiles what `compile_first` did not; steps may run meanwhile."""
-        sizes = sorted(self._rows, reverse=True)
-        keys: list[Key] = [(kind, size) for kind in self._kinds for size in sizes]
-        self._compile([*self._draws(sizes), *keys, ("copy", 0)], progress)
+    def compile_rest(
+        self,
+        progress: Callable[[str], None] = lambda line: None,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> None:
+        """Compiles what is missing.
+
+        Args:
+            progress: is called with a line for each program.
+            is_wanted: is asked before each program, where steps run meanwhile: then they come one
+                after the other. None where nothing else runs.
+        """
+        if is_wanted is None:
+            self._compile(self.missing, progress, _half_the_cores())
+            return
+        for key in self.missing:
+            if not is_wanted():
+                return
+            self._compiled[key] = self._lowered(key).compile()
 
     def _draws(self, sizes: Iterable[int]) -> list[Key]:
-        """The draws that masked steps of these buckets need; before the steps themselves."""
+        """The draws that masked steps of these buckets need."""
         rows = {self._rows[size] for size in sizes}
         return [("draw", count) for count in sorted(rows)] if self._kinds[-1].masked else []
 
-    def _compile(self, keys: Iterable[Key], progress: Callable[[str], None]) -> None:
-        """Compiles several programs at once: each of them keeps a core or two busy."""
-        keys = [key for key in keys if key not in self._compiled]
-        pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
+    def _compile(self, keys: Sequence[Key], progress: Callable[[str], None], workers: int) -> None:
+        pool = ThreadPoolExecutor(workers)
         try:
             waiting = [pool.submit(lambda key: self._lowered(key).compile(), key) for key in keys]
             for number, (key, program) in enumerate(zip(keys, waiting, strict=True), start=1):
@@ -289,6 +310,10 @@ class WholeSteps:
         pairs = jax.ShapeDtypeStruct((self._functions.num_drawn, 2), jnp.int32)
         lowered: Lowered = program.lower((self._pages,) * len(split.blocks), pairs)
         return lowered
+
+
+def _half_the_cores() -> int:
+    return max(1, (os.cpu_count() or 1) // 2)
 
 
 def _name(key: Key) -> str:

@@ -63,6 +63,7 @@ def compile_steps(
     adapters: StackSizes | None = None,
     counts_experts: bool = False,
     buckets: Sequence[int] = (),
+    may_be_late: bool = False,
 ) -> Steps:
     """Compiles all steps of an engine; `limits` are those of one partition.
 
@@ -70,6 +71,7 @@ def compile_steps(
     stacks, none may have an adapter. `counts_experts` is for an engine that has an `ExpertLoad`.
     Steps are padded to `buckets`, the largest step among them; without any, to those that
     `step_buckets` gives.
+    With `may_be_late` whole steps that the first answers can do without are left to the caller.
     """
     sizes = StepSizes(
         num_pages=limits.num_pages,
@@ -81,6 +83,7 @@ def compile_steps(
         few = compiles_few(model.placement)
         buckets = step_buckets(limits.max_sequences, limits.max_step_tokens, few)
     rows = {bucket: rows_of(bucket, limits) for bucket in buckets}
+    first = rows.keys() & {min(rows), limits.max_sequences, max(rows)}
     return compile_buckets(
         model,
         sizes,
@@ -90,6 +93,7 @@ def compile_steps(
         has_masks=has_masks,
         adapters=adapters,
         counts_experts=counts_experts,
+        first=first if may_be_late else None,
     )
 
 
@@ -206,6 +210,8 @@ def prepare(
             adapters=stacks,
             counts_experts=config.expert_metrics,
             buckets=buckets,
+            # The processes of a group must choose the same bucket for a step.
+            may_be_late=jax.process_count() == 1,
         )
         return Prepared(model.result(), limits, steps, placement.mesh_text)
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from grpc_health.v1._async import HealthServicer
 
@@ -40,6 +40,7 @@ from serving.flags import SERVICE, record
 from serving.launch.adapters import followed_adapters
 from serving.launch.config import ServiceConfig
 from serving.launch.gpu_memory import take_gpu_memory
+from serving.launch.late_programs import THREAD, LatePrograms
 from serving.launch.profiling import JaxTracer, Profiling
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
 from serving.observe.logs import set_up
@@ -132,21 +133,22 @@ def _lead(
     leader = None if rank is None else _gathered(engine, rank, pretrained)
     # Its processes start beside the loading of the weights. Without a tokenizer nothing is served.
     compiler = Compiler(pretrained.tokenizer, pretrained.card.model.vocab_size)
-    worker, inference, adapters, rows = _build(
-        engine, service, pretrained, metrics, traces, leader, compiler
-    )
+    built = _build(engine, service, pretrained, metrics, traces, leader, compiler)
+    worker, late = built.worker, built.late
     worker.start()
+    late.start()
     try:
         address = join_address(access.host, service.port)
-        max_calls = engine.max_waiting + rows
-        server = _Server(worker, inference, leader, service, max_calls)
-        with adapters:
+        max_calls = engine.max_waiting + built.rows
+        server = _Server(worker, built.inference, leader, service, max_calls)
+        with built.adapters:
             asyncio.run(server.run(address, door, tls, admission, fields))
     finally:
         if leader is not None:
             if leader.loss is not None:
                 _start_again(leader.loss)
             leader.on_loss = _start_again  # the thread would be waited for in vain
+        is_idle = late.stop()
         has_ended = worker.stop(service.step_timeout)
         compiler.close()
         traces.close()
@@ -157,6 +159,8 @@ def _lead(
         leader.end(leader.leaving or f"{leader.name} was told to end")
     if worker.has_failed:
         sys.exit("the engine failed")
+    if not is_idle:
+        end_process(0)  # the exit would wait for the compiler
 
 
 def _gathered(engine: EngineConfig, rank: Rank, pretrained: Pretrained) -> Leader:
@@ -173,6 +177,16 @@ def _gathered(engine: EngineConfig, rank: Rank, pretrained: Pretrained) -> Leade
     return leader
 
 
+class _Built(NamedTuple):
+    """A loaded model's parts of the service."""
+
+    worker: EngineWorker  # not yet started
+    inference: InferenceService
+    adapters: AbstractContextManager[None]  # followed, once the worker has started, until it ends
+    rows: int  # sequences that the engine continues together
+    late: LatePrograms  # not yet started
+
+
 def _build(
     config: EngineConfig,
     service: ServiceConfig,
@@ -181,12 +195,8 @@ def _build(
     traces: Traces,
     leader: Leader | None,
     compiler: Compiler,
-) -> tuple[EngineWorker, InferenceService, AbstractContextManager[None], int]:
-    """Loads and compiles; returns the engine's thread, not yet started, and its gRPC service.
-
-    The third has the adapters, once the thread has started, until it is left. The fourth is the
-    number of sequences that are computed together.
-    """
+) -> _Built:
+    """Loads and compiles."""
     keep_programs()
     card = pretrained.card
 
@@ -221,10 +231,11 @@ def _build(
     inference = InferenceService(
         worker, pretrained.tokenizer, info, calls, service.max_bytes_per_token, compiler, models
     )
-    compilations = CompilationCount()
+    compilations = CompilationCount(apart=THREAD)
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
     DeviceMemory(prepared.model, prepared.steps, metrics.registry)
-    return worker, inference, adapters, prepared.max_sequences
+    late = LatePrograms(prepared.steps, _say)
+    return _Built(worker, inference, adapters, prepared.max_sequences, late)
 
 
 class _Server:

@@ -1,0 +1,53 @@
+"""Late programs: those of whole steps that a server compiles while it answers already.
+
+Until one is there, its steps are padded to a larger bucket (mixtral_jax/step/whole_step.py).
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from mixtral_jax.step.buckets import Steps
+
+THREAD = "late programs"  # the beginning of its threads' names
+
+_log = logging.getLogger(__name__)
+
+
+class LatePrograms:
+    """Compiles what is missing, in a thread of its own.
+
+    Args:
+        steps: those of the engine, some of whose programs may be missing.
+        say: is called with a line when all are there.
+    """
+
+    def __init__(self, steps: Steps, say: Callable[[str], None]) -> None:
+        self._steps, self._say = steps, say
+        self._is_wanted = True
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread, if anything is missing."""
+        if self._steps.whole is not None and self._steps.whole.missing:
+            self._thread.start()
+
+    def stop(self) -> bool:
+        """Begins no further program; returns False if one is under way, which nothing can end."""
+        self._is_wanted = False
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        whole = self._steps.whole
+        assert whole is not None
+        count = len(whole.missing)
+        try:
+            whole.compile_rest(is_wanted=lambda: self._is_wanted)
+        except Exception:
+            _log.exception(
+                "a program could not be compiled; steps go on with those that are there, padded to "
+                "larger ones"
+            )
+            return
+        if self._is_wanted:
+            self._say(f"all {count} programs that were missing are compiled")
