@@ -96,8 +96,8 @@ def chip_under(placement: Placement) -> Chip | None:
 
 
 def compiles_few(placement: Placement) -> bool:
-    """True where each bucket is a program of the whole model, on every device but a CPU."""
-    return placement.kernels.platform not in ("cpu", "xla")
+    """True where each bucket is a program of the whole model."""
+    return placement.kernels.whole_step
 
 
 def settings_by_chip(

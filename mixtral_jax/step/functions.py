@@ -53,9 +53,12 @@ class StepFunctions:
     counts_experts: bool = False
 
     def embed(
-        self, rest: Arrays, batch: RaggedBatch, follows: FlatTokens, drawn: Rows
+        self, rest: Arrays, batch: RaggedBatch, follows: jax.Array, drawn: jax.Array
     ) -> tuple[RaggedBatch, FlatHidden, Rotary]:
-        """Returns the group's batch with its tokens, x [T D] and the rotation of its positions."""
+        """Returns the group's batch with its tokens, x [T D] and the rotation of its positions.
+
+        `batch` and `follows` are those of all groups, `drawn` is the last step's `Sampled.tokens`.
+        """
         split = self.split
         batch, follows = own_group((batch, follows), split.layout)
         tokens = jnp.where(follows >= 0, drawn[jnp.maximum(follows, 0)], batch.tokens)
@@ -84,8 +87,13 @@ class StepFunctions:
         choice = capture.values["router.choice"]
         return x, pages, expert_tokens(choice, batch, split.config.num_experts)
 
-    def pick(self, x: FlatHidden, tokens: FlatTokens, last: Rows) -> tuple[DrawnHidden, Rows]:
-        """Returns x and the token of each row's last place, those of all groups."""
+    def pick(
+        self, x: FlatHidden, tokens: FlatTokens, last: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns x [R D] and the token [R] of each row's last place, with the rows of all groups.
+
+        `last` are the places of all groups' rows, each in its group.
+        """
         layout = self.split.layout
         last = own_group(last, layout)
         x, tokens = x[last], tokens[last]

@@ -29,6 +29,7 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
 from mixtral_jax.planning.topology import absent_devices, environment, installed
 from mixtral_jax.roofline.chips import topologies
+from mixtral_jax.step.whole_step import Kind
 from mixtral_jax.weight import Weight
 
 # Query heads, key/value heads, window; of one device.
@@ -171,7 +172,9 @@ def compile_generation(name: str, dtype: str) -> dict[str, list[str]]:
     steps = steps_for(model, 1024)
 
     def calls(tokens: int) -> list[str]:
-        text = steps.buckets[tokens].block.as_text()
+        assert steps.whole is not None, "a step on accelerators is one program"
+        text = steps.whole.step(Kind(), tokens).as_text()
+        assert text is not None and text.count("ENTRY ") == 1
         lines = "".join(line for line in text.splitlines() if "custom-call(" in line)
         return [kernel for kernel in KERNELS if kernel in lines]
 

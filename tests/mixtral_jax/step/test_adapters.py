@@ -68,7 +68,7 @@ def logprobs(launcher: StepLauncher, rows: Sequence[int], slots: Sequence[int]) 
         at = group.add(ids, 0, [row], slot=slot)
         sampling = SamplingParams(temperature=0.0, top_logprobs=20)
         group.sample(at, sampling, seed=0, position=len(ids), prompt_length=len(ids))
-    draws = unpack(np.asarray(launcher.launch(inputs)))
+    draws = unpack(np.asarray(launcher.launch(inputs).packed))
     return draws.top_logprobs[: len(rows)]
 
 

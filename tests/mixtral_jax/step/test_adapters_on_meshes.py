@@ -53,7 +53,7 @@ def launched(model: Transformer, tokens: int) -> np.ndarray:
             at = writer.add(ids, 0, list(range(row * 16, row * 16 + 16)), slot=slot)
             sampling = SamplingParams(temperature=0.0, top_logprobs=20)
             writer.sample(at, sampling, seed=0, position=len(ids), prompt_length=len(ids))
-    return unpack(np.asarray(launcher.launch(inputs))).top_logprobs
+    return unpack(np.asarray(launcher.launch(inputs).packed)).top_logprobs
 
 
 @pytest.mark.parametrize(

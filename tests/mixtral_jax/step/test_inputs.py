@@ -49,7 +49,7 @@ def test_groups_stand_one_behind_the_other() -> None:
 
 
 def test_parameters_of_a_row() -> None:
-    inputs = StepInputs.blank(4, 2, SIZES, groups=None, with_history=True)
+    inputs = StepInputs.blank(4, 2, SIZES, groups=None, with_history=True, with_biases=True)
     group = GroupInputs(inputs, 0, SIZES.max_sequences)
     row = group.add([3, 4], start=2, pages=(0,))
     params = SamplingParams(

@@ -123,7 +123,7 @@ def test_other_hosts_draw_the_same_under_the_masks_that_travel(
     class Recorded(Runner):
         def draw(self, walked: WalkedPlans, masks: Masks | None) -> RunningStep:
             running = super().draw(walked, masks)
-            drawn.append(np.asarray(running.packed))
+            drawn.append(np.asarray(running.launched.packed))
             return running
 
     own = Recorded(model, steps)
