@@ -85,7 +85,7 @@ class Kernels:
     activation_dtype_between_rounded: str
     # Dtypes of cached keys and values beside the activations' own.
     kv_dtypes: frozenset[str]
-    # Whether a serving step is one program, not one for each layer: launching dozens of programs
+    # True where a serving step is one program, not one for each layer: launching dozens of programs
     # takes an accelerator's host as long as the accelerator needs to compute them.
     whole_step: bool
     # Heads of a multiple of so many values give a row the same bits whatever runs beside it;

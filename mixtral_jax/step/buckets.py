@@ -46,6 +46,15 @@ class Steps:
         """Number of groups that the mesh splits the sequences into; 1 without a mesh."""
         return self.groups or 1
 
+    @property
+    def programs(self) -> list[Compiled]:
+        """All programs that are compiled by now."""
+        layerwise = [program for bucket in self.buckets.values() for program in bucket]
+        whole = [] if self.whole is None else [*self.whole.compiled.values()]
+        changes = [] if self.adapters is None else [self.adapters.empty, self.adapters.put]
+        programs = [self.empty, self.copy, self.tally, *layerwise, *whole, *changes]
+        return [*{id(p): p for p in programs if p is not None}.values()]
+
     def bucket(self, num_tokens: int, *, adapted: bool = False, masked: bool = False) -> int:
         """Returns the smallest bucket that holds so many tokens in each group.
 

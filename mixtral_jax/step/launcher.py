@@ -214,7 +214,7 @@ class StepLauncher:
 
 
 class _Blank(NamedTuple):
-    """What most steps have in place of histories and biases, on the devices."""
+    """Stands in for histories and biases, which most steps do without. On the devices."""
 
     history: Any
     biases: Biases

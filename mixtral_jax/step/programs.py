@@ -17,7 +17,7 @@ Only shapes are needed: the same programs are compiled for devices that are not 
 (mixtral_jax/planning).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,7 @@ from mixtral_jax.step.inputs import StepInputs, mask_words
 from mixtral_jax.step.split_model import REPLICATED, SplitModel
 
 
-@dataclass(frozen=True)
-class Programs:
+class Programs(NamedTuple):
     """The compiled programs of a step of one size."""
 
     embed: Compiled  # (rest, batch, follows, tokens) -> batch with its tokens, x, rotary

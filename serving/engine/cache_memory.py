@@ -1,13 +1,10 @@
 """Memory of devices: what keys and values get where the operator does not say, and what is held."""
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.stages import Compiled
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -90,7 +87,7 @@ class DeviceMemory(Collector):
             "Bytes on the fullest device of this process, by kind.",
             labels=("kind",),
         )
-        analyses = [program.memory_analysis() for program in _compiled(self._steps)]
+        analyses = [program.memory_analysis() for program in self._steps.programs]
         known = [analysis for analysis in analyses if analysis is not None]
         code = sum(analysis.generated_code_size_in_bytes for analysis in known)
         temporaries = max((analysis.temp_size_in_bytes for analysis in known), default=0)
@@ -104,18 +101,3 @@ class DeviceMemory(Collector):
         for kind, value in kinds.items():
             family.add_metric([kind], value)
         yield family
-
-
-def _compiled(value: Any) -> Iterator[Compiled]:
-    """Yields the compiled programs in a record of records, mappings and sequences."""
-    if isinstance(value, Compiled):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _compiled(getattr(value, field.name))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _compiled(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _compiled(item)
