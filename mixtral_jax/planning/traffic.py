@@ -187,7 +187,7 @@ class _TrafficCounter:
                 for name, operand in branches
             ]
             return max(costs, default=0.0)
-        if item.op in ("call", "async-start"):
+        if item.op in ("call", "async-start", "call-start"):
             given = [values.get(name, frozenset()) for name in item.operands]
             return self.count(self.program.called_by(item), given)
         operands = [computation.instructions[name] for name in item.operands]

@@ -136,6 +136,28 @@ def test_a_collective_beside_other_work_is_found_once() -> None:
     assert found.collectives == (Collective("all-gather", 256, 2, moves_weights=True),)
 
 
+def test_a_collective_on_the_sparse_cores_of_a_tpu_is_found() -> None:
+    """TPU v7x calls a computation of its own for it; what is prepared beside moves nothing."""
+    found = program_traffic("""
+HloModule jit_block
+
+%on_sparse_core (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %sum = f32[8,4]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %ready = token[] custom-call(%a), custom_call_target="PrepareAsyncCallDone"
+  %begun = ((f32[8,4]{1,0}, token[]), f32[8,4]{1,0}) call-start(%a, %ready), \
+async_execution_thread="sparsecore", to_apply=%on_sparse_core
+  ROOT %done = f32[8,4]{1,0} call-done(%begun)
+}
+""")
+    assert found.collectives == (Collective("all-reduce", 128, 2, moves_weights=False),)
+    assert found.kernels == {}
+
+
 def test_a_fusion_reads_all_of_what_it_multiplies_and_little_of_what_it_slices() -> None:
     row = 16 + 4 + 16  # read, its place, written
     product = 128 + 64 + 32
