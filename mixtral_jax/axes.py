@@ -46,7 +46,8 @@ ExpertCounts = Int[Array, " E"]
 LayerCounts = Int[Array, "L E"]
 
 # The cache.
-Pages = Float[Array, "P Y C H"] | Int8[Array, "P Y C _"]  # int8: see cache.py
+WordPages = Int32[Array, "P _ _ H"]  # see kernels/tpu/word_pages.py
+Pages = Float[Array, "P Y C H"] | Int8[Array, "P Y C _"] | WordPages  # int8: see cache.py
 PageTable = Int[Array, "S W"]
 PagePairs = Int[Array, "S 2"]  # source and destination
 FlatTokens = Int[Array, " T"]

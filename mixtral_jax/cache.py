@@ -11,6 +11,9 @@ int8 with a scale of their own, whose four bytes (float32) stand behind them: [P
 Pages of fp8 (float8_e4m3fn: four bits of exponent, three of mantissa) are [P Y C H] without scales,
 as if every scale were 1: each value is rounded by itself, and what exceeds 448 becomes 448.
 
+Every maker of kernels but one takes these forms; the small numbers of a TPU are in words of their
+own (kernels/tpu/word_pages.py). `Placement.page_form` says which form a model has.
+
 Worked example: page size 4, three sequences. Two are in decode, with 5 and 9 tokens cached after
 this step, and one brings a prompt chunk of 3 tokens after 4 that are already cached:
 
@@ -25,6 +28,7 @@ this step, and one brings a prompt chunk of 3 tokens after 4 that are already ca
 Token d (position 5) goes to page_table[2][5 // 4] = page 4, place 5 % 4 = 1.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -77,6 +81,25 @@ class RaggedBatch(NamedTuple):
         return jnp.zeros_like(lengths) if window is None else lengths - window, lengths
 
 
+class PageForm(NamedTuple):
+    """One page of one layer on one device: letters of its axes, as in "YKH", sizes and dtype."""
+
+    axes: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the page."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def page_form(page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -> PageForm:
+    """The form that this module reads and writes, of the key/value heads of one device."""
+    places = head_size + (_SCALE_BYTES if jnp.dtype(dtype) == jnp.int8 else 0)
+    return PageForm("YKH", (page_size, 2 * kv_heads, places), jnp.dtype(dtype))
+
+
 class PagedCache(NamedTuple):
     """The pages of every layer. Donate it to the step that writes it."""
 
@@ -87,7 +110,8 @@ class PagedCache(NamedTuple):
         cls, config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike
     ) -> "PagedCache":
         """Makes pages of zeros for every layer."""
-        shape = (num_pages, page_size, 2 * config.num_kv_heads, _places(config, dtype))
+        page = page_form(page_size, config.num_kv_heads, config.head_size, dtype)
+        shape = (num_pages, *page.shape)
         return cls(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)))
 
     @property
@@ -101,28 +125,24 @@ class PagedCache(NamedTuple):
         return self.layers[0].shape[1]
 
 
-def token_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
-    """Bytes of one token's keys and values in all layers together."""
-    head_bytes = _places(config, dtype) * jnp.dtype(dtype).itemsize
-    return config.num_layers * 2 * config.num_kv_heads * head_bytes
-
-
-def _places(config: ModelConfig, dtype: DTypeLike) -> int:
-    """Number of elements that a head occupies in a page."""
-    return config.head_size + (_SCALE_BYTES if jnp.dtype(dtype) == jnp.int8 else 0)
-
-
 def write(pages: Pages, k: FlatKeys, v: FlatKeys, batch: RaggedBatch) -> Pages:
     """Puts the keys and values of the batch's tokens where the page table says."""
     num_pages, page_size = pages.shape[:2]
+    page, place = places_of(batch, page_size, num_pages)
+    heads = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])
+    rounded = round_heads(heads, pages.dtype)
+    return pages.at[page, place].set(rounded, mode="drop")
+
+
+def places_of(batch: RaggedBatch, page_size: int, num_pages: int) -> tuple[FlatTokens, FlatTokens]:
+    """The page of each new token, and its place there; `num_pages` for places without a token.
+
+    A page out of range is dropped by a scatter.
+    """
     sequence = batch.sequence_of_token()
     page = batch.page_table[sequence, batch.positions // page_size]
     in_use = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.num_tokens
-    # A place out of range is dropped by the scatter.
-    page = jnp.where(in_use, page, num_pages)
-    heads = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[-1])
-    rounded = round_heads(heads, pages.dtype)
-    return pages.at[page, batch.positions % page_size].set(rounded, mode="drop")
+    return jnp.where(in_use, page, num_pages), batch.positions % page_size
 
 
 def round_heads(heads: jax.Array, dtype: DTypeLike) -> jax.Array:

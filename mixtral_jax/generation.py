@@ -227,7 +227,7 @@ def steps_for(
     layers beside an adapter where there are sizes of `adapters`.
     """
     placement = model.placement
-    kv_dtype = placement.checked_kv_dtype(kv_dtype)
+    kv_dtype = placement.checked_kv_dtype(kv_dtype, model.config)
     num_pages = 1 << (-(-length // placement.page_size) - 1).bit_length()
     sizes = StepSizes(
         num_pages=num_pages,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from mixtral_jax.cache import PageForm
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.kernels import Kernels, kernels_for, multiplies_fp8
@@ -116,28 +117,43 @@ class Placement:
         """The mesh as `--mesh` takes it; None for one device."""
         return None if self.layout is None else mesh_text(self.layout.mesh)
 
-    def checked_kv_dtype(self, dtype: DTypeLike | None) -> str:
+    def page_form(self, config: ModelConfig, page_size: int, dtype: DTypeLike) -> PageForm:
+        """The form of a layer's pages of keys and values of `dtype` on one device.
+
+        Raises ConfigError for a dtype whose pages the model's heads do not fit on these devices.
+        """
+        ways = 1 if self.layout is None else self.layout.rules.ways("K", self.layout.mesh)
+        heads = config.num_kv_heads // ways
+        return self.kernels.page_form(page_size, heads, config.head_size, dtype)
+
+    def has_pages(self, config: ModelConfig, page_size: int, dtype: str) -> bool:
+        """Says whether there are pages of a dtype beside the activations' own for a model."""
+        if dtype not in self.kernels.kv_dtypes:
+            return False
+        try:
+            self.page_form(config, page_size, dtype)
+        except ConfigError:
+            return False
+        return True
+
+    def checked_kv_dtype(self, dtype: DTypeLike | None, config: ModelConfig) -> str:
         """The dtype of cached keys and values; None asks for the activations' own.
 
         "fp8" is another name of float8_e4m3fn.
 
-        Raises ConfigError for one that does not exist, or that these devices gain nothing from.
+        Raises ConfigError for one that does not exist, or that the model's heads do not fit.
         """
         if dtype is None:
             return self.activation_dtype
         name = "float8_e4m3fn" if dtype == "fp8" else _dtype_name(dtype)
         possible = [self.activation_dtype, *sorted(self.kernels.kv_dtypes)]
-        if name in possible:
-            return name
-        if name == "int8":
+        if name not in possible:
             raise ConfigError(
-                f"keys and values of int8 are for CPU and GPU: on {self.kernels.platform} they "
-                f"take more room than {self.activation_dtype}, not less; leave --kv-dtype out"
+                f"keys and values of {name!r} are not supported for this model on "
+                f"{self.kernels.platform}; use {' or '.join(possible)}"
             )
-        raise ConfigError(
-            f"keys and values of {name!r} are not supported for this model on "
-            f"{self.kernels.platform}; use {' or '.join(possible)}"
-        )
+        self.page_form(config, self.page_size, name)
+        return name
 
     def check_deterministic(self, config: ModelConfig) -> None:
         """Raises ConfigError where a row's bits may depend on the rows beside it."""

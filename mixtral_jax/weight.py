@@ -79,3 +79,12 @@ def _scaled(x: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(wide), axis=-1) / largest
     inverse = jnp.where(scale > 0, 1 / jnp.maximum(scale, _TINY), 0)
     return wide * inverse[..., None], scale
+
+
+def round_by(x: Float[Array, "*R I"], scale: Float32[Array, "*R"]) -> Int8[Array, "*R I"]:
+    """Rounds each row to int8 by a scale that is given: x = values * scale, up to rounding.
+
+    Scales are above 0; what exceeds 127 of them becomes 127 of them.
+    """
+    values = jnp.round(x.astype(jnp.float32) / scale[..., None])
+    return jnp.clip(values, -127, 127).astype(jnp.int8)

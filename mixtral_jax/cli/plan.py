@@ -100,7 +100,7 @@ def plan(
     workload = Workload(
         model=config,
         dtype=placement.dtype,
-        kv_dtype=None if kv_dtype is None else placement.checked_kv_dtype(kv_dtype),
+        kv_dtype=None if kv_dtype is None else placement.checked_kv_dtype(kv_dtype, config),
         batch=batch,
         context=context,
         prefill_tokens=prefill_tokens or _PREFILL_TOKENS,

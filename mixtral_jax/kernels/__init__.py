@@ -7,7 +7,8 @@ a folder beside this file:
     xla   any backend; the meaning of each operation, to which tests hold the others
     cpu   C++ by JAX's foreign function interface, where a compiler is there; else xla
     gpu   Pallas by way of Triton
-    tpu   JAX's own collection of kernels, and a grouped product of ours
+    tpu   JAX's own collection of kernels, and ours: a grouped product, and attention over pages of
+          small numbers
 
 A maker's function computes by `xla` itself where its tiles do not fit, and what it does not take:
 products with fp8 are XLA's, but for the grouped one on TPU.
@@ -20,9 +21,11 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
+from mixtral_jax import cache
 from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries, Segments
-from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.cache import PageForm, RaggedBatch
 from mixtral_jax.layout import Layout
 from mixtral_jax.weight import Weight, is_quantized
 
@@ -88,6 +91,9 @@ class Kernels:
     # True where a serving step is one program, not one for each layer: launching dozens of programs
     # takes an accelerator's host as long as the accelerator needs to compute them.
     whole_step: bool
+    # (page size, key/value heads of one device, head size, dtype) -> the form of the pages that
+    # `attend` takes; raises ConfigError where it takes none of that dtype
+    page_form: Callable[[int, int, int, DTypeLike], PageForm]
     # Heads of a multiple of so many values give a row the same bits whatever runs beside it;
     # None where that is not promised.
     deterministic_heads: int | None
@@ -177,6 +183,7 @@ def _kernels_for(platform: str) -> Kernels:
         activation_dtype_between_rounded="float32",
         kv_dtypes=frozenset({"int8", "float8_e4m3fn"}),
         whole_step=False,
+        page_form=cache.page_form,
         deterministic_heads=None,
     )
     match platform:
@@ -250,6 +257,5 @@ def _tpu(oracle: Kernels) -> Kernels:
         max_dense_tokens=128,
         page_size=128,
         activation_dtype_between_rounded="bfloat16",
-        # An int8 page's rows of H + 4 bytes take more room here than bfloat16's, not less.
-        kv_dtypes=frozenset({"float8_e4m3fn"}),
+        page_form=attention.page_form,
     )

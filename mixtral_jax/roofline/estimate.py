@@ -14,7 +14,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mixtral_jax.cache import token_bytes
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.expert_load import (
     busiest_experts,
@@ -140,8 +139,11 @@ class Estimate:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page on one chip, all layers."""
-        whole = token_bytes(self.workload.model, self.kv_dtype) * self.workload.page_size
-        return whole // self.rules.ways("K", self.mesh)
+        model = self.workload.model
+        heads = model.num_kv_heads // self.rules.ways("K", self.mesh)
+        kernels, size = self.placement.kernels, self.workload.page_size
+        page = kernels.page_form(size, heads, model.head_size, self.kv_dtype)
+        return model.num_layers * page.nbytes
 
     @property
     def attended_page_bytes(self) -> int:

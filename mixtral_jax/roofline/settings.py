@@ -122,7 +122,7 @@ def settings_by_chip(
     page_size = given.page_size or placement.page_size
     of_pages = "given" if given.page_size else f"what the {placement.kernels.platform} kernels read"
     if chip is None:
-        return _without_figures(placement, given, page_size, of_pages)
+        return _without_figures(model, placement, given, page_size, of_pages)
     first, of_dtype = _with_kv_dtype(model, placement, chip, given, page_size, memory)
     groups = first.num_groups
     room = _memory(first, memory)
@@ -218,7 +218,11 @@ def _down(highest: int, lowest: int) -> Iterator[int]:
 
 
 def _without_figures(
-    placement: Placement, given: GivenSettings, page_size: int, of_pages: str
+    model: ModelConfig,
+    placement: Placement,
+    given: GivenSettings,
+    page_size: int,
+    of_pages: str,
 ) -> StepSettings:
     """Settings where no figures of the chip are known, or it is a CPU."""
     is_known = not compiles_few(placement)
@@ -230,7 +234,7 @@ def _without_figures(
         max_sequences=sequences,
         max_step_tokens=tokens,
         page_size=page_size,
-        kv_dtype=placement.checked_kv_dtype(given.kv_dtype),
+        kv_dtype=placement.checked_kv_dtype(given.kv_dtype, model),
         reasons=(
             "given" if given.max_sequences else reason,
             "given" if given.max_step_tokens else reason,
@@ -286,14 +290,14 @@ def _with_kv_dtype(
     memory: int | None,
 ) -> tuple[Estimate, str]:
     """The arithmetic with the dtype of keys and values that is chosen, and why it is."""
-    own = placement.checked_kv_dtype(given.kv_dtype)
+    own = placement.checked_kv_dtype(given.kv_dtype, model)
     estimate = _estimate(model, placement, chip, own, page_size)
     if given.kv_dtype is not None:
         return estimate, "given"
     pages = _memory(estimate, memory) // estimate.page_bytes
     needed = replace(estimate.workload, context=model.max_context).pages_per_sequence
     fitting = f"{pages * page_size:,} tokens fit, and the model's context has {model.max_context:,}"
-    small = next((name for name in _SMALL if name in placement.kernels.kv_dtypes), None)
+    small = next((name for name in _SMALL if placement.has_pages(model, page_size, name)), None)
     if pages >= needed or small is None:
         return estimate, f"as they are computed; {fitting}"
     return _estimate(model, placement, chip, small, page_size), f"of {own} {fitting}"

@@ -14,7 +14,6 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mixtral_jax.cache import PagedCache
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layout import Layout
 from mixtral_jax.model.adapter_stack import BlockStacks
@@ -102,13 +101,13 @@ class SplitModel:
             dtype: of keys and values, such as int8; None for the model's own.
         """
         kind = self.dtype if dtype is None else dtype
-        pages = jax.eval_shape(
-            lambda: PagedCache.empty(self.config, num_pages, page_size, kind)
-        ).layers[0]
+        page = self.placement.page_form(self.config, page_size, kind)
         if self.layout is None:
-            return jax.ShapeDtypeStruct(pages.shape, pages.dtype)
-        shape = (self.num_sequence_groups * pages.shape[0], *pages.shape[1:])
-        return jax.ShapeDtypeStruct(shape, pages.dtype, sharding=self.layout.sharding("PYKH"))
+            return jax.ShapeDtypeStruct((num_pages, *page.shape), page.dtype)
+        axes, shape = "P" + page.axes, (num_pages, *page.shape)
+        rules, mesh = self.layout.rules, self.layout.mesh
+        whole = tuple(n * rules.ways(axis, mesh) for axis, n in zip(axes, shape, strict=True))
+        return jax.ShapeDtypeStruct(whole, page.dtype, sharding=self.layout.sharding(axes))
 
     def replicate(self, array: np.ndarray) -> jax.Array:
         """Puts an array of the host on every device of the mesh, to be given to many steps."""

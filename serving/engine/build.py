@@ -13,7 +13,6 @@ from importlib.metadata import version
 import jax
 from jax.typing import DTypeLike
 
-from mixtral_jax.cache import token_bytes
 from mixtral_jax.checkpoint.adapter import read_adapter
 from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.config import ModelConfig
@@ -255,7 +254,7 @@ def _check(placement: Placement, config: EngineConfig, model: ModelConfig) -> No
         )
     if config.deterministic:
         placement.check_deterministic(model)
-    placement.checked_kv_dtype(config.kv_dtype)
+    placement.checked_kv_dtype(config.kv_dtype, model)
     if config.expert_metrics and not model.is_moe:
         raise ConfigError(
             "--expert-metrics counts the tokens of experts, and this model has none; leave it out"
@@ -325,17 +324,16 @@ def _limits(
 ) -> Limits:
     """Returns the limits of one partition of the sequences; settings are of all together."""
     layout = model.layout
-    parts, heads = 1, 1
-    if layout is not None:
-        parts, heads = layout.num_sequence_groups, layout.rules.ways("K", layout.mesh)
-    per_token = token_bytes(model.config, settings.kv_dtype) // heads
+    parts = 1 if layout is None else layout.num_sequence_groups
     max_sequences = -(-settings.max_sequences // parts)
     if config.kv_memory is not None:
         memory = config.kv_memory << 20
     else:
         memory = cache_bytes(_held(model, stacks))
     max_context, page_size = model.config.max_context, settings.page_size
-    num_pages = max(1, min(max_sequences * max_context, memory // per_token) // page_size)
+    page = model.placement.page_form(model.config, page_size, settings.kv_dtype)
+    room = memory // (model.config.num_layers * page.nbytes)
+    num_pages = max(1, min(max_sequences * max_context // page_size, room))
     limits = Limits(
         num_pages=num_pages,
         page_size=page_size,

@@ -5,7 +5,6 @@ import numpy as np
 
 from mixtral_jax import cache
 from mixtral_jax.cache import RaggedBatch
-from mixtral_jax.config import ModelConfig
 
 BATCH = RaggedBatch(
     tokens=jnp.arange(8),
@@ -65,9 +64,14 @@ def test_fp8_pages_hold_each_value_rounded_by_itself() -> None:
     assert got[1, :3].tolist() == [448.0, -448.0, 448.0] and bool(jnp.isnan(got[1, 3]))
 
 
-def test_token_bytes_by_hand() -> None:
-    """SmolLM2: 30 layers of 3 heads of 64, a key and a value each."""
-    config = ModelConfig.smollm2_135m()
-    assert cache.token_bytes(config, jnp.float32) == 30 * 2 * 3 * 64 * 4
-    assert cache.token_bytes(config, jnp.float8_e4m3fn) == 30 * 2 * 3 * 64
-    assert cache.token_bytes(config, jnp.int8) == 30 * 2 * 3 * (64 + 4)
+def test_bytes_of_a_page_by_hand() -> None:
+    """SmolLM2: 3 heads of 64, a key and a value each; 16 tokens of one layer."""
+    sizes = {
+        dtype: cache.page_form(16, 3, 64, dtype).nbytes
+        for dtype in ("float32", "int8", "float8_e4m3fn")
+    }
+    assert sizes == {
+        "float32": 16 * 2 * 3 * 64 * 4,
+        "int8": 16 * 2 * 3 * (64 + 4),
+        "float8_e4m3fn": 16 * 2 * 3 * 64,
+    }

@@ -123,15 +123,30 @@ def test_a_dtype_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
         Placement.of(CONFIG, None, mesh=None)
 
 
-def test_int8_pages_are_refused_where_they_gain_nothing() -> None:
+def test_dtypes_of_keys_and_values() -> None:
     placement = Placement.of(CONFIG, mesh=None)
-    assert placement.checked_kv_dtype(None) == "float32"
-    assert placement.checked_kv_dtype("fp8") == "float8_e4m3fn"
-    assert placement.checked_kv_dtype(jnp.float8_e4m3fn) == "float8_e4m3fn"
-    assert placement.checked_kv_dtype("int8") == placement.checked_kv_dtype(jnp.int8) == "int8"
+    assert placement.checked_kv_dtype(None, CONFIG) == "float32"
+    for given in ("fp8", jnp.float8_e4m3fn):
+        assert placement.checked_kv_dtype(given, CONFIG) == "float8_e4m3fn"
+    for given in ("int8", jnp.int8):
+        assert placement.checked_kv_dtype(given, CONFIG) == "int8"
     with pytest.raises(
         ConfigError, match="'' are not supported .* on cpu; use float32 or float8_e4m3fn or int8"
     ):
-        placement.checked_kv_dtype("")
-    with pytest.raises(ConfigError, match="on tpu they take more room"):
-        replace(placement, kernels=kernels_for("tpu")).checked_kv_dtype("int8")
+        placement.checked_kv_dtype("", CONFIG)
+
+
+def test_a_tpu_takes_small_numbers_of_heads_of_128() -> None:
+    """Mistral 7B: 8 heads of 128; a page of 128 tokens is 128 x 16 x 128 bytes and, for int8, an
+    tile of eight rows more in each of its four words."""
+    placement = replace(Placement.of(CONFIG, mesh=None), kernels=kernels_for("tpu"))
+    model = ModelConfig.mistral_7b_v01()
+    sizes = {
+        dtype: placement.page_form(model, 128, dtype).nbytes for dtype in ("int8", "float8_e4m3fn")
+    }
+    assert sizes == {"int8": 136 * 16 * 128, "float8_e4m3fn": 128 * 16 * 128}
+    assert placement.checked_kv_dtype("int8", model) == "int8"
+    heads = rf"of 128 values and .* these are {CONFIG.num_kv_heads} of {CONFIG.head_size}"
+    for dtype in ("int8", "fp8"):
+        with pytest.raises(ConfigError, match=heads):
+            placement.checked_kv_dtype(dtype, CONFIG)

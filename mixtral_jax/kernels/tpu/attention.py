@@ -1,4 +1,4 @@
-"""Attention on TPU by the kernels of JAX's own collection.
+"""Attention on TPU by the kernels of JAX's own collection, and one of ours for small numbers.
 
 The XLA form is taken where a kernel's limits are not met. Sizes of blocks are always given: left
 out, the kernels would ask the default device, which is another one where programs are compiled for
@@ -7,11 +7,13 @@ hardware that is elsewhere.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mixtral_jax import cache
 from mixtral_jax.axes import FlatKeys, FlatQueries, Pages, RowKeys, RowQueries, Segments
-from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.cache import PageForm, RaggedBatch
 from mixtral_jax.kernels.no_gradient import without_gradient
+from mixtral_jax.kernels.tpu import paged, word_pages
 from mixtral_jax.kernels.tpu.tiles import LANES, largest_tile
 from mixtral_jax.kernels.xla import attention as xla
 from mixtral_jax.kernels.xla import blockwise
@@ -22,12 +24,23 @@ _QUERIES_PER_BLOCK = 64
 _VMEM = 64 << 20  # of 128 MiB, which v5e, v5p and v6e have
 
 
-def _fits_pages(pages: Pages) -> bool:
+def _fits_pages(pages: Pages | jax.ShapeDtypeStruct) -> bool:
     """Says whether the kernel takes such pages: heads fill whole tiles."""
     packed, rest = divmod(pages.shape[2] * pages.dtype.itemsize, 4)
     is_tiled = rest == 0 and (packed in (1, 2, 4) or (packed > 0 and packed % 8 == 0))
     floats = pages.dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)
     return floats and is_tiled and pages.shape[3] % LANES == 0
+
+
+def page_form(page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -> PageForm:
+    """Pages of floats for JAX's kernel, of int8 in words for ours; fp8 goes where it fits.
+
+    Raises ConfigError for int8 and fp8 of sizes that neither takes.
+    """
+    form = cache.page_form(page_size, kv_heads, head_size, dtype)
+    if form.dtype.itemsize > 1 or _fits_pages(jax.ShapeDtypeStruct((1, *form.shape), form.dtype)):
+        return form
+    return word_pages.page_form(page_size, kv_heads, head_size, dtype)
 
 
 def attend(
@@ -37,9 +50,18 @@ def attend(
     pages: Pages,
     batch: RaggedBatch,
     window: int | None,
+    *,
+    interpret: bool = False,
 ) -> tuple[FlatQueries, Pages]:
-    """`xla.attend` by ragged paged attention, whose window counts the query itself, as ours."""
+    """`xla.attend` by ragged paged attention, whose window counts the query itself, as ours.
+
+    Pages in words (word_pages.py) are for a kernel of ours.
+    """
     q, k, v = (without_gradient("paged attention (attend)", x) for x in (q, k, v))
+    if pages.dtype == jnp.int32:
+        pages = word_pages.write(pages, k, v, batch)
+        heads = k.shape[1]
+        return paged.paged_attention(q, pages, batch, window, heads, interpret=interpret), pages
     if not _fits_pages(pages):
         return xla.attend(q, k, v, pages, batch, window)
     # Imported where it is used: it takes a second, and only TPUs need it.

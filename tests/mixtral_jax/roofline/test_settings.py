@@ -98,7 +98,7 @@ def test_keys_and_values_are_int8_only_where_the_context_needs_it() -> None:
     no_int8 = replace(placement, kernels=replace(placement.kernels, kv_dtypes=frozenset()))
     assert settings_by_chip(MISTRAL, no_int8, L4, given, 3 * GIB).kv_dtype == "bfloat16"
     on_tpu = placed(MISTRAL, "int8", "tpu")
-    assert settings_by_chip(MISTRAL, on_tpu, V5E, given, 3 * GIB).kv_dtype == "float8_e4m3fn"
+    assert settings_by_chip(MISTRAL, on_tpu, V5E, given, 3 * GIB).kv_dtype == "int8"
 
 
 def test_what_is_given_stays_and_the_rest_follows_it() -> None:
