@@ -53,7 +53,10 @@ PRODUCT = {
     "tpu": {"bfloat16": ["grouped_floats"], "int8": ["grouped_int8"]},
     "gpu": {"bfloat16": ["grouped_product"], "int8": ["grouped_product"]},
 }
+# Of small keys and values on TPU, in pages of a form of their own.
+SMALL = {"int8": "word_paged_attention", "float8_e4m3fn": "ragged_paged_attention_kernel"}
 KERNELS = [
+    SMALL["int8"],
     *ATTENTION["tpu"],
     *ATTENTION["gpu"],
     "grouped_floats",
@@ -121,6 +124,13 @@ def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
             # Pages are written in place.
             assert facts["in_place"] >= facts["pages"]
             assert facts["temporaries"] < facts["pages"] / 8
+    for dtype, kernel in SMALL.items() if topology.platform == "tpu" else ():
+        for heads, (_, kv_heads, _) in HEADS.items():
+            facts = found[f"{heads}, pages of {dtype}"]
+            # JAX's kernel takes no lone head of fp8.
+            assert facts["kernels"] == [SMALL["int8"] if kv_heads == 1 else kernel]
+            assert facts["in_place"] >= facts["pages"]
+            assert facts["temporaries"] < facts["pages"] / 2
     for experts in EXPERTS:
         for dtype, kernels in PRODUCT[topology.platform].items():
             facts = found[f"{experts} in {dtype}"]
@@ -211,31 +221,37 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
         }
 
     found = {}
-    size, sequences, page_size, width = 128, 32, 64, 32
-    for heads, (num_heads, kv_heads, window) in HEADS.items():
-        pages = array(sequences * width + 1, page_size, 2 * kv_heads, size)
+    size, sequences, width = 128, 32, 32
+
+    def attention(heads: str, tokens: int, page_size: int, dtype: Any) -> Any:
+        num_heads, kv_heads, window = HEADS[heads]
+        page = kernels.page_form(page_size, kv_heads, size, dtype)
+        pages = array(sequences * width + 1, *page.shape, dtype=page.dtype)
+
+        def attend(q: Any, k: Any, v: Any, pages: Any, *batch: Any) -> Any:
+            return kernels.attend(q, k, v, pages, RaggedBatch(*batch), window)
+
+        return facts(
+            attend,
+            array(tokens, num_heads, size),
+            array(tokens, kv_heads, size),
+            array(tokens, kv_heads, size),
+            pages,
+            array(tokens, dtype=i32),
+            array(tokens, dtype=i32),
+            array(sequences, dtype=i32),
+            array(sequences + 1, dtype=i32),
+            array(sequences, width, dtype=i32),
+            array(dtype=i32),
+            array(dtype=i32),
+            donate=(3,),
+        ) | {"pages": pages.shape[0] * page.nbytes}
+
+    for heads in HEADS:
         for tokens in (32, 256):
-
-            def attend(
-                q: Any, k: Any, v: Any, pages: Any, *batch: Any, window: Any = window
-            ) -> Any:
-                return kernels.attend(q, k, v, pages, RaggedBatch(*batch), window)
-
-            found[f"{heads}, {tokens} tokens"] = facts(
-                attend,
-                array(tokens, num_heads, size),
-                array(tokens, kv_heads, size),
-                array(tokens, kv_heads, size),
-                pages,
-                array(tokens, dtype=i32),
-                array(tokens, dtype=i32),
-                array(sequences, dtype=i32),
-                array(sequences + 1, dtype=i32),
-                array(sequences, width, dtype=i32),
-                array(dtype=i32),
-                array(dtype=i32),
-                donate=(3,),
-            ) | {"pages": pages.size * 2}
+            found[f"{heads}, {tokens} tokens"] = attention(heads, tokens, 64, bf16)
+        for dtype in SMALL if topology.platform == "tpu" else ():
+            found[f"{heads}, pages of {dtype}"] = attention(heads, 256, 128, dtype)
     for experts, (held, inputs, outputs) in EXPERTS.items():
 
         def product(x: Any, sizes: Any, *arrays: Any) -> Any:
