@@ -81,7 +81,12 @@ def _panel(title: str, *flags: Flag) -> tuple[Flag, ...]:
 
 
 MODEL = Flag(
-    "model", str, REQUIRED, "Checkpoint folder, or tiny-random, which needs no files.", "FOLDER"
+    "model",
+    str,
+    REQUIRED,
+    "Checkpoint folder, also gs://BUCKET/... or s3://BUCKET/..., or tiny-random, which needs no "
+    "files.",
+    "FOLDER",
 )
 DTYPE = Flag(
     "dtype",

@@ -29,6 +29,7 @@ from mixtral_jax.checkpoint.peft_arrays import (
 from mixtral_jax.checkpoint.peft_config import CONFIG_FILE, PeftConfig
 from mixtral_jax.checkpoint.peft_names import PREFIX, A, B, Place, module_name, places
 from mixtral_jax.checkpoint.peft_names import reason_against as reason
+from mixtral_jax.checkpoint.store import local_copy
 from mixtral_jax.checkpoint.tensor_file import TensorFile
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import AdapterError
@@ -82,18 +83,24 @@ class StoredAdapter:
 
 
 def read_adapter(
-    folder: Path, config: ModelConfig, *, max_rank: int | None = None
+    folder: Path | str, config: ModelConfig, *, max_rank: int | None = None
 ) -> StoredAdapter:
     """Reads a folder that PEFT's save_pretrained or `write_adapter` made.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
+        folder: with adapter_config.json and adapter_model.safetensors; of this machine, or the
+            URL of one in an object store.
         config: the base that it shall run on.
         max_rank: no matrix may have a larger rank.
 
     Raises AdapterError for what is damaged, not supported (DoRA, biases, whole modules beside the
     adapter), not finite, or does not fit the base. Shapes are checked before anything is read.
     """
+    with local_copy(folder, (CONFIG_FILE, WEIGHTS_FILE).__contains__, AdapterError) as local:
+        return _read_folder(local, config, max_rank)
+
+
+def _read_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> StoredAdapter:
     settings = PeftConfig.read(folder)
     path = folder / WEIGHTS_FILE
     base = f"the base {settings.base!r}" if settings.base else "the base"

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mixtral_jax.checkpoint.folder import Card
+from mixtral_jax.checkpoint.store import is_remote, spec
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer, named_parameters
@@ -44,7 +45,7 @@ def stored_bytes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
     return sum(array.size * np.dtype(array.dtype).itemsize for array in shapes.values())
 
 
-def loadable_dtype(folder: Path, card: Card, dtype: Any) -> str:
+def loadable_dtype(folder: Path | str, card: Card, dtype: Any) -> str:
     """Returns what a checkpoint is loaded as when `dtype` is asked for; None asks for the stored.
 
     Raises ConfigError for what is no dtype of models, and from or to int8 or fp8.
@@ -78,14 +79,15 @@ def chunk_shape(array: jax.ShapeDtypeStruct, chunk_bytes: int = CHUNK_BYTES) -> 
     return tuple(shape)
 
 
-def kvstore(params: Path, path: str) -> dict[str, str]:
+def kvstore(params: Path | str, path: str) -> dict[str, Any]:
     """Returns tensorstore's spec of Orbax's key-value store.
 
     Args:
-        params: the checkpoint's folder of parameters.
+        params: the checkpoint's folder of parameters, which may be the URL of a store's.
         path: the dotted name of an array and a slash, or "" for all of them.
     """
-    return {"driver": "ocdbt", "base": f"file://{params}/state/", "path": path}
+    base = spec(f"{params}/state") if is_remote(params) else f"file://{params}/state/"
+    return {"driver": "ocdbt", "base": base, "path": path}
 
 
 def nested(named: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mixtral_jax.checkpoint import parameters, restore, writer
+from mixtral_jax.checkpoint import parameters, restore, store, writer
 from mixtral_jax.checkpoint.adapter import read_adapter, write_adapter
-from mixtral_jax.checkpoint.folder import Card
+from mixtral_jax.checkpoint.folder import CONFIG_FILE, Card
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.errors import TokenizerError, UserError
+from mixtral_jax.errors import ConfigError, TokenizerError, UserError
 from mixtral_jax.model.adapter import Adapter, AdapterConfig, placed
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement, checked_dtype
@@ -34,7 +34,8 @@ class Pretrained:
     """A checkpoint before its weights are read."""
 
     card: Card
-    folder: Path | None  # None for the toy
+    folder: Path | None  # None for the toy; a copy of the small files where `store` has the rest
+    store: str | None = None  # URL of the folder, where that is in an object store
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -56,27 +57,38 @@ class Pretrained:
     def load(self, placement: Placement) -> Transformer:
         """Reads the weights straight onto the devices of a placement."""
         if self.folder is not None:
-            return restore.load_placed(self.folder, self.card, placement)
+            return restore.load_placed(self.store or self.folder, self.card, placement)
         return Transformer(self.card.model, placement, rngs=nnx.Rngs(0))
 
     def loadable_dtype(self, dtype: DTypeLike | None) -> str:
         """Returns the dtype that `load` would give for `dtype`; raises ConfigError as it would."""
         if self.folder is None:
             return checked_dtype(self.card.dtype if dtype is None else dtype)
-        return parameters.loadable_dtype(self.folder, self.card, dtype)
+        return parameters.loadable_dtype(self.store or self.folder, self.card, dtype)
 
 
 def open_pretrained(path: str | Path) -> Pretrained:
     """Reads the config of a checkpoint folder, or of the toy "tiny-random".
 
-    Raises ConfigError (a ValueError) where `path` is neither.
+    Raises ConfigError (a ValueError) where `path` is neither, and CheckpointError for a store that
+    cannot be read.
     """
     if str(path) == TINY_RANDOM:
         config = ModelConfig.tiny(vocab_size=ByteTokenizer().vocab_size)
         card = Card(model=config, dtype="float32", name=TINY_RANDOM, provider="mixtral-jax")
         return Pretrained(card, None)
-    folder = Path(path)
-    return Pretrained(Card.read(folder), folder)
+    if not store.is_remote(path):
+        folder = Path(path)
+        return Pretrained(Card.read(folder), folder)
+    url = str(path).rstrip("/")
+    folder = store.scratch_folder()
+    if CONFIG_FILE not in store.fetch(url, folder):
+        raise ConfigError(
+            f"{url} has no {CONFIG_FILE}, or there is no such bucket; give the folder that "
+            "`mixtral-jax convert SRC DST` made, as it was copied into the store"
+        )
+    with store.renamed(folder, url):
+        return Pretrained(Card.read(folder), folder, url)
 
 
 def load(
@@ -88,7 +100,8 @@ def load(
     """Loads a checkpoint folder: the model, straight onto its devices, and its tokenizer.
 
     Args:
-        path: a folder that `mixtral-jax convert` made, or "tiny-random", a toy without files.
+        path: a folder that `mixtral-jax convert` made, on this machine or in an object store
+            (gs://BUCKET/FOLDER, s3://BUCKET/FOLDER), or "tiny-random", a toy without files.
         mesh: "auto" for all devices, a text such as "expert=8,tensor=1", a mesh, or None for one
             device.
         dtype: float32 or bfloat16; None keeps the stored one. int8 and fp8 are for what is
@@ -119,14 +132,14 @@ def load_adapter(folder: str | Path, model: Transformer) -> Adapter:
 
     Args:
         folder: adapter_config.json and adapter_model.safetensors, as PEFT saves them or a training
-            run does. Experts one by one or fused.
+            run does, on this machine or in an object store. Experts one by one or fused.
         model: its base.
 
     Returns its matrices in float32, with the scaling in B; None beside weights that stay as they
     are. Raises AdapterError for an adapter that is broken, asks for what is not supported, or does
     not fit the model.
     """
-    stored = read_adapter(Path(folder), model.config)
+    stored = read_adapter(folder, model.config)
     return placed(stored.adapter.folded(stored.settings), model.config, model.placement.layout)
 
 

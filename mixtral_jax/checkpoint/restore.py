@@ -30,8 +30,10 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from mixtral_jax.checkpoint import store
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.checkpoint.parameters import PARAMS, kvstore, loadable_dtype
+from mixtral_jax.checkpoint.store import is_remote, joined
 from mixtral_jax.errors import CheckpointError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
@@ -66,12 +68,12 @@ def load(
 
 
 def load_placed(
-    folder: Path, card: Card, placement: Placement, bytes_in_flight: int = BYTES_IN_FLIGHT
+    folder: Path | str, card: Card, placement: Placement, bytes_in_flight: int = BYTES_IN_FLIGHT
 ) -> Transformer:
     """Restores a checkpoint's weights straight onto the devices of a placement.
 
-    `bytes_in_flight` bounds the host's memory, see `restore`. Raises CheckpointError if a file of
-    the checkpoint is damaged.
+    `folder` may be the URL of a store's. `bytes_in_flight` bounds the host's memory, see `restore`.
+    Raises CheckpointError if a file of the checkpoint is damaged.
     """
     model = Transformer(card.model, placement, rngs=None)
     graph, state = nnx.split(model)
@@ -83,7 +85,9 @@ def load_placed(
         if placement.layout is None:
             want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=one_device)
         wanted[".".join(map(str, path))] = want
-    restored = restore((folder / PARAMS).absolute(), wanted, bytes_in_flight)
+    if not is_remote(folder):
+        folder = Path(folder).absolute()
+    restored = restore(joined(folder, PARAMS), wanted, bytes_in_flight)
     filled = [
         (path, variable.replace(array))
         for (path, variable), array in zip(flat, restored.values(), strict=True)
@@ -93,7 +97,7 @@ def load_placed(
 
 
 def restore(
-    params: Path,
+    params: Path | str,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     bytes_in_flight: int = BYTES_IN_FLIGHT,
 ) -> dict[str, jax.Array]:
@@ -105,11 +109,9 @@ def restore(
     Raises CheckpointError if the names and shapes are not those of the checkpoint, or a file of it
     is damaged.
     """
-    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-    try:
+    context = store.context(cache_pool={"total_bytes_limit": _CACHE_BYTES})
+    with _damage_named(params):
         stored_names = _names(params, context)
-    except ValueError as error:
-        raise CheckpointError(f"{params} is damaged; {_REMEDY} ({error})") from error
     if unmatched := sorted(stored_names ^ set(wanted)):
         name = unmatched[0]
         fault = "has" if name in stored_names else "lacks"
@@ -124,7 +126,7 @@ def restore(
     num_bytes = 0
 
     def finish(read: _ChunkRead) -> int:
-        with _damage_named(params, read.name):
+        with _damage_named(params, f": {read.name}"):
             for copy in read.copies:
                 copy.result()
         if read.array is not None:
@@ -136,7 +138,7 @@ def restore(
         return read.num_bytes
 
     for name, want in wanted.items():
-        with _damage_named(params, name):
+        with _damage_named(params, f": {name}"):
             stored = opened.pop(name).result()
         if stored.shape != want.shape:
             raise CheckpointError(
@@ -165,22 +167,26 @@ class _ChunkRead(NamedTuple):
 
 
 @contextmanager
-def _damage_named(params: Path, name: str) -> Iterator[None]:
+def _damage_named(params: Path | str, name: str = "") -> Iterator[None]:
     """Names the array where tensorstore raises, as it does for a file that was cut short."""
     try:
         yield
     except ValueError as error:
-        raise CheckpointError(f"{params}: {name} is damaged; {_REMEDY} ({error})") from error
+        if is_remote(params):
+            raise CheckpointError(
+                f"{params}{name} cannot be read: {store.reason(params, error)}"
+            ) from error
+        raise CheckpointError(f"{params}{name} is damaged; {_REMEDY} ({error})") from error
 
 
-def _names(params: Path, context: ts.Context) -> set[str]:
+def _names(params: Path | str, context: ts.Context) -> set[str]:
     """Returns the names of all arrays that are stored."""
     end = b"/zarr.json"
     keys = ts.KvStore.open(kvstore(params, ""), context=context).result().list().result()
     return {key.removesuffix(end).decode() for key in keys if key.endswith(end)}
 
 
-def _open(params: Path, name: str, context: ts.Context) -> Any:
+def _open(params: Path | str, name: str, context: ts.Context) -> Any:
     # Cached data are not compared with the file again: nobody writes into a checkpoint.
     spec = {
         "driver": "zarr3",

@@ -54,7 +54,7 @@ class AdapterSlots:
         """The digests of the loaded adapters by their names."""
         return {name: loaded.digest for name, loaded in self._loaded.items()}
 
-    def read(self, folder: Path) -> StoredAdapter:
+    def read(self, folder: Path | str) -> StoredAdapter:
         """Reads an adapter from its folder, in PEFT's form.
 
         Raises AdapterError where it is broken, does not fit the model, has a larger rank than the
@@ -151,7 +151,7 @@ class AdapterLoader:
     def __init__(self, engine: LoadingEngine, call: Callable[[Callable[[], None]], None]) -> None:
         self._engine, self._call = engine, call
 
-    def read(self, name: str, folder: Path) -> Callable[[], None]:
+    def read(self, name: str, folder: Path | str) -> Callable[[], None]:
         """Reads an adapter into memory; returns the function that loads it under a name.
 
         That function writes it to the devices between two steps, in the place of an older one of

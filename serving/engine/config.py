@@ -55,10 +55,10 @@ class EngineConfig:
     """Count the tokens that each expert of each layer gets."""
 
     @property
-    def adapters(self) -> dict[str, Path]:
-        """The folders of `adapter` by the names of the adapters."""
+    def adapters(self) -> dict[str, Path | str]:
+        """The folders of `adapter`, or their URLs in a store, by the names of the adapters."""
         pairs = [text.partition("=")[::2] for text in self.adapter]
-        return {name: Path(folder) for name, folder in pairs}
+        return {name: place if "://" in place else Path(place) for name, place in pairs}
 
     @property
     def buckets(self) -> tuple[int, ...]:

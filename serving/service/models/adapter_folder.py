@@ -42,7 +42,7 @@ class LoadsAdapters(Protocol):
     Its methods may be called by any thread.
     """
 
-    def read(self, name: str, folder: Path) -> Callable[[], None]:
+    def read(self, name: str, folder: Path | str) -> Callable[[], None]:
         """Reads an adapter; returns the function that loads it under a name, without waiting.
 
         Raises UserError if it cannot be used. That function raises NoRoom, SlotsBusy, or another
