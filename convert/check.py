@@ -5,6 +5,7 @@ tensor may be left over; the tokenizer must fit the model; the result must fit o
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from convert.name_table import REFUSED, UPCYCLED_EXPERTS_PER_TOKEN, NameTable
 from convert.source.open import Source
 from convert.source.read import is_readable, is_same
 from mixtral_jax.checkpoint.parameters import stored_bytes
+from mixtral_jax.checkpoint.store import is_remote
 
 # The fields of a config that say how many layers and experts there are, by dialect.
 _SIZE_NAMES = {
@@ -30,7 +32,7 @@ def check(
     source: Source,
     table: NameTable,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
-    destination: Path,
+    destination: Path | str,
     dtype: str,
     upcycle_experts: int = 0,
     num_ids: int | None = None,
@@ -95,10 +97,14 @@ def check_size(source: Source, upcycle_experts: int = 0) -> None:
         raise ConversionError([*source.problems, *problems])
 
 
-def check_space(shapes: Mapping[str, jax.ShapeDtypeStruct], destination: Path) -> None:
-    """Raises ConversionError if arrays of these shapes do not fit where `destination` will be."""
+def check_space(shapes: Mapping[str, jax.ShapeDtypeStruct], destination: Path | str) -> None:
+    """Raises ConversionError if arrays of these shapes do not fit where `destination` will be.
+
+    What goes to an object store is in the folder of temporary files first.
+    """
     nbytes = stored_bytes(shapes)
-    folder = destination.resolve().parent
+    scratch = Path(tempfile.gettempdir())
+    folder = scratch if is_remote(destination) else Path(destination).resolve().parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

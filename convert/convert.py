@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 def convert(
     path: Path,
-    destination: Path,
+    destination: Path | str,
     *,
     dtype: str | None = None,
     upcycle_experts: int = 0,
@@ -58,7 +58,8 @@ def convert(
 
     Args:
         path: a folder or file as `convert.source.open` describes.
-        destination: a folder that does not exist or is empty.
+        destination: a folder that does not exist or is empty; may be the URL of one in an object
+            store (gs://BUCKET/FOLDER, s3://BUCKET/FOLDER), which is written to at the end.
         dtype: "float32" or "bfloat16" for all parameters; "int8" as `convert.quantize.int8` makes
             them, which needs the tokenizer; or "fp8" as `convert.quantize.fp8` keeps or makes them.
             By default fp8 where the source's weights are FP8 with a scale for each output or

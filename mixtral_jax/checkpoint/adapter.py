@@ -127,7 +127,7 @@ def _read_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> Sto
     return StoredAdapter(ours, adapter, _digest(ours, adapter), settings.base)
 
 
-def write_adapter(folder: Path, adapter: Adapter, settings: AdapterConfig, base: str) -> None:
+def write_adapter(folder: Path | str, adapter: Adapter, settings: AdapterConfig, base: str) -> None:
     """Writes an adapter for PEFT, vLLM and SGLang: float32, and experts one by one.
 
     All matrices are written with one rank, all layers with the same targets, and gate and up of

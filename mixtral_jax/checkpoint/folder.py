@@ -23,10 +23,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_jax.checkpoint.store import is_remote, uploaded_to
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, UserError
 
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 FORMAT = "mixtral-jax/1"
 _DAY_S = 86_400
 
@@ -86,8 +88,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 @contextmanager
-def finished_at(folder: Path) -> Iterator[Path]:
+def finished_at(folder: Path | str) -> Iterator[Path]:
     """Yields a folder to write into, which becomes `folder` when the block ends without an error.
+
+    The URL of a folder in an object store is written to when the block has ended, its config last;
+    until then all of it is in a temporary folder of this machine.
 
     Each call has a working folder of its own beside `folder`, so several processes may write to
     one destination: the first to finish gets the name, the others fail. Working folders that
@@ -97,6 +102,10 @@ def finished_at(folder: Path) -> Iterator[Path]:
         FileExistsError: `folder` exists and is not empty, at the beginning or at the end.
         UserError: `folder` is a mount point, which a rename cannot replace.
     """
+    if is_remote(folder):
+        with uploaded_to(str(folder), last=(CONFIG_FILE, ADAPTER_CONFIG_FILE)) as partial:
+            yield partial
+        return
     # The working folder must be on the file system of the folder that a link points to.
     folder = Path(os.path.realpath(folder))
     _check_is_free(folder)

@@ -13,10 +13,11 @@ from typing import Any
 
 import regex
 
+from mixtral_jax.checkpoint.folder import ADAPTER_CONFIG_FILE
 from mixtral_jax.errors import AdapterError, ConfigError
 from mixtral_jax.model.adapter import AdapterConfig
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = ADAPTER_CONFIG_FILE
 _LONGEST = 1 << 20  # bytes; real ones have a few kilobytes
 _LARGEST = 1_000_000_000  # of ranks and alphas
 _MOST_PATTERNS = 4096

@@ -149,14 +149,16 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, base: str) -> None:
     Args:
         adapter: as `load_adapter` gives it and `model(tokens, adapter)` takes it, with the scaling
             in B, so that alpha is the rank in what is written.
-        folder: a folder that does not exist or is empty.
+        folder: a folder that does not exist or is empty; may be the URL of one in an object store.
         base: the name under which others find the base, such as mistralai/Mixtral-8x7B-v0.1.
 
     Raises AdapterError for values that are not finite, and what `finished_at` raises for the
     folder.
     """
     rank = max([low.b.shape[-1] for _, _, low in adapter.pairs()], default=1)
-    write_adapter(Path(folder), adapter, AdapterConfig(rank=rank, alpha=float(rank)), base)
+    write_adapter(
+        store.place_of(folder), adapter, AdapterConfig(rank=rank, alpha=float(rank)), base
+    )
 
 
 def save(
@@ -172,7 +174,7 @@ def save(
     Args:
         model: whole, or split over a mesh of this process.
         words: its tokenizer, whose files are copied from where it was loaded; None for none.
-        folder: a folder that does not exist or is empty.
+        folder: a folder that does not exist or is empty; may be the URL of one in an object store.
         name: the name under which the model is served; by default the folder's.
         provider: the name of its maker.
 
@@ -180,16 +182,16 @@ def save(
     `load` gives, and FileNotFoundError if the tokenizer's files are gone. Nothing is left at
     `folder` then.
     """
-    folder = Path(folder)
+    place = store.place_of(folder)
     card = Card(
         model=model.config,
         dtype=model.placement.dtype,
-        name=name or folder.absolute().name,
+        name=name or Path(folder).absolute().name,
         provider=provider,
     )
     with tempfile.TemporaryDirectory() as scratch:
         _copy_tokenizer(words, Path(scratch))
-        writer.save(folder, model, card, tokenizer.files(Path(scratch)))
+        writer.save(place, model, card, tokenizer.files(Path(scratch)))
 
 
 def _copy_tokenizer(words: Tokenizer | None, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Object stores: checkpoints and adapters that are read from gs://BUCKET/... and s3://BUCKET/...
+"""Object stores: checkpoints and adapters that stand in gs://BUCKET/... and s3://BUCKET/...
 
 Tensorstore, by which Orbax reads and writes arrays, reads the small files too, so that nothing more
 needs to be installed. Credentials are those of the environment: for Google Cloud a service account
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,14 @@ from mixtral_jax.errors import CheckpointError, UserError
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 # A request that fails is repeated for some 15 s; tensorstore would for ten minutes.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+_BYTES_IN_FLIGHT = 256 << 20  # of files that are being written
 # What says, in an answer of a store, that the caller may not do this.
 _FORBIDDEN = re.compile(
     r"PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|code='40[13]'|[Cc]redential"
 )
 _CREDENTIALS = {
-    "s3": "give a role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, that may read it",
-    "gs": "give a service account, or GOOGLE_APPLICATION_CREDENTIALS, that may read it",
+    "s3": "give a role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, that may do this",
+    "gs": "give a service account, or GOOGLE_APPLICATION_CREDENTIALS, that may do this",
 }
 
 
@@ -43,6 +45,11 @@ def is_remote(place: str | Path) -> bool:
 def joined(place: str | Path, name: str) -> str | Path:
     """Returns the place of a file or folder within another one."""
     return f"{str(place).rstrip('/')}/{name}" if is_remote(place) else Path(place) / name
+
+
+def place_of(folder: str | Path) -> str | Path:
+    """Returns a folder as it was given: a URL as a text, any other as a path."""
+    return str(folder) if is_remote(folder) else Path(folder)
 
 
 def spec(place: str | Path) -> dict[str, Any]:
@@ -83,7 +90,7 @@ def reason(place: str | Path, error: ValueError) -> str:
 
 @contextmanager
 def refusals_named(
-    place: str | Path, error_type: type[UserError] = CheckpointError
+    place: str | Path, error_type: type[UserError] = CheckpointError, verb: str = "read"
 ) -> Iterator[None]:
     """Turns what tensorstore raises in the block into a UserError that names the place."""
     try:
@@ -91,7 +98,7 @@ def refusals_named(
     except UserError:
         raise
     except ValueError as error:
-        raise error_type(f"{place} cannot be read: {reason(place, error)}") from error
+        raise error_type(f"{place} cannot be {verb}: {reason(place, error)}") from error
 
 
 def fetch(
@@ -117,6 +124,51 @@ def fetch(
         for name, read in zip(names, reads, strict=True):
             (folder / name).write_bytes(read.result().value)
     return names
+
+
+@contextmanager
+def uploaded_to(place: str, last: tuple[str, ...]) -> Iterator[Path]:
+    """Yields a folder of this machine, whose files are copied to a store when the block has ended.
+
+    A store renames nothing, so what makes a folder a whole one is copied last: a process that is
+    killed leaves files that nobody takes for a checkpoint.
+
+    Args:
+        place: URL of a folder that has no files.
+        last: names of the files that are copied when all others are there.
+
+    Raises FileExistsError if there are files, and CheckpointError if the store refuses.
+    """
+    store = ts.KvStore.open(spec(place), context=context())
+    with refusals_named(place, verb="written"):
+        if store.result().list().result():
+            raise FileExistsError(f"{place} exists and is not empty; remove it or choose another")
+    with tempfile.TemporaryDirectory(prefix="mixtral-jax-") as scratch:
+        folder = Path(scratch, place.rstrip("/").rpartition("/")[2])
+        folder.mkdir()
+        yield folder
+        names = sorted(
+            str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()
+        )
+        with refusals_named(place, verb="written"):
+            _upload(store.result(), folder, [name for name in names if name not in last])
+            _upload(store.result(), folder, [name for name in names if name in last])
+
+
+def _upload(store: Any, folder: Path, names: list[str]) -> None:
+    """Copies files into a store, several at once."""
+    pending: deque[tuple[int, Any]] = deque()
+    num_bytes = 0
+    for name in names:
+        content = (folder / name).read_bytes()
+        while pending and num_bytes + len(content) > _BYTES_IN_FLIGHT:
+            size, write = pending.popleft()
+            write.result()
+            num_bytes -= size
+        num_bytes += len(content)
+        pending.append((len(content), store.write(name, content)))
+    for _, write in pending:
+        write.result()
 
 
 def scratch_folder() -> Path:

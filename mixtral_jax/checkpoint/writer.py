@@ -112,7 +112,7 @@ class ParameterReader:
 
 
 def save(
-    folder: Path,
+    folder: Path | str,
     model: Transformer,
     card: Card,
     tokenizer_files: Iterable[Path],

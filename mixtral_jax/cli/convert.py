@@ -29,7 +29,10 @@ def convert(
     source: Annotated[
         str, typer.Argument(help="Folder or file of weights, or a name that `pull` takes.")
     ],
-    destination: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
+    destination: Annotated[
+        str,
+        typer.Argument(help="Checkpoint folder to make, also gs://BUCKET/... or s3://BUCKET/..."),
+    ],
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -52,11 +55,12 @@ def convert(
         with bar(f"pulling {source}") as progress:
             path = pull(source, progress=progress)
     from convert.convert import convert
+    from mixtral_jax.checkpoint.store import place_of
 
     with bar(f"converting {path.name}") as progress:
         convert(
             path,
-            destination,
+            place_of(destination),
             dtype=dtype,
             upcycle_experts=upcycle_experts,
             name=name,

@@ -1,4 +1,4 @@
-"""An object store on this machine: enough of S3's and of Google's protocol to read and list."""
+"""An object store on this machine: enough of S3's and of Google's protocol for what we do."""
 
 import http.server
 import json
@@ -74,6 +74,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._amazon(bucket, key, query)
 
     do_HEAD = do_GET
+
+    def do_PUT(self) -> None:
+        bucket, _, key = urllib.parse.unquote(self.path).lstrip("/").partition("/")
+        self._write(bucket, key, "AWS4-HMAC-SHA256" in self.headers.get("authorization", ""))
+
+    def do_POST(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        match = re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", url.path)
+        assert match is not None, self.path
+        key = dict(urllib.parse.parse_qsl(url.query))["name"]
+        self._write(match[1], key, self.headers["authorization"] == "Bearer a-token")
+
+    def _write(self, bucket: str, key: str, is_allowed: bool) -> None:
+        content = self.rfile.read(int(self.headers["content-length"]))
+        self.objects.requests.append(f"{self.command} {bucket}/{key}")
+        if not is_allowed:
+            self._answer(403, _xml("Error", Code="AccessDenied", Message="Access Denied"))
+            return
+        self.objects.buckets[bucket][key] = content
+        facts = {"name": key, "bucket": bucket, "generation": "1", "size": str(len(content))}
+        self._answer(200, json.dumps(facts).encode(), etag='"1"')
 
     def _google(self, bucket: str, key: str, query: dict[str, str]) -> None:
         if self.headers["authorization"] != "Bearer a-token":

@@ -103,8 +103,25 @@ def test_without_credentials_one_error_names_them(local: Path, store: ObjectStor
     )
     assert done.stdout.strip() == (
         "s3://bucket/models/tiny cannot be read: the store refuses it; give a role, or "
-        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, that may read it"
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, that may do this"
     )
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_what_is_saved_in_a_store_is_what_is_saved_locally(
+    local: Path, store: ObjectStore, scheme: str
+) -> None:
+    """The config comes last, so that a process that was killed has left no checkpoint."""
+    store.buckets["new"] = {}
+    store.requests.clear()
+    mixtral_jax.save(*mixtral_jax.load(local, mesh=None), f"{scheme}://new/tiny")
+    writes = [line for line in store.requests if line.startswith(("PUT", "POST"))]
+    assert writes[-1].endswith("new/tiny/config.json") and len(writes) > 5
+    loaded = named_parameters(mixtral_jax.load(f"{scheme}://new/tiny", mesh=None)[0])
+    for name, variable in named_parameters(mixtral_jax.load(local, mesh=None)[0]).items():
+        np.testing.assert_array_equal(loaded[name].get_value(), variable.get_value())
+    with pytest.raises(FileExistsError, match=f"{scheme}://new/tiny exists and is not empty"):
+        mixtral_jax.save(*mixtral_jax.load(local, mesh=None), f"{scheme}://new/tiny")
 
 
 def test_specs_of_tensorstore(monkeypatch: pytest.MonkeyPatch) -> None:
