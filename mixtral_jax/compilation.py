@@ -7,20 +7,34 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from importlib.util import find_spec
 
 import jax
 
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.paths import cache_folder
 
+# Schemes of object stores, and the packages by which etils, and so JAX, reaches them.
+_STORES = {"gs": "gcsfs", "s3": "s3fs"}
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def keep_programs() -> None:
     """Turns on JAX's persistent compilation cache.
 
-    It is in $JAX_COMPILATION_CACHE_DIR, or else in the folder "xla" of the user's cache.
+    It is in $JAX_COMPILATION_CACHE_DIR, which may be in an object store (gs://, s3://), or else in
+    the folder "xla" of the user's cache.
+
+    Raises ConfigError if jax lacks the package that reaches the store.
     """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    scheme = given.partition("://")[0]
+    if scheme in _STORES and find_spec(_STORES[scheme]) is None:
+        raise ConfigError(
+            f"JAX_COMPILATION_CACHE_DIR is {given}, which jax reaches by {_STORES[scheme]}: "
+            f"pip install {_STORES[scheme]}, or name a folder of this machine"
+        )
+    if not given:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 

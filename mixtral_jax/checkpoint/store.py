@@ -27,7 +27,7 @@ _DRIVERS = {"gs": "gcs", "s3": "s3"}
 # A request that fails is repeated for some 15 s; tensorstore would for ten minutes.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 _BYTES_IN_FLIGHT = 256 << 20  # of files that are being written
-# What says, in an answer of a store, that the caller may not do this.
+# Signs in an answer of a store that the caller may not do this.
 _FORBIDDEN = re.compile(
     r"PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|code='40[13]'|[Cc]redential"
 )

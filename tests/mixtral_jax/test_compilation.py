@@ -4,8 +4,20 @@ import copy
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from mixtral_jax.compilation import CompilationCount, CompiledPrograms
+from mixtral_jax import compilation
+from mixtral_jax.compilation import CompilationCount, CompiledPrograms, keep_programs
+from mixtral_jax.errors import ConfigError
+
+
+def test_programs_in_a_store_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "find_spec", lambda module: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "s3://bucket/xla")
+    with pytest.raises(ConfigError, match="is s3://bucket/xla.* pip install s3fs, or name a fol"):
+        keep_programs()
+    monkeypatch.setattr(compilation, "find_spec", lambda module: module)
+    keep_programs()  # and leaves the rest to jax
 
 
 def test_a_count_ends_when_it_is_closed() -> None:
