@@ -36,7 +36,7 @@ from mixtral_jax.hf_config import to_hf
 GIB = 1 << 30
 _SHARD_BYTES = 4_000_000_000
 _CONVERT = "import sys; from pathlib import Path; from convert.convert import convert; "
-_CONVERT += "convert(Path(sys.argv[1]), Path(sys.argv[2]))"
+_CONVERT += "convert(Path(sys.argv[1]), Path(sys.argv[2]), dtype=sys.argv[3])"
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ def main(
     folder: Annotated[
         Path | None, typer.Option(help="Folder to work in; it needs twice the size.")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16 or fp8.")] = "bfloat16",
 ) -> None:
     """Measure the memory and the speed of a conversion."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="convert-memory-") as name:
@@ -152,7 +153,7 @@ def main(
         copies, conversions = [], []
         for turn in range(repeats):
             copies.append(measure(["cp", "-r", str(source), str(copy)], copy))
-            command = [sys.executable, "-c", _CONVERT, str(source), str(result)]
+            command = [sys.executable, "-c", _CONVERT, str(source), str(result), dtype]
             conversions.append(measure(command, result))
             load = os.getloadavg()[0]
             print(f"{turn}: {copies[-1]} {conversions[-1]} load {load:.1f}", flush=True)

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -106,7 +105,7 @@ class _Output:
         self._assembly = assembly
         self._writer = writer
         self._progress = progress
-        self._rounded = jax.jit(partial(Weight.quantized, dtype="fp8"))
+        self._rounded = jax.jit(_round)
         self._done, self._total = 0, stored_bytes(writer.shapes)
         progress(self._done, self._total)
 
@@ -122,14 +121,13 @@ class _Output:
         scales = np.empty(outputs, np.float32)
         for piece, values in filled(cut, np.dtype(np.float32), self._assembly.fill):
             rows = values.reshape(-1, num_inputs)
-            weight = self._rounded(rows)
+            weight, size, change = self._rounded(rows)
             rounded, scale = np.asarray(weight.values), np.asarray(weight.scale)
             first = piece.start // num_inputs
             scales[first : first + scale.size] = scale
             self._put(name, piece.index, rounded.reshape(piece.shape))
-            self.lost.weights += float(np.vdot(rows, rows))
-            rows -= rounded.astype(np.float32) * scale[:, None]
-            self.lost.changes += float(np.vdot(rows, rows))
+            self.lost.weights += float(size)
+            self.lost.changes += float(change)
         self.lost.parameters += 1
         self.put_scales(name, scales)
 
@@ -142,6 +140,14 @@ class _Output:
         self._writer.write(name, index, values)
         self._done += values.nbytes
         self._progress(self._done, self._total)
+
+
+def _round(rows: jax.Array) -> tuple[Weight, jax.Array, jax.Array]:
+    """Rows [R I] rounded, and the sums of squares of the rows and of what rounding changes."""
+    weight = Weight.quantized(rows, "fp8")
+    assert weight.scale is not None
+    change = rows - weight.values.astype(jnp.float32) * weight.scale[:, None]
+    return weight, jnp.sum(jnp.square(rows)), jnp.sum(jnp.square(change))
 
 
 def _scale_name(name: str) -> str:

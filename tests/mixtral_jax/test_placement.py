@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.kernels import kernels_for
-from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.placement import Placement
 from mixtral_jax.sharding import MESH_AXES, make_mesh
 
@@ -27,12 +27,30 @@ CONFIG = ModelConfig.tiny(vocab_size=32)
         ("int8", "cpu", "float32"),
         ("int8", "tpu", "bfloat16"),
         ("int8", "gpu", "bfloat16"),
+        ("fp8", "cpu", "float32"),
+        ("fp8", "gpu", "bfloat16"),
         ("float32", "tpu", "float32"),
         ("bfloat16", "cpu", "bfloat16"),
     ],
 )
 def test_activations_between_weights(dtype: str, platform: str, expected: str) -> None:
     assert kernels_for(platform).activation_dtype(dtype) == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "float8_e4m3fn", jnp.float8_e4m3fn])
+def test_fp8_leaves_embedding_head_norms_and_routers_as_floats(dtype: Any) -> None:
+    placement = Placement.of(CONFIG, dtype, mesh=None)
+    assert (placement.dtype, placement.table_dtype) == ("fp8", "float32")
+    arrays = named_parameters(Transformer(CONFIG, placement, rngs=None))
+    rounded = {name for name, v in arrays.items() if v.get_value().dtype == jnp.float8_e4m3fn}
+    assert {name.removesuffix("weight") + "scale" for name in rounded} == {
+        name for name in arrays if name.endswith(".scale")
+    }
+    floats = {
+        name.rpartition("layers.0.")[2] for name in set(arrays) - rounded if "scale" not in name
+    }
+    assert floats >= {"embed.weight", "head.weight", "feed_forward.router.weight"}
+    assert not any("attention.q" in name or "down" in name for name in floats)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu", "xla"])

@@ -22,7 +22,7 @@ from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from tests.support import sources, tokenizers
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "fp8"])
 def test_a_model_changed_in_memory_is_saved_and_loaded(tmp_path: Path, dtype: str) -> None:
     model, words = mixtral_jax.load("tiny-random", mesh=None, dtype=dtype)
     norm = model.norm.weight

@@ -64,8 +64,9 @@ def test_bfloat16_is_rounded_once() -> None:
     assert (merged == want).mean() > 0.99
 
 
-def test_int8_is_refused() -> None:
-    model = Transformer(MOE, Placement.of(MOE, "int8", mesh=None), rngs=None)
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_rounded_weights_are_refused(dtype: str) -> None:
+    model = Transformer(MOE, Placement.of(MOE, dtype, mesh=None), rngs=None)
     with pytest.raises(AdapterError, match="beside the model"):
         merge(model, random_adapter(MOE, SETTINGS).folded(SETTINGS))
 

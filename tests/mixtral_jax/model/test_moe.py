@@ -68,6 +68,7 @@ def test_one_expert_of_one_is_its_feed_forward() -> None:
         ((8, 1, 1), "float32"),
         # Not with experts cut in two: each part of a row is then rounded with its own scale.
         ((1, 4, 1), "int8"),
+        ((2, 2, 2), "fp8"),
     ],
 )
 def test_sharded_equals_dense(tokens: int, shape: tuple[int, int, int], dtype: str) -> None:

@@ -50,6 +50,8 @@ def test_an_unknown_setting_is_named() -> None:
 def test_settings_that_a_model_cannot_be_trained_with() -> None:
     with pytest.raises(ConfigError, match="weights are int8"):
         TrainingConfig(steps=3, adapter=None).check(DENSE, "int8")
+    with pytest.raises(ConfigError, match="the weights are fp8"):
+        TrainingConfig(steps=3, adapter=None).check(DENSE, "fp8")
     with pytest.raises(ConfigError, match="no routers"):
         TrainingConfig(steps=3, router_z_coefficient=0.1).check(DENSE, "float32")
     with pytest.raises(ConfigError, match="more than the 8192 positions"):

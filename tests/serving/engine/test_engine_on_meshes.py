@@ -197,5 +197,13 @@ def test_int8_under_a_mesh_is_as_near_to_float_as_on_one_device(
     assert rms(np.asarray(first)) < 0.01
 
 
+def test_fp8_under_a_mesh_answers_as_on_one_device() -> None:
+    """Rows that meet widened weights are not rounded, so parts of them add up to the same."""
+    one = model_of(MOE, "fp8")
+    many = split_over(one, mesh_of(MOE, (2, 2, 2), False), False)
+    requests = requests_of(8, 5)
+    check_equal(answers(many, requests), answers(one, requests), 1e-4)
+
+
 def rms(values: Any) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
