@@ -197,6 +197,7 @@ def test_int8_under_a_mesh_is_as_near_to_float_as_on_one_device(
     assert rms(np.asarray(first)) < 0.01
 
 
+@pytest.mark.slow
 def test_fp8_under_a_mesh_answers_as_on_one_device() -> None:
     """Rows that meet widened weights are not rounded, so parts of them add up to the same."""
     one = model_of(MOE, "fp8")
