@@ -66,9 +66,12 @@ KERNELS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("heads", "window"), [((4, 2), 5), ((6, 1), None)])
+@pytest.mark.parametrize(
+    ("heads", "window", "dtype"),
+    [((4, 2), 5, jnp.float32), ((6, 1), None, jnp.float32), ((4, 2), 5, jnp.float8_e4m3fn)],
+)
 def test_attention_means_what_the_tpu_kernel_means(
-    heads: tuple[int, int], window: int | None
+    heads: tuple[int, int], window: int | None, dtype: Any
 ) -> None:
     """Two decodes, a prompt's first chunk and a later one; unused places at the end."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
@@ -85,7 +88,8 @@ def test_attention_means_what_the_tpu_kernel_means(
         num_decodes=jnp.asarray(2, jnp.int32),
         num_sequences=jnp.asarray(4, jnp.int32),
     )
-    pages = jax.random.normal(keys[1], (20, page_size, 2 * kv_heads, size))
+    pages = jax.random.normal(keys[1], (20, page_size, 2 * kv_heads, size)).astype(dtype)
+    scale = 1.0 if dtype == jnp.float8_e4m3fn else None
     q = jax.random.normal(keys[2], (16, num_heads, size))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         want = ref_ragged_paged_attention(
@@ -97,6 +101,8 @@ def test_attention_means_what_the_tpu_kernel_means(
             batch.num_sequences[None],
             sm_scale=size**-0.5,
             sliding_window=window,
+            k_scale=scale,
+            v_scale=scale,
         )
     got = paged_attention(q, pages, batch, window)
     np.testing.assert_allclose(got[:used], want, rtol=0, atol=2e-6)
