@@ -221,10 +221,10 @@ _ADAPTERS = _panel(
     ),
     Flag(
         "adapters_folder",
-        Path | None,
+        str | None,
         None,
-        "Folder whose subfolders are adapters under their own names; they are loaded and unloaded "
-        "while the server runs, as they come and go.",
+        "Folder, also gs://BUCKET/... or s3://BUCKET/..., whose subfolders are adapters under "
+        "their own names; they are loaded and unloaded while the server runs, as they come and go.",
         "FOLDER",
     ),
     Flag(

@@ -41,7 +41,7 @@ class EngineConfig:
     """Answer equal requests equally, whatever runs beside them."""
     adapter: tuple[str, ...] = ()
     """Adapters that are loaded at the start, each as NAME=FOLDER."""
-    adapters_folder: Path | None = None
+    adapters_folder: str | None = None
     """Folder whose subfolders are adapters, which come and go while the engine runs."""
     max_adapters: int | None = None
     """Adapters that are loaded at the same time; None: see `num_adapters`."""
@@ -115,5 +115,6 @@ class EngineConfig:
             raise ConfigError(
                 "--max-adapters has no adapters; give --adapter or --adapters-folder too"
             )
-        if self.adapters_folder is not None and not self.adapters_folder.is_dir():
+        folder = self.adapters_folder
+        if folder is not None and "://" not in str(folder) and not Path(folder).is_dir():
             raise ConfigError(f"--adapters-folder is {self.adapters_folder}, which is no folder")

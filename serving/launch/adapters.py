@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from mixtral_jax.checkpoint.store import is_remote
 from mixtral_jax.errors import AdapterError
 from serving.engine.config import EngineConfig
+from serving.launch.adapter_mirror import AdapterMirror
 from serving.service.models.adapter_folder import AdapterFolder, LoadsAdapters
 from serving.service.models.adapter_metrics import AdapterMetrics
 from serving.service.models.served_models import ServedModels
@@ -43,11 +46,18 @@ def followed_adapters(
         if name in fixed:
             raise AdapterError(f"--adapter names '{name}' already; call the folder otherwise")
 
-    follower = AdapterFolder(config.adapters_folder, loader, check_name, metrics.failed)
+    place, mirror = config.adapters_folder, None
+    if is_remote(place):
+        mirror = AdapterMirror(str(place))
+        mirror.start()
+    folder = Path(place) if mirror is None else mirror.folder
+    follower = AdapterFolder(folder, loader, check_name, metrics.failed)
     metrics.num_failed = lambda: follower.num_failed
     follower.start()
-    say(f"adapters of {config.adapters_folder}: {len(loader.digests()) - len(fixed)}")
+    say(f"adapters of {place}: {len(loader.digests()) - len(fixed)}")
     try:
         yield
     finally:
         follower.stop()
+        if mirror is not None:
+            mirror.stop()

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from mixtral_jax.errors import AdapterError
 
-_PAIR = ("adapter_config.json", "adapter_model.safetensors")
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""Names of the two files."""
 _MOST_FILES = 1_000  # of a subfolder, that are looked at
 
 Version = tuple[int, ...] | None
@@ -31,7 +32,7 @@ class Pair(NamedTuple):
 
         Raises OSError where that is refused, or fails.
         """
-        return cls(*(_version(folder / name) for name in _PAIR))
+        return cls(*(_version(folder / name) for name in FILES))
 
     @property
     def is_missing(self) -> bool:
@@ -57,7 +58,7 @@ def other_files(folder: Path) -> tuple[tuple[str, Version], ...]:
     def entries() -> Iterator[tuple[str, Version]]:
         with os.scandir(folder) as scanned:
             for entry in islice(scanned, _MOST_FILES):
-                if entry.name not in _PAIR:
+                if entry.name not in FILES:
                     yield entry.name, _version(folder / entry.name)
 
     return tuple(sorted(entries()))
@@ -69,7 +70,7 @@ def check_links(folder: Path, root: Path) -> None:
     Else whoever may write into that would have the server read any file that it can.
     """
     inside = os.path.realpath(root)
-    for name in _PAIR:
+    for name in FILES:
         target = os.path.realpath(folder / name)
         if os.path.commonpath([inside, target]) != inside:
             raise AdapterError(
