@@ -24,6 +24,7 @@ def chosen_share(tokens: int, experts: int, chosen: int) -> float:
 
 def computes_every_expert(
     tokens: int,
+    gathered: int,
     experts: int,
     chosen: int,
     weight: jax.Array | jax.ShapeDtypeStruct,
@@ -32,7 +33,9 @@ def computes_every_expert(
     """Says whether a step takes the dense form: every expert computes every token.
 
     Args:
-        tokens: whose experts a device computes, its own and those gathered to it.
+        tokens: places for tokens in one group of sequences, of which the share follows, because
+            other groups may have none.
+        gathered: those whose experts a device computes, of all groups that it serves.
         experts: E, of one layer, on all devices.
         chosen: X, experts that a token chooses.
         weight: one of the matrices [E O I] that the device holds, or its shape.
@@ -41,10 +44,10 @@ def computes_every_expert(
     Of 8 experts of which a token chooses 2, 11 tokens choose 0.958 and 10 tokens 0.944. Weights
     that the grouped product reads without any rows are read anyway.
     """
-    if tokens > kernels.max_dense_tokens:
+    if gathered > kernels.max_dense_tokens:
         return False
     shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-    reads_all = kernels.expert_reads([0] * shape.shape[0], tokens * chosen, shape) > 0
+    reads_all = kernels.expert_reads([0] * shape.shape[0], gathered * chosen, shape) > 0
     return reads_all or chosen_share(tokens, experts, chosen) >= _NEARLY_ALL
 
 

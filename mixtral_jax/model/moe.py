@@ -134,6 +134,7 @@ class MoE(nnx.Module):
                 return moe_local(x, choice, weights, experts, self.layout, self.kernels, slots)
             if computes_every_expert(
                 x.shape[0],
+                x.shape[0],
                 num_experts,
                 self.experts_per_token,
                 experts[0].weight.values,
@@ -282,6 +283,7 @@ def moe_local(
     is_split = layout.axes_shared_with_tokens("EF") == (expert_exchange.AXIS,)
     if is_split and x.shape[0] >= _MIN_EXCHANGED and kernels.can_move_rows(layout.mesh):
         return moe_exchanged(x, choice, weights, experts, layout, kernels, slots)
+    own_tokens = x.shape[0]
     slots = None if slots is None else layout.gather_tokens(slots, "EF")
     x, choice, weights = (layout.gather_tokens(array, "EF") for array in (x, choice, weights))
     held = experts[0].weight.values.shape[0]
@@ -289,7 +291,7 @@ def moe_local(
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
     num_experts = held * layout.rules.ways("E", layout.mesh)
     if computes_every_expert(
-        x.shape[0], num_experts, choice.shape[1], experts[0].weight.values, kernels
+        own_tokens, x.shape[0], num_experts, choice.shape[1], experts[0].weight.values, kernels
     ):
         sums = moe_dense(x, mine, weights, experts, slots)
     else:

@@ -208,6 +208,7 @@ class Estimate:
         """Says whether the model's own step takes the dense form (`model.moe.moe_local`)."""
         model, kernels = self.workload.model, self.placement.kernels
         return model.is_moe and computes_every_expert(
+            tokens,
             self._tokens_met(tokens),
             model.num_experts,
             model.experts_per_token,

@@ -1,9 +1,17 @@
 """Expected maxima over chips, against cases that can be counted by hand and against a sample."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.model.expert_load import busiest_experts, busiest_pairs, distinct_experts
+from mixtral_jax.kernels import kernels_for
+from mixtral_jax.model.expert_load import (
+    busiest_experts,
+    busiest_pairs,
+    computes_every_expert,
+    distinct_experts,
+)
 
 
 def test_distinct_experts_of_two_tokens() -> None:
@@ -42,6 +50,32 @@ def test_busiest_experts_and_pairs_against_a_sample() -> None:
     assert busiest_experts(tokens, 8, 2, chips, replicas) == pytest.approx(experts, abs=0.02)
     # The normal distribution is an approximation.
     assert busiest_pairs(tokens, 8, 2, chips, replicas) == pytest.approx(pairs, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gathered", "is_dense"),
+    [
+        (8, 8, False),  # 1 - 0.75**8 = 0.90
+        (8, 64, False),  # the other seven groups may have no token
+        (11, 11, True),  # 0.958
+        (128, 128, True),
+        (64, 512, False),  # computes for longer than it reads
+    ],
+)
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_an_accelerator_reads_all_experts_where_nearly_all_are_chosen(
+    tokens: int, gathered: int, is_dense: bool, platform: str
+) -> None:
+    kernels, weight = kernels_for(platform), jax.ShapeDtypeStruct((8, 256, 128), jnp.bfloat16)
+    assert computes_every_expert(tokens, gathered, 8, 2, weight, kernels) == is_dense
+    assert not computes_every_expert(tokens, gathered, 8, 2, weight, kernels_for("cpu"))
+
+
+def test_weights_that_a_kernel_reads_without_rows_are_read_anyway() -> None:
+    """Those of fp8 on GPU, which XLA widens as a whole; TPU's kernel widens what it fetches."""
+    weight = jax.ShapeDtypeStruct((8, 256, 128), jnp.float8_e4m3fn)
+    assert computes_every_expert(1, 1, 8, 2, weight, kernels_for("gpu"))
+    assert not computes_every_expert(1, 1, 8, 2, weight, kernels_for("tpu"))
 
 
 def test_one_chip_computes_every_pair() -> None:
