@@ -83,9 +83,10 @@ class Traffic:
 def program_traffic(text: str, expert_reads: float = 1.0, experts: int = 0) -> Traffic:
     """Reads the text of one compiled program of the serving step.
 
-    Parameters that jax calls `arrays[..]` or `rest[..]` are weights, `pages` are the pages. A
-    kernel whose weights have `experts` as the first of three dimensions reads `expert_reads` times
-    their bytes. Raises HloError where the text is not understood.
+    Parameters that jax calls `arrays[..]`, `blocks[..]` or `rest[..]` are weights, `pages` and
+    `layers[..]` are the pages, as in step/programs.py and step/whole_step.py. A kernel whose
+    weights have `experts` as the first of three dimensions reads `expert_reads` times their bytes.
+    Raises HloError where the text is not understood.
     """
     counter = _TrafficCounter(parse(text), expert_reads, experts)
     nbytes = counter.count(counter.program.entry, counter.argument_sources())
@@ -108,8 +109,9 @@ class _TrafficCounter:
         sources = []
         for parameter in self.program.entry.parameters():
             name = parameter.op_name
-            is_weight = name.startswith(("arrays[", "rest["))
-            kind = "weights" if is_weight else "pages" if name.startswith("pages") else "other"
+            is_weight = name.startswith(("arrays[", "blocks[", "rest["))
+            is_pages = name.startswith(("pages", "layers["))
+            kind = "weights" if is_weight else "pages" if is_pages else "other"
             sources.append(frozenset({kind}))
         return sources
 
