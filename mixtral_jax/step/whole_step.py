@@ -232,7 +232,7 @@ class WholeSteps:
         for key in self.missing:
             if not is_wanted():
                 return
-            self._compiled[key] = self._lowered(key).compile()
+            self._compiled[key] = self.lowered(key).compile()
 
     def _draws(self, sizes: Iterable[int]) -> list[Key]:
         """The draws that masked steps of these buckets need."""
@@ -242,14 +242,15 @@ class WholeSteps:
     def _compile(self, keys: Sequence[Key], progress: Callable[[str], None], workers: int) -> None:
         pool = ThreadPoolExecutor(workers)
         try:
-            waiting = [pool.submit(lambda key: self._lowered(key).compile(), key) for key in keys]
+            waiting = [pool.submit(lambda key: self.lowered(key).compile(), key) for key in keys]
             for number, (key, program) in enumerate(zip(keys, waiting, strict=True), start=1):
                 progress(f"compiling program {number} of {len(keys)}: {_name(key)}")
                 self._compiled[key] = program.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _lowered(self, key: Key) -> Lowered:
+    def lowered(self, key: Key) -> Lowered:
+        """Traces a program."""
         kind, size = key
         if isinstance(kind, Kind):
             return self._lowered_step(kind, size)

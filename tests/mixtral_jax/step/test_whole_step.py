@@ -161,7 +161,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> WholeSteps:
     split = SplitModel.of(model_of(MOE))
     stacks = BlockStacks.abstract(MOE, split.placement, StackSizes(slots=1, rank=2, targets=("q",)))
     steps = WholeSteps(split, split.pages(24, 4), SIZES, None, {4: 2, 8: 2}, stacks=stacks)
-    monkeypatch.setattr(steps, "_lowered", lambda key: jax.jit(lambda: 0).lower())
+    monkeypatch.setattr(steps, "lowered", lambda key: jax.jit(lambda: 0).lower())
     steps.compile_first([8], lambda line: None)
     return steps
 
