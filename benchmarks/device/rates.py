@@ -86,12 +86,12 @@ def engine_rates(folder: Path, dtype: str | None, levels: Sequence[int]) -> Iter
     pretrained = open_pretrained(str(folder))
     model, placement = pretrained.card.model, pretrained.placement(dtype, mesh=None)
     weights = held_bytes(Transformer(model, placement, rngs=None))
-    most, chip = max(levels), chip_under(placement)
-    settings = settings_by_chip(model, placement, chip, GivenSettings(max_sequences=most))
+    highest, chip = max(levels), chip_under(placement)
+    settings = settings_by_chip(model, placement, chip, GivenSettings(max_sequences=highest))
     engine = OfflineEngine(
         str(folder),
         dtype=dtype,
-        concurrency=most,
+        concurrency=highest,
         prompt_tokens=PROMPT_TOKENS,
         answer_tokens=ANSWER_TOKENS,
         max_step_tokens=None,

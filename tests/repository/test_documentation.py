@@ -28,7 +28,15 @@ TEXTS = {
 EVERYTHING = "\n".join(TEXTS.values())
 MODULES = ("serving", "serving.gateway")
 # Flags of other programs that the pages mention.
-FOREIGN_FLAGS = {"--logdir", "--install", "--size-gb", "--repeats", "--build-arg", "--python"}
+FOREIGN_FLAGS = {
+    "--logdir",
+    "--wheels",
+    "--install",
+    "--size-gb",
+    "--repeats",
+    "--build-arg",
+    "--python",
+}
 
 
 def fences(text: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Compiles a whole decode step in a process whose jax has the chips, for `whole_step.py`."""
+"""Compiles a whole decode step in a process whose jax has the chips."""
 
 import math
 import time

@@ -60,7 +60,7 @@ def row(text: str) -> str:
     name, dtype, chips, mesh = text.split()
     job = job_of(name, dtype, chips, mesh)
     (topology,) = topologies(chips)
-    note = report_of("benchmarks.whole_step_process", asdict(job), topology, lambda line: None)
+    note = report_of("benchmarks.whole_step.compiler", asdict(job), topology, lambda line: None)
     print(f"{text}: {note}", file=sys.stderr)
     same = note["collectives"] == note["planned"]
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(note["collectives"].items()))

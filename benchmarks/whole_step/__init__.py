@@ -1,0 +1,1 @@
+"""Decode steps of full-size models as one program: `python -m benchmarks.whole_step`."""
