@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from mixtral_jax.cache import PageForm
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, TopologyError
-from mixtral_jax.kernels import Kernels, kernels_for, multiplies_fp8
+from mixtral_jax.kernels import Kernels, kernels_for, kernels_for_device
 from mixtral_jax.layout import Layout
 from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
 from mixtral_jax.weight import QUANTIZED
@@ -77,7 +77,7 @@ class Placement:
                 )
             layout = None
             device = (jax.devices() if devices is None else list(devices))[0]
-        kernels = kernels_for(device.platform, multiplies_fp8=multiplies_fp8(device))
+        kernels = kernels_for_device(device)
         return cls(
             dtype=name,
             activation_dtype=kernels.activation_dtype(name),

@@ -1,12 +1,12 @@
 """One meaning, several makers: the operations of a model for each kind of device.
 
-`kernels_for(platform)` makes the choice, once for each Placement, and it is the only place where a
-platform decides what is computed how. Modules hold the record and call its functions. Each maker is
-a folder beside this file:
+`kernels_for` makes the choice, once for each Placement, and it is the only place where a platform,
+or a card's compute capability, decides what is computed how. Modules hold the record and call its
+functions. Each maker is a folder beside this file:
 
     xla   any backend; the meaning of each operation, to which tests hold the others
     cpu   C++ by JAX's foreign function interface, where a compiler is there; else xla
-    gpu   Pallas by way of Triton
+    gpu   Mosaic GPU, or Pallas by way of Triton before jax 0.12: see gpu/form.py
     tpu   JAX's own collection of kernels, and ours: a grouped product, and attention over pages of
           small numbers
 
@@ -30,6 +30,9 @@ from mixtral_jax.layout import Layout
 from mixtral_jax.weight import Weight, is_quantized
 
 Attended = tuple[FlatQueries, Pages]
+
+# The compute capability that is meant where nothing is known of a GPU but its platform.
+NEWEST_CARD = (9, 0)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -121,24 +124,38 @@ def multiplies_fp8(device: jax.Device) -> bool:
 
     NVIDIA's do from compute capability 8.9 on (Ada, Hopper), and TPUs from v7 on.
     """
+    from mixtral_jax.kernels.gpu import form
+
     if device.platform == "tpu":
         version = re.search(r"\d+", device.device_kind)
         return version is not None and int(version[0]) >= 7
-    # AMD's is a name, such as gfx942, whose fp8 is another format.
-    capability = str(getattr(device, "compute_capability", None))
-    if not re.fullmatch(r"\d+\.\d+", capability):
-        return False
-    return tuple(map(int, capability.split("."))) >= (8, 9)
+    return form.takes_fp8(form.capability_of(device))
 
 
-def kernels_for(platform: str, *, multiplies_fp8: bool = False) -> Kernels:
+def kernels_for_device(device: jax.Device) -> Kernels:
+    """Makes the record for a device, which may be an absent one that programs are compiled for."""
+    from mixtral_jax.kernels.gpu import form
+
+    capability = form.capability_of(device)
+    return kernels_for(
+        device.platform, multiplies_fp8=multiplies_fp8(device), capability=capability
+    )
+
+
+def kernels_for(
+    platform: str,
+    *,
+    multiplies_fp8: bool = False,
+    capability: tuple[int, int] | None = NEWEST_CARD,
+) -> Kernels:
     """Makes the record for devices of a platform, as JAX names it: cpu, gpu (cuda, rocm) or tpu.
 
     "xla" gives the forms that any backend computes. With `multiplies_fp8`, rows that meet fp8
-    weights are rounded to fp8 too. Raises ValueError for another name. On CPU the kernels are
-    compiled here, if they were not before; no other platform compiles C++.
+    weights are rounded to fp8 too. `capability` is the compute capability of an NVIDIA card, and
+    None for one of AMD's; other platforms have none. Raises ValueError for another name. On CPU the
+    kernels are compiled here, if they were not before; no other platform compiles C++.
     """
-    kernels = _kernels_for(platform)
+    kernels = _kernels_for(platform, capability)
     if not multiplies_fp8:
         return kernels
     from mixtral_jax.kernels.xla import products
@@ -147,7 +164,7 @@ def kernels_for(platform: str, *, multiplies_fp8: bool = False) -> Kernels:
     return replace(kernels, linear=products.linear_in_fp8)
 
 
-def _kernels_for(platform: str) -> Kernels:
+def _kernels_for(platform: str, capability: tuple[int, int] | None) -> Kernels:
     from mixtral_jax.kernels.xla import attention, low_rank, moves, order, products
 
     oracle = Kernels(
@@ -192,7 +209,7 @@ def _kernels_for(platform: str) -> Kernels:
         case "cpu":
             return _cpu(oracle)
         case "gpu" | "cuda" | "rocm":
-            return _gpu(oracle)
+            return _gpu(oracle, capability)
         case "tpu":
             return _tpu(oracle)
     raise ValueError(f"there are no kernels for {platform!r}; choose cpu, gpu, tpu or xla")
@@ -219,25 +236,45 @@ def _cpu(oracle: Kernels) -> Kernels:
     )
 
 
-def _gpu(oracle: Kernels) -> Kernels:
-    from mixtral_jax.kernels.gpu import attention, products
+def _gpu(oracle: Kernels, capability: tuple[int, int] | None) -> Kernels:
+    from mixtral_jax.kernels.gpu import form, router
     from mixtral_jax.kernels.xla import blockwise, moves
 
-    return replace(
+    plain = replace(
         oracle,
         platform="gpu",
         whole_step=True,
-        grouped=products.grouped,
-        expert_reads=products.expert_reads,
-        attend=attention.attend,
         full_attention=blockwise.full_attention,
-        router_input=products.router_input,
+        router_input=router.router_input,
         move_rows=moves.move_rows_ragged,
         can_move_rows=moves.can_move_rows_ragged,
         max_dense_tokens=128,
         page_size=64,
         activation_dtype_between_rounded="bfloat16",
     )
+    match form.form_for(capability):
+        case "mosaic":
+            from mixtral_jax.kernels.gpu.mosaic import attention, products
+
+            reads_fp8 = form.takes_fp8(capability)
+            return replace(
+                plain,
+                grouped=products.grouped,
+                expert_reads=products.expert_reads,
+                attend=attention.attend if reads_fp8 else attention.attend_without_fp8,
+            )
+        case "triton":
+            from mixtral_jax.kernels.gpu.triton import attention as attention_by_triton
+            from mixtral_jax.kernels.gpu.triton import products as products_by_triton
+
+            return replace(
+                plain,
+                grouped=products_by_triton.grouped,
+                expert_reads=products_by_triton.expert_reads,
+                attend=attention_by_triton.attend,
+            )
+        case "xla":
+            return plain
 
 
 def _tpu(oracle: Kernels) -> Kernels:

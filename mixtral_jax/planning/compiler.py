@@ -15,7 +15,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
 from mixtral_jax.planning.compiler_process import answer_job, report_of
-from mixtral_jax.planning.topology import absent_devices
+from mixtral_jax.planning.topology import target_devices
 from mixtral_jax.planning.traffic import program_traffic
 from mixtral_jax.roofline.chips import topologies
 from mixtral_jax.roofline.collective import Collective
@@ -270,7 +270,7 @@ def compile_in_subprocess(
 def _compiled(fields: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
     job = CompileJob(**{**fields, "model": ModelConfig.from_json(fields["model"])})
     (topology,) = topologies(job.topology)
-    return asdict(compile_step(job, absent_devices(topology), progress))
+    return asdict(compile_step(job, target_devices(topology), progress))
 
 
 if __name__ == "__main__":

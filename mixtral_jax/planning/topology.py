@@ -42,6 +42,16 @@ _GPUS: dict[str, dict[str, Any]] = {
 _GPUS["a100-40"] = _GPUS["a100-80"]
 # Names of chips of libtpu that are not ours.
 _NAMES = {"v7x": "tpu7x"}
+# Names of the cards as CUDA says them: jax 0.12 looks a card's figures up by its name.
+_CARDS = {
+    "a100-40": "NVIDIA A100-SXM4-40GB",
+    "a100-80": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+    "l4": "NVIDIA L4",
+    "rtx4090": "NVIDIA GeForce RTX 4090",
+}
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 
 
@@ -102,6 +112,18 @@ def absent_devices(topology: Topology) -> Sequence[jax.Device]:
     return list(description.devices)
 
 
+def target_devices(topology: Topology) -> Sequence[jax.Device]:
+    """`absent_devices` for a process that does nothing but compile for them.
+
+    The first becomes the process's default device, whose compute capability Mosaic GPU asks for;
+    nothing can be computed on it. Raises TopologyError as `absent_devices` does.
+    """
+    devices = absent_devices(topology)
+    if topology.platform == "gpu":
+        jax.config.update("jax_default_device", devices[0])
+    return devices
+
+
 def _target_config(topology: Topology) -> str:
     """Text of XLA's GpuTargetConfigProto for one chip of the topology."""
     gpu = _GPUS[topology.kind]
@@ -134,5 +156,5 @@ def _target_config(topology: Topology) -> str:
     lines.append('device_vendor: "NVIDIA Corporation"')
     info = "\n".join(lines)
     versions = "dnn_version_info { major: 9 minor: 10 patch: 0 }"
-    described = f'device_description_str: "{topology.chip.name}"'
+    described = f'device_description_str: "{_CARDS[topology.kind]}"'
     return f'gpu_device_info {{\n{info}\n}}\nplatform_name: "CUDA"\n{versions}\n{described}\n'

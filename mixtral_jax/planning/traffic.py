@@ -318,6 +318,8 @@ class _TrafficCounter:
             name = re.sub(r"(\.\d+)+$", "", item.name)
         elif name == "__gpu$xla.gpu.triton":
             name = item.op_name.removesuffix("/pallas_call").rpartition("/")[2]
+        elif name == "mosaic_gpu_v2":
+            name = item.op_name.removesuffix("/mpmd_map").rpartition("/")[2]
         self.kernels[name] += 1
 
 

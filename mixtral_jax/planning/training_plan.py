@@ -17,7 +17,7 @@ from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
 from mixtral_jax.planning.compiler_process import Fields, Progress, answer_job, report_of
-from mixtral_jax.planning.topology import absent_devices
+from mixtral_jax.planning.topology import target_devices
 from mixtral_jax.roofline.chips import Topology, topologies
 from mixtral_jax.sharding import mesh_sizes
 from mixtral_jax.training.config import TrainingConfig
@@ -269,7 +269,7 @@ def _layer_cost(
 def _compiled(fields: Fields, progress: Progress) -> Fields:
     job = TrainingJob.from_json(fields)
     (topology,) = topologies(job.topology)
-    return compile_training(job, absent_devices(topology), progress).to_json()
+    return compile_training(job, target_devices(topology), progress).to_json()
 
 
 if __name__ == "__main__":

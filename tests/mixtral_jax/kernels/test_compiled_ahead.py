@@ -23,11 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.generation import steps_for
-from mixtral_jax.kernels import kernels_for
+from mixtral_jax.kernels import kernels_for_device
 from mixtral_jax.kernels.xla.attention import paged_attention
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement
-from mixtral_jax.planning.topology import absent_devices, environment, installed
+from mixtral_jax.planning.topology import environment, installed, target_devices
 from mixtral_jax.roofline.chips import topologies
 from mixtral_jax.step.whole_step import Kind
 from mixtral_jax.weight import Weight
@@ -109,7 +109,13 @@ def test_attention_means_what_the_tpu_kernel_means(
 
 
 @pytest.mark.soak  # test_plan compiles the whole step for one of them
-@pytest.mark.parametrize("name", ["tpu:v5e:2x4", "tpu:v5p:2x2x1", "tpu:v6e:2x4", "gpu:h100:8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tpu:v5e:2x4", "tpu:v5p:2x2x1", "tpu:v6e:2x4"),
+        *("gpu:a100-80:8", "gpu:l4:8", "gpu:h100:8", "gpu:b200:8"),
+    ],
+)
 def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
     (topology,) = topologies(name)
     if not installed(topology.platform):
@@ -146,7 +152,7 @@ def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tpu:v5e:1x1", "gpu:h100:1"])
+@pytest.mark.parametrize("name", ["tpu:v5e:1x1", "gpu:a100-80:1", "gpu:l4:1", "gpu:h100:1"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_generate_calls_the_kernels_of_an_absent_device(name: str, dtype: str) -> None:
     """A single accelerator, and no mesh is named: what a notebook does."""
@@ -183,7 +189,7 @@ def compile_generation(name: str, dtype: str) -> dict[str, list[str]]:
         num_layers=1,
         max_context=1024,
     )
-    placement = Placement.of(config, dtype, "auto", devices=absent_devices(topology))
+    placement = Placement.of(config, dtype, "auto", devices=target_devices(topology))
     model = Transformer(config, replace(placement, step_tokens=256), rngs=None)
     steps = steps_for(model, 1024)
 
@@ -200,10 +206,11 @@ def compile_generation(name: str, dtype: str) -> dict[str, list[str]]:
 def compile_all(name: str) -> dict[str, dict[str, Any]]:
     """In the other process: by what was compiled, what the compiler says of it."""
     (topology,) = topologies(name)
-    mesh = Mesh(np.array(absent_devices(topology)[:1]), ("all",))
+    device = target_devices(topology)[0]
+    mesh = Mesh(np.array([device]), ("all",))
     whole = NamedSharding(mesh, PartitionSpec())
     bf16, i32 = jnp.bfloat16, jnp.int32
-    kernels = kernels_for(topology.platform)
+    kernels = kernels_for_device(device)
 
     def array(*shape: int, dtype: Any = bf16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)

@@ -1,11 +1,26 @@
-"""Paged decode on GPU by hand: test_makers.py holds the other kernels against XLA's forms."""
+"""Paged decode on GPU by hand, and which form a card gets.
+
+test_makers.py holds the other kernels of this jax's form against XLA's; Mosaic GPU's stand here as
+well, small, because the newest jax runs this file only.
+"""
+
+import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.gpu import attention as gpu
+from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.kernels import kernels_for
+from mixtral_jax.kernels.gpu.form import form_for
+from mixtral_jax.kernels.gpu.triton import attention as gpu
+from mixtral_jax.kernels.xla import attention as xla
+from mixtral_jax.kernels.xla import products
+from mixtral_jax.weight import Weight
+
+MOSAIC = jax.__version_info__ >= (0, 12)
 
 
 @pytest.mark.slow
@@ -37,3 +52,94 @@ def test_decode(window: int | None) -> None:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         got = gpu.decode(q, pages, table, first, lengths, interpret=True)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "form"),
+    [((9, 0), "mosaic"), ((8, 0), "mosaic"), ((7, 5), "xla"), (None, "triton")],
+)
+def test_form_of_a_card(capability: tuple[int, int] | None, form: str) -> None:
+    """Before jax 0.12 every card gets Triton's form."""
+    expected = form if MOSAIC else "triton"
+    assert form_for(capability) == expected
+    maker = kernels_for("gpu", capability=capability).attend.__module__
+    assert expected in maker
+
+
+def test_cards_below_ada_read_fp8_by_xla() -> None:
+    ampere, ada = (kernels_for("gpu", capability=(8, minor)) for minor in (0, 9))
+    assert (ampere.attend == ada.attend) is not MOSAIC
+    assert kernels_for("gpu") == kernels_for("gpu", capability=(10, 0)) == ada
+
+
+@pytest.mark.skipif(not MOSAIC, reason="Mosaic GPU's form is for jax 0.12 and later")
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
+def test_mosaic_attention(dtype: str) -> None:
+    """A decode over three pages, and a prompt's chunk behind another; places unseen hold NaN."""
+    from mixtral_jax.kernels.gpu.mosaic import attention as mosaic
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    batch = RaggedBatch(
+        tokens=jnp.zeros(8, jnp.int32),
+        positions=jnp.asarray([40, *range(17, 22), 0, 0], jnp.int32),
+        lengths=jnp.asarray([41, 22, 0], jnp.int32),
+        query_starts=jnp.asarray([0, 1, 6, 6], jnp.int32),
+        page_table=jnp.asarray([[5, 1, 3], [2, 0, 4], [0, 0, 0]], jnp.int32),
+        num_decodes=jnp.asarray(1, jnp.int32),
+        num_sequences=jnp.asarray(2, jnp.int32),
+    )
+    pages = jax.random.normal(keys[0], (6, 16, 2, 32))
+    pages = pages.at[3, 9:].set(jnp.nan).at[0, 6:].set(jnp.nan).astype(dtype)
+    q = jax.random.normal(keys[1], (8, 3, 32))
+    k, v = (jax.random.normal(key, (8, 1, 32)) for key in keys[2:])
+    want, _ = xla.attend(q, k, v, pages, batch, 30)
+    assert mosaic.fits(q, pages, interpret=True)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        got, _ = mosaic.attend(q, k, v, pages, batch, 30, interpret=True)
+    assert not jnp.isnan(want[:6]).any()
+    np.testing.assert_allclose(got[:6], want[:6], rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif(not MOSAIC, reason="Mosaic GPU's form is for jax 0.12 and later")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_mosaic_grouped(dtype: str) -> None:
+    """Groups that end within a tile, one that is empty, and rows behind the last."""
+    from mixtral_jax.kernels.gpu.mosaic import products as mosaic
+
+    x = jax.random.normal(jax.random.key(0), (72, 128))
+    values = jax.random.normal(jax.random.key(1), (3, 128, 128))
+    weight = Weight.quantized(values) if dtype == "int8" else Weight(values, None)
+    sizes = jnp.asarray([66, 0, 3], jnp.int32)
+    want = products.grouped(x, sizes, weight)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        got = mosaic.grouped(x, sizes, weight, interpret=True)
+    np.testing.assert_allclose(got[:69], want[:69], rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not MOSAIC, reason="the deprecated form is that of older jax")
+def test_nothing_deprecated_is_lowered() -> None:
+    """What pytest makes an error: a warning of JAX's while a card's program is made."""
+    kernels, of, whole = kernels_for("gpu"), jax.ShapeDtypeStruct, jnp.int32
+    tokens, sequences = of((8,), whole), of((3,), whole)
+    batch = RaggedBatch(
+        tokens, tokens, sequences, of((4,), whole), of((3, 2), whole), of((), whole), of((), whole)
+    )
+    rows, heads = of((8, 4, 64), jnp.bfloat16), of((8, 2, 64), jnp.bfloat16)
+    pages = of((6, 64, 4, 64), jnp.bfloat16)
+
+    def attend(q: jax.Array, k: jax.Array, pages: jax.Array, batch: RaggedBatch) -> Any:
+        return kernels.attend(q, k, k, pages, batch, None)
+
+    def grouped(x: jax.Array, sizes: jax.Array, values: jax.Array) -> Any:
+        return kernels.grouped(x, sizes, Weight(values, None))
+
+    experts = of((3, 128, 128), jnp.bfloat16)
+    mixed = of((8, 128), jnp.bfloat16)
+    for function, given in (
+        (attend, (rows, heads, pages, batch)),
+        (grouped, (mixed, sequences, experts)),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lowered = jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()

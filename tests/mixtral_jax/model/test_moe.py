@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import Kernels, kernels_for
-from mixtral_jax.kernels.gpu import products as gpu
+from mixtral_jax.kernels.gpu.triton import products as gpu
 from mixtral_jax.kernels.tpu import products as tpu
 from mixtral_jax.layout import Layout
 from mixtral_jax.model.adapter_stack import AdaptedWeight

@@ -10,8 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
+from mixtral_jax.kernels.gpu.grouped import grouped_by
 from mixtral_jax.kernels.xla import products as xla
-from mixtral_jax.weight import QUANTIZED, Weight, round_rows
+from mixtral_jax.weight import QUANTIZED, Weight
 
 _WIDTH = 128  # that tiles of every size divide
 
@@ -50,14 +51,10 @@ def grouped(
     *,
     interpret: bool = False,
 ) -> Float[jax.Array, "M O"]:
-    """`xla.grouped`, which computes every expert for every row on NVIDIA: x [M I] -> [M O].
-
-    The gradient of x is by the same kernel; that of a float weight, for which training adapters
-    never asks, by XLA. int8 as in `xla.product`.
-    """
+    """`xla.grouped`, which computes every expert for every row on NVIDIA: x [M I] -> [M O]."""
     if not _fits(weight.values):
         return xla.grouped(x, sizes, weight)
-    return _grouped(interpret, x, sizes.astype(jnp.int32), weight)
+    return grouped_by(_tiles_of, x, sizes, weight, interpret=interpret)
 
 
 def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) -> float:
@@ -72,46 +69,6 @@ def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) 
     return float(sum(-(-size // tile) for size in sizes))
 
 
-_Residuals = tuple[jax.Array, jax.Array, Weight]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(interpret: bool, x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
-    if weight.scale is None:
-        return _tiles_of(x, sizes, weight.values, (), x.dtype, interpret)
-    rows, x_scale = round_rows(x)
-    return _tiles_of(rows, sizes, weight.values, (x_scale, weight.scale), x.dtype, interpret)
-
-
-def _grouped_forward(
-    interpret: bool, x: jax.Array, sizes: jax.Array, weight: Weight
-) -> tuple[jax.Array, _Residuals]:
-    return _grouped(interpret, x, sizes, weight), (x, sizes, weight)
-
-
-def _grouped_backward(
-    interpret: bool, residuals: _Residuals, slope: jax.Array
-) -> tuple[jax.Array, None, Weight]:
-    x, sizes, weight = residuals
-    is_used = jnp.arange(len(x), dtype=jnp.int32)[:, None] < jnp.sum(sizes)
-    scaled = slope
-    if weight.scale is not None:
-        of_row = weight.scale[xla.expert_of_row(sizes, len(x))]
-        scaled = (slope.astype(jnp.float32) * of_row).astype(slope.dtype)
-    dx = _tiles_of(scaled, sizes, weight.values, (), x.dtype, interpret, is_gradient=True)
-    dx = jnp.where(is_used, dx, jnp.zeros((), dx.dtype))
-    if weight.scale is None:
-        dw = xla.gradient_of_experts(slope, x, sizes).astype(weight.values.dtype)
-        return dx, None, Weight(dw, None)
-    ones = Weight(weight.values, jnp.ones_like(weight.scale))
-    unscaled = _grouped(interpret, x.astype(jnp.float32), sizes, ones)
-    d_scale = xla.gradient_of_scales(slope, unscaled, sizes)
-    return dx, None, Weight(xla.no_gradient(weight.values), d_scale)
-
-
-_grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
 def _tiles_of(
     x: jax.Array,
     sizes: jax.Array,
@@ -119,7 +76,7 @@ def _tiles_of(
     scales: tuple[jax.Array, ...],  # of rows, and of outputs by expert; none for floats
     dtype: jnp.dtype,
     interpret: bool,
-    is_gradient: bool = False,
+    is_gradient: bool,
 ) -> jax.Array:
     """Rows [M I] by weights [E O I] -> [M O]; as a gradient, slopes [M O] -> [M I]."""
     rows, experts = x.shape[0], sizes.shape[0]
@@ -176,12 +133,3 @@ def _grouped_tile(  # type: ignore[no-untyped-def]
             of_column = scale[expert[tile], columns]
             total = total.astype(jnp.float32) * (of_row[:, None] * of_column[None, :])
         plgpu.store(out.at[places, columns], total.astype(out.dtype), mask=is_mine[:, None])
-
-
-def router_input(x: jax.Array) -> jax.Array:
-    """The rows that the router multiplies, kept apart from those that the experts multiply.
-
-    Otherwise XLA makes one product of the router's and the first expert's, and copies the expert's
-    weights in every step.
-    """
-    return jax.lax.optimization_barrier(x)
