@@ -187,6 +187,7 @@ def _kernels_for(platform: str, capability: tuple[int, int] | None) -> Kernels:
                     "linear",
                     "grouped",
                     "expert_reads",
+                    "page_form",
                     "add_low_rank",
                     "norm",
                     "swiglu",

@@ -276,7 +276,8 @@ def test_each_function_has_a_gradient_or_refuses_it_by_name(platform: str) -> No
     moves = {"move_rows", "can_move_rows"}  # tests of the expert exchange hold these
     tried = {case.split()[0] for case in differentiable_calls()}
     functions = {f.name for f in fields(kernels) if callable(getattr(kernels, f.name))}
-    assert functions == tried | moves | {"attend", "expert_reads"}  # the last takes no arrays
+    numbers = {"expert_reads", "page_form"}  # these take no arrays
+    assert functions == tried | moves | numbers | {"attend"}
     assert functions - kernels.differentiable <= {"attend", "add_low_rank"}
     batch = ragged_batch()
     pages = normal(1, batch.page_table.size, 16, 4, 32)
