@@ -1,6 +1,7 @@
 """The host's time for a step: one program for all of it beside a program for each layer.
 
-    python -m benchmarks.host_step [--devices 8] [--layers 32] [--rows 32]
+    python -m benchmarks.host_step [--layers 32] [--rows 32]
+    NPROC=16 python -m benchmarks.host_step --devices 8     (docs/devices.md says why NPROC)
 
 A tiny model of many layers, so that the devices have next to nothing to compute, on virtual devices
 of the CPU. Each form's steps take turns in one run. Printed are medians of milliseconds from the

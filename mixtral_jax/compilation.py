@@ -20,7 +20,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def keep_programs() -> None:
-    """Turns on JAX's persistent compilation cache.
+    """Turns on JAX's persistent compilation cache, for quick programs too: there are dozens.
 
     It is in $JAX_COMPILATION_CACHE_DIR, which may be in an object store (gs://, s3://), or else in
     the folder "xla" of the user's cache.
@@ -36,6 +36,8 @@ def keep_programs() -> None:
         )
     if not given:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class CompiledPrograms:

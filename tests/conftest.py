@@ -55,7 +55,7 @@ def pytest_configure() -> None:
         )
 
     if os.environ.get("MIXTRAL_JAX_TEST_FORM") == "whole":
-        placement.kernels_for = whole_kernels_for
+        placement.kernels_for_device = whole_kernels_for
 
 
 def pytest_report_header() -> str:

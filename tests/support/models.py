@@ -8,14 +8,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import Kernels, kernels_for
+from mixtral_jax.kernels import Kernels, kernels_for_device
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.placement import Placement
 
 
-def whole_kernels_for(platform: str) -> Kernels:
-    """The kernels of a platform, with steps of one program as on TPU and GPU."""
-    return replace(kernels_for(platform), whole_step=True)
+def whole_kernels_for(device: jax.Device) -> Kernels:
+    """The kernels of a device, with steps of one program as on TPU and GPU."""
+    return replace(kernels_for_device(device), whole_step=True)
 
 
 def model_of(
