@@ -253,11 +253,11 @@ def _gpu(oracle: Kernels, capability: tuple[int, int] | None) -> Kernels:
         page_size=64,
         activation_dtype_between_rounded="bfloat16",
     )
+    reads_fp8 = form.takes_fp8(capability)
     match form.form_for(capability):
         case "mosaic":
             from mixtral_jax.kernels.gpu.mosaic import attention, products
 
-            reads_fp8 = form.takes_fp8(capability)
             return replace(
                 plain,
                 grouped=products.grouped,
@@ -268,12 +268,15 @@ def _gpu(oracle: Kernels, capability: tuple[int, int] | None) -> Kernels:
             from mixtral_jax.kernels.gpu.triton import attention as attention_by_triton
             from mixtral_jax.kernels.gpu.triton import products as products_by_triton
 
-            return replace(
+            by_triton = replace(
                 plain,
                 grouped=products_by_triton.grouped,
                 expert_reads=products_by_triton.expert_reads,
                 attend=attention_by_triton.attend,
             )
+            if reads_fp8:
+                return by_triton
+            return replace(by_triton, attend=attention_by_triton.attend_without_fp8)
         case "xla":
             return plain
 

@@ -48,7 +48,7 @@ def test_decode(window: int | None) -> None:
                 weights = np.exp(scores - scores.max())
                 want[row, head] = weights @ held[:, 2 * kv + 1] / weights.sum()
     pages = jnp.where(seen[:, :, None, None], pages, jnp.nan)
-    assert gpu.fits(pages)
+    assert gpu.fits(q, pages)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         got = gpu.decode(q, pages, table, first, lengths, interpret=True)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
@@ -68,8 +68,19 @@ def test_form_of_a_card(capability: tuple[int, int] | None, form: str) -> None:
 
 def test_cards_below_ada_read_fp8_by_xla() -> None:
     ampere, ada = (kernels_for("gpu", capability=(8, minor)) for minor in (0, 9))
-    assert (ampere.attend == ada.attend) is not MOSAIC
+    assert ampere.attend != ada.attend
     assert kernels_for("gpu") == kernels_for("gpu", capability=(10, 0)) == ada
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(1, True), (2, False), (4, False), (5, True)])
+def test_pages_whose_elements_pallas_miscounts_go_by_xla(gib: int, fits: bool) -> None:
+    """Between 2 and 4 GiB of bytes, 32 bits with a sign are too few; above, Pallas takes 64."""
+    answers: list[bool] = []
+    for dtype in (jnp.float8_e4m3fn, jnp.bfloat16):
+        q = jax.ShapeDtypeStruct((1, 4, 128), jnp.bfloat16)
+        pages = jax.ShapeDtypeStruct((gib << 14, 64, 8, 128), dtype)  # of 64 Ki values each
+        jax.eval_shape(lambda *given: answers.append(gpu.fits(*given)), q, pages)
+    assert answers == [fits, True]
 
 
 @pytest.mark.skipif(not MOSAIC, reason="Mosaic GPU's form is for jax 0.12 and later")

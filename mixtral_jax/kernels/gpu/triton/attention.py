@@ -6,11 +6,16 @@
     prefill  the same for sequences that bring many tokens: every program takes a tile of queries of
              one sequence, and the heads that share a key/value head stand in it row by row
 
+Pages of int8 and fp8 are widened to the dtype of the queries block by block, which is exact. The
+scales of int8 keys multiply the scores, those of values the weights.
+
 The XLA form is taken where a kernel's limits are not met. Products of float32 are as precise as jax
 makes them on that GPU (`jax_default_matmul_precision`; by default TF32, as XLA's).
 """
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +34,9 @@ _SPLITS = 8  # of a sequence, so that few sequences occupy all of a GPU
 _LEAST = 16  # rows of a tensor core's product
 _QUERIES = 128  # rows of a tile of queries: tokens x heads
 _NOTHING = -1e30  # finite, so that what has seen nothing stays free of inf - inf
+_SMALL = (jnp.int8, jnp.float8_e4m3fn)  # the dtypes of pages that are widened
+# Pallas counts the elements of arrays of up to 4 GiB in 32 bits with a sign (jax 0.10 to 0.12).
+_COUNTED = range(2**31, 2**32 + 1)
 
 
 def attend(
@@ -41,23 +49,49 @@ def attend(
     *,
     interpret: bool = False,
 ) -> tuple[FlatQueries, Pages]:
-    """`xla.attend`: writes k and v [T K H], then attends: q [T N H] -> [T N H] and the pages."""
+    """`xla.attend`: writes k and v [T K H], then attends: q [T N H] -> [T N H] and the pages.
+
+    Pages may be float8_e4m3fn, which needs compute capability 8.9.
+    """
     q, k, v = (without_gradient("paged attention (attend)", x) for x in (q, k, v))
-    if not fits(pages):
+    if not fits(q, pages):
         return xla.attend(q, k, v, pages, batch, window)
     written = cache.write(pages, k, v, batch)
     return paged_attention(q, written, batch, window, interpret=interpret), written
 
 
-def fits(pages: Pages) -> bool:
-    """Says whether the kernels take such pages: floats, heads and blocks of powers of two."""
-    page_size, size = pages.shape[1], pages.shape[3]
-    floats = pages.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
-    return floats and _is_power(size) and size >= _LEAST and _KEYS_PER_BLOCK % page_size == 0
+def attend_without_fp8(
+    q: FlatQueries,
+    k: FlatKeys,
+    v: FlatKeys,
+    pages: Pages,
+    batch: RaggedBatch,
+    window: int | None,
+    *,
+    interpret: bool = False,
+) -> tuple[FlatQueries, Pages]:
+    """`attend` for cards below 8.9: pages of fp8 take XLA's form."""
+    if pages.dtype == jnp.float8_e4m3fn:
+        return xla.attend(q, k, v, pages, batch, window)
+    return attend(q, k, v, pages, batch, window, interpret=interpret)
+
+
+def fits(q: FlatQueries, pages: Pages) -> bool:
+    """Says whether the kernels take such pages: heads and blocks of powers of two."""
+    page_size, size = pages.shape[1], q.shape[-1]
+    takes_dtype = pages.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    if pages.dtype in _SMALL:
+        takes_dtype = math.prod(pages.shape) not in _COUNTED
+    return takes_dtype and _is_power(size) and size >= _LEAST and _KEYS_PER_BLOCK % page_size == 0
 
 
 def _is_power(number: int) -> bool:
     return number & (number - 1) == 0
+
+
+def _dtype_of(q: jax.Array, pages: Pages) -> jnp.dtype:
+    """The dtype in which queries meet keys."""
+    return q.dtype if pages.dtype in _SMALL else pages.dtype
 
 
 def paged_attention(
@@ -101,7 +135,7 @@ def decode(
     page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
     group = heads // kv_heads
     padded = max(_LEAST, 1 << (group - 1).bit_length())
-    q = q.reshape(rows, kv_heads, group, size).astype(pages.dtype)
+    q = q.reshape(rows, kv_heads, group, size).astype(_dtype_of(q, pages))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     per_block = _KEYS_PER_BLOCK // page_size
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
@@ -144,7 +178,7 @@ def _decode_split(  # type: ignore[no-untyped-def]
     end = jnp.minimum(begin + per_split[row], pl.cdiv(lengths[row], block))
 
     def step(i, state):  # type: ignore[no-untyped-def]
-        keys, values = _block_of_pages(pages, table, row, head, i, per_block)
+        keys, values = _block_of_pages(pages, table, row, head, i, per_block, queries)
         position = i * block + jnp.arange(block, dtype=jnp.int32)
         seen = (position >= first[row]) & (position < lengths[row])
         return _attend(state, queries, keys, values, seen[None, :], seen)
@@ -175,7 +209,7 @@ def prefill(
     group = heads // kv_heads
     padded = 1 << (group - 1).bit_length()
     per_tile = _QUERIES // padded  # tokens
-    q = q.reshape(tokens, kv_heads, group, size).astype(pages.dtype)
+    q = q.reshape(tokens, kv_heads, group, size).astype(_dtype_of(q, pages))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     q = q.transpose(1, 0, 2, 3).reshape(kv_heads, tokens * padded, size)
     per_block = _KEYS_PER_BLOCK // page_size
@@ -223,7 +257,7 @@ def _prefill_tile(q, pages, table, owner, place, stops, lengths, out, *, per_blo
         queries = plgpu.load(q.at[head, places], mask=is_mine[:, None], other=0)
 
         def step(i, state):  # type: ignore[no-untyped-def]
-            keys, values = _block_of_pages(pages, table, row, head, i, per_block)
+            keys, values = _block_of_pages(pages, table, row, head, i, per_block, queries)
             position = i * block + jnp.arange(block, dtype=jnp.int32)
             seen = position[None, :] <= at[:, None]
             if window is not None:
@@ -237,12 +271,34 @@ def _prefill_tile(q, pages, table, owner, place, stops, lengths, out, *, per_blo
         plgpu.store(out.at[head, places], mixed, mask=is_mine[:, None])
 
 
-def _block_of_pages(pages, table, row, head, i, per_block):  # type: ignore[no-untyped-def]
-    """The i-th keys and values of a sequence, for one key/value head."""
+class _Side(NamedTuple):
+    """The keys, or the values, of a block of positions for one head [block H].
+
+    Those of int8 have scales, [block] f32.
+    """
+
+    numbers: jax.Array
+    scale: jax.Array | None
+
+
+def _block_of_pages(pages, table, row, head, i, per_block, queries):  # type: ignore[no-untyped-def]
+    """The i-th keys and values of a sequence, for one key/value head, in the dtype of queries."""
     index = table[row, pl.ds(i * per_block, per_block)]
-    shape = (per_block * pages.shape[1], pages.shape[3])
-    keys = pages[index, :, 2 * head, :].reshape(shape)
-    return keys, pages[index, :, 2 * head + 1, :].reshape(shape)
+    block, size = per_block * pages.shape[1], queries.shape[1]
+
+    def side(place):  # type: ignore[no-untyped-def]
+        numbers = pages[index, :, place, pl.ds(0, size)].reshape(block, size)
+        numbers = numbers.astype(queries.dtype)
+        if pages.dtype != jnp.int8:
+            return _Side(numbers, None)
+        # The four bytes of a float32, the lowest first; a row of H + 4 bytes is aligned to four.
+        bits = jnp.zeros(block, jnp.int32)
+        for byte in range(pages.shape[3] - size):
+            of_byte = pages[index, :, place, size + byte].reshape(block).astype(jnp.int32)
+            bits |= (of_byte & 255) << 8 * byte
+        return _Side(numbers, jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+    return side(2 * head), side(2 * head + 1)
 
 
 def _nothing_seen(shape):  # type: ignore[no-untyped-def]
@@ -259,18 +315,23 @@ def _attend(state, queries, keys, values, seen, is_written):  # type: ignore[no-
     """Takes a block of keys into the sum; `seen` by rows of queries."""
     mixed, peak, total = state
     # A place that nobody sees may hold anything, and 0 x NaN is NaN.
-    values = jnp.where(is_written[:, None], values, jnp.zeros((), values.dtype))
+    numbers = jnp.where(is_written[:, None], values.numbers, jnp.zeros((), queries.dtype))
     scores = jax.lax.dot_general(
-        queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        queries, keys.numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     scores *= queries.shape[1] ** -0.5  # in float32: 1/sqrt(128) is no bfloat16
+    if keys.scale is not None:
+        scores *= keys.scale[None, :]
     scores = jnp.where(seen, scores, _NOTHING)
     higher = jnp.maximum(peak, jnp.max(scores, axis=1))
     weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
     shrink = jnp.exp(peak - higher)
+    scaled = weights
+    if values.scale is not None:
+        scaled = weights * jnp.where(is_written, values.scale, 0.0)[None, :]
     added = jax.lax.dot_general(
-        weights.astype(values.dtype),
-        values,
+        scaled.astype(numbers.dtype),
+        numbers,
         (((1,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
