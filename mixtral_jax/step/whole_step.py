@@ -171,9 +171,12 @@ class WholeSteps:
         return dict(self._compiled)
 
     def bucket(self, kind: Kind, num_tokens: int) -> int:
-        """Returns the smallest bucket that holds so many tokens and whose program is compiled."""
-        sizes = [size for own, size in self.compiled if own == kind]
-        return min(size for size in sizes if size >= num_tokens)
+        """Returns the smallest bucket that holds so many tokens and whose programs are compiled."""
+        compiled = self.compiled
+        sizes = [size for own, size in compiled if own == kind and size >= num_tokens]
+        if kind.masked:
+            sizes = [size for size in sizes if ("draw", self._rows[size]) in compiled]
+        return min(sizes)
 
     def layout(self, bucket: int) -> PackedLayout:
         """Returns how the inputs of a bucket are laid out."""
@@ -217,22 +220,13 @@ class WholeSteps:
     def compile_rest(
         self,
         progress: Callable[[str], None] = lambda line: None,
-        is_wanted: Callable[[], bool] | None = None,
     ) -> None:
-        """Compiles what is missing.
+        """Compiles what is missing; `progress` is called with a line for each program."""
+        self._compile(self.missing, progress, _half_the_cores())
 
-        Args:
-            progress: is called with a line for each program.
-            is_wanted: is asked before each program, where steps run meanwhile: then they come one
-                after the other. None where nothing else runs.
-        """
-        if is_wanted is None:
-            self._compile(self.missing, progress, _half_the_cores())
-            return
-        for key in self.missing:
-            if not is_wanted():
-                return
-            self._compiled[key] = self.lowered(key).compile()
+    def compile_one(self, key: Key) -> None:
+        """Compiles a program; steps may run meanwhile. Raises what the compiler raises."""
+        self._compiled[key] = self.lowered(key).compile()
 
     def _draws(self, sizes: Iterable[int]) -> list[Key]:
         """The draws that masked steps of these buckets need."""

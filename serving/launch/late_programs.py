@@ -40,14 +40,16 @@ class LatePrograms:
     def _run(self) -> None:
         whole = self._steps.whole
         assert whole is not None
-        count = len(whole.missing)
-        try:
-            whole.compile_rest(is_wanted=lambda: self._is_wanted)
-        except Exception:
-            _log.exception(
-                "a program could not be compiled; steps go on with those that are there, padded to "
-                "larger ones"
-            )
-            return
-        if self._is_wanted:
-            self._say(f"all {count} programs that were missing are compiled")
+        missing = whole.missing
+        for key in missing:
+            if not self._is_wanted:
+                return
+            try:
+                whole.compile_one(key)
+            except Exception:
+                _log.exception(
+                    "a program could not be compiled; steps go on with those that are there, "
+                    "padded to larger ones"
+                )
+        if not whole.missing:
+            self._say(f"all {len(missing)} programs that were missing are compiled")

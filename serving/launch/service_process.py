@@ -136,11 +136,10 @@ def _lead(
     built = _build(engine, service, pretrained, metrics, traces, leader, compiler)
     worker, late = built.worker, built.late
     worker.start()
-    late.start()
     try:
         address = join_address(access.host, service.port)
         max_calls = engine.max_waiting + built.rows
-        server = _Server(worker, built.inference, leader, service, max_calls)
+        server = _Server(built, leader, service, max_calls)
         with built.adapters:
             asyncio.run(server.run(address, door, tls, admission, fields))
     finally:
@@ -243,14 +242,14 @@ class _Server:
 
     def __init__(
         self,
-        worker: EngineWorker,
-        inference: InferenceService,
+        built: _Built,
         leader: Leader | None,
         config: ServiceConfig,
         max_calls: int,
     ) -> None:
-        self._worker = worker
-        self._inference = inference
+        self._worker = built.worker
+        self._inference = built.inference
+        self._late = built.late
         self._leader = leader
         self._config = config
         self._max_calls = max_calls
@@ -271,6 +270,7 @@ class _Server:
         except OSError as error:
             raise SetupError(str(error)) from None
         _say(f"ready on {address.rpartition(':')[0]}:{port}")
+        self._late.start()
         watch = asyncio.create_task(self._watch(checks))
         await self._until_told()
         # Health comes first, so that load balancers send new requests elsewhere; requests that

@@ -170,16 +170,10 @@ def test_a_step_takes_the_next_larger_bucket_until_its_own_is_compiled(late: Who
     kinds = [Kind(adapted, masked) for adapted in (False, True) for masked in (False, True)]
     assert sorted(late.compiled, key=str) == sorted([*((k, 8) for k in kinds), *SHARED], key=str)
     assert [late.bucket(kind, 3) for kind in kinds] == [8] * 4
-    late.compile_rest(is_wanted=lambda: True)
+    late.compile_rest()
     assert [late.bucket(kind, 3) for kind in kinds] == [4] * 4
     assert [late.bucket(kind, 5) for kind in kinds] == [8] * 4
     assert late.missing == []
-
-
-def test_nothing_more_is_compiled_when_it_is_not_wanted(late: WholeSteps) -> None:
-    wanted = iter([True, True, False])
-    late.compile_rest(is_wanted=lambda: next(wanted))
-    assert len(late.compiled) == 6 + 2
 
 
 def test_inputs_come_out_of_their_rows_as_they_went_in() -> None:
