@@ -227,7 +227,7 @@ def test_no_way_from_one_kind_to_the_other_but_converting(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="stored as float32 .* anew with --dtype int8"):
         mixtral_jax.load(tmp_path / "float32", dtype="int8", mesh=None)
     mixtral_jax.load(tmp_path / "int8", dtype=jnp.int8, mesh=None)
-    with pytest.raises(ConversionError, match="stored as int8, .* with --dtype bfloat16"):
+    with pytest.raises(ConversionError, match="stored as int8 and .* with --dtype bfloat16"):
         export(tmp_path / "int8", tmp_path / "hf")
     toy = mixtral_jax.load(TINY_RANDOM, mesh=None, dtype="int8")[0]
     assert toy.embed.weight.get_value().dtype == jnp.int8
