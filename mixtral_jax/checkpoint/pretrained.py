@@ -71,16 +71,16 @@ def open_pretrained(path: str | Path) -> Pretrained:
     """Reads the config of a checkpoint folder, or of the toy "tiny-random".
 
     Raises ConfigError (a ValueError) where `path` is neither, and CheckpointError for a store that
-    cannot be read.
+    is not known or cannot be read.
     """
     if str(path) == TINY_RANDOM:
         config = ModelConfig.tiny(vocab_size=ByteTokenizer().vocab_size)
         card = Card(model=config, dtype="float32", name=TINY_RANDOM, provider="mixtral-jax")
         return Pretrained(card, None)
-    if not store.is_remote(path):
-        folder = Path(path)
-        return Pretrained(Card.read(folder), folder)
-    url = str(path).rstrip("/")
+    place = store.place_of(path)
+    if isinstance(place, Path):
+        return Pretrained(Card.read(place), place)
+    url = place.rstrip("/")
     folder = store.scratch_folder()
     if CONFIG_FILE not in store.fetch(url, folder):
         raise ConfigError(

@@ -47,9 +47,24 @@ def joined(place: str | Path, name: str) -> str | Path:
     return f"{str(place).rstrip('/')}/{name}" if is_remote(place) else Path(place) / name
 
 
-def place_of(folder: str | Path) -> str | Path:
-    """Returns a folder as it was given: a URL as a text, any other as a path."""
-    return str(folder) if is_remote(folder) else Path(folder)
+def place_of(folder: str | Path, error_type: type[UserError] = CheckpointError) -> str | Path:
+    """Returns a folder as it was given: a URL as a text, any other as a path.
+
+    Raises an error of that type for a URL of another scheme, which would be a folder of this
+    machine of a strange name, and for one without a bucket.
+    """
+    text = str(folder)
+    scheme, is_url, rest = text.partition("://")
+    if not is_url:
+        return Path(folder)
+    if scheme not in _DRIVERS:
+        raise error_type(
+            f"{text} is in no store that is known; give gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or "
+            "a folder of this machine"
+        )
+    if not rest.partition("/")[0]:
+        raise error_type(f"{text} names no bucket; give {scheme}://BUCKET/FOLDER")
+    return text
 
 
 def spec(place: str | Path) -> dict[str, Any]:
@@ -186,12 +201,13 @@ def local_copy(
 
     A UserError that is raised in the block names the store's folder in place of the copy.
     """
-    if not is_remote(place):
-        yield Path(place)
+    place = place_of(place, error_type)
+    if isinstance(place, Path):
+        yield place
         return
     with tempfile.TemporaryDirectory(prefix="mixtral-jax-") as scratch:
-        fetch(str(place), Path(scratch), is_wanted, error_type)
-        with renamed(Path(scratch), str(place)):
+        fetch(place, Path(scratch), is_wanted, error_type)
+        with renamed(Path(scratch), place):
             yield Path(scratch)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixtral_jax.checkpoint.store import is_remote
+from mixtral_jax.checkpoint.store import place_of
 from mixtral_jax.errors import AdapterError
 from serving.engine.config import EngineConfig
 from serving.launch.adapter_mirror import AdapterMirror
@@ -46,11 +46,13 @@ def followed_adapters(
         if name in fixed:
             raise AdapterError(f"--adapter names '{name}' already; call the folder otherwise")
 
-    place, mirror = config.adapters_folder, None
-    if is_remote(place):
-        mirror = AdapterMirror(str(place))
+    place, mirror = place_of(config.adapters_folder, AdapterError), None
+    if isinstance(place, Path):
+        folder = place
+    else:
+        mirror = AdapterMirror(place)
         mirror.start()
-    folder = Path(place) if mirror is None else mirror.folder
+        folder = mirror.folder
     follower = AdapterFolder(folder, loader, check_name, metrics.failed)
     metrics.num_failed = lambda: follower.num_failed
     follower.start()

@@ -12,7 +12,7 @@ import pytest
 
 import mixtral_jax
 from mixtral_jax.checkpoint.pretrained import open_pretrained
-from mixtral_jax.checkpoint.store import spec
+from mixtral_jax.checkpoint.store import place_of, spec
 from mixtral_jax.errors import AdapterError, CheckpointError, ConfigError
 from mixtral_jax.model.adapter import Adapter, AdapterConfig
 from mixtral_jax.model.transformer import named_parameters
@@ -79,8 +79,24 @@ def test_a_missing_bucket_or_folder_is_named(local: Path) -> None:
     for url in ("gs://other/x", "gs://bucket/models/none", "s3://bucket/models/none"):
         with pytest.raises(ConfigError, match=f"^{url} has no config.json, or there is no such bu"):
             open_pretrained(url)
-    with pytest.raises(CheckpointError, match="names no bucket; give s3://BUCKET/FOLDER"):
-        open_pretrained("s3:///models")
+    for url in ("s3:///models", "s3://"):
+        with pytest.raises(CheckpointError, match="names no bucket; give s3://BUCKET/FOLDER"):
+            open_pretrained(url)
+
+
+def test_a_url_of_another_store_is_no_folder(local: Path, tmp_path: Path) -> None:
+    """As a path it would be a folder "az:" of this machine, which `save` would make."""
+    unknown = "^az://bucket/x is in no store that is known; give gs://BUCKET/FOLDER, s3://BUCKET"
+    model, words = mixtral_jax.load(local, mesh=None)
+    with pytest.raises(CheckpointError, match=unknown):
+        open_pretrained("az://bucket/x")
+    with pytest.raises(CheckpointError, match=unknown):
+        mixtral_jax.save(model, words, "az://bucket/x")
+    with pytest.raises(AdapterError, match=unknown):
+        mixtral_jax.load_adapter("az://bucket/x", model)
+    with pytest.raises(AdapterError, match=unknown):
+        place_of("az://bucket/x", AdapterError)
+    assert place_of(str(tmp_path)) == tmp_path and place_of("gs://b") == "gs://b"
 
 
 def test_a_missing_array_is_named(local: Path, store: ObjectStore) -> None:
