@@ -1,19 +1,23 @@
 """JAX's profiler on a running server: SIGUSR1 starts it, SIGUSR2 ends it, and so does its time.
 
 Each profile is a folder of its own, DIR/plugins/profile/TIME, with a file for XProf and TensorBoard
-(*.xplane.pb) and one for Perfetto (*.trace.json.gz). What goes wrong is logged, and never ends the
-process: a profile is a look at a server, not a part of it.
+(*.xplane.pb) and one for Perfetto (*.trace.json.gz). A folder that cannot be
+written to is refused at the start; what goes wrong later is logged, and never ends the process: a
+profile is a look at a server, not a part of it.
 """
 
 import logging
 import queue
 import signal
+import tempfile
 import threading
 import time
 from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
+
+from mixtral_jax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 30.0  # a profile that is being written is not waited for any longer
@@ -74,7 +78,19 @@ class Profiling:
         self._thread = threading.Thread(target=self._run, name="profile", daemon=True)
 
     def listen(self) -> None:
-        """Starts the thread, and has signals give it orders; for the main thread."""
+        """Starts the thread, and has signals give it orders; for the main thread.
+
+        Raises ConfigError for a folder that cannot be made or written to.
+        """
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self._folder).close()
+            except OSError as error:
+                raise ConfigError(
+                    f"--profile is {self._folder}, which cannot be written to: {error.strerror}; "
+                    "give another folder"
+                ) from error
         self._thread.start()
 
         def order(number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_jax.errors import ConfigError
 from serving.launch.profiling import Order, Profiling
 
 
@@ -135,3 +136,12 @@ def test_without_a_folder_signals_are_answered_by_a_line(
     await_(lambda: "started without --profile DIR" in log.text)
     profiling.close()
     assert tracer.calls == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_the_start(
+    tmp_path: Path, handlers: None
+) -> None:
+    (tmp_path / "file").touch()
+    profiling = Profiling(tmp_path / "file" / "profiles", 60, Recorder())
+    with pytest.raises(ConfigError, match="^--profile is .*/file/profiles, which cannot be wr"):
+        profiling.listen()
