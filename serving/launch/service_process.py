@@ -88,7 +88,7 @@ def _serve(given: dict[str, Any]) -> None:
     if rank is None:
         access = record(AccessConfig, given, admits_gateway=True)
         try:
-            _lead(engine, service, access, accounting, None)
+            _lead(engine, service, access, accounting, None, profiling)
         finally:
             profiling.close()
         return
@@ -96,7 +96,7 @@ def _serve(given: dict[str, Any]) -> None:
     def work() -> None:
         if rank.is_leader:
             access = record(AccessConfig, given, admits_gateway=True)
-            _lead(engine, service, access, accounting, rank)
+            _lead(engine, service, access, accounting, rank, profiling)
         else:
             pretrained = open_pretrained(engine.model)
             follow(engine, rank, facts(engine, pretrained), pretrained, _say)
@@ -113,6 +113,7 @@ def _lead(
     access: AccessConfig,
     accounting: AccountingConfig,
     rank: Rank | None,
+    profiling: Profiling,
 ) -> None:
     """Serves; with a rank, as the leader of its group."""
     if engine.expert_metrics and service.metrics_port is None:
@@ -156,10 +157,13 @@ def _lead(
             end_process(1)  # the exit would wait for what the thread holds
     if leader is not None and not worker.has_failed:
         leader.end(leader.leaving or f"{leader.name} was told to end")
+    if not is_idle:
+        profiling.close()
+        if worker.has_failed:
+            _say("the engine failed")
+        end_process(int(worker.has_failed))  # the exit would wait for the compiler
     if worker.has_failed:
         sys.exit("the engine failed")
-    if not is_idle:
-        end_process(0)  # the exit would wait for the compiler
 
 
 def _gathered(engine: EngineConfig, rank: Rank, pretrained: Pretrained) -> Leader:
