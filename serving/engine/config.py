@@ -9,6 +9,7 @@ from mixtral_jax.errors import ConfigError
 _ADAPTERS = 8
 # A page is a whole number of the rows that kernels read at once, and of the blocks of others.
 PAGE_SIZES = (16, 32, 64, 128, 256)
+_STORES = ("gs://", "s3://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,12 @@ class EngineConfig:
         if self.page_size is not None and self.page_size not in PAGE_SIZES:
             known = ", ".join(map(str, PAGE_SIZES))
             raise ConfigError(f"--page-size is {self.page_size}; give one of {known}")
+        if (self.max_step_tokens or 0) < (self.max_sequences or 0) and self.max_step_tokens:
+            raise ConfigError(
+                f"--max-step-tokens is {self.max_step_tokens} and --max-sequences is "
+                f"{self.max_sequences}; a step computes a token of every sequence at least: give "
+                f"--max-step-tokens {self.max_sequences} or more, or fewer sequences"
+            )
         if self.step_buckets is None:
             return
         texts = self.step_buckets.split(",")
@@ -116,5 +123,10 @@ class EngineConfig:
                 "--max-adapters has no adapters; give --adapter or --adapters-folder too"
             )
         folder = self.adapters_folder
-        if folder is not None and "://" not in str(folder) and not Path(folder).is_dir():
-            raise ConfigError(f"--adapters-folder is {self.adapters_folder}, which is no folder")
+        if folder is None or str(folder).startswith(_STORES):
+            return
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"--adapters-folder is {folder}, which is no folder; give one of this machine, or "
+                "gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"
+            )

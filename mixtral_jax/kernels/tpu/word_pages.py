@@ -45,11 +45,12 @@ def page_form(page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -
     """
     heads = 2 * kv_heads
     if head_size != LANES or page_size != LANES or (heads > 2 and heads % _SLOTS):
+        other = "choose another --mesh" if page_size == LANES else f"give --page-size {LANES}"
         raise ConfigError(
             f"keys and values of {jnp.dtype(dtype).name} on tpu are for pages of {LANES} tokens, "
             f"heads of {LANES} values and one or an even number of key/value heads on each device; "
             f"these are {kv_heads} of {head_size} in pages of {page_size}: leave --kv-dtype out, "
-            "or choose another --mesh"
+            f"or {other}"
         )
     words, rows = (heads // _SLOTS, page_size) if heads > 2 else (1, page_size // 2)
     more = _TILE_ROWS if jnp.dtype(dtype) == jnp.int8 else 0

@@ -106,5 +106,7 @@ def test_attention(kv_heads: int, group: int, window: int | None, dtype: str) ->
 
 def test_heads_that_fit_no_tile_are_refused() -> None:
     for kv_heads, head_size in ((3, 128), (8, 64)):
-        with pytest.raises(ConfigError, match=f"these are {kv_heads} of {head_size}"):
+        with pytest.raises(ConfigError, match=f"these are {kv_heads} of {head_size}.*another --me"):
             word_pages.page_form(128, kv_heads, head_size, "int8")
+    with pytest.raises(ConfigError, match="in pages of 64: .*, or give --page-size 128"):
+        word_pages.page_form(64, 8, 128, "int8")

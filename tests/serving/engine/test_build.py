@@ -58,6 +58,11 @@ def test_each_size_is_the_operators_where_a_flag_gives_it() -> None:
         ({"step_buckets": "0,4"}, "give numbers from small to large, such as 8,64,512"),
         ({"step_buckets": "many"}, "--step-buckets is 'many'"),
         ({"max_sequences": 0}, "--max-sequences is 0; it must be at least 1"),
+        (
+            {"max_sequences": 4, "max_step_tokens": 2},
+            "--max-step-tokens is 2 and --max-sequences is 4; .* give --max-step-tokens 4 or more",
+        ),
+        ({"adapters_folder": "az://bucket/x"}, "--adapters-folder is az://bucket/x, which is no"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
