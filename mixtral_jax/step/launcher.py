@@ -57,8 +57,11 @@ class StepLauncher:
         self.steps = steps
         self._model = SplitModel.of(model)
         # By number of rows, on the devices: for steps in which no row has a history or biases.
+        is_whole = steps.whole is not None
+        buckets = {rows: bucket for bucket, rows in steps.rows.items()}
         self._blanks = {
-            rows: _Blank.of(steps.blank(bucket), self._model) for bucket, rows in steps.rows.items()
+            rows: _Blank.of(steps.blank(bucket), self._model, is_whole=is_whole)
+            for rows, bucket in buckets.items()
         }
         adapters = steps.adapters
         # Each layer has its own; they are not lost with the pages.
@@ -110,6 +113,7 @@ class StepLauncher:
             assert done.hidden is not None and done.last is not None, "a walk ends before the draw"
             return WalkedStep(inputs, done.hidden, done.last, done.expert_tokens)
         blank = self._blanks[inputs.num_rows]
+        assert blank.biases is not None
         inputs = inputs.with_blanks(blank.history, blank.biases)
         programs, batch = self.steps.buckets[inputs.num_tokens], inputs.batch
         rest = self._model.rest
@@ -214,18 +218,20 @@ class StepLauncher:
 
 
 class _Blank(NamedTuple):
-    """Stands in for histories and biases, which most steps do without. On the devices."""
+    """Stands in for histories and biases, which most steps do without. On the devices.
 
-    history: Any
-    biases: Biases
-    rare: Any  # the same, laid out for the program of a whole step
+    It is as wide as the context for every row, so only what the form of the steps takes is made.
+    """
+
+    history: Any = None
+    biases: Biases | None = None
+    rare: Any = None  # the two of them, laid out for the program of a whole step
 
     @classmethod
-    def of(cls, inputs: StepInputs, model: SplitModel) -> "_Blank":
+    def of(cls, inputs: StepInputs, model: SplitModel, *, is_whole: bool) -> "_Blank":
         history, biases = inputs.sampling.history.tokens, inputs.sampling.biases
         put = model.replicate
-        return cls(
-            put(np.asarray(history)),
-            Biases(*(put(np.asarray(array)) for array in biases)),
-            put(PackedLayout(inputs).pack_rare(inputs)),
-        )
+        if is_whole:
+            return cls(rare=put(PackedLayout(inputs).pack_rare(inputs)))
+        arrays = (put(np.asarray(array)) for array in biases)
+        return cls(put(np.asarray(history)), Biases(*arrays))
