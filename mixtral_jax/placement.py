@@ -150,7 +150,7 @@ class Placement:
         if name not in possible:
             raise ConfigError(
                 f"keys and values of {name!r} are not supported for this model on "
-                f"{self.kernels.platform}; use {' or '.join(possible)}"
+                f"{self.kernels.platform}; use {' or '.join(map(flag_of, possible))}"
             )
         self.page_form(config, self.page_size, name)
         return name
@@ -179,12 +179,16 @@ class Placement:
             )
 
 
+def flag_of(name: str) -> str:
+    """The name that flags have for a dtype: fp8 for float8_e4m3fn."""
+    return next((short for short, stored in QUANTIZED.items() if stored.name == name), name)
+
+
 def checked_dtype(dtype: DTypeLike) -> str:
     """The name of a dtype that a model's weights can have; raises ConfigError for any other."""
     if dtype is None:  # which would be float64
         raise ConfigError(f"a dtype must be given; use {' or '.join(DTYPES)}")
-    name = _dtype_name(dtype)
-    name = next((short for short, stored in QUANTIZED.items() if stored.name == name), name)
+    name = flag_of(_dtype_name(dtype))
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}")
     return name

@@ -27,7 +27,7 @@ import jax
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.layout import Layout
-from mixtral_jax.placement import Placement
+from mixtral_jax.placement import Placement, flag_of
 from mixtral_jax.roofline.chips import Chip, Topology, chip_of
 from mixtral_jax.roofline.estimate import Estimate
 from mixtral_jax.roofline.page_memory import page_memory, temporary_memory
@@ -80,7 +80,7 @@ class StepSettings:
     @property
     def lines(self) -> list[str]:
         """A line for each setting: its flag, its value and the reason."""
-        values = (self.max_sequences, self.max_step_tokens, self.page_size, self.kv_dtype)
+        values = (self.max_sequences, self.max_step_tokens, self.page_size, flag_of(self.kv_dtype))
         names = ("--max-sequences", "--max-step-tokens", "--page-size", "--kv-dtype")
         return [
             f"{name} {value}: {reason}"
@@ -124,19 +124,21 @@ def settings_by_chip(
     if chip is None:
         return _without_figures(model, placement, given, page_size, of_pages)
     first, of_dtype = _with_kv_dtype(model, placement, chip, given, page_size, memory)
-    groups = first.num_groups
-    room = _memory(first, memory)
+    groups, room = first.num_groups, _memory(first, memory)
+    within = "" if groups == 1 else f", in each of {groups} groups of sequences"
     if given.max_sequences is not None:
         sequences, of_sequences = -(-given.max_sequences // groups), "given"
     else:
         highest = _MOST_SEQUENCES
         if given.max_step_tokens is not None:
             highest = min(highest, max(1, given.max_step_tokens // groups))
-        sequences, of_sequences = _sequences(first, room, highest)
+        sequences, reason = _sequences(first, room, highest)
+        of_sequences = reason + within
     if given.max_step_tokens is not None:
         tokens, of_tokens = -(-given.max_step_tokens // groups), "given"
     else:
-        tokens, of_tokens = _tokens(first, sequences)
+        tokens, reason = _tokens(first, sequences)
+        of_tokens = reason + within
     return StepSettings(
         max_sequences=given.max_sequences or sequences * groups,
         max_step_tokens=given.max_step_tokens or tokens * groups,

@@ -309,7 +309,7 @@ def test_text_needs_a_tokenizer(flat: Transformer) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "zzz"])
 def test_keys_and_values_of_a_foreign_dtype_are_refused(flat: Transformer, dtype: str) -> None:
-    possible = "float32 or float8_e4m3fn or int8"
+    possible = "float32 or fp8 or int8"
     with pytest.raises(ConfigError, match=f"values of '{dtype}' .* on cpu; use {possible}"):
         generate_draws(flat, [1], max_tokens=1, kv_dtype=dtype)
 

@@ -149,7 +149,7 @@ def test_dtypes_of_keys_and_values() -> None:
     for given in ("int8", jnp.int8):
         assert placement.checked_kv_dtype(given, CONFIG) == "int8"
     with pytest.raises(
-        ConfigError, match="'' are not supported .* on cpu; use float32 or float8_e4m3fn or int8"
+        ConfigError, match="'' are not supported .* on cpu; use float32 or fp8 or int8"
     ):
         placement.checked_kv_dtype("", CONFIG)
 

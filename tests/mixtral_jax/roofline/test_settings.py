@@ -118,6 +118,15 @@ def test_sizes_are_of_all_groups_of_sequences_together() -> None:
     both = settings_by_chip(MISTRAL, placed(MISTRAL, "bfloat16", "gpu", (2, 1, 1)), H100)
     assert both.max_sequences == 2 * lone.max_sequences
     assert both.max_step_tokens == 2 * lone.max_step_tokens
+    assert all("groups" not in line for line in lone.lines)
+    assert all(line.endswith(" ms, in each of 2 groups of sequences") for line in both.lines[:2])
+    assert both.lines[0].startswith("--max-sequences 256: 232 sequences of 2,048 tokens fit, ")
+
+
+def test_a_line_names_a_dtype_as_the_flag_takes_it() -> None:
+    settings = chosen(MISTRAL, "bfloat16", "gpu", H100, kv_dtype="fp8")
+    assert settings.kv_dtype == "float8_e4m3fn"
+    assert settings.lines[3] == "--kv-dtype fp8: given"
 
 
 def test_cpus_and_unknown_chips() -> None:
