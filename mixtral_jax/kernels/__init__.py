@@ -11,7 +11,7 @@ functions. Each maker is a folder beside this file:
           small numbers
 
 A maker's function computes by `xla` itself where its tiles do not fit, and what it does not take:
-products with fp8 are XLA's, but for the grouped one on TPU.
+products with fp8 are XLA's, but for the grouped one on TPU and on GPU from 8.9 on.
 """
 
 import re
@@ -258,11 +258,19 @@ def _gpu(oracle: Kernels, capability: tuple[int, int] | None) -> Kernels:
         case "mosaic":
             from mixtral_jax.kernels.gpu.mosaic import attention, products
 
-            return replace(
+            by_mosaic = replace(
                 plain,
                 grouped=products.grouped,
                 expert_reads=products.expert_reads,
-                attend=attention.attend if reads_fp8 else attention.attend_without_fp8,
+                attend=attention.attend,
+            )
+            if reads_fp8:
+                return by_mosaic
+            return replace(
+                by_mosaic,
+                grouped=products.grouped_without_fp8,
+                expert_reads=products.expert_reads_without_fp8,
+                attend=attention.attend_without_fp8,
             )
         case "triton":
             from mixtral_jax.kernels.gpu.triton import attention as attention_by_triton
@@ -276,7 +284,12 @@ def _gpu(oracle: Kernels, capability: tuple[int, int] | None) -> Kernels:
             )
             if reads_fp8:
                 return by_triton
-            return replace(by_triton, attend=attention_by_triton.attend_without_fp8)
+            return replace(
+                by_triton,
+                grouped=products_by_triton.grouped_without_fp8,
+                expert_reads=products_by_triton.expert_reads_without_fp8,
+                attend=attention_by_triton.attend_without_fp8,
+            )
         case "xla":
             return plain
 

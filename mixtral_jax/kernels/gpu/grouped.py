@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from mixtral_jax.weight import Weight, round_rows
 
 # (x [M I], sizes [E], weights [E O I], scales, dtype, interpret, is_gradient) -> [M O] of dtype;
 # as a gradient, slopes [M O] -> [M I]. The scales are those of rows [M] and of outputs [E O] where
-# both x and the weights are int8, else none.
+# both x and the weights are int8, those of outputs alone where the weights are fp8, and none for
+# floats and in a gradient. Weights of another dtype than x are widened to it.
 TilesOf = Callable[
     [jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...], jnp.dtype, bool, bool], jax.Array
 ]
@@ -30,7 +32,8 @@ def grouped_by(
     """`xla.grouped` by the kernel `tiles_of`: x [M I] -> [M O].
 
     The gradient of x is by the same kernel; that of a float weight, for which training adapters
-    never asks, by XLA. int8 as in `xla.product`.
+    never asks, by XLA. int8 as in `xla.product`; fp8 is
+    widened, tile by tile, to the dtype of x.
     """
     return _grouped(tiles_of, interpret, x, sizes.astype(jnp.int32), weight)
 
@@ -41,6 +44,8 @@ def _grouped(
 ) -> jax.Array:
     if weight.scale is None:
         return tiles_of(x, sizes, weight.values, (), x.dtype, interpret, False)
+    if weight.is_fp8:
+        return tiles_of(x, sizes, weight.values, (weight.scale,), x.dtype, interpret, False)
     rows, x_scale = round_rows(x)
     scales = (x_scale, weight.scale)
     return tiles_of(rows, sizes, weight.values, scales, x.dtype, interpret, False)
@@ -69,7 +74,8 @@ def _grouped_backward(
     ones = Weight(weight.values, jnp.ones_like(weight.scale))
     unscaled = _grouped(tiles_of, interpret, x.astype(jnp.float32), sizes, ones)
     d_scale = xla.gradient_of_scales(slope, unscaled, sizes)
-    return dx, None, Weight(xla.no_gradient(weight.values), d_scale)
+    none: Any = None if weight.is_fp8 else xla.no_gradient(weight.values)
+    return dx, None, Weight(none, d_scale)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)

@@ -30,7 +30,7 @@ from mixtral_jax.placement import Placement
 from mixtral_jax.planning.topology import environment, installed, target_devices
 from mixtral_jax.roofline.chips import topologies
 from mixtral_jax.step.whole_step import Kind
-from mixtral_jax.weight import Weight
+from mixtral_jax.weight import QUANTIZED, Weight
 
 # Query heads, key/value heads, window; of one device.
 HEADS = {
@@ -51,7 +51,7 @@ ATTENTION = {
 }
 PRODUCT = {
     "tpu": {"bfloat16": ["grouped_floats"], "int8": ["grouped_int8"]},
-    "gpu": {"bfloat16": ["grouped_product"], "int8": ["grouped_product"]},
+    "gpu": dict.fromkeys(("bfloat16", "int8", "fp8"), ["grouped_product"]),
 }
 # Of small keys and values; on TPU in pages of a form of their own.
 SMALL = {"int8": "word_paged_attention", "float8_e4m3fn": "ragged_paged_attention_kernel"}
@@ -149,6 +149,8 @@ def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
             assert facts["temporaries"] < facts["pages"] / 2
     for experts in EXPERTS:
         for dtype, kernels in PRODUCT[topology.platform].items():
+            if dtype == "fp8" and "a100" in name:
+                continue  # by XLA, which widens all weights first
             facts = found[f"{experts} in {dtype}"]
             assert facts["kernels"] == kernels
             # The weights are read as they lie.
@@ -280,7 +282,10 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
         weights = held, outputs, inputs
         for dtype, arrays in {
             "bfloat16": (array(*weights), None),
-            "int8": (array(*weights, dtype=jnp.int8), array(held, outputs, dtype=jnp.float32)),
+            **{
+                name: (array(*weights, dtype=dtype), array(held, outputs, dtype=jnp.float32))
+                for name, dtype in QUANTIZED.items()
+            },
         }.items():
             found[f"{experts} in {dtype}"] = facts(product, *given, *arrays) | {
                 "weights": math.prod(weights) * arrays[0].dtype.itemsize

@@ -67,9 +67,14 @@ def test_form_of_a_card(capability: tuple[int, int] | None, form: str) -> None:
 
 
 def test_cards_below_ada_read_fp8_by_xla() -> None:
+    """XLA's product reads all of the experts; ours those with rows, a tile of rows at a time."""
     ampere, ada = (kernels_for("gpu", capability=(8, minor)) for minor in (0, 9))
-    assert ampere.attend != ada.attend
+    assert ampere.attend != ada.attend and ampere.grouped != ada.grouped
     assert kernels_for("gpu") == kernels_for("gpu", capability=(10, 0)) == ada
+    for dtype, of_ampere in (("float8_e4m3fn", 3), ("int8", 1)):
+        experts = jax.ShapeDtypeStruct((3, 128, 256), dtype)
+        assert ampere.expert_reads([0, 2, 0], 2, experts) == of_ampere
+        assert ada.expert_reads([0, 2, 0], 2, experts) == 1
 
 
 @pytest.mark.parametrize(("gib", "fits"), [(1, True), (2, False), (4, False), (5, True)])
@@ -112,14 +117,14 @@ def test_mosaic_attention(dtype: str) -> None:
 
 
 @pytest.mark.skipif(not MOSAIC, reason="Mosaic GPU's form is for jax 0.12 and later")
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "fp8"])
 def test_mosaic_grouped(dtype: str) -> None:
     """Groups that end within a tile, one that is empty, and rows behind the last."""
     from mixtral_jax.kernels.gpu.mosaic import products as mosaic
 
     x = jax.random.normal(jax.random.key(0), (72, 128))
     values = jax.random.normal(jax.random.key(1), (3, 128, 128))
-    weight = Weight.quantized(values) if dtype == "int8" else Weight(values, None)
+    weight = Weight(values, None) if dtype == "float32" else Weight.quantized(values, dtype)
     sizes = jnp.asarray([66, 0, 3], jnp.int32)
     want = products.grouped(x, sizes, weight)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

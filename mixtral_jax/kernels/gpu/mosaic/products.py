@@ -37,7 +37,8 @@ def grouped(
 ) -> Float[jax.Array, "M O"]:
     """`xla.grouped`, which computes every expert for every row on NVIDIA: x [M I] -> [M O].
 
-    By XLA itself where x is float32, which `mma` does not take, and where tiles do not fit.
+    By XLA itself where x is float32, which `mma` does not take, and where tiles do not fit. Weights
+    of fp8 need compute capability 8.9.
     """
     takes_rows = interpret or x.dtype in (jnp.bfloat16, jnp.float16)
     if not (takes_rows and _fits(weight.values)):
@@ -45,22 +46,43 @@ def grouped(
     return grouped_by(_tiles_of, x, sizes, weight, interpret=interpret)
 
 
+def grouped_without_fp8(
+    x: Float[jax.Array, "M I"],
+    sizes: Int[jax.Array, " E"],
+    weight: Weight,
+    *,
+    interpret: bool = False,
+) -> Float[jax.Array, "M O"]:
+    """`grouped` for cards below 8.9: weights of fp8 take XLA's form."""
+    if weight.is_fp8:
+        return xla.grouped(x, sizes, weight)
+    return grouped(x, sizes, weight, interpret=interpret)
+
+
 def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Says whether the kernel takes such weights [E O I], and their gradient: whole tiles."""
     outputs, inputs = values.shape[1:]
-    is_fp8 = values.dtype == QUANTIZED["fp8"]
-    return not is_fp8 and outputs % _OUTPUTS == 0 == inputs % _OUTPUTS
+    return outputs % _OUTPUTS == 0 == inputs % _OUTPUTS
 
 
 def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) -> float:
     """Number of experts' matrices that `grouped` reads: one for each tile of rows of each group.
 
     The groups are of these sizes, in `rows` rows, against weights [E O I]. XLA's form, which takes
-    weights of float32, fp8 and those that are no whole tiles, reads them all.
+    weights of float32 and those that are no whole tiles, reads them all.
     """
     if weight.dtype == jnp.float32 or not _fits(weight):
         return float(len(sizes))
     return float(sum(-(-size // ROWS) for size in sizes))
+
+
+def expert_reads_without_fp8(
+    sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct
+) -> float:
+    """`expert_reads` of `grouped_without_fp8`."""
+    if weight.dtype == QUANTIZED["fp8"]:
+        return float(len(sizes))
+    return expert_reads(sizes, rows, weight)
 
 
 def _tiles_of(
@@ -85,14 +107,17 @@ def _tiles_of(
     place = first[:, None] + jnp.arange(ROWS, dtype=jnp.int32)[None, :]
     own = x[jnp.clip(place.reshape(-1), 0, rows - 1)]
     expert = jnp.where(owner < experts, expert, -1)
-    total = _multiply(own, weight, expert, dtype if not scales else None, interpret, is_gradient)
+    total = _multiply(own, weight, expert, None if scales else dtype, interpret, is_gradient)
     of_row = xla.expert_of_row(sizes, rows)
     row = jnp.arange(rows, dtype=jnp.int32)
     out = total[jnp.clip(first_tile[of_row] * ROWS + row - starts[of_row], 0, len(total) - 1)]
     if not scales:
         return out
-    x_scale, scale = scales
-    return (out.astype(jnp.float32) * (x_scale[:, None] * scale[of_row])).astype(dtype)
+    *of_rows, of_outputs = scales
+    factor = of_outputs[of_row]
+    for x_scale in of_rows:
+        factor = x_scale[:, None] * factor
+    return (out.astype(jnp.float32) * factor).astype(dtype)
 
 
 def _multiply(
@@ -103,7 +128,9 @@ def _multiply(
     interpret: bool,
     is_gradient: bool,
 ) -> jax.Array:
-    """Tiles of rows [tiles*ROWS I], each by its own expert: [tiles*ROWS O], int32 without dtype.
+    """Tiles of rows [tiles*ROWS I], each by its own expert: [tiles*ROWS O].
+
+    Without dtype the sums are as they are made, float32 or int32.
 
     The results of tiles of no expert (-1) are unspecified.
     """
@@ -114,7 +141,7 @@ def _multiply(
     of_total, of_rows, of_block = (layout(x.dtype) for layout in layouts)
 
     shape = (inputs, _OUTPUTS) if is_gradient else (_OUTPUTS, inputs)
-    # Int8 beside floats, in a gradient: widened in shared memory.
+    # fp8, and int8 in a gradient, are beside floats: widened in shared memory.
     widened = plgpu.SMEM(shape, x.dtype, transforms=swizzled(shape, x.dtype))
     scratch = [widened] if weight.dtype != x.dtype else []
 

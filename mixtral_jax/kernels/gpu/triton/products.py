@@ -40,8 +40,7 @@ class _Tiles(NamedTuple):
 def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Says whether the kernel takes such weights [E O I], and their gradient: whole tiles."""
     outputs, inputs = values.shape[1:]
-    is_fp8 = values.dtype == QUANTIZED["fp8"]
-    return not is_fp8 and outputs % _WIDTH == 0 == inputs % _WIDTH
+    return outputs % _WIDTH == 0 == inputs % _WIDTH
 
 
 def grouped(
@@ -51,17 +50,33 @@ def grouped(
     *,
     interpret: bool = False,
 ) -> Float[jax.Array, "M O"]:
-    """`xla.grouped`, which computes every expert for every row on NVIDIA: x [M I] -> [M O]."""
+    """`xla.grouped`, which computes every expert for every row on NVIDIA: x [M I] -> [M O].
+
+    Weights of fp8 need compute capability 8.9.
+    """
     if not _fits(weight.values):
         return xla.grouped(x, sizes, weight)
     return grouped_by(_tiles_of, x, sizes, weight, interpret=interpret)
+
+
+def grouped_without_fp8(
+    x: Float[jax.Array, "M I"],
+    sizes: Int[jax.Array, " E"],
+    weight: Weight,
+    *,
+    interpret: bool = False,
+) -> Float[jax.Array, "M O"]:
+    """`grouped` for cards below 8.9: weights of fp8 take XLA's form."""
+    if weight.is_fp8:
+        return xla.grouped(x, sizes, weight)
+    return grouped(x, sizes, weight, interpret=interpret)
 
 
 def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) -> float:
     """Number of experts' matrices that `grouped` reads: one for each tile of rows of each group.
 
     The groups are of these sizes, in `rows` rows, against weights [E O I]. XLA's form, which takes
-    weights of fp8 and those that are no whole tiles, reads them all.
+    weights that are no whole tiles, reads them all.
     """
     if not _fits(weight):
         return float(len(sizes))
@@ -69,16 +84,25 @@ def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) 
     return float(sum(-(-size // tile) for size in sizes))
 
 
+def expert_reads_without_fp8(
+    sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct
+) -> float:
+    """`expert_reads` of `grouped_without_fp8`."""
+    if weight.dtype == QUANTIZED["fp8"]:
+        return float(len(sizes))
+    return expert_reads(sizes, rows, weight)
+
+
 def _tiles_of(
     x: jax.Array,
     sizes: jax.Array,
     weight: jax.Array,
-    scales: tuple[jax.Array, ...],  # of rows, and of outputs by expert; none for floats
+    scales: tuple[jax.Array, ...],
     dtype: jnp.dtype,
     interpret: bool,
     is_gradient: bool,
 ) -> jax.Array:
-    """Rows [M I] by weights [E O I] -> [M O]; as a gradient, slopes [M O] -> [M I]."""
+    """`grouped.TilesOf`."""
     rows, experts = x.shape[0], sizes.shape[0]
     size = _Tiles.of(rows)
     outputs = weight.shape[2 if is_gradient else 1]
@@ -128,8 +152,9 @@ def _grouped_tile(  # type: ignore[no-untyped-def]
         total = jnp.zeros((size.rows, size.outputs), kind)
         total = jax.lax.fori_loop(0, x.shape[1] // size.inputs, step, total)
         if scales:
-            x_scale, scale = scales
-            of_row = plgpu.load(x_scale.at[places], mask=is_mine, other=0)
-            of_column = scale[expert[tile], columns]
-            total = total.astype(jnp.float32) * (of_row[:, None] * of_column[None, :])
+            *of_rows, of_outputs = scales
+            factor = of_outputs[expert[tile], columns][None, :]
+            for x_scale in of_rows:
+                factor = plgpu.load(x_scale.at[places], mask=is_mine, other=0)[:, None] * factor
+            total = total.astype(jnp.float32) * factor
         plgpu.store(out.at[places, columns], total.astype(out.dtype), mask=is_mine[:, None])
