@@ -30,7 +30,7 @@ from benchmarks.device.parity import kernel_parities
 from benchmarks.device.rates import copy_rate, engine_rates, launch_seconds, product_rate
 from benchmarks.device.tokens import agreement, greedy_tokens, tokens_on_cpu
 from mixtral_jax.compilation import keep_programs
-from mixtral_jax.kernels import kernels_for
+from mixtral_jax.kernels import Kernels, kernels_for_device
 from serving.bench.report import facts
 
 
@@ -56,7 +56,7 @@ def main(
     is_cpu = device.platform == "cpu"
     machine = ", ".join(f"{name} {value}" for name, value in facts().items())
     print(f"{device.device_kind} ({device.platform}); {machine}\n")
-    differs = _kernels(device.platform)
+    differs = _kernels(kernels_for_device(device))
     copied = _rates(is_cpu)
     if model is not None:
         differs |= _tokens(model)
@@ -73,11 +73,11 @@ def packages() -> list[str]:
     return [f"{name}=={version(name)}" for name in plain]
 
 
-def _kernels(platform: str) -> bool:
+def _kernels(kernels: Kernels) -> bool:
     """Prints the table of kernels; returns True if one differs."""
     print("| kernel | largest difference / largest value | |\n|---|---|---|")
     differs = False
-    for parity in kernel_parities(kernels_for(platform)):
+    for parity in kernel_parities(kernels):
         state = "equal" if parity.holds else f"**differs** {parity.note}"
         print(f"| {parity.name} | {parity.error:.1e} | {state} |", flush=True)
         differs |= not parity.holds

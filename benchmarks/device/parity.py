@@ -14,6 +14,7 @@ from mixtral_jax import cache
 from mixtral_jax.cache import PagedCache, RaggedBatch
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import Kernels, kernels_for
+from mixtral_jax.kernels.xla.products import linear_in_fp8
 from mixtral_jax.weight import Weight
 
 _HEADS, _KV_HEADS, _HEAD_SIZE, _PAGE_TOKENS = 32, 8, 128, 32
@@ -43,8 +44,8 @@ class Parity:
 
 
 def kernel_parities(kernels: Kernels) -> Iterator[Parity]:
-    """Compares every function of a record with XLA's form."""
-    oracle = kernels_for("xla")
+    """Compares every function of a record with XLA's form, which rounds rows as the record does."""
+    oracle = kernels_for("xla", multiplies_fp8=kernels.linear is linear_in_fp8)
     # Kernels for CPU are of float32, those of accelerators of bfloat16.
     cases = _Cases(jnp.float32 if kernels.platform == "cpu" else jnp.bfloat16)
     for name, function, given in chain(cases.products(), cases.others(), cases.attention()):
