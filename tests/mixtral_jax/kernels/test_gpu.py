@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.cache import RaggedBatch, round_heads
 from mixtral_jax.kernels import kernels_for
 from mixtral_jax.kernels.gpu.form import form_for
 from mixtral_jax.kernels.gpu.triton import attention as gpu
@@ -89,7 +89,7 @@ def test_pages_whose_elements_pallas_miscounts_go_by_xla(gib: int, fits: bool) -
 
 
 @pytest.mark.skipif(not MOSAIC, reason="Mosaic GPU's form is for jax 0.12 and later")
-@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn", "int8"])
 def test_mosaic_attention(dtype: str) -> None:
     """A decode over three pages, and a prompt's chunk behind another; places unseen hold NaN."""
     from mixtral_jax.kernels.gpu.mosaic import attention as mosaic
@@ -105,7 +105,8 @@ def test_mosaic_attention(dtype: str) -> None:
         num_sequences=jnp.asarray(2, jnp.int32),
     )
     pages = jax.random.normal(keys[0], (6, 16, 2, 32))
-    pages = pages.at[3, 9:].set(jnp.nan).at[0, 6:].set(jnp.nan).astype(dtype)
+    pages = pages.at[3, 9:].set(jnp.nan).at[0, 6:].set(jnp.nan)
+    pages = round_heads(pages, jnp.dtype(dtype))
     q = jax.random.normal(keys[1], (8, 3, 32))
     k, v = (jax.random.normal(key, (8, 1, 32)) for key in keys[2:])
     want, _ = xla.attend(q, k, v, pages, batch, 30)

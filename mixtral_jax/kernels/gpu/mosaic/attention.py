@@ -6,8 +6,7 @@ sequence and one key/value head, and walks over the sequence's pages with a runn
 among several programs, whose parts are put together (Flash-Decoding). Of a prompt they are the
 heads of several tokens.
 
-XLA's form is taken for pages of float32 and int8, whose rows of H + 4 bytes no copy takes, and
-where sizes do not fit.
+XLA's form is taken for pages of float32, and where sizes do not fit.
 """
 
 from functools import partial
@@ -21,6 +20,7 @@ from jaxtyping import Float, Float32
 from mixtral_jax import cache
 from mixtral_jax.axes import FlatKeys, FlatQueries, Pages
 from mixtral_jax.cache import RaggedBatch
+from mixtral_jax.kernels.gpu.mosaic.int8_pages import LoadedPage, fits_shared_memory
 from mixtral_jax.kernels.gpu.mosaic.warpgroup import (
     ROWS,
     kernel,
@@ -92,10 +92,12 @@ def attend_without_fp8(
 
 def fits(q: FlatQueries, pages: Pages, *, interpret: bool = False) -> bool:
     """Says whether the kernel takes such queries and pages; interpreted, also of float32."""
-    _, page_size, sides, size = pages.shape
-    is_fp8 = pages.dtype == jnp.float8_e4m3fn
+    (_, page_size, sides, _), size = pages.shape, q.shape[-1]
+    if pages.dtype == jnp.int8 and not fits_shared_memory(page_size, size):
+        return False
+    is_small = pages.dtype in (jnp.int8, jnp.float8_e4m3fn)
     floats = (jnp.bfloat16, jnp.float16, *((jnp.float32,) if interpret else ()))
-    takes_dtypes = q.dtype in floats and (is_fp8 or pages.dtype == q.dtype)
+    takes_dtypes = q.dtype in floats and (is_small or pages.dtype == q.dtype)
     takes_sizes = page_size in _PAGE_SIZES and size in (32, 64, 128, 256)
     return takes_dtypes and takes_sizes and q.shape[1] // (sides // 2) <= _KEPT
 
@@ -228,24 +230,27 @@ def _walk(
     scratch = [plgpu.SMEM(weights, q.dtype, transforms=swizzled(weights, q.dtype))]
     if splits is not None:
         scratch.append(plgpu.SMEM((ROWS, size), jnp.float32))
-    if pages.dtype != q.dtype:
+    # Where small numbers are widened: values, and of int8 the keys too.
+    is_int8 = pages.dtype == jnp.int8
+    for _ in range(2 if is_int8 else 1 if pages.dtype != q.dtype else 0):
         shape = (page_size, size)
         scratch.append(plgpu.SMEM(shape, q.dtype, transforms=swizzled(shape, q.dtype)))
     body = partial(_tile, size=size, per_token=per_token, window=window, interpret=interpret)
     grid = {"tile": count, "head": kv_heads, "split": splits or 1}
-    heads_in_line = pages.reshape(num_pages, page_size, -1)
+    if not is_int8:
+        pages = pages.reshape(num_pages, page_size, -1)
     walked = kernel(body, out, grid, name, scratch=scratch, interpret=interpret)
-    return walked(q, heads_in_line, batch.page_table, *tiles)
+    return walked(q, pages, batch.page_table, *tiles)
 
 
 def _tile(  # type: ignore[no-untyped-def]
     q, pages, table, sequence, first, oldest, newest, *rest, size, per_token, window, interpret
 ):
-    is_split = len(rest) > 3
+    is_split = len(rest[0].shape) == 5  # [I K splits 16 H]
     out, parts = rest[0], rest[1:3] if is_split else ()
     weights_of, *more = rest[1 + len(parts) :]
     tile, head, split = (jax.lax.axis_index(axis) for axis in ("tile", "head", "split"))
-    page_size, is_fp8 = pages.shape[1], pages.dtype != q.dtype
+    page_size, is_fp8 = pages.shape[1], pages.dtype == jnp.float8_e4m3fn
     row, old, new = sequence[tile], oldest[tile], newest[tile]
     # The pages of a sequence are shared out evenly, in order.
     start, stop = old // page_size, pl.cdiv(new, page_size)
@@ -265,16 +270,33 @@ def _tile(  # type: ignore[no-untyped-def]
 
     at = first[tile] + places((ROWS, page_size), 0, of_total) // per_token
 
-    def step(index, keys, values, state):  # type: ignore[no-untyped-def]
+    def copied(index, keys, values, state):  # type: ignore[no-untyped-def]
+        turned = load(keys.T, of_right)
+        turned = turned.astype(jnp.float32).astype(q.dtype) if is_fp8 else turned
+
+        def values_of():  # type: ignore[no-untyped-def]
+            if not is_fp8:
+                return load(values, of_right)
+            store(more[-1], values[...].astype(jnp.float32).astype(q.dtype))
+            return load(more[-1], of_right)
+
+        return step(begin + index[0], turned, values_of, state)
+
+    def loaded(index, state):  # type: ignore[no-untyped-def]
+        page = table[row, index]
+        keys, values = (LoadedPage.of(pages, page, 2 * head + side, size) for side in (0, 1))
+        keys.store(more[-2])
+        values.store(more[-1])
+        turned = load(more[-2].T, of_right)
+        return step(index, turned, lambda: load(more[-1], of_right), state)
+
+    def step(index, turned, values_of, state):  # type: ignore[no-untyped-def]
         mixed, peak, total = state
-        base = (begin + index[0]) * page_size
+        base = index * page_size
         position = base + places((ROWS, page_size), 1, of_total)
         seen = (position <= at) & (position < new)
         if window is not None:
             seen &= position > at - window
-        turned = load(keys.T, of_right)
-        if is_fp8:
-            turned = turned.astype(jnp.float32).astype(q.dtype)
         scores = plgpu.layout_cast(jnp.zeros((ROWS, page_size), jnp.float32), of_total)
         scores = product(scores, queries, turned, interpret=interpret) * size**-0.5
         scores = jnp.where(seen, scores, _NOTHING)
@@ -283,12 +305,8 @@ def _tile(  # type: ignore[no-untyped-def]
         shrink = jnp.exp(peak - higher)
         # The right operand's threads hold other places than the total's: by shared memory.
         store(weights_of, weights.astype(weights_of.dtype))
-        if is_fp8:
-            widened = more[-1]
-            store(widened, values[...].astype(jnp.float32).astype(widened.dtype))
-            values = widened
         # A place that nobody sees may hold anything, and 0 x NaN is NaN.
-        values = load(values, of_right)
+        values = values_of()
         position = base + places((page_size, size), 0, of_right)
         is_written = (position >= old) & (position < new)
         values = jnp.where(is_written, values, jnp.zeros_like(values))
@@ -309,13 +327,16 @@ def _tile(  # type: ignore[no-untyped-def]
         plgpu.layout_cast(jnp.full((ROWS,), _NOTHING, jnp.float32), of_rows),
         plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), of_rows),
     )
-    mixed, peak, total = plgpu.emit_pipeline(
-        step,
-        grid=(jnp.maximum(end - begin, 0),),
-        in_specs=(block(0), block(1)),
-        max_concurrent_steps=_STAGES,
-        init_carry=nothing,
-    )(pages, pages)
+    if pages.dtype == jnp.int8:
+        mixed, peak, total = jax.lax.fori_loop(begin, end, loaded, nothing)
+    else:
+        mixed, peak, total = plgpu.emit_pipeline(
+            copied,
+            grid=(jnp.maximum(end - begin, 0),),
+            in_specs=(block(0), block(1)),
+            max_concurrent_steps=_STAGES,
+            init_carry=nothing,
+        )(pages, pages)
     if not is_split:
         mixed = mixed / by_row(jnp.maximum(total, 1e-30), size)
         store(out.at[tile, head], mixed.astype(out.dtype))
