@@ -287,6 +287,8 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
                 for name, dtype in QUANTIZED.items()
             },
         }.items():
+            if dtype not in PRODUCT[topology.platform]:
+                continue
             found[f"{experts} in {dtype}"] = facts(product, *given, *arrays) | {
                 "weights": math.prod(weights) * arrays[0].dtype.itemsize
             }
