@@ -211,7 +211,7 @@ TOKENS = 450  # of each stream, more than come before the signal
 WAYS = {
     "killed": (signal.SIGKILL, 2.0),
     "stopped": (signal.SIGSTOP, 7.0),
-    "its device is lost": (signal.SIGUSR1, 2.0),
+    "its device is lost": (signal.SIGURG, 2.0),
 }
 
 

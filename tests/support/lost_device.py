@@ -1,8 +1,8 @@
 """A way for tests to lose the devices of a running service, which is not in the product.
 
 `environment_for` puts a `sitecustomize` on the path of the processes that a test starts. In the
-process of `python -m serving` it waits for SIGUSR1; from then on every step raises, and so does
-making the pages anew.
+process of `python -m serving` it waits for SIGURG, for which the product has no use; from then on
+every step raises, and so does making the pages anew.
 """
 
 import os
@@ -20,7 +20,7 @@ def lose(number, frame):
     Runner.launch = Runner.walk = Runner.draw = Runner.reset = lost
 
 if "serving" in sys.orig_argv:
-    signal.signal(signal.SIGUSR1, lose)
+    signal.signal(signal.SIGURG, lose)
 """
 
 
