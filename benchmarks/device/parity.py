@@ -1,7 +1,8 @@
 """Every kernel of the device beside XLA's form on the same device, at the shapes of Mistral-7B."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -10,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mixtral_jax import cache
-from mixtral_jax.cache import PagedCache, RaggedBatch
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.kernels import Kernels, kernels_for
 from mixtral_jax.kernels.xla.products import linear_in_fp8
 from mixtral_jax.weight import Weight
 
-_HEADS, _KV_HEADS, _HEAD_SIZE, _PAGE_TOKENS = 32, 8, 128, 32
+_HEADS, _KV_HEADS, _HEAD_SIZE = 32, 8, 128
 _WIDTH, _INNER, _EXPERTS = 1024, 2048, 8
 # Largest difference over the oracle's largest value, for sums of bfloat16, which has 8 bits.
 _LIMIT = 0.02
@@ -47,7 +46,8 @@ def kernel_parities(kernels: Kernels) -> Iterator[Parity]:
     """Compares every function of a record with XLA's form, which rounds rows as the record does."""
     oracle = kernels_for("xla", multiplies_fp8=kernels.linear is linear_in_fp8)
     # Kernels for CPU are of float32, those of accelerators of bfloat16.
-    cases = _Cases(jnp.float32 if kernels.platform == "cpu" else jnp.bfloat16)
+    kind = jnp.float32 if kernels.platform == "cpu" else jnp.bfloat16
+    cases = _Cases(kind, kernels.page_size)
     for name, function, given in chain(cases.products(), cases.others(), cases.attention()):
         try:
             got = jax.jit(lambda *x, f=function: f(kernels, *x))(*given)
@@ -71,9 +71,10 @@ _Case = tuple[str, Callable[..., Any], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class _Cases:
-    """Cases of every function; `kind` is the dtype of activations."""
+    """Cases of every function; `kind` is the dtype of activations, a page holds `page` tokens."""
 
     kind: DTypeLike
+    page: int
 
     def normal(self, seed: int, *shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(self.kind)
@@ -114,18 +115,12 @@ class _Cases:
 
     def attention(self) -> Iterator[_Case]:
         """Decodes and prompts over pages of each dtype, and whole rows, with and without window."""
-        new = _batch(_LENGTHS, _NEW)
-        tokens = int(new.tokens.shape[0])
-        q = self.normal(15, tokens, _HEADS, _HEAD_SIZE)
-        k, v = (self.normal(seed, tokens, _KV_HEADS, _HEAD_SIZE) for seed in (16, 17))
+        old, new = _batch(_LENGTHS, _LENGTHS, self.page), _batch(_LENGTHS, _NEW, self.page)
+        given: list[Any] = [old, *self.heads(old, 14), new, *self.heads(new, 17)]
         for dtype in (self.kind, jnp.int8, jnp.float8_e4m3fn):
             for window in (None, 200):
-
-                def attend(kernels: Any, *given: Any, w: int | None = window) -> Any:
-                    return kernels.attend(*given, w)[0][: sum(_NEW)]
-
-                name = f"attend {jnp.dtype(dtype).name} pages, window {window}"
-                yield name, attend, (q, k, v, self.filled_pages(dtype), new)
+                function = partial(_attended, dtype, window, self.page)
+                yield f"attend {jnp.dtype(dtype).name}, window {window}", function, tuple(given)
         rows = [self.normal(11, 2, 256, _HEADS, _HEAD_SIZE)]
         rows += [self.normal(seed, 2, 256, _KV_HEADS, _HEAD_SIZE) for seed in (12, 13)]
         for window in (None, 100):
@@ -135,32 +130,35 @@ class _Cases:
 
             yield f"full_attention, window {window}", whole, tuple(rows)
 
-    def filled_pages(self, dtype: DTypeLike) -> jax.Array:
-        """Pages in which all sequences stand, written by the cache's own function."""
-        config = replace(
-            ModelConfig.tiny(vocab_size=64),
-            num_layers=1,
-            num_heads=_HEADS,
-            num_kv_heads=_KV_HEADS,
-            head_size=_HEAD_SIZE,
-        )
-        whole = _batch(_LENGTHS, _LENGTHS)
-        count = int(whole.tokens.shape[0])
-        pages = PagedCache.empty(config, int(whole.page_table.size), _PAGE_TOKENS, dtype)
-        k, v = (self.normal(seed, count, _KV_HEADS, _HEAD_SIZE) for seed in (18, 19))
-        return jax.jit(cache.write)(pages.layers[0], k, v, whole)
+    def heads(self, batch: RaggedBatch, seed: int) -> list[jax.Array]:
+        """Queries, keys and values of a batch's tokens."""
+        tokens = int(batch.tokens.shape[0])
+        heads = (_HEADS, _KV_HEADS, _KV_HEADS)
+        return [self.normal(seed + i, tokens, n, _HEAD_SIZE) for i, n in enumerate(heads)]
+
+
+def _attended(
+    dtype: DTypeLike, window: int | None, page: int, kernels: Any, *given: Any
+) -> jax.Array:
+    """Fills pages of the kernels' own form by a step of whole sequences; returns one behind it."""
+    form = kernels.page_form(page, _KV_HEADS, _HEAD_SIZE, dtype)
+    pages = jnp.zeros((given[0].page_table.size, *form.shape), form.dtype)
+    for batch, *heads in (given[:4], given[4:]):
+        mixed, pages = kernels.attend(*heads, pages, batch, window)
+    attended: jax.Array = mixed[: sum(_NEW)]
+    return attended
 
 
 # Cached tokens of each sequence, and how many of them are new: four decodes and two prompts.
 _LENGTHS, _NEW = [1, 33, 700, 512, 300, 450], [1, 1, 1, 1, 40, 300]
 
 
-def _batch(lengths: list[int], new: list[int]) -> RaggedBatch:
+def _batch(lengths: list[int], new: list[int], page: int) -> RaggedBatch:
     starts = np.concatenate([[0], np.cumsum(new)])
     room = -(-sum(new) // 128) * 128
     ranges = [np.arange(end - count, end) for end, count in zip(lengths, new, strict=True)]
     positions = np.pad(np.concatenate(ranges), (0, room - sum(new)))
-    width = -(-max(lengths) // _PAGE_TOKENS)
+    width = -(-max(lengths) // page)
     table = np.random.default_rng(1).permutation(len(lengths) * width)
     return RaggedBatch(
         tokens=jnp.zeros(room, jnp.int32),

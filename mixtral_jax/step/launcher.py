@@ -148,8 +148,8 @@ class StepLauncher:
                 words = mask_words(self.vocab_size)
                 allowed = host_array((len(inputs.last), words), -1)
             layout = self._layout(inputs.num_tokens)
-            drawing = layout.pack(inputs)[: layout.num_drawing]
             draw = self.steps.whole.draw(inputs.num_rows)
+            drawing = layout.pack_drawing(inputs)
             sampled = draw(*given, drawing, self._rare(inputs), allowed)
         else:
             programs = self.steps.buckets[inputs.num_tokens]

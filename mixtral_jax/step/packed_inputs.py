@@ -31,6 +31,10 @@ class PackedLayout(NamedTuple):
         """Lays out the common arrays."""
         return _row([_drawing(inputs.sampling), _walking(inputs)])
 
+    def pack_drawing(self, inputs: StepInputs) -> np.ndarray:
+        """Lays out the beginning of the common arrays, which `unpack_sampling` reads."""
+        return _row(_drawing(inputs.sampling))
+
     def pack_rare(self, inputs: StepInputs) -> np.ndarray:
         """Lays out the arrays that most steps do not need."""
         return _row(_rare(inputs.sampling))

@@ -288,7 +288,7 @@ class WholeSteps:
             split.rest,
             jax.ShapeDtypeStruct((all_rows, split.config.hidden_size), split.dtype),
             jax.ShapeDtypeStruct((all_rows,), jnp.int32),
-            layout.pack(layout.like)[: layout.num_drawing],
+            layout.pack_drawing(layout.like),
             layout.pack_rare(layout.like),
             jax.ShapeDtypeStruct((all_rows, words), jnp.int32),
         )

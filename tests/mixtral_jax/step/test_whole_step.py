@@ -188,5 +188,6 @@ def test_inputs_come_out_of_their_rows_as_they_went_in() -> None:
     last = inputs.sampling.history._replace(last=same.sampling.history.last)
     want = inputs._replace(sampling=inputs.sampling._replace(history=last))
     jax.tree.map(np.testing.assert_array_equal, same, want)
-    drawing = jax.jit(layout.unpack_sampling)(common[: layout.num_drawing], rare)
+    np.testing.assert_array_equal(layout.pack_drawing(inputs), common[: layout.num_drawing])
+    drawing = jax.jit(layout.unpack_sampling)(layout.pack_drawing(inputs), rare)
     jax.tree.map(np.testing.assert_array_equal, drawing, same.sampling)
