@@ -185,9 +185,10 @@ def _show(answers: "list[Plan]", settings: "StepSettings", name: str, price: flo
         f"{report['bytes_over_least']:.2f} of the least possible\n"
         f"collectives a layer             {_collectives(best)}; weights among them: {moves}"
     )
-    out.print("\nwhat serve chooses where no flag says otherwise")
-    for line in settings.lines:
-        out.print(f"  {line}")
+    if best.fits:
+        out.print("\nwhat serve chooses where no flag says otherwise")
+        for line in settings.lines:
+            out.print(f"  {line}")
     if price is not None:
         out.print(f"a million tokens                {best.cost(price):.2f} at {price:g} an hour")
     if len(answers) > 1:

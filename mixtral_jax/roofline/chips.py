@@ -271,6 +271,9 @@ def topologies(name: str) -> list[Topology]:
             raise TopologyError(f"topology {name!r}: give cpu:N, such as cpu:8")
         return [Topology(platform="cpu", kind="", slice=count, chip=_cpu(int(count)))]
     if platform not in CHIPS:
+        owner = next((known for known, kinds in CHIPS.items() if platform in kinds), None)
+        if owner is not None:
+            raise TopologyError(f"topology {name!r} names no platform; give {owner}:{name}")
         raise TopologyError(f"topology {name!r} is of no known platform; give {_examples()}")
     kinds = CHIPS[platform]
     if not rest or rest[0] not in kinds:

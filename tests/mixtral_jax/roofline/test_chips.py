@@ -32,6 +32,7 @@ def test_a_chip_of_v7x_is_two_devices() -> None:
         ("tpu:v5e:3x3", "no such slice of v5e; there are 1x1, 2x2, 2x4"),
         ("gpu:h100:7", "no such slice of h100; there are 1, 2, 4, 8"),
         ("abacus:8", "no known platform; give tpu:v5e:2x4"),
+        ("v6e:2x4", "'v6e:2x4' names no platform; give tpu:v6e:2x4"),
         ("tpu", "nothing is no known tpu chip"),
         ("cpu:many", "give cpu:N"),
     ],

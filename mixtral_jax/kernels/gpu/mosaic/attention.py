@@ -37,6 +37,7 @@ _KEPT = 16  # rows of a decode's tile that are written; its key/value head has a
 _PROGRAMS = 1024  # of decodes: enough to occupy a large card several times
 _MOST_SPLITS = 8  # of a sequence
 _PAGE_SIZES = (16, 32, 64, 128)
+_LARGEST_PAGE = 64 * 128  # values of a head, of which the pages under way fit every card
 _STAGES = 2  # pages under way
 _NOTHING = -1e30  # finite, so that what has seen nothing stays free of inf - inf
 
@@ -99,6 +100,7 @@ def fits(q: FlatQueries, pages: Pages, *, interpret: bool = False) -> bool:
     floats = (jnp.bfloat16, jnp.float16, *((jnp.float32,) if interpret else ()))
     takes_dtypes = q.dtype in floats and (is_small or pages.dtype == q.dtype)
     takes_sizes = page_size in _PAGE_SIZES and size in (32, 64, 128, 256)
+    takes_sizes &= page_size * size <= _LARGEST_PAGE
     return takes_dtypes and takes_sizes and q.shape[1] // (sides // 2) <= _KEPT
 
 
