@@ -23,6 +23,7 @@ from mixtral_jax.checkpoint.pretrained import open_pretrained
 from mixtral_jax.generation import generate_tokens
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.placement import Placement
+from mixtral_jax.weight import QUANTIZED
 
 _PROMPTS = (
     "The capital of France is",
@@ -34,10 +35,11 @@ _NEW_TOKENS = 32
 
 
 def greedy_tokens(folder: str, experts: int = 0) -> list[list[int]]:
-    """The tokens behind four prompts, computed in float32 at the highest precision."""
+    """The tokens behind four prompts: in float32 at full precision, or as weights are stored."""
     with jax.default_matmul_precision("highest"):
         pretrained = open_pretrained(folder)
-        model = pretrained.load(pretrained.placement("float32", mesh=None))
+        dtype = None if pretrained.card.dtype in QUANTIZED else "float32"
+        model = pretrained.load(pretrained.placement(dtype, mesh=None))
         if experts:
             model = upcycled(model, experts)
         prompts = [pretrained.tokenizer.encode(text) for text in _PROMPTS]
