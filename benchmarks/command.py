@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from mixtral_jax.errors import UserError
@@ -21,3 +22,10 @@ def run(main: Callable[..., object], module: str) -> NoReturn:
     with command_line.ended_by_signals():
         status = command_line.run(command_line.app_of(main), None, errors, f"python -m {module}")
     sys.exit(status)
+
+
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts a text in place of all that stands between two marks of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")

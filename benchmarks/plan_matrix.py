@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.command import run
+from benchmarks.command import run, write_between
 from mixtral_jax.planning.plan import Plan
 from mixtral_jax.planning.search import Search, known_model
 from mixtral_jax.planning.topology import installed
@@ -105,9 +105,7 @@ def main(
     table = "\n".join([HEAD, *rows])
     print(table)
     if not only_print:
-        before, rest = NUMBERS.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
-        NUMBERS.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
+        write_between(NUMBERS, BEGIN, END, table)
     if failures:
         sys.exit("\n".join(["these do not compile or do not fit:", *failures]))
 

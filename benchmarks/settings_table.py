@@ -12,13 +12,12 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.command import run
+from benchmarks.command import run, write_between
 from mixtral_jax.planning.search import Search, known_model
 from mixtral_jax.roofline.chips import Topology, topologies
 from mixtral_jax.roofline.settings import (
     TYPICAL_CONTEXT,
     StepSettings,
-    compiles_few,
     context_that_fits,
     estimate_of,
     settings_by_chip,
@@ -100,7 +99,7 @@ def row(title: str, dtype: str, chips: str) -> str | None:
         f"`{split}{' --dp-attention' if split.dp_attention else ''}`",
         f"{settings.max_sequences}",
         f"{settings.max_step_tokens:,}",
-        " ".join(map(str, step_buckets(*sizes, few=compiles_few(placement)))),
+        " ".join(map(str, step_buckets(*sizes, few=placement.kernels.whole_step))),
         f"{settings.page_size}",
         settings.kv_dtype,
         f"{context_that_fits(model, placement, chip, settings):,}",
@@ -128,9 +127,7 @@ def main(
     table = "\n".join([HEAD, *rows])
     print(table)
     if not only_print:
-        before, rest = NUMBERS.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
-        NUMBERS.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
+        write_between(NUMBERS, BEGIN, END, table)
 
 
 if __name__ == "__main__":

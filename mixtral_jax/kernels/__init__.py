@@ -253,45 +253,35 @@ def _gpu(oracle: Kernels, capability: tuple[int, int] | None) -> Kernels:
         page_size=64,
         activation_dtype_between_rounded="bfloat16",
     )
-    reads_fp8 = form.takes_fp8(capability)
     match form.form_for(capability):
+        case "xla":
+            return plain
         case "mosaic":
             from mixtral_jax.kernels.gpu.mosaic import attention, products
 
-            by_mosaic = replace(
-                plain,
-                grouped=products.grouped,
-                expert_reads=products.expert_reads,
-                attend=attention.attend,
-            )
-            if reads_fp8:
-                return by_mosaic
-            return replace(
-                by_mosaic,
-                grouped=products.grouped_without_fp8,
-                expert_reads=products.expert_reads_without_fp8,
-                attend=attention.attend_without_fp8,
-            )
+            return _by_form(plain, attention, products, reads_fp8=form.takes_fp8(capability))
         case "triton":
-            from mixtral_jax.kernels.gpu.triton import attention as attention_by_triton
-            from mixtral_jax.kernels.gpu.triton import products as products_by_triton
+            from mixtral_jax.kernels.gpu.triton import attention as paged
+            from mixtral_jax.kernels.gpu.triton import products as by_groups
 
-            by_triton = replace(
-                plain,
-                grouped=products_by_triton.grouped,
-                expert_reads=products_by_triton.expert_reads,
-                attend=attention_by_triton.attend,
-            )
-            if reads_fp8:
-                return by_triton
-            return replace(
-                by_triton,
-                grouped=products_by_triton.grouped_without_fp8,
-                expert_reads=products_by_triton.expert_reads_without_fp8,
-                attend=attention_by_triton.attend_without_fp8,
-            )
-        case "xla":
-            return plain
+            return _by_form(plain, paged, by_groups, reads_fp8=form.takes_fp8(capability))
+
+
+def _by_form(plain: Kernels, attention: Any, products: Any, *, reads_fp8: bool) -> Kernels:
+    """The record with the kernels of a form's modules, all of which have the same names."""
+    if reads_fp8:
+        return replace(
+            plain,
+            grouped=products.grouped,
+            expert_reads=products.expert_reads,
+            attend=attention.attend,
+        )
+    return replace(
+        plain,
+        grouped=products.grouped_without_fp8,
+        expert_reads=products.expert_reads_without_fp8,
+        attend=attention.attend_without_fp8,
+    )
 
 
 def _tpu(oracle: Kernels) -> Kernels:

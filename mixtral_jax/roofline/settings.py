@@ -95,11 +95,6 @@ def chip_under(placement: Placement) -> Chip | None:
     return chip_of(device.platform, device.device_kind)
 
 
-def compiles_few(placement: Placement) -> bool:
-    """True where each bucket is a program of the whole model."""
-    return placement.kernels.whole_step
-
-
 def settings_by_chip(
     model: ModelConfig,
     placement: Placement,
@@ -158,7 +153,7 @@ def split_placement(workload: Workload, topology: Topology, split: Split) -> Pla
 def settings_for_split(workload: Workload, topology: Topology, split: Split) -> StepSettings:
     """The settings that `serve` chooses for a model on these chips under this split."""
     placement = split_placement(workload, topology, split)
-    chip = topology.chip if compiles_few(placement) else None
+    chip = topology.chip if placement.kernels.whole_step else None
     given = GivenSettings(kv_dtype=workload.kv_dtype)
     return settings_by_chip(workload.model, placement, chip, given)
 
@@ -227,7 +222,7 @@ def _without_figures(
     of_pages: str,
 ) -> StepSettings:
     """Settings where no figures of the chip are known, or it is a CPU."""
-    is_known = not compiles_few(placement)
+    is_known = not placement.kernels.whole_step
     sequences, tokens = _ON_CPU if is_known else _ON_UNKNOWN
     reason = "the default on CPU" if is_known else "careful, as the chip's figures are unknown"
     sequences = given.max_sequences or min(sequences, given.max_step_tokens or sequences)

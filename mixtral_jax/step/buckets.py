@@ -134,18 +134,16 @@ def compile_buckets(
         else:
             whole.compile_first(first, progress)
     else:
-        num_drawn = split.num_sequence_groups * sizes.max_sequences
-        draw: dict[int, tuple[Compiled, Compiled | None]] = {}
-        # One after the other: the compiler itself uses all cores.
-        for number, (size, rows) in enumerate(sorted(rows_of.items()), start=1):
-            progress(f"compiling step {number} of {len(rows_of)}: {size} tokens")
-            inputs = StepInputs.blank(size, rows, sizes, groups)
-            if rows not in draw:
-                draw[rows] = compile_draw(split, inputs, num_drawn, has_masks=has_masks)
-            embed, block, pick, adapted = compile_walk(
-                split, pages, inputs, num_drawn, stacks, counts_experts=counts_experts
-            )
-            programs[size] = Programs(embed, block, pick, *draw[rows], adapted)
+        programs = _compile_layerwise(
+            split,
+            pages,
+            {size: StepInputs.blank(size, rows, sizes, groups) for size, rows in rows_of.items()},
+            split.num_sequence_groups * sizes.max_sequences,
+            progress,
+            has_masks=has_masks,
+            stacks=stacks,
+            counts_experts=counts_experts,
+        )
     return Steps(
         pages=pages,
         rows=dict(rows_of),
@@ -158,3 +156,29 @@ def compile_buckets(
         adapters=changes,
         tally=compile_tally(split) if counts_experts and not whole else None,
     )
+
+
+def _compile_layerwise(
+    split: SplitModel,
+    pages: jax.ShapeDtypeStruct,
+    blank: Mapping[int, StepInputs],
+    num_drawn: int,
+    progress: Callable[[str], None],
+    *,
+    has_masks: bool,
+    stacks: BlockStacks | None,
+    counts_experts: bool,
+) -> dict[int, Programs]:
+    """Compiles the programs of each layer and around them, for the inputs of every bucket."""
+    draw: dict[int, tuple[Compiled, Compiled | None]] = {}  # by rows
+    programs: dict[int, Programs] = {}
+    # One after the other: the compiler itself uses all cores.
+    for number, (size, inputs) in enumerate(sorted(blank.items()), start=1):
+        progress(f"compiling step {number} of {len(blank)}: {size} tokens")
+        if inputs.num_rows not in draw:
+            draw[inputs.num_rows] = compile_draw(split, inputs, num_drawn, has_masks=has_masks)
+        embed, block, pick, adapted = compile_walk(
+            split, pages, inputs, num_drawn, stacks, counts_experts=counts_experts
+        )
+        programs[size] = Programs(embed, block, pick, *draw[inputs.num_rows], adapted)
+    return programs

@@ -25,7 +25,6 @@ from mixtral_jax.roofline.settings import (
     GivenSettings,
     StepSettings,
     chip_under,
-    compiles_few,
     settings_by_chip,
     step_buckets,
 )
@@ -79,7 +78,7 @@ def compile_steps(
         max_context=limits.max_context,
     )
     if not buckets:
-        few = compiles_few(model.placement)
+        few = model.placement.kernels.whole_step
         buckets = step_buckets(limits.max_sequences, limits.max_step_tokens, few)
     rows = {bucket: rows_of(bucket, limits) for bucket in buckets}
     first = rows.keys() & {min(rows), limits.max_sequences, max(rows)}
@@ -311,7 +310,7 @@ def _settings(model: Transformer, config: EngineConfig, stacks: StackSizes | Non
 def _buckets(config: EngineConfig, placement: Placement, limits: Limits) -> tuple[int, ...]:
     """Returns the buckets of one partition: the operator's, or those that follow from the chip."""
     if not config.buckets:
-        few = compiles_few(placement)
+        few = placement.kernels.whole_step
         return step_buckets(limits.max_sequences, limits.max_step_tokens, few)
     groups = placement.num_sequence_groups
     largest = limits.max_step_tokens

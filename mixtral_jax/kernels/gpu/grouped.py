@@ -32,8 +32,7 @@ def grouped_by(
     """`xla.grouped` by the kernel `tiles_of`: x [M I] -> [M O].
 
     The gradient of x is by the same kernel; that of a float weight, for which training adapters
-    never asks, by XLA. int8 as in `xla.product`; fp8 is
-    widened, tile by tile, to the dtype of x.
+    never asks, by XLA. int8 as in `xla.product`; fp8 is widened, tile by tile, to the dtype of x.
     """
     return _grouped(tiles_of, interpret, x, sizes.astype(jnp.int32), weight)
 

@@ -30,6 +30,7 @@ from mixtral_jax.kernels.gpu.mosaic.warpgroup import (
     store,
     swizzled,
 )
+from mixtral_jax.kernels.gpu.paged import decodes_and_prompts
 from mixtral_jax.kernels.no_gradient import without_gradient
 from mixtral_jax.kernels.xla import attention as xla
 
@@ -113,18 +114,12 @@ def paged_attention(
     interpret: bool = False,
 ) -> FlatQueries:
     """`xla.paged_attention`; unused places of the batch are zero."""
-    tokens, rows = q.shape[0], batch.lengths.shape[0]
-    room = max(tokens, rows)
-    one_each = jnp.pad(q, ((0, room - tokens), (0, 0), (0, 0)))[:rows]
-    out = decode(one_each, pages, batch, window, interpret=interpret)
-    out = jnp.pad(out, ((0, room - rows), (0, 0), (0, 0)))[:tokens]
-    if tokens > 1:
-        place = jnp.arange(tokens, dtype=jnp.int32)[:, None, None]
-        is_prompt = place >= batch.num_decodes
-        is_prompt &= place < batch.query_starts[batch.num_sequences]
-        prompts = prefill(q, pages, batch, window, interpret=interpret)
-        out = jnp.where(is_prompt, prompts, out.astype(q.dtype))
-    return out.astype(q.dtype)
+    return decodes_and_prompts(
+        q,
+        batch,
+        lambda rows: decode(rows, pages, batch, window, interpret=interpret),
+        lambda: prefill(q, pages, batch, window, interpret=interpret),
+    )
 
 
 def decode(
