@@ -1,6 +1,7 @@
 """The service's process when a step of its engine stands still, and when it ends; no model."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -21,7 +22,8 @@ from serving.engine.worker import EngineWorker
 from serving.errors import EngineFailure
 from serving.flags import SERVICE, defaults, record
 from serving.launch.config import ServiceConfig
-from serving.launch.service_process import _Server
+from serving.launch.late_programs import LatePrograms
+from serving.launch.service_process import _Built, _Server
 from serving.parent import BEAT_VARIABLE
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
@@ -65,11 +67,22 @@ class StuckEngine:
         ]
 
 
+class NothingLate(LatePrograms):
+    """No program is missing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+
 async def serve(worker: EngineWorker, config: ServiceConfig) -> None:
     """Serves a toy model by this worker until the server ends."""
     info = pb.ModelInfo(name="toy", type="chat-completions", max_context=512, vocab_size=261)
     service = InferenceService(worker, ByteTokenizer(), info)
-    server = _Server(worker, service, None, config, 32)
+    built = _Built(worker, service, contextlib.nullcontext(), 32, NothingLate())
+    server = _Server(built, None, config, 32)
     access = Access(Keyring({"default": "secret"}))
     address = f"127.0.0.1:{config.port}"
     await server.run(address, access, None, Admission(Accounts()), CallerFields(None))
