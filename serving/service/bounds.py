@@ -20,6 +20,8 @@ from serving.proto import inference_pb2 as pb
 MAX_CHOICES = 16
 # Before min_tokens the ids that end a choice are biased too, so their number is limited.
 MAX_STOP_IDS = 16
+# They become a mask over the vocabulary.
+MAX_ALLOWED_IDS = 1024
 # Each token's text is searched for each of the stop texts.
 MAX_STOPS, MAX_STOP_BYTES = 16, 256
 # Each message passes through the chat template; the gateway has the same limit.
@@ -91,6 +93,10 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         "GenerateRequest.suspect": _FIXED,
         "GenerateRequest.response_format": _MESSAGE,
         "GenerateRequest.model": Bound(size=MAX_MODEL_BYTES),
+        "GenerateRequest.prompt_logprobs": Bound(range=(0, MAX_LOGPROBS)),
+        "GenerateRequest.allowed_token_ids": Bound(entries=MAX_ALLOWED_IDS, unit="ids"),
+        "GenerateRequest.include_stop": _FIXED,
+        "GenerateRequest.return_prompt_ids": _FIXED,
         "ResponseFormat.json_object": _MESSAGE,
         "ResponseFormat.json_schema": schema,
         "ResponseFormat.regex": grammar,
@@ -104,6 +110,7 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         "Chat.tools": Bound(entries=MAX_TOOLS, unit="tools"),
         "Chat.tool_choice": _MESSAGE,
         "Chat.parallel_tool_calls": _FIXED,
+        "Chat.add_generation_prompt": _FIXED,
         "ChatMessage.role": Bound(size=_MAX_ROLE_BYTES),
         "ChatMessage.content": prompt,
         "ChatMessage.tool_calls": Bound(entries=MAX_TOOL_CALLS, unit="calls"),
@@ -130,6 +137,7 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         "SamplingParams.logit_bias": Bound(entries=MAX_LOGIT_BIAS),
         "TokenizeRequest.chat": _MESSAGE,
         "TokenizeRequest.text": prompt,
+        "TokenizeRequest.add_special_tokens": _FIXED,
         "DetokenizeRequest.ids": Bound(entries=context, unit="ids"),
     }
 
