@@ -524,6 +524,14 @@ _BROWSERS = _panel(
         "ORIGIN",
     ),
 )
+_PAGE = Flag("page", bool, True, "Serve no page to chat with at /.", panel="Page to chat with")
+_OPEN = Flag(
+    "open",
+    bool,
+    False,
+    "Open the page in the browser of this machine when the server is ready.",
+    panel="Page to chat with",
+)
 _DIALECTS = _panel(
     "Dialects",
     Flag(
@@ -569,7 +577,7 @@ GATEWAY = (
     *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS),
     *_panel("Monitoring", _TRUST_TRACEPARENT, _LOG_PROMPTS, _USAGE_DB),
-    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM, *_DIALECTS),
+    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM, *_DIALECTS, _PAGE),
 )
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
@@ -591,7 +599,7 @@ SERVE = (
             help="SQLite file that keeps the usage of each caller; default: in ~/.local/state.",
         ),
     ),
-    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_DIALECTS),
+    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_DIALECTS, _PAGE, _OPEN),
 )
 _CHILDREN = {flag.name: flag for flag in (*SERVICE, *GATEWAY)}
 

@@ -19,7 +19,7 @@ _BODY = {
 }
 
 
-def banner(url: str, target: str, key: str, bearer: str | None) -> str:
+def banner(url: str, target: str, key: str, bearer: str | None, page: str | None = None) -> str:
     """Returns the addresses, where the key is, and a curl line to paste into a shell.
 
     Args:
@@ -27,6 +27,7 @@ def banner(url: str, target: str, key: str, bearer: str | None) -> str:
         target: HOST:PORT of gRPC.
         key: What to say about the key; empty where there is nothing to say.
         bearer: The key as a shell reads it between double quotes; None: no key is asked for.
+        page: URL of the page to chat with; None: it is turned off.
     """
     header = f'-H "Authorization: Bearer {bearer}" ' if bearer else ""
     curl = (
@@ -34,7 +35,8 @@ def banner(url: str, target: str, key: str, bearer: str | None) -> str:
         f"-d {shlex.quote(json.dumps(_BODY))}"
     )
     line = f"key   {key}\n" if key else ""
-    return f"\nHTTP  {url}\ngRPC  {target}\n{line}\nTry it:\n{curl}\n"
+    shown = f"page  {page}\n" if page else ""
+    return f"\nHTTP  {url}\ngRPC  {target}\n{shown}{line}\nTry it:\n{curl}\n"
 
 
 def shown_key(

@@ -2,10 +2,13 @@
 
 import os
 import sys
+import threading
+import webbrowser
 from typing import TYPE_CHECKING, Any
 
 from mixtral_jax.cli.banner import banner, shown_key
 from serving.command_line import command
+from serving.errors import SetupError
 from serving.flags import (
     GATEWAY,
     GROUP_KEY_VARIABLE,
@@ -102,6 +105,8 @@ def _lead(
     from serving.gateway.http.limits import HttpLimits
     from serving.launch.supervisor import environment_from, run
 
+    if given["open"] and not given["page"]:
+        raise SetupError("--open shows the page that --no-page turns off; leave one of them out")
     makes_key = not (
         environment.get(KEY_VARIABLE) or given["keys"] or given["entra_tenant"] or given["no_auth"]
     )
@@ -131,17 +136,32 @@ def _lead(
         has_file=given["keys"] is not None,
         is_terminal=sys.stdout.isatty(),
     )
-    text = banner(addresses.url, addresses.target, key, bearer)
+    text = banner(
+        addresses.url, addresses.target, key, bearer, page=addresses.page if given["page"] else None
+    )
     run(
         addresses,
         environment,
         [*engine_arguments, *arguments(grpc, record(AccountingConfig, given))],
         arguments(gateway, web, http),
-        lambda: print(text, flush=True),
+        lambda: _announce(text, addresses.page if given["open"] else None),
         drain_seconds=gateway.drain_seconds,
         drain_delay=gateway.drain_delay,
         step_timeout=given["step_timeout"],
     )
+
+
+def _announce(text: str, page: str | None) -> None:
+    """Prints the banner, and opens a page in the user's browser unless it is None."""
+    print(text, flush=True)
+    if page is not None:
+        # A browser of the terminal lasts until it is closed, and the server is watched meanwhile.
+        threading.Thread(target=_open, args=(page,), daemon=True).start()
+
+
+def _open(page: str) -> None:
+    if not webbrowser.open(page):
+        print(f"mixtral-jax: there is no browser here; open {page}", file=sys.stderr, flush=True)
 
 
 serve = command(_serve, SERVE)

@@ -29,6 +29,7 @@ from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.origin import OriginCheck
 from serving.gateway.openapi.document import RATE_LIMIT_HEADERS, document
 from serving.gateway.openapi.page import page
+from serving.gateway.page.files import read_page
 from serving.gateway.routes import add_routes
 from serving.gateway.upstream import ModelService
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
@@ -112,6 +113,7 @@ def create_app(
     # Anybody may ask for it: it is written once.
     app.state.document = json.dumps(described).encode()
     app.state.page = page(described)
+    app.state.chat_page = read_page() if config.page else {}
     add_routes(app)
     answer_failures(app)
     if drain is not None:

@@ -53,6 +53,8 @@ class GatewayConfig(AccountingConfig):
     """Log the full text of prompts and answers."""
     ignore_hosted_tools: bool = False
     """Leave out tools of the Responses API that only OpenAI can run, instead of refusing them."""
+    page: bool = True
+    """Serve the page to chat with."""
     drain_delay: float = 0.0
     """Time after such a signal in which requests are still served, while readiness fails."""
 

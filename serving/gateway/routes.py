@@ -5,6 +5,8 @@ to whatever address they are given. Azure's own paths are strict about parameter
 not list, as Azure is; the others ignore them.
 """
 
+from collections.abc import Mapping
+
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
@@ -15,6 +17,7 @@ from serving.gateway.dialect import models, openai
 from serving.gateway.dialect.azure import ExtraParameters, check_api_version
 from serving.gateway.dialect.fields import Described
 from serving.gateway.dialect.responses.hosted_tools import ResponsesFields
+from serving.gateway.page.files import INDEX, PageFile
 from serving.gateway.usage_route import report_usage
 
 AZURE_PREFIXES = ("", "/models")
@@ -40,8 +43,8 @@ class Status(Described):
 def add_routes(app: FastAPI) -> None:
     """Adds all routes to the application.
 
-    Its state must hold `gateway`, `access`, `accounts`, `model_type`, `created`, `document`, `page`
-    and `ignores_hosted_tools`.
+    Its state must hold `gateway`, `access`, `accounts`, `model_type`, `created`, `document`,
+    `page`, `chat_page` and `ignores_hosted_tools`.
     """
     guarded = [Depends(_check)]
     for prefix in AZURE_PREFIXES:
@@ -72,6 +75,8 @@ def add_routes(app: FastAPI) -> None:
     app.add_api_route("/health/ready", ready, methods=reading)
     app.add_api_route("/openapi.json", openapi, methods=reading)
     app.add_api_route("/docs", docs, methods=reading)
+    app.add_api_route("/", chat_page, methods=reading)
+    app.add_api_route("/page/{name}", chat_page, methods=reading)
 
 
 async def azure_chat(request: Request) -> Response:
@@ -156,6 +161,16 @@ async def openapi(request: Request) -> Response:
 async def docs(request: Request) -> Response:
     """Returns the document as a page for people."""
     return HTMLResponse(request.app.state.page)
+
+
+async def chat_page(request: Request) -> Response:
+    """Returns a file of the page to chat with; raises NotFound where there is none."""
+    page: Mapping[str, PageFile] = request.app.state.chat_page
+    file = page.get(request.path_params.get("name", INDEX))
+    if file is None:
+        reason = "the page has no such file" if page else "the page is turned off with --no-page"
+        raise NotFound(f"{request.url.path[:200]} was not found: {reason}")
+    return file.answer(request)
 
 
 async def _cards(request: Request) -> list[models.ModelCard]:

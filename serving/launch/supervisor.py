@@ -65,6 +65,13 @@ class Addresses:
         return f"{'https' if self.tls else 'http'}://{join_address(self.host, self.port)}"
 
     @property
+    def page(self) -> str:
+        """The URL of the page to chat with, for a browser on this machine."""
+        anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        host = join_address(anywhere.get(self.host, self.host), self.port)
+        return f"{'https' if self.tls else 'http'}://{host}/"
+
+    @property
     def grpc_host(self) -> str:
         """The address of gRPC: with TLS this machine's own, because the keys are not encrypted."""
         return "127.0.0.1" if self.tls else self.host

@@ -228,13 +228,15 @@ def _open() -> Schema:
         "/health/ready": _get("/health/ready", "200 while the model can be asked.", "Status"),
         "/openapi.json": _get("/openapi.json", "This document.", None),
         "/docs": _get("/docs", "This document as a page.", None),
+        "/": _get("/", "The page to chat with, for a browser.", None),
+        "/page/{name}": _get("/page/{name}", "Its scripts, style and icon.", None),
     }
     for methods in paths.values():
-        methods["get"]["security"] = []
-        methods["get"]["parameters"] = []
-    paths["/docs"]["get"]["responses"]["200"]["content"] = {
-        "text/html": {"schema": {"type": "string"}}
-    }
+        operation = methods["get"]
+        operation["security"] = []
+        operation["parameters"] = [kept for kept in operation["parameters"] if kept["in"] == "path"]
+    for path, kind in (("/docs", "text/html"), ("/", "text/html"), ("/page/{name}", "*/*")):
+        paths[path]["get"]["responses"]["200"]["content"] = {kind: {"schema": {"type": "string"}}}
     return paths
 
 
