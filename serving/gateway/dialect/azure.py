@@ -8,8 +8,8 @@ from typing import Any
 from serving.errors import InvalidRequest
 from serving.gateway.dialect.parsing import forbidden, shortened
 
-# Azure's versions are dates; its newest clients say "preview" or "latest".
-_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(-preview)?|preview|latest")
+# Azure's versions are dates; its newest API says "v1", "preview" or "latest".
+_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(-preview)?|v1|preview|latest")
 # The fields of a chat that Azure's API has, and those that its linked notebooks and clients send
 # to it unasked. Every other field must be asked for by the header, though we know it.
 _FIELDS = {

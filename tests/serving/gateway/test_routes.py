@@ -67,6 +67,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ("/v1/completions", {"content-encoding": "gzip"}, {}, 415, "UnsupportedMediaType"),
         ("/chat/completions?api-version=2024-05-01-preview", {}, {}, 200, ""),
         ("/chat/completions?api-version=2024-06-01", {}, {}, 200, ""),
+        ("/openai/deployments/azureai/chat/completions?api-version=v1", {}, {}, 200, ""),
         ("/chat/completions?api-version=soon", {}, {}, 400, "BadRequest"),
         ("/chat/completions?api-version=", {}, {}, 400, "BadRequest"),
         ("/usage?all=perhaps", {}, b"", 405, "MethodNotAllowed"),
