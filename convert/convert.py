@@ -28,6 +28,7 @@ from convert.progress import Progress
 from convert.pull import pull
 from convert.quantize.fp8 import fp8_shapes, holds_fp8, keeps_fp8, write_fp8
 from convert.quantize.int8 import calibration_text, quantize
+from convert.recommended_sampling import add_recommended
 from convert.served_name import served_as
 from convert.source import gguf_tokenizer
 from convert.source.open import Source, open_source
@@ -109,6 +110,7 @@ def convert(
             else:  # kept for a release that supports it
                 for file in tokenizer.files(words.folder):
                     shutil.copy(file, folder)
+            add_recommended(folder, own_name)
             writer = ParameterWriter(folder, shapes, chunk_bytes)
             if words.tokenizer is not None and dtype == "int8":
                 ids = words.tokenizer.encode(calibration_text())

@@ -260,6 +260,25 @@ _PROMPTS = _panel(
         min=1,
     ),
 )
+_SAMPLING_DEFAULTS = _panel(
+    "Engine",
+    Flag(
+        "generation_config",
+        str,
+        "auto",
+        "Folder of the generation_config.json whose temperature, top_p, top_k, min_p and "
+        "repetition_penalty hold where a request leaves them out; auto: the checkpoint's; vllm: "
+        "none.",
+        "FOLDER",
+    ),
+    Flag(
+        "override_generation_config",
+        str | None,
+        None,
+        """JSON object whose values replace those of the file, such as '{"temperature": 0.2}'.""",
+        "JSON",
+    ),
+)
 _GROUP = _panel(
     "Several hosts",
     Flag(
@@ -558,7 +577,8 @@ _UPSTREAM = _panel(
 
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
-    *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP),
+    *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT),
+    *_GROUP,
     *(*_ADAPTERS, _MODEL_ALIAS),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, _EXPERT_METRICS),
     *_panel("Monitoring", *_PROFILE, *_TRACES_AND_LOGS, _USAGE_DB),
@@ -583,7 +603,8 @@ SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
     *(DTYPE, _MODEL_TYPE, _HEARTBEAT_SECONDS, _DRAIN_SECONDS, _DRAIN_DELAY),
-    *(*_ENGINE, *_PROMPTS, _STEP_TIMEOUT, *_GROUP, _GROUP_CA, *_ADAPTERS, _MODEL_ALIAS),
+    *(*_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT, *_GROUP, _GROUP_CA),
+    *(*_ADAPTERS, _MODEL_ALIAS),
     *_panel(
         "Monitoring",
         replace(_METRICS_PORT, min=1, help="Port for Prometheus; default: none."),

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+# Keys behind general.sampling, and the names of the same in generation_config.json. A penalty for
+# repetition is none of them: llama.cpp's acts on the last tokens only.
+_SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type; 1 is a normal token
 
 
@@ -51,6 +54,9 @@ def write(fields: Mapping[str, object], folder: Path) -> None:
     generation: dict[str, object] = {"eos_token_id": eos_ids}
     if "bos" in named:
         generation["bos_token_id"] = named["bos"]
+    for key, name in _SAMPLING.items():
+        if f"general.sampling.{key}" in fields:
+            generation[name] = fields[f"general.sampling.{key}"]
 
     _tokenizer(fields, tokens, named).save(str(folder / "tokenizer.json"))
     for name, contents in (("tokenizer", config), ("generation", generation)):

@@ -13,11 +13,13 @@ from jax.typing import DTypeLike
 from mixtral_jax.checkpoint import parameters, restore, store, writer
 from mixtral_jax.checkpoint.adapter import read_adapter, write_adapter
 from mixtral_jax.checkpoint.folder import CONFIG_FILE, Card
+from mixtral_jax.checkpoint.sampling_defaults import read_sampling_defaults
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, TokenizerError, UserError
 from mixtral_jax.model.adapter import Adapter, AdapterConfig, placed
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.placement import Placement, checked_dtype
+from mixtral_jax.sampling_params import SamplingFields
 from mixtral_jax.tokenization import tokenizer
 from mixtral_jax.tokenization.huggingface import TemplateTokenizer
 from mixtral_jax.tokenization.mistral import MistralTokenizer
@@ -44,6 +46,14 @@ class Pretrained:
         Raises FileNotFoundError where there is none, TokenizerError for one that is not supported.
         """
         return ByteTokenizer() if self.folder is None else tokenizer.load(self.folder)
+
+    @cached_property
+    def sampling_defaults(self) -> SamplingFields:
+        """The parameters of sampling that the model's makers name; empty where they name none.
+
+        Raises ConfigError for values that are out of range.
+        """
+        return {} if self.folder is None else read_sampling_defaults(self.folder)
 
     def placement(
         self,

@@ -1,6 +1,7 @@
 """`mixtral-jax chat`: a conversation in the terminal."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +19,17 @@ def chat(
     model: ModelOption,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="0 is greedy; default: the model's, or 0.7.")
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Probability of the likeliest tokens to draw among.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Probability of the likeliest tokens to draw among; default: the model's, or 1.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed that makes answers repeatable.")] = None,
     json_schema: Annotated[
         Path | None,
@@ -47,8 +55,10 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
     from mixtral_jax import SamplingParams, load, load_adapter, merge
+    from mixtral_jax.checkpoint.pretrained import open_pretrained
     from mixtral_jax.cli.answers import Answers, form_of, tools_of
     from mixtral_jax.compilation import keep_programs
+    from mixtral_jax.sampling_params import SamplingFields
     from mixtral_jax.tokenization.messages import Message
 
     functions = () if tools is None else tools_of(tools)
@@ -62,8 +72,13 @@ def chat(
     form = form_of(transformer, tokenizer, schema, functions)
     if form is not None and form.weakened:
         print(f"[not enforced: {'; '.join(form.weakened)}]", file=sys.stderr)
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-    answers = Answers(transformer, tokenizer, sampling, max_tokens, functions, form)
+    own = SamplingParams(**open_pretrained(model).sampling_defaults)
+    given: SamplingFields = {"seed": seed}
+    if temperature is not None:
+        given["temperature"] = temperature
+    if top_p is not None:
+        given["top_p"] = top_p
+    answers = Answers(transformer, tokenizer, replace(own, **given), max_tokens, functions, form)
     beginning: list[Message] = []
     if system is not None:
         beginning.append({"role": "system", "content": system})

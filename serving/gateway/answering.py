@@ -157,6 +157,7 @@ class Gateway:
             asked.ask_deployment(request.path_params.get("name"))
             model = await self.service.model()
             calls = asked.protos()
+            asked.fill_in(calls, model.sampling_defaults)
             check_prompts(calls, model)
             if not asked.stream:
                 check_logprobs(calls)

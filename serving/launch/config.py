@@ -30,5 +30,9 @@ class ServiceConfig:
     """Folder of the profiles that SIGUSR1 starts; None: none are made."""
     profile_seconds: float = 10.0
     """Time after which a profile ends by itself."""
+    generation_config: str = "auto"
+    """Where the model's sampling defaults are read: "auto", "vllm" for none, or a folder."""
+    override_generation_config: str | None = None
+    """JSON object of sampling defaults that replace those."""
     model_alias: tuple[str, ...] = ()
     """Other names under which requests mean the model itself; "*" for all that no adapter has."""

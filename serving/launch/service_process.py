@@ -42,6 +42,7 @@ from serving.launch.config import ServiceConfig
 from serving.launch.gpu_memory import take_gpu_memory
 from serving.launch.late_programs import THREAD, LatePrograms
 from serving.launch.profiling import JaxTracer, Profiling
+from serving.launch.sampling_defaults import chosen_defaults
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
@@ -200,6 +201,12 @@ def _build(
     compiler: Compiler,
 ) -> _Built:
     """Loads and compiles."""
+    # Values that cannot be used are told before the weights are read.
+    defaults = chosen_defaults(
+        pretrained, service.generation_config, service.override_generation_config
+    )
+    if defaults:
+        _say("sampling defaults: " + ", ".join(f"{n} {v}" for n, v in defaults.items()))
     keep_programs()
     card = pretrained.card
 
@@ -221,6 +228,7 @@ def _build(
         provider=card.provider,
         max_context=prepared.limits.max_context,
         vocab_size=card.model.vocab_size,
+        sampling_defaults=pb.SamplingParams(**dict[str, Any](defaults)),
     )
     worker = EngineWorker(engine, metrics, explain)
     loader = AdapterLoader(engine, worker.call)

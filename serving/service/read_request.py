@@ -146,7 +146,9 @@ class Translator:
 
     def _sampling(self, message: pb.GenerateRequest) -> SamplingParams:
         """Translates the parameters of the wire; raises InvalidParameter naming the wrong one."""
-        given = message.sampling
+        given = pb.SamplingParams()
+        given.CopyFrom(self._info.sampling_defaults)
+        given.MergeFrom(message.sampling)  # what the caller gives replaces the model's own
         fields: SamplingFields = {
             # A number beyond the vocabulary keeps all of it; it must also fit 31 bits.
             "top_k": min(given.top_k, self._info.vocab_size),

@@ -64,6 +64,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.reads_names = True  # False: like a service that is older than adapters
         self.adapters: dict[str, str] = {}  # their digests by their names
         self.cached_tokens = 0  # of each prompt, as its usage says
+        self.sampling_defaults = inference_pb2.SamplingParams()  # of the model
         self.begun = threading.Event()
         self.cancelled = threading.Event()
         self._released = asyncio.Event()
@@ -94,6 +95,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             provider="Nobody",
             max_context=64,
             adapters=self._models().listed(),
+            sampling_defaults=self.sampling_defaults,
         )
 
     async def Generate(

@@ -274,6 +274,18 @@ class Parameters(Described):
         """Returns the calls of the model service that answer the request, one for each prompt."""
         raise NotImplementedError
 
+    def fill_in(
+        self,
+        calls: list[inference_pb2.GenerateRequest],
+        defaults: inference_pb2.SamplingParams,
+    ) -> None:
+        """Fills in what the vendor's API has for absent fields, but where the model has its own.
+
+        Args:
+            calls: The calls of the request.
+            defaults: The sampling parameters of the model, which the service fills in itself.
+        """
+
     def without_prompt(self) -> inference_pb2.GenerateRequest:
         """Returns the call without its prompt; fields that the client left out stay absent."""
         return inference_pb2.GenerateRequest(
@@ -281,7 +293,7 @@ class Parameters(Described):
                 temperature=self.temperature,
                 top_p=self.top_p,
                 seed=self.seed if self.seed is not None else self.random_seed,
-                top_k=max(0, self.top_k or 0),
+                top_k=None if self.top_k is None else max(0, self.top_k),
                 min_p=self.min_p,
                 presence_penalty=self.presence_penalty,
                 frequency_penalty=self.frequency_penalty,

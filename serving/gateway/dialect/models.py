@@ -15,6 +15,24 @@ from serving.proto import inference_pb2
 _JOB_DIGITS = 16
 
 
+class SamplingDefaults(Described):
+    """The sampling parameters that hold where a request leaves them out.
+
+    Those that the model's makers do not name are absent.
+    """
+
+    temperature: float | None = Field(default=None, exclude_if=is_none)
+    """As in a request, like the fields that follow."""
+    top_p: float | None = Field(default=None, exclude_if=is_none)
+    """The likeliest tokens whose probabilities add up to this are kept."""
+    top_k: int | None = Field(default=None, exclude_if=is_none)
+    """The number of likeliest tokens that are kept."""
+    min_p: float | None = Field(default=None, exclude_if=is_none)
+    """The share of the likeliest token's probability that a token needs."""
+    repetition_penalty: float | None = Field(default=None, exclude_if=is_none)
+    """The divisor of the positive logits of tokens in prompt and answer."""
+
+
 class ModelInfo(Described):
     """The answer of /info."""
 
@@ -24,6 +42,8 @@ class ModelInfo(Described):
     """The kind of requests that it answers: `chat-completions`."""
     model_provider_name: str
     """The maker of the model."""
+    default_sampling_params: SamplingDefaults | None = Field(default=None, exclude_if=is_none)
+    """The model's own values of sampling parameters; absent where it has none. Not Azure's."""
 
 
 class Capabilities(Described):
@@ -66,6 +86,10 @@ class ModelCard(Described):
     """Mistral's, of an adapter: the beginning of the SHA-256 of its content."""
     capabilities: Capabilities = Capabilities()
     """The abilities of the model."""
+    default_model_temperature: float | None = Field(default=None, exclude_if=is_none)
+    """Mistral's name for the model's own temperature; absent where it has none."""
+    default_sampling_params: SamplingDefaults | None = Field(default=None, exclude_if=is_none)
+    """The model's own values of sampling parameters; absent where it has none."""
 
 
 class ModelList(Described):
@@ -80,8 +104,21 @@ class ModelList(Described):
 def model_info(model: inference_pb2.ModelInfo, kind: str | None = None) -> ModelInfo:
     """Returns the answer of /info; `kind` replaces the service's model type if it is given."""
     return ModelInfo(
-        model_name=model.name, model_type=kind or model.type, model_provider_name=model.provider
+        model_name=model.name,
+        model_type=kind or model.type,
+        model_provider_name=model.provider,
+        default_sampling_params=sampling_defaults(model),
     )
+
+
+def sampling_defaults(model: inference_pb2.ModelInfo) -> SamplingDefaults | None:
+    """Returns the model's own values of sampling parameters; None where it has none."""
+    values = {field.name: value for field, value in model.sampling_defaults.ListFields()}
+    if not values:
+        return None
+    # A float32 of the proto, as it was written: 0.2 and not 0.20000000298023224.
+    written = {name: float(f"{value:.7g}") for name, value in values.items()}
+    return SamplingDefaults.model_validate(written)
 
 
 def model_cards(model: inference_pb2.ModelInfo, created: int) -> list[ModelCard]:
@@ -91,6 +128,7 @@ def model_cards(model: inference_pb2.ModelInfo, created: int) -> list[ModelCard]
         model: The model, with its adapters.
         created: Seconds since 1970.
     """
+    defaults = sampling_defaults(model)
     base = ModelCard(
         id=model.name,
         created=created,
@@ -99,6 +137,8 @@ def model_cards(model: inference_pb2.ModelInfo, created: int) -> list[ModelCard]
         max_model_len=model.max_context,
         max_context_length=model.max_context,
         capabilities=Capabilities(function_calling="tools" in model.capabilities),
+        default_model_temperature=None if defaults is None else defaults.temperature,
+        default_sampling_params=defaults,
     )
     adapters = (
         base.model_copy(

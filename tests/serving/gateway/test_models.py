@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.fakes import Stack
-from tests.support.gateway import chat_body, check_error, events
+from tests.support.fakes import Stack, running_stack
+from tests.support.gateway import BEARER, chat_body, check_error, events
 
 AZURE = ("/chat/completions", "/models/chat/completions", "/completions")
 OPENAI = ("/v1/chat/completions", "/openai/v1/chat/completions", "/v1/completions")
@@ -139,3 +139,27 @@ def test_the_list_follows_adapters_within_a_second(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert names == ["scripted-7B", "later"]
+
+
+def test_the_models_own_sampling_parameters_are_told_and_left_to_the_service() -> None:
+    with running_stack() as stack, httpx.Client(base_url=stack.url, headers=BEARER) as client:
+        stack.service.sampling_defaults.temperature = 0.2
+        stack.service.sampling_defaults.top_k = 40
+        (card,) = client.get("/v1/models").json()["data"]
+        assert card["default_model_temperature"] == 0.2  # which Mistral's client reads
+        assert card["default_sampling_params"] == {"temperature": 0.2, "top_k": 40}
+        assert client.get("/info").json()["default_sampling_params"] == {
+            "temperature": 0.2,
+            "top_k": 40,
+        }
+        for path in (*AZURE, *OPENAI, *RESPONSES):
+            assert client.post(path, json=body_for(path)).status_code == 200
+        assert not any(r.sampling.HasField("temperature") for r in stack.service.requests)
+        client.post("/v1/completions", json={"prompt": "one", "temperature": 0.5})
+        assert stack.service.requests[-1].sampling.temperature == 0.5
+
+
+def test_a_model_without_values_of_its_own_tells_none(client: httpx.Client) -> None:
+    card = client.get("/v1/models").json()["data"][0]
+    assert not {"default_model_temperature", "default_sampling_params"} & card.keys()
+    assert list(client.get("/info").json()) == ["model_name", "model_type", "model_provider_name"]

@@ -48,6 +48,24 @@ def test_absent_parameters_have_the_defaults_of_the_library() -> None:
     assert request.sampling.temperature == 0.7  # azure-ai-inference's documented default
 
 
+def test_absent_parameters_have_the_models_own_values_and_given_ones_win() -> None:
+    own = pb.SamplingParams(
+        temperature=0.25, top_p=0.5, top_k=40, min_p=0.125, repetition_penalty=1.5
+    )
+    info = pb.ModelInfo(max_context=512, vocab_size=261, sampling_defaults=own)
+    translator = Translator(ByteTokenizer(), info)
+    defaults = SamplingParams(
+        temperature=0.25, top_p=0.5, top_k=40, min_p=0.125, repetition_penalty=1.5
+    )
+    assert translator.request(asking(), None).sampling == defaults
+    given = pb.SamplingParams(temperature=0, top_p=1, top_k=0, min_p=0, repetition_penalty=1)
+    assert translator.request(asking(sampling=given), None).sampling == SamplingParams(
+        temperature=0.0
+    )
+    one = translator.request(asking(sampling=pb.SamplingParams(temperature=1)), None).sampling
+    assert (one.temperature, one.top_p, one.top_k) == (1.0, 0.5, 40)
+
+
 def test_present_parameters_arrive() -> None:
     sampling = pb.SamplingParams(
         temperature=0,

@@ -15,7 +15,7 @@ from serving.proto import inference_pb2
 
 # Each prompt is a call of its own to the model service.
 MAX_PROMPTS = 16
-# OpenAI's values of fields that the client left out.
+# OpenAI's values of fields that the client left out; a model's own temperature comes first.
 DEFAULT_MAX_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
 
@@ -73,6 +73,16 @@ class CompletionRequest(FormParameters):
         """Returns the calls of the model service that answer it, one for each prompt."""
         return [self._proto(prompt) for prompt in self.prompt]
 
+    def fill_in(
+        self,
+        calls: list[inference_pb2.GenerateRequest],
+        defaults: inference_pb2.SamplingParams,
+    ) -> None:
+        """Gives calls without a temperature OpenAI's, where the model has none of its own."""
+        if self.temperature is None and not defaults.HasField("temperature"):
+            for call in calls:
+                call.sampling.temperature = DEFAULT_TEMPERATURE
+
     def _proto(self, prompt: str | list[int]) -> inference_pb2.GenerateRequest:
         request = self.without_prompt()
         if isinstance(prompt, str):
@@ -81,8 +91,6 @@ class CompletionRequest(FormParameters):
             request.token_ids.ids.extend(prompt)
         if self.max_tokens is None:
             request.max_tokens = DEFAULT_MAX_TOKENS
-        if self.temperature is None:
-            request.sampling.temperature = DEFAULT_TEMPERATURE
         if self.logprobs is not None:
             request.top_logprobs = self.logprobs
         return request

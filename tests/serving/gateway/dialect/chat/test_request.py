@@ -68,7 +68,10 @@ def test_every_extra_arrives() -> None:
         asked(**asked_for)
     assert asked(ignore_unknown, logprobs=1).top_logprobs == 0
     assert asked(ignore_unknown, logprobs=1).HasField("top_logprobs")
-    assert asked(ignore_unknown, top_k=-1) == asked()  # vLLM's way to say all
+    assert not asked().sampling.HasField("top_k")  # so that the model's own value holds
+    for everything in (-1, 0):  # vLLM's ways to say all
+        assert asked(ignore_unknown, top_k=everything).sampling.HasField("top_k")
+        assert asked(ignore_unknown, top_k=everything).sampling.top_k == 0
 
 
 def test_the_names_of_other_dialects() -> None:

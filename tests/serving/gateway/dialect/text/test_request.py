@@ -12,8 +12,14 @@ from serving.gateway.dialect.text.request import CompletionRequest
 from serving.proto import inference_pb2
 
 
-def asked(**body: Any) -> list[inference_pb2.GenerateRequest]:
-    return read(json.dumps(body).encode(), CompletionRequest, ignore_unknown).protos()
+def asked(
+    model: inference_pb2.SamplingParams | None = None, **body: Any
+) -> list[inference_pb2.GenerateRequest]:
+    """The calls of a request to a model with these sampling parameters of its own."""
+    request = read(json.dumps(body).encode(), CompletionRequest, ignore_unknown)
+    calls = request.protos()
+    request.fill_in(calls, model or inference_pb2.SamplingParams())
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -52,6 +58,16 @@ def test_openais_defaults() -> None:
     assert asked(prompt="a", max_tokens=None, temperature=None, logprobs=None, echo=False) == [
         request
     ]
+
+
+def test_a_models_own_temperature_comes_before_openais() -> None:
+    own = inference_pb2.SamplingParams(temperature=0.2)
+    (silent,) = asked(own, prompt="a")
+    assert not silent.sampling.HasField("temperature")  # the service fills it in
+    (given,) = asked(own, prompt="a", temperature=0.5)
+    assert given.sampling.temperature == 0.5
+    (other,) = asked(inference_pb2.SamplingParams(top_p=0.9), prompt="a")
+    assert other.sampling.temperature == 1
 
 
 def test_every_parameter_arrives() -> None:
