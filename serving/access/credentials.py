@@ -1,8 +1,8 @@
 """Authentication, the same for headers of HTTP and for metadata of gRPC.
 
-`Authorization: Bearer X`, `Authorization: X` and `api-key: X` are all accepted. Azure's own clients
-send two of them at once; a caller is let in if either is valid. X is a key of the keyring or, if
-tokens are accepted, a token of Microsoft Entra ID.
+`Authorization: Bearer X`, `Authorization: X`, `api-key: X` and `x-api-key: X` (Anthropic's clients)
+are all accepted. Azure's own clients send two of them at once; a caller is let in if one is valid.
+X is a key of the keyring or, if tokens are accepted, a token of Microsoft Entra ID.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # it needs PyJWT, which is an extra
     from serving.access.entra import TokenVerifier
 
 FAILED = "auth token validation failed"
+KEY_HEADERS = ("api-key", "x-api-key")
+"""Headers that hold a key and nothing else."""
 
 
 class Access:
@@ -61,12 +63,13 @@ class Access:
         if expired is not None:
             raise expired
         raise Unauthenticated(
-            f"{FAILED}: send the key of this endpoint as the header 'Authorization: Bearer KEY' or "
-            "'api-key: KEY'"
+            f"{FAILED}: send the key of this endpoint as the header 'Authorization: Bearer KEY', "
+            "'api-key: KEY' or 'x-api-key: KEY'"
         )
 
 
 def _presented(headers: Mapping[str, str]) -> list[str]:
     first, _, rest = headers.get("authorization", "").strip().partition(" ")
     bearer = rest.strip() if first.lower() == "bearer" else first if not rest else ""
-    return list(dict.fromkeys(x for x in (bearer, headers.get("api-key", "").strip()) if x))
+    others = (headers.get(name, "").strip() for name in KEY_HEADERS)
+    return list(dict.fromkeys(x for x in (bearer, *others) if x))

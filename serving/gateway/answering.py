@@ -18,6 +18,9 @@ from serving.accounting.admission import OUR_FAULTS, Admission, Lease
 from serving.accounting.caller_fields import CallerFields
 from serving.errors import InvalidRequest
 from serving.gateway.dialect import parsing
+from serving.gateway.dialect.anthropic.request import MessagesRequest
+from serving.gateway.dialect.anthropic.response import MessagesAnswer
+from serving.gateway.dialect.anthropic.stream import MessagesEvents
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import ChatAnswer
 from serving.gateway.dialect.chat.stream import ChatEvents
@@ -101,6 +104,12 @@ RESPONSES = Kind(
     ResponsesRequest,
     lambda identity, asked: ResponsesAnswer(identity, asked.repeated()),
     lambda identity, asked: ResponsesEvents(identity, asked.repeated()),
+)
+MESSAGES = Kind(
+    "chat",
+    MessagesRequest,
+    lambda identity, asked: MessagesAnswer(identity, asked.max_tokens),
+    lambda identity, asked: MessagesEvents(identity, asked.max_tokens),
 )
 
 

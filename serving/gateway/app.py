@@ -21,6 +21,7 @@ from serving.accounting.caller_fields import CallerFields
 from serving.gateway.answering import VIOLATION_HEADER, WEAKENED_HEADER, Gateway, Limits
 from serving.gateway.config import GatewayConfig
 from serving.gateway.connection import Connection
+from serving.gateway.dialect.anthropic.error import REQUEST_ID_HEADER
 from serving.gateway.dialect.responses.hosted_tools import IGNORED_HEADER
 from serving.gateway.http.access_log import AccessLog
 from serving.gateway.http.drain import Drain
@@ -37,7 +38,7 @@ from serving.observe.tracing import Traces
 
 # Headers of an answer that scripts of other origins may read.
 _EXPOSED = [
-    *("x-request-id", "x-ms-client-request-id", "x-ms-error-code"),
+    *("x-request-id", REQUEST_ID_HEADER, "x-ms-client-request-id", "x-ms-error-code"),
     *("retry-after", "retry-after-ms"),
     *(WEAKENED_HEADER, VIOLATION_HEADER, IGNORED_HEADER),
     *RATE_LIMIT_HEADERS,

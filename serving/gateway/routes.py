@@ -11,11 +11,13 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from serving.errors import ModelNotFound, NotFound
-from serving.gateway.answering import CHAT, RESPONSES, TEXT, Gateway
+from serving.gateway.answering import CHAT, MESSAGES, RESPONSES, TEXT, Gateway
 from serving.gateway.auth import require
 from serving.gateway.dialect import models, openai
+from serving.gateway.dialect.anthropic.error import MESSAGE_ID_PREFIX
 from serving.gateway.dialect.azure import ExtraParameters, check_api_version
 from serving.gateway.dialect.fields import Described
+from serving.gateway.dialect.parsing import refuse_unknown
 from serving.gateway.dialect.responses.hosted_tools import ResponsesFields
 from serving.gateway.page.files import INDEX, PageFile
 from serving.gateway.usage_route import report_usage
@@ -26,6 +28,7 @@ OPENAI_PREFIXES = ("/v1", "/openai/v1", "/openai/deployments/{name}")
 PREFIXES = (*AZURE_PREFIXES, *OPENAI_PREFIXES)
 # The clients of Azure OpenAI's ask for responses under /openai, without a deployment.
 RESPONSES_PREFIXES = ("", "/openai", *OPENAI_PREFIXES)
+MESSAGES_PATHS = ("/v1/messages", "/anthropic/v1/messages")
 MODEL_PATHS = ("/v1/models", "/openai/v1/models", "/openai/models", "/models")
 INFO_PATHS = ("/info", "/models/info")
 # Seconds for which a list of models is remembered: adapters come and go.
@@ -59,6 +62,8 @@ def add_routes(app: FastAPI) -> None:
     for prefix in RESPONSES_PREFIXES:
         path = f"{prefix}/responses"
         app.add_api_route(path, responses, methods=["POST"], dependencies=guarded)
+    for path in MESSAGES_PATHS:
+        app.add_api_route(path, messages, methods=["POST"], dependencies=guarded)
     for prefix in PREFIXES:
         for name in EMBEDDINGS:
             path = f"{prefix}{name}"
@@ -110,6 +115,13 @@ async def responses(request: Request) -> Response:
     )
     response.headers.update(fields.headers)
     return response
+
+
+async def messages(request: Request) -> Response:
+    """Answers a request to Anthropic's Messages API."""
+    return await _gateway(request).answer(
+        request, MESSAGES, refuse_unknown, MESSAGE_ID_PREFIX, tells_cached=True
+    )
 
 
 async def embeddings(request: Request) -> Response:

@@ -39,6 +39,8 @@ class Route:
     """Fields of every request, as the vendor's clients send them."""
     max_tokens: str = "max_tokens"
     has_tools: bool = True
+    dialect: str = "openai"
+    """The vendor whose tools and options of a stream it has."""
 
     def body(self, text: str, **parameters: Any) -> dict[str, Any]:
         """Returns the body of a request whose last message or prompt is `text`."""
@@ -49,6 +51,9 @@ class Route:
 
     def tools(self) -> dict[str, Any]:
         """Returns the parameters that offer a tool and ask for its call."""
+        if self.dialect == "anthropic":
+            tool = {"name": "f", "input_schema": {"type": "object"}}
+            return {"tools": [tool], "tool_choice": {"type": "any"}}
         nested = {"type": "function", "function": FUNCTION}
         flat = {"type": "function", **FUNCTION}
         choice = "any" if "random_seed" in self.extra else "required"
@@ -56,6 +61,7 @@ class Route:
 
 
 _ANY = {"model": "azureai"}
+_CLAUDE = {"model": "azureai", "max_tokens": 64}
 # The name of a column, and of the file of its records -> its requests.
 ROUTES = {
     "azure": Route("/chat/completions", (("/models/chat/completions", {}),)),
@@ -89,6 +95,12 @@ ROUTES = {
         extra=_ANY,
         max_tokens="max_output_tokens",
     ),
+    "messages": Route(
+        "/v1/messages",
+        (("/anthropic/v1/messages", _CLAUDE),),
+        extra=_CLAUDE,
+        dialect="anthropic",
+    ),
 }
 
 
@@ -100,7 +112,7 @@ def requests(route: Route) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "too long", route.body("!fail:ContextTooLong")
     yield "whole", route.body("one two")
     yield "stream", route.body("one two", **stream)
-    if route.prompt != "input":
+    if route.prompt != "input" and route.dialect == "openai":
         yield "usage", route.body("one", **with_usage)
     yield "cut", route.body("one two", **{route.max_tokens: 1})
     yield "cut stream", route.body("one two", **{route.max_tokens: 1}, **stream)
@@ -140,7 +152,7 @@ def record(stack: Stack, path: str, body: dict[str, Any], *, releases: bool = Fa
             try:
                 if releases:
                     read = b""
-                    while len(re.findall(rb'"choices":\[\]|: heartbeat', read)) < 2:
+                    while len(re.findall(rb'"choices":\[\]|: heartbeat|event: ping', read)) < 3:
                         read += response.read1()
                     stack.service.release()
                     text += read.decode()
@@ -164,7 +176,9 @@ def _one_beat(answer: str) -> str:
 
 def is_beat(event: str) -> bool:
     """Returns whether an event of a stream is a heartbeat."""
-    return event.startswith(":") or ('"choices":[]' in event and "usage" not in event)
+    return event.startswith((":", "event: ping")) or (
+        '"choices":[]' in event and "usage" not in event
+    )
 
 
 def written(answers: dict[str, str]) -> str:

@@ -82,6 +82,13 @@ def forbidden(names: list[str], values: dict[str, Any]) -> InvalidParameter:
     )
 
 
+def refuse_unknown(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Returns the body as it is; raises InvalidParameter for a field that is not `known`."""
+    if unknown := [name for name in values if name not in known]:
+        raise forbidden(unknown, values)
+    return values
+
+
 def shortened(name: str) -> str:
     """Returns a name that the client chose, cut to a length that an answer can hold."""
     return name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."

@@ -20,6 +20,7 @@ from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.request_record import (
     CLIENT_CLOSED_REQUEST,
     RequestRecord,
+    add_request_id,
     prompt_of,
 )
 from serving.observe.logs import fields
@@ -168,7 +169,7 @@ def error_fields(error: BaseException) -> tuple[str, str | None]:
 def _add_ids(message: Message, scope: Scope, request_id: str) -> None:
     """Gives the answer the request's id, and the client's own if Azure's client has sent one."""
     headers = MutableHeaders(scope=message)
-    headers["x-request-id"] = request_id
+    add_request_id(headers, scope["path"], request_id)
     client_id = Headers(scope=scope).get("x-ms-client-request-id", "")
     if _CLIENT_REQUEST_ID.fullmatch(client_id):
         headers["x-ms-client-request-id"] = client_id

@@ -17,11 +17,21 @@ from serving.errors import (
     Unauthenticated,
     Unavailable,
 )
+from serving.gateway.dialect.anthropic.error import (
+    anthropic_error,
+    anthropic_headers,
+    anthropic_status,
+    is_anthropic_path,
+)
 from serving.gateway.dialect.error_body import error_body, openai_error, openai_status
 from serving.gateway.dialect.openai import is_openai_path
 from serving.gateway.dialect.parsing import refusal
 from serving.gateway.http.body import BodyTooSlow, Lingering
-from serving.gateway.http.request_record import CLIENT_CLOSED_REQUEST, RequestRecord
+from serving.gateway.http.request_record import (
+    CLIENT_CLOSED_REQUEST,
+    RequestRecord,
+    add_request_id,
+)
 
 # The name, in a request's state, of the function that returns the headers of its caller's limits.
 LIMIT_HEADERS = "limit_headers"
@@ -39,17 +49,17 @@ def answer_failures(app: FastAPI) -> None:
 async def refuse_while_draining(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers a request that comes while the gateway drains: 503. An ASGI application."""
     error = Unavailable("this server is shutting down; send the request again, to another one")
-    response = answer_to(error, scope["path"])
+    response = answer_to(error, scope)
     response.headers["connection"] = "close"
     await response(scope, receive, send)
 
 
-def answer_to(error: ServingError, path: str) -> Response:
+def answer_to(error: ServingError, scope: Scope) -> Response:
     """Returns the answer that shows an error to a client: its body, status and headers.
 
     Args:
         error: The error.
-        path: The request's path, which says whose clients read it.
+        scope: The request in ASGI's form. Its path says whose clients read the answer.
     """
     headers = {"x-ms-error-code": error.azure_code}
     if error.retry_after is not None:
@@ -63,6 +73,10 @@ def answer_to(error: ServingError, path: str) -> Response:
         headers["ms-azureml-model-error-statuscode"] = "500"
     # The rest of such a body must not be waited for.
     kind = Lingering if isinstance(error, (RequestTooLarge, BodyTooSlow)) else JSONResponse
+    path = scope["path"]
+    if is_anthropic_path(path):
+        body = anthropic_error(error, RequestRecord.id_in(scope)).model_dump()
+        return kind(body, anthropic_status(error), headers | anthropic_headers(error))
     if is_openai_path(path):
         return kind(openai_error(error).model_dump(), openai_status(error), headers)
     return kind(error_body(error).model_dump(), error.http_status, headers)
@@ -70,7 +84,7 @@ def answer_to(error: ServingError, path: str) -> Response:
 
 async def _on_serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    response = answer_to(error, request.url.path)
+    response = answer_to(error, request.scope)
     limits = getattr(request.state, LIMIT_HEADERS, None)  # of a caller that was let in
     response.headers.update(limits() if limits is not None else {})
     return response
@@ -86,7 +100,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == NotFound.http_status:
         text = "not found; chats go to POST /chat/completions, and GET /docs"
         answered = NotFound(f"{operation}: {text}")
-    response = answer_to(answered, request.url.path)
+    response = answer_to(answered, request.scope)
     response.headers.update(error.headers or {})
     return response
 
@@ -94,7 +108,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 async def _on_query(request: Request, error: Exception) -> Response:
     """Answers a wrong value in the query, which FastAPI itself has read."""
     assert isinstance(error, RequestValidationError)
-    return answer_to(refusal(error.errors()), request.url.path)
+    return answer_to(refusal(error.errors()), request.scope)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
@@ -105,7 +119,7 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 async def _on_bug(request: Request, error: Exception) -> Response:
     """Answers an exception that is a bug of ours; the server logs its traceback."""
     failure = ServingError("the gateway failed; its log says why")
-    response = answer_to(failure, request.url.path)
+    response = answer_to(failure, request.scope)
     # The access log adds the id to all other answers, but this one is made outside of it.
-    response.headers["x-request-id"] = RequestRecord.of(request).id
+    add_request_id(response.headers, request.scope["path"], RequestRecord.of(request).id)
     return response

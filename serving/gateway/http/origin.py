@@ -60,7 +60,7 @@ class OriginCheck:
                 self.check(scope)
             except ServingError as error:
                 RequestRecord.of(Request(scope)).reason = str(error)
-                await answer_to(error, scope["path"])(scope, receive, send)
+                await answer_to(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Scope
 
 from serving.accounting.answer_tokens import AnswerTokens
+from serving.gateway.dialect.anthropic.error import (
+    REQUEST_ID_HEADER,
+    REQUEST_ID_PREFIX,
+    is_anthropic_path,
+)
 from serving.observe.tracing import Span
 from serving.proto import inference_pb2
 
@@ -95,6 +100,12 @@ class RequestRecord:
         record: RequestRecord = getattr(request.state, _STATE)
         return record
 
+    @staticmethod
+    def id_in(scope: Scope) -> str | None:
+        """Returns the id of a request in ASGI's form; None where it has no record yet."""
+        record: RequestRecord | None = scope.get("state", {}).get(_STATE)
+        return None if record is None else record.id
+
     @property
     def seconds(self) -> float:
         """Seconds since the request began."""
@@ -148,6 +159,13 @@ class RequestRecord:
             if self.first_byte is None and message.get("body"):
                 self.first_byte = self._clock() - self.started
             self.is_whole = not message.get("more_body", False)
+
+
+def add_request_id(headers: MutableHeaders, path: str, request_id: str) -> None:
+    """Adds a request's id to the headers of its answer, under the names that its clients know."""
+    headers["x-request-id"] = request_id
+    if is_anthropic_path(path):
+        headers[REQUEST_ID_HEADER] = REQUEST_ID_PREFIX + request_id
 
 
 def prompt_of(message: inference_pb2.GenerateRequest) -> str | list[Any]:

@@ -11,8 +11,16 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serving.accounting.rate_limits import UNITS
-from serving.errors import InvalidParameter, Overloaded
+from serving.errors import EngineFailure, InvalidParameter, Overloaded
 from serving.gateway.answering import MAX_WEAKENED, VIOLATION_HEADER, WEAKENED_HEADER
+from serving.gateway.dialect.anthropic.error import (
+    REQUEST_ID_HEADER,
+    AnthropicErrorBody,
+    is_anthropic_path,
+)
+from serving.gateway.dialect.anthropic.request import MessagesRequest
+from serving.gateway.dialect.anthropic.response import MessageObject
+from serving.gateway.dialect.anthropic.stream import MessageEvent
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import ChatCompletion
 from serving.gateway.dialect.chat.stream import ChatCompletionChunk
@@ -29,6 +37,7 @@ from serving.gateway.routes import (
     AZURE_PREFIXES,
     EMBEDDINGS,
     INFO_PATHS,
+    MESSAGES_PATHS,
     MODEL_PATHS,
     OPENAI_PREFIXES,
     PREFIXES,
@@ -97,31 +106,46 @@ def document() -> Schema:
             "version": version("mixtral-jax"),
             "description": _ABOUT,
         },
-        "security": [{"bearer": []}, {"key": []}],
-        "paths": _chats() | _completions() | _responses() | _embeddings() | _models() | _open(),
+        "security": [{"bearer": []}, {"key": []}, {"anthropic": []}],
+        "paths": _chats()
+        | _completions()
+        | _responses()
+        | _messages()
+        | _embeddings()
+        | _models()
+        | _open(),
         "components": {
             "schemas": _schemas(),
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "api-key"},
+                "anthropic": {"type": "apiKey", "in": "header", "name": "x-api-key"},
             },
         },
     }
 
 
 def _schemas() -> Schema:
-    read: list[type[BaseModel]] = [ChatRequest, CompletionRequest, ResponsesRequest]
+    read: list[type[BaseModel]] = [
+        ChatRequest,
+        CompletionRequest,
+        ResponsesRequest,
+        MessagesRequest,
+    ]
     written: list[type[BaseModel]] = [
         ChatCompletion,
         ChatCompletionChunk,
         TextCompletion,
         ResponseObject,
         ResponseEvent,
+        MessageObject,
+        MessageEvent,
         ModelInfo,
         ModelCard,
         ModelList,
         ErrorBody,
         OpenAIErrorBody,
+        AnthropicErrorBody,
         Status,
         UsageReport,
     ]
@@ -185,6 +209,23 @@ def _responses() -> Schema:
         }
         event = answer["content"]["text/event-stream"]["schema"]["properties"]
         event["data"]["description"] = "ResponseEvent; no [DONE] follows the last one"
+    return paths
+
+
+def _messages() -> Schema:
+    paths = {
+        path: _post(
+            path,
+            "Answers a conversation in Anthropic's Messages API, at once or as a stream.",
+            ("MessagesRequest", "MessageObject", "MessageEvent"),
+            [],
+        )
+        for path in MESSAGES_PATHS
+    }
+    for methods in paths.values():
+        content = methods["post"]["responses"]["200"]["content"]
+        event = content["text/event-stream"]["schema"]["properties"]
+        event["data"]["description"] = "MessageEvent; no [DONE] follows the last one"
     return paths
 
 
@@ -296,12 +337,20 @@ def _parameters(path: str, own: list[Schema]) -> list[Schema]:
 
 
 def _failures(path: str, *statuses: int) -> Schema:
+    is_anthropic = is_anthropic_path(path)
     is_openai = is_openai_path(path)
+    body = "OpenAIErrorBody" if is_openai else "ErrorBody"
+    elsewhere = {InvalidParameter.http_status} if is_openai or is_anthropic else set()
+    if is_anthropic:
+        body = "AnthropicErrorBody"
+        elsewhere.add(EngineFailure.http_status)
     answers: Schema = {}
     for status in statuses:
-        if is_openai and status == InvalidParameter.http_status:
-            continue  # it is 400 there
+        if status in elsewhere:
+            continue  # it is another one there
         headers: Schema = {"x-ms-error-code": {"schema": {"type": "string"}}}
+        if is_anthropic:
+            headers[REQUEST_ID_HEADER] = {"schema": {"type": "string"}}
         if status in _RETRIED:
             headers["retry-after"] = {
                 "description": "Seconds until a retry may help.",
@@ -316,7 +365,7 @@ def _failures(path: str, *statuses: int) -> Schema:
         answers[str(status)] = {
             "description": _ERRORS[status],
             "headers": headers,
-            "content": _json(_ref("OpenAIErrorBody" if is_openai else "ErrorBody")),
+            "content": _json(_ref(body)),
         }
     return answers
 

@@ -26,6 +26,8 @@ def admit(headers: Mapping[str, str], access: Access = ACCESS) -> str:
         ({"authorization": "bearer  second "}, "two"),
         ({"authorization": "first"}, "one"),
         ({"api-key": "second"}, "two"),
+        ({"x-api-key": "second"}, "two"),
+        ({"x-api-key": "wrong", "api-key": "first"}, "one"),
         ({"authorization": "Bearer wrong", "api-key": "first"}, "one"),
         ({"authorization": "Bearer first", "api-key": "wrong"}, "one"),
         ({"authorization": "Basic wrong", "api-key": "first"}, "one"),
@@ -49,7 +51,8 @@ REFUSED: list[dict[str, str]] = [
     {"api-key": "Bearer first"},
     {"api-key": "\xe9"},
     {"api-key": "a.b.c"},  # which would be a token, were there somebody to check it
-    {"x-api-key": "first"},
+    {"x-api-key": "Bearer first"},
+    {"x-key": "first"},
 ]
 
 

@@ -56,6 +56,10 @@ def data(event: str) -> dict[str, Any]:
 def errors(told: Records) -> str:
     status, body = whole(told["error"])
     too_long, inner = whole(told["too long"])
+    if "type" in inner:  # Anthropic's API has no codes
+        assert (too_long, inner["error"]["type"]) == (400, "invalid_request_error")
+        keys = ", ".join(f"`{key}`" for key in body["error"])
+        return f"{status}, `type: error`, `error` with {keys}, and `request_id`"
     assert (too_long, inner["error"]["code"]) == (400, "context_length_exceeded")
     keys = ", ".join(f"`{key}`" for key in body["error"])
     return f"{status}, `error` with {keys}" + (", and `detail`" if "detail" in body else "")
@@ -67,6 +71,7 @@ def ids(told: Records) -> str:
         if event.endswith("[DONE]"):
             continue
         found = data(event)
+        found = found.get("message", found)
         own |= {found["response"]["id"]} if "response" in found else {found.get("id", *own)}
     (one,) = own
     prefix = one.removesuffix("ID")
@@ -75,6 +80,11 @@ def ids(told: Records) -> str:
 
 def usage(told: Records) -> str:
     counts = whole(told["whole"])[1]["usage"]
+    if "cache_read_input_tokens" in counts:
+        (first, last) = (data(event) for event in events(told["stream"]) if '"usage":{' in event)
+        assert first["message"]["usage"]["input_tokens"] == last["usage"]["input_tokens"] == 1
+        names = ", ".join(f"`{key}`" for key in counts)
+        return f"{names}; in a stream in `{first['type']}` and `{last['type']}`"
     total = [key for key in counts if not key.endswith("_details")]
     assert counts[total[0]] + counts[total[1]] == counts[total[2]] == 3
     names = ", ".join(f"`{key}`" for key in total)
@@ -89,7 +99,9 @@ def usage(told: Records) -> str:
 
 
 def heartbeat(told: Records) -> str:
-    (beat,) = (event for event in events(told["heartbeat"]) if is_beat(event))
+    (beat,) = {event for event in events(told["heartbeat"]) if is_beat(event)}
+    if beat.startswith("event:"):
+        return f"the event `{data(beat)['type']}`"
     if beat.startswith(":"):
         return "a comment"
     assert data(beat)["choices"] == []
@@ -103,6 +115,10 @@ def calls(told: Records) -> str:
     if "output" in body:
         assert [item["type"] for item in body["output"]] == ["function_call"] * 2
         return "items `function_call`"
+    if "stop_reason" in body:
+        assert [block["type"] for block in body["content"]] == ["tool_use"] * 2
+        assert [block["input"] for block in body["content"]] == [{"a": 1}, {}]
+        return f"blocks `tool_use`, `stop_reason: {body['stop_reason']}`"
     (choice,) = body["choices"]
     assert choice["message"]["content"] == "" and choice["finish_reason"] == "tool_calls"
     assert [call["index"] for call in choice["message"]["tool_calls"]] == [0, 1]
@@ -115,6 +131,12 @@ def streamed_calls(told: Records) -> str:
     found = [data(event) for event in events(told["calls stream"]) if not event.endswith("[DONE]")]
     if "type" in found[0]:
         kinds = [each["type"].removeprefix("response.") for each in found]
+        if "content_block_delta" in kinds:
+            (first, second) = (
+                each["delta"] for each in found if each["type"] == "content_block_delta"
+            )
+            assert (first["partial_json"], second["partial_json"]) == ('{"a":1}', "{}")
+            return f"each whole in one `{first['type']}`"
         assert kinds.count("function_call_arguments.delta") == 2
         return "`function_call_arguments.delta` and `.done`"
     deltas = [each["choices"][0]["delta"].get("tool_calls", []) for each in found]
@@ -136,6 +158,9 @@ def cut(told: Records) -> str:
         reasons = {answer["choices"][0]["finish_reason"] for answer in (body, *finals)}
         assert reasons == {"length"}
         return "`finish_reason: length`"
+    if "stop_reason" in body:
+        assert body["stop_reason"] == finals[-1]["delta"]["stop_reason"]
+        return f"`stop_reason: {body['stop_reason']}`"
     assert body["status"] == finals[0]["response"]["status"] == "incomplete"
     assert body["incomplete_details"] == {"reason": "max_output_tokens"}
     return "`status: incomplete`"
@@ -145,6 +170,8 @@ def broken(told: Records) -> str:
     *_, last, closed = events(told["broken"])
     assert closed == "(broken off)" and "[DONE]" not in told["broken"]
     event = data(last)
+    if event.get("type") == "error":
+        return "the event `error`, then the connection breaks off"
     if "type" in event:
         return f"`{event['type']}`, then the connection breaks off"
     assert event["choices"] == [] and event["error"]["message"]

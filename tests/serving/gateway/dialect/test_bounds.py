@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from serving.errors import InvalidParameter
 from serving.gateway.dialect import openai
+from serving.gateway.dialect.anthropic.request import MessagesRequest
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.error_body import error_body
 from serving.gateway.dialect.fields import at_most
@@ -16,7 +17,12 @@ from serving.gateway.dialect.parsing import read
 from serving.gateway.dialect.responses.request import ResponsesRequest
 from serving.gateway.dialect.text.request import CompletionRequest
 
-REQUESTS: list[type[BaseModel]] = [ChatRequest, CompletionRequest, ResponsesRequest]
+REQUESTS: list[type[BaseModel]] = [
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    MessagesRequest,
+]
 # Bytes of a body; its longest list has half as many members.
 BODY = 4 * 2**20
 # Kinds of pydantic's schemas that hold no value of their own, by the key of what is in them.

@@ -15,7 +15,10 @@ from serving.gateway.openapi.document import document
 from serving.gateway.openapi.page import page
 from tests.support.fakes import KEY, gateway_config, running_stack
 
-NAMES = ("ChatRequest", "CompletionRequest", "ResponsesRequest", "ResponseObject", "ResponseEvent")
+NAMES = (
+    *("ChatRequest", "CompletionRequest", "ResponsesRequest", "ResponseObject", "ResponseEvent"),
+    *("MessagesRequest", "MessageObject", "MessageEvent", "AnthropicErrorBody"),
+)
 
 
 @pytest.fixture(scope="module")

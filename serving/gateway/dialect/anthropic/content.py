@@ -1,0 +1,224 @@
+"""The messages of a request to Anthropic's API: turns of content blocks, and what they mean here.
+
+    conversation   Turns -> the messages of a Chat (proto)
+
+Results of tools stand in messages of the user; in the proto each is a message of its own. Turns of
+one role that follow each other are one turn, as in Anthropic's API. Fields of blocks that we do not
+know are ignored, as a client sends back whatever an answer held. What a model has thought means
+nothing to another one, and is left out.
+
+https://docs.claude.com/en/api/messages
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from serving.gateway.dialect.fields import (
+    MAX_PARTS,
+    NOT_SUPPORTED,
+    Described,
+    Harmless,
+    Name,
+    Text,
+    join_texts,
+)
+from serving.proto import inference_pb2
+
+MAX_TURNS = 4096
+CALL_ID_PREFIX = "toolu_"
+"""The beginning of the ids of calls in answers; what follows is the id of the model."""
+# Such an id in a history is given to the model without its beginning, as the model has written it,
+# so that the next request of a conversation finds its prefix in the cache.
+_OWN_CALL_ID = re.compile(r"toolu_([a-zA-Z0-9]{9})")
+_ERROR = "Error: "
+
+# Types of blocks that are read or left out; all others are refused by name.
+_TEXT, _CALL, _RESULT, _THINKING, _REDACTED = (
+    *("text", "tool_use", "tool_result", "thinking", "redacted_thinking"),
+)
+BLOCK_TYPES = (_TEXT, _CALL, _RESULT, _THINKING, _REDACTED)
+_TEXTS = {_TEXT: "text"}
+# Roles in whose messages alone blocks of a type stand.
+_OWNERS = {_CALL: "assistant", _RESULT: "user"}
+
+
+class TextBlock(Described):
+    """A block of text."""
+
+    type: Literal["text"]
+    """Always `text`."""
+    text: Text
+    """The text."""
+    cache_control: Harmless = None
+    """Means nothing here: computed prefixes are found by their content."""
+    citations: Harmless = None
+    """Means nothing here: an answer's sources are no part of its text."""
+
+
+class ToolUseBlock(Described):
+    """A call of a tool that an answer asked for."""
+
+    type: Literal["tool_use"]
+    """Always `tool_use`."""
+    id: Name
+    """The id that its result names."""
+    name: Name
+    """The name of the tool."""
+    input: Annotated[
+        Text, BeforeValidator(lambda value: _written(value), json_schema_input_type=dict[str, Any])
+    ]
+    """Its arguments, an object."""
+
+
+class ToolResultBlock(Described):
+    """The result of a call, from the client."""
+
+    type: Literal["tool_result"]
+    """Always `tool_result`."""
+    tool_use_id: Name
+    """The id of the call."""
+    content: Annotated[
+        Text,
+        BeforeValidator(
+            lambda content: _join_texts(content),
+            json_schema_input_type=str | list[TextBlock] | None,
+        ),
+    ] = ""
+    """A string, or a list of blocks of text."""
+    is_error: bool | None = None
+    """Whether the tool has failed: the model reads `Error: ` before the content."""
+
+
+class ThinkingBlock(Described):
+    """The thinking of a model that thinks; it is left out."""
+
+    type: Literal["thinking", "redacted_thinking"]
+    """One of the two."""
+
+
+def _written(value: object) -> object:
+    """Returns the input of a call as JSON."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "Input should be an object")
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        raise PydanticCustomError("number", "a number of the input is out of range") from None
+
+
+def _join_texts(content: object) -> object:
+    return "" if content is None else join_texts(content, _TEXTS)
+
+
+def _type_of(block: Any) -> object:
+    return block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+
+
+def _check_type(block: object) -> object:
+    if not isinstance(block, dict):
+        return block
+    kind = block.get("type")
+    if kind not in BLOCK_TYPES:
+        raise PydanticCustomError(
+            NOT_SUPPORTED,
+            "blocks of type '{kind}' are not supported: this model reads text only",
+            {"kind": kind[:40] if isinstance(kind, str) else type(kind).__name__},
+        )
+    return block
+
+
+Block = Annotated[
+    Annotated[TextBlock, Tag(_TEXT)]
+    | Annotated[ToolUseBlock, Tag(_CALL)]
+    | Annotated[ToolResultBlock, Tag(_RESULT)]
+    | Annotated[ThinkingBlock, Tag(_THINKING)]
+    | Annotated[ThinkingBlock, Tag(_REDACTED)],
+    Discriminator(_type_of),
+    BeforeValidator(_check_type),
+]
+
+
+def _as_blocks(value: object) -> object:
+    """Returns a text as a block."""
+    return [{"type": _TEXT, "text": value}] if isinstance(value, str) else value
+
+
+def _of_role(blocks: list[Any], info: ValidationInfo) -> list[Any]:
+    """Refuses calls and results in messages of another role than theirs."""
+    role = info.data.get("role")
+    for block in blocks:
+        owner = _OWNERS.get(block.type)
+        if role is not None and owner not in (None, role):
+            raise PydanticCustomError(
+                "block_role",
+                "blocks of type '{kind}' stand in messages of the role '{owner}'",
+                {"kind": block.type, "owner": owner},
+            )
+    return blocks
+
+
+class Turn(Described):
+    """A message of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    """Who says it; the last one of the assistant is the beginning of the answer."""
+    content: Annotated[
+        list[Block],
+        Field(max_length=MAX_PARTS, fail_fast=True),
+        BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block]),
+        AfterValidator(_of_role),
+    ]
+    """A string, or a list of blocks."""
+
+
+Turns = Annotated[list[Turn], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
+System = Annotated[Text, BeforeValidator(_join_texts, json_schema_input_type=str | list[TextBlock])]
+
+
+def conversation(turns: Sequence[Turn], system: str | None) -> inference_pb2.Chat:
+    """Returns the chat of a conversation.
+
+    Args:
+        turns: The messages, in order.
+        system: The system's message before them, which is joined with one that opens them, because
+            one is all that some models take.
+    """
+    messages: list[inference_pb2.ChatMessage] = []
+    if system:
+        messages.append(inference_pb2.ChatMessage(role="system", content=system))
+    for turn in turns:
+        for block in turn.content:
+            match block:
+                case TextBlock():
+                    last = _of(messages, turn.role)
+                    last.content += ("\n" if last.content else "") + block.text
+                case ToolUseBlock():
+                    _of(messages, turn.role).tool_calls.add(
+                        id=_call_id(block.id), name=block.name, arguments=block.input
+                    )
+                case ToolResultBlock():
+                    content = f"{_ERROR}{block.content}" if block.is_error else block.content
+                    messages.append(
+                        inference_pb2.ChatMessage(
+                            role="tool", content=content, tool_call_id=_call_id(block.tool_use_id)
+                        )
+                    )
+    is_begun = bool(messages) and turns[-1].role == messages[-1].role == "assistant"
+    return inference_pb2.Chat(messages=messages, continue_last=is_begun)
+
+
+def _of(messages: list[inference_pb2.ChatMessage], role: str) -> inference_pb2.ChatMessage:
+    """Returns the last message if it is of the role, or else a new one behind it."""
+    if not (messages and messages[-1].role == role):
+        messages.append(inference_pb2.ChatMessage(role=role))
+    return messages[-1]
+
+
+def _call_id(call_id: str) -> str:
+    own = _OWN_CALL_ID.fullmatch(call_id)
+    return own[1] if own else call_id

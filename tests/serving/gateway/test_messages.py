@@ -1,0 +1,90 @@
+"""Anthropic's Messages API through the gateway."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.fakes import KEY, PATIENCE, Stack
+from tests.support.gateway import check_error
+
+PATHS = ("/v1/messages", "/anthropic/v1/messages")
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[httpx.Client]:
+    headers = {"x-api-key": KEY, "anthropic-version": "2023-06-01", "anthropic-beta": "any"}
+    with httpx.Client(base_url=stack.url, headers=headers, timeout=PATIENCE) as client:
+        yield client
+
+
+def body(text: str = "one two", **parameters: Any) -> dict[str, Any]:
+    """Returns the body of a request whose only message is the user's `text`."""
+    messages = [{"role": "user", "content": text}]
+    return {"model": "azureai", "max_tokens": 16, "messages": messages} | parameters
+
+
+def test_an_answer(stack: Stack, client: httpx.Client) -> None:
+    stack.service.cached_tokens = 1
+    answer = client.post("/v1/messages", json=body(system="be brief"))
+    stack.service.cached_tokens = 0
+    assert answer.headers["request-id"] == f"req_{answer.headers['x-request-id']}"
+    told = answer.json()
+    assert told["id"] == f"msg_{answer.headers['x-request-id']}"
+    assert (told["model"], told["stop_reason"]) == ("scripted-7B", "end_turn")
+    assert told["usage"] == {
+        "input_tokens": 1,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 1,
+        "output_tokens": 2,
+    }
+    (asked,) = stack.service.requests
+    assert [message.role for message in asked.chat.messages] == ["system", "user"]
+    assert asked.max_tokens == 16
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_key_is_needed(stack: Stack, path: str) -> None:
+    with httpx.Client(base_url=stack.url, timeout=PATIENCE) as stranger:
+        for headers in ({}, {"x-api-key": "wrong"}):
+            answer = stranger.post(path, json=body(), headers=headers)
+            assert "x-api-key" in check_error(answer, 401, "Unauthorized")
+        for headers in ({"x-api-key": KEY}, {"authorization": f"Bearer {KEY}"}):
+            assert stranger.post(path, json=body(), headers=headers).status_code == 200
+        # The header opens every route.
+        assert stranger.get("/v1/models", headers={"x-api-key": KEY}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "code", "words"),
+    [
+        (body(max_tokens=0), 422, "Invalid input", "max_tokens: Input should be greater"),
+        (body(wine="red"), 422, "Invalid input", "wine: Extra inputs are not permitted"),
+        (body(container="c"), 422, "parameter_not_supported", "container is not supported"),
+        (body(model="claude"), 404, "unknown_model", "'claude' does not exist"),
+        (body("!long"), 400, "context_length_exceeded", "prompt is too long"),
+        (body("!fail:Overloaded"), 429, "TooManyRequests", "was asked for"),
+        (body("!fail:EngineFailure"), 424, "ModelError", "was asked for"),
+        (body("!fail:Unavailable"), 503, "ServiceUnavailable", "was asked for"),
+    ],
+)
+def test_refusals(
+    client: httpx.Client, given: dict[str, Any], status: int, code: str, words: str
+) -> None:
+    answer = client.post("/v1/messages", json=given)
+    assert words in check_error(answer, status, code)
+    stream = client.post("/v1/messages", json=given | {"stream": True})
+    assert words in check_error(stream, status, code)
+
+
+def test_refusals_before_the_body_is_read(client: httpx.Client) -> None:
+    for path in PATHS:
+        check_error(client.get(path), 405, "MethodNotAllowed")
+        check_error(client.post(path, content=b"{"), 400, "BadRequest")
+        plain = client.post(path, content=b"{}", headers={"content-type": "text/plain"})
+        check_error(plain, 415, "UnsupportedMediaType")
+        large = client.post(path, content=b" " * (4 * 2**20 + 1))
+        check_error(large, 413, "RequestEntityTooLarge")
+    check_error(client.post("/v1/messages/batches", json={}), 404, "NotFound")
+    check_error(client.get("/anthropic/v1/wine"), 404, "NotFound")
