@@ -116,7 +116,15 @@ def delta_of(chunk: pb.GenerateChunk, weakened: str = "") -> Delta:
         ),
         violation=chunk.violation,
         weakened=weakened,
+        stop_reason=stop_reason_of(chunk),
     )
+
+
+def stop_reason_of(chunk: pb.GenerateChunk) -> str | int | None:
+    """Returns the text or the id of the caller that ended a choice; None if neither did."""
+    kind = chunk.WhichOneof("stop_reason")
+    reason: str | int | None = None if kind is None else getattr(chunk, kind)
+    return reason
 
 
 def check_answers(chunk: pb.GenerateChunk, asked: str) -> None:
@@ -200,8 +208,8 @@ def _set(message: Any, name: str, value: Any) -> None:
             message.logit_bias.update(value)
         elif name == "stop":
             message.stop.extend([value] if isinstance(value, str) else value)
-        elif name == "stop_token_ids":
-            message.stop_token_ids.extend(value)
+        elif name in ("stop_token_ids", "allowed_token_ids"):
+            getattr(message, name).extend(value)
         elif name == "response_format":
             message.response_format.CopyFrom(formats.message_of(value))
         elif name == "tool_choice":

@@ -89,6 +89,8 @@ class Options(TypedDict, total=False):
     min_tokens: int | None
     ignore_eos: bool | None
     stop_token_ids: Sequence[int] | None
+    allowed_token_ids: Sequence[int] | None
+    include_stop: bool | None
     top_logprobs: int | None
     response_format: formats.ResponseFormat | None
     timeout: float | None
@@ -132,6 +134,8 @@ class Delta:
         token_ids: The ids of the new tokens.
         choice: The number of the choice.
         finish_reason: On the last delta of each choice.
+        stop_reason: On the last delta of a choice that a text of `stop` or an id of
+            `stop_token_ids` ended: that text, or that id.
         usage: On the last delta of all; where functions were run, of each answer.
         logprobs: An entry for each of `token_ids`, where `top_logprobs` was asked for.
         tool_calls: Calls that are complete now.
@@ -152,17 +156,19 @@ class Delta:
     violation: str = ""
     weakened: str = ""
     messages: tuple[Message, ...] = ()
+    stop_reason: str | int | None = None
 
 
 @dataclass(kw_only=True)
 class Choice:
-    """One choice of a whole answer. `violation` is as in Delta."""
+    """One choice of a whole answer. `violation` and `stop_reason` are as in Delta."""
 
     text: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     violation: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     logprobs: list[Logprob] = field(default_factory=list)
 
 
@@ -265,6 +271,8 @@ def completion_of(deltas: Iterable[Delta]) -> Completion:
         choice.tool_calls += delta.tool_calls
         choice.violation = delta.violation or choice.violation
         choice.finish_reason = delta.finish_reason or choice.finish_reason
+        if delta.stop_reason is not None:
+            choice.stop_reason = delta.stop_reason
         weakened = weakened or delta.weakened
         usages += [delta.usage] if delta.usage else []
     if not choices or not all(choice.finish_reason for choice in choices.values()):

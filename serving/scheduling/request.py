@@ -56,6 +56,7 @@ class Request:
     suspect: bool = False  # computed in steps of its own, because it may end the engine
     # Grammar of each choice: a mixtral_jax.structure.form.Form, which only the engine reads.
     form: object | None = None
+    allowed_ids: frozenset[int] = frozenset()  # the only ids that are drawn; empty for all
 
     # The adapter of that name when the engine took the request in; set by the engine alone.
     seat: Seat | None = None

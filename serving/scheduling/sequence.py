@@ -102,8 +102,8 @@ class SequenceState:
         """True if what is drawn after several guesses depends on their tokens alone."""
         num_drawn = len(self.tokens) - len(self.request.prompt_ids)
         has_begun = num_drawn > max(0, self.request.min_tokens - 1)
-        has_form = self.request.form is not None
-        return has_begun and not self.request.sampling.has_penalties and not has_form
+        has_masks = self.request.form is not None or bool(self.request.allowed_ids)
+        return has_begun and not self.request.sampling.has_penalties and not has_masks
 
     def advance(self, size: int, row: int, guesses: tuple[int, ...] = ()) -> Chunk:
         """Returns the chunk of its next `size` tokens, which count as planned from now on.

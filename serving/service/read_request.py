@@ -91,14 +91,22 @@ class Translator:
         if "" in message.stop:
             raise InvalidParameter("stop holds an empty text; leave it out")
         self._check_ids("stop_token_ids", message.stop_token_ids)
+        self._check_ids("allowed_token_ids", message.allowed_token_ids)
         sampling = self._sampling(message)
         ends = frozenset() if message.ignore_eos else self._tokenizer.eos_ids
+        ends |= frozenset(message.stop_token_ids)
+        allowed = frozenset(message.allowed_token_ids)
+        if message.min_tokens and allowed and allowed <= ends:
+            raise InvalidParameter(
+                "allowed_token_ids holds only ids that end an answer, and none of them is drawn "
+                "before min_tokens; allow others, or leave out min_tokens"
+            )
         return Request(
             id=secrets.token_hex(16),
             prompt_ids=tuple(self._prompt_ids(message)),
             sampling=sampling,
             max_tokens=max_tokens,
-            eos_ids=ends | frozenset(message.stop_token_ids),
+            eos_ids=ends,
             min_tokens=message.min_tokens,
             n=n,
             deadline=deadline,
@@ -106,6 +114,7 @@ class Translator:
             salt=message.cache_salt,
             priority=_priority(message.priority),
             suspect=message.suspect,
+            allowed_ids=allowed,
         )
 
     def needs_form(self, message: pb.GenerateRequest) -> bool:

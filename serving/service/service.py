@@ -30,7 +30,7 @@ from serving.errors import WEAKENED_METADATA, EngineFailure, Overloaded, Serving
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from serving.scheduling.request import Request
-from serving.service.answer.choice_text import AnswerText
+from serving.service.answer.choice_text import AnswerText, Stops
 from serving.service.answer.form import AnswerForm, header
 from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
@@ -207,7 +207,11 @@ class InferenceService(rpc.InferenceServicer):
         """Yields the answer's chunks; `begin` is called with its form before the first one."""
         request, form = await self._read(message, seconds)
         answer = AnswerText(
-            request, self._tokenizer, message.stop, continues=continues(message), form=form
+            request,
+            self._tokenizer,
+            Stops.of(message, self._tokenizer),
+            continues=continues(message),
+            form=form,
         )
         call.submitted(request)
         async with aclosing(self._worker.submit(request)) as events:

@@ -5,7 +5,7 @@ chunk. An answer that is held to a form is whole where the form ends it. Cut by 
 stop id it is not, and its reason is `length`, as at the end of its tokens.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from mixtral_jax.structure.tool_reader import ToolReader
@@ -23,13 +23,35 @@ _FINISH = {
 }
 
 
+@dataclass(frozen=True)
+class Stops:
+    """The caller's own ends of a choice.
+
+    Attributes:
+        texts: A choice ends before, or where they are `included` behind, the first of them.
+        ids: A choice ends after one of them; without those that are the model's own end anyway.
+        included: Whether the text that ends a choice is the end of its text.
+    """
+
+    texts: tuple[str, ...] = ()
+    ids: frozenset[int] = frozenset()
+    included: bool = False
+
+    @classmethod
+    def of(cls, message: pb.GenerateRequest, tokenizer: Tokenizer) -> "Stops":
+        """Returns what a request names."""
+        own = frozenset() if message.ignore_eos else tokenizer.eos_ids
+        ids = frozenset(message.stop_token_ids) - own
+        return cls(tuple(message.stop), ids, message.include_stop)
+
+
 class AnswerText:
     """Turns the events of one request into the chunks of its stream.
 
     Args:
         request: The request.
         tokenizer: That of the model.
-        stop: The texts that end a choice.
+        stop: The texts and ids of the caller that end a choice.
         continues: Whether the answer continues the prompt's text.
         form: The form that the answer is held to; None where there is none.
 
@@ -41,16 +63,15 @@ class AnswerText:
         self,
         request: Request,
         tokenizer: Tokenizer,
-        stop: Sequence[str],
+        stop: Stops,
         *,
         continues: bool,
         form: AnswerForm | None = None,
     ) -> None:
         self._request = request
-        stops = tuple(stop)  # one for all choices: it may be long
         self.needs_check = form is not None and bool(form.violation or form.call_violation)
         self._choices = [
-            Choice(index, tokenizer, stops, continues=continues, form=form)
+            Choice(index, tokenizer, stop, continues=continues, form=form)
             for index in range(request.n)
         ]
         self._usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
@@ -108,7 +129,7 @@ class Choice:
         self,
         index: int,
         tokenizer: Tokenizer,
-        stop: Sequence[str],
+        stop: Stops,
         *,
         continues: bool,
         form: AnswerForm | None = None,
@@ -124,7 +145,8 @@ class Choice:
             if form is not None and form.may_call
             else _TextReader(tokenizer.detokenizer(continues=continues))
         )
-        self._stops = StopTexts(stop)
+        self._stops = StopTexts(stop.texts, included=stop.included)
+        self._stop_ids = stop.ids
         self._chunk = pb.GenerateChunk(choice=index)
         self._form = form
         self._texts: list[str] = []  # of the whole choice, if it is to be checked
@@ -161,6 +183,10 @@ class Choice:
             self._texts.append(text)
         for call in calls:
             self._chunk.tool_calls.add(**call)
+        if self._stops.found is not None:
+            self._chunk.stop_text = self._stops.found
+        elif event.finish_reason is FinishReason.STOP and event.drawn.token_id in self._stop_ids:
+            self._chunk.stop_token_id = event.drawn.token_id
         if reason is not None:
             self.reason = reason
             self._chunk.finish_reason = _FINISH[reason]

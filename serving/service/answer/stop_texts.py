@@ -8,24 +8,39 @@ class StopTexts:
 
     Worked example, stop "END": the pieces "a E", "N", "X EN", "D b" give "a ", "", "ENX ", "" and
     then the stream is stopped; " b" is never seen.
+
+    Args:
+        stops: The stop texts.
+        included: Whether the stop text that is found is the end of the text.
+
+    Attributes:
+        found: The stop text that ended the text; None as long as none has.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
         if "" in stops:
             raise ValueError("a stop text is empty; leave it out")
         self._stops = tuple(stops)
+        self._included = included
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """True when a stop text has ended the text."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """Takes the next piece and returns the certain text. Sets `stopped` at a stop text."""
         if self.stopped:
             return ""
         self._held += text
-        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        places = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if places:
-            self.stopped = True
-            certain, self._held = self._held[: min(places)], ""
+            # Of several that begin at one place the first of the list is meant.
+            at, self.found = min(places, key=lambda place: place[0])
+            end = at + len(self.found) if self._included else at
+            certain, self._held = self._held[:end], ""
             return certain
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

@@ -113,6 +113,63 @@ def test_a_call_begins_when_the_model_says_so(
     assert ids(events["talks", 0]) == ids(events["free", 0])
 
 
+def test_a_row_draws_its_allowed_ids_alone(model: Transformer, steps: Steps) -> None:
+    """Beside a row that may draw all, also before its end may come, and whatever it is biased to;
+    the neighbour draws what it draws without it."""
+    a, b, c = TOKENIZER.encode("abc")[-3:]
+    end = min(TOKENIZER.eos_ids)
+    biased = SamplingParams(temperature=1.5, seed=3, logit_bias={c: 100.0})
+    some = request("some", None, sampling=biased, n=2, max_tokens=20)
+    some = replace(some, allowed_ids=frozenset({a, b}))
+    only = replace(request("only", None, max_tokens=5), allowed_ids=frozenset({a}))
+    late = replace(
+        request("late", None, sampling=replace(biased, logit_bias={end: 100.0}), max_tokens=8),
+        allowed_ids=frozenset({b, end}),
+        min_tokens=3,
+    )
+    free = request("free", None, max_tokens=20)
+    engine = engine_of(model, LIMITS, steps)
+    events = served(engine, some, only, late, free)
+    assert {*ids(events["some", 0])} == {*ids(events["some", 1])} == {a, b}
+    assert ids(events["only", 0]) == [a] * 5
+    assert ids(events["late", 0]) == [b, b, b, end]
+    alone = served(engine_of(model, LIMITS, steps), free)
+    assert ids(alone["free", 0]) == ids(events["free", 0])
+    assert engine.scheduler.num_free_pages == LIMITS.num_pages
+
+
+def test_a_form_and_allowed_ids_hold_together(
+    model: Transformer, steps: Steps, guide: Guide
+) -> None:
+    """The model's end needs no allowance where the form lets the answer end; where both together
+    let nothing follow, the request ends alone and says so."""
+    allowed = frozenset(TOKENIZER.encode("xab")[-3:])
+    both = replace(request("both", regex(guide, "x[a-z]{8}x")), allowed_ids=allowed)
+    none = replace(request("none", regex(guide, "[ab][c-w]")), allowed_ids=allowed)
+    events = served(engine_of(model, LIMITS, steps), both, none)
+    assert re.fullmatch("x[xab]{8}x", text(events["both", 0]))
+    assert events["both", 0][-1].finish_reason is FinishReason.STOP
+    assert len(events["none", 0]) == 2
+    assert events["none", 0][-1].problem.startswith("the answer's form lets no token follow")
+
+
+def test_preempted_answers_keep_to_their_allowed_ids(model: Transformer, steps: Steps) -> None:
+    """12 answers of 60 tokens with pages for 110 tokens draw what each draws alone."""
+    allowed = frozenset(TOKENIZER.encode("abcdefgh")[-8:])
+    asked = [
+        replace(request(f"r{i}", None, max_tokens=60), allowed_ids=allowed)
+        for i in range(12)
+    ]
+    small, tight = replace(LIMITS, num_pages=300), replace(LIMITS, num_pages=28)
+    engine = Engine(Runner(model, steps), tight, masks=Grammars(-(-TOKENIZER.vocab_size // 32)))
+    together = served(engine, *asked)
+    assert engine.scheduler.preemptions > 0
+    for one in asked[::4]:
+        alone = served(engine_of(model, small, steps), one)
+        assert ids(alone[one.id, 0]) == ids(together[one.id, 0])
+        assert set(ids(alone[one.id, 0])) <= allowed
+
+
 def test_other_hosts_draw_the_same_under_the_masks_that_travel(
     model: Transformer, steps: Steps, person: Form
 ) -> None:

@@ -13,9 +13,10 @@ from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.mistral import MistralTokenizer
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
+from serving.client.translation import stop_reason_of
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
-from serving.service.answer.choice_text import AnswerText
+from serving.service.answer.choice_text import AnswerText, Stops
 from serving.service.answer.form import AnswerForm
 from tests.mixtral_jax.structure.test_tool_grammar import called_ids
 from tests.support.tokenizers import MISTRAL_FILES
@@ -41,7 +42,7 @@ def test_cached_tokens_are_told_before_the_end() -> None:
     """With each part of the prompt and with the first token, for whoever leaves after that."""
     tokenizer = ByteTokenizer()
     a, b, c = tokenizer.encode("abc")[-3:]
-    answer = AnswerText(REQUEST, tokenizer, (), continues=False)
+    answer = AnswerText(REQUEST, tokenizer, Stops(), continues=False)
     events = (event(None, 64), event(a, 90), event(b, 90), event(c, 90, FinishReason.LENGTH))
     chunks = [answer.push(each) for each in events]
     assert all(chunk is not None for chunk in chunks)
@@ -49,6 +50,43 @@ def test_cached_tokens_are_told_before_the_end() -> None:
     assert told == [(64, 32, ""), (0, 32, "a"), (0, 0, "b"), (0, 0, "c")]
     last = chunks[-1]
     assert last is not None and last.usage.cached_tokens == 32
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "reason"),
+    [
+        (Stops(("b",)), "a", "b"),
+        (Stops(("b",), included=True), "ab", "b"),
+        (Stops(("abc", "bc")), "", "abc"),
+        (Stops(("x",), frozenset({100})), "abc", None),
+    ],
+)
+def test_a_choice_tells_the_stop_text_that_ended_it(
+    stops: Stops, text: str, reason: str | None
+) -> None:
+    tokenizer = ByteTokenizer()
+    answer = AnswerText(REQUEST, tokenizer, stops, continues=False)
+    chunks = []
+    for letter in "abc":
+        end = FinishReason.LENGTH if letter == "c" else None
+        if not answer.has_ended:
+            chunks.append(answer.push(event(tokenizer.encode(letter)[-1], 90, end)))
+    sent = [chunk for chunk in chunks if chunk is not None]
+    assert "".join(chunk.text for chunk in sent) == text
+    assert stop_reason_of(sent[-1]) == reason
+    assert all(stop_reason_of(chunk) is None for chunk in sent[:-1])
+
+
+def test_a_choice_tells_the_stop_id_that_ended_it_but_not_the_models_own_end() -> None:
+    tokenizer = ByteTokenizer()
+    (eos,) = tokenizer.eos_ids
+    a = tokenizer.encode("a")[-1]
+    for ignore_eos, last, told in [(False, a, a), (False, eos, None), (True, eos, eos)]:
+        message = pb.GenerateRequest(stop_token_ids=[a, eos], ignore_eos=ignore_eos)
+        stops = Stops.of(message, tokenizer)
+        answer = AnswerText(REQUEST, tokenizer, stops, continues=False)
+        chunk = answer.push(event(last, 90, FinishReason.STOP))
+        assert chunk is not None and stop_reason_of(chunk) == told
 
 
 def held(
@@ -63,7 +101,11 @@ def held(
     tokenizer = ByteTokenizer()
     form = AnswerForm(Form(Guide(tokenizer, tokenizer.vocab_size).matcher("start: /.*/")))
     answer = AnswerText(
-        REQUEST, tokenizer, stop, continues=False, form=replace(form, violation=violation)
+        REQUEST,
+        tokenizer,
+        Stops(tuple(stop)),
+        continues=False,
+        form=replace(form, violation=violation),
     )
     tokens = [tokenizer.encode(letter)[-1] for letter in text]
     end = min(tokenizer.eos_ids) if last is None else last
@@ -128,7 +170,7 @@ def calling(
         may_call=True,
         must_call=must_call,
     )
-    answer = AnswerText(REQUEST, tokenizer, stop, continues=False, form=form)
+    answer = AnswerText(REQUEST, tokenizer, Stops(tuple(stop)), continues=False, form=form)
     chunks = []
     for place, token in enumerate(ids):
         ends = place == len(ids) - 1

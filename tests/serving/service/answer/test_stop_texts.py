@@ -30,6 +30,17 @@ def test_the_earliest_of_several_stops_wins() -> None:
     assert pushed(["b", "ab"], ["xab"]) == (["x", ""], True)
 
 
+def test_an_included_stop_is_the_end_of_the_text() -> None:
+    texts = StopTexts(["END"], included=True)
+    assert [texts.push(piece) for piece in ["a E", "ND b"]] == ["a ", "END"]
+    assert texts.found == "END"
+
+
+def test_of_stops_at_one_place_the_first_of_the_list_is_meant() -> None:
+    texts = StopTexts(["ab", "a"], included=True)
+    assert texts.push("xab") == "xab" and texts.found == "ab"
+
+
 def test_an_empty_stop_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         StopTexts([""])
