@@ -39,8 +39,8 @@ PATIENCE = 0.02  # seconds
 _NUM_PUMPS = 2  # threads that compute the masks of one step; more gain nothing
 _NUM_SPARE = 4  # threads that go on while others are held by slow matchers
 _NONE_ALLOWED = (
-    "the answer's form lets no token follow that is among allowed_token_ids; allow more of them, or "
-    "leave them out"
+    "the answer's form lets no token follow that is among allowed_token_ids; allow more of them, "
+    "or leave them out"
 )
 
 

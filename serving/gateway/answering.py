@@ -91,13 +91,13 @@ CHAT = Kind(
     "chat",
     ChatRequest,
     lambda identity, asked: ChatAnswer(identity),
-    lambda identity, asked: ChatEvents(identity, asked.include_usage),
+    lambda identity, asked: ChatEvents(identity, asked.stream_usage),
 )
 TEXT = Kind(
     "text_completion",
     CompletionRequest,
     lambda identity, asked: TextAnswer(identity),
-    lambda identity, asked: TextEvents(identity, asked.include_usage),
+    lambda identity, asked: TextEvents(identity, asked.stream_usage),
 )
 RESPONSES = Kind(
     "chat",
@@ -228,7 +228,9 @@ class Gateway:
             identity = identity.answered_by(answer.tokens[0].adapter, asked.model)
             if asked.stream and not watch.client_disconnected:
                 events = kind.events(identity, asked)
-                opening = events.opening(asked.choices * len(answer.tokens)) + events.write(chunks)
+                prompts = sum(tokens.prompt_tokens for tokens in answer.tokens)
+                opening = events.opening(asked.choices * len(answer.tokens), prompts)
+                opening += events.write(chunks)
                 seconds = self._limits.heartbeat_seconds
                 return EventStream(events, answer, opening, seconds, watch, end)
             whole = kind.whole(identity, asked)

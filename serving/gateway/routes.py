@@ -96,14 +96,14 @@ async def azure_chat(request: Request) -> Response:
 async def openai_chat(request: Request) -> Response:
     """Answers a chat on the paths of OpenAI's and Mistral's clients."""
     return await _gateway(request).answer(
-        request, CHAT, openai.ignore_unknown, openai.CHAT_ID_PREFIX, tells_cached=True
+        request, CHAT, openai.check_unknown, openai.CHAT_ID_PREFIX, tells_cached=True
     )
 
 
 async def completions(request: Request) -> Response:
     """Answers a text completion."""
     return await _gateway(request).answer(
-        request, TEXT, openai.ignore_unknown, openai.TEXT_ID_PREFIX, tells_cached=True
+        request, TEXT, openai.check_unknown, openai.TEXT_ID_PREFIX, tells_cached=True
     )
 
 

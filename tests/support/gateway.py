@@ -65,7 +65,8 @@ def check_error(response: httpx.Response, status: int, code: str) -> str:
     assert ("retry-after" in response.headers) == (status in (429, 503))
     answer = response.json()
     inner = answer["error"]
-    assert inner == {"code": code, "message": answer["message"], "status": status}
+    kind = OPENAI_TYPES.get(status, "invalid_request_error")
+    assert inner == {"code": code, "message": answer["message"], "status": status, "type": kind}
     assert (answer["code"], answer["status"]) == (code, status)
     assert isinstance(answer["detail"], list if status == 422 else str)
     return str(inner["message"])

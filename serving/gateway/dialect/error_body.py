@@ -29,6 +29,8 @@ class ErrorDetail(Described):
     """What is wrong and what to do; JSON itself where the status is 422."""
     status: int
     """The HTTP status."""
+    type: str
+    """OpenAI's class of errors, such as `authentication_error`."""
 
 
 class ErrorBody(Described):
@@ -91,12 +93,17 @@ def openai_status(error: ServingError) -> int:
     return 400 if isinstance(error, InvalidParameter) else error.http_status
 
 
+def error_type(error: ServingError) -> str:
+    """Returns OpenAI's class of an error."""
+    return _TYPES.get(error.http_status, "invalid_request_error")
+
+
 def openai_error(error: ServingError) -> OpenAIErrorBody:
     """Returns the body that a client of OpenAI's reads when its request failed.
 
     https://platform.openai.com/docs/guides/error-codes
     """
-    kind = _TYPES.get(error.http_status, "invalid_request_error")
+    kind = error_type(error)
     message, param, code = str(error), None, error.openai_code
     if isinstance(error, ContextTooLong | ModelNotFound):
         param = error.parameter
@@ -150,7 +157,9 @@ def error_body(error: ServingError) -> ErrorBody:
         ]
         # LiteLLM reads the names of the parameters that it may drop out of the message.
         message = json.dumps({"detail": detail})
-    inner = ErrorDetail(code=error.azure_code, message=message, status=error.http_status)
+    inner = ErrorDetail(
+        code=error.azure_code, message=message, status=error.http_status, type=error_type(error)
+    )
     return ErrorBody(error=inner, **inner.model_dump(), detail=detail)
 
 

@@ -6,6 +6,7 @@ before the value is walked; a test fails for a field without one. A feature that
 and we do not have is refused by name (`only`), never dropped in silence.
 """
 
+import enum
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,6 +30,8 @@ MAX_NAME = 256
 # Texts, and ids, that may end an answer; the service allows no more.
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+# Ids that may be all that an answer has; the service allows no more.
+MAX_ALLOWED_IDS = 1024
 # Parts of the content of one message or item.
 MAX_PARTS = 1024
 # Tools, and calls of tools: as many as OpenAI's API allows.
@@ -148,15 +151,35 @@ Never = Annotated[Any, only()]
 Harmless = Annotated[None, BeforeValidator(lambda value: None, json_schema_input_type=Any)]
 
 
+class StreamUsage(enum.Enum):
+    """The chunks of a stream that have its usage."""
+
+    LAST = "the last chunk of the choices"
+    OWN = "a chunk of its own at the end, without choices"
+    ALL = "every chunk of the choices, with what is spent so far, and one of its own"
+    NONE = "none"
+
+
 class StreamOptions(Described):
     """OpenAI's options of a stream."""
 
     include_usage: bool | None = None
-    """Moves the usage from the last chunk into one of its own, without choices."""
+    """Moves the usage from the last chunk into one of its own, without choices; where it is not
+    true beside other options, or false, the stream has no usage."""
     include_obfuscation: Annotated[bool | None, only(False)] = None
     """Whether events are filled up to hide the lengths of texts; not supported."""
-    continuous_usage_stats: Annotated[bool | None, only(False)] = None
-    """vLLM's: whether every chunk has the usage so far; not supported."""
+    continuous_usage_stats: bool | None = None
+    """vLLM's: whether, with `include_usage`, every chunk has the usage so far."""
+
+
+def _of_a_stream(options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+    # Without a field it asks for nothing, and some clients send that.
+    if options is not None and options.model_fields_set and not info.data.get("stream", True):
+        raise PydanticCustomError(
+            "stream_options",
+            "stream_options is for streams; leave it out, or set stream to true",
+        )
+    return options
 
 
 class Parameters(Described):
@@ -184,8 +207,8 @@ class Parameters(Described):
     """Mistral's name for `seed`, which wins if both are given."""
     stream: bool | None = None
     """Whether the answer comes as server-sent events."""
-    stream_options: StreamOptions | None = None
-    """OpenAI's options of a stream."""
+    stream_options: Annotated[StreamOptions | None, AfterValidator(_of_a_stream)] = None
+    """OpenAI's options of a stream; refused without `stream`."""
     presence_penalty: Penalty | None = None
     """Taken off the logit of a token that the answer holds already."""
     frequency_penalty: Penalty | None = None
@@ -214,6 +237,12 @@ class Parameters(Described):
     """vLLM's: goes on where the model would end its answer."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     """vLLM's: ids of tokens after which the answer ends."""
+    allowed_token_ids: Annotated[
+        list[TokenId] | None, Field(min_length=1, max_length=MAX_ALLOWED_IDS)
+    ] = None
+    """vLLM's: the only ids of tokens that the answer may have."""
+    include_stop_str_in_output: bool | None = None
+    """vLLM's: whether the text of `stop` that ends the answer is the end of its text."""
     priority: Int64 | None = None
     """vLLM's: above 0 the request is answered when no other waits."""
     service_tier: ServiceTier | None = None
@@ -249,9 +278,18 @@ class Parameters(Described):
         return inference_pb2.PRIORITY_INTERACTIVE
 
     @property
-    def include_usage(self) -> bool:
-        """Returns whether a stream's usage is wanted in a chunk of its own."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def stream_usage(self) -> StreamUsage:
+        """The chunks of a stream that have its usage.
+
+        Clients that know `stream_options` get what they ask for by it. All others find the usage in
+        the last chunk, where Azure's and Mistral's APIs have it.
+        """
+        options = self.stream_options
+        if options is None:
+            return StreamUsage.LAST
+        if not options.include_usage:
+            return StreamUsage.NONE
+        return StreamUsage.ALL if options.continuous_usage_stats else StreamUsage.OWN
 
     def as_sent(self, error: InvalidRequest) -> InvalidRequest:
         """Returns a refusal of the service with the names of the fields that the client used."""
@@ -306,5 +344,7 @@ class Parameters(Described):
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             stop_token_ids=self.stop_token_ids or [],
+            allowed_token_ids=self.allowed_token_ids or [],
+            include_stop=self.include_stop_str_in_output,
             model=self.model or "",
         )

@@ -14,8 +14,9 @@ import json
 from collections.abc import Sequence
 
 from serving.errors import ServingError
-from serving.gateway.dialect.chunks import Identity, finish_reason, usage
+from serving.gateway.dialect.chunks import Identity, Usage, finish_reason, stop_reason, usage
 from serving.gateway.dialect.error_body import error_body, openai_error
+from serving.gateway.dialect.fields import StreamUsage
 from serving.proto import inference_pb2
 
 # The end of a stream; .NET's client waits for it for ever.
@@ -27,25 +28,35 @@ class Events:
 
     Args:
         identity: The fields that all events carry.
-        include_usage: Whether the usage gets a chunk of its own, without choices. A client of
-            OpenAI's that asks for this must find it there only, because some clients add up all
-            usages that they meet.
+        stream_usage: The chunks that have the usage. A client of OpenAI's that asks for one of its
+            own must find it there only, because some clients add up all usages that they meet.
+
+    Attributes:
+        merges_end: Whether the chunk with the finish reason has the last text too, as vLLM's has.
     """
 
     kind: str
+    merges_end = False
 
-    def __init__(self, identity: Identity, include_usage: bool) -> None:
+    def __init__(self, identity: Identity, stream_usage: StreamUsage = StreamUsage.LAST) -> None:
         # The first bytes of all events, up to the choices.
         self._head = (
             f'data: {{"id":{json.dumps(identity.id)},"object":"{self.kind}",'
             f'"created":{identity.created},"model":{json.dumps(identity.model)},"choices":['
         )
-        self._include_usage = include_usage
+        self._stream_usage = stream_usage
+        self._merges_end = self.merges_end or stream_usage is StreamUsage.ALL
+        self._prompt_tokens = self._completion_tokens = 0  # so far
         self._tells_cached = identity.tells_cached
         self._is_openai = identity.is_openai
 
-    def opening(self, choices: int) -> bytes:
-        """Returns the events that a stream of so many choices begins with, before any text."""
+    def opening(self, choices: int, prompt_tokens: int = 0) -> bytes:
+        """Returns the events that a stream of so many choices begins with, before any text.
+
+        Args:
+            choices: The number of choices.
+            prompt_tokens: Tokens of the prompts that are known so far.
+        """
         return b""
 
     def write(self, chunks: Sequence[inference_pb2.GenerateChunk]) -> bytes:
@@ -68,28 +79,53 @@ class Events:
 
     def _events(self, chunk: inference_pb2.GenerateChunk) -> str:
         logprobs = self._logprobs(chunk) if chunk.logprobs else "null"
-        text = self._news(chunk, logprobs)
-        if not chunk.finish_reason:
-            return text
-        if text:
+        self._prompt_tokens += chunk.prompt_tokens
+        self._completion_tokens += len(chunk.token_ids)
+        spent = self._spent(self._prompt_tokens)
+        ends = bool(chunk.finish_reason)
+        text = chunk.text if ends and self._merges_end and not chunk.tool_calls else ""
+        news = "" if text else self._news(chunk, logprobs, spent)
+        if not ends:
+            return news
+        if news:
             logprobs = "null"
-        reason = f'"{finish_reason(chunk)}"'
-        if not chunk.HasField("usage"):
-            return text + self._event(chunk.choice, "", logprobs, reason)
-        spent = f',"usage":{usage(chunk, tells_cached=self._tells_cached).model_dump_json()}'
-        if not self._include_usage:
-            return text + self._event(chunk.choice, "", logprobs, reason, spent)
-        last = self._event(chunk.choice, "", logprobs, reason)
-        return f"{text}{last}{self._head}]{spent}}}\n\n"
+        reason = f'"{finish_reason(chunk)}"' + self._stop_reason(chunk)
+        if not chunk.HasField("usage") or self._stream_usage is StreamUsage.NONE:
+            return news + self._event(chunk.choice, text, logprobs, reason, spent)
+        whole = f',"usage":{usage(chunk, tells_cached=self._tells_cached).model_dump_json()}'
+        if self._stream_usage is StreamUsage.LAST:
+            return news + self._event(chunk.choice, text, logprobs, reason, whole)
+        last = self._event(chunk.choice, text, logprobs, reason, spent)
+        return f"{news}{last}{self._head}]{whole}}}\n\n"
 
-    def _news(self, chunk: inference_pb2.GenerateChunk, logprobs: str) -> str:
+    def _spent(self, prompt_tokens: int) -> str:
+        """Returns the member `usage` of a chunk that tells what is spent so far; "" for none."""
+        if self._stream_usage is not StreamUsage.ALL:
+            return ""
+        spent = Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            total_tokens=prompt_tokens + self._completion_tokens,
+        )
+        return f',"usage":{spent.model_dump_json()}'
+
+    def _stop_reason(self, chunk: inference_pb2.GenerateChunk) -> str:
+        """Returns the member `stop_reason`, which vLLM's choices have beside the finish reason."""
+        return f',"stop_reason":{json.dumps(stop_reason(chunk))}' if self._is_openai else ""
+
+    def _news(self, chunk: inference_pb2.GenerateChunk, logprobs: str, spent: str) -> str:
         """Returns the events of what a chunk adds to its choice; "" if that is nothing."""
-        return self._event(chunk.choice, chunk.text, logprobs) if chunk.text else ""
+        if not chunk.text:
+            return ""
+        return self._event(chunk.choice, chunk.text, logprobs, usage=spent)
 
     def _event(
         self, index: int, text: str, logprobs: str, reason: str = "null", usage: str = ""
     ) -> str:
-        """Returns one event; all arguments but `index` and `text` are JSON already."""
+        """Returns one event; all arguments but `index` and `text` are JSON already.
+
+        `reason` may have further members of the choice behind it.
+        """
         raise NotImplementedError
 
     def _logprobs(self, chunk: inference_pb2.GenerateChunk) -> str:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 
 from serving.errors import InvalidRequest
-from serving.gateway.dialect.chunks import Chunks, Identity, finish_reason, usage
+from serving.gateway.dialect.chunks import Chunks, Identity, finish_reason, stop_reason, usage
 from serving.proto import inference_pb2
 
 # Bytes of a whole answer. Logprobs make it long: of 16 choices with the 20 likeliest in each place,
@@ -27,10 +27,13 @@ class WholeChoice:
 
     Args:
         index: Its place among the choices.
+        tells_stop: Whether the choice has the member `stop_reason`.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, *, tells_stop: bool = False) -> None:
         self.index = index
+        self._tells_stop = tells_stop
+        self.stop_reason = ""  # the member, with the comma before it
         self.text = bytearray()  # the inside of a JSON string
         self.reason = ""
 
@@ -44,6 +47,8 @@ class WholeChoice:
         self.text += encode(chunk.text)[1:-1].encode()
         if chunk.finish_reason:
             self.reason = finish_reason(chunk)
+            if self._tells_stop:
+                self.stop_reason = f',"stop_reason":{json.dumps(stop_reason(chunk))}'
         if chunk.logprobs:
             self.add_logprobs(chunk)
 
@@ -86,7 +91,9 @@ class WholeAnswer:
                 continue  # it says how far the prompt is computed
             choice = self._choices.get(chunk.choice)
             if choice is None:
-                choice = self._choices[chunk.choice] = self.choice(chunk.choice)
+                choice = self._choices[chunk.choice] = self.choice(
+                    chunk.choice, tells_stop=self._identity.is_openai
+                )
             before = choice.num_bytes
             choice.add(chunk)
             self._num_bytes += choice.num_bytes - before

@@ -27,8 +27,13 @@ class WholeWriter(Protocol):
 class EventWriter(Protocol):
     """Writes an answer as a stream of server-sent events."""
 
-    def opening(self, choices: int) -> bytes:
-        """Returns the events that a stream of so many choices begins with, before any text."""
+    def opening(self, choices: int, prompt_tokens: int = 0) -> bytes:
+        """Returns the events that a stream of so many choices begins with, before any text.
+
+        Args:
+            choices: The number of choices.
+            prompt_tokens: Tokens of the prompts that are known so far.
+        """
 
     def write(self, chunks: Chunks) -> bytes:
         """Returns the events of the service's chunks, which may be none."""

@@ -37,7 +37,7 @@ class StopTexts:
         self._held += text
         places = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if places:
-            # Of several that begin at one place the first of the list is meant.
+            # Where several begin at one place, the first of the list is meant.
             at, self.found = min(places, key=lambda place: place[0])
             end = at + len(self.found) if self._included else at
             certain, self._held = self._held[:end], ""

@@ -156,10 +156,7 @@ def test_a_form_and_allowed_ids_hold_together(
 def test_preempted_answers_keep_to_their_allowed_ids(model: Transformer, steps: Steps) -> None:
     """12 answers of 60 tokens with pages for 110 tokens draw what each draws alone."""
     allowed = frozenset(TOKENIZER.encode("abcdefgh")[-8:])
-    asked = [
-        replace(request(f"r{i}", None, max_tokens=60), allowed_ids=allowed)
-        for i in range(12)
-    ]
+    asked = [replace(request(f"r{i}", None, max_tokens=60), allowed_ids=allowed) for i in range(12)]
     small, tight = replace(LIMITS, num_pages=300), replace(LIMITS, num_pages=28)
     engine = Engine(Runner(model, steps), tight, masks=Grammars(-(-TOKENIZER.vocab_size // 32)))
     together = served(engine, *asked)

@@ -35,6 +35,7 @@ def test_a_completion(client: httpx.Client, stack: Stack, prefix: str) -> None:
     begin = "chatcmpl-" if prefix.startswith(("/v1", "/openai")) else ""
     assert re.fullmatch(f"{begin}[0-9a-f]{{32}}", answer.pop("id"))
     assert abs(answer.pop("created") - time.time()) < PATIENCE
+    stop = {"stop_reason": None} if begin else {}
     assert answer == {
         "object": "chat.completion",
         "model": "scripted-7B",
@@ -45,6 +46,7 @@ def test_a_completion(client: httpx.Client, stack: Stack, prefix: str) -> None:
                 "finish_reason": "length",
                 "logprobs": None,
             }
+            | stop
         ],
         "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
     }
@@ -221,7 +223,15 @@ def test_a_text_completion(client: httpx.Client, stack: Stack) -> None:
     assert whole == {
         "object": "text_completion",
         "model": "scripted-7B",
-        "choices": [{"text": "one two", "index": 0, "logprobs": None, "finish_reason": "length"}],
+        "choices": [
+            {
+                "text": "one two",
+                "index": 0,
+                "logprobs": None,
+                "finish_reason": "length",
+                "stop_reason": None,
+            }
+        ],
         "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
     }
     assert stack.service.requests[0].text == "one two three"
@@ -238,7 +248,7 @@ def test_several_prompts_are_answered_together(client: httpx.Client, path: str) 
     assert answer["choices"][1]["logprobs"] == {
         "tokens": ["one", " two"],
         "token_logprobs": [0.0, -1.0],
-        "top_logprobs": [{}, {}],
+        "top_logprobs": [{"one": 0.0}, {" two": -1.0}],
         "text_offset": [0, 3],
     }
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}

@@ -94,7 +94,7 @@ class MessagesEvents:
         self._has_started = self._is_in_text = False
         self._index = 0  # of the open block, or of the next one
 
-    def opening(self, choices: int) -> bytes:
+    def opening(self, choices: int, prompt_tokens: int = 0) -> bytes:
         """Returns nothing: the first event tells the tokens of the prompt."""
         return b""
 

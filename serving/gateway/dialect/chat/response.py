@@ -9,8 +9,10 @@ every client we know reads without harm.
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from pydantic import Field
+
 from serving.gateway.dialect.chunks import Usage, finite_logprob
-from serving.gateway.dialect.fields import Described
+from serving.gateway.dialect.fields import Described, is_none
 from serving.gateway.dialect.whole import WholeAnswer, WholeChoice, encode
 from serving.proto import inference_pb2
 
@@ -84,6 +86,9 @@ class Choice(Described):
     """The answer."""
     finish_reason: str
     """`stop`, `length` or `tool_calls`."""
+    stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
+    """vLLM's, on the paths of OpenAI's clients: the text of `stop` or the id of `stop_token_ids`
+    that ended it; null if neither did."""
     logprobs: Logprobs | None = None
     """Log-probabilities of the same tokens, where they were asked for."""
 
@@ -108,8 +113,8 @@ class ChatCompletion(Described):
 class ChatChoice(WholeChoice):
     """Writes a `Choice`."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
+    def __init__(self, index: int, *, tells_stop: bool = False) -> None:
+        super().__init__(index, tells_stop=tells_stop)
         self._logprobs = bytearray()  # the inside of the list `content`
         self._calls = bytearray()  # the inside of the list `tool_calls`
         self._num_calls = 0
@@ -145,7 +150,7 @@ class ChatChoice(WholeChoice):
             yield b"]"
         else:
             yield b"null"
-        yield f'}},"finish_reason":{encode(self.reason)},"logprobs":'.encode()
+        yield f'}},"finish_reason":{encode(self.reason)}{self.stop_reason},"logprobs":'.encode()
         if self._logprobs:
             yield b'{"content":['
             yield self._logprobs

@@ -12,7 +12,7 @@ from pydantic import Field
 from serving.gateway.dialect.chat.response import Logprobs, ToolCall, chat_logprobs, tool_call
 from serving.gateway.dialect.chunks import Identity, Usage
 from serving.gateway.dialect.error_body import ErrorDetail, OpenAIErrorDetail
-from serving.gateway.dialect.fields import Described, is_none
+from serving.gateway.dialect.fields import Described, StreamUsage, is_none
 from serving.gateway.dialect.sse import Events
 from serving.proto import inference_pb2
 
@@ -37,6 +37,9 @@ class ChunkChoice(Described):
     """The new text."""
     finish_reason: str | None = None
     """`stop`, `length` or `tool_calls` in the last chunk, null before."""
+    stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
+    """vLLM's, on the paths of OpenAI's clients, in the last chunk: the text of `stop` or the id of
+    `stop_token_ids` that ended it; null if neither did."""
     logprobs: Logprobs | None = None
     """Log-probabilities of the same tokens, where they were asked for."""
 
@@ -65,27 +68,28 @@ class ChatEvents(Events):
 
     kind = "chat.completion.chunk"
 
-    def __init__(self, identity: Identity, include_usage: bool) -> None:
-        super().__init__(identity, include_usage)
+    def __init__(self, identity: Identity, stream_usage: StreamUsage = StreamUsage.LAST) -> None:
+        super().__init__(identity, stream_usage)
         self._num_calls: dict[int, int] = {}  # by choice
 
-    def opening(self, choices: int) -> bytes:
+    def opening(self, choices: int, prompt_tokens: int = 0) -> bytes:
         """Returns an event for each choice, with its role and no text yet."""
+        spent = self._spent(prompt_tokens)
         return "".join(
             f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":""}},'
-            '"finish_reason":null,"logprobs":null}]}\n\n'
+            f'"finish_reason":null,"logprobs":null}}]{spent}}}\n\n'
             for index in range(choices)
         ).encode()
 
-    def _news(self, chunk: inference_pb2.GenerateChunk, logprobs: str) -> str:
-        events = super()._news(chunk, logprobs)
+    def _news(self, chunk: inference_pb2.GenerateChunk, logprobs: str, spent: str) -> str:
+        events = super()._news(chunk, logprobs, spent)
         for call in chunk.tool_calls:
             place = self._num_calls.get(chunk.choice, 0)
             self._num_calls[chunk.choice] = place + 1
             events += (
                 f'{self._head}{{"index":{chunk.choice},"delta":{{"content":"","tool_calls":['
                 f'{tool_call(call, place, json.dumps)}]}},"finish_reason":null,'
-                f'"logprobs":{"null" if events else logprobs}}}]}}\n\n'
+                f'"logprobs":{"null" if events else logprobs}}}]{spent}}}\n\n'
             )
         return events
 

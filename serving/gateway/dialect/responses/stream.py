@@ -90,7 +90,7 @@ class ResponsesEvents:
         self._message: MessageItem | None = None  # the open one
         self._number = 0  # of the next event
 
-    def opening(self, choices: int) -> bytes:
+    def opening(self, choices: int, prompt_tokens: int = 0) -> bytes:
         """Returns the events that a stream begins with; there is one choice."""
         written = self._writer.written("in_progress")
         opened = [f'"response":{written}'] * 2

@@ -6,10 +6,10 @@ choices of the first one come first.
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.fields import Harmless, Text, TokenCount, TokenId, only
+from serving.gateway.dialect.fields import NOT_SUPPORTED, Harmless, Text, TokenCount, TokenId, only
 from serving.gateway.dialect.forms import FormParameters
 from serving.proto import inference_pb2
 
@@ -45,6 +45,15 @@ def _prompts(value: object) -> object:
     )
 
 
+def _as_many_as_n(best_of: int | None, info: ValidationInfo) -> int | None:
+    if best_of is not None and best_of != (info.data.get("n") or 1):
+        raise PydanticCustomError(
+            NOT_SUPPORTED,
+            "best_of is not supported yet beyond n, of which all are returned; leave it out",
+        )
+    return best_of
+
+
 class CompletionRequest(FormParameters):
     """The body of a text completion request."""
 
@@ -60,8 +69,8 @@ class CompletionRequest(FormParameters):
     """Whether the answer repeats the prompt; not for now."""
     suffix: Annotated[Text | None, only("")] = None
     """The text that follows the answer; not for now."""
-    best_of: Annotated[TokenCount | None, only(1)] = None
-    """Choices to choose from; not for now."""
+    best_of: Annotated[TokenCount | None, AfterValidator(_as_many_as_n)] = None
+    """Choices to choose from; not for now, so that only the number of `n` is taken."""
     user: Harmless = None
     """The client's own user; means nothing here."""
     metadata: Harmless = None

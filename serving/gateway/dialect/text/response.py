@@ -25,7 +25,7 @@ class TextLogprobs(Described):
     token_logprobs: list[float]
     """The natural logarithms of their probabilities."""
     top_logprobs: list[dict[str, float]]
-    """The likeliest tokens in their places, text to logarithm."""
+    """The likeliest tokens in their places, and the drawn ones, text to logarithm."""
     text_offset: list[int]
     """Where they begin in the answer, in characters."""
 
@@ -41,6 +41,9 @@ class TextChoice(Described):
     """Log-probabilities of the tokens, where they were asked for."""
     finish_reason: str | None
     """`stop` or `length`; null in a stream until the last chunk."""
+    stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
+    """vLLM's, on the paths of OpenAI's clients, in a stream in the last chunk: the text of `stop`
+    or the id of `stop_token_ids` that ended it; null if neither did."""
 
 
 class TextCompletion(Described):
@@ -106,6 +109,8 @@ def text_logprobs(
         for top in token.top:
             name, logprob = _token_name(top), finite_logprob(top)
             likeliest[name] = max(logprob, likeliest.get(name, logprob))
+        # OpenAI's lists always have the drawn token, so that they may have one entry more.
+        likeliest.setdefault(columns["tokens"][-1], columns["token_logprobs"][-1])
         columns["top_logprobs"].append(likeliest)
         columns["text_offset"].append(position.advance(token.token))
     return columns
@@ -122,8 +127,8 @@ def _token_name(token: inference_pb2.TokenLogprob) -> str:
 class TextPiece(WholeChoice):
     """Writes a `TextChoice`."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
+    def __init__(self, index: int, *, tells_stop: bool = False) -> None:
+        super().__init__(index, tells_stop=tells_stop)
         self._position = TextPosition()
         # The insides of the lists of `TextLogprobs`.
         self._columns = {name: bytearray() for name in TextLogprobs.model_fields}
@@ -156,7 +161,7 @@ class TextPiece(WholeChoice):
             yield b"]}"
         else:
             yield b"null"
-        yield f',"finish_reason":{encode(self.reason)}}}'.encode()
+        yield f',"finish_reason":{encode(self.reason)}{self.stop_reason}}}'.encode()
 
 
 class TextAnswer(WholeAnswer):

@@ -3,6 +3,7 @@
 import json
 
 from serving.gateway.dialect.chunks import Identity
+from serving.gateway.dialect.fields import StreamUsage
 from serving.gateway.dialect.sse import Events
 from serving.gateway.dialect.text.response import TextPosition, text_logprobs
 from serving.proto import inference_pb2
@@ -12,9 +13,10 @@ class TextEvents(Events):
     """Writes the events of a text completion, whose type is `TextCompletion`."""
 
     kind = "text_completion"
+    merges_end = True
 
-    def __init__(self, identity: Identity, include_usage: bool) -> None:
-        super().__init__(identity, include_usage)
+    def __init__(self, identity: Identity, stream_usage: StreamUsage = StreamUsage.LAST) -> None:
+        super().__init__(identity, stream_usage)
         self._positions: dict[int, TextPosition] = {}  # by choice
 
     def _event(

@@ -4,7 +4,7 @@ import pytest
 
 from serving.errors import InvalidParameter, InvalidRequest
 from serving.gateway.dialect.azure import ExtraParameters
-from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.openai import check_unknown
 from tests.support.chats import DROP, PASS, asked
 
 
@@ -25,7 +25,7 @@ def test_extras_are_refused_in_microsofts_words() -> None:
 
 def test_extras_that_nobody_knows_are_dropped_ignored_or_forbidden() -> None:
     assert asked(DROP, wine="red", n=2) == asked()
-    assert asked(ignore_unknown, wine="red") == asked()
+    assert asked(check_unknown, wine="red") == asked()
     with pytest.raises(InvalidParameter) as caught:
         asked(PASS, wine="red", logprobs=True)
     (problem,) = caught.value.problems

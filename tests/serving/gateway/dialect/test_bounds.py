@@ -188,7 +188,7 @@ def test_a_value_is_shown_if_it_is_short(value: object, shown: object) -> None:
         read(
             body + json.dumps(value).encode() + b"}",
             ChatRequest,
-            openai.ignore_unknown,
+            openai.check_unknown,
         )
     detail = error_body(raised.value).detail
     assert isinstance(detail, list)

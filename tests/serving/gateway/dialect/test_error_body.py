@@ -22,6 +22,8 @@ def test_an_error_says_the_same_wherever_a_client_looks(leaf: type[ServingError]
     body = error_body(leaf("what is wrong")).model_dump()
     inner = body.pop("error")
     detail = body.pop("detail")
+    kind = inner.pop("type")
+    assert kind == openai_error(leaf("what is wrong")).error.type
     assert inner == body
     assert (inner["code"], inner["status"]) == (leaf.azure_code, leaf.http_status)
     if leaf.http_status == 422:

@@ -20,7 +20,7 @@ from openai.types.shared_params import response_format_json_schema
 from serving.errors import UnsupportedParameter
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.fields import Parameters
-from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.openai import UNSUPPORTED, check_unknown
 from serving.gateway.dialect.parsing import read
 from serving.gateway.dialect.text.request import CompletionRequest
 from tests.support.client_envs import CLIENTS, run_python
@@ -119,6 +119,8 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "stop": "x",
         "ignore_eos": True,
         "stop_token_ids": [5],
+        "allowed_token_ids": [5],
+        "include_stop_str_in_output": True,
         "n": 2,
         "logprobs": True,
         "stream": True,
@@ -201,6 +203,11 @@ _within(
     lambda options: {"stream": True, "stream_options": options},
     include_usage=True,
     include_obfuscation=True,
+)
+_within(
+    "stream_options.",
+    {"include_usage": True},
+    lambda options: {"stream": True, "stream_options": options},
     continuous_usage_stats=True,
 )
 _within(
@@ -309,13 +316,13 @@ KINDS = {"messages.content.type"}
 
 def request(field: str, **body: Any) -> Parameters:
     if field in TEXTS:
-        return read(json.dumps({"prompt": "a"} | body).encode(), CompletionRequest, ignore_unknown)
-    return read(json.dumps({"messages": HELLO} | body).encode(), ChatRequest, ignore_unknown)
+        return read(json.dumps({"prompt": "a"} | body).encode(), CompletionRequest, check_unknown)
+    return read(json.dumps({"messages": HELLO} | body).encode(), ChatRequest, check_unknown)
 
 
 def meaning(asked: Parameters) -> tuple[object, ...]:
     """Returns all that the gateway reads of a request."""
-    options = (asked.stream, asked.include_usage, asked.cache_salt, asked.scheduling_priority)
+    options = (asked.stream, asked.stream_usage, asked.cache_salt, asked.scheduling_priority)
     return (asked.protos(), *options)
 
 
@@ -333,6 +340,54 @@ def test_a_field_does_what_its_row_says(field: str) -> None:
             assert meaning(request(field, **asking)) == before
         case "built":
             assert meaning(request(field, **asking)) != before
+
+
+def test_the_table_of_other_servers_parameters_is_the_codes() -> None:
+    section = PAGE.read_text(encoding="utf-8").partition("\n## Parameters of other servers")[2]
+    rows = re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|$", section.partition("\n## ")[0], re.MULTILINE)
+    told = {
+        name: tuple(map(json.loads, re.findall(r"`([^`]+)`", values)))
+        for names, values in rows
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    assert told == UNSUPPORTED
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_parameters_of_other_servers_are_refused_where_they_ask_for_something(
+    name: str, kind: str
+) -> None:
+    prompt = {"messages": HELLO} if kind == "chat" else {"prompt": "a"}
+    asked_type: type[Parameters] = ChatRequest if kind == "chat" else CompletionRequest
+
+    def meant(**body: Any) -> tuple[object, ...]:
+        return meaning(read(json.dumps(prompt | body).encode(), asked_type, check_unknown))
+
+    if name in asked_type.model_fields:
+        return  # which has a row of its own
+    for value in (None, *UNSUPPORTED[name]):
+        assert meant(**{name: value}) == meant()
+    with pytest.raises(UnsupportedParameter) as caught:
+        meant(**{name: 7})
+    (problem,) = caught.value.problems
+    assert problem.path == ("body", name)
+    assert problem.message.startswith(f"{name} is not supported with this value; ")
+
+
+def test_true_is_not_one_of_them_where_one_is() -> None:
+    for body in ({"skip_special_tokens": 1}, {"length_penalty": True}, {"bad_words": False}):
+        with pytest.raises(UnsupportedParameter):
+            request("messages", **body)
+
+
+def test_all_that_other_servers_have_is_named_at_once() -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        request("messages", n_predict=5, repeat_penalty=1.1, wine="red")
+    assert str(caught.value) == (
+        "n_predict is not supported with this value; the name here is max_tokens; "
+        "repeat_penalty is not supported with this value; the name here is repetition_penalty"
+    )
 
 
 def test_every_row_is_tried() -> None:

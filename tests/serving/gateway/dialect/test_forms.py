@@ -7,7 +7,7 @@ import pytest
 
 from serving.errors import InvalidParameter, UnsupportedParameter
 from serving.gateway.dialect.forms import MAX_CHOICES, MAX_GRAMMAR, MAX_SCHEMA
-from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.openai import check_unknown
 from serving.gateway.dialect.parsing import read
 from serving.gateway.dialect.text.request import CompletionRequest
 from serving.proto import inference_pb2 as pb
@@ -24,7 +24,7 @@ def form(**parameters: Any) -> pb.ResponseFormat | None:
     """Returns the form that a chat's answer is held to, which is that of a text's."""
     call = asked(PASS, **parameters)
     body = json.dumps({"prompt": "a"} | parameters).encode()
-    (text,) = read(body, CompletionRequest, ignore_unknown).protos()
+    (text,) = read(body, CompletionRequest, check_unknown).protos()
     assert call.response_format == text.response_format
     return call.response_format if call.HasField("response_format") else None
 
@@ -155,7 +155,7 @@ def test_two_forms_are_both_named() -> None:
 def test_a_number_that_json_cannot_hold_is_refused() -> None:
     body = b'{"prompt": "a", "guided_json": {"maximum": 1e999}}'
     with pytest.raises(InvalidParameter, match="out of range"):
-        read(body, CompletionRequest, ignore_unknown)
+        read(body, CompletionRequest, check_unknown)
 
 
 @pytest.mark.parametrize(

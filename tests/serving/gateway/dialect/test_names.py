@@ -7,7 +7,7 @@ import pytest
 
 from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest, Problem
 from serving.gateway.dialect.chat.request import ChatRequest
-from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.openai import check_unknown
 from serving.gateway.dialect.parsing import read
 from serving.gateway.dialect.responses.request import ResponsesRequest
 from serving.gateway.dialect.text.request import CompletionRequest
@@ -16,7 +16,7 @@ from tests.support.chats import HELLO
 
 def chat(**parameters: Any) -> ChatRequest:
     body = json.dumps({"messages": HELLO} | parameters).encode()
-    return read(body, ChatRequest, ignore_unknown)
+    return read(body, ChatRequest, check_unknown)
 
 
 def refusal(*path: str) -> InvalidParameter:
@@ -69,8 +69,8 @@ def test_a_refusal_names_what_the_client_sent(
 
 
 def test_a_prompt_that_is_too_long_is_named() -> None:
-    text = read(b'{"prompt": "a"}', CompletionRequest, ignore_unknown)
-    response = read(b'{"input": "a"}', ResponsesRequest, ignore_unknown)
+    text = read(b'{"prompt": "a"}', CompletionRequest, check_unknown)
+    response = read(b'{"input": "a"}', ResponsesRequest, check_unknown)
     for asked, name in ((chat(), "messages"), (text, "prompt"), (response, "input")):
         told = asked.as_sent(ContextTooLong("too long"))
         assert isinstance(told, ContextTooLong)
@@ -79,7 +79,7 @@ def test_a_prompt_that_is_too_long_is_named() -> None:
 
 def test_a_schema_of_the_responses_api_is_named() -> None:
     body = b'{"input": "a", "text": {"format": {"type": "json_schema", "schema": {}}}}'
-    asked = read(body, ResponsesRequest, ignore_unknown)
+    asked = read(body, ResponsesRequest, check_unknown)
     told = asked.as_sent(refusal("response_format", "json_schema"))
     assert str(told).startswith("text.format.schema: not is not supported")
 

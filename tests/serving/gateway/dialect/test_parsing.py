@@ -4,7 +4,7 @@ import pytest
 
 from serving.errors import InvalidParameter, InvalidRequest
 from serving.gateway.dialect.chat.request import ChatRequest
-from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.openai import check_unknown
 from serving.gateway.dialect.parsing import MAX_NESTING, MAX_PROBLEMS, read
 from tests.support.chats import asked
 
@@ -25,17 +25,17 @@ from tests.support.chats import asked
 )
 def test_what_is_no_json_object_is_malformed(body: bytes) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read(body, ChatRequest, ignore_unknown)
+        read(body, ChatRequest, check_unknown)
     assert type(caught.value) is InvalidRequest
 
 
 def test_a_body_may_begin_with_a_byte_order_mark() -> None:
     text = '{"messages": [{"role": "user", "content": "\ufeffhi"}]}'
     for body in (text.encode(), text.encode("utf-8-sig")):
-        request = read(body, ChatRequest, ignore_unknown)
+        request = read(body, ChatRequest, check_unknown)
         assert request.messages[0].content == "\ufeffhi"
     with pytest.raises(InvalidRequest, match="not JSON"):
-        read(text.encode("utf-8-sig") + b"x", ChatRequest, ignore_unknown)
+        read(text.encode("utf-8-sig") + b"x", ChatRequest, check_unknown)
 
 
 @pytest.mark.parametrize("begin, end", [("[", "]"), ('{"a":', "}")])
@@ -44,15 +44,15 @@ def test_what_nests_too_deeply_is_called_so(begin: str, end: str) -> None:
         inner = begin * (depth - 1) + "1" + end * (depth - 1)
         return f'{{"messages": [{{"role": "user", "content": "a"}}], "x": {inner}}}'.encode()
 
-    read(nested(MAX_NESTING), ChatRequest, ignore_unknown)
+    read(nested(MAX_NESTING), ChatRequest, check_unknown)
     for depth in (MAX_NESTING + 2, 10_000):
         with pytest.raises(InvalidRequest, match="at most 200 deep"):
-            read(nested(depth), ChatRequest, ignore_unknown)
+            read(nested(depth), ChatRequest, check_unknown)
 
 
 def test_a_mistake_beside_a_missing_feature_is_a_mistake() -> None:
     with pytest.raises(InvalidParameter) as caught:
-        asked(functions=[{}], top_p=2, unknown=ignore_unknown)
+        asked(functions=[{}], top_p=2, unknown=check_unknown)
     assert type(caught.value) is InvalidParameter
     assert {problem.path for problem in caught.value.problems} == {
         ("body", "top_p"),
@@ -70,6 +70,6 @@ def test_what_a_refusal_shows_of_the_request_is_bounded() -> None:
         {"logit_bias": {f"{long}{i}": 0 for i in range(100)}},
     ):
         with pytest.raises(InvalidParameter) as caught:
-            asked(ignore_unknown, **parameters)
+            asked(check_unknown, **parameters)
         assert len(caught.value.problems) == MAX_PROBLEMS
         assert sum(len(step) for each in caught.value.problems for step in each.path) < 2_000

@@ -1,6 +1,7 @@
 """Events of a stream: the bytes that are written by hand are those that their types would be."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 from serving.errors import EngineFailure
 from serving.gateway.dialect.chat.stream import ChatCompletionChunk, ChatEvents
 from serving.gateway.dialect.chunks import Identity
+from serving.gateway.dialect.fields import StreamUsage
 from serving.gateway.dialect.sse import Events
 from serving.gateway.dialect.text.response import TextCompletion
 from serving.gateway.dialect.text.stream import TextEvents
@@ -27,8 +29,10 @@ def events_of(written: bytes) -> list[dict[str, Any]]:
     return [json.loads(each.removeprefix(b"data: ")) for each in written.split(b"\n\n")[:-1]]
 
 
-def chat(chunk: inference_pb2.GenerateChunk, include_usage: bool = False) -> list[dict[str, Any]]:
-    return events_of(ChatEvents(IDENTITY, include_usage).write([chunk]))
+def chat(
+    chunk: inference_pb2.GenerateChunk, stream_usage: StreamUsage = StreamUsage.LAST
+) -> list[dict[str, Any]]:
+    return events_of(ChatEvents(IDENTITY, stream_usage).write([chunk]))
 
 
 def test_text_in_the_last_chunk_comes_before_the_end() -> None:
@@ -42,16 +46,76 @@ def test_text_in_the_last_chunk_comes_before_the_end() -> None:
 
 
 def test_usage_that_was_asked_for_comes_alone() -> None:
-    end, usage = chat(inference_pb2.GenerateChunk(finish_reason=STOP, usage=USAGE), True)
+    chunk = inference_pb2.GenerateChunk(finish_reason=STOP, usage=USAGE)
+    end, usage = chat(chunk, StreamUsage.OWN)
     assert end["choices"][0]["finish_reason"] == "stop"
     assert "usage" not in end
     assert usage["choices"] == []
     assert usage["usage"]["total_tokens"] == 5
 
 
+def test_usage_that_is_not_wanted_is_nowhere() -> None:
+    chunk = inference_pb2.GenerateChunk(text="!", finish_reason=STOP, usage=USAGE)
+    assert all("usage" not in event for event in chat(chunk, StreamUsage.NONE))
+
+
+@pytest.mark.parametrize("kind", [ChatEvents, TextEvents])
+def test_each_chunk_has_what_is_spent_so_far(kind: type[Events]) -> None:
+    """Two prompts of three and four tokens, of which the first has two choices; the last text comes
+    with the end, so that the counts grow with each chunk."""
+    chunks = [
+        inference_pb2.GenerateChunk(prompt_tokens=3),
+        inference_pb2.GenerateChunk(text="a", token_ids=[5]),
+        inference_pb2.GenerateChunk(text="bc", token_ids=[6, 7], choice=1),
+        inference_pb2.GenerateChunk(prompt_tokens=4),
+        inference_pb2.GenerateChunk(text="d", token_ids=[8], finish_reason=STOP),
+        inference_pb2.GenerateChunk(token_ids=[9], choice=1, finish_reason=STOP),
+        inference_pb2.GenerateChunk(
+            text="e",
+            token_ids=[9],
+            choice=2,
+            finish_reason=STOP,
+            usage=inference_pb2.Usage(prompt_tokens=7, completion_tokens=6),
+        ),
+    ]
+    events = kind(IDENTITY, StreamUsage.ALL)
+    opening = events_of(events.opening(1, 3))
+    told = opening + events_of(events.write(chunks))
+    spent = [(each["usage"]["prompt_tokens"], each["usage"]["completion_tokens"]) for each in told]
+    begun = [(3, 0)] if kind is ChatEvents else []
+    assert spent == [*begun, (3, 1), (3, 3), (7, 4), (7, 5), (7, 6), (7, 6)]
+    assert told[-1]["choices"] == [] and all(each["choices"] for each in told[:-1])
+    assert all(
+        sum(pair) == each["usage"]["total_tokens"] for pair, each in zip(spent, told, strict=True)
+    )
+
+
+def test_the_last_text_of_a_completion_comes_with_its_end() -> None:
+    chunk = inference_pb2.GenerateChunk(text="!", finish_reason=STOP, usage=USAGE)
+    (end,) = events_of(TextEvents(IDENTITY).write([chunk]))
+    assert (end["choices"][0]["text"], end["choices"][0]["finish_reason"]) == ("!", "stop")
+    assert end["usage"]["total_tokens"] == 5
+
+
+@pytest.mark.parametrize("kind", [ChatEvents, TextEvents])
+@pytest.mark.parametrize(
+    ("reason", "told"), [({}, None), ({"stop_text": "END"}, "END"), ({"stop_token_id": 0}, 0)]
+)
+def test_on_openais_paths_a_choice_tells_what_has_stopped_it(
+    kind: type[Events], reason: dict[str, Any], told: object
+) -> None:
+    end = inference_pb2.GenerateChunk(finish_reason=STOP, **reason)
+    chunks = [inference_pb2.GenerateChunk(text="a"), end]
+    text, last = events_of(kind(replace(IDENTITY, is_openai=True)).write(chunks))
+    assert last["choices"][0]["stop_reason"] == told
+    assert "stop_reason" not in text["choices"][0]
+    (azure,) = events_of(kind(IDENTITY).write([end]))
+    assert "stop_reason" not in azure["choices"][0]
+
+
 def test_a_choice_that_ends_before_others_has_no_usage() -> None:
-    for include_usage in (False, True):
-        (end,) = chat(inference_pb2.GenerateChunk(finish_reason=STOP, choice=2), include_usage)
+    for stream_usage in (StreamUsage.LAST, StreamUsage.OWN, StreamUsage.NONE):
+        (end,) = chat(inference_pb2.GenerateChunk(finish_reason=STOP, choice=2), stream_usage)
         assert end["choices"][0]["index"] == 2
         assert end["choices"][0]["finish_reason"] == "stop"
         assert "usage" not in end
@@ -82,7 +146,7 @@ def test_each_call_comes_whole_in_one_delta_with_its_place() -> None:
         finish_reason=inference_pb2.FINISH_REASON_TOOL_CALLS, usage=USAGE
     )
     chunks = [called("f"), called("g", "h"), end]
-    *calls, last = events_of(ChatEvents(IDENTITY, False).write(chunks))
+    *calls, last = events_of(ChatEvents(IDENTITY).write(chunks))
     assert [call["choices"][0]["delta"] for call in calls] == [
         {
             "content": "",
@@ -106,7 +170,7 @@ def test_each_call_comes_whole_in_one_delta_with_its_place() -> None:
 
 
 def test_calls_of_several_choices_are_counted_apart() -> None:
-    events = ChatEvents(IDENTITY, False)
+    events = ChatEvents(IDENTITY)
     for choice, place in ((0, 0), (1, 0), (1, 1), (0, 1)):
         call = inference_pb2.ToolCall(id="a", name="f")
         (event,) = events_of(
@@ -117,7 +181,7 @@ def test_calls_of_several_choices_are_counted_apart() -> None:
 
 
 def test_offsets_of_a_text_go_on_from_chunk_to_chunk() -> None:
-    events = TextEvents(IDENTITY, False)
+    events = TextEvents(IDENTITY)
     for choice, text, offset in ((0, "a", 0), (1, "bcd", 0), (0, "e", 1), (1, "f", 3)):
         one = inference_pb2.TokenLogprob(token=text.encode(), logprob=-1)
         chunk = inference_pb2.GenerateChunk(text=text, logprobs=[one], choice=choice)
@@ -126,7 +190,7 @@ def test_offsets_of_a_text_go_on_from_chunk_to_chunk() -> None:
 
 
 @pytest.mark.parametrize("kind", [ChatEvents, TextEvents])
-@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("stream_usage", StreamUsage)
 @settings(deadline=None)  # the first example builds the types
 @given(
     text=st.text(),
@@ -141,7 +205,7 @@ def test_offsets_of_a_text_go_on_from_chunk_to_chunk() -> None:
 )
 def test_every_event_is_what_its_type_says(
     kind: type[Events],
-    include_usage: bool,
+    stream_usage: StreamUsage,
     text: str,
     reason: inference_pb2.FinishReason,
     calls: list[inference_pb2.ToolCall],
@@ -159,7 +223,7 @@ def test_every_event_is_what_its_type_says(
             inference_pb2.TokenLogprob(token=b"a", logprob=each, top=[TOKEN]) for each in logprobs
         ],
     )
-    events = kind(IDENTITY, include_usage)
+    events = kind(IDENTITY, stream_usage)
     shape: type[BaseModel] = ChatCompletionChunk
     if kind is TextEvents:
         shape = TextCompletion

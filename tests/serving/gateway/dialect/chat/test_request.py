@@ -7,7 +7,7 @@ import pytest
 
 from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from serving.gateway.dialect.chat.request import ChatRequest
-from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.openai import check_unknown
 from serving.gateway.dialect.parsing import read
 from serving.proto import inference_pb2
 from tests.support.chats import HELLO, PASS, REFUSE, asked
@@ -62,16 +62,16 @@ def test_every_extra_arrives() -> None:
         stop_token_ids=[5, 7],
         top_logprobs=2,
     )
-    for unknown in (PASS, ignore_unknown):
+    for unknown in (PASS, check_unknown):
         assert asked(unknown, **asked_for) == expected
     with pytest.raises(InvalidRequest, match="Extra parameters"):
         asked(**asked_for)
-    assert asked(ignore_unknown, logprobs=1).top_logprobs == 0
-    assert asked(ignore_unknown, logprobs=1).HasField("top_logprobs")
+    assert asked(check_unknown, logprobs=1).top_logprobs == 0
+    assert asked(check_unknown, logprobs=1).HasField("top_logprobs")
     assert not asked().sampling.HasField("top_k")  # so that the model's own value holds
     for everything in (-1, 0):  # vLLM's ways to say all
-        assert asked(ignore_unknown, top_k=everything).sampling.HasField("top_k")
-        assert asked(ignore_unknown, top_k=everything).sampling.top_k == 0
+        assert asked(check_unknown, top_k=everything).sampling.HasField("top_k")
+        assert asked(check_unknown, top_k=everything).sampling.top_k == 0
 
 
 def test_the_names_of_other_dialects() -> None:
@@ -107,7 +107,7 @@ def test_null_means_absent_everywhere() -> None:
     names += " modalities"
     assert asked(REFUSE, **dict.fromkeys(names.split())) == asked()
     extras = "n logprobs top_logprobs logit_bias safe_prompt top_k min_p repetition_penalty"
-    extras += " min_tokens ignore_eos stop_token_ids"
+    extras += " min_tokens ignore_eos stop_token_ids allowed_token_ids include_stop_str_in_output"
     assert asked(PASS, **dict.fromkeys(extras.split())) == asked()
 
 
@@ -117,12 +117,14 @@ def test_features_that_are_not_asked_for() -> None:
         tool_choice="auto",
         modalities=["text"],
         response_format={"type": "text"},
+        stream=True,
         stream_options={"include_usage": False},
     ) == asked(response_format={"type": {"type": "text"}})
     harmless = {"logprobs": 0, "top_logprobs": 0, "logit_bias": {}, "safe_prompt": False}
     assert asked(PASS, **harmless) == asked()
+    assert asked(check_unknown, stream=False, stream_options={}) == asked()
     calls: dict[str, Any] = {"functions": [], "function_call": "none", "audio": None}
-    assert asked(ignore_unknown, **calls) == asked()
+    assert asked(check_unknown, **calls) == asked()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:
     ],
 )
 def test_features_we_do_not_have_are_named(parameters: dict[str, Any], path: str) -> None:
-    for unknown in (PASS, ignore_unknown):
+    for unknown in (PASS, check_unknown):
         with pytest.raises(UnsupportedParameter) as caught:
             asked(unknown, **parameters)
         assert [".".join(problem.path) for problem in caught.value.problems] == [path]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from serving.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
-from serving.gateway.dialect.openai import ignore_unknown
+from serving.gateway.dialect.openai import check_unknown
 from serving.gateway.dialect.parsing import read
 from serving.gateway.dialect.text.request import CompletionRequest
 from serving.proto import inference_pb2
@@ -16,7 +16,7 @@ def asked(
     model: inference_pb2.SamplingParams | None = None, **body: Any
 ) -> list[inference_pb2.GenerateRequest]:
     """The calls of a request to a model with these sampling parameters of its own."""
-    request = read(json.dumps(body).encode(), CompletionRequest, ignore_unknown)
+    request = read(json.dumps(body).encode(), CompletionRequest, check_unknown)
     calls = request.protos()
     request.fill_in(calls, model or inference_pb2.SamplingParams())
     return calls
@@ -72,7 +72,7 @@ def test_a_models_own_temperature_comes_before_openais() -> None:
 
 def test_every_parameter_arrives() -> None:
     (request,) = asked(
-        prompt="a", max_tokens="7", temperature=0, logprobs=0, n=2, stop="x", seed=4, best_of=1
+        prompt="a", max_tokens="7", temperature=0, logprobs=0, n=2, stop="x", seed=4, best_of=2
     )
     assert request == inference_pb2.GenerateRequest(
         text="a",
@@ -82,6 +82,15 @@ def test_every_parameter_arrives() -> None:
         top_logprobs=0,
         sampling=inference_pb2.SamplingParams(temperature=0, seed=4),
     )
+
+
+@pytest.mark.parametrize(("n", "best_of"), [({}, 2), ({"n": 2}, 3), ({"n": 2}, 1), ({}, 0)])
+def test_best_of_is_the_number_of_choices(n: dict[str, int], best_of: int) -> None:
+    with pytest.raises(UnsupportedParameter, match="best_of is not supported") as caught:
+        asked(prompt="a", **n, best_of=best_of)
+    assert caught.value.problems[0].path == ("body", "best_of")
+    choices = n.get("n", 1)
+    assert asked(prompt="a", **n, best_of=choices) == asked(prompt="a", **n)
 
 
 @pytest.mark.parametrize("parameter", ["echo", "suffix", "best_of"])
@@ -97,4 +106,4 @@ def test_mistakes() -> None:
     with pytest.raises(InvalidParameter):
         asked(prompt="a", logprobs=21)
     with pytest.raises(InvalidRequest, match="the key 'prompt'"):
-        read(b"[]", CompletionRequest, ignore_unknown)
+        read(b"[]", CompletionRequest, check_unknown)

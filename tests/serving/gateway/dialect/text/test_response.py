@@ -38,7 +38,7 @@ def test_a_text_completion_counts_the_characters_before_its_tokens() -> None:
                 "logprobs": {
                     "tokens": ["na\u00efve", " a"],
                     "token_logprobs": [-1, -9999],
-                    "top_logprobs": [{"x": -9}, {"x": -9}],
+                    "top_logprobs": [{"x": -9, "na\u00efve": -1}, {"x": -9, " a": -9999}],
                     "text_offset": [0, 5],
                 },
                 "finish_reason": "stop",
@@ -83,7 +83,7 @@ def test_each_piece_of_a_character_has_a_name_of_its_own() -> None:
 
 
 def test_a_stream_counts_over_characters_cut_by_its_chunks() -> None:
-    events = TextEvents(IDENTITY, include_usage=False)
+    events = TextEvents(IDENTITY)
     offsets = [
         json.loads(events._logprobs(pieces(token)))["text_offset"]
         for token in (b"\xe3", b"\x81", b"\x93", b"!")
