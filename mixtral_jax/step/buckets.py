@@ -22,6 +22,7 @@ from mixtral_jax.step.programs import (
     compile_tally,
     compile_walk,
 )
+from mixtral_jax.step.scores import ScorePrograms
 from mixtral_jax.step.split_model import SplitModel
 from mixtral_jax.step.whole_step import Kind, WholeSteps
 
@@ -40,6 +41,7 @@ class Steps:
     groups: int | None  # sequence groups; None without a mesh
     adapters: AdapterPrograms | None = None  # None: rows have no adapters
     tally: Compiled | None = None  # (counts of each layer) -> [L E]; None: no expert is counted
+    scores: ScorePrograms  # compiled when first needed
 
     @property
     def num_sequence_groups(self) -> int:
@@ -53,6 +55,7 @@ class Steps:
         whole = [] if self.whole is None else [*self.whole.compiled.values()]
         changes = [] if self.adapters is None else [self.adapters.empty, self.adapters.put]
         programs = [self.empty, self.copy, self.tally, *layerwise, *whole, *changes]
+        programs += self.scores.compiled
         return [*{id(p): p for p in programs if p is not None}.values()]
 
     def bucket(self, num_tokens: int, *, adapted: bool = False, masked: bool = False) -> int:
@@ -66,6 +69,15 @@ class Steps:
         if self.whole is not None:
             return self.whole.bucket(Kind(adapted, masked), num_tokens)
         return min(bucket for bucket in self.rows if bucket >= num_tokens)
+
+    def prepare_scores(self) -> None:
+        """Compiles what steps with scores need, unless that has been done.
+
+        For any thread: steps may run meanwhile. A step whose scores come before compiles it itself.
+        """
+        self.scores.prepare()
+        if self.whole is not None:
+            self.whole.compile_walks()
 
     def blank(
         self, bucket: int, *, with_history: bool = False, with_biases: bool = False
@@ -155,6 +167,7 @@ def compile_buckets(
         groups=groups,
         adapters=changes,
         tally=compile_tally(split) if counts_experts and not whole else None,
+        scores=ScorePrograms(split, sorted(rows_of)),
     )
 
 

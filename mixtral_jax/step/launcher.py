@@ -12,6 +12,7 @@ import numpy as np
 from mixtral_jax.axes import (
     DrawnHidden,
     ExpertCounts,
+    FlatHidden,
     HostRowMasks,
     LayerCounts,
     PackedDraws,
@@ -25,6 +26,7 @@ from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepInputs, host_array, mask_words
 from mixtral_jax.step.packed_inputs import PackedLayout
 from mixtral_jax.step.sampling import Biases
+from mixtral_jax.step.scores import ScoreBlock
 from mixtral_jax.step.split_model import SplitModel
 from mixtral_jax.step.whole_step import Kind, WholeStep
 
@@ -36,6 +38,7 @@ class WalkedStep(NamedTuple):
     hidden: DrawnHidden
     last: Rows  # last token of each row
     expert_tokens: LayerCounts | None  # [L E]; None if the steps were compiled without counts
+    flat: FlatHidden  # x of all tokens, for `score`
 
 
 class LaunchedStep(NamedTuple):
@@ -111,7 +114,8 @@ class StepLauncher:
         if self.steps.whole is not None:
             done = self._launch_whole(inputs, is_masked=True)
             assert done.hidden is not None and done.last is not None, "a walk ends before the draw"
-            return WalkedStep(inputs, done.hidden, done.last, done.expert_tokens)
+            assert done.flat is not None, "a walk gives x of all its tokens"
+            return WalkedStep(inputs, done.hidden, done.last, done.expert_tokens, done.flat)
         blank = self._blanks[inputs.num_rows]
         assert blank.biases is not None
         inputs = inputs.with_blanks(blank.history, blank.biases)
@@ -123,15 +127,16 @@ class StepLauncher:
         for i, block in enumerate(self._model.blocks):
             given = (block, x, rotary, self._layers[i], batch)
             if slots is None:
-                x, self._layers[i], *counted = programs.block(*given)
+                x, self._layers[i], *new = programs.block(*given)
             else:
                 assert programs.adapted_block is not None, "no stacks were compiled"
                 adapters = Adapters(self._stacks[i], slots)
-                x, self._layers[i], *counted = programs.adapted_block(*given, adapters)
-            counts += counted
-        x, last = programs.pick(x, batch.tokens, inputs.last)
+                x, self._layers[i], *new = programs.adapted_block(*given, adapters)
+            counts += new
+        hidden, last = programs.pick(x, batch.tokens, inputs.last)
         tally = self.steps.tally
-        return WalkedStep(inputs, x, last, None if tally is None else tally(tuple(counts)))
+        counted = None if tally is None else tally(tuple(counts))
+        return WalkedStep(inputs, hidden, last, counted, x)
 
     def draw(self, walked: WalkedStep, allowed: HostRowMasks | None = None) -> LaunchedStep:
         """Starts the other part, in which each row draws its token.
@@ -160,6 +165,19 @@ class StepLauncher:
                 sampled = programs.draw_masked(*given, inputs.sampling, allowed)
         self._tokens = sampled.tokens
         return LaunchedStep(sampled.packed, walked.expert_tokens)
+
+    def score(self, walked: WalkedStep, blocks: Sequence[ScoreBlock]) -> list[PackedDraws]:
+        """Starts the scores of a step, before or after its draw; see scores.py."""
+        programs, bucket = self.steps.scores, walked.inputs.num_tokens
+        return [
+            programs.score(
+                self._model.rest,
+                programs.pick(bucket)(walked.flat, block.places),
+                block.targets,
+                block.asked,
+            )
+            for block in blocks
+        ]
 
     def _launch_whole(self, inputs: StepInputs, *, is_masked: bool) -> WholeStep:
         whole, model = self.steps.whole, self._model

@@ -296,7 +296,7 @@ def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> Packe
         shape = (logits.shape[0], MAX_TOP_LOGPROBS)
         return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
 
-    values, ids = jax.lax.cond(jnp.any(asked > 0), _top, no_top, logits)
+    values, ids = jax.lax.cond(jnp.any(asked > 0), top_logits, no_top, logits)
     wanted = jnp.arange(MAX_TOP_LOGPROBS, dtype=jnp.int32)[None] < asked
     return pack(
         tokens,
@@ -306,7 +306,7 @@ def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> Packe
     )
 
 
-def _top(logits: FlatLogits) -> tuple[jax.Array, jax.Array]:
+def top_logits(logits: FlatLogits) -> tuple[jax.Array, jax.Array]:
     """Returns the largest logits and their ids, [R 20] each; equal ones in order of id.
 
     They can only be in the 20 blocks whose maxima are largest.

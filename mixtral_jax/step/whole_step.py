@@ -26,7 +26,16 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered
 
-from mixtral_jax.axes import DrawnHidden, LayerCounts, PackedDraws, PagePairs, Pages, RowMasks, Rows
+from mixtral_jax.axes import (
+    DrawnHidden,
+    FlatHidden,
+    LayerCounts,
+    PackedDraws,
+    PagePairs,
+    Pages,
+    RowMasks,
+    Rows,
+)
 from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters, BlockStacks
 from mixtral_jax.step.functions import StepFunctions, copied
 from mixtral_jax.step.inputs import StepInputs, StepSizes, mask_words
@@ -57,6 +66,7 @@ class WholeStep(NamedTuple):
     tokens: Rows | None = None  # drawn, for the next step
     packed: PackedDraws | None = None  # drawn, for the host
     expert_tokens: LayerCounts | None = None  # [L E] where experts are counted
+    flat: FlatHidden | None = None  # of a walk: x of all tokens, for scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +100,7 @@ class WholeFunctions:
         with jax.named_scope("pick"):
             hidden, last = step.pick(x, batch.tokens, inputs.last)
         tally = step.tally(tuple(counts)) if counts else None
-        return WholeStep(tuple(written), hidden, last, expert_tokens=tally)
+        return WholeStep(tuple(written), hidden, last, expert_tokens=tally, flat=x)
 
     def step(
         self,
@@ -224,6 +234,17 @@ class WholeSteps:
         """Compiles what is missing; `progress` is called with a line for each program."""
         self._compile(self.missing, progress, _half_the_cores())
 
+    def compile_walks(self) -> None:
+        """Compiles the largest steps that are walked and their draw, unless they are there.
+
+        Scores need them (scores.py) also where no row has a mask.
+        """
+        largest = max(self._rows)
+        walks: list[Key] = [(Kind(kind.adapted, True), largest) for kind in self._kinds]
+        for key in [("draw", self._rows[largest]), *walks]:
+            if key not in self._compiled:
+                self.compile_one(key)
+
     def compile_one(self, key: Key) -> None:
         """Compiles a program; steps may run meanwhile. Raises what the compiler raises."""
         self._compiled[key] = self.lowered(key).compile()
@@ -272,7 +293,8 @@ class WholeSteps:
             specs.append((split.stack_specs(self._stacks),) * num_layers)
             given.append((self._stacks,) * num_layers)
         functions = WholeFunctions(self._functions, layout)
-        out: Any = WholeStep((places,) * num_layers, *(REPLICATED,) * 5)  # type: ignore[arg-type]
+        # Each spec stands for a result that the program may not have.
+        out: Any = WholeStep((places,) * num_layers, *(REPLICATED,) * 5, split.spec("B"))  # type: ignore[arg-type]
         program = functions.walk if kind.masked else functions.step
         lowered: Lowered = split.jit(program, tuple(specs), out, donate=(2,)).lower(*given)
         return lowered

@@ -64,5 +64,7 @@ class AnswerTokens:
                 self.prompt_tokens = chunk.usage.prompt_tokens
                 self.cached_tokens = chunk.usage.cached_tokens
                 self.completion_tokens = chunk.usage.completion_tokens
+                if self._computed_tokens:  # without an answer the last token is left out
+                    self._computed_tokens = self.prompt_tokens
         if self.texts is not None:
             self.texts[chunk.choice] = self.texts.get(chunk.choice, "") + chunk.text

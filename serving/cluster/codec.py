@@ -131,6 +131,9 @@ def _chunk_message(chunk: Chunk) -> pb.Chunk:
         forbidden=chunk.forbidden,
         guesses=chunk.guesses,
         slot=None if chunk.slot == NO_SLOT else chunk.slot,
+        targets=chunk.targets,
+        target_start=chunk.target_start,
+        asked=chunk.asked,
     )
 
 
@@ -150,6 +153,9 @@ def _chunk_of(message: pb.Chunk) -> Chunk:
         forbidden=frozenset(message.forbidden),
         guesses=message.guesses,
         slot=message.slot if message.HasField("slot") else NO_SLOT,
+        targets=tuple(message.targets),
+        target_start=message.target_start,
+        asked=message.asked,
     )
 
 

@@ -86,8 +86,13 @@ class PlanCheck:
             )
         _below("page", chunk.pages, limits.num_pages)
         _at_most("history of a chunk", len(chunk.history), limits.max_context)
-        for ids in (chunk.token_ids, chunk.history, chunk.forbidden, chunk.sampling.logit_bias):
+        biased = chunk.sampling.logit_bias
+        for ids in (chunk.token_ids, chunk.history, chunk.forbidden, biased, chunk.targets):
             _below("token id", ids, self._vocab_size)
+        if chunk.targets:
+            # Each follows a token of the chunk.
+            first, last = chunk.target_start - chunk.start - 1, len(chunk.token_ids)
+            _below("target", (first, first + len(chunk.targets) - 1), last)
         if chunk.slot != NO_SLOT:
             _below("slot of an adapter", (chunk.slot,), self._num_slots)
         if chunk.follows is not None:

@@ -211,6 +211,8 @@ def prepare(
             # The processes of a group must choose the same bucket for a step.
             may_be_late=jax.process_count() == 1,
         )
+        if jax.process_count() > 1:
+            steps.prepare_scores()  # later, all processes would wait for the slowest
         return Prepared(model.result(), limits, steps, placement.mesh_text)
 
 

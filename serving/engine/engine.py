@@ -20,7 +20,7 @@ a step that fails ends the engine, and so the group, which starts again as a who
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixtral_jax.checkpoint.adapter import StoredAdapter
 from mixtral_jax.step.draws import NO_TOKEN
@@ -30,7 +30,7 @@ from serving.engine.recovery import Suspects
 from serving.errors import ModelNotFound
 from serving.scheduling.partitions import Partitions
 from serving.scheduling.proposer import Proposer
-from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws
+from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws, Scored
 from serving.scheduling.step_plan import Limits, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class _Step:
             return rows
         drawn = [list(row) for row in rows]
         for plan, chunk in self.masks.late:
-            drawn[plan][chunk] = None
+            row = drawn[plan][chunk]
+            drawn[plan][chunk] = replace(row, drawn=None) if isinstance(row, Scored) else None
         return drawn
 
 
@@ -212,7 +213,7 @@ class Engine:
             chunk.request_id
             for plan, draws in zip(plans, drawn, strict=True)
             for chunk, draw in zip(plan.chunks, draws, strict=True)
-            if isinstance(draw, Drawn) and draw.token_id == NO_TOKEN
+            if _is_lost(draw)
             if self.scheduler.has(chunk.request_id)  # else it has ended since the plan
         }
         for request_id in sorted(lost):
@@ -280,6 +281,13 @@ class Engine:
             return []
         self.cancel(culprit)
         return [_failed(culprit)]
+
+
+def _is_lost(row: RowDraws) -> bool:
+    """Returns True if the values of a row are not finite, which its token or its scores tell."""
+    if isinstance(row, Scored):
+        return not row.is_finite or _is_lost(row.drawn)
+    return isinstance(row, Drawn) and row.token_id == NO_TOKEN
 
 
 def _failed(request_id: str, problem: str = "") -> Event:

@@ -6,21 +6,23 @@ one too, and launches the same plans in the same order.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
 
+from mixtral_jax.axes import PackedDraws
 from mixtral_jax.model.adapter import BlockAdapter, LowRank
 from mixtral_jax.model.adapter_stack import NO_SLOT
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.buckets import Steps
-from mixtral_jax.step.draws import unpack
+from mixtral_jax.step.draws import Draws, unpack
 from mixtral_jax.step.inputs import GroupInputs, StepInputs, mask_words
 from mixtral_jax.step.launcher import LaunchedStep, StepLauncher, WalkedStep
+from mixtral_jax.step.scores import ScoreInputs
 from serving.engine.device import Masks, PutLayer
 from serving.engine.expert_load import ExpertLoad
-from serving.scheduling.request import Drawn
+from serving.scheduling.request import Drawn, RowDraws, Scored, TokenScore
 from serving.scheduling.step_plan import StepPlan
 
 
@@ -47,14 +49,23 @@ class Runner:
 
     def launch(self, plans: Sequence[StepPlan]) -> "RunningStep":
         """Starts one step: a plan for each sequence group, at least one of them with chunks."""
+        if any(chunk.targets for plan in plans for chunk in plan.chunks):
+            return self.draw(self.walk(plans), None)
         inputs = self._inputs(plans, is_masked=False)
         launched = self._launcher.launch(inputs)
         return RunningStep(tuple(plans), inputs.num_rows, launched, self._expert_load)
 
     def walk(self, plans: Sequence[StepPlan]) -> "WalkedPlans":
-        """Starts one step, up to where its rows draw."""
+        """Starts one step, up to where its rows draw, and the scores of its targets."""
+        wanted = _wanted_scores(plans)
+        if wanted:
+            self._steps.prepare_scores()
         inputs = self._inputs(plans, is_masked=True)
-        return WalkedPlans(tuple(plans), inputs.num_rows, self._launcher.walk(inputs))
+        walked = self._launcher.walk(inputs)
+        scores = None
+        if wanted:
+            scores = LaunchedScores(wanted, self._launcher.score(walked, wanted.blocks()))
+        return WalkedPlans(tuple(plans), inputs.num_rows, walked, scores)
 
     def _inputs(self, plans: Sequence[StepPlan], *, is_masked: bool) -> StepInputs:
         """The arrays of a step; the pages that it writes are copied before."""
@@ -85,7 +96,7 @@ class Runner:
                     first = group * walked.rows
                     allowed[first : first + len(rows)] = rows
         launched = self._launcher.draw(walked.step, allowed)
-        return RunningStep(walked.plans, walked.rows, launched, self._expert_load)
+        return RunningStep(walked.plans, walked.rows, launched, self._expert_load, walked.scores)
 
     def put_layer(self, put: PutLayer) -> None:
         """Writes a layer of an adapter into its slot, for steps that are launched from now on."""
@@ -109,6 +120,55 @@ class WalkedPlans:
     plans: tuple[StepPlan, ...]
     rows: int  # of each sequence group
     step: WalkedStep
+    scores: "LaunchedScores | None"
+
+
+@dataclass(frozen=True)
+class LaunchedScores:
+    """Scores that the devices compute."""
+
+    wanted: ScoreInputs
+    packed: Sequence[PackedDraws]  # of each block
+
+
+class ScoreRows(Sequence[TokenScore]):
+    """The scores of one chunk's targets, as TokenScores where somebody looks at them.
+
+    Args:
+        targets: the tokens.
+        draws: ranks, logprobs and the likeliest tokens of these rows.
+        asked: number of the likeliest tokens of each.
+    """
+
+    def __init__(self, targets: Sequence[int], draws: Draws, asked: int) -> None:
+        self._targets, self._asked = targets, asked
+        # Copies: the rows of a whole step, with 20 tokens each, are not held for long.
+        self._draws = Draws(
+            draws.tokens.copy(),
+            draws.logprobs.copy(),
+            draws.top_ids[:, :asked].copy(),
+            draws.top_logprobs[:, :asked].copy(),
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """False if the model's values were not."""
+        return bool(np.isfinite(self._draws.logprobs).all())
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenScore: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TokenScore]: ...
+    def __getitem__(self, index: int | slice) -> TokenScore | Sequence[TokenScore]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        rank, logprob, top = self._draws.of_row(index, self._asked)
+        assert logprob is not None
+        token = self._targets[index]
+        return TokenScore(token_id=token, logprob=logprob, rank=rank, top_logprobs=top)
 
 
 @dataclass(frozen=True)
@@ -119,8 +179,9 @@ class RunningStep:
     rows: int  # of each sequence group
     launched: LaunchedStep
     expert_load: ExpertLoad | None
+    scores: LaunchedScores | None = None
 
-    def drawn(self) -> list[list[Drawn | None]]:
+    def drawn(self) -> list[list[RowDraws]]:
         """Waits for the step; returns what each chunk of each plan drew, or None for nothing."""
         if self.expert_load is None or self.launched.expert_tokens is None:
             packed = np.asarray(self.launched.packed)
@@ -128,17 +189,39 @@ class RunningStep:
             packed, counts = jax.device_get(self.launched)
             self.expert_load.add(counts)
         draws = unpack(packed)
-        drawn: list[list[Drawn | None]] = []
+        scores: list[Draws] = []
+        if self.scores is not None:
+            scores = self.scores.wanted.read(jax.device_get(self.scores.packed))
+        drawn: list[list[RowDraws]] = []
         for group, plan in enumerate(self.plans):
-            tokens: list[Drawn | None] = []
+            tokens: list[RowDraws] = []
+            first = 0  # of the chunk's scores, among those of its group
             for row, chunk in enumerate(plan.chunks, start=group * self.rows):
+                own: Drawn | None = None
                 if chunk.samples:
                     token, logprob, top = draws.of_row(row, chunk.sampling.top_logprobs)
-                    tokens.append(Drawn(token_id=token, logprob=logprob, top_logprobs=top))
-                else:
-                    tokens.append(None)
+                    own = Drawn(token_id=token, logprob=logprob, top_logprobs=top)
+                if not chunk.targets:
+                    tokens.append(own)
+                    continue
+                rows = slice(first, first := first + len(chunk.targets))
+                of_chunk = Draws(*(array[rows] for array in scores[group]))
+                read = ScoreRows(chunk.targets, of_chunk, chunk.asked)
+                tokens.append(Scored(own, read, read.is_finite))
             drawn.append(tokens)
         return drawn
+
+
+def _wanted_scores(plans: Sequence[StepPlan]) -> ScoreInputs:
+    """Returns the places of a step whose scores are wanted, in the order of its chunks."""
+    wanted = ScoreInputs(len(plans))
+    for group, plan in enumerate(plans):
+        place = 0  # of the chunk, in its group's flat row
+        for chunk in plan.chunks:
+            first = place + chunk.target_start - 1 - chunk.start
+            wanted.add(group, first, chunk.targets, chunk.asked)
+            place += len(chunk.token_ids)
+    return wanted
 
 
 def _write(plan: StepPlan, inputs: GroupInputs) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from serving.errors import ServingError
-from serving.scheduling.request import Event
+from serving.scheduling.request import Event, FinishReason, Request
 
 
 class Queued(Enum):
@@ -32,6 +32,40 @@ class Mailbox:
         # RuntimeError: the loop is closed when the process ends in the middle of an answer.
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+
+
+class Uncomputed:
+    """The events of a request that asks neither for tokens nor for logprobs: the ends of choices.
+
+    It is used as a Submission is, and reaches no engine.
+    """
+
+    def __init__(self, request: Request) -> None:
+        ends = [
+            Event(
+                request_id=request.id,
+                choice=choice,
+                drawn=None,
+                finish_reason=FinishReason.LENGTH,
+                seated=time.monotonic(),
+            )
+            for choice in range(request.n)
+        ]
+        self._ends = iter(ends)
+
+    async def accepted(self) -> None:
+        """Returns at once."""
+
+    def __aiter__(self) -> "Uncomputed":
+        return self
+
+    async def __anext__(self) -> Event:
+        for end in self._ends:
+            return end
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Does nothing."""
 
 
 class Submission:

@@ -1,11 +1,13 @@
 """Late programs: those of whole steps that a server compiles while it answers already.
 
-Until one is there, its steps are padded to a larger bucket (mixtral_jax/step/whole_step.py).
+Until one is there, its steps are padded to a larger bucket (mixtral_jax/step/whole_step.py). Those
+that score prompts are compiled when somebody first asks for that (mixtral_jax/step/scores.py).
 """
 
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from mixtral_jax.step.buckets import Steps
 
@@ -26,11 +28,19 @@ class LatePrograms:
         self._steps, self._say = steps, say
         self._is_wanted = True
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
+        self._scores = ThreadPoolExecutor(1, thread_name_prefix=THREAD)
 
     def start(self) -> None:
         """Starts the thread, if anything is missing."""
         if self._steps.whole is not None and self._steps.whole.missing:
             self._thread.start()
+
+    def prepare_scores(self) -> "Future[None]":
+        """Begins to compile what logprobs of prompts need, unless that has been done.
+
+        The first request that asks for them waits for it, and no other.
+        """
+        return self._scores.submit(self._steps.prepare_scores)
 
     def stop(self) -> bool:
         """Begins no further program; returns False if one is under way, which nothing can end."""

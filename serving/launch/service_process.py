@@ -239,13 +239,20 @@ def _build(
         counts = AdapterMetrics(metrics.registry, card.name, loader.digests)
         adapters = followed_adapters(config, models, loader, counts, _say)
     calls = Calls(metrics, traces, counts)
+    late = LatePrograms(prepared.steps, _say)
     inference = InferenceService(
-        worker, pretrained.tokenizer, info, calls, service.max_bytes_per_token, compiler, models
+        worker,
+        pretrained.tokenizer,
+        info,
+        calls,
+        service.max_bytes_per_token,
+        compiler,
+        models,
+        late.prepare_scores,
     )
     compilations = CompilationCount(apart=THREAD)
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
     DeviceMemory(prepared.model, prepared.steps, metrics.registry)
-    late = LatePrograms(prepared.steps, _say)
     return _Built(worker, inference, adapters, prepared.max_sequences, late)
 
 

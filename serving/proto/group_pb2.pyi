@@ -150,7 +150,7 @@ class Plan(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., copies: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("request_id", "choice", "token_ids", "start", "pages", "follows", "samples", "sampling", "seed", "prompt_length", "history", "forbidden", "guesses", "slot")
+    __slots__ = ("request_id", "choice", "token_ids", "start", "pages", "follows", "samples", "sampling", "seed", "prompt_length", "history", "forbidden", "guesses", "slot", "targets", "target_start", "asked")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,9 @@ class Chunk(_message.Message):
     FORBIDDEN_FIELD_NUMBER: _ClassVar[int]
     GUESSES_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_START_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -179,7 +182,10 @@ class Chunk(_message.Message):
     forbidden: _containers.RepeatedScalarFieldContainer[int]
     guesses: int
     slot: int
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ..., samples: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., forbidden: _Optional[_Iterable[int]] = ..., guesses: _Optional[int] = ..., slot: _Optional[int] = ...) -> None: ...
+    targets: _containers.RepeatedScalarFieldContainer[int]
+    target_start: int
+    asked: int
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ..., samples: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., forbidden: _Optional[_Iterable[int]] = ..., guesses: _Optional[int] = ..., slot: _Optional[int] = ..., targets: _Optional[_Iterable[int]] = ..., target_start: _Optional[int] = ..., asked: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_ids", "bias_values", "seed", "top_logprobs")

@@ -44,7 +44,7 @@ class Request:
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
-    max_tokens: int  # of each choice
+    max_tokens: int  # of each choice; 0 computes logprobs of the prompt alone
     eos_ids: frozenset[int]  # a choice ends after one of these; empty to ignore the model's end
     min_tokens: int = 0  # number of tokens before which no id of eos_ids is drawn
     n: int = 1
@@ -54,6 +54,9 @@ class Request:
     salt: bytes = b""  # prefixes are shared under the same salt only
     priority: Priority = Priority.INTERACTIVE
     suspect: bool = False  # computed in steps of its own, because it may end the engine
+    # Number of the likeliest tokens whose logprobs are asked for beside those of each of the
+    # prompt's tokens; None for no logprobs of the prompt.
+    prompt_logprobs: int | None = None
     # Grammar of each choice: a mixtral_jax.structure.form.Form, which only the engine reads.
     form: object | None = None
     allowed_ids: frozenset[int] = frozenset()  # the only ids that are drawn; empty for all
@@ -71,6 +74,11 @@ class Request:
         digest = b"" if self.seat is None else self.seat.digest
         return len(digest).to_bytes(1) + digest + self.salt
 
+    @property
+    def num_scored(self) -> int:
+        """Number of tokens of the prompt whose logprobs are asked for: all but the first."""
+        return 0 if self.prompt_logprobs is None else len(self.prompt_ids) - 1
+
     def check(self, room: int) -> None:
         """Raises the errors that it deserves whatever else there is to do.
 
@@ -84,13 +92,15 @@ class Request:
         size = len(self.prompt_ids)
         if not size:
             raise InvalidRequest("the prompt is empty; give at least one token")
-        if size >= room:
+        if size > room:
+            raise ContextTooLong.of(room, f"the prompt has {size}")
+        if size == room and self.max_tokens:
             raise ContextTooLong.of(room, f"the prompt has {size}, and an answer needs some")
         if not 0 <= min(self.prompt_ids) <= max(self.prompt_ids) <= _MAX_ID:
             raise InvalidRequest(f"the prompt has an id outside 0 to {_MAX_ID}")
         if self.n < 1:
             raise InvalidRequest(f"n is {self.n}; ask for at least 1 choice")
-        if self.max_tokens < 1:
+        if self.max_tokens < 0 or (not self.max_tokens and not self.num_scored):
             raise InvalidRequest(f"max_tokens is {self.max_tokens}; ask for at least 1 token")
         if self.min_tokens < 0:
             raise InvalidRequest(f"min_tokens is {self.min_tokens}; it must be 0 or more")
@@ -106,8 +116,28 @@ class Drawn:
     forced: bool = False  # no step drew it: a grammar let nothing else follow
 
 
-RowDraws = Drawn | Sequence[Drawn] | None
-"""What a row drew: a token; several where it has guesses; None where it draws none, or sits out."""
+@dataclass(frozen=True, kw_only=True)
+class TokenScore:
+    """The logprob of a given token, in the model's own distribution."""
+
+    token_id: int
+    logprob: float
+    rank: int  # among all tokens in its place: 1 for the likeliest
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a row drew whose chunk has targets, and their scores in order."""
+
+    drawn: Drawn | None
+    scores: Sequence[TokenScore]
+    is_finite: bool = True  # False: there are no logprobs of such values
+
+
+RowDraws = Drawn | Sequence[Drawn] | Scored | None
+"""What a row drew: a token; several where it has guesses; with scores where its chunk has targets;
+None where it draws none, or sits out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +145,7 @@ class Event:
     """A change of one choice of one request: a token was drawn, or its time was up.
 
     An event without a token and without a finish reason tells that a part of the prompt was
-    computed.
+    computed. With max_tokens 0 the last event of a choice has no token, and LENGTH.
     """
 
     request_id: str
@@ -129,3 +159,5 @@ class Event:
     seated: float = field(default=0.0, compare=False)
     steps: int = field(default=0, compare=False)
     problem: str = ""  # with FAILED, what the caller is told; empty where only the log says it
+    # Of the prompt's next tokens, from the second one on; all come before the first token.
+    prompt_logprobs: Sequence[TokenScore] = ()

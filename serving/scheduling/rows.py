@@ -71,7 +71,7 @@ class Rows:
         """Starts another choice beside the first one, or queues it as if it came now."""
         fork = self.sequence(first.request, choice, first.seed)
         fork.was_seated, fork.seated, fork.cached = True, first.seated, first.cached
-        fork.computed = first.computed
+        fork.computed, fork.scored = first.computed, first.scored
         overtakes = self._queue.has_waiting(first.request.priority)
         if not overtakes and self._has_row and self._num_spare >= 1:
             fork.planned = len(fork.tokens) - 1
@@ -177,7 +177,11 @@ class Rows:
         if sequence.spare is not None and spare <= sequence.spare and not may_take:
             return False  # no page more than when it was refused
         table, size = sequence.table, self._pool.page_size
-        pages, chains = table.lookup(sequence.tokens)
+        known = sequence.tokens
+        if not sequence.is_scored:
+            # Each token gives the logprob of the next one, so those from here on are computed.
+            known = known[: sequence.scored]
+        pages, chains = table.lookup(known)
         cached = len(pages) * size
         first = self._limits.visible(cached) // size
         end = len(sequence.tokens)

@@ -46,6 +46,7 @@ B's other 5; both draw their last token. B holds 3 pages all along, and A 1.
 
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from secrets import randbits
 
@@ -55,10 +56,18 @@ from serving.scheduling.pages import PagePool
 from serving.scheduling.preemption import youngest
 from serving.scheduling.proposer import Proposer, propose
 from serving.scheduling.queue import TurnQueue
-from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws
+from serving.scheduling.request import (
+    Drawn,
+    Event,
+    FinishReason,
+    Request,
+    RowDraws,
+    Scored,
+    TokenScore,
+)
 from serving.scheduling.rows import Rows
 from serving.scheduling.sequence import SequenceState
-from serving.scheduling.step_plan import Limits, StepPlan
+from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 
 class Scheduler:
@@ -244,7 +253,8 @@ class Scheduler:
 
         `drawn[i]` is read where chunk i samples; None there means that the row sits this step out:
         its last token is computed again, and what an open plan computes behind it is passed over.
-        Where the chunk has guesses, it has the tokens that follow up to the first wrong guess.
+        Where the chunk has guesses, it has the tokens that follow up to the first wrong guess, and
+        where it has targets, their scores.
         Sequences that have ended or lost their pages since `plan` are passed over. Their pages are
         free already, and this is safe: steps run in order, so the writes of a stale chunk come
         before those of the page's next holder. Pages of the prefix cache stay as they are: a page
@@ -258,11 +268,16 @@ class Scheduler:
             if not sequence.running:
                 continue
             sequence.steps += 1
+            scores: Sequence[TokenScore] = ()
+            if isinstance(token, Scored):
+                scores, token = token.scores, token.drawn
+                sequence.scored += len(scores)
             # A draw is passed over where its token was forced since the plan.
             is_known = chunk.end < len(sequence.tokens)
             sits_out = chunk.samples and token is None and not is_known
             kept = chunk.end - chunk.guesses - sits_out  # tokens that are not computed again
             sequence.table.register(sequence.tokens, kept)
+            self._tell_progress(sequence, chunk, scores, events)
             if sits_out:
                 sequence = self._rows.rewind(sequence)
             elif is_known and chunk.samples:
@@ -271,9 +286,6 @@ class Scheduler:
                 self._append(sequence, token, events)
             elif token is not None:
                 self._accept(sequence, token, events)
-            elif sequence.computed < chunk.end < chunk.prompt_length:
-                sequence.computed = chunk.end
-                events.append(sequence.event())
             if has_window and sequence.running:
                 # A chunk of the next plan, if that is open, starts here: it sees no less.
                 sequence.table.slide(self.limits.visible(kept))
@@ -343,6 +355,25 @@ class Scheduler:
             victim = youngest(self._rows.running)
             draft.pop(victim, None)
             self._rows.preempt(victim)
+
+    def _tell_progress(
+        self,
+        sequence: SequenceState,
+        chunk: Chunk,
+        scores: Sequence[TokenScore],
+        events: list[Event],
+    ) -> None:
+        """Records what a chunk computed of a prompt, whose end is all where no answer is wanted."""
+        is_new = sequence.computed < chunk.end < chunk.prompt_length
+        if is_new:
+            sequence.computed = chunk.end
+        if is_new or scores:
+            events.append(sequence.event(scores=scores))
+        if not sequence.request.max_tokens and chunk.end == len(sequence.tokens) - 1:
+            last = sequence.event(reason=FinishReason.LENGTH)
+            events += (replace(last, choice=choice) for choice in sequence.choices)
+            self._rows.leave(sequence)
+            sequence.table.release()
 
     def _append(self, sequence: SequenceState, drawn: Drawn, events: list[Event]) -> None:
         """Records a token."""

@@ -1,9 +1,10 @@
 """Progress of one choice of a request, and of its caller, as the scheduler keeps them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from serving.scheduling.pages import PageTable
-from serving.scheduling.request import Drawn, Event, FinishReason, Request
+from serving.scheduling.request import Drawn, Event, FinishReason, Request, TokenScore
 from serving.scheduling.step_plan import NO_SLOT, Chunk
 
 # Tokens that a sequence draws at least before it gives way to a caller that was served fewer. If it
@@ -54,6 +55,9 @@ class SequenceState:
     planned: int = 0  # while running: tokens that are computed or are in the open plans
     undrawn: int = 0  # tokens that the open plans will draw
     row: int = 0  # chunk of the last plan that drew for it
+    scored: int = (
+        1  # tokens of its prompt, from the first one, whose logprobs were sent or are none
+    )
 
     @property
     def age(self) -> tuple[int, int]:
@@ -63,6 +67,8 @@ class SequenceState:
     @property
     def remaining(self) -> int:
         """Number of tokens to compute, of those that exist once the open plans have run."""
+        if not self.request.max_tokens:  # the last token has nothing behind it
+            return max(0, len(self.tokens) - 1 - self.planned)
         length = len(self.tokens) + self.undrawn
         # With guesses in an open plan, more is planned than is sure to exist.
         return max(0, length - self.planned) if length < self.limit else 0
@@ -98,6 +104,11 @@ class SequenceState:
         return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
 
     @property
+    def is_scored(self) -> bool:
+        """True if all logprobs of its prompt that were asked for have been sent."""
+        return self.scored > self.request.num_scored
+
+    @property
     def may_be_guessed(self) -> bool:
         """True if what is drawn after several guesses depends on their tokens alone."""
         num_drawn = len(self.tokens) - len(self.request.prompt_ids)
@@ -113,10 +124,14 @@ class SequenceState:
         """
         sampling, prompt_length = self.request.sampling, len(self.request.prompt_ids)
         guesses = guesses[: size - 1]
-        samples = size - len(guesses) == self.remaining
+        samples = size - len(guesses) == self.remaining and self.request.max_tokens > 0
         start, end = self.planned, self.planned + size
         follows = self.row if self.undrawn else None
         too_early_to_end = samples and end - prompt_length < self.request.min_tokens
+        target_start, target_end = start + 1, start
+        if not self.is_scored:
+            target_start = max(start + 1, self.scored)
+            target_end = min(end, self.request.num_scored) + 1
         self.planned = end
         self.turn.served += size
         if samples:
@@ -136,6 +151,9 @@ class SequenceState:
             forbidden=self.request.eos_ids if too_early_to_end else frozenset(),
             guesses=len(guesses),
             slot=NO_SLOT if self.request.seat is None else self.request.seat.slot,
+            targets=tuple(self.tokens[target_start:target_end]),
+            target_start=target_start,
+            asked=self.request.prompt_logprobs or 0,
         )
 
     def retreat(self, chunk: Chunk) -> None:
@@ -164,7 +182,12 @@ class SequenceState:
         """Returns its state with only its last token to compute, and none in open plans."""
         return replace(self, planned=len(self.tokens) - 1, undrawn=0, row=0)
 
-    def event(self, drawn: Drawn | None = None, reason: FinishReason | None = None) -> Event:
+    def event(
+        self,
+        drawn: Drawn | None = None,
+        reason: FinishReason | None = None,
+        scores: Sequence[TokenScore] = (),
+    ) -> Event:
         """Returns the event of a token, or with none that a part of the prompt was computed."""
         return Event(
             request_id=self.request.id,
@@ -175,4 +198,5 @@ class SequenceState:
             cached=self.cached,
             seated=self.seated,
             steps=self.steps,
+            prompt_logprobs=scores,
         )

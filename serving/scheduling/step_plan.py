@@ -65,6 +65,10 @@ class Chunk:
     # the token before them, up to and with the first that differs from the guess behind it.
     guesses: int = 0
     slot: int = NO_SLOT  # of the sequence's adapter
+    # Tokens of the prompt whose logprobs are wanted: each follows one of the chunk's tokens.
+    targets: tuple[int, ...] = ()
+    target_start: int = 0  # position of the first of them
+    asked: int = 0  # number of the likeliest tokens beside each
 
     @property
     def end(self) -> int:

@@ -97,6 +97,7 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         "GenerateRequest.allowed_token_ids": Bound(entries=MAX_ALLOWED_IDS, unit="ids"),
         "GenerateRequest.include_stop": _FIXED,
         "GenerateRequest.return_prompt_ids": _FIXED,
+        "GenerateRequest.return_prompt_pieces": _FIXED,
         "ResponseFormat.json_object": _MESSAGE,
         "ResponseFormat.json_schema": schema,
         "ResponseFormat.regex": grammar,

@@ -84,7 +84,7 @@ class Call:
         self._sent, self._request = time.monotonic(), request
 
     def note(self, event: Event) -> None:
-        """Notes a drawn token."""
+        """Notes a drawn token, or the end of a choice that draws none."""
         now = time.monotonic()
         choice = self._choices.get(event.choice)
         if choice is None:
@@ -92,7 +92,7 @@ class Call:
                 event.seated, now, now, event.steps, event.steps
             )
         choice.last, choice.steps = now, event.steps
-        choice.tokens += 1
+        choice.tokens += event.drawn is not None
 
     def ended(self, index: int, reason: FinishReason) -> None:
         """Notes that a choice has ended by itself: STOP or LENGTH."""

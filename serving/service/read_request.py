@@ -81,8 +81,10 @@ class Translator:
         self.check(message)
         max_tokens = message.max_tokens if message.HasField("max_tokens") else _NO_LIMIT
         n = message.n if message.HasField("n") else 1
-        if max_tokens < 1:
-            raise InvalidParameter("max_tokens is 0; ask for at least 1 token")
+        if max_tokens < 1 and not asks_of_prompt(message):
+            raise InvalidParameter(
+                "max_tokens is 0; ask for at least 1 token, or for the prompt's logprobs"
+            )
         if message.min_tokens > max_tokens:
             raise InvalidParameter(
                 f"min_tokens is {message.min_tokens}; it must be within 0 and max_tokens, "
@@ -115,6 +117,9 @@ class Translator:
             priority=_priority(message.priority),
             suspect=message.suspect,
             allowed_ids=allowed,
+            prompt_logprobs=(
+                message.prompt_logprobs if message.HasField("prompt_logprobs") else None
+            ),
         )
 
     def needs_form(self, message: pb.GenerateRequest) -> bool:
@@ -246,6 +251,12 @@ class Translator:
     def _check_chat(self, chat: pb.Chat) -> None:
         name = "the messages and tools have" if chat.tools else "the messages have"
         self._bounds.check_prompt(name, chat_size(chat))
+
+
+def asks_of_prompt(message: pb.GenerateRequest) -> bool:
+    """Returns whether something is told about the prompt, so that an answer may be left out."""
+    is_scored = message.HasField("prompt_logprobs")
+    return is_scored or message.return_prompt_ids or message.return_prompt_pieces
 
 
 def continues(message: pb.GenerateRequest) -> bool:

@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from serving.access.tls import ServerTls
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
+from serving.engine.submission import Submission, Uncomputed
 from serving.engine.worker import EngineWorker
 from serving.errors import WEAKENED_METADATA, EngineFailure, Overloaded, ServingError
 from serving.proto import inference_pb2 as pb
@@ -88,6 +90,8 @@ class InferenceService(rpc.InferenceServicer):
         bytes_per_token: Most bytes of a prompt for each token of the context.
         compiler: Compiles what answers are held to; None refuses to hold them to anything.
         models: The names that requests may give; by default the model's own alone.
+        prepare_scores: Begins, beside the engine's steps, to compile what logprobs of prompts need;
+            what it returns is done when that is there. None leaves it to the first such step.
     """
 
     def __init__(
@@ -99,7 +103,9 @@ class InferenceService(rpc.InferenceServicer):
         bytes_per_token: int = BYTES_PER_TOKEN,
         compiler: Compiler | None = None,
         models: ServedModels | None = None,
+        prepare_scores: Callable[[], "Future[None]"] | None = None,
     ) -> None:
+        self._prepare_scores = prepare_scores
         self._calls = calls or Calls()
         self._models = models or ServedModels(info.name)
         self._worker = worker
@@ -214,16 +220,23 @@ class InferenceService(rpc.InferenceServicer):
             form=form,
         )
         call.submitted(request)
-        async with aclosing(self._worker.submit(request)) as events:
+        if request.num_scored and self._prepare_scores is not None:
+            await asyncio.wrap_future(self._prepare_scores())
+        is_computed = request.max_tokens > 0 or request.num_scored > 0
+        submission: Submission | Uncomputed
+        submission = self._worker.submit(request) if is_computed else Uncomputed(request)
+        async with aclosing(submission) as events:
             await events.accepted()
             if begin is not None:
                 await begin(form)
-            yield answer.opening()
+            yield answer.opening(has_pieces=message.return_prompt_pieces)
             async for event in events:
                 if answer.reason(event.choice) is not None:
                     continue  # by a stop text, which reaches the engine a little later
-                if event.drawn is not None:
+                if event.drawn is not None or event.finish_reason is not None:
                     call.note(event)
+                for scores in answer.scores(event):
+                    yield scores
                 chunk = answer.push(event)
                 if (reason := answer.reason(event.choice)) is not None:
                     call.ended(event.choice, reason)

@@ -5,6 +5,7 @@ chunk. An answer that is held to a form is whole where the form ends it. Cut by 
 stop id it is not, and its reason is `length`, as at the end of its tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.service.answer.form import AnswerForm
+from serving.service.answer.prompt_scores import prompt_pieces, score_chunks
 from serving.service.answer.stop_texts import StopTexts
 
 _FINISH = {
@@ -68,7 +70,7 @@ class AnswerText:
         continues: bool,
         form: AnswerForm | None = None,
     ) -> None:
-        self._request = request
+        self._request, self._tokenizer = request, tokenizer
         self.needs_check = form is not None and bool(form.violation or form.call_violation)
         self._choices = [
             Choice(index, tokenizer, stop, continues=continues, form=form)
@@ -93,11 +95,28 @@ class AnswerText:
         """
         return self._choices[index].violation()
 
-    def opening(self) -> pb.GenerateChunk:
-        """Returns the first chunk of the stream: the size of the prompt, and who answers."""
-        return pb.GenerateChunk(
+    def opening(self, *, has_pieces: bool = False) -> pb.GenerateChunk:
+        """Returns the first chunk of the stream: the size of the prompt, and who answers.
+
+        With `has_pieces` also what each token of the prompt adds to its text.
+        """
+        chunk = pb.GenerateChunk(
             prompt_tokens=self._usage.prompt_tokens, adapter=self._request.adapter
         )
+        if has_pieces:
+            chunk.prompt_pieces.extend(prompt_pieces(self._request.prompt_ids, self._tokenizer))
+        return chunk
+
+    def scores(self, event: Event) -> Iterator[pb.GenerateChunk]:
+        """Yields the chunks of the prompt's logprobs that an event has: first of what it adds."""
+        cached = max(self._usage.cached_tokens, event.cached)
+        for scores in score_chunks(event.prompt_logprobs, self._tokenizer):
+            yield pb.GenerateChunk(
+                choice=event.choice,
+                computed_tokens=event.computed,
+                cached_tokens=cached,
+                prompt_logprobs=scores,
+            )
 
     def push(self, event: Event) -> pb.GenerateChunk | None:
         """Returns the chunk that an event adds, or None. Push no event of a choice that has ended.
@@ -105,17 +124,20 @@ class AnswerText:
         The last chunk of the last choice carries the usage.
         """
         self._usage.cached_tokens = max(self._usage.cached_tokens, event.cached)
-        if event.drawn is None:
+        if event.drawn is None and event.finish_reason is None:
+            if event.prompt_logprobs:
+                return None  # `scores` tells as much
             return pb.GenerateChunk(
                 choice=event.choice,
                 computed_tokens=event.computed,
                 cached_tokens=self._usage.cached_tokens,
             )
-        self._usage.completion_tokens += 1
+        if event.drawn is not None:
+            self._usage.completion_tokens += 1
         chunk = self._choices[event.choice].push(event)
         if chunk is None:
             return None
-        if not self._has_begun:
+        if event.drawn is not None and not self._has_begun:
             self._has_begun, chunk.cached_tokens = True, self._usage.cached_tokens
         if self.has_ended:
             chunk.usage.CopyFrom(self._usage)
@@ -162,7 +184,14 @@ class Choice:
 
         A stop text ends a choice while the engine still computes it: push no later event of it.
         """
-        assert not self.has_ended and event.drawn is not None
+        assert not self.has_ended
+        if event.drawn is None:
+            assert event.finish_reason is not None, "only an end has no token"
+            self.reason, self._chunk.finish_reason = (
+                event.finish_reason,
+                _FINISH[event.finish_reason],
+            )
+            return self._chunk
         self._note(event.drawn)
         new, calls = self._reader.push(event.drawn.token_id)
         self._calls += calls

@@ -10,6 +10,7 @@ from jax.stages import Lowered
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.inputs import StepSizes
+from mixtral_jax.step.scores import ScorePrograms
 from mixtral_jax.step.split_model import SplitModel
 from mixtral_jax.step.whole_step import Kind, WholeSteps
 from serving.launch.late_programs import LatePrograms
@@ -35,6 +36,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
         copy=None,
         sizes=SIZES,
         groups=None,
+        scores=ScorePrograms(split, [2, 4]),
     )
 
 
