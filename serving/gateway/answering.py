@@ -90,14 +90,14 @@ class Kind(Generic[Asked]):
 CHAT = Kind(
     "chat",
     ChatRequest,
-    lambda identity, asked: ChatAnswer(identity),
+    lambda identity, asked: ChatAnswer(identity, asked.prompt_logprobs),
     lambda identity, asked: ChatEvents(identity, asked.stream_usage),
 )
 TEXT = Kind(
     "text_completion",
     CompletionRequest,
-    lambda identity, asked: TextAnswer(identity),
-    lambda identity, asked: TextEvents(identity, asked.stream_usage),
+    lambda identity, asked: TextAnswer(identity, asked.repeated()),
+    lambda identity, asked: TextEvents(identity, asked.stream_usage, asked.repeated()),
 )
 RESPONSES = Kind(
     "chat",

@@ -13,12 +13,8 @@ from serving.gateway.dialect.chat.response import (
     TopLogprob,
 )
 from serving.gateway.dialect.chunks import Chunks, Identity, finish_reason, finite_logprob, usage
-from serving.gateway.dialect.text.response import (
-    TextChoice,
-    TextCompletion,
-    TextLogprobs,
-    text_logprobs,
-)
+from serving.gateway.dialect.text.logprobs import text_logprobs
+from serving.gateway.dialect.text.response import TextChoice, TextCompletion, TextLogprobs
 from serving.proto import inference_pb2
 
 

@@ -6,7 +6,7 @@ kind's writer; a test holds both to the same bytes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from serving.errors import InvalidRequest
 from serving.gateway.dialect.chunks import Chunks, Identity, finish_reason, stop_reason, usage
@@ -69,7 +69,7 @@ class WholeAnswer:
     """
 
     kind: str
-    choice: type[WholeChoice]
+    choice: Callable[..., WholeChoice]
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
@@ -110,7 +110,13 @@ class WholeAnswer:
             if place:
                 yield b","
             yield from self._choices[index].pieces()
-        yield f'],"usage":{self._usage}}}'.encode()
+        yield f'],"usage":{self._usage}'.encode()
+        yield from self.rest()
+        yield b"}"
+
+    def rest(self) -> Iterator[bytes | bytearray]:
+        """Yields the members behind the usage, each with a comma before it."""
+        yield from ()
 
 
 def check_size(num_bytes: int) -> None:
@@ -132,5 +138,11 @@ def check_logprobs(calls: list[inference_pb2.GenerateRequest]) -> None:
         (call.n or 1) * call.max_tokens * (1 + call.top_logprobs)
         for call in calls
         if call.HasField("top_logprobs")
+    )
+    # Of a prompt that is given as a text it is not known yet how many tokens it has.
+    num_logprobs += sum(
+        (call.n or 1) * len(call.token_ids.ids) * (1 + call.prompt_logprobs)
+        for call in calls
+        if call.HasField("prompt_logprobs")
     )
     check_size(num_logprobs * LOGPROB_BYTES)

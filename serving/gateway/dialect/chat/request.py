@@ -14,6 +14,7 @@ from serving.gateway.dialect.chat.tools import Choice, Tools, add_tools
 from serving.gateway.dialect.fields import MAX_TOOLS, Harmless, Name, Never, TokenCount, only
 from serving.gateway.dialect.forms import FormParameters
 from serving.gateway.dialect.names import Path
+from serving.gateway.dialect.prompt_scores import Asked
 from serving.proto import inference_pb2
 
 MAX_MESSAGES = 2048
@@ -65,10 +66,11 @@ class ChatRequest(FormParameters):
     """OpenAI's search of the web; not supported."""
     store: Annotated[bool | None, only(False)] = None
     """Whether OpenAI keeps the answer; not supported."""
-    prompt_logprobs: Annotated[bool | None, only(False)] = None
-    """Mistral's and vLLM's log probabilities of the prompt's tokens; not supported."""
+    prompt_logprobs: Asked = None
+    """vLLM's: the number of likeliest tokens whose log probabilities are returned beside those of
+    each token of the prompt; not with `stream`. Mistral's true is not supported."""
     top_prompt_logprobs: Annotated[TokenCount | None, only(0)] = None
-    """The likeliest tokens beside them; not supported."""
+    """Mistral's likeliest tokens beside them; not supported."""
     user: Harmless = None
     """The client's own user; means nothing here, like the fields that follow."""
     safety_identifier: Harmless = None
@@ -111,4 +113,6 @@ class ChatRequest(FormParameters):
             request.max_tokens = self.max_completion_tokens
         if self.logprobs:
             request.top_logprobs = self.top_logprobs or 0
+        if self.prompt_logprobs is not None:
+            request.prompt_logprobs = self.prompt_logprobs
         return [request]

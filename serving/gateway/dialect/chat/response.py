@@ -11,8 +11,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.gateway.dialect.chunks import Usage, finite_logprob
+from serving.gateway.dialect.chunks import Chunks, Identity, Usage, finite_logprob
 from serving.gateway.dialect.fields import Described, is_none
+from serving.gateway.dialect.prompt_scores import PromptLogprobs, prompt_entries
 from serving.gateway.dialect.whole import WholeAnswer, WholeChoice, encode
 from serving.proto import inference_pb2
 
@@ -108,6 +109,8 @@ class ChatCompletion(Described):
     """As many as were asked for, in order."""
     usage: Usage
     """Tokens spent."""
+    prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
+    """Log-probabilities of the prompt's tokens, where `prompt_logprobs` asked for them."""
 
 
 class ChatChoice(WholeChoice):
@@ -164,6 +167,28 @@ class ChatAnswer(WholeAnswer):
 
     kind = "chat.completion"
     choice = ChatChoice
+
+    def __init__(self, identity: Identity, prompt_logprobs: int | None = None) -> None:
+        """Begins an answer, with so many likely tokens beside each of the prompt's, or None."""
+        super().__init__(identity)
+        self._prompt_logprobs = prompt_logprobs
+        self._entries = bytearray()  # of `prompt_logprobs`, each behind a comma
+
+    def add(self, chunks: Chunks) -> None:
+        """Writes chunks in the order in which they came; see `WholeAnswer.add`."""
+        if self._prompt_logprobs is not None:
+            before = len(self._entries)
+            for chunk in chunks:
+                self._entries += prompt_entries(chunk, self._prompt_logprobs)
+            self._num_bytes += len(self._entries) - before
+        super().add(chunks)
+
+    def rest(self) -> Iterator[bytes | bytearray]:
+        """Yields the members behind the usage, each with a comma before it."""
+        if self._prompt_logprobs is not None:
+            yield b',"prompt_logprobs":[null'
+            yield self._entries
+            yield b"]"
 
 
 def tool_call(call: inference_pb2.ToolCall, index: int, encode: Callable[[str], str]) -> str:

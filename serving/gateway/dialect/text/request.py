@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from serving.gateway.dialect.fields import NOT_SUPPORTED, Harmless, Text, TokenCount, TokenId, only
 from serving.gateway.dialect.forms import FormParameters
+from serving.gateway.dialect.prompt_scores import Asked
+from serving.gateway.dialect.text.prompts import Repeated
 from serving.proto import inference_pb2
 
 # Each prompt is a call of its own to the model service.
@@ -65,8 +67,11 @@ class CompletionRequest(FormParameters):
     """A text to be continued, the ids of its tokens, or a list of either."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The number of likeliest tokens whose log probabilities are returned beside each token's."""
-    echo: Annotated[bool | None, only(False)] = None
-    """Whether the answer repeats the prompt; not for now."""
+    echo: bool | None = None
+    """Whether the answer begins with the prompt; its `logprobs` are then those of both."""
+    prompt_logprobs: Asked = None
+    """vLLM's: the number of likeliest tokens whose log probabilities are returned beside those of
+    each token of the prompt; not with `stream`."""
     suffix: Annotated[Text | None, only("")] = None
     """The text that follows the answer; not for now."""
     best_of: Annotated[TokenCount | None, AfterValidator(_as_many_as_n)] = None
@@ -102,4 +107,18 @@ class CompletionRequest(FormParameters):
             request.max_tokens = DEFAULT_MAX_TOKENS
         if self.logprobs is not None:
             request.top_logprobs = self.logprobs
+        request.return_prompt_pieces = bool(self.echo)
+        of_prompt = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        if asked := [count for count in of_prompt if count is not None]:
+            request.prompt_logprobs = max(asked)
         return request
+
+    def repeated(self) -> Repeated:
+        """Returns what the answer repeats of its prompts."""
+        return Repeated(
+            texts=[prompt if isinstance(prompt, str) else None for prompt in self.prompt],
+            choices=self.choices,
+            is_echoed=bool(self.echo),
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )

@@ -3,16 +3,18 @@
 TextAnswer   GenerateChunks, as they come -> the JSON of a TextCompletion
 """
 
-import codecs
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
-from serving.gateway.dialect.chunks import Usage, finite_logprob
+from serving.gateway.dialect.chunks import Chunks, Identity, Usage
 from serving.gateway.dialect.error_body import ErrorDetail, OpenAIErrorDetail
 from serving.gateway.dialect.fields import Described, is_none
+from serving.gateway.dialect.prompt_scores import PromptLogprobs, prompt_entries
+from serving.gateway.dialect.text.logprobs import TextPosition, text_logprobs
+from serving.gateway.dialect.text.prompts import EchoedPrompt, Repeated
 from serving.gateway.dialect.whole import WholeAnswer, WholeChoice, encode
 from serving.proto import inference_pb2
 
@@ -22,10 +24,11 @@ class TextLogprobs(Described):
 
     tokens: list[str]
     r"""Their texts; a piece of a character is written as its bytes, such as bytes:\xe3."""
-    token_logprobs: list[float]
-    """The natural logarithms of their probabilities."""
-    top_logprobs: list[dict[str, float]]
-    """The likeliest tokens in their places, and the drawn ones, text to logarithm."""
+    token_logprobs: list[float | None]
+    """The natural logarithms of their probabilities; null for the first of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
+    """The likeliest tokens in their places, and the drawn ones, text to logarithm; null
+    for the first of an echoed prompt."""
     text_offset: list[int]
     """Where they begin in the answer, in characters."""
 
@@ -44,6 +47,8 @@ class TextChoice(Described):
     stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
     """vLLM's, on the paths of OpenAI's clients, in a stream in the last chunk: the text of `stop`
     or the id of `stop_token_ids` that ended it; null if neither did."""
+    prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
+    """Log-probabilities of the prompt's tokens, where `prompt_logprobs` asked for them."""
 
 
 class TextCompletion(Described):
@@ -65,107 +70,135 @@ class TextCompletion(Described):
     """Why the stream breaks off after this chunk."""
 
 
-class TextPosition:
-    """The character of an answer at which its next token begins.
-
-    A token may be a piece of a character. All pieces begin where their character does.
-    """
-
-    def __init__(self, character: int = 0) -> None:
-        self._character = character
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def advance(self, token: bytes) -> int:
-        """Returns where a token begins, and goes on to the next one."""
-        begin = self._character
-        self._character += len(self._decoder.decode(token))
-        return begin
-
-
-def text_logprobs(
-    chunk: inference_pb2.GenerateChunk, offset: int = 0, position: TextPosition | None = None
-) -> dict[str, list[Any]]:
-    """Returns the log-probabilities of a chunk's tokens as the columns of `TextLogprobs`.
-
-    Tokens that are pieces of characters are written as their bytes, so that each of several
-    alternatives has a name of its own. Of alternatives with the same text the likeliest stays.
+class RepeatedPrompt:
+    """One prompt as its choices repeat it, written while its chunks come.
 
     Args:
-        chunk: A chunk of one choice.
-        offset: The character of the answer at which its first token begins.
-        position: The same, kept from chunk to chunk of a stream; it is moved on.
+        repeated: What of it is repeated.
+        place: Its place among the prompts.
     """
-    position = position or TextPosition(offset)
-    columns: dict[str, list[Any]] = {
-        "tokens": [],
-        "token_logprobs": [],
-        "top_logprobs": [],
-        "text_offset": [],
-    }
-    for token in chunk.logprobs:
-        columns["tokens"].append(_token_name(token))
-        columns["token_logprobs"].append(finite_logprob(token))
-        likeliest: dict[str, float] = {}
-        for top in token.top:
-            name, logprob = _token_name(top), finite_logprob(top)
-            likeliest[name] = max(logprob, likeliest.get(name, logprob))
-        # OpenAI's lists always have the drawn token, so that they may have one entry more.
-        likeliest.setdefault(columns["tokens"][-1], columns["token_logprobs"][-1])
-        columns["top_logprobs"].append(likeliest)
-        columns["text_offset"].append(position.advance(token.token))
-    return columns
+
+    def __init__(self, repeated: Repeated, place: int) -> None:
+        self._repeated = repeated
+        self._echoed: EchoedPrompt | None = None
+        if repeated.is_echoed:
+            self._echoed = EchoedPrompt(repeated.texts[place], repeated.logprobs)
+        self.text = bytearray()  # the inside of a JSON string
+        self.columns = {name: bytearray() for name in TextLogprobs.model_fields}
+        self.entries = bytearray()  # of vLLM's `prompt_logprobs`, each behind a comma
+
+    @property
+    def length(self) -> int:
+        """Characters of the text that is repeated."""
+        return 0 if self._echoed is None else self._echoed.length
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it adds to each choice."""
+        return len(self.text) + len(self.entries) + sum(map(len, self.columns.values()))
+
+    def add(self, chunk: inference_pb2.GenerateChunk) -> None:
+        """Writes what a chunk tells of the prompt."""
+        if self._repeated.prompt_logprobs is not None and chunk.prompt_logprobs:
+            self.entries += prompt_entries(chunk, self._repeated.prompt_logprobs)
+        news = None if self._echoed is None else self._echoed.read(chunk)
+        if news is not None:
+            self.text += encode(news.text)[1:-1].encode()
+            if news.columns is not None:
+                add_columns(self.columns, news.columns)
+
+    def scores(self) -> Iterator[bytes | bytearray]:
+        """Yields the member `prompt_logprobs` with a comma before it, where it was asked for."""
+        if self._repeated.prompt_logprobs is not None:
+            yield b',"prompt_logprobs":[null'
+            yield self.entries
+            yield b"]"
 
 
-def _token_name(token: inference_pb2.TokenLogprob) -> str:
-    r"""Returns a token's text, or its bytes as OpenAI's completions write them: bytes:\xe3."""
-    try:
-        return token.token.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.token)
+def add_columns(written: dict[str, bytearray], columns: dict[str, list[Any]]) -> None:
+    """Writes the columns of some tokens behind those that are written already."""
+    for name, values in columns.items():
+        column = written[name]
+        if column and values:
+            column += b","
+        column += json.dumps(values, ensure_ascii=False, separators=(",", ":"))[1:-1].encode()
 
 
 class TextPiece(WholeChoice):
     """Writes a `TextChoice`."""
 
-    def __init__(self, index: int, *, tells_stop: bool = False) -> None:
+    def __init__(self, index: int, prompt: RepeatedPrompt, *, tells_stop: bool = False) -> None:
         super().__init__(index, tells_stop=tells_stop)
-        self._position = TextPosition()
+        self._prompt = prompt
+        self._position = TextPosition(prompt.length)
         # The insides of the lists of `TextLogprobs`.
         self._columns = {name: bytearray() for name in TextLogprobs.model_fields}
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds."""
-        return len(self.text) + sum(map(len, self._columns.values()))
+        own = len(self.text) + sum(map(len, self._columns.values()))
+        return own + self._prompt.num_bytes
 
     def add_logprobs(self, chunk: inference_pb2.GenerateChunk) -> None:
         """Writes the log-probabilities of a chunk, which has some."""
-        for name, values in text_logprobs(chunk, position=self._position).items():
-            column = self._columns[name]
-            if column:
-                column += b","
-            written = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-            column += written[1:-1].encode()
+        add_columns(self._columns, text_logprobs(chunk, position=self._position))
 
     def pieces(self) -> Iterator[bytes | bytearray]:
         """Yields the choice as JSON."""
         yield b'{"text":"'
+        yield self._prompt.text
         yield self.text
         yield f'","index":{self.index},"logprobs":'.encode()
-        if self._columns["tokens"]:
+        before = self._prompt.columns
+        if self._columns["tokens"] or before["tokens"]:
             opening = b"{"
             for name, column in self._columns.items():
                 yield opening + f'"{name}":['.encode()
+                yield before[name]
+                if before[name] and column:
+                    yield b","
                 yield column
                 opening = b"],"
             yield b"]}"
         else:
             yield b"null"
-        yield f',"finish_reason":{encode(self.reason)}{self.stop_reason}}}'.encode()
+        yield f',"finish_reason":{encode(self.reason)}{self.stop_reason}'.encode()
+        yield from self._prompt.scores()
+        yield b"}"
 
 
 class TextAnswer(WholeAnswer):
-    """Writes a `TextCompletion`."""
+    """Writes a `TextCompletion`.
+
+    Args:
+        identity: The fields of the answer that are known before.
+        repeated: What it repeats of its prompts; None for nothing.
+    """
 
     kind = "text_completion"
-    choice = TextPiece
+
+    def __init__(self, identity: Identity, repeated: Repeated | None = None) -> None:
+        super().__init__(identity)
+        self._repeated = repeated or Repeated([])
+        self._prompts: dict[int, RepeatedPrompt] = {}
+        self.choice = self._text_piece
+
+    def add(self, chunks: Chunks) -> None:
+        """Writes chunks in the order in which they came; see `WholeAnswer.add`."""
+        for chunk in chunks:
+            if chunk.prompt_pieces or chunk.prompt_logprobs:
+                prompt = self._prompt(chunk.choice)
+                before = prompt.num_bytes
+                prompt.add(chunk)
+                self._num_bytes += self._repeated.choices * (prompt.num_bytes - before)
+        super().add(chunks)
+
+    def _prompt(self, choice: int) -> RepeatedPrompt:
+        place = choice // self._repeated.choices
+        if place not in self._prompts:
+            self._prompts[place] = RepeatedPrompt(self._repeated, place)
+        return self._prompts[place]
+
+    def _text_piece(self, index: int, *, tells_stop: bool) -> TextPiece:
+        return TextPiece(index, self._prompt(index), tells_stop=tells_stop)

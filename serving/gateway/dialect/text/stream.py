@@ -5,7 +5,8 @@ import json
 from serving.gateway.dialect.chunks import Identity
 from serving.gateway.dialect.fields import StreamUsage
 from serving.gateway.dialect.sse import Events
-from serving.gateway.dialect.text.response import TextPosition, text_logprobs
+from serving.gateway.dialect.text.logprobs import TextPosition, text_logprobs
+from serving.gateway.dialect.text.prompts import EchoedPrompt, Repeated
 from serving.proto import inference_pb2
 
 
@@ -15,9 +16,42 @@ class TextEvents(Events):
     kind = "text_completion"
     merges_end = True
 
-    def __init__(self, identity: Identity, stream_usage: StreamUsage = StreamUsage.LAST) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        stream_usage: StreamUsage = StreamUsage.LAST,
+        repeated: Repeated | None = None,
+    ) -> None:
         super().__init__(identity, stream_usage)
+        self._repeated = repeated or Repeated([])
+        self._prompts: dict[int, EchoedPrompt] = {}  # by place
         self._positions: dict[int, TextPosition] = {}  # by choice
+
+    def _events(self, chunk: inference_pb2.GenerateChunk) -> str:
+        events = super()._events(chunk)
+        return self._echo(chunk) + events
+
+    def _echo(self, chunk: inference_pb2.GenerateChunk) -> str:
+        """Returns the events of what a chunk tells of an echoed prompt, one for each choice."""
+        repeated = self._repeated
+        if not repeated.is_echoed or not (chunk.prompt_pieces or chunk.prompt_logprobs):
+            return ""
+        place = chunk.choice // repeated.choices
+        if place not in self._prompts:
+            self._prompts[place] = EchoedPrompt(repeated.texts[place], repeated.logprobs)
+        prompt = self._prompts[place]
+        news = prompt.read(chunk)
+        if news is None:
+            return ""
+        logprobs = "null"
+        if news.columns is not None:
+            logprobs = json.dumps(news.columns, separators=(",", ":"))
+        first = place * repeated.choices
+        choices = range(first, first + repeated.choices)
+        for choice in choices:
+            self._positions.setdefault(choice, TextPosition(prompt.length))
+        spent = self._spent(self._prompt_tokens)
+        return "".join(self._event(choice, news.text, logprobs, usage=spent) for choice in choices)
 
     def _event(
         self, index: int, text: str, logprobs: str, reason: str = "null", usage: str = ""

@@ -148,7 +148,7 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "prompt_mode": "reasoning",
         "guardrails": [{}],
         "store": True,
-        "prompt_logprobs": True,
+        "prompt_logprobs": 2,
         "top_prompt_logprobs": 2,
         "user": "somebody",
         "safety_identifier": "somebody",

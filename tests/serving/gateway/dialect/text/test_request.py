@@ -93,9 +93,9 @@ def test_best_of_is_the_number_of_choices(n: dict[str, int], best_of: int) -> No
     assert asked(prompt="a", **n, best_of=choices) == asked(prompt="a", **n)
 
 
-@pytest.mark.parametrize("parameter", ["echo", "suffix", "best_of"])
+@pytest.mark.parametrize("parameter", ["suffix", "best_of"])
 def test_features_we_do_not_have_are_named(parameter: str) -> None:
-    value = {"echo": True, "suffix": "b", "best_of": 2}[parameter]
+    value = {"suffix": "b", "best_of": 2}[parameter]
     with pytest.raises(UnsupportedParameter, match=f"{parameter} is not supported"):
         asked(prompt="a", **{parameter: value})
 

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from serving.gateway.dialect.chunks import Identity
-from serving.gateway.dialect.text.response import TextAnswer, text_logprobs
+from serving.gateway.dialect.text.logprobs import text_logprobs
+from serving.gateway.dialect.text.response import TextAnswer
 from serving.gateway.dialect.text.stream import TextEvents
 from serving.proto import inference_pb2
 
