@@ -128,7 +128,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a row drew whose chunk has targets, and their scores in order."""
+    """The result of a row whose chunk has targets: the draw, and their scores in order."""
 
     drawn: Drawn | None
     scores: Sequence[TokenScore]
@@ -159,5 +159,5 @@ class Event:
     seated: float = field(default=0.0, compare=False)
     steps: int = field(default=0, compare=False)
     problem: str = ""  # with FAILED, what the caller is told; empty where only the log says it
-    # Of the prompt's next tokens, from the second one on; all come before the first token.
+    # Scores of the prompt's next tokens, from the second one on; all come before the first token.
     prompt_logprobs: Sequence[TokenScore] = ()

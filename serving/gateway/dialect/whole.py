@@ -139,7 +139,7 @@ def check_logprobs(calls: list[inference_pb2.GenerateRequest]) -> None:
         for call in calls
         if call.HasField("top_logprobs")
     )
-    # Of a prompt that is given as a text it is not known yet how many tokens it has.
+    # Nobody knows yet how many tokens a prompt has that is given as a text.
     num_logprobs += sum(
         (call.n or 1) * len(call.token_ids.ids) * (1 + call.prompt_logprobs)
         for call in calls

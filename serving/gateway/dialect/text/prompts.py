@@ -1,4 +1,4 @@
-"""What the answer to a text completion repeats of its prompts: text and log-probabilities.
+"""Prompts that the answer to a text completion repeats: their texts and log-probabilities.
 
 The service tells of a prompt in the chunks before its first token: the pieces of its text in the
 first one, then the log-probabilities of its tokens. All choices of a prompt repeat the same.
@@ -15,7 +15,7 @@ from serving.proto import inference_pb2
 
 @dataclass(frozen=True)
 class Repeated:
-    """What an answer is to repeat of its prompts.
+    """The parts of its prompts that an answer repeats.
 
     Attributes:
         texts: Of each prompt, its text; None of one that was given as ids.
@@ -35,7 +35,7 @@ class Repeated:
 
 @dataclass
 class PromptNews:
-    """What one chunk tells of an echoed prompt."""
+    """The news that one chunk has of an echoed prompt."""
 
     text: str
     columns: dict[str, list[Any]] | None
