@@ -20,8 +20,8 @@ from mixtral_jax.step.sampling import (
     _keep_top_p,
     _penalise,
     _threshold,
-    _top,
     sample,
+    top_logits,
 )
 
 # Probabilities 0.5, 0.3, 0.15, 0.05 at temperature 1.
@@ -279,7 +279,7 @@ def test_no_token_follows_from_logits_that_are_not_finite(
 def test_top_equals_the_library_with_ties() -> None:
     logits = np.round(np.random.default_rng(4).normal(size=(20, 9000)) * 2).astype(np.float32)
     values, ids = jax.lax.top_k(jnp.asarray(logits), 20)
-    ours = jax.jit(_top)(jnp.asarray(logits))
+    ours = jax.jit(top_logits)(jnp.asarray(logits))
     np.testing.assert_array_equal(ours[0], values)
     np.testing.assert_array_equal(ours[1], ids)
     assert draw(jnp.asarray(logits), arrays(20)).tokens.tolist() == ids[:, 0].tolist()
