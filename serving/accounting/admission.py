@@ -41,25 +41,29 @@ class Lease:
         self._admission = admission
         self._rates = admission.accounts.rates
         self._caller = caller
-        self._count = 1  # requests that were taken
+        self._count = 1  # requests that count as running
         self._reserved = 0  # tokens
         self._estimates: list[int] = []  # of each prompt, in tokens
         self._is_settled = False
 
-    def reserve(self, calls: Sequence[pb.GenerateRequest], max_context: int) -> None:
+    def reserve(
+        self, calls: Sequence[pb.GenerateRequest], max_context: int, at_a_time: int | None = None
+    ) -> None:
         """Reserves tokens for calls of the service; each of them counts as a request.
 
         Args:
             calls: The calls that answer the request.
             max_context: Tokens of prompt and answer together that the model holds.
+            at_a_time: The number of calls that are under way at a time; None for all of them.
 
         Raises:
             InvalidRequest: They may use more than all of the caller's minute.
             Overloaded: They may use more than the caller has left of it.
         """
         if len(calls) > 1:
-            self._rates.enter(self._caller, len(calls) - self._count, taken=self._count)
-            self._count = len(calls)
+            running = min(len(calls), at_a_time or len(calls))
+            self._rates.enter(self._caller, len(calls) - 1, taken=1, running=running - self._count)
+            self._count = running
         self._estimates = [estimate(call) for call in calls]
         least = sum(self._estimates) + sum(call.n or 1 for call in calls)
         tokens = sum(self._estimates)

@@ -80,25 +80,29 @@ class RateLimits:
         self._forgot_at = -math.inf  # the clock when all buckets were looked through
         self._running: dict[str, int] = {}  # requests by caller
 
-    def enter(self, caller: Caller, count: int = 1, *, taken: int = 0) -> None:
+    def enter(
+        self, caller: Caller, count: int = 1, *, taken: int = 0, running: int | None = None
+    ) -> None:
         """Takes requests that begin now, which `leave` must end; or raises, and takes nothing.
 
         Args:
             caller: The caller.
             count: The number of requests to take.
             taken: The number that was taken before for the same HTTP request.
+            running: The number of them that run at a time, which `leave` is told; None for all.
 
         Raises:
             InvalidRequest: They are more than the caller may ever have.
             Overloaded: They are too many now, or the caller has no tokens.
         """
-        self._check_running(caller, count, taken)
+        running = count if running is None else running
+        self._check_running(caller, count + taken, running, running + taken)
         self._check(caller, "requests", count, taken)
         self._check(caller, "tokens", 1)  # how many it needs is not known yet
         requests = self._bucket(caller, "requests")
         if requests:
             requests.level -= count
-        self._running[caller.name] = self._running.get(caller.name, 0) + count
+        self._running[caller.name] = self._running.get(caller.name, 0) + running
 
     def leave(self, caller: Caller, count: int) -> None:
         """Ends requests that have been taken by `enter`."""
@@ -137,12 +141,13 @@ class RateLimits:
             if (bucket := self._bucket(caller, unit)) is not None
         }
 
-    def _check_running(self, caller: Caller, count: int, taken: int) -> None:
+    def _check_running(self, caller: Caller, prompts: int, count: int, of_request: int) -> None:
+        """Raises unless `count` more may run; `of_request` are all that run of the request."""
         limit = caller.limits.concurrent_requests or self._limits.concurrent_requests
         if limit is None:
             return
         limit = max(1, math.floor(limit * self._share))
-        if (prompts := count + taken) > limit:
+        if of_request > limit:
             raise InvalidRequest(
                 f"the request has {prompts} prompts, and this key may have {limit} requests at a "
                 "time; send fewer prompts"

@@ -41,7 +41,7 @@ from serving.gateway.http import body
 from serving.gateway.http.body_room import BodyRoom, Hold
 from serving.gateway.http.failures import LIMIT_HEADERS
 from serving.gateway.http.request_record import RequestRecord
-from serving.gateway.joined_answers import RunningAnswer
+from serving.gateway.joined_answers import RunningAnswer, num_under_way
 from serving.gateway.upstream import ModelService
 from serving.gateway.whole_response import WholeResponse
 from serving.proto import inference_pb2
@@ -172,8 +172,10 @@ class Gateway:
                 check_logprobs(calls)
             for call in calls:
                 self._fields.write(call, caller, asked.cache_salt, asked.scheduling_priority)
-            lease.reserve(calls, model.max_context)
-            answer = self.service.ask(calls, record, kind.operation, asked.model, model.name)
+            lease.reserve(calls, model.max_context, num_under_way(len(calls), asked.choices))
+            answer = self.service.ask(
+                calls, record, kind.operation, asked.model, model.name, asked.complete
+            )
             lease.follow(answer.tokens)
             identity = Identity.new(
                 model.name,
@@ -225,7 +227,8 @@ class Gateway:
         try:
             chunks = await _begun(answer)
             hold.free()
-            identity = identity.answered_by(answer.tokens[0].adapter, asked.model)
+            adapters = (tokens.adapter for tokens in answer.tokens if tokens.adapter is not None)
+            identity = identity.answered_by(next(adapters, None), asked.model)
             if asked.stream and not watch.client_disconnected:
                 events = kind.events(identity, asked)
                 prompts = sum(tokens.prompt_tokens for tokens in answer.tokens)
@@ -257,13 +260,13 @@ class Gateway:
 
 
 async def _begun(answer: RunningAnswer) -> list[inference_pb2.GenerateChunk]:
-    """Returns the first chunks of an answer, all of whose prompts have been rendered and queued.
+    """Returns the first chunks of an answer, whose first prompts have been rendered and queued.
 
     Raises:
         ServingError: A prompt was refused; the answer to the client can still be an error.
     """
     chunks = await answer.read_all()
-    while not all(tokens.prompt_tokens or tokens.completion_tokens for tokens in answer.tokens):
+    while not answer.has_begun:
         if not (more := await answer.read_all()):
             break
         chunks += more

@@ -143,8 +143,13 @@ class ModelService:
         operation: str,
         asked_model: str | None,
         model: str,
+        complete: Callable[
+            [inference_pb2.GenerateRequest], inference_pb2.GenerateRequest
+        ] = lambda request: request,
     ) -> RunningAnswer:
         """Asks the service, a call for each prompt, and writes the calls into the record.
+
+        Of many calls some are under way, and the others follow as these end.
 
         Args:
             requests: The calls; their answers are joined in this order.
@@ -152,40 +157,43 @@ class ModelService:
             operation: "chat" or "text_completion", as OpenTelemetry names them.
             asked_model: The model that the client asked for.
             model: The served name.
+            complete: Returns a call with all its fields, just before it is sent.
 
         Returns:
             The answer, which the caller must `cancel()` in the end, however it ends.
         """
         asked_model = asked_model or model
-        answers: list[Answer] = []
-        try:
-            for request in requests:
+        counts = [AnswerTokens() for _ in requests]
+        begun: dict[int, ModelCall] = {}
+
+        def start(place: int) -> Answer:
+            request = complete(requests[place])
+            if place not in begun:  # else there was no room for it before
                 # The name of the model asked for is the client's choice: names must stay few.
                 span = record.span.child(f"{operation} {model}", kind=CLIENT)
                 if span.is_recording:
                     span.set(self._server | call_attributes(operation, asked_model, request))
-                answer = self.generate(request, (("x-request-id", record.id), *span.carrier()))
-                answers.append(answer)
-                (tokens,) = answer.tokens
                 if record.keeps_texts:
-                    tokens.texts = {}
-                record.calls.append(ModelCall(model, request, tokens, span))
-        except BaseException:
-            for answer in answers:
-                answer.cancel()
-            raise
-        return answers[0] if len(answers) == 1 else JoinedAnswers(answers, requests[0].n or 1)
+                    counts[place].texts = {}
+                begun[place] = ModelCall(model, requests[place], counts[place], span)
+                record.calls.append(begun[place])
+            carrier = begun[place].span.carrier()
+            return self.generate(request, (("x-request-id", record.id), *carrier), counts[place])
+
+        return start(0) if len(requests) == 1 else JoinedAnswers(start, counts, requests[0].n or 1)
 
     def generate(
         self,
         request: inference_pb2.GenerateRequest,
         metadata: Sequence[tuple[str, str]] = (),
+        tokens: AnswerTokens | None = None,
     ) -> "Answer":
         """Starts an answer, which the caller must `cancel()` in the end, however it ends.
 
         Args:
             request: The call.
             metadata: Goes with the call beside the gateway's key, such as a request's id and trace.
+            tokens: Counts the answer; by default new ones.
 
         Raises:
             ServingError: The request has killed the service before.
@@ -193,7 +201,7 @@ class ModelService:
         sent = self._aboard.send(request)
         is_connected = self._channel.get_state() is grpc.ChannelConnectivity.READY
         call = self._inference.Generate(request, metadata=(*self._metadata, *metadata))
-        return Answer(call, sent, is_connected=is_connected, on_gone=self._forget)
+        return Answer(call, sent, tokens, is_connected=is_connected, on_gone=self._forget)
 
 
 class Answer:
@@ -202,6 +210,7 @@ class Answer:
     Args:
         call: The call of gRPC's stub.
         sent: Is told how the call ends.
+        tokens: Counts the answer; by default new ones.
         is_connected: Whether the call was begun on a connection to a service.
         on_gone: Called if the service has gone away.
 
@@ -215,11 +224,12 @@ class Answer:
         self,
         call: Any,
         sent: Sent | None = None,
+        tokens: AnswerTokens | None = None,
         *,
         is_connected: bool = False,
         on_gone: Callable[[], None] = lambda: None,
     ) -> None:
-        self.tokens = (AnswerTokens(),)
+        self.tokens = (tokens or AnswerTokens(),)
         self.weakened = ""
         self._call = call
         self._sent = sent
@@ -232,6 +242,12 @@ class Answer:
         self._room = asyncio.Event()
         # Cancelling gRPC's read cancels the call, so that no wait with a timeout may contain it.
         self._reading = asyncio.create_task(self._read_ahead())
+
+    @property
+    def has_begun(self) -> bool:
+        """True when the prompt has been rendered and queued."""
+        (tokens,) = self.tokens
+        return bool(tokens.prompt_tokens or tokens.completion_tokens)
 
     async def has_news(self, seconds: float | None = None) -> bool:
         """Waits until a read will return at once; returns False if `seconds` pass before."""

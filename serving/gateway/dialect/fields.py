@@ -294,7 +294,7 @@ class Parameters(Described):
     def as_sent(self, error: InvalidRequest) -> InvalidRequest:
         """Returns a refusal of the service with the names of the fields that the client used."""
         if isinstance(error, ContextTooLong):
-            error.parameter = self.prompt_field
+            error.parameter = error.parameter or self.prompt_field
         if isinstance(error, InvalidParameter):
             return renamed(error, self.sent_path)
         return error
@@ -309,8 +309,16 @@ class Parameters(Described):
         return path
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:
-        """Returns the calls of the model service that answer the request, one for each prompt."""
+        """Returns the calls of the model service that answer the request, one for each prompt.
+
+        Of several calls each has only its prompt and what its cost follows from, because what they
+        share may be long; `complete` adds the rest.
+        """
         raise NotImplementedError
+
+    def complete(self, call: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
+        """Returns one of the calls of `protos` with all its fields, as it is sent."""
+        return call
 
     def fill_in(
         self,

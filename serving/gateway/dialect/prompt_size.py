@@ -6,23 +6,46 @@ be written, sent and read on the event loops of both processes, while others wai
 
 from collections.abc import Sequence
 
-from serving.errors import ContextTooLong
+from serving.errors import ContextTooLong, InvalidRequest, ServingError
 from serving.proto import inference_pb2 as pb
 from serving.proto.prompt_size import chat_size
 
 
 def check_prompts(calls: Sequence[pb.GenerateRequest], model: pb.ModelInfo) -> None:
     """Raises ContextTooLong if a prompt has more bytes, or ids, than the model's context holds."""
-    for call in calls:
-        ids = len(call.token_ids.ids)
-        if model.max_context and ids > model.max_context:
-            raise ContextTooLong.of(model.max_context, f"the prompt has {ids:,} tokens")
-        size = _size(call)
-        if model.max_prompt_bytes and size > model.max_prompt_bytes:
-            raise ContextTooLong.of(
-                model.max_context,
-                f"the prompt has {size:,} bytes, more than so many tokens can hold",
-            )
+    for place, call in enumerate(calls):
+        excess = _excess(call, model)
+        if excess:
+            error = ContextTooLong.of(model.max_context, f"the prompt has {excess}")
+            raise at_place(error, place) if len(calls) > 1 else error
+
+
+def at_place(error: ServingError, place: int) -> ServingError:
+    """Returns the error of one of several prompts, which names its place if it is the prompt's.
+
+    Args:
+        error: The error.
+        place: The prompt's place in the list `prompt`.
+    """
+    name = f"prompt[{place}]"
+    if isinstance(error, ContextTooLong):
+        placed = ContextTooLong(f"{error} It is {name}.")
+        placed.parameter = name
+        return placed
+    if type(error) is InvalidRequest:
+        return InvalidRequest(f"{name}: {error}")
+    return error
+
+
+def _excess(call: pb.GenerateRequest, model: pb.ModelInfo) -> str:
+    """Returns the size of a prompt that is too long; "" for every other."""
+    ids = len(call.token_ids.ids)
+    if model.max_context and ids > model.max_context:
+        return f"{ids:,} tokens"
+    size = _size(call)
+    if model.max_prompt_bytes and size > model.max_prompt_bytes:
+        return f"{size:,} bytes, more than so many tokens can hold"
+    return ""
 
 
 def _size(call: pb.GenerateRequest) -> int:

@@ -10,6 +10,7 @@ failed when its answer had begun; `refused`, as it could not be read (protocol.p
 import logging
 import re
 import uuid
+from collections import Counter
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -32,6 +33,8 @@ OTHER = "other"  # the route, in metrics, of a request for which there is none
 # Health checks come several times a second: they are counted, but not logged or traced.
 UNLOGGED_PREFIX = "/health/"
 _MAX_PATH_LENGTH = 200
+# The most finish reasons that a line has one by one: a request may have 2,048 choices.
+_MAX_REASONS = 16
 _CLIENT_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
 
 logger = logging.getLogger(LOGGER)
@@ -126,7 +129,7 @@ class AccessLog:
                 "prompt_tokens": record.prompt_tokens,
                 "completion_tokens": record.completion_tokens,
                 "first_token_seconds": None if first is None else round(first, 4),
-                "finish": ",".join(reasons),
+                "finish": _listed(reasons),
             }
             if self._log_prompts:
                 line["prompts"] = [prompt_of(call.message) for call in calls]
@@ -164,6 +167,14 @@ def error_fields(error: BaseException) -> tuple[str, str | None]:
     if isinstance(error, ServingError):
         return error.azure_code, str(error)
     return type(error).__name__, None
+
+
+def _listed(reasons: list[str]) -> str:
+    """Returns the finish reasons of all choices; of many, how often there is each."""
+    if len(reasons) > _MAX_REASONS:
+        counts = Counter(reasons)
+        reasons = [f"{count} x {reason}" for reason, count in sorted(counts.items())]
+    return ",".join(reasons)
 
 
 def _add_ids(message: Message, scope: Scope, request_id: str) -> None:

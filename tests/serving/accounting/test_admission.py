@@ -158,6 +158,19 @@ def test_several_prompts_are_several_requests(desks: list[Desk]) -> None:
     assert desk.written == [(1, 16, 16, 0)]
 
 
+def test_prompts_that_wait_are_requests_that_do_not_run(desks: list[Desk]) -> None:
+    """All are counted and reserved from the first, but so many run at a time as are asked."""
+    desks.append(desk := Desk(requests=100, tokens=1000, running=20))
+    lease = desk.admission.begin(ME)
+    lease.reserve([ids(2, max_tokens=6)] * 100, CONTEXT, 16)
+    assert desk.rates.allowances(ME)["requests"].remaining == 0
+    assert desk.tokens == 200 and desk.rates._running == {ME.name: 16}
+    lease.settle([answered(chunk(1, prompt_tokens=2))] * 100)
+    assert desk.rates._running == {} and desk.tokens == 700
+    with pytest.raises(InvalidRequest, match="100 prompts, and this key may have 20 requests"):
+        Desk(running=20).admission.begin(ME).reserve([ids(1)] * 100, CONTEXT, 21)
+
+
 def test_thirty_two_at_once_get_one_minute_of_tokens(desks: list[Desk]) -> None:
     desks.append(desk := Desk(tokens=50))
     leases = []

@@ -268,6 +268,45 @@ def test_several_prompts_are_answered_together(client: httpx.Client, path: str) 
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
+def test_more_prompts_than_are_asked_at_a_time(
+    client: httpx.Client, stack: Stack, is_stream: bool
+) -> None:
+    """Each arrives with all its fields, though they are added when it is sent."""
+    prompts = [str(place) for place in range(200)]
+    asked = {"prompt": prompts, "max_tokens": 5, "stop": ["x"], "seed": 3, "stream": is_stream}
+    response = client.post("/v1/completions", json=asked)
+    if is_stream:
+        chunks = list(events(iter(response.text.splitlines())))
+        said = dict.fromkeys(range(200), "")
+        for part in (part for each in chunks for part in each["choices"]):
+            said[part["index"]] += part["text"]
+        last = chunks[-1]
+    else:
+        last = response.json()
+        said = {choice["index"]: choice["text"] for choice in last["choices"]}
+    assert [said[place] for place in range(200)] == prompts
+    assert last["usage"] == {"prompt_tokens": 200, "completion_tokens": 200, "total_tokens": 400}
+    sent = {request.text: request for request in stack.service.requests}
+    assert sent.keys() == set(prompts)
+    assert {
+        (call.max_tokens, *call.stop, call.sampling.seed, call.sampling.temperature)
+        for call in sent.values()
+    } == {(5, "x", 3, 1.0)}
+
+
+@pytest.mark.parametrize("path", ["/completions", "/v1/completions"])
+def test_a_prompt_that_is_too_long_is_named(client: httpx.Client, path: str) -> None:
+    prompts: list[Any] = ["one"] * 150
+    for wrong in ("!long", [5] * 65):  # refused by the service, and by the gateway itself
+        prompts[140] = wrong
+        response = client.post(path, json={"prompt": prompts})
+        message = check_error(response, 400, "context_length_exceeded")
+        assert message.endswith(" It is prompt[140].")
+        if path == "/v1/completions":
+            assert response.json()["error"]["param"] == "prompt[140]"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
 def test_one_prompt_that_fails_fails_all(client: httpx.Client, is_stream: bool) -> None:
     asked = {"prompt": ["!fail:Overloaded", "!wait"], "stream": is_stream}
     check_error(client.post("/v1/completions", json=asked), 429, "TooManyRequests")

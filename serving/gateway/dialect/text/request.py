@@ -4,7 +4,8 @@ A prompt is continued as it is, without a chat template. Several prompts are ans
 choices of the first one come first.
 """
 
-from typing import Annotated
+from functools import cached_property
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
@@ -15,8 +16,8 @@ from serving.gateway.dialect.prompt_scores import Asked
 from serving.gateway.dialect.text.prompts import Repeated
 from serving.proto import inference_pb2
 
-# Each prompt is a call of its own to the model service.
-MAX_PROMPTS = 16
+# Prompts, each of which is a call of its own to the model service, and choices of all of them.
+MAX_PROMPTS = 2048
 # OpenAI's values of fields that the client left out; a model's own temperature comes first.
 DEFAULT_MAX_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
@@ -47,6 +48,17 @@ def _prompts(value: object) -> object:
     )
 
 
+def _with_choices(prompts: list[Any], info: ValidationInfo) -> list[Any]:
+    choices = len(prompts) * (info.data.get("n") or 1)
+    if choices > MAX_PROMPTS:
+        raise PydanticCustomError(
+            "too_long",
+            "the prompts have {choices} choices together; ask for at most {most}",
+            {"choices": choices, "most": MAX_PROMPTS},
+        )
+    return prompts
+
+
 def _as_many_as_n(best_of: int | None, info: ValidationInfo) -> int | None:
     if best_of is not None and best_of != (info.data.get("n") or 1):
         raise PydanticCustomError(
@@ -62,6 +74,7 @@ class CompletionRequest(FormParameters):
     prompt: Annotated[
         list[Prompt],
         Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+        AfterValidator(_with_choices),
         BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt]),
     ]
     """A text to be continued, the ids of its tokens, or a list of either."""
@@ -84,8 +97,30 @@ class CompletionRequest(FormParameters):
     """Prompts that share prefixes: they are found by their content."""
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:
-        """Returns the calls of the model service that answer it, one for each prompt."""
-        return [self._proto(prompt) for prompt in self.prompt]
+        """Returns the calls of the model service that answer it, one for each prompt.
+
+        Of several calls each has only its prompt and what its cost follows from.
+        """
+        if len(self.prompt) == 1:
+            return [self._proto(self.prompt[0], self.without_prompt())]
+        return [
+            self._proto(prompt, inference_pb2.GenerateRequest(n=self.n, max_tokens=self.max_tokens))
+            for prompt in self.prompt
+        ]
+
+    def complete(self, call: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
+        """Returns one of the calls of `protos` with all its fields, as it is sent."""
+        if len(self.prompt) == 1:
+            return call
+        request = inference_pb2.GenerateRequest()
+        request.CopyFrom(self._shared)
+        request.MergeFrom(call)
+        return request
+
+    @cached_property
+    def _shared(self) -> inference_pb2.GenerateRequest:
+        """All that the calls of several prompts have alike."""
+        return self.without_prompt()
 
     def fill_in(
         self,
@@ -97,8 +132,10 @@ class CompletionRequest(FormParameters):
             for call in calls:
                 call.sampling.temperature = DEFAULT_TEMPERATURE
 
-    def _proto(self, prompt: str | list[int]) -> inference_pb2.GenerateRequest:
-        request = self.without_prompt()
+    def _proto(
+        self, prompt: str | list[int], request: inference_pb2.GenerateRequest
+    ) -> inference_pb2.GenerateRequest:
+        """Returns the request with the prompt and what a text completion alone has."""
         if isinstance(prompt, str):
             request.text = prompt
         else:

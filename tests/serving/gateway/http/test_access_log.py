@@ -131,6 +131,16 @@ def today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
+def test_finish_reasons_of_many_choices_are_counted(
+    watched: Watched, lines: list[dict[str, Any]]
+) -> None:
+    prompts = ["one"] * 40 + ["one two"] * 3
+    response = watched.post("/v1/completions", prompt=prompts, max_tokens=1)
+    assert response.status_code == 200
+    until(lambda: lines)
+    assert lines[0]["finish"] == "3 x length,40 x stop"
+
+
 def test_a_chat_in_the_log_the_metrics_and_the_accounts(
     watched: Watched, lines: list[dict[str, Any]]
 ) -> None:

@@ -43,11 +43,33 @@ def test_prompts(prompt: object, prompts: list[object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, 5, {}, [], [[]], [None], ["a", 5], [-1], [[5, "a"]], ["a"] * 17, [1.5]]
+    "prompt", [None, 5, {}, [], [[]], [None], ["a", 5], [-1], [[5, "a"]], ["a"] * 2049, [1.5]]
 )
 def test_prompts_that_are_none(prompt: object) -> None:
     with pytest.raises(InvalidParameter):
         asked(prompt=prompt)
+
+
+def test_prompts_and_choices_are_bounded_together() -> None:
+    assert len(asked(prompt=["a"] * 1024, n=2)) == 1024
+    with pytest.raises(InvalidParameter, match="2,?050 choices together; ask for at most 2,?048"):
+        asked(prompt=["a"] * 1025, n=2)
+
+
+def test_of_several_prompts_each_call_is_short_until_it_is_sent() -> None:
+    """What they share may have 256 KB, and is not held 2,048 times."""
+    schema = {"type": "object", "description": "x" * 100_000}
+    body = {"prompt": ["a", [5]], "guided_json": schema, "stop": ["x"], "n": 2, "seed": 3}
+    request = read(json.dumps(body).encode(), CompletionRequest, check_unknown)
+    calls = request.protos()
+    request.fill_in(calls, inference_pb2.SamplingParams())
+    assert all(call.ByteSize() < 50 for call in calls)
+    whole = [request.complete(call) for call in calls]
+    alone = [
+        asked(**(body | {"prompt": [prompt]}))
+        for prompt in ("a", [5])  # type: ignore[arg-type]
+    ]
+    assert [[call] for call in whole] == alone
 
 
 def test_openais_defaults() -> None:
