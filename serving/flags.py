@@ -557,8 +557,9 @@ _DIALECTS = _panel(
         "ignore_hosted_tools",
         bool,
         False,
-        "Leave out tools of the Responses API that only OpenAI can run, such as web_search, and "
-        "list them in a header of the answer; else they are refused.",
+        "Leave out tools that only OpenAI or Anthropic can run, such as web_search, on the routes "
+        "of Responses and Messages, and list them in a header of the answer; else they are "
+        "refused.",
     ),
 )
 _UPSTREAM = _panel(

@@ -52,7 +52,7 @@ class GatewayConfig(AccountingConfig):
     log_prompts: bool
     """Log the full text of prompts and answers."""
     ignore_hosted_tools: bool = False
-    """Leave out tools of the Responses API that only OpenAI can run, instead of refusing them."""
+    """Leave out tools that only OpenAI or Anthropic can run, instead of refusing them."""
     page: bool = True
     """Serve the page to chat with."""
     drain_delay: float = 0.0

@@ -15,9 +15,14 @@ from serving.gateway.answering import CHAT, MESSAGES, RESPONSES, TEXT, Gateway
 from serving.gateway.auth import require
 from serving.gateway.dialect import models, openai
 from serving.gateway.dialect.anthropic.error import MESSAGE_ID_PREFIX
+from serving.gateway.dialect.anthropic.hosted_tools import MessagesFields
+from serving.gateway.dialect.anthropic.models import (
+    anthropic_model,
+    asks_as_anthropic,
+    model_page,
+)
 from serving.gateway.dialect.azure import ExtraParameters, check_api_version
 from serving.gateway.dialect.fields import Described
-from serving.gateway.dialect.parsing import refuse_unknown
 from serving.gateway.dialect.responses.hosted_tools import ResponsesFields
 from serving.gateway.page.files import INDEX, PageFile
 from serving.gateway.usage_route import report_usage
@@ -29,7 +34,10 @@ PREFIXES = (*AZURE_PREFIXES, *OPENAI_PREFIXES)
 # The clients of Azure OpenAI's ask for responses under /openai, without a deployment.
 RESPONSES_PREFIXES = ("", "/openai", *OPENAI_PREFIXES)
 MESSAGES_PATHS = ("/v1/messages", "/anthropic/v1/messages")
-MODEL_PATHS = ("/v1/models", "/openai/v1/models", "/openai/models", "/models")
+MODEL_PATHS = (
+    *("/v1/models", "/openai/v1/models", "/openai/models", "/models"),
+    "/anthropic/v1/models",
+)
 INFO_PATHS = ("/info", "/models/info")
 # Seconds for which a list of models is remembered: adapters come and go.
 LIST_SECONDS = 1.0
@@ -119,9 +127,12 @@ async def responses(request: Request) -> Response:
 
 async def messages(request: Request) -> Response:
     """Answers a request to Anthropic's Messages API."""
-    return await _gateway(request).answer(
-        request, MESSAGES, refuse_unknown, MESSAGE_ID_PREFIX, tells_cached=True
+    fields = MessagesFields(ignores_hosted_tools=request.app.state.ignores_hosted_tools)
+    response = await _gateway(request).answer(
+        request, MESSAGES, fields.apply, MESSAGE_ID_PREFIX, tells_cached=True
     )
+    response.headers.update(fields.headers)
+    return response
 
 
 async def embeddings(request: Request) -> Response:
@@ -140,7 +151,10 @@ async def info(request: Request) -> Response:
 
 async def list_models(request: Request) -> Response:
     """Returns the list of the served model and its adapters."""
-    data = [card.model_dump() for card in await _cards(request)]
+    cards = await _cards(request)
+    if asks_as_anthropic(request.url.path, request.headers):
+        return JSONResponse(model_page(cards, request.query_params).model_dump())
+    data = [card.model_dump() for card in cards]
     return JSONResponse({"object": "list", "data": data})
 
 
@@ -150,7 +164,9 @@ async def get_model(request: Request) -> Response:
     asked = request.path_params["model_id"]
     for card in cards:
         if card.id == asked:
-            return JSONResponse(card.model_dump())
+            is_anthropic = asks_as_anthropic(request.url.path, request.headers)
+            shown = anthropic_model(card) if is_anthropic else card
+            return JSONResponse(shown.model_dump())
     raise ModelNotFound.of(asked, cards[0].id)
 
 

@@ -18,6 +18,7 @@ from serving.gateway.dialect.anthropic.error import (
     AnthropicErrorBody,
     is_anthropic_path,
 )
+from serving.gateway.dialect.anthropic.models import AnthropicModel, ModelPage
 from serving.gateway.dialect.anthropic.request import MessagesRequest
 from serving.gateway.dialect.anthropic.response import MessageObject
 from serving.gateway.dialect.anthropic.stream import MessageEvent
@@ -95,6 +96,12 @@ _WEAKENED: Schema = {
         "schema": {"type": "string", "maxLength": MAX_WEAKENED},
     },
 }
+_IGNORED: Schema = {
+    IGNORED_HEADER: {
+        "description": "Hosted tools that were left out, by --ignore-hosted-tools.",
+        "schema": {"type": "string"},
+    }
+}
 
 
 def document() -> Schema:
@@ -143,6 +150,8 @@ def _schemas() -> Schema:
         ModelInfo,
         ModelCard,
         ModelList,
+        AnthropicModel,
+        ModelPage,
         ErrorBody,
         OpenAIErrorBody,
         AnthropicErrorBody,
@@ -201,12 +210,7 @@ def _responses() -> Schema:
     }
     for methods in paths.values():
         answer = methods["post"]["responses"]["200"]
-        answer["headers"] = answer["headers"] | {
-            IGNORED_HEADER: {
-                "description": "Hosted tools that were left out, by --ignore-hosted-tools.",
-                "schema": {"type": "string"},
-            }
-        }
+        answer["headers"] = answer["headers"] | _IGNORED
         event = answer["content"]["text/event-stream"]["schema"]["properties"]
         event["data"]["description"] = "ResponseEvent; no [DONE] follows the last one"
     return paths
@@ -223,7 +227,9 @@ def _messages() -> Schema:
         for path in MESSAGES_PATHS
     }
     for methods in paths.values():
-        content = methods["post"]["responses"]["200"]["content"]
+        answer = methods["post"]["responses"]["200"]
+        answer["headers"] = answer["headers"] | _IGNORED
+        content = answer["content"]
         event = content["text/event-stream"]["schema"]["properties"]
         event["data"]["description"] = "MessageEvent; no [DONE] follows the last one"
     return paths
@@ -256,9 +262,20 @@ def _models() -> Schema:
     paths["/usage"]["get"]["parameters"].append(everybody)
     paths["/usage"]["get"]["responses"] |= _failures("/usage", 422)
     for path in MODEL_PATHS:
-        paths[path] = _get(path, "The served model and its adapters.", "ModelList")
+        own = is_anthropic_path(path)  # the others answer so too where `anthropic-version` is sent
+        listed = "ModelPage" if own else "ModelList"
+        paths[path] = _get(path, "The served model and its adapters.", listed)
         card = f"{path}/{{model_id}}"
-        paths[card] = _get(card, "The model of this name.", "ModelCard")
+        shown = "AnthropicModel" if own else "ModelCard"
+        paths[card] = _get(card, "The model of this name.", shown)
+        if own:
+            paths[path]["get"]["parameters"] += [
+                {"name": name, "in": "query", "schema": {"type": kind}}
+                for name, kind in (
+                    *(("limit", "integer"), ("after_id", "string")),
+                    ("before_id", "string"),
+                )
+            ]
     return paths
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.fakes import KEY, PATIENCE, Stack
+from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
 from tests.support.gateway import check_error
 
 PATHS = ("/v1/messages", "/anthropic/v1/messages")
@@ -88,3 +88,26 @@ def test_refusals_before_the_body_is_read(client: httpx.Client) -> None:
         check_error(large, 413, "RequestEntityTooLarge")
     check_error(client.post("/v1/messages/batches", json={}), 404, "NotFound")
     check_error(client.get("/anthropic/v1/wine"), 404, "NotFound")
+
+
+def test_hosted_tools_are_listed_where_they_are_left_out() -> None:
+    tools = [{"type": "web_search_20260318", "name": "web_search"}]
+    with (
+        running_stack(ignore_hosted_tools=True) as stack,
+        httpx.Client(base_url=stack.url, headers={"x-api-key": KEY}) as client,
+    ):
+        answer = client.post("/v1/messages", json=body(tools=tools))
+        assert answer.headers["x-mixtral-ignored-tools"] == "web_search_20260318"
+        with client.stream("POST", "/v1/messages", json=body(tools=tools, stream=True)) as stream:
+            assert stream.headers["x-mixtral-ignored-tools"] == "web_search_20260318"
+
+
+def test_models_are_listed_in_anthropics_form(stack: Stack, client: httpx.Client) -> None:
+    page = client.get("/v1/models?limit=1").json()
+    assert (page["first_id"], page["has_more"]) == ("scripted-7B", False)
+    assert page["data"] == [client.get("/v1/models/scripted-7B").json()]
+    with httpx.Client(base_url=stack.url, headers={"x-api-key": KEY}) as plain:
+        assert plain.get("/anthropic/v1/models").json() == page
+        assert plain.get("/v1/models").json()["object"] == "list"
+        unknown = plain.get("/anthropic/v1/models/other")
+        check_error(unknown, 404, "unknown_model")

@@ -36,6 +36,9 @@ CALL_ID_PREFIX = "toolu_"
 # so that the next request of a conversation finds its prefix in the cache.
 _OWN_CALL_ID = re.compile(r"toolu_([a-zA-Z0-9]{9})")
 _ERROR = "Error: "
+# Claude Code begins its system message with a block that begins so and differs between
+# conversations: no two of them would share a prefix.
+_BILLING = "x-anthropic-billing-header:"
 
 # Types of blocks that are read or left out; all others are refused by name.
 _TEXT, _CALL, _RESULT, _THINKING, _REDACTED = (
@@ -177,16 +180,34 @@ class Turn(Described):
 
 
 Turns = Annotated[list[Turn], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
-System = Annotated[Text, BeforeValidator(_join_texts, json_schema_input_type=str | list[TextBlock])]
+
+
+def _join_system(content: object) -> object:
+    """Joins the blocks of a system's message without a note on billing."""
+    if isinstance(content, list) and len(content) <= MAX_PARTS:
+        content = [block for block in content if not _is_billing(block)]
+    return _join_texts(content)
+
+
+def _is_billing(block: object) -> bool:
+    text = block.get("text") if isinstance(block, dict) else None
+    return isinstance(text, str) and text.startswith(_BILLING)
+
+
+System = Annotated[
+    Text, BeforeValidator(_join_system, json_schema_input_type=str | list[TextBlock])
+]
 
 
 def conversation(turns: Sequence[Turn], system: str | None) -> inference_pb2.Chat:
     """Returns the chat of a conversation.
 
+    A system's message within it becomes text of the user's, in `<system>`, because the chat formats
+    of most models have one at the beginning alone.
+
     Args:
         turns: The messages, in order.
-        system: The system's message before them, which is joined with one that opens them, because
-            one is all that some models take.
+        system: The system's message before them, which is joined with those that open them.
     """
     messages: list[inference_pb2.ChatMessage] = []
     if system:
@@ -195,8 +216,11 @@ def conversation(turns: Sequence[Turn], system: str | None) -> inference_pb2.Cha
         for block in turn.content:
             match block:
                 case TextBlock():
-                    last = _of(messages, turn.role)
-                    last.content += ("\n" if last.content else "") + block.text
+                    role, text = turn.role, block.text
+                    if role == "system" and messages and messages[-1].role != "system":
+                        role, text = "user", f"<system>\n{text}\n</system>"
+                    last = _of(messages, role)
+                    last.content += ("\n" if last.content else "") + text
                 case ToolUseBlock():
                     _of(messages, turn.role).tool_calls.add(
                         id=_call_id(block.id), name=block.name, arguments=block.input

@@ -55,6 +55,32 @@ def test_turns_of_one_role_are_one() -> None:
     assert said([system, HELLO], system="first") == [("system", "first\nlater"), ("user", "hello")]
 
 
+def test_a_systems_message_within_a_conversation_is_text_of_the_user() -> None:
+    system = {"role": "system", "content": "be brief"}
+    told = "<system>\nbe brief\n</system>"
+    assert said([HELLO, system]) == [("user", f"hello\n{told}")]
+    answer = {"role": "assistant", "content": "x"}
+    assert said([system, HELLO, answer, system, HELLO]) == [
+        ("system", "be brief"),
+        ("user", "hello"),
+        ("assistant", "x"),
+        ("user", f"{told}\nhello"),
+    ]
+    assert said([HELLO, of("assistant", use("i")), of("user", result("i", "y")), system])[2:] == [
+        ("tool", "y"),
+        ("user", told),
+    ]
+
+
+def test_a_note_on_billing_is_no_part_of_the_prompt() -> None:
+    billing = text("x-anthropic-billing-header: cc_version=2.1.197.1c0; cc_entrypoint=sdk-cli;")
+    assert said([HELLO], system=[billing, text("be brief")]) == [
+        ("system", "be brief"),
+        ("user", "hello"),
+    ]
+    assert said([HELLO], system=[billing]) == [("user", "hello")]
+
+
 def test_calls_and_results() -> None:
     chat = asked(
         messages=[
