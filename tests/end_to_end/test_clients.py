@@ -32,6 +32,7 @@ def plain(smollm2: Path) -> Iterator[Server]:
         ("mistral-v1", "mistral_v1"),
         ("langchain", "langchain_clients"),
         ("litellm", "litellm_client"),
+        ("anthropic", "anthropic_client"),
     ],
 )
 def test_a_client(environment: str | None, script: str, plain: Server) -> None:

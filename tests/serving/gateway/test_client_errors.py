@@ -102,7 +102,11 @@ def test_a_stream_that_breaks_off_raises(client: openai.OpenAI) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "script"),
-    [("litellm", "litellm_errors.py"), ("langchain", "langchain_errors.py")],
+    [
+        ("litellm", "litellm_errors.py"),
+        ("langchain", "langchain_errors.py"),
+        ("anthropic", "anthropic_errors.py"),
+    ],
 )
 def test_classes_of_clients_that_live_apart(stack: Stack, environment: str, script: str) -> None:
     asked = {"ENDPOINT": stack.url, "KEY": KEY, "LONG": "!long"}
