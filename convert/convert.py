@@ -110,7 +110,7 @@ def convert(
             else:  # kept for a release that supports it
                 for file in tokenizer.files(words.folder):
                     shutil.copy(file, folder)
-            add_recommended(folder, own_name)
+            add_recommended(folder, path.stem if path.is_file() else own_name)
             writer = ParameterWriter(folder, shapes, chunk_bytes)
             if words.tokenizer is not None and dtype == "int8":
                 ids = words.tokenizer.encode(calibration_text())

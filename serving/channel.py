@@ -18,7 +18,7 @@ MAX_RECEIVED = 64 * 2**20
 # The number of replicas that a call may try, one after the other, before its first message.
 _MAX_REPLICAS_TRIED = 3
 # Methods that may be repeated. Drain is not: it would end a second replica.
-_REPEATED = ("Generate", "GetModelInfo", "Tokenize", "Detokenize")
+_REPEATED = ("Generate", "GetModelInfo", "Tokenize", "Detokenize", "GetMetrics")
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # A service is a neighbour: a proxy set for the internet must not stand between.

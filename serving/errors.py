@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 ERROR_METADATA = "mixtral-error"
+# Metadata of the gateway's calls of Tokenize and Detokenize: the name of the caller, in UTF-8.
+CALLER_METADATA = "mixtral-caller-bin"
 # Initial metadata of an answer that is not held to all that was asked of it.
 WEAKENED_METADATA = "mixtral-weakened"
 # gRPC's name for a serialized google.rpc.Status.

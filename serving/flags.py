@@ -551,6 +551,30 @@ _OPEN = Flag(
     "Open the page in the browser of this machine when the server is ready.",
     panel="Page to chat with",
 )
+_ROUTES = _panel(
+    "Dialects",
+    Flag(
+        "root_path",
+        str,
+        "",
+        "Path before all routes under which a proxy publishes the server, such as /models/mixtral.",
+        "PATH",
+    ),
+    Flag(
+        "metrics_route",
+        Literal["operators", "open", "off"],
+        "operators",
+        "Who may ask for GET /metrics on the port of HTTP: operators, by their keys; open: "
+        "everybody, without a key; off: nobody.",
+    ),
+    Flag(
+        "usage_details",
+        bool,
+        False,
+        "Tell the cached tokens of prompts in the usage of OpenAI's chats and texts too, in an "
+        "object at which clients stumble that add all numbers up, such as langchain-mistralai.",
+    ),
+)
 _DIALECTS = _panel(
     "Dialects",
     Flag(
@@ -598,7 +622,8 @@ GATEWAY = (
     *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS),
     *_panel("Monitoring", _TRUST_TRACEPARENT, _LOG_PROMPTS, _USAGE_DB),
-    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM, *_DIALECTS, _PAGE),
+    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM, *_DIALECTS),
+    *(*_ROUTES, _PAGE),
 )
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
@@ -621,7 +646,8 @@ SERVE = (
             help="SQLite file that keeps the usage of each caller; default: in ~/.local/state.",
         ),
     ),
-    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_DIALECTS, _PAGE, _OPEN),
+    *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_DIALECTS),
+    *(*_ROUTES, _PAGE, _OPEN),
 )
 _CHILDREN = {flag.name: flag for flag in (*SERVICE, *GATEWAY)}
 

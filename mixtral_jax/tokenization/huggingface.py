@@ -101,29 +101,33 @@ class TemplateTokenizer(Vocabulary):
         self._refuses_system = form is None and template is not None and _refuses_system(template)
         self._required = 1 + max(self._writable(named, controls, spelling), default=-1)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, with_special: bool = True) -> list[int]:
         """Return the ids of a text, with those that `tokenizer.json` puts around it, such as bos.
+
+        Without `with_special` they are those of the text alone.
 
         Raises ChatError for text that is not Unicode.
         """
         check_text(text, "the text")
-        return self._ids(text.replace(_RESERVED, "\ufffd"), add_special_tokens=True)
+        return self._ids(text.replace(_RESERVED, "\ufffd"), add_special_tokens=with_special)
 
     def chat(
         self,
         messages: Sequence[Message],
         *,
         continue_last: bool = False,
+        asks: bool = True,
         tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Return the ids of the chat as the template writes it, with its generation prompt.
 
-        With `continue_last` they end with the last message's text instead.
+        With `continue_last` they end with the last message's text instead; without `asks` the
+        generation prompt is left out.
 
         Raises ChatError if the template refuses the chat, or if there is no template.
         """
         chat = checked(messages, continue_last=continue_last)
-        return self._rendered(chat, tools, continue_last=continue_last)
+        return self._rendered(chat, tools, continue_last=continue_last, asks=asks)
 
     def closed_chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> list[int]:
         """Return the ids of the chat as the template writes it, without its generation prompt.

@@ -78,15 +78,15 @@ class MistralTokenizer(Vocabulary):
             call_form(self._model, self.version, dummy_space=self.dummy_space) or PROMPT_FORM
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Return <s>, then the pieces of the text.
+    def encode(self, text: str, *, with_special: bool = True) -> list[int]:
+        """Return <s>, then the pieces of the text; without `with_special` the pieces alone.
 
         Raises ChatError for text that is not Unicode, or whose white space is so long that
         tekken's pattern runs out of stack.
         """
         check_text(text, "the text")
         try:
-            return self._model.encode(text, bos=True, eos=False)
+            return self._model.encode(text, bos=with_special, eos=False)
         except ValueError as error:
             raise ChatError(f"the text {NOT_CUT}: {error}") from error
 
@@ -95,12 +95,14 @@ class MistralTokenizer(Vocabulary):
         messages: Sequence[Message],
         *,
         continue_last: bool = False,
+        asks: bool = True,
         tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Return <s>[INST] ... [/INST] and so on, to the last [/INST].
 
         With `continue_last` it ends with the assistant's text instead, where v2 and v3 leave
-        spaces out. Tools, calls and results are written in the format of the version; v1 has none,
+        spaces out. Nothing opens an answer in these formats, so that `asks` changes nothing. Tools,
+        calls and results are written in the format of the version; v1 has none,
         and is asked by a prompt (see `tool_prompt`). Raises ChatError.
         """
         chat = checked(messages, continue_last=continue_last)

@@ -55,20 +55,25 @@ class Tokenizer(Protocol):
     def tool_form(self) -> ToolForm:
         """Form in which this model writes calls of tools."""
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text, after bos where the model has one."""
+    def encode(self, text: str, *, with_special: bool = True) -> list[int]:
+        """Return the ids of plain text, after bos where the model has one.
+
+        Without `with_special` they are those of the text alone.
+        """
 
     def chat(
         self,
         messages: Sequence[Message],
         *,
         continue_last: bool = False,
+        asks: bool = True,
         tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Return the ids of a chat, up to where the assistant's answer begins. Raises ChatError.
 
         With `continue_last` the last message is the beginning of that answer, which goes on from
-        there: its turn is not closed. `tools` are those that the model may call.
+        there: its turn is not closed. Without `asks` they end behind the last message, so that the
+        model may open any turn. `tools` are those that the model may call.
         """
 
     def closed_chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> list[int]:

@@ -26,24 +26,31 @@ class ByteTokenizer(Vocabulary):
         controls = [b""] * (2 + len(self._ROLE_IDS))
         super().__init__([*(bytes([byte]) for byte in range(256)), *controls], [self._EOS])
 
-    def encode(self, text: str) -> list[int]:
-        """Return bos and the bytes of the text. Raises ChatError for text that is not Unicode."""
+    def encode(self, text: str, *, with_special: bool = True) -> list[int]:
+        """Return bos and the bytes of the text; without `with_special` the bytes alone.
+
+        Raises ChatError for text that is not Unicode.
+        """
         check_text(text, "the text")
-        return [self._BOS, *text.encode()]
+        return [*([self._BOS] if with_special else []), *text.encode()]
 
     def chat(
         self,
         messages: Sequence[Message],
         *,
         continue_last: bool = False,
+        asks: bool = True,
         tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Return the chat's ids, e.g. [256, 259, 104, 105, 257, 260] for the user's "hi".
 
-        Tools are asked for by a prompt (see `tool_prompt`).
+        Without `asks` the last role, 260, is left out. Tools are asked for by a prompt (see
+        `tool_prompt`).
         """
         ids = self._turns(checked(messages, continue_last=continue_last), tools)
-        return ids[:-1] if continue_last else [*ids, self._ROLE_IDS["assistant"]]
+        if continue_last:
+            return ids[:-1]
+        return [*ids, self._ROLE_IDS["assistant"]] if asks else ids
 
     def closed_chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> list[int]:
         """Return the chat's ids up to the end of its last turn, an assistant's."""

@@ -11,7 +11,7 @@ are counted as well, but not served.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -157,6 +157,10 @@ class Metrics:
         self.registry.register(
             _EngineFigures(scheduler, compilations, failed_steps, self._model_name)
         )
+
+    def text(self) -> bytes:
+        """Returns all figures in Prometheus' text format."""
+        return generate_latest(self.registry)
 
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
         family = Histogram(name, what, [_LABEL], buckets=buckets, registry=self.registry)

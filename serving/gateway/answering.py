@@ -121,6 +121,10 @@ class Gateway:
         admission: Admits requests within the limits of their callers.
         fields: Writes into calls who asks.
         limits: Limits of the gateway itself.
+
+    Attributes:
+        service: The same.
+        bodies: The room for large bodies that callers share.
     """
 
     def __init__(
@@ -130,7 +134,7 @@ class Gateway:
         self._admission = admission
         self._fields = fields
         self._limits = limits
-        self._bodies = BodyRoom()
+        self.bodies = BodyRoom()
 
     async def answer(
         self,
@@ -159,7 +163,7 @@ class Gateway:
         limit_headers = partial(self._admission.headers, caller)
         setattr(request.state, LIMIT_HEADERS, limit_headers)
         lease = self._admission.begin(caller)
-        hold = self._bodies.hold(caller.name)
+        hold = self.bodies.hold(caller.name)
         asked: Asked | None = None
         try:
             asked = await self._read(request, kind, unknown, hold)

@@ -23,6 +23,8 @@ from serving.gateway.config import GatewayConfig
 from serving.gateway.connection import Connection
 from serving.gateway.dialect.anthropic.error import REQUEST_ID_HEADER
 from serving.gateway.dialect.responses.hosted_tools import IGNORED_HEADER
+from serving.gateway.endpoints.root_path import RootPath
+from serving.gateway.endpoints.tokens import Tokenization
 from serving.gateway.http.access_log import AccessLog
 from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import answer_failures
@@ -89,7 +91,11 @@ def create_app(
             async with connection.channel(lambda newest: service.use(newest)) as channel:
                 service = ModelService(channel, config.gateway_key, config.address)
                 fields = CallerFields(config.gateway_key, share_prefixes=config.share_prefixes)
-                app.state.gateway = Gateway(service, admission, fields, limits)
+                gateway = Gateway(service, admission, fields, limits)
+                app.state.gateway = gateway
+                app.state.tokenization = Tokenization(
+                    gateway, admission, limits.body_bytes, limits.body_seconds
+                )
                 yield
         finally:
             accounts.close()
@@ -107,10 +113,13 @@ def create_app(
     )
     app.state.access = access
     app.state.accounts = accounts
+    app.state.metrics = metrics
+    app.state.metrics_route = config.metrics_route
+    app.state.usage_details = config.usage_details
     app.state.model_type = config.model_type
     app.state.ignores_hosted_tools = config.ignore_hosted_tools
     app.state.created = int(time.time())
-    described = document()
+    described = document(config.root_path, metrics_route=config.metrics_route)
     # Anybody may ask for it: it is written once.
     app.state.document = json.dumps(described).encode()
     app.state.page = page(described)
@@ -133,4 +142,6 @@ def create_app(
         allowed_origins=config.cors_origin,
     )
     app.add_middleware(AccessLog, metrics=metrics, traces=traces, log_prompts=config.log_prompts)
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)
     return app

@@ -1,5 +1,6 @@
 """The settings of a gateway, as the operator gave them."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from serving.access.tls import ServiceTls
 from serving.accounting.config import AccountingConfig
 from serving.channel import target_of
 from serving.errors import SetupError
+
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 class GatewayError(SetupError):
@@ -51,6 +54,12 @@ class GatewayConfig(AccountingConfig):
     """Continue the traces of clients instead of linking to them."""
     log_prompts: bool
     """Log the full text of prompts and answers."""
+    usage_details: bool = False
+    """Tell the cached tokens of prompts on OpenAI's paths of chats and texts."""
+    metrics_route: str = "operators"
+    """Who may ask for /metrics: "operators", "open" for everybody, "off" for nobody."""
+    root_path: str = ""
+    """The path before all routes under which a proxy publishes the gateway."""
     ignore_hosted_tools: bool = False
     """Leave out tools that only OpenAI or Anthropic can run, instead of refusing them."""
     page: bool = True
@@ -63,6 +72,11 @@ class GatewayConfig(AccountingConfig):
             target_of(self.target)
         except ValueError as error:
             raise GatewayError(f"--target cannot be used: {error}") from None
+        if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
+            raise GatewayError(
+                f"--root-path is {self.root_path!r}; give a path such as /models/mixtral, which "
+                "begins with a slash and ends with none"
+            )
 
     @property
     def address(self) -> str:

@@ -22,10 +22,12 @@ from serving.gateway.dialect.anthropic.models import (
     model_page,
 )
 from serving.gateway.dialect.azure import ExtraParameters, check_api_version
-from serving.gateway.dialect.fields import Described
 from serving.gateway.dialect.responses.hosted_tools import ResponsesFields
+from serving.gateway.endpoints.health import health, live, ready, tell_version
+from serving.gateway.endpoints.metrics import report_metrics, show_metrics
+from serving.gateway.endpoints.tokens import detokenize, tokenize
+from serving.gateway.endpoints.usage import report_usage
 from serving.gateway.page.files import INDEX, PageFile
-from serving.gateway.usage_route import report_usage
 
 AZURE_PREFIXES = ("", "/models")
 # A client of Azure OpenAI's names the model in the path, as a deployment.
@@ -44,18 +46,12 @@ LIST_SECONDS = 1.0
 EMBEDDINGS = ("/embeddings", "/images/embeddings")
 
 
-class Status(Described):
-    """The answer of a health check."""
-
-    status: str
-    """`live` or `ready`."""
-
-
 def add_routes(app: FastAPI) -> None:
     """Adds all routes to the application.
 
-    Its state must hold `gateway`, `access`, `accounts`, `model_type`, `created`, `document`,
-    `page`, `chat_page` and `ignores_hosted_tools`.
+    Its state must hold `gateway`, `tokenization`, `access`, `accounts`, `metrics`, `model_type`,
+    `created`, `document`, `page`, `chat_page`, `ignores_hosted_tools`, `metrics_route` and
+    `usage_details`.
     """
     guarded = [Depends(_check)]
     for prefix in AZURE_PREFIXES:
@@ -84,8 +80,19 @@ def add_routes(app: FastAPI) -> None:
         card = f"{path}/{{model_id:path}}"  # a name may hold slashes
         app.add_api_route(card, get_model, methods=reading, dependencies=guarded)
     app.add_api_route("/usage", report_usage, methods=reading, dependencies=guarded)
+    app.add_api_route("/tokenize", tokenize, methods=["POST"], dependencies=guarded)
+    app.add_api_route("/detokenize", detokenize, methods=["POST"], dependencies=guarded)
+    match app.state.metrics_route:
+        case "operators":
+            app.add_api_route("/metrics", report_metrics, methods=reading, dependencies=guarded)
+        case "open":
+            app.add_api_route("/metrics", show_metrics, methods=reading)
     app.add_api_route("/health/live", live, methods=reading)
     app.add_api_route("/health/ready", ready, methods=reading)
+    app.add_api_route("/health", health, methods=reading)
+    # SageMaker asks with GET, and vLLM takes both.
+    app.add_api_route("/ping", health, methods=[*reading, "POST"])
+    app.add_api_route("/version", tell_version, methods=reading)
     app.add_api_route("/openapi.json", openapi, methods=reading)
     app.add_api_route("/docs", docs, methods=reading)
     app.add_api_route("/", chat_page, methods=reading)
@@ -104,14 +111,22 @@ async def azure_chat(request: Request) -> Response:
 async def openai_chat(request: Request) -> Response:
     """Answers a chat on the paths of OpenAI's and Mistral's clients."""
     return await _gateway(request).answer(
-        request, CHAT, openai.check_unknown, openai.CHAT_ID_PREFIX, tells_cached=True
+        request,
+        CHAT,
+        openai.check_unknown,
+        openai.CHAT_ID_PREFIX,
+        tells_cached=request.app.state.usage_details,
     )
 
 
 async def completions(request: Request) -> Response:
     """Answers a text completion."""
     return await _gateway(request).answer(
-        request, TEXT, openai.check_unknown, openai.TEXT_ID_PREFIX, tells_cached=True
+        request,
+        TEXT,
+        openai.check_unknown,
+        openai.TEXT_ID_PREFIX,
+        tells_cached=request.app.state.usage_details and openai.is_openai_path(request.url.path),
     )
 
 
@@ -168,17 +183,6 @@ async def get_model(request: Request) -> Response:
             shown = anthropic_model(card) if is_anthropic else card
             return JSONResponse(shown.model_dump())
     raise ModelNotFound.of(asked, cards[0].id)
-
-
-async def live() -> Response:
-    """Returns 200 for as long as the process lives."""
-    return JSONResponse(Status(status="live").model_dump())
-
-
-async def ready(request: Request) -> Response:
-    """Returns 200 if the model service serves; raises Unavailable if it does not."""
-    await _gateway(request).service.check_ready()
-    return JSONResponse(Status(status="ready").model_dump())
 
 
 async def openapi(request: Request) -> Response:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serving.accounting.answer_tokens import AnswerTokens
 from serving.errors import (
+    CALLER_METADATA,
     ERROR_METADATA,
     WEAKENED_METADATA,
     EngineFailure,
@@ -37,6 +38,8 @@ from serving.proto import inference_pb2, inference_pb2_grpc
 
 # Seconds for calls that the service answers from memory.
 SHORT_CALL_SECONDS = 3.0
+# Seconds for calls that the service answers in threads, which callers may have to wait for.
+CALL_SECONDS = 60.0
 # Seconds for which the served model is remembered: replicas may be replaced by those of another.
 MODEL_SECONDS = 60.0
 # Chunks that are kept of an answer whose reader is slow. More of them wait in the service.
@@ -120,6 +123,45 @@ class ModelService:
 
     def _forget(self) -> None:
         self._model = None
+
+    async def tokenize(
+        self, request: inference_pb2.TokenizeRequest, caller: str
+    ) -> inference_pb2.Tokens:
+        """Returns the tokens of a text or a chat; raises ServingError.
+
+        Args:
+            request: The call.
+            caller: Who asks: callers take turns.
+        """
+        tokens: inference_pb2.Tokens = await self._call(self._inference.Tokenize, request, caller)
+        return tokens
+
+    async def detokenize(
+        self, request: inference_pb2.DetokenizeRequest, caller: str
+    ) -> inference_pb2.Text:
+        """Returns the text of tokens; raises ServingError."""
+        text: inference_pb2.Text = await self._call(self._inference.Detokenize, request, caller)
+        return text
+
+    async def metrics(self) -> bytes:
+        """Returns the metrics of the service in Prometheus' text format; raises ServingError."""
+        request = inference_pb2.GetMetricsRequest()
+        metrics: inference_pb2.Metrics = await self._call(self._inference.GetMetrics, request)
+        return metrics.text
+
+    async def _call(
+        self, method: Callable[..., Awaitable[Any]], request: Any, caller: str = ""
+    ) -> Any:
+        """Returns the answer of a call without a stream."""
+        metadata: tuple[tuple[str, str | bytes], ...] = self._metadata
+        if caller:
+            metadata = (*metadata, (CALLER_METADATA, caller.encode()))
+        try:
+            return await method(request, metadata=metadata, timeout=CALL_SECONDS)
+        except grpc.aio.AioRpcError as failure:
+            if _is_gone(failure):
+                self._forget()
+            raise _error_of(failure) from failure
 
     async def check_ready(self) -> None:
         """Raises Unavailable unless the service says that it is serving."""

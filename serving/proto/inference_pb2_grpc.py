@@ -54,6 +54,11 @@ class InferenceStub:
                 request_serializer=serving_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=serving_dot_proto_dot_inference__pb2.Text.FromString,
                 _registered_method=True)
+        self.GetMetrics = channel.unary_unary(
+                '/mixtral.v1.Inference/GetMetrics',
+                request_serializer=serving_dot_proto_dot_inference__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=serving_dot_proto_dot_inference__pb2.Metrics.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/mixtral.v1.Inference/Drain',
                 request_serializer=serving_dot_proto_dot_inference__pb2.DrainRequest.SerializeToString,
@@ -92,6 +97,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMetrics(self, request, context):
+        """Returns the metrics of the service. For the operator's own keys alone, as Drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Lets what is under way finish, refuses what comes, and ends the server. For the operator's
         own keys alone, the one of the server's environment or the gateway's: else PERMISSION_DENIED.
@@ -122,6 +134,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=serving_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
                     response_serializer=serving_dot_proto_dot_inference__pb2.Text.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=serving_dot_proto_dot_inference__pb2.GetMetricsRequest.FromString,
+                    response_serializer=serving_dot_proto_dot_inference__pb2.Metrics.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -237,6 +254,33 @@ class Inference:
             '/mixtral.v1.Inference/Detokenize',
             serving_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
             serving_dot_proto_dot_inference__pb2.Text.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mixtral.v1.Inference/GetMetrics',
+            serving_dot_proto_dot_inference__pb2.GetMetricsRequest.SerializeToString,
+            serving_dot_proto_dot_inference__pb2.Metrics.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class Calls:
         self._traces = traces or Traces()
         self._adapters = adapters
 
+    def metrics_text(self) -> bytes:
+        """Returns the metrics in Prometheus' text format. It takes milliseconds."""
+        return self._metrics.text()
+
     def begin(self, service: str, method: str, metadata: Mapping[str, str]) -> "Call":
         """Begins the record of a call; the names of `metadata` are in lower case."""
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}

@@ -14,8 +14,9 @@ from serving.access.caller import Caller
 from serving.accounting.admission import Admission
 from serving.accounting.answer_tokens import AnswerTokens
 from serving.accounting.caller_fields import CallerFields, refuse_caller_fields
-from serving.errors import InvalidRequest, ServingError
+from serving.errors import CALLER_METADATA, InvalidRequest, ServingError
 from serving.proto import inference_pb2 as pb
+from serving.service.bounds import MAX_CALLER_BYTES
 from serving.service.open_calls import host_of
 from serving.service.refusal import abort
 
@@ -32,9 +33,17 @@ _caller: ContextVar[str] = ContextVar("_caller")
 
 
 def turn_of(context: grpc.aio.ServicerContext) -> str:
-    """Returns what a call takes its turns by: its caller's name, or else the gateway's address."""
+    """Returns what a call takes its turns by: its caller's name, or else the gateway's address.
+
+    For whom the gateway asks stands in the metadata of its calls, which is read of no other's.
+    """
     caller = _caller.get(None)
-    return f"address {host_of(context)}" if caller is None else f"caller {caller}"
+    if caller is not None:
+        return f"caller {caller}"
+    for key, value in context.invocation_metadata() or ():
+        if key == CALLER_METADATA and isinstance(value, bytes):
+            return f"caller {value[:MAX_CALLER_BYTES].decode('utf-8', 'replace')}"
+    return f"address {host_of(context)}"
 
 
 class DirectCalls:

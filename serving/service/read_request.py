@@ -147,7 +147,10 @@ class Translator:
             case "chat":
                 ids = self._chat_ids(message.chat)
             case "text":
-                ids = self._text_ids(message.text)
+                with_special = (
+                    not message.HasField("add_special_tokens") or message.add_special_tokens
+                )
+                ids = self._text_ids(message.text, with_special=with_special)
             case _:
                 raise InvalidRequest("input is missing; set chat or text")
         return pb.Tokens(ids=ids, pieces=[self._tokenizer.token_bytes(i) for i in ids])
@@ -222,12 +225,20 @@ class Translator:
 
     def _chat_ids(self, chat: pb.Chat) -> list[int]:
         messages, tools = messages_of(chat), tools_of(chat)
+        asks = not chat.HasField("add_generation_prompt") or chat.add_generation_prompt
+        if chat.continue_last and chat.HasField("add_generation_prompt") and asks:
+            raise InvalidRequest(
+                "continue_last and add_generation_prompt are both true; an answer is either "
+                "continued or opened"
+            )
         return self._rendered(
-            lambda: self._tokenizer.chat(messages, continue_last=chat.continue_last, tools=tools)
+            lambda: self._tokenizer.chat(
+                messages, continue_last=chat.continue_last, asks=asks, tools=tools
+            )
         )
 
-    def _text_ids(self, text: str) -> list[int]:
-        return self._rendered(lambda: self._tokenizer.encode(text))
+    def _text_ids(self, text: str, *, with_special: bool = True) -> list[int]:
+        return self._rendered(lambda: self._tokenizer.encode(text, with_special=with_special))
 
     def _rendered(self, render: Callable[[], list[int]]) -> list[int]:
         """Returns what a tokenizer makes of a prompt.

@@ -47,6 +47,8 @@ from serving.service.refusal import abort
 from serving.service.turns import Turns
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+OPERATORS_ONLY = frozenset({f"/{SERVICE_NAME}/Drain", f"/{SERVICE_NAME}/GetMetrics"})
+"""Methods that are for operators' keys and the gateway's."""
 _OPTIONS = (
     # Without this, two servers could share a port and each would get half of the requests.
     ("grpc.so_reuseport", 0),
@@ -172,6 +174,12 @@ class InferenceService(rpc.InferenceServicer):
             return await asyncio.to_thread(self._translator.text, request)
         except Exception as error:
             await abort(context, _failure(error))
+
+    async def GetMetrics(
+        self, request: pb.GetMetricsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Metrics:
+        """Returns the metrics of this process, in a thread: labels may be many."""
+        return pb.Metrics(text=await asyncio.to_thread(self._calls.metrics_text))
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
@@ -301,7 +309,7 @@ async def create_server(
     direct_calls = DirectCalls(
         admission or Admission(Accounts()), fields or CallerFields(None), service.max_context
     )
-    doorkeeper = AccessInterceptor(access, {f"/{SERVICE_NAME}/Drain"}, direct_calls=direct_calls)
+    doorkeeper = AccessInterceptor(access, OPERATORS_ONLY, direct_calls=direct_calls)
     calls_of_caller = max_calls + _SPARE_CALLS
     rpcs = calls_of_caller * _FULL_CALLERS + MAX_HEALTH_CALLS
     server = grpc.aio.server(

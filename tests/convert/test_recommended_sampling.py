@@ -10,12 +10,15 @@ from convert.recommended_sampling import add_recommended
 from mixtral_jax.checkpoint.sampling_defaults import read_sampling_defaults
 
 SMOLLM2 = {"temperature": 0.2, "top_p": 0.9}
+EMBEDDED = {"temperature": 0.2, "top_p": 0.5}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "defaults"),
     [
         ("SmolLM2-135M-Instruct", None, SMOLLM2),
+        ("SmolLM2-135M-Instruct.Q8_0", None, SMOLLM2),
+        ("SmolLM2-135M-Instruct.Q4_1", None, EMBEDDED),
         ("smollm2-1.7b-instruct", {"eos_token_id": [2]}, SMOLLM2),
         ("SmolLM2-135M-Instruct", {"top_k": 5}, {"top_k": 5}),
         ("SmolLM2-135M", None, {}),
@@ -38,4 +41,4 @@ def test_known_models_get_them_where_their_files_name_none(
 
 
 def test_the_embedded_model_has_them(smollm2: Path) -> None:
-    assert read_sampling_defaults(smollm2) == SMOLLM2
+    assert read_sampling_defaults(smollm2) == EMBEDDED

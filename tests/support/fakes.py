@@ -63,6 +63,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.aliases = {"azureai"}
         self.reads_names = True  # False: like a service that is older than adapters
         self.adapters: dict[str, str] = {}  # their digests by their names
+        # Calls of Tokenize, with their metadata.
+        self.tokenized: list[tuple[inference_pb2.TokenizeRequest, dict[str, Any]]] = []
         self.cached_tokens = 0  # of each prompt, as its usage says
         self.sampling_defaults = inference_pb2.SamplingParams()  # of the model
         self.begun = threading.Event()
@@ -77,6 +79,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
     def reset(self) -> None:
         """Forgets what was asked and released so far."""
         self.requests.clear()
+        self.tokenized.clear()
         self.metadata.clear()
         self.begun.clear()
         self.cancelled.clear()
@@ -96,6 +99,52 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             max_context=64,
             adapters=self._models().listed(),
             sampling_defaults=self.sampling_defaults,
+        )
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Any
+    ) -> inference_pb2.Tokens:
+        """A token for each byte of the text or of the last message, between 256 and 257.
+
+        256 opens what has special tokens, and 257 the answer to a chat. "!long" is too long.
+        """
+        await _check_key(context)
+        self.tokenized.append((request, dict(context.invocation_metadata() or ())))
+        is_chat = request.WhichOneof("input") == "chat"
+        text = request.chat.messages[-1].content if is_chat else request.text
+        if text.startswith("!"):
+            await self._do(text, context)
+        ids = list(text.encode())
+        if is_chat or request.add_special_tokens:
+            ids.insert(0, 256)
+        opens = not request.chat.HasField("add_generation_prompt") or (
+            request.chat.add_generation_prompt
+        )
+        if is_chat and opens and not request.chat.continue_last:
+            ids.append(257)
+        pieces = [bytes([i]) if i < 256 else b"" for i in ids]
+        return inference_pb2.Tokens(ids=ids, pieces=pieces)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Any
+    ) -> inference_pb2.Text:
+        """The inverse."""
+        await _check_key(context)
+        pieces = bytes(i for i in request.ids if i < 256)
+        return inference_pb2.Text(text=pieces.decode("utf-8", "replace"))
+
+    async def GetMetrics(
+        self, request: inference_pb2.GetMetricsRequest, context: Any
+    ) -> inference_pb2.Metrics:
+        """Two families, of which the gateway has one itself."""
+        await _check_key(context)
+        return inference_pb2.Metrics(
+            text=b"# HELP vllm:prompt_tokens_total Tokens of prompts.\n"
+            b"# TYPE vllm:prompt_tokens_total counter\n"
+            b'vllm:prompt_tokens_total{model_name="scripted-7B"} 7.0\n'
+            b"# HELP mixtral_gateway_open_requests Requests under way.\n"
+            b"# TYPE mixtral_gateway_open_requests gauge\n"
+            b"mixtral_gateway_open_requests 99.0\n"
         )
 
     async def Generate(

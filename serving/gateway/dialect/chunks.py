@@ -41,7 +41,7 @@ class Usage(Described):
     total_tokens: int
     """The sum of both."""
     prompt_tokens_details: PromptTokensDetails | None = Field(default=None, exclude_if=is_none)
-    """OpenAI's, on the paths of its clients, where tokens of the prompt were cached."""
+    """OpenAI's, on the paths of its clients, with `--usage-details`."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,15 @@ def usage(chunk: inference_pb2.GenerateChunk, *, tells_cached: bool = False) -> 
 
     Args:
         chunk: The last chunk.
-        tells_cached: Whether the cached tokens of the prompt are told, if there are any.
+        tells_cached: Whether the cached tokens of the prompt are told.
     """
     prompt, generated = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-    cached = chunk.usage.cached_tokens if tells_cached else 0
+    details = PromptTokensDetails(cached_tokens=chunk.usage.cached_tokens)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=generated,
         total_tokens=prompt + generated,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached) if cached else None,
+        prompt_tokens_details=details if tells_cached else None,
     )
 
 

@@ -182,7 +182,16 @@ def _of_a_stream(options: StreamOptions | None, info: ValidationInfo) -> StreamO
     return options
 
 
-class Parameters(Described):
+class Body(Described):
+    """The body of a request."""
+
+    @classmethod
+    def place(cls, steps: Path) -> Path:
+        """Returns the path of a value in the body, from the steps that pydantic names."""
+        return steps
+
+
+class Parameters(Body):
     """The fields that a request of any kind may have.
 
     Attributes:
@@ -298,11 +307,6 @@ class Parameters(Described):
         if isinstance(error, InvalidParameter):
             return renamed(error, self.sent_path)
         return error
-
-    @classmethod
-    def place(cls, steps: Path) -> Path:
-        """Returns the path of a value in the body, from the steps that pydantic names."""
-        return steps
 
     def sent_path(self, path: Path) -> Path:
         """Returns the client's path of a parameter, from the path that the service names."""

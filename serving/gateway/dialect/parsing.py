@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from serving.errors import InvalidParameter, InvalidRequest, Problem, UnsupportedParameter
-from serving.gateway.dialect.fields import NOT_SUPPORTED, Parameters
+from serving.gateway.dialect.fields import NOT_SUPPORTED, Body
 from serving.gateway.dialect.json_size import check_values
 from serving.gateway.dialect.names import Path
 
@@ -23,7 +23,7 @@ MAX_NESTING = 200
 # Characters of a name that the client chose.
 _NAME_LENGTH = 100
 
-Request = TypeVar("Request", bound=Parameters)
+Request = TypeVar("Request", bound=Body)
 # A vendor's rule for fields that its API does not have: from the fields of the body and the names
 # that the request's type knows to the fields that are to be read, or an error.
 UnknownFields = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
@@ -55,8 +55,9 @@ def read(body: bytes, kind: type[Request], unknown: UnknownFields) -> Request:
             ) from error
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
-        required = next(name for name, field in kind.model_fields.items() if field.is_required())
-        raise InvalidRequest(f"the body must be a JSON object with the key '{required}'")
+        required = [name for name, field in kind.model_fields.items() if field.is_required()]
+        named = f" with the key '{required[0]}'" if required else ""
+        raise InvalidRequest(f"the body must be a JSON object{named}")
     values = unknown(values, kind.model_fields)
     try:
         return kind.model_validate(values)

@@ -42,7 +42,18 @@ def _excess(call: pb.GenerateRequest, model: pb.ModelInfo) -> str:
     ids = len(call.token_ids.ids)
     if model.max_context and ids > model.max_context:
         return f"{ids:,} tokens"
-    size = _size(call)
+    return _excess_bytes(_size(call), model)
+
+
+def check_tokenized(call: pb.TokenizeRequest, model: pb.ModelInfo) -> None:
+    """Raises ContextTooLong if a text to tokenize has more bytes than the context holds."""
+    is_chat = call.WhichOneof("input") == "chat"
+    size = chat_size(call.chat) if is_chat else len(call.text.encode())
+    if excess := _excess_bytes(size, model):
+        raise ContextTooLong.of(model.max_context, f"the prompt has {excess}")
+
+
+def _excess_bytes(size: int, model: pb.ModelInfo) -> str:
     if model.max_prompt_bytes and size > model.max_prompt_bytes:
         return f"{size:,} bytes, more than so many tokens can hold"
     return ""

@@ -34,6 +34,10 @@ from serving.gateway.dialect.responses.response import ResponseObject
 from serving.gateway.dialect.responses.stream import ResponseEvent
 from serving.gateway.dialect.text.request import CompletionRequest
 from serving.gateway.dialect.text.response import TextCompletion
+from serving.gateway.dialect.tokens.request import DetokenizeRequest, TokenizeRequest
+from serving.gateway.dialect.tokens.response import DetokenizeAnswer, TokenizeAnswer
+from serving.gateway.endpoints.health import Status, Version
+from serving.gateway.endpoints.usage import UsageReport
 from serving.gateway.routes import (
     AZURE_PREFIXES,
     EMBEDDINGS,
@@ -43,9 +47,7 @@ from serving.gateway.routes import (
     OPENAI_PREFIXES,
     PREFIXES,
     RESPONSES_PREFIXES,
-    Status,
 )
-from serving.gateway.usage_route import UsageReport
 
 Schema = dict[str, Any]
 
@@ -104,9 +106,15 @@ _IGNORED: Schema = {
 }
 
 
-def document() -> Schema:
-    """Returns the OpenAPI document."""
-    return {
+def document(root_path: str = "", *, metrics_route: str = "operators") -> Schema:
+    """Returns the OpenAPI document.
+
+    Args:
+        root_path: The path before all routes; "" for none.
+        metrics_route: Who may ask for /metrics; see GatewayConfig.
+    """
+    servers: Schema = {"servers": [{"url": root_path}]} if root_path else {}
+    return servers | {
         "openapi": "3.1.0",
         "info": {
             "title": "mixtral-jax",
@@ -120,6 +128,8 @@ def document() -> Schema:
         | _messages()
         | _embeddings()
         | _models()
+        | _tokens()
+        | _metrics(metrics_route)
         | _open(),
         "components": {
             "schemas": _schemas(),
@@ -138,6 +148,8 @@ def _schemas() -> Schema:
         CompletionRequest,
         ResponsesRequest,
         MessagesRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
     ]
     written: list[type[BaseModel]] = [
         ChatCompletion,
@@ -156,6 +168,9 @@ def _schemas() -> Schema:
         OpenAIErrorBody,
         AnthropicErrorBody,
         Status,
+        Version,
+        TokenizeAnswer,
+        DetokenizeAnswer,
         UsageReport,
     ]
     modes: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
@@ -279,11 +294,50 @@ def _models() -> Schema:
     return paths
 
 
+def _tokens() -> Schema:
+    described = (
+        ("/tokenize", "The tokens of a text or a chat.", "TokenizeRequest", "TokenizeAnswer"),
+        ("/detokenize", "The text of tokens.", "DetokenizeRequest", "DetokenizeAnswer"),
+    )
+    return {
+        path: {
+            "post": {
+                "summary": summary,
+                "operationId": _identifier("post", path),
+                "parameters": _parameters(path, []),
+                "requestBody": {"required": True, "content": _json(_ref(request))},
+                "responses": {
+                    "200": {
+                        "description": "As asked.",
+                        "headers": RATE_LIMIT_HEADERS,
+                        "content": _json(_ref(answer)),
+                    }
+                }
+                | _failures(path, *(status for status in _ERRORS if status != 424)),
+            }
+        }
+        for path, summary, request, answer in described
+    }
+
+
+def _metrics(route: str) -> Schema:
+    if route == "off":
+        return {}
+    described = _get("/metrics", "The metrics of gateway and service, for Prometheus.", None)
+    described["get"]["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    if route == "open":
+        described["get"] |= {"security": [], "parameters": []}
+    return {"/metrics": described}
+
+
 def _open() -> Schema:
     """The routes that need no key."""
     paths = {
         "/health/live": _get("/health/live", "200 for as long as the gateway lives.", "Status"),
         "/health/ready": _get("/health/ready", "200 while the model can be asked.", "Status"),
+        "/health": _get("/health", "The same as /health/ready; vLLM's and llama.cpp's.", "Status"),
+        "/ping": _get("/ping", "The same as /health/ready; SageMaker's.", "Status"),
+        "/version": _get("/version", "The version of the server.", "Version"),
         "/openapi.json": _get("/openapi.json", "This document.", None),
         "/docs": _get("/docs", "This document as a page.", None),
         "/": _get("/", "The page to chat with, for a browser.", None),
@@ -295,6 +349,7 @@ def _open() -> Schema:
         operation["parameters"] = [kept for kept in operation["parameters"] if kept["in"] == "path"]
     for path, kind in (("/docs", "text/html"), ("/", "text/html"), ("/page/{name}", "*/*")):
         paths[path]["get"]["responses"]["200"]["content"] = {kind: {"schema": {"type": "string"}}}
+    paths["/ping"]["post"] = paths["/ping"]["get"] | {"operationId": "post_ping"}
     return paths
 
 

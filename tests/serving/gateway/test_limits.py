@@ -201,7 +201,7 @@ def test_who_gets_nothing_because_of_us_pays_nothing(is_stream: bool) -> None:
 
 
 def test_cached_tokens_are_told_on_openais_paths_and_written_down() -> None:
-    with limited() as (stack, client):
+    with limited(usage_details=True) as (stack, client):
         stack.service.cached_tokens = 1
         for is_stream in (False, True):
             body = chat_body("one", stream=is_stream)
@@ -213,6 +213,17 @@ def test_cached_tokens_are_told_on_openais_paths_and_written_down() -> None:
         assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
         (row,) = client.get("/usage").json()["data"]
         assert (row["prompt_tokens"], row["cached_tokens"]) == (6, 6)
+
+
+def test_a_usage_has_numbers_alone_unless_details_are_asked_for() -> None:
+    """langchain-mistralai adds up all the values of a usage."""
+    with limited() as (stack, client):
+        stack.service.cached_tokens = 1
+        for path, body in ((CHAT, chat_body("one")), ("/v1/completions", {"prompt": "one"})):
+            usage = client.post(path, json=body).json()["usage"]
+            assert usage == {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        answer = client.post("/v1/responses", json={"input": "one"}).json()
+        assert answer["usage"]["input_tokens_details"]["cached_tokens"] == 1
 
 
 def test_the_ledger_has_what_the_client_of_a_broken_joined_answer_has_read() -> None:

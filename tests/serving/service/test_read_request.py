@@ -23,6 +23,7 @@ class OfUsersAlone(ByteTokenizer):
         messages: Sequence[Message],
         *,
         continue_last: bool = False,
+        asks: bool = True,
         tools: Sequence[Tool] = (),
     ) -> list[int]:
         users = [message["content"] for message in messages if message["role"] == "user"]

@@ -4,13 +4,14 @@ Fields of every kind of request stand in fields.py, the messages in messages.py;
 that only a chat has.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from serving.gateway.dialect.chat.messages import Message, check_order, conversation
 from serving.gateway.dialect.chat.tools import Choice, Tools, add_tools
+from serving.gateway.dialect.chat.turn_end import check_turn_end, set_turn_end
 from serving.gateway.dialect.fields import MAX_TOOLS, Harmless, Name, Never, TokenCount, only
 from serving.gateway.dialect.forms import FormParameters
 from serving.gateway.dialect.names import Path
@@ -91,12 +92,21 @@ class ChatRequest(FormParameters):
     """Of models that were trained for it."""
     safe_prompt: bool | None = None
     """Mistral's: puts its safety prompt before the conversation."""
+    add_generation_prompt: bool | None = None
+    """vLLM's: whether the template opens an answer behind the last message; true where absent."""
+    continue_final_message: bool | None = None
+    """vLLM's: whether the answer goes on from the last message, an assistant's."""
     logprobs: bool | None = None
     """Whether to return the log probability of each token."""
     top_logprobs: Annotated[
         Annotated[int, Field(ge=0, le=20)] | None, AfterValidator(_with_logprobs)
     ] = None
     """The number of likeliest tokens to return beside it."""
+
+    @model_validator(mode="after")
+    def _check_turn_end(self) -> Self:
+        check_turn_end(self.messages, self.add_generation_prompt, self.continue_final_message)
+        return self
 
     def sent_path(self, path: Path) -> Path:
         """Returns the client's path of a parameter, from the path that the service names."""
@@ -108,6 +118,7 @@ class ChatRequest(FormParameters):
         """Returns the one call of the model service that answers the chat."""
         request = self.without_prompt()
         request.chat.CopyFrom(conversation(self.messages, is_safe=bool(self.safe_prompt)))
+        set_turn_end(request.chat, self.add_generation_prompt, self.continue_final_message)
         add_tools(request.chat, self.tools, self.tool_choice, self.parallel_tool_calls)
         if self.max_tokens is None and self.max_completion_tokens is not None:
             request.max_tokens = self.max_completion_tokens

@@ -16,12 +16,15 @@ from serving.gateway.dialect.fields import at_most
 from serving.gateway.dialect.parsing import read
 from serving.gateway.dialect.responses.request import ResponsesRequest
 from serving.gateway.dialect.text.request import CompletionRequest
+from serving.gateway.dialect.tokens.request import DetokenizeRequest, TokenizeRequest
 
 REQUESTS: list[type[BaseModel]] = [
     ChatRequest,
     CompletionRequest,
     ResponsesRequest,
     MessagesRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
 ]
 # Bytes of a body; its longest list has half as many members.
 BODY = 4 * 2**20

@@ -163,6 +163,14 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 ASKED |= {
     "top_logprobs": ({"logprobs": True}, {"logprobs": True, "top_logprobs": 2}),
+    "add_generation_prompt": ({}, {"add_generation_prompt": False}),
+    "continue_final_message": (
+        {"messages": [*HELLO, {"role": "assistant", "content": "a"}]},
+        {
+            "messages": [*HELLO, {"role": "assistant", "content": "a"}],
+            "continue_final_message": True,
+        },
+    ),
     "tool_choice": ({"tools": [TOOL]}, {"tools": [TOOL], "tool_choice": "required"}),
     "parallel_tool_calls": (
         {"tools": [TOOL]},
