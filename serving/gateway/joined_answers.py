@@ -1,8 +1,9 @@
 """Several answers read as one: each prompt of a text completion is a call of its own.
 
-A bounded number of the calls is under way. The other prompts wait here, and go to the service as
-those before them end. Where the service has no room for one it waits too, with fewer under way, and
-every prompt that ends makes way for one more.
+A bounded number of the calls is under way, and fewer of them wait for their first token, so that a
+caller's other requests wait behind few prompts of one. The other prompts wait here, and go to the
+service as those before them get their first tokens and end. Where the service has no room for one
+it waits too, with fewer under way, and every prompt that ends makes way for one more.
 """
 
 import asyncio
@@ -20,6 +21,8 @@ _MAX_WAITING = 64
 # Choices of one request that are under way at a time, and prompts, however many choices they have.
 _CHOICES_UNDER_WAY = 128
 _LEAST_UNDER_WAY = 16
+# Prompts of one request that wait for their first token at a time.
+_UNANSWERED = 32
 # Seconds after which a prompt is sent again for which there was no room, and no other is under way.
 _RETRY_SECONDS = 1.0
 
@@ -89,7 +92,9 @@ class JoinedAnswers:
         self._choices = choices
         self._waiting = deque(range(len(tokens)))  # places
         self._width = num_under_way(len(tokens), choices)
-        self._awaited = set(range(self._width))  # places of the first prompts, till they are queued
+        first = min(self._width, _UNANSWERED)
+        self._awaited = set(range(first))  # places of the first prompts, till they are queued
+        self._unanswered: set[int] = set()  # places under way without a token
         self._was_let_in = False  # any prompt
         self._answers: dict[int, RunningAnswer] = {}  # under way, by place
         self._usage = inference_pb2.Usage()
@@ -99,7 +104,7 @@ class JoinedAnswers:
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_workers = 0  # tasks that still take prompts
-        for _ in range(self._width):
+        for _ in range(first):
             self._add_task()
 
     @property
@@ -143,6 +148,12 @@ class JoinedAnswers:
         for answer in self._answers.values():
             answer.cancel()
 
+    def _grow(self) -> None:
+        """Has one more prompt under way, if one waits and there may be more."""
+        may_wait = len(self._unanswered) < _UNANSWERED
+        if self._waiting and may_wait and self._num_workers < self._width:
+            self._add_task()
+
     def _add_task(self) -> None:
         self._num_workers += 1
         task = asyncio.create_task(self._work())
@@ -156,7 +167,7 @@ class JoinedAnswers:
     async def _work(self) -> None:
         """Has prompts answered, one after the other, as long as some wait and there is room."""
         try:
-            while self._waiting:
+            while self._waiting and len(self._unanswered) < _UNANSWERED:
                 place = self._waiting.popleft()
                 try:
                     await self._answer(place)
@@ -168,8 +179,7 @@ class JoinedAnswers:
                     self._fail(place, error)
                     return
                 else:
-                    if self._waiting and self._num_workers < self._width:
-                        self._add_task()
+                    self._grow()
         finally:
             self._num_workers -= 1
 
@@ -187,12 +197,16 @@ class JoinedAnswers:
     async def _answer(self, place: int) -> None:
         """Passes an answer's chunks on, with the numbers that its choices have in the whole."""
         answer = self._answers[place] = self._start(place)
+        self._unanswered.add(place)
         try:
             while chunks := await answer.read_all():
                 self.weakened = self.weakened or answer.weakened
                 for chunk in chunks:
                     self._was_let_in = True
                     self._awaited.discard(place)
+                    if place in self._unanswered and (chunk.token_ids or chunk.finish_reason):
+                        self._unanswered.remove(place)
+                        self._grow()
                     chunk.choice += place * self._choices
                     self._sum_usage(chunk)
                     await self._arrived.put(chunk)
@@ -200,6 +214,7 @@ class JoinedAnswers:
         finally:
             answer.cancel()
             del self._answers[place]
+            self._unanswered.discard(place)
 
     def _fail(self, place: int, error: Exception) -> None:
         """Ends the whole, if that is its first failure."""

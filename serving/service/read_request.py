@@ -217,7 +217,8 @@ class Translator:
                     raise InvalidRequest("token_ids is empty; give at least one id")
                 if max(ids) >= self._info.vocab_size:
                     raise InvalidRequest(
-                        f"token_ids holds {max(ids)}; ids are below {self._info.vocab_size}"
+                        f"token_ids holds {max(ids)}, which is out of vocabulary; ids are below "
+                        f"{self._info.vocab_size}"
                     )
                 return ids
             case _:

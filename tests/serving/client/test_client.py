@@ -168,6 +168,16 @@ def test_every_option_arrives(client: Client) -> None:
     assert answer.usage.completion_tokens == 12
     stopped = client.complete(HELLO, temperature=0, logit_bias={70: 100.0}, stop=["FFF"])
     assert (stopped.text, stopped.finish_reason) == ("", "stop")
+    assert stopped.choices[0].stop_reason == "FFF"
+    kept = client.complete(
+        HELLO, temperature=1, allowed_token_ids=[70], stop=["FFF"], include_stop=True
+    )
+    assert (kept.text, kept.choices[0].stop_reason) == ("FFF", "FFF")
+    ended = client.complete(HELLO, allowed_token_ids=[70, 71], stop_token_ids=[70, 71])
+    (choice,) = ended.choices
+    assert choice.token_ids == [choice.stop_reason] and choice.finish_reason == "stop"
+    whole = client.complete(HELLO, allowed_token_ids=[70], max_tokens=2)
+    assert whole.text == "FF" and whole.choices[0].stop_reason is None
 
 
 def test_texts_ids_and_answers_that_were_begun_are_continued(client: Client) -> None:

@@ -35,6 +35,7 @@ WITHOUT_PREFIXES = replace(LIMITS, prefix_reuse=False)
 SHARED = "Every one of these questions begins with the same words. "
 
 
+LETTERS = frozenset(TOKENIZER.encode("abcdefgh")[-8:])
 KINDS = ["float32", pytest.param("int8", marks=pytest.mark.soak)]
 
 
@@ -58,7 +59,8 @@ def compiler() -> Iterator[Compiler]:
 
 @pytest.fixture(scope="module")
 def asked(compiler: Compiler) -> list[Request]:
-    """Eight requests, five of them with a form; three show the logprobs of drawn tokens."""
+    """Eight requests, five of them with a form, and one with allowed ids; three show the logprobs
+    of drawn tokens."""
 
     def form(kind: Kind, content: str) -> Form:
         return compiler.compile(Specification(kind, content), continues=False, salt=b"")
@@ -84,6 +86,7 @@ def asked(compiler: Compiler) -> list[Request]:
             n=n,
             max_tokens=100,
             prompt_ids=tuple(TOKENIZER.encode(f"{SHARED if i % 3 else ''}Question {i}?")),
+            allowed_ids=LETTERS if i == 6 else frozenset(),
         )
         for i, (form, sampling, n) in enumerate(cases)
     ]
@@ -114,6 +117,7 @@ def alone(compiled: tuple[Transformer, Steps], asked: list[Request]) -> Answers:
         if one.id in ("0", "1", "2"):
             assert all(is_person(text(of_choice)) for of_choice in events.values())
     assert len(answers) == 10 and all(answers.values())
+    assert {drawn.token_id for drawn in answers["6", 0]} <= LETTERS
     assert all(drawn.logprob is not None for drawn in answers["0", 0] + answers["3", 0])
     # Spaces may stand between; certain are name" and age" and ok" and the rest of true or false.
     assert sum(drawn.forced for drawn in answers["1", 1]) >= 5 + 4 + 3 + 3

@@ -88,10 +88,11 @@ def requests() -> list[Request]:
     person, digits = person_of(guide), regex(guide, "[0-9]{20}[a-f]{10}")
     forms: list[Form | None] = [person, digits, None, person, digits, None, person, person]
     shown = SamplingParams(temperature=1.0, top_logprobs=2)
+    allowed, none = frozenset(TOKENIZER.encode("abcdefgh")[-8:]), frozenset[int]()
     return [
         request(str(i), form, sampling=replace(shown, seed=i), max_tokens=70)
         if i % 2
-        else request(str(i), form, n=2, max_tokens=70)
+        else request(str(i), form, n=2, max_tokens=70, allowed_ids=allowed if i == 2 else none)
         for i, form in enumerate(forms)
     ]
 

@@ -14,7 +14,7 @@ from serving.proto import inference_pb2 as pb
 
 
 class Answer:
-    """An answer that says its place: a chunk when it is queued, and one that ends it."""
+    """An answer that says its place: a chunk when it is queued, a token, and one that ends it."""
 
     weakened = ""
     has_begun = True
@@ -24,6 +24,7 @@ class Answer:
         self._service, self._place = service, place
         self._chunks = [
             pb.GenerateChunk(prompt_tokens=2),
+            pb.GenerateChunk(token_ids=[7]),
             pb.GenerateChunk(
                 text=str(place),
                 finish_reason=pb.FINISH_REASON_STOP,
@@ -38,7 +39,7 @@ class Answer:
         await asyncio.sleep(0)
         if error := self._service.refusal(self._place):
             raise error
-        while len(self._chunks) == 1 and not self._service.may_end.is_set():
+        while not self._service.lets(len(self._chunks)):
             if self._place not in self._service.under_way:
                 raise Unavailable("the answer was given up")
             await asyncio.sleep(0.001)
@@ -53,7 +54,7 @@ class Service:
 
     def __init__(self, refusal: Callable[[int], ServingError | None] = lambda place: None) -> None:
         self.refusal = refusal
-        self.may_end = asyncio.Event()
+        self.may_answer, self.may_end = True, asyncio.Event()
         self.started: list[int] = []
         self.under_way: set[int] = set()
         self.most = 0
@@ -63,6 +64,10 @@ class Service:
         self.under_way.add(place)
         self.most = max(self.most, len(self.under_way))
         return Answer(self, place)
+
+    def lets(self, remaining: int) -> bool:
+        """Whether an answer with so many chunks to come may send the next one."""
+        return self.may_end.is_set() or remaining == 3 or (remaining == 2 and self.may_answer)
 
     def joined(self, prompts: int, choices: int = 1) -> JoinedAnswers:
         return JoinedAnswers(self.start, [AnswerTokens() for _ in range(prompts)], choices)
@@ -88,8 +93,11 @@ def test_so_many_prompts_are_under_way_and_all_are_answered(
     async def work() -> None:
         service = Service()
         joined = service.joined(prompts, choices)
+        chunks: list[pb.GenerateChunk] = []
+        while service.most < most:
+            chunks += await joined.read_all()
         service.may_end.set()
-        chunks = await read(joined)
+        chunks += await read(joined)
         assert service.most == most == num_under_way(prompts, choices)
         assert service.started == list(range(prompts)) and not service.under_way
         said = {chunk.choice: chunk.text for chunk in chunks if chunk.text}
@@ -107,10 +115,16 @@ def test_so_many_prompts_are_under_way_and_all_are_answered(
 def test_it_has_begun_when_the_first_prompts_are_queued() -> None:
     async def work() -> None:
         service = Service()
+        service.may_answer = False
         joined = service.joined(200)
         assert not joined.has_begun
         while not joined.has_begun:
             await joined.read_all()
+        assert service.started == list(range(32)) and len(service.under_way) == 32
+        service.may_answer = True
+        while len(service.started) < 128:
+            await joined.read_all()
+        await asyncio.sleep(0.01)
         assert service.started == list(range(128)) and len(service.under_way) == 128
         joined.cancel()
 
@@ -139,7 +153,7 @@ def test_a_prompt_without_room_waits_until_others_have_ended() -> None:
         await read(joined)
         assert set(service.started) == set(range(40)) and not service.under_way
         # Each end makes way for one that may be refused, and not for all that wait.
-        assert len(service.started) < 40 + 16 + 2 * 40
+        assert len(service.started) < 40 + 32 + 3 * 40
 
     run(work)
 
@@ -207,7 +221,8 @@ def test_who_leaves_frees_all_and_has_no_more_asked() -> None:
     async def work() -> None:
         service = Service()
         joined = service.joined(1000)
-        await joined.read_all()
+        while len(service.started) < 128:
+            await joined.read_all()
         joined.cancel()
         service.may_end.set()
         await asyncio.sleep(0.01)

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.gateway.routes import MODEL_PATHS, OPENAI_PREFIXES, PREFIXES, RESPONSES_PREFIXES
 from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
 from tests.support.gateway import BEARER, chat_body, check_error
 
@@ -147,10 +148,33 @@ def test_routes_that_are_not_there(
 
 
 @pytest.mark.parametrize(
+    "path",
+    [
+        *(f"{prefix}/chat/completions" for prefix in PREFIXES),
+        *(f"{prefix}/completions" for prefix in ("", *OPENAI_PREFIXES)),
+        *(f"{prefix}/responses" for prefix in RESPONSES_PREFIXES),
+        *(f"{prefix}/embeddings" for prefix in OPENAI_PREFIXES),
+        *MODEL_PATHS,
+    ],
+)
+def test_a_refusal_of_a_key_has_openais_type(stack: Stack, path: str) -> None:
+    """Wherever a client of OpenAI's may ask, and also where Azure's and llama.cpp's ask."""
+    method = "GET" if path in MODEL_PATHS else "POST"
+    url = stack.url + path.format(name="scripted-7B")
+    response = httpx.request(method, url, json={}, trust_env=False)
+    assert response.status_code == 401
+    error = response.json()["error"]
+    assert error["type"] == "authentication_error"
+    is_openai = path.startswith(("/v1/", "/openai/")) or path == "/responses"
+    assert error["code"] == ("invalid_api_key" if is_openai else "Unauthorized")
+
+
+@pytest.mark.parametrize(
     ("method", "path"),
     [
         ("POST", "/chat/completions"),
         ("POST", "/v1/chat/completions"),
+        ("POST", "/openai/deployments/scripted-7B/chat/completions?api-version=2024-06-01"),
         ("GET", "/info"),
         ("GET", "/v1/models"),
         ("GET", "/usage"),

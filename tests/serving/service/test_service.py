@@ -372,6 +372,17 @@ def test_a_stop_text_ends_the_stream_before_it(parts: tuple[EngineWorker, Tokeni
         (chat(max_tokens=3, min_tokens=4), "InvalidParameter", "min_tokens is 4"),
         (chat(stop_token_ids=[261]), "InvalidParameter", "stop_token_ids holds 261"),
         (chat(stop_token_ids=range(17)), "InvalidParameter", "stop_token_ids has 17 ids"),
+        (chat(allowed_token_ids=[5, 261]), "InvalidParameter", "allowed_token_ids holds 261"),
+        (
+            chat(allowed_token_ids=range(1025)),
+            "InvalidParameter",
+            "allowed_token_ids has 1,025 ids; give at most 1,024",
+        ),
+        (
+            chat(allowed_token_ids=[70], stop_token_ids=[70], min_tokens=1),
+            "InvalidParameter",
+            "allowed_token_ids holds only ids that end an answer",
+        ),
         (
             pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="king", content="x")])),
             "InvalidRequest",
