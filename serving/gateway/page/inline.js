@@ -8,6 +8,7 @@ const LINK = /!?\[([^[\]\n]{0,500})\]\(\s{0,9}<?([^()\s<>]{1,2000}(?:\([^()\s<>]
 const ADDRESS = /https?:\/\/[^\s<>"'`|\\^{}]{1,2000}/y;
 const SPECIAL = /[\\`*_~[!<h]/g;
 const MARKS = [
+  ["***", "strong", "em"],
   ["**", "strong"],
   ["__", "strong"],
   ["~~", "del"],
@@ -120,14 +121,15 @@ function anchor(href, content) {
 
 function emphasis(text, place, depth, missing) {
   if (depth >= DEEPEST) return null;
-  for (const [mark, tag] of MARKS) {
+  for (const [mark, tag, innerTag] of MARKS) {
     if (!text.startsWith(mark, place)) continue;
     const begin = place + mark.length;
     if (missing.has(mark) || /\s|^$/.test(text[begin] ?? "")) continue;
     if (mark[0] === "_" && /\w/.test(text[place - 1] ?? "")) continue;
     const end = endOf(text, begin, mark, missing);
     if (end < 0) continue;
-    return { node: el(tag, {}, inline(text.slice(begin, end), depth + 1)), end: end + mark.length };
+    const inner = inline(text.slice(begin, end), depth + 1);
+    return { node: el(tag, {}, innerTag ? el(innerTag, {}, inner) : inner), end: end + mark.length };
   }
   return null;
 }

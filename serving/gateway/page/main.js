@@ -35,8 +35,11 @@ const scroller = byId("scroller");
 const acts = {
   grown: followEnd,
   regenerate(view) {
-    truncate(views.indexOf(view));
-    answer();
+    if (running) return;
+    const place = views.indexOf(view);
+    const before = conversation.messages.slice(place);
+    truncate(place);
+    answer(null, before);
   },
   edited(view, text) {
     if (running) return;
@@ -104,8 +107,11 @@ function show(given) {
   followEnd();
 }
 
-/** Asks for the next answer, or for more of the one that `more` shows. */
-async function answer(more = null) {
+/**
+ * Asks for the next answer, or for more of the one that `more` shows. The messages of `before` come
+ * back if there is no answer in their place.
+ */
+async function answer(more = null, before = []) {
   if (running) return;
   clearProblem();
   let body;
@@ -149,26 +155,28 @@ async function answer(more = null) {
       say("The answer was stopped.");
     } else if (error instanceof ServerError) {
       view.end();
-      explain(error, view);
+      explain(error, view, () => answer(more));
     } else {
       view.end();
       throw error;
     }
   } finally {
     // What has nothing to show is no message.
-    if (!message.content && !message.calls && !message.finish) dropEmpty(view);
+    if (!message.content && !message.calls && !message.finish) dropEmpty(view, before);
     if (running === controller) setRunning(null);
     keep();
     followEnd();
   }
 }
 
-function dropEmpty(view) {
+function dropEmpty(view, before) {
   const place = views.indexOf(view);
-  if (place >= 0) truncate(place);
+  if (place < 0) return;
+  truncate(place);
+  before.forEach(add);
 }
 
-function explain(error, view) {
+function explain(error, view, again) {
   const text = [error.message, error.detail].filter(Boolean).join(" ");
   if (error.kind === "cut" && (view.message.content || view.message.calls)) {
     offerMore(view, text);
@@ -177,10 +185,11 @@ function explain(error, view) {
   }
   if (error.kind === "key") {
     showProblem(text, button("Enter the key", askKey));
+    byId("problem").dataset.of = "door";
   } else if (error.kind === "busy") {
-    waitAndOffer(text, error.retryAfter ?? 1);
+    waitAndOffer(text, error.retryAfter ?? 1, again);
   } else {
-    showProblem(text, button("Try again", () => answer()));
+    showProblem(text, button("Try again", again));
   }
 }
 
@@ -189,8 +198,8 @@ function offerMore(view, text) {
   view.note(text, ...more, button("Regenerate", () => acts.regenerate(view)));
 }
 
-function waitAndOffer(text, seconds) {
-  const again = button("Try again", () => answer());
+function waitAndOffer(text, seconds, act) {
+  const again = button("Try again", act);
   const until = performance.now() + seconds * 1000;
   // Numbers that change each second are no news to a screen reader.
   const left = el("span", { "aria-hidden": "true" });
@@ -206,12 +215,13 @@ function waitAndOffer(text, seconds) {
 }
 
 function showProblem(text, ...more) {
-  clearInterval(countdown);
+  clearProblem();
   byId("problem").replaceChildren(el("span", { textContent: `${text} ` }), ...more);
 }
 
 function clearProblem() {
   clearInterval(countdown);
+  delete byId("problem").dataset.of;
   byId("problem").replaceChildren();
 }
 
@@ -251,11 +261,13 @@ function openSettings(isOpen) {
 async function refreshModels() {
   try {
     showModels(await listModels(currentKey()));
-    clearProblem();
+    // What is told of an answer stays.
+    if (byId("problem").dataset.of === "door") clearProblem();
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     if (error.kind === "key") showProblem(error.message, button("Enter the key", askKey));
     else showProblem(error.message, button("Try again", refreshModels));
+    byId("problem").dataset.of = "door";
   }
 }
 

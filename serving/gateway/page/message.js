@@ -45,9 +45,7 @@ export class MessageView {
 
   /** Shows the message as it is now, whole. */
   render() {
-    const { role, model, name } = this.message;
-    this.#title.textContent = NAMES[role];
-    if (model || name) this.#title.append(el("span", { textContent: ` ${model ?? name}` }));
+    this.#showTitle();
     this.#beginText();
     this.#addText();
     this.#endText();
@@ -98,6 +96,7 @@ export class MessageView {
     this.#addText();
     this.#endText();
     if (isJson(this.message.content)) this.#beginText();
+    this.#showTitle();
     this.#showCalls();
     this.#showFigures(true);
     this.#showButtons();
@@ -112,6 +111,12 @@ export class MessageView {
   /** Says something below the message, with buttons of what can be done. */
   note(text, ...buttons) {
     this.#note.replaceChildren(el("p", { textContent: text }), ...buttons);
+  }
+
+  #showTitle() {
+    const { role, model, name } = this.message;
+    this.#title.textContent = NAMES[role];
+    if (model || name) this.#title.append(el("span", { textContent: ` ${model ?? name}` }));
   }
 
   #usage(usage) {

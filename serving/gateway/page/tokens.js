@@ -89,7 +89,7 @@ export class Tokens {
         this.#goOn(place, other);
       };
       const choose = button("Go on from here", act, { disabled: before === null });
-      choose.setAttribute("aria-label", `Go on with ${shown(other[0])}`);
+      choose.setAttribute("aria-label", `Go on with ${shown(other[0]).trim()}`);
       return el(
         "li",
         {},

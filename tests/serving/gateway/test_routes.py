@@ -132,7 +132,7 @@ def test_the_sentence_that_litellm_reads(client: httpx.Client) -> None:
         ("GET", "/v1/models/another", 404, "unknown_model", "does not exist"),
         ("GET", "/v1/models/org/a", 404, "unknown_model", "this endpoint serves 'scripted-7B'"),
         ("GET", "/usage?all=perhaps", 422, "Invalid input", "boolean"),
-        ("GET", "//", 404, "NotFound", "not found"),
+        ("GET", "/page/", 404, "NotFound", "not found"),
         ("POST", "/", 405, "MethodNotAllowed", "not allowed"),
         ("GET", "/info/", 404, "NotFound", "not found"),
         ("GET", "/chat/completions", 405, "MethodNotAllowed", "not allowed"),
