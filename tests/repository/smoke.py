@@ -14,7 +14,7 @@ PROMPT = "Once upon a time"
 DATA = {
     "mixtral_jax": ["py.typed", "kernels/cpu/*.cc", "kernels/cpu/*.h"],
     "convert.quantize": ["calibration.txt"],
-    "serving": ["proto/*.proto", "proto/*.pyi"],
+    "serving": ["proto/*.proto", "proto/*.pyi", "gateway/page/index.html", "gateway/page/*.js"],
 }
 
 

@@ -140,11 +140,12 @@ async function answer(more = null, before = []) {
       view.take(events);
       if (performance.now() - savedAt > SAVE_EVERY) {
         savedAt = performance.now();
-        keep();
+        keep(true);
       }
     }
     delete message.isPartial;
     view.end();
+    if (message.finish === "length") offerMore(view, "The answer was cut at its most tokens.");
     say(`The answer is complete: ${message.usage?.completion ?? message.count} tokens.`);
   } catch (error) {
     if (controller.signal.aborted) {
@@ -243,8 +244,8 @@ function setRunning(controller) {
   for (const name of ["new", "import"]) byId(name).disabled = controller !== null;
 }
 
-function keep() {
-  if (!writeConversation(conversation)) {
+function keep(isQuick = false) {
+  if (!writeConversation(conversation, isQuick)) {
     say("This browser has no room for the conversation; export it to keep it.");
   }
 }
@@ -332,11 +333,12 @@ function setUp() {
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && running) running.abort();
   });
-  addEventListener("pagehide", keep);
+  addEventListener("pagehide", () => keep());
   openSettings(matchMedia("(min-width: 70rem)").matches);
   show(readConversation());
   refreshModels();
-  byId("prompt").focus();
+  // On a telephone this would bring up the keyboard.
+  if (!matchMedia("(pointer: coarse)").matches) byId("prompt").focus();
 }
 
 async function importFile() {

@@ -8,6 +8,7 @@ import { Tokens, tokenOf } from "./tokens.js";
 const FIGURES_EVERY = 250; // milliseconds
 const NAMES = { user: "You", assistant: "Answer", tool: "Result" };
 const ENDS = { length: "cut at its most tokens", stopped: "stopped", tool_calls: "calls tools" };
+const tokensOf = (count) => `${count} ${count === 1 ? "token" : "tokens"}`;
 let number = 0;
 
 /** Shows a message, and adds to it what comes. `acts` are called by its buttons. */
@@ -181,12 +182,12 @@ export class MessageView {
     const { usage, seconds, finish, role } = this.message;
     if (role !== "assistant") return;
     const count = isLast && usage ? usage.completion : this.#count;
-    const words = count ? [`${count} ${count === 1 ? "token" : "tokens"}`] : [];
+    const words = count ? [tokensOf(count)] : [];
     const timed = this.#count || this.message.count || count;
     if (timed > 1 && seconds > 0) words.push(`${((timed - 1) / seconds).toFixed(1)} tokens/s`);
     if (isLast && usage) {
       const cached = usage.cached ? `, ${usage.cached} of them cached` : "";
-      words.push(`prompt ${usage.prompt} tokens${cached}`);
+      words.push(`prompt ${tokensOf(usage.prompt)}${cached}`);
     }
     if (isLast && ENDS[finish]) words.push(ENDS[finish]);
     this.#figures.textContent = words.join(" \u00b7 ");
@@ -249,7 +250,11 @@ export class MessageView {
       button(isQuestion ? "Save and answer" : "Save", () => done(true)),
       button("Cancel", () => done(false)),
     );
-    area.addEventListener("keydown", (event) => event.key === "Escape" && done(false));
+    area.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return;
+      event.stopPropagation(); // it would stop an answer
+      done(false);
+    });
     area.focus();
   }
 }

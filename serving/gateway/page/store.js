@@ -3,7 +3,7 @@
 
 const PLACE = `mixtral-jax:${new URL(".", document.baseURI).pathname}:`; // of this server alone
 const VERSION = 1;
-const MOST_KEPT_TOKENS = 8000; // whose probabilities are kept too: there is room for 5 MB or so
+const MOST_KEPT_TOKENS = 4000; // whose probabilities are kept too: there is room for 5 MB or so
 const ROLES = ["user", "assistant", "tool"];
 
 /** Returns a conversation without a message. */
@@ -48,9 +48,12 @@ export function readConversation() {
   }
 }
 
-/** Keeps a conversation; without probabilities, where they are too many. Returns whether it is. */
-export function writeConversation(conversation) {
-  let left = MOST_KEPT_TOKENS;
+/**
+ * Keeps a conversation; without probabilities, where they are too many, or `isQuick`: an answer that
+ * still comes is kept often. Returns whether there was room.
+ */
+export function writeConversation(conversation, isQuick) {
+  let left = isQuick ? -1 : MOST_KEPT_TOKENS;
   const messages = conversation.messages.toReversed().map((message) => {
     left -= message.tokens?.length ?? 0;
     return left < 0 ? { ...message, tokens: undefined } : message;

@@ -153,7 +153,11 @@ function showBubble(target, content, isPinned, back = null) {
       back?.focus();
     };
     made.append(button("Close", close));
-    made.onkeydown = (event) => event.key === "Escape" && close();
+    made.onkeydown = (event) => {
+      if (event.key !== "Escape") return;
+      event.stopPropagation(); // it would stop an answer
+      close();
+    };
     made.querySelector("button:not(:disabled)").focus({ preventScroll: true });
   }
   const place = target.getClientRects()[0] ?? target.getBoundingClientRect();

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.fakes import KEY, Stack
+from serving.access.credentials import Access
+from serving.access.keyring import Keyring
+from tests.support.fakes import KEY, Stack, running_stack
 
 Open = Callable[..., Any]
 
@@ -230,6 +232,24 @@ def test_a_conversation_is_exported_and_imported(
         "() => document.getElementById('problem').textContent.includes('Message 1')"
     )
     assert bodies(page) == ["one two", "one two"]
+
+
+def test_a_server_that_lets_everybody_in_asks_for_no_key(open_page: Open) -> None:
+    """Its checks of foreign pages let its own page in."""
+    with running_stack(access=Access(Keyring({}), is_open=True)) as stack:
+        page = open_page(stack.url, key="")
+        ask(page, "one two", "one two")
+        assert page.locator("#problem").text_content() == ""
+
+
+def test_an_answer_that_was_cut_is_gone_on_with(stack: Stack, open_page: Open) -> None:
+    page = open_page(stack.url)
+    page.fill("#max_tokens", "1")
+    ask(page, "one two", "one")
+    page.fill("#max_tokens", "")
+    page.click("article:last-child .note-of >> text=Go on")
+    ended(page, "oneone")
+    assert stack.service.requests[-1].chat.continue_last
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
