@@ -1,4 +1,4 @@
-"""Answers of the recorder: fixed ones in the forms of OpenAI's chat completions and responses."""
+"""Answers of the recorder: fixed ones, in the forms of OpenAI's routes and Anthropic's messages."""
 
 import json
 from typing import Any
@@ -11,6 +11,7 @@ PERSON = {
     "is_member": True,
     "note": None,
 }
+_MEMBER = json.dumps({"town": "Paris", "drink": None, "is_member": True})
 _ARGUMENTS = {"get_weather": {"town": "Paris", "unit": "c"}, "add": {"a": 1, "b": 2}}
 # Longer than nine characters and with signs: what OpenAI's own ids look like, and worse.
 CALL_ID = "call_Zk3-q_90"
@@ -198,3 +199,46 @@ def response_events(body: dict[str, Any]) -> list[dict[str, Any]]:
         {"type": "response.completed", "response": response_answer(body)},
     ]
     return [{**event, "sequence_number": i} for i, event in enumerate(events)]
+
+
+def message_answer(body: dict[str, Any]) -> dict[str, Any]:
+    """A whole message of Anthropic's API."""
+    choice = body.get("tool_choice", {"type": "auto"})
+    form = body.get("output_config", {}).get("format")
+    block: dict[str, Any] = {"type": "text", "text": _MEMBER if form else "It rains."}
+    if choice["type"] in ("any", "tool"):
+        name = choice.get("name") or body["tools"][0]["name"]
+        arguments = _ARGUMENTS.get(name, {"town": "Paris"})
+        block = {"type": "tool_use", "id": CALL_ID, "name": name, "input": arguments}
+    return {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "m",
+        "content": [block],
+        "stop_reason": "tool_use" if block["type"] == "tool_use" else "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": 5, "output_tokens": 7},
+    }
+
+
+def message_events(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same as events in Anthropic's order."""
+    whole = message_answer(body)
+    (block,) = whole["content"]
+    empty = block | ({"text": ""} if block["type"] == "text" else {"input": {}})
+    delta = {"type": "text_delta", "text": block.get("text")}
+    if block["type"] == "tool_use":
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+    ended = {name: whole[name] for name in ("stop_reason", "stop_sequence")}
+    return [
+        {
+            "type": "message_start",
+            "message": whole | {"content": [], "stop_reason": None},
+        },
+        {"type": "content_block_start", "index": 0, "content_block": empty},
+        {"type": "content_block_delta", "index": 0, "delta": delta},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": ended, "usage": whole["usage"]},
+        {"type": "message_stop"},
+    ]

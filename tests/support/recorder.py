@@ -1,4 +1,4 @@
-"""A recorder: an HTTP server that keeps what clients send and answers as OpenAI's API would.
+"""A recorder: an HTTP server that keeps what clients send and answers as their APIs would.
 
 Answers are fixed: a call where one is forced, an object where JSON is asked for, a text otherwise.
 """
@@ -15,6 +15,8 @@ from typing import Any
 from tests.support.recorded_answers import (
     chat_answer,
     chat_chunks,
+    message_answer,
+    message_events,
     response_answer,
     response_events,
     text_answer,
@@ -54,7 +56,16 @@ def recording(folder: Path) -> Iterator[Recording]:
             record.requests.append({"call": call, "path": self.path, "body": body})
             path = self.path.split("?")[0]
             is_response = path.endswith("/responses")
-            if path.endswith("/v1/completions"):
+            is_message = path.endswith("/v1/messages")
+            if is_message and "thread" in body:  # as the gateway does, which keeps nothing
+                details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+                error = {"type": "invalid_request_error", "message": "no", "details": details}
+                self._answer({"type": "error", "error": error}, 400)
+            elif is_message and body.get("stream"):
+                self._stream(message_events(body), with_names=True)
+            elif is_message:
+                self._answer(message_answer(body))
+            elif path.endswith("/v1/completions"):
                 self._answer(text_answer(body))
             elif body.get("stream"):
                 events = response_events(body) if is_response else chat_chunks(body)
@@ -62,9 +73,9 @@ def recording(folder: Path) -> Iterator[Recording]:
             else:
                 self._answer(response_answer(body) if is_response else chat_answer(body))
 
-        def _answer(self, value: dict[str, Any]) -> None:
+        def _answer(self, value: dict[str, Any], status: int = 200) -> None:
             payload = json.dumps(value).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(payload)))
             self.end_headers()

@@ -72,6 +72,7 @@ STRUCTURE_CLIENTS = [
     StructureClient("instructor-python", "instructor_structure.py", "agents", ("instructor",)),
     StructureClient("pydantic-ai", "pydantic_ai_structure.py", "agents", ("pydantic-ai-slim",)),
     StructureClient("openai-agents", "agents_structure.py", "agents", ("openai-agents",)),
+    StructureClient("anthropic-python", "anthropic_structure.py", "anthropic", ("anthropic",)),
     StructureClient("openai-node", "openai_structure.mjs", "node", ("openai", "zod")),
     StructureClient("azure-node", "azure_structure.mjs", "node", ("@azure-rest/ai-inference",)),
     StructureClient(

@@ -5,13 +5,15 @@ https://docs.claude.com/en/api/errors
 
 from typing import Literal
 
+from pydantic import Field
+
 from serving.errors import (
     EngineFailure,
     InvalidParameter,
     Problem,
     ServingError,
 )
-from serving.gateway.dialect.fields import Described
+from serving.gateway.dialect.fields import Described, is_none
 
 REQUEST_ID_HEADER = "request-id"
 """Header of answers on these paths, for which Anthropic's clients look."""
@@ -29,6 +31,8 @@ ErrorType = Literal[
     "api_error",
     "overloaded_error",
 ]
+# The path of the field with which the package's loop of calls begins, and goes on without it.
+_THREAD = ("body", "thread")
 # By status; all others are invalid_request_error.
 _TYPES: dict[int, ErrorType] = {
     401: "authentication_error",
@@ -42,6 +46,15 @@ _TYPES: dict[int, ErrorType] = {
 }
 
 
+class AnthropicErrorCode(Described):
+    """A cause of an error that Anthropic's clients can do something about."""
+
+    error_code: Literal["thread_unsupported_request"] = "thread_unsupported_request"
+    """Its name."""
+    unsupported: list[str] = ["thread"]
+    """What is not supported."""
+
+
 class AnthropicErrorDetail(Described):
     """An error as Anthropic's clients look for it."""
 
@@ -49,6 +62,8 @@ class AnthropicErrorDetail(Described):
     """The class of errors."""
     message: str
     """What is wrong and what to do; it begins with the place in the body, if there is one."""
+    details: AnthropicErrorCode | None = Field(default=None, exclude_if=is_none)
+    """Of a refused `thread`: what tells Anthropic's clients to send whole conversations."""
 
 
 class AnthropicErrorBody(Described):
@@ -90,11 +105,13 @@ def anthropic_error(error: ServingError, request_id: str | None = None) -> Anthr
         request_id: The request's id, 32 hexadecimal digits.
     """
     kind = _TYPES.get(anthropic_status(error), "invalid_request_error")
-    message = str(error)
+    message, details = str(error), None
     if isinstance(error, InvalidParameter) and error.problems:
         message = "; ".join(map(_sentence, error.problems))
+        if any(problem.path == _THREAD for problem in error.problems):
+            details = AnthropicErrorCode()
     return AnthropicErrorBody(
-        error=AnthropicErrorDetail(type=kind, message=message),
+        error=AnthropicErrorDetail(type=kind, message=message, details=details),
         request_id=request_id and REQUEST_ID_PREFIX + request_id,
     )
 

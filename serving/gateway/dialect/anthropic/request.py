@@ -108,15 +108,16 @@ def _sole_format(form: JsonOutput | None, info: ValidationInfo) -> JsonOutput | 
     return form
 
 
-class MessagesRequest(Parameters):
-    """The body of a request to the Messages API."""
+class CountRequest(Parameters):
+    """The body of a request that asks for the tokens of a conversation.
+
+    Whatever a request to the Messages API may have is taken: it is the conversation that counts.
+    """
 
     prompt_field = "messages"
 
     messages: Turns
     """The conversation; where the assistant has the last word, the answer goes on from there."""
-    max_tokens: Annotated[TokenCount, Field(ge=1)]
-    """Tokens to generate at most."""
     system: System | None = None
     """A system message before the conversation: a text, or blocks of text."""
     temperature: Annotated[float | None, Field(ge=0, le=1)] = None
@@ -192,6 +193,21 @@ class MessagesRequest(Parameters):
                 return ("messages",)  # several turns may be one message, and one turn several
         return super().sent_path(path)
 
+    def chat(self) -> inference_pb2.Chat:
+        """Returns the conversation with its tools."""
+        chat = conversation(self.messages, self.system)
+        choice = self.tool_choice
+        is_parallel = False if choice and choice.disable_parallel_tool_use else None
+        add_tools(chat, self.tools, choice.common() if choice else None, is_parallel)
+        return chat
+
+
+class MessagesRequest(CountRequest):
+    """The body of a request to the Messages API."""
+
+    max_tokens: Annotated[TokenCount, Field(ge=1)]
+    """Tokens to generate at most."""
+
     def protos(self) -> list[inference_pb2.GenerateRequest]:
         """Returns the one call of the model service that answers the request."""
         request = self.without_prompt()
@@ -201,11 +217,3 @@ class MessagesRequest(Parameters):
         if form:
             request.response_format.json_schema = form.schema_text
         return [request]
-
-    def chat(self) -> inference_pb2.Chat:
-        """Returns the conversation with its tools."""
-        chat = conversation(self.messages, self.system)
-        choice = self.tool_choice
-        is_parallel = False if choice and choice.disable_parallel_tool_use else None
-        add_tools(chat, self.tools, choice.common() if choice else None, is_parallel)
-        return chat

@@ -2,7 +2,13 @@
 
 import pytest
 
-from serving.errors import LEAVES, InvalidParameter, Problem, ServingError
+from serving.errors import (
+    LEAVES,
+    InvalidParameter,
+    Problem,
+    ServingError,
+    UnsupportedParameter,
+)
 from serving.gateway.dialect.anthropic.error import (
     anthropic_error,
     anthropic_headers,
@@ -40,6 +46,15 @@ def test_each_problem_is_told_behind_its_place() -> None:
     error = InvalidParameter("m", [Problem("missing", path, "Field required", None), own])
     told = anthropic_error(error).error.message
     assert told == "messages.0.content: Field required; top_k is 17; it must be smaller"
+
+
+def test_a_thread_is_refused_so_that_the_package_goes_on_without_one() -> None:
+    problem = Problem("k", ("body", "thread"), "thread is not supported", None)
+    told = anthropic_error(UnsupportedParameter("m", [problem])).model_dump()["error"]
+    assert told["details"] == {
+        "error_code": "thread_unsupported_request",
+        "unsupported": ["thread"],
+    }
 
 
 @pytest.mark.parametrize(
