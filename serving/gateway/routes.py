@@ -25,7 +25,7 @@ from serving.gateway.dialect.azure import ExtraParameters, check_api_version
 from serving.gateway.dialect.responses.hosted_tools import ResponsesFields
 from serving.gateway.endpoints.health import health, live, ready, tell_version
 from serving.gateway.endpoints.metrics import report_metrics, show_metrics
-from serving.gateway.endpoints.tokens import detokenize, tokenize
+from serving.gateway.endpoints.tokens import count_tokens, detokenize, tokenize
 from serving.gateway.endpoints.usage import report_usage
 from serving.gateway.page.files import INDEX, PageFile
 
@@ -68,6 +68,8 @@ def add_routes(app: FastAPI) -> None:
         app.add_api_route(path, responses, methods=["POST"], dependencies=guarded)
     for path in MESSAGES_PATHS:
         app.add_api_route(path, messages, methods=["POST"], dependencies=guarded)
+        counting = f"{path}/count_tokens"
+        app.add_api_route(counting, count_tokens, methods=["POST"], dependencies=guarded)
     for prefix in PREFIXES:
         for name in EMBEDDINGS:
             path = f"{prefix}{name}"

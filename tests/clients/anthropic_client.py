@@ -23,6 +23,10 @@ def check_messages(client: anthropic.Anthropic) -> None:
     assert answer.stop_reason in ("end_turn", "max_tokens")
     usage = answer.usage
     assert usage.input_tokens + usage.cache_read_input_tokens > 20 and usage.output_tokens <= 8
+    counted = client.messages.count_tokens(
+        model=model.id, messages=HISTORY, system="You are brief."
+    )
+    assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
     with client.messages.stream(**options, system="You are brief.") as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()

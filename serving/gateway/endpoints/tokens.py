@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: calls of the model service that cost a request and no tokens."""
+"""POST /tokenize, /detokenize and count_tokens: calls that cost a request and no tokens."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,8 +10,12 @@ from fastapi.responses import Response
 
 from serving.access.caller import Caller
 from serving.accounting.admission import Admission
+from serving.errors import InvalidRequest
 from serving.gateway.answering import Gateway
 from serving.gateway.dialect import parsing
+from serving.gateway.dialect.anthropic.hosted_tools import MessagesFields
+from serving.gateway.dialect.anthropic.request import CountRequest
+from serving.gateway.dialect.anthropic.response import TokenCountAnswer
 from serving.gateway.dialect.fields import Body
 from serving.gateway.dialect.prompt_size import check_tokenized
 from serving.gateway.dialect.tokens.request import DetokenizeRequest, TokenizeRequest
@@ -19,12 +23,13 @@ from serving.gateway.dialect.tokens.response import detokenized, tokenized
 from serving.gateway.http import body
 from serving.gateway.http.body_room import BodyRoom
 from serving.gateway.http.failures import LIMIT_HEADERS
+from serving.proto import inference_pb2
 
 Asked = TypeVar("Asked", bound=Body)
 
 
 class Tokenization:
-    """Answers the two routes.
+    """Answers the three routes.
 
     Args:
         gateway: Has the model service, and the room for bodies that its other routes share.
@@ -63,13 +68,38 @@ class Tokenization:
 
         return await self._answer(request, DetokenizeRequest, answer)
 
+    async def count(self, request: Request) -> Response:
+        """Returns the number of tokens of a conversation in Anthropic's form."""
+        ignores = request.app.state.ignores_hosted_tools
+        fields = MessagesFields(ignores_hosted_tools=ignores)
+
+        async def answer(asked: CountRequest) -> bytes:
+            call = inference_pb2.TokenizeRequest(chat=asked.chat())
+            check_tokenized(call, await self._service.model())
+            try:
+                tokens = await self._service.tokenize(call, request.state.caller.name)
+            except InvalidRequest as error:
+                raise asked.as_sent(error) from error
+            return TokenCountAnswer(input_tokens=len(tokens.ids)).model_dump_json().encode()
+
+        response = await self._answer(request, CountRequest, answer, fields.apply)
+        response.headers.update(fields.headers)
+        return response
+
     async def _answer(
         self,
         request: Request,
         kind: type[Asked],
         answer: Callable[[Asked], Awaitable[bytes]],
+        unknown: parsing.UnknownFields = parsing.refuse_unknown,
     ) -> Response:
         """Admits a request, reads its body and answers it.
+
+        Args:
+            request: The request.
+            kind: The type of its body.
+            answer: Makes the answer's body.
+            unknown: The rule for fields that the type does not have.
 
         Raises ServingError: It is refused, or the service does not answer.
         """
@@ -80,7 +110,7 @@ class Tokenization:
         hold = self._bodies.hold(caller.name)
         try:
             content = await body.read_body(request, hold, self._body_bytes, self._body_seconds)
-            written = await answer(parsing.read(content, kind, parsing.refuse_unknown))
+            written = await answer(parsing.read(content, kind, unknown))
         finally:
             hold.free()
             lease.settle()
@@ -95,6 +125,11 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """Returns the text of tokens."""
     return await _tokenization(request).detokenize(request)
+
+
+async def count_tokens(request: Request) -> Response:
+    """Returns the number of tokens of a conversation in Anthropic's form."""
+    return await _tokenization(request).count(request)
 
 
 def _tokenization(request: Request) -> Tokenization:

@@ -19,8 +19,8 @@ from serving.gateway.dialect.anthropic.error import (
     is_anthropic_path,
 )
 from serving.gateway.dialect.anthropic.models import AnthropicModel, ModelPage
-from serving.gateway.dialect.anthropic.request import MessagesRequest
-from serving.gateway.dialect.anthropic.response import MessageObject
+from serving.gateway.dialect.anthropic.request import CountRequest, MessagesRequest
+from serving.gateway.dialect.anthropic.response import MessageObject, TokenCountAnswer
 from serving.gateway.dialect.anthropic.stream import MessageEvent
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.chat.response import ChatCompletion
@@ -150,6 +150,7 @@ def _schemas() -> Schema:
         MessagesRequest,
         TokenizeRequest,
         DetokenizeRequest,
+        CountRequest,
     ]
     written: list[type[BaseModel]] = [
         ChatCompletion,
@@ -171,6 +172,7 @@ def _schemas() -> Schema:
         Version,
         TokenizeAnswer,
         DetokenizeAnswer,
+        TokenCountAnswer,
         UsageReport,
     ]
     modes: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
@@ -298,6 +300,15 @@ def _tokens() -> Schema:
     described = (
         ("/tokenize", "The tokens of a text or a chat.", "TokenizeRequest", "TokenizeAnswer"),
         ("/detokenize", "The text of tokens.", "DetokenizeRequest", "DetokenizeAnswer"),
+        *(
+            (
+                f"{path}/count_tokens",
+                "The number of tokens of a conversation, in Anthropic's form.",
+                "CountRequest",
+                "TokenCountAnswer",
+            )
+            for path in MESSAGES_PATHS
+        ),
     )
     return {
         path: {

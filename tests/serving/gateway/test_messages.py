@@ -6,7 +6,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
+from serving.access.credentials import Access
+from serving.access.keyring import Keyring
+from serving.accounting.accounts import Accounts
+from tests.support.fakes import KEY, PATIENCE, Stack, gateway_config, running_stack
 from tests.support.gateway import check_error
 
 PATHS = ("/v1/messages", "/anthropic/v1/messages")
@@ -111,3 +114,40 @@ def test_models_are_listed_in_anthropics_form(stack: Stack, client: httpx.Client
         assert plain.get("/v1/models").json()["object"] == "list"
         unknown = plain.get("/anthropic/v1/models/other")
         check_error(unknown, 404, "unknown_model")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tokens_are_counted(stack: Stack, client: httpx.Client, path: str) -> None:
+    tool = {"name": "f", "input_schema": {"type": "object"}}
+    given = {"model": "azureai", "messages": [{"role": "user", "content": "hi"}]}
+    stack.service.tokenized.clear()
+    asked = given | {"system": "be brief", "tools": [tool], "thinking": {"type": "adaptive"}}
+    answer = client.post(f"{path}/count_tokens", json=asked)
+    # The scripted service has a token for each byte, and two for each chat.
+    assert (answer.status_code, answer.json()) == (200, {"input_tokens": 4})
+    ((sent, metadata),) = stack.service.tokenized
+    assert [turn.role for turn in sent.chat.messages] == ["system", "user"]
+    assert [own.name for own in sent.chat.tools] == ["f"]
+    assert metadata["mixtral-caller-bin"] == b"default"  # callers take turns
+    assert answer.headers["request-id"].startswith("req_")
+    # What is counted may be the very request that will be sent.
+    assert client.post(f"{path}/count_tokens", json=asked | body("hi")).status_code == 200
+    for wrong, status, code in (
+        ({"wine": "red"}, 422, "Invalid input"),
+        ({"messages": []}, 422, "Invalid input"),
+        ({"messages": [{"role": "user", "content": "!long"}]}, 400, "context_length_exceeded"),
+    ):
+        check_error(client.post(f"{path}/count_tokens", json=asked | wrong), status, code)
+
+
+def test_a_count_is_a_request_of_its_callers_minute() -> None:
+    access = Access(Keyring({"one": KEY}))
+    accounts = Accounts.of(gateway_config(max_requests_per_minute=2))
+    with (
+        running_stack(access=access, parts={"accounts": accounts}) as stack,
+        httpx.Client(base_url=stack.url, headers={"x-api-key": KEY}) as client,
+    ):
+        counts = [client.post("/v1/messages/count_tokens", json=body()) for _ in range(3)]
+    assert [answer.status_code for answer in counts] == [200, 200, 429]
+    check_error(counts[2], 429, "TooManyRequests")
+    assert counts[0].headers["x-ratelimit-remaining-requests"] == "1"

@@ -76,6 +76,13 @@ class MessageObject(Described):
     """All tokens spent."""
 
 
+class TokenCountAnswer(Described):
+    """The answer of count_tokens."""
+
+    input_tokens: int
+    """Tokens of the rendered conversation, with its tools."""
+
+
 class MessagesAnswer:
     """Writes a `MessageObject` at once.
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from serving.errors import InvalidParameter
 from serving.gateway.dialect import openai
-from serving.gateway.dialect.anthropic.request import MessagesRequest
+from serving.gateway.dialect.anthropic.request import CountRequest, MessagesRequest
 from serving.gateway.dialect.chat.request import ChatRequest
 from serving.gateway.dialect.error_body import error_body
 from serving.gateway.dialect.fields import at_most
@@ -23,6 +23,7 @@ REQUESTS: list[type[BaseModel]] = [
     CompletionRequest,
     ResponsesRequest,
     MessagesRequest,
+    CountRequest,
     TokenizeRequest,
     DetokenizeRequest,
 ]

@@ -18,6 +18,7 @@ from tests.support.fakes import KEY, gateway_config, running_stack
 NAMES = (
     *("ChatRequest", "CompletionRequest", "ResponsesRequest", "ResponseObject", "ResponseEvent"),
     *("MessagesRequest", "MessageObject", "MessageEvent", "AnthropicErrorBody"),
+    *("CountRequest", "TokenCountAnswer", "AnthropicModel", "ModelPage"),
 )
 
 
