@@ -233,6 +233,8 @@ class Gateway:
             hold.free()
             adapters = (tokens.adapter for tokens in answer.tokens if tokens.adapter is not None)
             identity = identity.answered_by(next(adapters, None), asked.model)
+            if asked.returns_ids:
+                identity = identity.telling_ids(chunks)
             if asked.stream and not watch.client_disconnected:
                 events = kind.events(identity, asked)
                 prompts = sum(tokens.prompt_tokens for tokens in answer.tokens)

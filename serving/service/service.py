@@ -237,7 +237,9 @@ class InferenceService(rpc.InferenceServicer):
             await events.accepted()
             if begin is not None:
                 await begin(form)
-            yield answer.opening(has_pieces=message.return_prompt_pieces)
+            yield answer.opening(
+                has_pieces=message.return_prompt_pieces, has_ids=message.return_prompt_ids
+            )
             async for event in events:
                 if answer.reason(event.choice) is not None:
                     continue  # by a stop text, which reaches the engine a little later

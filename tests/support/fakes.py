@@ -249,7 +249,12 @@ def _opening(
 ) -> inference_pb2.GenerateChunk:
     """What is in the first chunk alone."""
     tokens = len(request.chat.messages) or 1
-    return inference_pb2.GenerateChunk(prompt_tokens=tokens, adapter=adapter)
+    ids = request.token_ids.ids or range(100, 100 + tokens)
+    return inference_pb2.GenerateChunk(
+        prompt_tokens=tokens,
+        adapter=adapter,
+        prompt_ids=ids if request.return_prompt_ids else (),
+    )
 
 
 def _prompt(request: inference_pb2.GenerateRequest) -> str:

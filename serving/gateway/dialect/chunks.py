@@ -5,7 +5,7 @@ Answers at once are written in each kind's response.py, answers as a stream in i
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import Field
@@ -54,6 +54,8 @@ class Identity:
         model: The name of the served model, or of the adapter that answers.
         tells_cached: Whether its usage tells the cached tokens of the prompt.
         is_openai: Whether an error in mid-stream has OpenAI's shape.
+        returns_ids: Whether it has the ids of its tokens, as vLLM's `return_token_ids` asks.
+        prompt_ids: Then the ids of the first prompt, which is a chat's only one.
     """
 
     id: str
@@ -61,6 +63,8 @@ class Identity:
     model: str
     tells_cached: bool = False
     is_openai: bool = False
+    returns_ids: bool = False
+    prompt_ids: tuple[int, ...] = ()
 
     @classmethod
     def new(
@@ -82,6 +86,11 @@ class Identity:
         answer_id = request_id or uuid.uuid4().hex
         return cls(answer_id, int(time.time()), model, tells_cached, is_openai)
 
+    def telling_ids(self, chunks: Chunks) -> "Identity":
+        """Returns the identity of an answer with ids, of which these are the first chunks."""
+        ids = next((chunk.prompt_ids for chunk in chunks if chunk.prompt_ids), ())
+        return replace(self, returns_ids=True, prompt_ids=tuple(ids))
+
     def answered_by(self, adapter: str | None, asked: str | None) -> "Identity":
         """Returns the identity of the answer, now that it is known who answers.
 
@@ -96,6 +105,11 @@ class Identity:
         if adapter is None and asked and asked != self.model:
             raise ModelNotFound.of(asked, self.model)
         return replace(self, model=adapter) if adapter else self
+
+
+def id_list(ids: Iterable[int]) -> str:
+    """Returns token ids as the inside of a JSON list."""
+    return ",".join(map(str, ids))
 
 
 def finish_reason(chunk: inference_pb2.GenerateChunk) -> str:

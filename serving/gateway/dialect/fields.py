@@ -300,6 +300,11 @@ class Parameters(Body):
             return StreamUsage.NONE
         return StreamUsage.ALL if options.continuous_usage_stats else StreamUsage.OWN
 
+    @property
+    def returns_ids(self) -> bool:
+        """True where the answer has the ids of its tokens."""
+        return False
+
     def as_sent(self, error: InvalidRequest) -> InvalidRequest:
         """Returns a refusal of the service with the names of the fields that the client used."""
         if isinstance(error, ContextTooLong):

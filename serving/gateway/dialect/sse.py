@@ -14,7 +14,14 @@ import json
 from collections.abc import Sequence
 
 from serving.errors import ServingError
-from serving.gateway.dialect.chunks import Identity, Usage, finish_reason, stop_reason, usage
+from serving.gateway.dialect.chunks import (
+    Identity,
+    Usage,
+    finish_reason,
+    id_list,
+    stop_reason,
+    usage,
+)
 from serving.gateway.dialect.error_body import error_body, openai_error
 from serving.gateway.dialect.fields import StreamUsage
 from serving.proto import inference_pb2
@@ -49,6 +56,7 @@ class Events:
         self._prompt_tokens = self._completion_tokens = 0  # so far
         self._tells_cached = identity.tells_cached
         self._is_openai = identity.is_openai
+        self._returns_ids = identity.returns_ids
 
     def opening(self, choices: int, prompt_tokens: int = 0) -> bytes:
         """Returns the events that a stream of so many choices begins with, before any text.
@@ -61,7 +69,7 @@ class Events:
 
     def write(self, chunks: Sequence[inference_pb2.GenerateChunk]) -> bytes:
         """Returns the events of the chunks: three of each at most, and one for each call."""
-        return "".join(map(self._events, chunks)).encode()
+        return "".join(map(self._told, chunks)).encode()
 
     def heartbeat(self) -> bytes:
         """Returns an event that only shows that the connection lives."""
@@ -76,6 +84,21 @@ class Events:
     def closing(self) -> bytes:
         """Returns what follows the last event of a whole answer."""
         return DONE
+
+    def _told(self, chunk: inference_pb2.GenerateChunk) -> str:
+        """Returns the events of a chunk; the first one has the ids of its tokens, if asked for."""
+        events = self._events(chunk)
+        if not self._returns_ids:
+            return events
+        members = self._ids(chunk)
+        first = self._head + "{"  # at which a choice begins
+        if not (members and events.startswith(first)):
+            return events
+        return first + members + events[len(first) :]
+
+    def _ids(self, chunk: inference_pb2.GenerateChunk) -> str:
+        """Returns the members of a choice that have ids, each with a comma behind it."""
+        return f'"token_ids":[{id_list(chunk.token_ids)}],' if chunk.token_ids else ""
 
     def _events(self, chunk: inference_pb2.GenerateChunk) -> str:
         logprobs = self._logprobs(chunk) if chunk.logprobs else "null"

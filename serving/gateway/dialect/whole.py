@@ -9,7 +9,14 @@ import json
 from collections.abc import Callable, Iterator
 
 from serving.errors import InvalidRequest
-from serving.gateway.dialect.chunks import Chunks, Identity, finish_reason, stop_reason, usage
+from serving.gateway.dialect.chunks import (
+    Chunks,
+    Identity,
+    finish_reason,
+    id_list,
+    stop_reason,
+    usage,
+)
 from serving.proto import inference_pb2
 
 # Bytes of a whole answer. Logprobs make it long: of 16 choices with the 20 likeliest in each place,
@@ -17,6 +24,8 @@ from serving.proto import inference_pb2
 MAX_BYTES = 64 * 2**20
 # Bytes of one log-probability, about.
 LOGPROB_BYTES = 80
+# Bytes of a token id in a list, about.
+ID_BYTES = 7
 
 # Writes a text as JSON, in Unicode.
 encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -33,22 +42,35 @@ class WholeChoice:
     def __init__(self, index: int, *, tells_stop: bool = False) -> None:
         self.index = index
         self._tells_stop = tells_stop
-        self.stop_reason = ""  # the member, with the comma before it
+        self._stop_reason = ""  # the member, with the comma before it
+        self._ids: bytearray | None = None  # of its tokens, the inside of a list
         self.text = bytearray()  # the inside of a JSON string
         self.reason = ""
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds."""
-        return len(self.text)
+        return len(self.text) + len(self._ids or b"")
+
+    @property
+    def members(self) -> str:
+        """The members behind the finish reason, each with a comma before it."""
+        ids = "" if self._ids is None else f',"token_ids":[{self._ids.decode()}]'
+        return self._stop_reason + ids
+
+    def return_ids(self) -> None:
+        """Has the ids of its tokens written; to be called before the first chunk is added."""
+        self._ids = bytearray()
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
         """Writes a chunk of the choice."""
         self.text += encode(chunk.text)[1:-1].encode()
+        if self._ids is not None and chunk.token_ids:
+            self._ids += (("," if self._ids else "") + id_list(chunk.token_ids)).encode()
         if chunk.finish_reason:
             self.reason = finish_reason(chunk)
             if self._tells_stop:
-                self.stop_reason = f',"stop_reason":{json.dumps(stop_reason(chunk))}'
+                self._stop_reason = f',"stop_reason":{json.dumps(stop_reason(chunk))}'
         if chunk.logprobs:
             self.add_logprobs(chunk)
 
@@ -94,6 +116,8 @@ class WholeAnswer:
                 choice = self._choices[chunk.choice] = self.choice(
                     chunk.choice, tells_stop=self._identity.is_openai
                 )
+                if self._identity.returns_ids:
+                    choice.return_ids()
             before = choice.num_bytes
             choice.add(chunk)
             self._num_bytes += choice.num_bytes - before

@@ -95,14 +95,17 @@ class AnswerText:
         """
         return self._choices[index].violation()
 
-    def opening(self, *, has_pieces: bool = False) -> pb.GenerateChunk:
+    def opening(self, *, has_pieces: bool = False, has_ids: bool = False) -> pb.GenerateChunk:
         """Returns the first chunk of the stream: the size of the prompt, and who answers.
 
-        With `has_pieces` also what each token of the prompt adds to its text.
+        With `has_pieces` also what each token of the prompt adds to its text, and with `has_ids`
+        the ids of these tokens.
         """
         chunk = pb.GenerateChunk(
             prompt_tokens=self._usage.prompt_tokens, adapter=self._request.adapter
         )
+        if has_ids:
+            chunk.prompt_ids.extend(self._request.prompt_ids)
         if has_pieces:
             chunk.prompt_pieces.extend(prompt_pieces(self._request.prompt_ids, self._tokenizer))
         return chunk

@@ -96,6 +96,8 @@ class ChatRequest(FormParameters):
     """vLLM's: whether the template opens an answer behind the last message; true where absent."""
     continue_final_message: bool | None = None
     """vLLM's: whether the answer goes on from the last message, an assistant's."""
+    return_token_ids: bool | None = None
+    """vLLM's: whether the answer has the ids of the prompt and of its own tokens."""
     logprobs: bool | None = None
     """Whether to return the log probability of each token."""
     top_logprobs: Annotated[
@@ -114,6 +116,11 @@ class ChatRequest(FormParameters):
             return (*path[:2], "function", path[2])
         return super().sent_path(path)
 
+    @property
+    def returns_ids(self) -> bool:
+        """True where the answer has the ids of its tokens."""
+        return bool(self.return_token_ids)
+
     def protos(self) -> list[inference_pb2.GenerateRequest]:
         """Returns the one call of the model service that answers the chat."""
         request = self.without_prompt()
@@ -122,6 +129,7 @@ class ChatRequest(FormParameters):
         add_tools(request.chat, self.tools, self.tool_choice, self.parallel_tool_calls)
         if self.max_tokens is None and self.max_completion_tokens is not None:
             request.max_tokens = self.max_completion_tokens
+        request.return_prompt_ids = self.returns_ids
         if self.logprobs:
             request.top_logprobs = self.top_logprobs or 0
         if self.prompt_logprobs is not None:

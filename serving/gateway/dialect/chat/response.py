@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.gateway.dialect.chunks import Chunks, Identity, Usage, finite_logprob
+from serving.gateway.dialect.chunks import Chunks, Identity, Usage, finite_logprob, id_list
 from serving.gateway.dialect.fields import Described, is_none
 from serving.gateway.dialect.prompt_scores import PromptLogprobs, prompt_entries
-from serving.gateway.dialect.whole import WholeAnswer, WholeChoice, encode
+from serving.gateway.dialect.whole import ID_BYTES, WholeAnswer, WholeChoice, encode
 from serving.proto import inference_pb2
 
 
@@ -90,6 +90,8 @@ class Choice(Described):
     stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
     """vLLM's, on the paths of OpenAI's clients: the text of `stop` or the id of `stop_token_ids`
     that ended it; null if neither did."""
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """vLLM's: the ids of its tokens, where `return_token_ids` asked for them."""
     logprobs: Logprobs | None = None
     """Log-probabilities of the same tokens, where they were asked for."""
 
@@ -111,6 +113,8 @@ class ChatCompletion(Described):
     """Tokens spent."""
     prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
     """Log-probabilities of the prompt's tokens, where `prompt_logprobs` asked for them."""
+    prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """The prompt's tokens, where `return_token_ids` asked for them."""
 
 
 class ChatChoice(WholeChoice):
@@ -125,7 +129,7 @@ class ChatChoice(WholeChoice):
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds."""
-        return len(self.text) + len(self._logprobs) + len(self._calls)
+        return super().num_bytes + len(self._logprobs) + len(self._calls)
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
         """Writes a chunk of the choice."""
@@ -153,7 +157,7 @@ class ChatChoice(WholeChoice):
             yield b"]"
         else:
             yield b"null"
-        yield f'}},"finish_reason":{encode(self.reason)}{self.stop_reason},"logprobs":'.encode()
+        yield f'}},"finish_reason":{encode(self.reason)}{self.members},"logprobs":'.encode()
         if self._logprobs:
             yield b'{"content":['
             yield self._logprobs
@@ -171,6 +175,7 @@ class ChatAnswer(WholeAnswer):
     def __init__(self, identity: Identity, prompt_logprobs: int | None = None) -> None:
         """Begins an answer, with so many likely tokens beside each of the prompt's, or None."""
         super().__init__(identity)
+        self._num_bytes += len(identity.prompt_ids) * ID_BYTES
         self._prompt_logprobs = prompt_logprobs
         self._entries = bytearray()  # of `prompt_logprobs`, each behind a comma
 
@@ -189,6 +194,8 @@ class ChatAnswer(WholeAnswer):
             yield b',"prompt_logprobs":[null'
             yield self._entries
             yield b"]"
+        if self._identity.returns_ids:
+            yield f',"prompt_token_ids":[{id_list(self._identity.prompt_ids)}]'.encode()
 
 
 def tool_call(call: inference_pb2.ToolCall, index: int, encode: Callable[[str], str]) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from serving.gateway.dialect.chat.response import Logprobs, ToolCall, chat_logprobs, tool_call
-from serving.gateway.dialect.chunks import Identity, Usage
+from serving.gateway.dialect.chunks import Identity, Usage, id_list
 from serving.gateway.dialect.error_body import ErrorDetail, OpenAIErrorDetail
 from serving.gateway.dialect.fields import Described, StreamUsage, is_none
 from serving.gateway.dialect.sse import Events
@@ -40,6 +40,8 @@ class ChunkChoice(Described):
     stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
     """vLLM's, on the paths of OpenAI's clients, in the last chunk: the text of `stop` or the id of
     `stop_token_ids` that ended it; null if neither did."""
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """vLLM's: the ids of its tokens, where `return_token_ids` asked for them."""
     logprobs: Logprobs | None = None
     """Log-probabilities of the same tokens, where they were asked for."""
 
@@ -59,6 +61,8 @@ class ChatCompletionChunk(Described):
     """One choice; none in a heartbeat, a chunk of usage, a failure."""
     usage: Usage | None = Field(default=None, exclude_if=is_none)
     """Tokens spent, in one chunk at the end."""
+    prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """The prompt's tokens, in the first chunk, where `return_token_ids` asked for them."""
     error: ErrorDetail | OpenAIErrorDetail | None = Field(default=None, exclude_if=is_none)
     """Why the stream breaks off after this chunk."""
 
@@ -71,13 +75,17 @@ class ChatEvents(Events):
     def __init__(self, identity: Identity, stream_usage: StreamUsage = StreamUsage.LAST) -> None:
         super().__init__(identity, stream_usage)
         self._num_calls: dict[int, int] = {}  # by choice
+        self._prompt_ids = ""
+        if identity.returns_ids:
+            self._prompt_ids = f',"prompt_token_ids":[{id_list(identity.prompt_ids)}]'
 
     def opening(self, choices: int, prompt_tokens: int = 0) -> bytes:
         """Returns an event for each choice, with its role and no text yet."""
         spent = self._spent(prompt_tokens)
         return "".join(
             f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":""}},'
-            f'"finish_reason":null,"logprobs":null}}]{spent}}}\n\n'
+            f'"finish_reason":null,"logprobs":null}}]{spent}{"" if index else self._prompt_ids}}}'
+            "\n\n"
             for index in range(choices)
         ).encode()
 

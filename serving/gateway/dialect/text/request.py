@@ -82,6 +82,8 @@ class CompletionRequest(FormParameters):
     """The number of likeliest tokens whose log probabilities are returned beside each token's."""
     echo: bool | None = None
     """Whether the answer begins with the prompt; its `logprobs` are then those of both."""
+    return_token_ids: bool | None = None
+    """vLLM's: whether choices have the ids of their prompt and of their own tokens."""
     prompt_logprobs: Asked = None
     """vLLM's: the number of likeliest tokens whose log probabilities are returned beside those of
     each token of the prompt; not with `stream`."""
@@ -95,6 +97,11 @@ class CompletionRequest(FormParameters):
     """What the client notes; means nothing here."""
     prompt_cache_key: Harmless = None
     """Prompts that share prefixes: they are found by their content."""
+
+    @property
+    def returns_ids(self) -> bool:
+        """True where the answer has the ids of its tokens."""
+        return bool(self.return_token_ids)
 
     def protos(self) -> list[inference_pb2.GenerateRequest]:
         """Returns the calls of the model service that answer it, one for each prompt.
@@ -145,6 +152,7 @@ class CompletionRequest(FormParameters):
         if self.logprobs is not None:
             request.top_logprobs = self.logprobs
         request.return_prompt_pieces = bool(self.echo)
+        request.return_prompt_ids = self.returns_ids
         of_prompt = [self.prompt_logprobs, self.logprobs if self.echo else None]
         if asked := [count for count in of_prompt if count is not None]:
             request.prompt_logprobs = max(asked)

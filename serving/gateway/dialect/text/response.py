@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from serving.gateway.dialect.chunks import Chunks, Identity, Usage
+from serving.gateway.dialect.chunks import Chunks, Identity, Usage, id_list
 from serving.gateway.dialect.error_body import ErrorDetail, OpenAIErrorDetail
 from serving.gateway.dialect.fields import Described, is_none
 from serving.gateway.dialect.prompt_scores import PromptLogprobs, prompt_entries
@@ -47,6 +47,10 @@ class TextChoice(Described):
     stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
     """vLLM's, on the paths of OpenAI's clients, in a stream in the last chunk: the text of `stop`
     or the id of `stop_token_ids` that ended it; null if neither did."""
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """vLLM's: the ids of its tokens, where `return_token_ids` asked for them."""
+    prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """Those of its prompt, where it asked for them; in a stream in the first chunk."""
     prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
     """Log-probabilities of the prompt's tokens, where `prompt_logprobs` asked for them."""
 
@@ -85,6 +89,7 @@ class RepeatedPrompt:
             self._echoed = EchoedPrompt(repeated.texts[place], repeated.logprobs)
         self.text = bytearray()  # the inside of a JSON string
         self.columns = {name: bytearray() for name in TextLogprobs.model_fields}
+        self._ids: bytes | None = None
         self.entries = bytearray()  # of vLLM's `prompt_logprobs`, each behind a comma
 
     @property
@@ -95,10 +100,13 @@ class RepeatedPrompt:
     @property
     def num_bytes(self) -> int:
         """Bytes that it adds to each choice."""
-        return len(self.text) + len(self.entries) + sum(map(len, self.columns.values()))
+        ids = len(self._ids or b"")
+        return len(self.text) + len(self.entries) + ids + sum(map(len, self.columns.values()))
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
         """Writes what a chunk tells of the prompt."""
+        if chunk.prompt_ids:
+            self._ids = id_list(chunk.prompt_ids).encode()
         if self._repeated.prompt_logprobs is not None and chunk.prompt_logprobs:
             self.entries += prompt_entries(chunk, self._repeated.prompt_logprobs)
         news = None if self._echoed is None else self._echoed.read(chunk)
@@ -107,11 +115,18 @@ class RepeatedPrompt:
             if news.columns is not None:
                 add_columns(self.columns, news.columns)
 
-    def scores(self) -> Iterator[bytes | bytearray]:
-        """Yields the member `prompt_logprobs` with a comma before it, where it was asked for."""
+    def members(self) -> Iterator[bytes | bytearray]:
+        """Yields `prompt_logprobs` and `prompt_token_ids`, where they were asked for.
+
+        Each has a comma before it.
+        """
         if self._repeated.prompt_logprobs is not None:
             yield b',"prompt_logprobs":[null'
             yield self.entries
+            yield b"]"
+        if self._ids is not None:
+            yield b',"prompt_token_ids":['
+            yield self._ids
             yield b"]"
 
 
@@ -137,7 +152,7 @@ class TextPiece(WholeChoice):
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds."""
-        own = len(self.text) + sum(map(len, self._columns.values()))
+        own = super().num_bytes + sum(map(len, self._columns.values()))
         return own + self._prompt.num_bytes
 
     def add_logprobs(self, chunk: inference_pb2.GenerateChunk) -> None:
@@ -163,8 +178,8 @@ class TextPiece(WholeChoice):
             yield b"]}"
         else:
             yield b"null"
-        yield f',"finish_reason":{encode(self.reason)}{self.stop_reason}'.encode()
-        yield from self._prompt.scores()
+        yield f',"finish_reason":{encode(self.reason)}{self.members}'.encode()
+        yield from self._prompt.members()
         yield b"}"
 
 
@@ -187,7 +202,7 @@ class TextAnswer(WholeAnswer):
     def add(self, chunks: Chunks) -> None:
         """Writes chunks in the order in which they came; see `WholeAnswer.add`."""
         for chunk in chunks:
-            if chunk.prompt_pieces or chunk.prompt_logprobs:
+            if chunk.prompt_pieces or chunk.prompt_logprobs or chunk.prompt_ids:
                 prompt = self._prompt(chunk.choice)
                 before = prompt.num_bytes
                 prompt.add(chunk)

@@ -2,7 +2,7 @@
 
 import json
 
-from serving.gateway.dialect.chunks import Identity
+from serving.gateway.dialect.chunks import Identity, id_list
 from serving.gateway.dialect.fields import StreamUsage
 from serving.gateway.dialect.sse import Events
 from serving.gateway.dialect.text.logprobs import TextPosition, text_logprobs
@@ -26,10 +26,21 @@ class TextEvents(Events):
         self._repeated = repeated or Repeated([])
         self._prompts: dict[int, EchoedPrompt] = {}  # by place
         self._positions: dict[int, TextPosition] = {}  # by choice
+        self._prompt_ids: dict[int, str] = {}  # by choice, until its first event
 
     def _events(self, chunk: inference_pb2.GenerateChunk) -> str:
         events = super()._events(chunk)
         return self._echo(chunk) + events
+
+    def _ids(self, chunk: inference_pb2.GenerateChunk) -> str:
+        """Returns the ids of a choice's tokens, before the first ones those of its prompt."""
+        if chunk.prompt_ids:
+            prompt = f'"prompt_token_ids":[{id_list(chunk.prompt_ids)}],'
+            choices = self._repeated.choices
+            first = chunk.choice // choices * choices
+            self._prompt_ids |= dict.fromkeys(range(first, first + choices), prompt)
+        ids = super()._ids(chunk)
+        return self._prompt_ids.pop(chunk.choice, "") + ids if ids else ""
 
     def _echo(self, chunk: inference_pb2.GenerateChunk) -> str:
         """Returns the events of what a chunk tells of an echoed prompt, one for each choice."""

@@ -164,6 +164,7 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 ASKED |= {
     "top_logprobs": ({"logprobs": True}, {"logprobs": True, "top_logprobs": 2}),
     "add_generation_prompt": ({}, {"add_generation_prompt": False}),
+    "return_token_ids": ({}, {"return_token_ids": True}),
     "continue_final_message": (
         {"messages": [*HELLO, {"role": "assistant", "content": "a"}]},
         {
