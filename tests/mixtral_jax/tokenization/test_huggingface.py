@@ -61,6 +61,10 @@ def test_template_chats_are_those_of_transformers(spec: str, template: str, tmp_
                 chat, add_generation_prompt=True, tokenize=True, return_dict=False
             )
             assert tokenizer.chat(chat) == expected
+            unasked = reference.apply_chat_template(
+                chat, add_generation_prompt=False, tokenize=True, return_dict=False
+            )
+            assert tokenizer.chat(chat, asks=False) == unasked
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -88,6 +92,8 @@ def test_template_text_is_that_of_tokenizers(spec: str, tmp_path: Path) -> None:
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert ids == SPECS[spec].encode(text).ids
+        plain = SPECS[spec].encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, with_special=False) == plain
         assert tokenizer.decode(ids) == SPECS[spec].decode(ids)
     assert tokenizer.vocab_size == SPECS[spec].get_vocab_size(with_added_tokens=True)
 

@@ -40,7 +40,10 @@ from tests.support.tokenizers import (
 def test_one_turn_is_known_by_heart(
     version: str, ids: list[int], all_tokenizers: dict[str, Tokenizer]
 ) -> None:
-    assert all_tokenizers[version].chat(turns("a")) == ids
+    tokenizer = all_tokenizers[version]
+    assert tokenizer.chat(turns("a")) == ids
+    assert tokenizer.chat(turns("a"), asks=False) == ids  # nothing opens an answer there
+    assert [1, *tokenizer.encode("a", with_special=False)] == tokenizer.encode("a")
 
 
 CHATS = {

@@ -10,9 +10,11 @@ from tests.support.tokenizers import say, turns
 def test_byte_chats_are_read_by_eye() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("hi") == [256, 104, 105]
+    assert tokenizer.encode("hi", with_special=False) == [104, 105]
     # bos, system a eos, user b eos, assistant
     chat = [say("system", "a"), say("user", "b")]
     assert tokenizer.chat(chat) == [256, 258, 97, 257, 259, 98, 257, 260]
+    assert tokenizer.chat(chat, asks=False) == [256, 258, 97, 257, 259, 98, 257]
     assert tokenizer.vocab_size == 261
     assert tokenizer.eos_ids == {257}
 
