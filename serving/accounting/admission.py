@@ -133,6 +133,10 @@ class Admission:
         self.accounts.rates.enter(caller)
         return Lease(self, caller)
 
+    def requests_at_a_time(self, caller: Caller) -> int | None:
+        """Returns the number of requests that a caller may have at a time; None without a limit."""
+        return self.accounts.rates.requests_at_a_time(caller)
+
     def answer_tokens(self, call: pb.GenerateRequest, room: int) -> int:
         """Returns the tokens that a choice may have.
 

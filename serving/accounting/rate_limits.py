@@ -129,6 +129,11 @@ class RateLimits:
         bucket = self._bucket(caller, "tokens")
         return None if bucket is None else int(bucket.capacity)
 
+    def requests_at_a_time(self, caller: Caller) -> int | None:
+        """Returns the number of requests that may run at a time; None without a limit."""
+        limit = caller.limits.concurrent_requests or self._limits.concurrent_requests
+        return None if limit is None else max(1, math.floor(limit * self._share))
+
     def allowances(self, caller: Caller) -> dict[str, Allowance]:
         """Returns the state of the caller's limits of requests and tokens, where there are any."""
         return {
@@ -143,10 +148,9 @@ class RateLimits:
 
     def _check_running(self, caller: Caller, prompts: int, count: int, of_request: int) -> None:
         """Raises unless `count` more may run; `of_request` are all that run of the request."""
-        limit = caller.limits.concurrent_requests or self._limits.concurrent_requests
+        limit = self.requests_at_a_time(caller)
         if limit is None:
             return
-        limit = max(1, math.floor(limit * self._share))
         if of_request > limit:
             raise InvalidRequest(
                 f"the request has {prompts} prompts, and this key may have {limit} requests at a "

@@ -176,9 +176,11 @@ class Gateway:
                 check_logprobs(calls)
             for call in calls:
                 self._fields.write(call, caller, asked.cache_salt, asked.scheduling_priority)
-            lease.reserve(calls, model.max_context, num_under_way(len(calls), asked.choices))
+            limit = self._admission.requests_at_a_time(caller)
+            at_a_time = num_under_way(len(calls), asked.choices, limit)
+            lease.reserve(calls, model.max_context, at_a_time)
             answer = self.service.ask(
-                calls, record, kind.operation, asked.model, model.name, asked.complete
+                calls, record, kind.operation, asked.model, model.name, asked.complete, at_a_time
             )
             lease.follow(answer.tokens)
             identity = Identity.new(

@@ -59,14 +59,19 @@ class RunningAnswer(Protocol):
         """Frees everything that the answer holds in the service. May be called again."""
 
 
-def num_under_way(prompts: int, choices: int) -> int:
+def num_under_way(prompts: int, choices: int, limit: int | None = None) -> int:
     """Returns the number of a request's prompts that the service is asked at a time.
 
     Args:
         prompts: The number of prompts.
         choices: The number of choices that each of them has.
+        limit: The number of requests that the caller may have at a time, if that is bounded. It
+            makes the number no smaller than so many prompts as any request may send together.
     """
-    return min(prompts, max(_LEAST_UNDER_WAY, _CHOICES_UNDER_WAY // choices))
+    width = max(_LEAST_UNDER_WAY, _CHOICES_UNDER_WAY // choices)
+    if limit is not None:
+        width = min(width, max(_LEAST_UNDER_WAY, limit))
+    return min(prompts, width)
 
 
 class JoinedAnswers:
@@ -80,10 +85,15 @@ class JoinedAnswers:
             service has refused as Overloaded, after others were let in.
         tokens: The counts of each answer, which `start` has its answers fill.
         choices: The number of choices that each of them has.
+        width: The number of them that are under way at a time, at most.
     """
 
     def __init__(
-        self, start: Callable[[int], RunningAnswer], tokens: Sequence[AnswerTokens], choices: int
+        self,
+        start: Callable[[int], RunningAnswer],
+        tokens: Sequence[AnswerTokens],
+        choices: int,
+        width: int,
     ) -> None:
         self.tokens = tokens
         self.weakened = ""
@@ -91,8 +101,8 @@ class JoinedAnswers:
         self._start = start
         self._choices = choices
         self._waiting = deque(range(len(tokens)))  # places
-        self._width = num_under_way(len(tokens), choices)
-        first = min(self._width, _UNANSWERED)
+        self._width = width
+        first = min(width, len(tokens), _UNANSWERED)
         self._awaited = set(range(first))  # places of the first prompts, till they are queued
         self._unanswered: set[int] = set()  # places under way without a token
         self._was_let_in = False  # any prompt

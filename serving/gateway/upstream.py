@@ -188,6 +188,7 @@ class ModelService:
         complete: Callable[
             [inference_pb2.GenerateRequest], inference_pb2.GenerateRequest
         ] = lambda request: request,
+        at_a_time: int = 1,
     ) -> RunningAnswer:
         """Asks the service, a call for each prompt, and writes the calls into the record.
 
@@ -200,6 +201,7 @@ class ModelService:
             asked_model: The model that the client asked for.
             model: The served name.
             complete: Returns a call with all its fields, just before it is sent.
+            at_a_time: The number of calls that are under way at a time, at most.
 
         Returns:
             The answer, which the caller must `cancel()` in the end, however it ends.
@@ -222,7 +224,9 @@ class ModelService:
             carrier = begun[place].span.carrier()
             return self.generate(request, (("x-request-id", record.id), *carrier), counts[place])
 
-        return start(0) if len(requests) == 1 else JoinedAnswers(start, counts, requests[0].n or 1)
+        if len(requests) == 1:
+            return start(0)
+        return JoinedAnswers(start, counts, requests[0].n or 1, at_a_time)
 
     def generate(
         self,

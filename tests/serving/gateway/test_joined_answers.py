@@ -70,7 +70,8 @@ class Service:
         return self.may_end.is_set() or remaining == 3 or (remaining == 2 and self.may_answer)
 
     def joined(self, prompts: int, choices: int = 1) -> JoinedAnswers:
-        return JoinedAnswers(self.start, [AnswerTokens() for _ in range(prompts)], choices)
+        counts = [AnswerTokens() for _ in range(prompts)]
+        return JoinedAnswers(self.start, counts, choices, num_under_way(prompts, choices))
 
 
 async def read(joined: JoinedAnswers) -> list[pb.GenerateChunk]:
@@ -110,6 +111,15 @@ def test_so_many_prompts_are_under_way_and_all_are_answered(
         )
 
     run(work)
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"), [(None, 128), (1000, 128), (64, 64), (16, 16), (15, 16), (1, 16)]
+)
+def test_no_more_are_under_way_than_the_caller_may_have(limit: int | None, most: int) -> None:
+    """But for 16, which are refused where the caller may have fewer."""
+    assert num_under_way(2048, 1, limit) == most
+    assert num_under_way(3, 1, limit) == 3
 
 
 def test_it_has_begun_when_the_first_prompts_are_queued() -> None:

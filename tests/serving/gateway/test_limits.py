@@ -141,6 +141,20 @@ def test_prompts_of_a_text_completion_are_requests() -> None:
         assert used(client) == (1, 16, 16)
 
 
+def test_more_prompts_than_a_key_may_have_at_a_time_wait_for_each_other() -> None:
+    with limited(max_concurrent_requests=20) as (stack, client):
+        asked = {"prompt": ["one"] * 50, "max_tokens": 1}
+        assert client.post("/v1/completions", json=asked).status_code == 200
+        body = {"prompt": ["!open !wait one"] * 50, "max_tokens": 1, "stream": True}
+        stack.service.reset()
+        with client.stream("POST", "/v1/completions", json=body):
+            until(lambda: len(stack.service.requests) == 20)
+            refused = client.post(CHAT, json=chat_body("one"))
+            assert "20 requests at a time" in check_error(refused, 429, "TooManyRequests")
+            stack.service.release()
+        until(lambda: client.post(CHAT, json=chat_body("one")).status_code == 200)
+
+
 def test_several_gateways_have_a_share_each() -> None:
     with limited(max_requests_per_minute=6, limit_share="1/3") as (_, client):
         answers = [client.post(CHAT, json=chat_body("one")) for _ in range(3)]

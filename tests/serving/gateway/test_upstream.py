@@ -251,7 +251,7 @@ def test_what_a_schema_is_not_held_to_is_known_with_the_first_chunk() -> None:
             assert answer.weakened == "uniqueItems at /a"
             both = [service.generate(plain), service.generate(held)]
             counts = [tokens for answer in both for tokens in answer.tokens]
-            joined = JoinedAnswers(both.__getitem__, counts, 1)
+            joined = JoinedAnswers(both.__getitem__, counts, 1, 2)
             while "uniqueItems" not in joined.weakened:
                 await joined.read_all()
             joined.cancel()
