@@ -9,6 +9,7 @@ from langchain_azure_ai.chat_models import AzureAIChatCompletionsModel as OverOp
 from langchain_azure_ai.chat_models.inference import AzureAIChatCompletionsModel as OverInference
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_mistralai import ChatMistralAI
+from langchain_openai import AzureChatOpenAI, ChatOpenAI, OpenAI
 
 URL, KEY = os.environ["ENDPOINT"], os.environ["KEY"]
 HISTORY = [
@@ -66,3 +67,15 @@ is_refused(
 )
 
 check_chat(OverOpenAI(endpoint=URL, credential=KEY, model="azureai", max_tokens=8, temperature=0))
+
+# Twenty at once: as requests beside one another, and of texts as one request with all of them.
+twenty = [f"Say {number}." for number in range(20)]
+short = {"model": "azureai", "max_tokens": 2}
+for batched in (
+    ChatMistralAI(endpoint=f"{URL}/v1", mistral_api_key=KEY, **short),
+    ChatOpenAI(base_url=f"{URL}/v1", api_key=KEY, **short),
+    AzureChatOpenAI(azure_endpoint=URL, api_key=KEY, api_version="2024-10-21", **short),
+    OverOpenAI(endpoint=f"{URL}/openai/v1", credential=KEY, **short),
+    OpenAI(base_url=f"{URL}/v1", api_key=KEY, **short),
+):
+    assert len(batched.batch(twenty)) == 20
