@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from serving.gateway.dialect.anthropic.error import is_anthropic_path
 from serving.gateway.dialect.openai import is_openai_path
 from tests.support.fakes import KEY, Stack, running_stack
 
@@ -34,7 +35,7 @@ BODY: dict[str, Any] = {
     "max_tokens": 2,
     "stop": ["x"],
     "seed": 1,
-    "stream": False,
+    "stream": True,
     "presence_penalty": 0.1,
     "frequency_penalty": 0.1,
     "response_format": {"type": "text"},
@@ -50,6 +51,37 @@ BODY: dict[str, Any] = {
     "top_k": 5,
     "min_p": 0.1,
     "stop_token_ids": [3],
+}
+MESSAGES = "/v1/messages"
+MESSAGES_BODY: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "one two"}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "i", "name": "f", "input": {"a": 1}}],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "i", "content": "x", "is_error": False},
+                {"type": "text", "text": "one two"},
+            ],
+        },
+    ],
+    "system": [{"type": "text", "text": "be brief"}],
+    "model": "azureai",
+    "temperature": 0.5,
+    "top_p": 1,
+    "top_k": 5,
+    "max_tokens": 2,
+    "stop_sequences": ["x"],
+    "stream": False,
+    "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+    "tool_choice": {"type": "auto"},
+    "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+    "thinking": {"type": "enabled", "budget_tokens": 1024},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015"}]},
+    "metadata": {"user_id": "u"},
 }
 # Values that something, somewhere, once took badly.
 ODDITIES: list[Any] = [
@@ -67,9 +99,9 @@ def stack() -> Iterator[Stack]:
         yield stack
 
 
-def mutated(dice: random.Random) -> bytes:
+def mutated(dice: random.Random, good: dict[str, Any]) -> bytes:
     """A body that differs from a good one in some places, as a value or as bytes."""
-    body = copy.deepcopy(BODY)
+    body = copy.deepcopy(good)
     for _ in range(dice.choice([1, 1, 1, 2, 3])):
         place, value = body, copy.deepcopy(dice.choice(ODDITIES))
         while True:
@@ -109,6 +141,11 @@ def check(answer: httpx.Response, sent: object) -> None:
     assert answer.status_code in STATUSES, (answer.status_code, sent, answer.text)
     body = answer.json()
     assert ("retry-after" in answer.headers) == (answer.status_code in (429, 503)), sent
+    if is_anthropic_path(answer.request.url.path):
+        assert body.keys() == {"type", "error", "request_id"}, (sent, body)
+        assert body["error"]["type"].endswith("_error") and body["error"]["message"]
+        assert answer.status_code not in (422, 424)
+        return
     if is_openai_path(answer.request.url.path):
         assert body["error"].keys() == {"code", "message", "type", "param"}, (sent, body)
         assert body["error"]["message"] and body["error"]["code"]
@@ -126,11 +163,13 @@ def test_mutated_bodies(stack: Stack) -> None:
     count = 20_000 if SOAK else 1_200
     dice = random.Random(count)
     paths = ["/chat/completions"] * 2 + ["/v1/chat/completions"] * 4 + ["/v1/completions"]
+    paths += [MESSAGES] * 3
     seen: dict[int, int] = {}
 
     async def send(client: httpx.AsyncClient, count: int) -> None:
         for _ in range(count):
-            body, path = mutated(dice), dice.choice(paths)
+            path = dice.choice(paths)
+            body = mutated(dice, MESSAGES_BODY if path == MESSAGES else BODY)
             headers = {"extra-parameters": dice.choice(["pass-through", "drop", "error", "x"])}
             answer = await client.post(path, content=body, headers=headers)
             check(answer, body)

@@ -52,7 +52,8 @@ from serving.gateway.routes import (
 Schema = dict[str, Any]
 
 _ABOUT = """\
-The Azure AI Model Inference API, and OpenAI's and Mistral's dialects of it, for one chat model.
+The Azure AI Model Inference API, OpenAI's and Mistral's dialects of it, and Anthropic's Messages
+API, for one chat model.
 
 Where a number or a boolean is asked for, a string that holds one is taken too; null means that a
 parameter is absent. What is known but not supported is refused by name."""
