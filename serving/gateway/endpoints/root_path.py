@@ -1,5 +1,6 @@
 """A path before all routes, under which a proxy publishes the server: --root-path."""
 
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
@@ -7,7 +8,8 @@ class RootPath:
     """Takes the path off requests, so that all behind it sees the routes as they are written.
 
     Requests without it, of proxies that take it off themselves and of health checks, pass as they
-    are. An ASGI middleware, outermost.
+    are. The path without its last slash leads a browser to the one with it, under which the page's
+    files are found. An ASGI middleware, outermost.
 
     Args:
         app: The application behind it.
@@ -25,4 +27,11 @@ class RootPath:
             raw = scope.get("raw_path")
             if raw is not None:
                 scope["raw_path"] = raw.removeprefix(self._root_path.encode())
+        elif scope["type"] == "http" and _is_read(scope) and scope["path"] == self._root_path:
+            await RedirectResponse(f"{self._root_path}/")(scope, receive, send)
+            return
         await self._app(scope, receive, send)
+
+
+def _is_read(scope: Scope) -> bool:
+    return scope["method"] in ("GET", "HEAD")

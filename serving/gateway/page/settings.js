@@ -76,12 +76,19 @@ export const showsTokens = () => byId("shown").checked;
 /** Chooses among the models that the server lists, and keeps the choice. */
 export function showModels(cards) {
   const select = byId("model");
+  const own = Object.fromEntries(cards.map((card) => [card.id, card.default_sampling_params ?? {}]));
+  // An empty field shows what the model's makers advise, which then holds.
+  const showOwn = () => {
+    for (const [name] of NUMBERS) byId(name).placeholder = own[select.value]?.[name] ?? "";
+  };
+  select.onchange = showOwn;
   const before = select.value || readSettings().model;
   const options = cards.map((card) =>
     el("option", { value: card.id, textContent: card.parent ? `${card.id} (adapter)` : card.id }),
   );
   select.replaceChildren(...options);
   if (cards.some((card) => card.id === before)) select.value = before;
+  showOwn();
 }
 
 /** Returns the body of a request. Throws SettingsError. */

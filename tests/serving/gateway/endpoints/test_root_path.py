@@ -20,6 +20,10 @@ def test_routes_answer_with_and_without_the_path_and_keep_their_dialect() -> Non
         assert client.get("/models/mixtral/health/ready").status_code == 200
         document = client.get("/models/mixtral/openapi.json").json()
         assert document["servers"] == [{"url": "/models/mixtral"}]
+        # A browser's relative addresses need the slash; a request with a body is not sent on.
+        bare = client.get("/models/mixtral", follow_redirects=False)
+        assert (bare.status_code, bare.headers["location"]) == (307, "/models/mixtral/")
+        check_error(client.post("/models/mixtral", json={}), 405, "MethodNotAllowed")
         # Errors have the form of the route behind the path.
         refused = client.post("/models/mixtral/v1/chat/completions", json={})
         assert refused.json().keys() == {"error"} and refused.status_code == 400

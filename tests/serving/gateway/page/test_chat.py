@@ -234,6 +234,26 @@ def test_a_conversation_is_exported_and_imported(
     assert bodies(page) == ["one two", "one two"]
 
 
+def test_the_models_own_parameters_are_shown_where_none_is_given(open_page: Open) -> None:
+    with running_stack() as stack:
+        stack.service.sampling_defaults.temperature = 0.25
+        page = open_page(stack.url)
+        page.wait_for_selector("#temperature[placeholder='0.25']")
+        assert page.get_attribute("#top_p", "placeholder") == ""
+        ask(page, "one", "one")
+        assert not stack.service.requests[-1].sampling.HasField("temperature")  # nothing was sent
+
+
+def test_the_page_lives_below_a_path_of_a_proxy(open_page: Open) -> None:
+    with running_stack(root_path="/models/mixtral") as stack:
+        page = open_page(f"{stack.url}/models/mixtral")
+        assert page.url == f"{stack.url}/models/mixtral/"
+        asked_for: list[str] = []
+        page.on("request", lambda request: asked_for.append(request.url))
+        ask(page, "one two", "one two")
+        assert asked_for[-1:] == [f"{stack.url}/models/mixtral/v1/chat/completions"]
+
+
 def test_a_server_that_lets_everybody_in_asks_for_no_key(open_page: Open) -> None:
     """Its checks of foreign pages let its own page in."""
     with running_stack(access=Access(Keyring({}), is_open=True)) as stack:
