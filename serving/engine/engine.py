@@ -81,6 +81,9 @@ class Engine:
             no guesses.
         adapters: which the engine has; None for an engine without any.
         put_layer: writes a layer of an adapter into the devices' stacks.
+
+    Attributes:
+        on_step: called with the number of tokens of each step before it is launched.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Engine:
         self._open: _Step | None = None  # launched, and not committed
         self._last_events: list[Event] = []  # of the turn before
         self._suspects = Suspects()
+        self.on_step: Callable[[int], None] = lambda num_tokens: None
 
     @property
     def num_failures(self) -> int:
@@ -166,6 +170,7 @@ class Engine:
         walked = None
         lost: list[Event] = []
         if step is not None:
+            self.on_step(sum(plan.num_tokens for plan in step.plans))
             has_masks = self._masks is not None and self._masks.has_rows(step.plans)
             if self._broadcast is not None:
                 self._broadcast(Walk(step.plans) if has_masks else step.plans)

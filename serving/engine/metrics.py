@@ -22,6 +22,7 @@ _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _WHOLE = (*_FIRST, 300, 600, 1800)
 _TOKENS = tuple(2**i for i in range(16))
+_CHOICES = (1, 2, 5, 10, 16)
 _LABEL = "model_name"
 FINISHED = ("stop", "length", "abort", "error")  # reasons; abort: the caller left, or its time
 
@@ -97,6 +98,31 @@ class Metrics:
             "vllm:request_generation_tokens", "Tokens of a choice.", _TOKENS
         )
 
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds",
+            "From the first step for a choice to its last token.",
+            _WHOLE,
+        )
+        self._step_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Tokens of a step of the engine.", _TOKENS
+        )
+        self._n = self._histogram(
+            "vllm:request_params_n", "Choices that a request asks for.", _CHOICES
+        )
+        self._max_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "Its max_tokens, where it gives one.", _TOKENS
+        )
+
+    def stepped(self, num_tokens: int) -> None:
+        """Records a step of the engine."""
+        self._step_tokens.observe(num_tokens)
+
+    def asked(self, n: int, max_tokens: int | None) -> None:
+        """Records what a request asks for; `max_tokens` None stands for no limit of its own."""
+        self._n.observe(n)
+        if max_tokens is not None:
+            self._max_tokens.observe(max_tokens)
+
     def time_steps(self, seconds: Callable[[], float]) -> None:
         """Shows the time of the engine's last step, which `seconds` returns to any thread.
 
@@ -125,6 +151,7 @@ class Metrics:
         self._queue.observe(choice.seated - choice.sent)
         self._prefill.observe(choice.first - choice.seated)
         self._decode.observe(choice.last - choice.first)
+        self._inference.observe(choice.last - choice.seated)
         self._prompt.observe(choice.prompt_tokens)
         self._answer.observe(choice.tokens)
         if choice.tokens > 1:
@@ -202,6 +229,16 @@ class _EngineFigures(Collector):
         yield counter(
             "vllm:prefix_cache_hits", "Of these, found there.", scheduler.prefix_hit_tokens
         )
+        limits = scheduler.limits
+        cache = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "Settings of the cache of keys and values, in its labels; always 1.",
+            labels=[_LABEL, "block_size", "num_gpu_blocks", "enable_prefix_caching"],
+        )
+        cache.add_metric(
+            [self._model_name, str(limits.page_size), str(pages), str(limits.prefix_reuse)], 1
+        )
+        yield cache
         yield GaugeMetricFamily("mixtral_pages", "For keys and values.", pages)
         yield GaugeMetricFamily("mixtral_free_pages", "Held by no request.", free)
         yield GaugeMetricFamily(

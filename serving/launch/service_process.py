@@ -251,6 +251,7 @@ def _build(
         late.prepare_scores,
     )
     compilations = CompilationCount(apart=THREAD)
+    engine.on_step = metrics.stepped
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
     DeviceMemory(prepared.model, prepared.steps, metrics.registry)
     return _Built(worker, inference, adapters, prepared.max_sequences, late)

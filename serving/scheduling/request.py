@@ -10,6 +10,8 @@ from enum import Enum, IntEnum
 from mixtral_jax.sampling_params import SamplingParams
 from serving.errors import ContextTooLong, InvalidRequest
 
+NO_LIMIT = 2**31
+"""The `max_tokens` of a request that sets none: its context ends its answer."""
 _MAX_ID = 2**31 - 1  # of a token: the device counts in 32 bits
 
 

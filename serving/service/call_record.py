@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from serving.engine.metrics import Finished, Metrics
 from serving.errors import DeadlineExceeded, EngineFailure, ServingError
 from serving.observe.tracing import Span, Traces
-from serving.scheduling.request import Event, FinishReason, Request
+from serving.scheduling.request import NO_LIMIT, Event, FinishReason, Request
 from serving.service.models.adapter_metrics import AdapterMetrics
 
 _STEPS = "mixtral.engine.steps"
@@ -86,6 +86,9 @@ class Call:
     def submitted(self, request: Request) -> None:
         """Notes that the request goes to the engine now."""
         self._sent, self._request = time.monotonic(), request
+        self._metrics.asked(
+            request.n, None if request.max_tokens >= NO_LIMIT else request.max_tokens
+        )
 
     def note(self, event: Event) -> None:
         """Notes a drawn token, or the end of a choice that draws none."""

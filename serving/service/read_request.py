@@ -16,14 +16,13 @@ from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.errors import InvalidParameter, InvalidRequest, Problem, UnsupportedParameter
 from serving.proto import inference_pb2 as pb
 from serving.proto.prompt_size import chat_size
-from serving.scheduling.request import Priority, Request
+from serving.scheduling.request import NO_LIMIT, Priority, Request
 from serving.service.answer.form import CAPABILITIES, AnswerForm, AnswerForms
 from serving.service.answer.tool_use import has_tools, messages_of, tools_of
 from serving.service.bounds import MAX_STOP_IDS, Bounds
 
 # Text has three to five bytes for each token of a large vocabulary, and runs of spaces have more.
 BYTES_PER_TOKEN = 16
-_NO_LIMIT = 2**31
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +78,7 @@ class Translator:
             deadline: The time.monotonic() by which it must be answered; None for no limit.
         """
         self.check(message)
-        max_tokens = message.max_tokens if message.HasField("max_tokens") else _NO_LIMIT
+        max_tokens = message.max_tokens if message.HasField("max_tokens") else NO_LIMIT
         n = message.n if message.HasField("n") else 1
         if max_tokens < 1 and not asks_of_prompt(message):
             raise InvalidParameter(

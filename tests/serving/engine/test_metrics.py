@@ -38,6 +38,7 @@ class Running:
         self.engine = engine_of(model, LIMITS, compile_steps(model, LIMITS))
         self.compilations = CompilationCount()
         metrics = Metrics("tiny-random")
+        self.engine.on_step = metrics.stepped
         metrics.watch(self.engine.scheduler, lambda: self.compilations.value)
         self.url = serve_metrics(metrics.registry, "127.0.0.1", 0)
         self.worker = EngineWorker(self.engine, metrics)
@@ -112,6 +113,12 @@ def test_nothing_compiles_once_the_engine_is_ready(running: Running) -> None:
     assert figures["mixtral_pages"] == figures["mixtral_free_pages"] == LIMITS.num_pages
     assert figures["vllm:prefix_cache_queries_total"] == scheduler.prompt_tokens
     assert figures["vllm:kv_cache_usage_perc"] == 0
+    # Of each prompt, but for what was found in the cache, and of each answer, but for its last
+    # token; prompts and answers that were put back are computed again.
+    choices = sum(request.n for request in requests_of_many_shapes())
+    least = scheduler.prompt_tokens - scheduler.prefix_hit_tokens + tokens - choices
+    assert figures["vllm:iteration_tokens_total_sum"] >= least
+    assert 0 < figures["vllm:iteration_tokens_total_count"] <= least
     assert figures["mixtral_cached_pages"] > 0
     assert figures["vllm:num_requests_running"] == figures["vllm:num_requests_waiting"] == 0
     choices = sum(request.n for request in requests_of_many_shapes())
@@ -133,6 +140,9 @@ def test_a_choice_that_ended_in_figures() -> None:
     ended = Finished(sent=10, seated=10.5, first=12, last=18, prompt_tokens=7, tokens=4)
     metrics.finished("stop", ended)
     metrics.given_up("abort", 2)
+    metrics.asked(3, 20)
+    metrics.asked(1, None)
+    metrics.stepped(33)
     text = generate_latest(metrics.registry).decode()
     figures = {
         (sample.name, sample.labels.get("finished_reason")): sample.value
@@ -145,6 +155,9 @@ def test_a_choice_that_ended_in_figures() -> None:
         "request_queue_time_seconds": 0.5,
         "request_prefill_time_seconds": 1.5,
         "request_decode_time_seconds": 6,
+        "request_inference_time_seconds": 7.5,
+        "iteration_tokens_total": 33,
+        "request_params_max_tokens": 20,
         "request_time_per_output_token_seconds": 2,  # three times 2 seconds
         "request_prompt_tokens": 7,
         "request_generation_tokens": 4,
@@ -153,6 +166,8 @@ def test_a_choice_that_ended_in_figures() -> None:
     assert {name: figures[f"vllm:{name}_count", None] for name in expected} == dict.fromkeys(
         expected, 1
     )
+    assert figures["vllm:request_params_n_sum", None] == 4
+    assert figures["vllm:request_params_n_count", None] == 2
     reasons = {reason: figures["vllm:request_success_total", reason] for reason in FINISHED}
     assert reasons == {"stop": 1, "length": 0, "abort": 2, "error": 0}
 
@@ -165,5 +180,6 @@ def test_every_metric_is_documented(running: Running) -> None:
         if not name.endswith("_created")
     }
     families |= {"vllm:request_success_total"}
-    assert len(families) == 25
+    families |= {"vllm:cache_config_info"}  # which has labels of its own
+    assert len(families) == 30
     assert not {name for name in families if f"`{name}`" not in documented}
