@@ -7,8 +7,8 @@ The order is that of Hugging Face's `generate`:
     -> the likeliest token where temperature is 0, else
     temperature -> top_k -> top_p -> min_p -> a draw
 
-A mask says which tokens a grammar lets follow, and it wins over all before it: a row whose biases
-forbid every token of its mask draws among these by the model's own logits.
+A mask says which tokens a grammar, or the caller, lets follow, and it wins over all before it: a
+row whose biases forbid every token of its mask draws among these by the model's own logits.
 
 vLLM has the same order but for min_p, which it applies before top_k and top_p.
 

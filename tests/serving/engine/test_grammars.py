@@ -182,7 +182,9 @@ def test_other_hosts_draw_the_same_under_the_masks_that_travel(
 
     own = Recorded(model, steps)
     engine = Engine(own, LIMITS, orders.append, Grammars(-(-TOKENIZER.vocab_size // 32)))
-    served(engine, request("A", person), request("B", person, n=2), request("C", None))
+    letters = frozenset(TOKENIZER.encode("abc")[-3:])
+    asked = [request("A", person), request("B", person, n=2), request("C", None)]
+    served(engine, *asked, request("D", None, allowed_ids=letters, max_tokens=20))
     assert any(isinstance(order, Masks) for order in orders)
     assert any(isinstance(order, tuple) for order in orders)
     count = len(drawn)
