@@ -38,6 +38,8 @@ class Masks:
     it draws is passed over."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """Requests of which no mask can be made, and what their callers are told: they end."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """The same for requests whose own parameters let no token follow."""
 
 
 @dataclass(frozen=True)

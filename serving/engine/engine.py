@@ -246,6 +246,9 @@ class Engine:
             _log.error("request %s ends: %s", request_id, problem)
             self.cancel(request_id)
             events.append(_failed(request_id, problem))
+        for request_id, problem in masks.refused.items():
+            self.cancel(request_id)
+            events.append(replace(_failed(request_id, problem), is_refused=True))
         return None
 
     def _recover(self, fault: _Fault, newest: _Step | None, events: list[Event]) -> list[Event]:

@@ -39,8 +39,8 @@ PATIENCE = 0.02  # seconds
 _NUM_PUMPS = 2  # threads that compute the masks of one step; more gain nothing
 _NUM_SPARE = 4  # threads that go on while others are held by slow matchers
 _NONE_ALLOWED = (
-    "the answer's form lets no token follow that is among allowed_token_ids; allow more of them, "
-    "or leave them out"
+    "allowed_token_ids has no token that the answer's form lets follow; allow more of them, or "
+    "leave them out"
 )
 
 
@@ -181,6 +181,7 @@ class Grammars:
             allowed.set(i, j, self._allowed[plans[i].chunks[j].request_id])
         forced: dict[tuple[int, int], tuple[int, ...]] = {}
         failed: dict[str, str] = {}
+        refused: dict[str, str] = {}
         for (i, j), answer in rows.items():
             request_id = plans[i].chunks[j].request_id
             only = self._allowed.get(request_id)
@@ -193,10 +194,10 @@ class Grammars:
             else:
                 mask = answer.continuation.next_mask()
                 if only is not None and not (mask := mask & only).any():
-                    failed[request_id] = _NONE_ALLOWED
+                    refused[request_id] = _NONE_ALLOWED
                 else:
                     allowed.set(i, j, mask)
-        return Masks(tuple(allowed.masks), frozenset(late), forced, failed)
+        return Masks(tuple(allowed.masks), frozenset(late), forced, failed, refused)
 
     def _answer(self, request_id: str, choice: int) -> _Answer:
         answers = self._answers[request_id]

@@ -28,7 +28,13 @@ from typing import Protocol
 
 from serving.engine.metrics import Metrics
 from serving.engine.submission import Mailbox, Queued, Submission
-from serving.errors import DeadlineExceeded, EngineFailure, ServingError, Unavailable
+from serving.errors import (
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidParameter,
+    ServingError,
+    Unavailable,
+)
 from serving.scheduling.request import Event, FinishReason, Request
 
 _log = logging.getLogger(__name__)
@@ -295,7 +301,8 @@ class EngineWorker:
                 self._fail(event.request_id, DeadlineExceeded(_TOO_LATE))
                 return
             case FinishReason.FAILED:
-                self._fail(event.request_id, EngineFailure(event.problem or _FAILED))
+                failure = InvalidParameter if event.is_refused else EngineFailure
+                self._fail(event.request_id, failure(event.problem or _FAILED))
                 return
         if event.drawn is not None:
             before = mailbox.latest.get(event.choice)

@@ -161,5 +161,6 @@ class Event:
     seated: float = field(default=0.0, compare=False)
     steps: int = field(default=0, compare=False)
     problem: str = ""  # with FAILED, what the caller is told; empty where only the log says it
+    is_refused: bool = False  # with FAILED: its own parameters are the reason
     # Scores of the prompt's next tokens, from the second one on; all come before the first token.
     prompt_logprobs: Sequence[TokenScore] = ()

@@ -150,7 +150,8 @@ def test_a_form_and_allowed_ids_hold_together(
     assert re.fullmatch("x[xab]{8}x", text(events["both", 0]))
     assert events["both", 0][-1].finish_reason is FinishReason.STOP
     assert len(events["none", 0]) == 2
-    assert events["none", 0][-1].problem.startswith("the answer's form lets no token follow")
+    last = events["none", 0][-1]
+    assert last.is_refused and last.problem.startswith("allowed_token_ids has no token that the")
 
 
 def test_preempted_answers_keep_to_their_allowed_ids(model: Transformer, steps: Steps) -> None:

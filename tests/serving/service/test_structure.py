@@ -140,6 +140,21 @@ def test_answers_match_what_was_asked_for(parts: Parts) -> None:
     asyncio.run(run())
 
 
+def test_allowed_ids_and_a_form_hold_together_or_are_refused(parts: Parts) -> None:
+    async def run() -> None:
+        async with serving(parts) as stub:
+            form = pb.ResponseFormat(regex="[a-f]{3}-[0-9]{2}")
+            few = {"response_format": form, "allowed_token_ids": list(b"abc-12")}
+            (text,) = texts(await collect(stub, chat(**few))).values()
+            assert re.fullmatch("[abc]{3}-[12]{2}", text)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await collect(stub, chat(response_format=form, allowed_token_ids=list(b"abc12")))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert str(refused.value.details()).startswith("allowed_token_ids has no token that")
+
+    asyncio.run(run())
+
+
 def test_a_cut_answer_says_so(parts: Parts) -> None:
     async def run() -> None:
         async with serving(parts) as stub:
