@@ -55,6 +55,9 @@ def test_a_key_is_needed(stack: Stack, path: str) -> None:
             assert "x-api-key" in check_error(answer, 401, "Unauthorized")
         for headers in ({"x-api-key": KEY}, {"authorization": f"Bearer {KEY}"}):
             assert stranger.post(path, json=body(), headers=headers).status_code == 200
+        for other in (f"{path}/count_tokens", "/anthropic/v1/models"):
+            method = "GET" if other.endswith("models") else "POST"
+            check_error(stranger.request(method, other), 401, "Unauthorized")
         # The header opens every route.
         assert stranger.get("/v1/models", headers={"x-api-key": KEY}).status_code == 200
 
