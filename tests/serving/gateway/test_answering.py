@@ -36,6 +36,7 @@ def test_a_completion(client: httpx.Client, stack: Stack, prefix: str) -> None:
     assert re.fullmatch(f"{begin}[0-9a-f]{{32}}", answer.pop("id"))
     assert abs(answer.pop("created") - time.time()) < PATIENCE
     stop = {"stop_reason": None} if begin else {}
+    scores = {"prompt_logprobs": None} if begin else {}
     assert answer == {
         "object": "chat.completion",
         "model": "scripted-7B",
@@ -49,6 +50,7 @@ def test_a_completion(client: httpx.Client, stack: Stack, prefix: str) -> None:
             | stop
         ],
         "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+        **scores,
     }
     (request,) = stack.service.requests
     assert request.max_tokens == 2
@@ -230,6 +232,7 @@ def test_a_text_completion(client: httpx.Client, stack: Stack) -> None:
                 "logprobs": None,
                 "finish_reason": "length",
                 "stop_reason": None,
+                "prompt_logprobs": None,
             }
         ],
         "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},

@@ -112,7 +112,8 @@ class ChatCompletion(Described):
     usage: Usage
     """Tokens spent."""
     prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
-    """Log-probabilities of the prompt's tokens, where `prompt_logprobs` asked for them."""
+    """Log-probabilities of the prompt's tokens, where `prompt_logprobs` asked for them; else null
+    on the paths of OpenAI's clients."""
     prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
     """The prompt's tokens, where `return_token_ids` asked for them."""
 
@@ -194,6 +195,9 @@ class ChatAnswer(WholeAnswer):
             yield b',"prompt_logprobs":[null'
             yield self._entries
             yield b"]"
+        elif self._identity.is_openai:
+            # vLLM's clients read the member without asking whether it is there.
+            yield b',"prompt_logprobs":null'
         if self._identity.returns_ids:
             yield f',"prompt_token_ids":[{id_list(self._identity.prompt_ids)}]'.encode()
 

@@ -52,7 +52,8 @@ class TextChoice(Described):
     prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
     """Those of its prompt, where it asked for them; in a stream in the first chunk."""
     prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
-    """Log-probabilities of the prompt's tokens, where `prompt_logprobs` asked for them."""
+    """Log-probabilities of the prompt's tokens, where `prompt_logprobs` asked for them; else null
+    on the paths of OpenAI's clients, but for streams."""
 
 
 class TextCompletion(Described):
@@ -115,15 +116,21 @@ class RepeatedPrompt:
             if news.columns is not None:
                 add_columns(self.columns, news.columns)
 
-    def members(self) -> Iterator[bytes | bytearray]:
+    def members(self, *, is_openai: bool) -> Iterator[bytes | bytearray]:
         """Yields `prompt_logprobs` and `prompt_token_ids`, where they were asked for.
 
         Each has a comma before it.
+
+        Args:
+            is_openai: Whether `prompt_logprobs` is null where it was not asked for: vLLM's
+                clients read the member without asking whether it is there.
         """
         if self._repeated.prompt_logprobs is not None:
             yield b',"prompt_logprobs":[null'
             yield self.entries
             yield b"]"
+        elif is_openai:
+            yield b',"prompt_logprobs":null'
         if self._ids is not None:
             yield b',"prompt_token_ids":['
             yield self._ids
@@ -179,7 +186,7 @@ class TextPiece(WholeChoice):
         else:
             yield b"null"
         yield f',"finish_reason":{encode(self.reason)}{self.members}'.encode()
-        yield from self._prompt.members()
+        yield from self._prompt.members(is_openai=self._tells_stop)
         yield b"}"
 
 
