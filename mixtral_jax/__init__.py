@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from mixtral_jax.model.transformer import Transformer as Transformer
     from mixtral_jax.placement import Placement as Placement
     from mixtral_jax.sampling_params import SamplingParams as SamplingParams
+    from mixtral_jax.scoring import Score as Score
+    from mixtral_jax.scoring import score as score
     from mixtral_jax.sharding import ShardingRules as ShardingRules
     from mixtral_jax.sharding import make_mesh as make_mesh
     from mixtral_jax.tokenization.messages import Message as Message
@@ -58,6 +60,7 @@ _HOMES = {
     "Placement": "placement",
     "SamplingError": "errors",
     "SamplingParams": "sampling_params",
+    "Score": "scoring",
     "ShardingRules": "sharding",
     "Tokenizer": "tokenization.tokenizer",
     "TokenizerError": "errors",
@@ -74,6 +77,7 @@ _HOMES = {
     "merge": "model.merged",
     "save": "checkpoint.pretrained",
     "save_adapter": "checkpoint.pretrained",
+    "score": "scoring",
 }
 __all__ = ["__version__", *_HOMES]
 

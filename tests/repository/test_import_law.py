@@ -42,9 +42,10 @@ mixtral_jax.tokenization     | mixtral_jax.errors
 mixtral_jax.structure        | mixtral_jax.errors mixtral_jax.tokenization
 mixtral_jax.checkpoint       | mixtral_jax.model* mixtral_jax.tokenization
 mixtral_jax.generation       | mixtral_jax.step* mixtral_jax.tokenization mixtral_jax.structure
-mixtral_jax.training         | mixtral_jax.generation* mixtral_jax.checkpoint
+mixtral_jax.scoring          | mixtral_jax.generation*
+mixtral_jax.training         | mixtral_jax.scoring* mixtral_jax.checkpoint
 mixtral_jax.planning         | mixtral_jax.training*
-mixtral_jax                  | mixtral_jax.generation*
+mixtral_jax                  | mixtral_jax.scoring*
 convert                      | mixtral_jax.model* mixtral_jax.tokenization mixtral_jax.checkpoint mixtral_jax
 serving.errors
 serving.channel
@@ -156,6 +157,7 @@ def law() -> dict[str, set[str]]:
                 }
                 if below in (
                     "mixtral_jax.generation",
+                    "mixtral_jax.scoring",
                     "mixtral_jax.training",
                     "mixtral_jax.planning",
                 ):
