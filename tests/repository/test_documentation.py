@@ -39,6 +39,7 @@ FOREIGN_FLAGS = {
 }
 # Flags of the tools that one page is about.
 FOREIGN_FLAGS_OF = {
+    "docs/serve.md": {"--tasks", "--batch"},  # lm_eval
     "docs/clients.md": {
         *("--backend", "--constraint", "--data", "--profile"),  # guidellm
         *("--endpoint-type", "--streaming", "--tokenizer", "--url"),  # aiperf

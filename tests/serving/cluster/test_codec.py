@@ -46,3 +46,18 @@ def test_slots_and_layers_that_do_not_exist_are_refused() -> None:
     chunk = replace(CHUNK, slot=2)
     with pytest.raises(GroupError, match="slot of an adapter of 2"):
         check.check(plans(chunk))
+
+
+def test_targets_arrive_and_follow_tokens_of_their_chunk() -> None:
+    count = len(CHUNK.token_ids)
+    targets = (3,) * count
+    chunk = replace(CHUNK, targets=targets, target_start=CHUNK.start + 1, asked=5)
+    assert plans_of(step_message((StepPlan(chunks=(chunk,)),))) == (StepPlan(chunks=(chunk,)),)
+    PlanCheck(LIMITS, 2, VOCABULARY).check(plans(chunk))
+    for wrong, message in (
+        (replace(chunk, targets=(VOCABULARY,)), "token id"),
+        (replace(chunk, target_start=CHUNK.start + 2), "target"),
+        (replace(chunk, target_start=CHUNK.start), "target"),
+    ):
+        with pytest.raises(GroupError, match=message):
+            PlanCheck(LIMITS, 2, VOCABULARY).check(plans(wrong))

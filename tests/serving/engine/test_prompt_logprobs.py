@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -9,15 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.checkpoint.adapter import StoredAdapter
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.adapter import AdapterConfig
+from mixtral_jax.model.adapter_stack import StackSizes
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
+from mixtral_jax.scoring import score
 from mixtral_jax.step.buckets import Steps
 from mixtral_jax.structure.matcher import Guide
 from serving.engine.build import compile_steps, engine_of
 from serving.engine.engine import Engine
 from serving.errors import ContextTooLong, InvalidRequest
 from serving.scheduling.request import Event, FinishReason, Request, TokenScore
+from tests.support.adapters import random_adapter
 from tests.support.forms import LIMITS, TOKENIZER, regex
+from tests.support.models import model_of
 
 PROMPT = tuple(TOKENIZER.encode("the quick brown fox jumps over the lazy dog; " * 3))
 GREEDY = SamplingParams(temperature=0.0)
@@ -54,21 +62,26 @@ def run(
 
 
 def scores(events: list[Event]) -> list[TokenScore]:
-    return [score for event in events for score in event.prompt_logprobs]
+    return [told for event in events for told in event.prompt_logprobs]
+
+
+@cache
+def full(model: Transformer) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda tokens: model(tokens))
 
 
 def held_to_full(model: Transformer, prompt: tuple[int, ...], found: list[TokenScore]) -> None:
     """Compares with log_softmax of the full form: logprobs, ranks, and the likeliest three."""
-    logits = model(jnp.asarray([prompt]))[0]
-    logprobs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-    assert [score.token_id for score in found] == [*prompt[1:]]
-    for row, score in zip(logprobs, found, strict=False):
-        own = row[score.token_id]
-        assert score.logprob == pytest.approx(own, abs=2e-5)
-        assert 1 + (row > own + 1e-5).sum() <= score.rank <= 1 + (row > own - 1e-5).sum()
-        values = [logprob for _, logprob in score.top_logprobs]
+    tokens = jnp.zeros((1, LIMITS.max_context), jnp.int32).at[0, : len(prompt)].set(prompt)
+    logprobs = np.asarray(jax.nn.log_softmax(full(model)(tokens)[0], axis=-1))
+    assert [told.token_id for told in found] == [*prompt[1:]]
+    for row, told in zip(logprobs, found, strict=False):
+        own = row[told.token_id]
+        assert told.logprob == pytest.approx(own, abs=2e-5)
+        assert 1 + (row > own + 1e-5).sum() <= told.rank <= 1 + (row > own - 1e-5).sum()
+        values = [logprob for _, logprob in told.top_logprobs]
         np.testing.assert_allclose(values, np.sort(row)[::-1][: len(values)], atol=2e-5)
-        for token, logprob in score.top_logprobs:
+        for token, logprob in told.top_logprobs:
             assert logprob == pytest.approx(row[token], abs=2e-5)
 
 
@@ -78,7 +91,7 @@ def test_chunks_of_a_prompt_give_what_the_full_form_gives(model: Transformer, st
     quiet = replace(asking("quiet"), prompt_logprobs=None)
     events = run(engine, asking("asks"), quiet, asking("other", PROMPT[7:60], prompt_logprobs=0))
     held_to_full(model, PROMPT, scores(events["asks"]))
-    assert len({len(score.top_logprobs) for score in scores(events["asks"])}) == 1
+    assert len({len(told.top_logprobs) for told in scores(events["asks"])}) == 1
     held_to_full(model, PROMPT[7:60], scores(events["other"]))
     assert not scores(events["quiet"])
     tokens = [[e.drawn.token_id for e in events[name] if e.drawn] for name in ("asks", "quiet")]
@@ -145,20 +158,6 @@ def test_a_prompt_is_scored_once_whatever_becomes_of_its_pages(
     assert sum(event.drawn is not None for event in events) == 18
 
 
-def test_a_sequence_that_gives_way_in_mid_prompt_goes_on_where_its_logprobs_ended(
-    model: Transformer,
-) -> None:
-    """A pool of 48 pages holds one prompt of 135 tokens and its answer, and not two."""
-    limits = replace(LIMITS, num_pages=48, max_step_tokens=16, max_context=192)
-    engine = engine_of(model, limits, compile_steps(model, limits, has_masks=False))
-    long = asking("long", max_tokens=40, caller="a", prompt_logprobs=1)
-    events = run(engine, long, replace(long, id="second"), replace(long, id="third", caller="b"))
-    for name in ("long", "second", "third"):
-        held_to_full(model, PROMPT, scores(events[name]))
-        assert sum(event.drawn is not None for event in events[name]) == 40
-    assert engine.scheduler.preemptions > 0
-
-
 def test_a_row_with_a_grammar_is_scored_too(model: Transformer, steps: Steps, guide: Guide) -> None:
     engine = engine_of(model, LIMITS, steps)
     form = regex(guide, "[0-9]{5}")
@@ -166,3 +165,33 @@ def test_a_row_with_a_grammar_is_scored_too(model: Transformer, steps: Steps, gu
     held_to_full(model, PROMPT, scores(events))
     drawn = [event.drawn.token_id for event in events if event.drawn]
     assert b"".join(map(TOKENIZER.token_bytes, drawn[:5])).isdigit()
+
+
+@pytest.mark.slow
+def test_adapters_of_a_step_and_a_mesh_have_the_logprobs_of_their_models() -> None:
+    """Eight devices, four sequence groups; beside each other the model and one with an adapter."""
+    config = replace(
+        ModelConfig.tiny(vocab_size=64), num_heads=8, num_kv_heads=4, head_size=8, num_experts=8
+    )
+    settings = AdapterConfig(rank=4, alpha=8.0)
+    adapter = random_adapter(config, settings, seed=1, size=0.3)
+    stored = StoredAdapter(settings, adapter, "0" * 64, "base")
+    model = model_of(config, mesh="expert=4,tensor=2", dp_attention=True)
+    limits = replace(LIMITS, num_pages=32, max_sequences=2, max_step_tokens=8, max_context=32)
+    sizes = StackSizes.all_targets(config, 1, 4)
+    steps = compile_steps(model, limits, has_masks=False, adapters=sizes, buckets=(8,))
+    engine = engine_of(model, limits, steps)
+    engine.load_adapter("red", stored)
+    prompt = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14)
+    events = run(
+        engine,
+        asking("plain", prompt, max_tokens=0),
+        asking("red", prompt, max_tokens=0, adapter="red"),
+        asking("other", prompt[3:], max_tokens=1),
+    )
+    alone = model_of(config)
+    for name, beside in (("plain", None), ("red", adapter.folded(settings))):
+        (wanted,) = score(alone, None, [prompt], adapter=beside)
+        found = scores(events[name])
+        assert [one.token_id for one in found] == [*prompt[1:]]
+        np.testing.assert_allclose([one.logprob for one in found], wanted.logprobs, atol=5e-5)
