@@ -132,8 +132,8 @@ def _batches(
 
 def _batch_rows(count: int, length: int) -> int:
     """Returns the rows of a batch of such a length: a power of two, of so many texts in all."""
-    most = max(1, _BATCH_TOKENS // length)
-    return min(1 << (most.bit_length() - 1), 1 << (count - 1).bit_length())
+    limit = max(1, _BATCH_TOKENS // length)
+    return min(1 << (limit.bit_length() - 1), 1 << (count - 1).bit_length())
 
 
 def _listed(texts: Sequence[str | Sequence[int]]) -> Sequence[str | Sequence[int]]:
