@@ -78,6 +78,32 @@ def test_tokens_of_a_text_and_a_chat(
     assert response.json() == answer
 
 
+def test_the_bytes_are_those_that_clients_have_read(client: httpx.Client) -> None:
+    recorded = {
+        '{"prompt": "hi"}': b'{"count":3,"max_model_len":64,"tokens":[256,104,105],'
+        b'"token_strs":null}',
+        '{"content": "hi"}': b'{"tokens":[104,105]}',
+        '{"content": "hi", "with_pieces": true}': b'{"tokens":[{"id":104,"piece":"h"},'
+        b'{"id":105,"piece":"i"}]}',
+    }
+    for asked, answer in recorded.items():
+        response = client.post(
+            "/tokenize", content=asked, headers={"content-type": "application/json"}
+        )
+        assert response.content == answer
+        assert response.headers["content-type"] == "application/json"
+    assert client.post("/detokenize", json={"tokens": HELLO}).content == (
+        b'{"prompt":"hi","content":"hi"}'
+    )
+
+
+def test_a_long_answer_is_written_in_pieces_that_fit(client: httpx.Client) -> None:
+    text = "a" * 5000  # more tokens than are written at a time
+    answer = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) == 5001
+    assert set(answer["tokens"][1:]) == {97} and set(answer["token_strs"][1:]) == {"a"}
+
+
 def test_tools_and_the_caller_reach_the_service(client: httpx.Client, stack: Stack) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     client.post("/tokenize", json={"messages": MESSAGES, "tools": [tool]})
