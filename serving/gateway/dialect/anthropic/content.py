@@ -11,8 +11,11 @@ https://docs.claude.com/en/api/messages
 """
 
 import json
+import operator
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationInfo
@@ -209,9 +212,7 @@ def conversation(turns: Sequence[Turn], system: str | None) -> inference_pb2.Cha
         turns: The messages, in order.
         system: The system's message before them, which is joined with those that open them.
     """
-    messages: list[inference_pb2.ChatMessage] = []
-    if system:
-        messages.append(inference_pb2.ChatMessage(role="system", content=system))
+    messages = [_Message("system", [system])] if system else []
     for turn in turns:
         for block in turn.content:
             match block:
@@ -219,27 +220,46 @@ def conversation(turns: Sequence[Turn], system: str | None) -> inference_pb2.Cha
                     role, text = turn.role, block.text
                     if role == "system" and messages and messages[-1].role != "system":
                         role, text = "user", f"<system>\n{text}\n</system>"
-                    last = _of(messages, role)
-                    last.content += ("\n" if last.content else "") + text
+                    _of(messages, role).texts.append(text)
                 case ToolUseBlock():
-                    _of(messages, turn.role).tool_calls.add(
-                        id=_call_id(block.id), name=block.name, arguments=block.input
-                    )
+                    _of(messages, turn.role).calls.append(block)
                 case ToolResultBlock():
                     content = f"{_ERROR}{block.content}" if block.is_error else block.content
                     messages.append(
-                        inference_pb2.ChatMessage(
-                            role="tool", content=content, tool_call_id=_call_id(block.tool_use_id)
-                        )
+                        _Message("tool", [content], call_id=_call_id(block.tool_use_id))
                     )
     is_begun = bool(messages) and turns[-1].role == messages[-1].role == "assistant"
-    return inference_pb2.Chat(messages=messages, continue_last=is_begun)
+    return inference_pb2.Chat(
+        messages=[message.proto() for message in messages], continue_last=is_begun
+    )
 
 
-def _of(messages: list[inference_pb2.ChatMessage], role: str) -> inference_pb2.ChatMessage:
+@dataclass
+class _Message:
+    """A message that is gathered: a proto would hold every text that it ever had."""
+
+    role: str
+    texts: list[str] = field(default_factory=list)
+    calls: list[ToolUseBlock] = field(default_factory=list)
+    call_id: str = ""  # of a result
+
+    def proto(self) -> inference_pb2.ChatMessage:
+        """Returns the message for the service; each text but an empty first one begins a line."""
+        return inference_pb2.ChatMessage(
+            role=self.role,
+            content="\n".join(dropwhile(operator.not_, self.texts)),
+            tool_call_id=self.call_id,
+            tool_calls=[
+                inference_pb2.ToolCall(id=_call_id(call.id), name=call.name, arguments=call.input)
+                for call in self.calls
+            ],
+        )
+
+
+def _of(messages: list[_Message], role: str) -> _Message:
     """Returns the last message if it is of the role, or else a new one behind it."""
     if not (messages and messages[-1].role == role):
-        messages.append(inference_pb2.ChatMessage(role=role))
+        messages.append(_Message(role))
     return messages[-1]
 
 

@@ -1,10 +1,13 @@
 """Content blocks of Anthropic's API, and the messages that they become."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serving.errors import InvalidParameter, UnsupportedParameter
+from serving.gateway.dialect.anthropic.content import Turn, conversation
 from serving.proto import inference_pb2
 from tests.serving.gateway.dialect.anthropic.test_request import asked, request
 
@@ -53,6 +56,29 @@ def test_turns_of_one_role_are_one() -> None:
     ]
     system = {"role": "system", "content": "later"}
     assert said([system, HELLO], system="first") == [("system", "first\nlater"), ("user", "hello")]
+
+
+def test_empty_texts_before_others_begin_no_line() -> None:
+    assert said([of("user", text(""), text("a"), text(""), text("b"))]) == [("user", "a\n\nb")]
+    assert said([of("user", text("\n"), text("a"))]) == [("user", "\n\na")]
+    assert said([of("user", text(""), text(""))]) == [("user", "")]
+
+
+def test_a_message_of_many_blocks_holds_their_text_once() -> None:
+    """A proto would hold all that its content ever was: of these blocks 330 MB, and not 130 KB."""
+    turns = [Turn.model_validate(of("user", *[text("a" * 31)] * 1024))] * 4
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    before = peak_bytes()
+    chat = conversation(turns, None)
+    assert len(chat.messages[0].content) == 4 * 1024 * 32 - 1
+    assert peak_bytes() - before < 2**26
+
+
+def peak_bytes() -> int:
+    """Returns the most memory of this process that was resident at a time."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (kilobytes,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kilobytes) * 1024
 
 
 def test_a_systems_message_within_a_conversation_is_text_of_the_user() -> None:
