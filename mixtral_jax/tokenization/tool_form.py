@@ -37,6 +37,9 @@ class ToolForm:
     module writes them. Otherwise short white space is free, which small models need."""
     at_most_one: bool = False
     """Whether the form has no way to tell the results of several calls apart."""
+    one_unless_asked: bool = False
+    """Whether an answer has one call at most where the caller does not say that it may have
+    several: a model that was not trained for the form repeats its calls."""
     text_may_precede: bool = False
     """Whether an answer may have text before its calls."""
 

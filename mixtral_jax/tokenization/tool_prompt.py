@@ -25,6 +25,7 @@ PROMPT_FORM = ToolForm(
     separator=(", ",),
     end=("]</tool_call>",),
     is_compact=False,
+    one_unless_asked=True,
 )
 _HEAD = "You can call functions. Each line is a function, with a JSON Schema of its arguments:"
 _TAIL = (

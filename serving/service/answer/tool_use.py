@@ -65,7 +65,9 @@ def use_of(chat: pb.Chat, form: ToolForm, response: Specification | None) -> Too
     choice = chat.tool_choice
     if choice.mode not in _MODES:
         raise InvalidParameter(f"{TOOL_CHOICE}.mode is {choice.mode}; give one of ToolChoice.Mode")
-    parallel = chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else True
+    parallel = not form.one_unless_asked
+    if chat.HasField("parallel_tool_calls"):
+        parallel = chat.parallel_tool_calls
     return ToolUse(
         form=form,
         tools=tools_of(chat),

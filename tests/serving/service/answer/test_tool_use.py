@@ -106,6 +106,17 @@ def test_several_calls_are_allowed_unless_they_are_not(v3: AnswerForms) -> None:
     assert not accepts(v3.form(message, continues=False), both)
 
 
+def test_a_model_without_training_makes_one_call_unless_more_are_asked_for(
+    toy: AnswerForms,
+) -> None:
+    both = called_ids(BYTES, "Rome", "sum")
+    assert accepts(toy.form(asking(), continues=False), called_ids(BYTES, "Rome"))
+    assert not accepts(toy.form(asking(), continues=False), both)
+    message = asking()
+    message.chat.parallel_tool_calls = True
+    assert accepts(toy.form(message, continues=False), both)
+
+
 def test_with_a_form_an_answer_calls_or_matches_it(v3: AnswerForms) -> None:
     schema = '{"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}'
     form = v3.form(asking(response_format=pb.ResponseFormat(json_schema=schema)), continues=False)
