@@ -96,8 +96,8 @@ function truncate(length) {
 }
 
 function show(given) {
-  running?.abort();
   truncate(0);
+  if (byId("problem").dataset.of !== "door") clearProblem(); // it was of an answer that is gone
   conversation = { ...given, messages: [] };
   byId("system").value = conversation.system;
   for (const message of given.messages) add(message);
@@ -156,7 +156,8 @@ async function answer(more = null, before = []) {
       say("The answer was stopped.");
     } else if (error instanceof ServerError) {
       view.end();
-      explain(error, view, () => answer(more));
+      const place = views.indexOf(view);
+      explain(error, view, () => (before.length ? acts.regenerate(views[place]) : answer(more)));
     } else {
       view.end();
       throw error;
@@ -348,7 +349,6 @@ async function importFile() {
   try {
     show(importConversation(await file.text()));
     keep();
-    clearProblem();
   } catch (error) {
     showProblem(`${file.name} cannot be imported. ${error.message}`);
   }

@@ -304,8 +304,10 @@ function cells(line) {
 
 function table([head, , ...rows]) {
   const titles = cells(head);
-  const row = (line) =>
-    el("tr", {}, ...titles.map((_, i) => el("td", {}, inline(cells(line)[i] ?? ""))));
+  const row = (line) => {
+    const given = cells(line);
+    return el("tr", {}, ...titles.map((_, i) => el("td", {}, inline(given[i] ?? ""))));
+  };
   return el(
     "div",
     { className: "table", tabIndex: 0 },

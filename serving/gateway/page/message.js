@@ -96,7 +96,7 @@ export class MessageView {
     this.element.removeAttribute("aria-busy");
     this.#addText();
     this.#endText();
-    if (isJson(this.message.content)) this.#beginText();
+    if (isJson(this.message.content) && !this.#showsTokens) this.#beginText();
     this.#showTitle();
     this.#showCalls();
     this.#showFigures(true);

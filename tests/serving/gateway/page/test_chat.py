@@ -177,6 +177,15 @@ def test_another_token_is_gone_on_from(writing: Any, open_page: Open) -> None:
     assert (chat.messages[-1].content, chat.continue_last) == ("a other", True)
 
 
+def test_json_is_shown_as_its_tokens_too(writing: Any, open_page: Open) -> None:
+    stack, service = writing
+    service.pieces = ['{"a":', " 1}"]
+    page = open_page(stack.url)
+    page.check("#shown")
+    ask(page, "x", '{"a": 1}')
+    assert page.locator("article:last-child .t").count() == 2
+
+
 def test_models_and_adapters_are_chosen(stack: Stack, open_page: Open) -> None:
     stack.service.adapters = {"poems": "ab" * 32}
     page = open_page(stack.url)

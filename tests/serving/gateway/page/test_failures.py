@@ -60,6 +60,40 @@ def test_a_full_queue_counts_down_and_is_tried_again(stack: Stack, open_page: Op
     assert bodies(page) == ["!fail:Overloaded"]
 
 
+def refuse_once(page: Any) -> None:
+    """Has the next chat be refused, as a server that is starting does."""
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=503, json={"error": {"message": "later"}}),
+        times=1,
+    )
+
+
+def test_a_regenerated_answer_that_fails_comes_back_and_is_tried_again(
+    stack: Stack, open_page: Open
+) -> None:
+    page = open_page(stack.url)
+    ask(page, "one", "one")
+    refuse_once(page)
+    page.click("article:last-child >> text=Regenerate")
+    problem(page, "not ready")
+    assert bodies(page) == ["one", "one"]
+    page.locator("#problem button").click()
+    ended(page, "one")
+    assert bodies(page) == ["one", "one"]
+    assert asked(stack) == [("user", "one")]
+    assert len(stack.service.requests) == 2
+
+
+def test_a_new_chat_has_no_problem_of_the_one_before(stack: Stack, open_page: Open) -> None:
+    page = open_page(stack.url)
+    refuse_once(page)
+    ask(page, "one")
+    problem(page, "not ready")
+    page.click("#new")
+    assert page.locator("#problem").text_content() == ""
+
+
 @pytest.mark.parametrize(
     ("asked_for", "words"),
     [
