@@ -27,6 +27,7 @@ class LatePrograms:
     def __init__(self, steps: Steps, say: Callable[[str], None]) -> None:
         self._steps, self._say = steps, say
         self._is_wanted = True
+        self._is_preparing = False
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._scores = ThreadPoolExecutor(1, thread_name_prefix=THREAD)
 
@@ -40,12 +41,20 @@ class LatePrograms:
 
         The first request that asks for them waits for it, and no other.
         """
-        return self._scores.submit(self._steps.prepare_scores)
+        return self._scores.submit(self._prepare_scores)
 
     def stop(self) -> bool:
         """Begins no further program; returns False if one is under way, which nothing can end."""
         self._is_wanted = False
-        return not self._thread.is_alive()
+        self._scores.shutdown(wait=False, cancel_futures=True)
+        return not (self._thread.is_alive() or self._is_preparing)
+
+    def _prepare_scores(self) -> None:
+        self._is_preparing = True
+        try:
+            self._steps.prepare_scores()
+        finally:
+            self._is_preparing = False
 
     def _run(self) -> None:
         whole = self._steps.whole

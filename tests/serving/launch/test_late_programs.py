@@ -1,6 +1,7 @@
 """Programs that are compiled beside the first answers."""
 
 import logging
+import threading
 from dataclasses import replace
 
 import jax
@@ -49,6 +50,26 @@ def test_what_is_missing_is_compiled_in_a_thread(steps: Steps) -> None:
     assert steps.whole is not None and not steps.whole.missing
     assert steps.bucket(1) == 2
     assert said == ["all 3 programs that were missing are compiled"]
+
+
+def test_the_end_is_told_of_scores_that_are_being_compiled(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def prepare() -> None:
+        has_begun.set()
+        assert may_end.wait(60)
+
+    monkeypatch.setattr(steps.scores, "prepare", prepare)
+    late = LatePrograms(steps, lambda line: None)
+    running, waiting = late.prepare_scores(), late.prepare_scores()
+    assert has_begun.wait(60)
+    assert not late.stop()  # the exit of the process would wait for it
+    assert waiting.cancelled()
+    may_end.set()
+    running.result(60)
+    assert late.stop()
 
 
 @pytest.mark.parametrize(("failing", "buckets"), [((Kind(), 2), (4, 2)), (("draw", 1), (2, 4))])
