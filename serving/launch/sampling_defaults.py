@@ -9,6 +9,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mixtral_jax.checkpoint.pretrained import Pretrained
 from mixtral_jax.checkpoint.sampling_defaults import (
@@ -21,6 +22,7 @@ from mixtral_jax.sampling_params import SamplingFields
 from mixtral_jax.tokenization.special_tokens import GENERATION_CONFIG
 
 AUTO, NONE = "auto", "vllm"
+_OVERRIDE = "--override-generation-config"
 
 
 def chosen_defaults(pretrained: Pretrained, choice: str, override: str | None) -> SamplingFields:
@@ -29,7 +31,8 @@ def chosen_defaults(pretrained: Pretrained, choice: str, override: str | None) -
     Args:
         pretrained: The model.
         choice: "auto", "vllm", or a folder with a generation_config.json.
-        override: A JSON object whose values replace single ones; None: none.
+        override: A JSON object whose values replace single ones, null for a value that the server
+            chooses itself; None: none.
 
     Raises ConfigError, which names the flag, for a folder without that file, an override that is no
     JSON object or has another key, and values out of range.
@@ -46,18 +49,21 @@ def chosen_defaults(pretrained: Pretrained, choice: str, override: str | None) -
         defaults = read_sampling_defaults(Path(choice))
     if override is None:
         return defaults
-    return {**defaults, **_overriding(override)}
+    content = _overriding(override)
+    kept: Any = {name: value for name, value in defaults.items() if name not in content}
+    return {**kept, **checked_defaults(content, _OVERRIDE)}
 
 
-def _overriding(text: str) -> SamplingFields:
-    flag = "--override-generation-config"
+def _overriding(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{flag} is no JSON: {error}") from None
+        raise ConfigError(f"{_OVERRIDE} is no JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f'{flag} is no object; give one such as {{"temperature": 0.2}}')
+        raise ConfigError(f'{_OVERRIDE} is no object; give one such as {{"temperature": 0.2}}')
     for name in content:
         if name not in SAMPLING_NAMES:
-            raise ConfigError(f"{flag} has {name[:40]!r}; it takes {', '.join(SAMPLING_NAMES)}")
-    return checked_defaults(content, flag)
+            raise ConfigError(
+                f"{_OVERRIDE} has {name[:40]!r}; it takes {', '.join(SAMPLING_NAMES)}"
+            )
+    return content

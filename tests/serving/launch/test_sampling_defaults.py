@@ -28,6 +28,7 @@ def test_the_operator_chooses_whose_values_hold(tmp_path: Path) -> None:
         "min_p": 0.1,
     }
     assert chosen_defaults(model, "vllm", override) == {"temperature": 1.0, "min_p": 0.1}
+    assert chosen_defaults(model, "auto", '{"temperature": null}') == {"top_p": 0.5}
 
 
 @pytest.mark.parametrize(
