@@ -31,7 +31,7 @@ LOGGER = "serving.gateway.http.access_log"
 WHOLE, DROPPED, BROKEN, REFUSED = "whole", "dropped", "broken", "refused"
 OTHER = "other"  # the route, in metrics, of a request for which there is none
 # Health checks come several times a second: they are counted, but not logged or traced.
-UNLOGGED_PREFIX = "/health/"
+UNLOGGED = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 _MAX_PATH_LENGTH = 200
 # The most finish reasons that a line has one by one: a request may have 2,048 choices.
 _MAX_REASONS = 16
@@ -91,7 +91,7 @@ class AccessLog:
 
     def _begin(self, scope: Scope) -> RequestRecord:
         span = Span({})
-        if not scope["path"].startswith(UNLOGGED_PREFIX):
+        if scope["path"] not in UNLOGGED:
             # The server has checked the method, and its name is short; the path may be anything.
             span = self._traces.begin(scope["method"], Headers(scope=scope))
         return RequestRecord(scope, span, keeps_texts=self._log_prompts)
@@ -103,7 +103,7 @@ class AccessLog:
         )
         if record.calls and (record.first_token is not None or outcome == DROPPED):
             self._metrics.tokens(record.prompt_tokens, record.completion_tokens)
-        if not scope["path"].startswith(UNLOGGED_PREFIX):
+        if scope["path"] not in UNLOGGED:
             _end_spans(scope, record, status, outcome)
             self._log(scope, record, status, outcome)
 

@@ -388,7 +388,8 @@ def test_an_error_of_the_service_costs_nothing(watched: Watched) -> None:
 
 
 def test_health_is_not_logged(watched: Watched, lines: list[dict[str, Any]]) -> None:
-    watched.get("/health/live")
+    for path in ("/health/live", "/health/ready", "/health", "/ping"):
+        assert watched.get(path).status_code == 200
     watched.get("/info")
     until(lambda: lines)
     assert [line["path"] for line in lines] == ["/info"]
