@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
-from serving.errors import ServingError
+from serving.errors import ContextTooLong, ServingError
 from serving.scheduling.request import Event, FinishReason, Request
 
 
@@ -38,9 +38,14 @@ class Uncomputed:
     """The events of a request that asks neither for tokens nor for logprobs: the ends of choices.
 
     It is used as a Submission is, and reaches no engine.
+
+    Raises ContextTooLong for a prompt of more than `max_context` tokens.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, max_context: int) -> None:
+        size = len(request.prompt_ids)
+        if size > max_context:
+            raise ContextTooLong.of(max_context, f"the prompt has {size}")
         ends = [
             Event(
                 request_id=request.id,

@@ -232,7 +232,10 @@ class InferenceService(rpc.InferenceServicer):
             await asyncio.wrap_future(self._prepare_scores())
         is_computed = request.max_tokens > 0 or request.num_scored > 0
         submission: Submission | Uncomputed
-        submission = self._worker.submit(request) if is_computed else Uncomputed(request)
+        if is_computed:
+            submission = self._worker.submit(request)
+        else:
+            submission = Uncomputed(request, self.max_context)
         async with aclosing(submission) as events:
             await events.accepted()
             if begin is not None:

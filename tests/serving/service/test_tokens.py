@@ -117,6 +117,25 @@ def test_generate_returns_the_ids_of_its_prompt_where_they_are_asked_for(
     asyncio.run(run())
 
 
+def test_the_ids_of_a_prompt_beyond_the_context_are_refused(
+    parts: tuple[EngineWorker, Tokenizer],
+) -> None:
+    async def run() -> None:
+        async with serving(parts) as stub:
+            info = await stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=KEY)
+            request = pb.GenerateRequest(max_tokens=0, return_prompt_ids=True)
+            request.text = "a" * (info.max_context - 1)  # and bos
+            (first, last) = [chunk async for chunk in stub.Generate(request, metadata=KEY)]
+            assert len(first.prompt_ids) == last.usage.prompt_tokens == info.max_context
+            request.text += "a"
+            with pytest.raises(
+                grpc.aio.AioRpcError, match=f"the prompt has {info.max_context + 1}"
+            ):
+                [chunk async for chunk in stub.Generate(request, metadata=KEY)]
+
+    asyncio.run(run())
+
+
 def test_metrics_are_for_operators(
     parts: tuple[EngineWorker, Tokenizer], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
