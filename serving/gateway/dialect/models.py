@@ -117,7 +117,10 @@ def sampling_defaults(model: inference_pb2.ModelInfo) -> SamplingDefaults | None
     if not values:
         return None
     # A float32 of the proto, as it was written: 0.2 and not 0.20000000298023224.
-    written = {name: float(f"{value:.7g}") for name, value in values.items()}
+    written = {
+        name: float(f"{value:.7g}") if isinstance(value, float) else value
+        for name, value in values.items()
+    }
     return SamplingDefaults.model_validate(written)
 
 

@@ -144,13 +144,13 @@ def test_the_list_follows_adapters_within_a_second(
 def test_the_models_own_sampling_parameters_are_told_and_left_to_the_service() -> None:
     with running_stack() as stack, httpx.Client(base_url=stack.url, headers=BEARER) as client:
         stack.service.sampling_defaults.temperature = 0.2
-        stack.service.sampling_defaults.top_k = 40
+        stack.service.sampling_defaults.top_k = 12_345_678
         (card,) = client.get("/v1/models").json()["data"]
         assert card["default_model_temperature"] == 0.2  # which Mistral's client reads
-        assert card["default_sampling_params"] == {"temperature": 0.2, "top_k": 40}
+        assert card["default_sampling_params"] == {"temperature": 0.2, "top_k": 12_345_678}
         assert client.get("/info").json()["default_sampling_params"] == {
             "temperature": 0.2,
-            "top_k": 40,
+            "top_k": 12_345_678,
         }
         for path in (*AZURE, *OPENAI, *RESPONSES):
             assert client.post(path, json=body_for(path)).status_code == 200

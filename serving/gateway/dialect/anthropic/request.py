@@ -173,11 +173,6 @@ class CountRequest(Parameters):
     stop: Annotated[StopTexts | None, AfterValidator(_newer_name)] = None
     """Not a name of this API."""
 
-    @property
-    def include_usage(self) -> bool:
-        """Returns false: the last event has the usage anyway."""
-        return False
-
     def sent_path(self, path: Path) -> Path:
         """Returns the client's path of a parameter, from the path that the service names."""
         match path:
