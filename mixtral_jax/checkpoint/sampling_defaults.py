@@ -9,6 +9,7 @@ min_p and repetition_penalty. `do_sample` is none of them: most files lack it, a
 takes the likeliest token, whatever temperature stands beside it.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def checked_defaults(content: Mapping[str, Any], place: str) -> SamplingFields:
         if not is_whole and (name == "top_k" or not isinstance(value, float)):
             kind = "whole number" if name == "top_k" else "number"
             raise ConfigError(f"{place}: {name} is {value!r}; give a {kind}")
-        named[name] = max(0, value) if name == "top_k" else float(value)  # -1 is vLLM's "all"
+        named[name] = max(0, value) if name == "top_k" else _as_float(value)  # -1 is vLLM's "all"
     checked: Any = named
     fields: SamplingFields = checked
     try:
@@ -61,3 +62,11 @@ def checked_defaults(content: Mapping[str, Any], place: str) -> SamplingFields:
     except SamplingError as error:
         raise ConfigError(f"{place}: {error}; correct it") from None
     return fields
+
+
+def _as_float(value: int | float) -> float:
+    """Returns the number, infinite if it is beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -39,6 +39,8 @@ def test_the_operator_chooses_whose_values_hold(tmp_path: Path) -> None:
         ("auto", "[]", "--override-generation-config is no object"),
         ("auto", '{"seed": 1}', "--override-generation-config has 'seed'; it takes temperature"),
         ("auto", '{"top_p": 2}', "--override-generation-config: top_p is 2"),
+        ("auto", f'{{"top_p": 1{"0" * 400}}}', "--override-generation-config: top_p is inf"),
+        ("auto", f'{{"top_p": -1{"0" * 400}}}', "--override-generation-config: top_p is -inf"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_the_flags_name(
