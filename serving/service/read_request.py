@@ -208,17 +208,13 @@ class Translator:
             case "text":
                 ids = self._text_ids(message.text)
                 if not ids:
-                    raise InvalidRequest("text is empty; give at least one character")
+                    raise InvalidParameter("text is empty; give at least one character")
                 return ids
             case "token_ids":
                 ids = message.token_ids.ids
                 if not ids:
-                    raise InvalidRequest("token_ids is empty; give at least one id")
-                if max(ids) >= self._info.vocab_size:
-                    raise InvalidRequest(
-                        f"token_ids holds {max(ids)}, which is out of vocabulary; ids are below "
-                        f"{self._info.vocab_size}"
-                    )
+                    raise InvalidParameter("token_ids is empty; give at least one id")
+                self._check_ids("token_ids", ids)
                 return ids
             case _:
                 raise InvalidRequest("prompt is missing; set chat, text or token_ids")

@@ -6,9 +6,13 @@ be written, sent and read on the event loops of both processes, while others wai
 
 from collections.abc import Sequence
 
-from serving.errors import ContextTooLong, InvalidRequest, ServingError
+from serving.errors import ContextTooLong, InvalidParameter, InvalidRequest, ServingError
+from serving.gateway.dialect.names import renamed
 from serving.proto import inference_pb2 as pb
 from serving.proto.prompt_size import chat_size
+
+PROMPTS = (("text",), ("token_ids",))
+"""The service's paths of a prompt that is no chat."""
 
 
 def check_prompts(calls: Sequence[pb.GenerateRequest], model: pb.ModelInfo) -> None:
@@ -34,6 +38,8 @@ def at_place(error: ServingError, place: int) -> ServingError:
         return placed
     if type(error) is InvalidRequest:
         return InvalidRequest(f"{name}: {error}")
+    if isinstance(error, InvalidParameter):
+        return renamed(error, lambda path: (name,) if path in PROMPTS else path)
     return error
 
 

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from serving.access.caller import Caller
 from serving.accounting.admission import Admission
-from serving.errors import InvalidRequest
+from serving.errors import InvalidParameter, InvalidRequest
 from serving.gateway.answering import Gateway
 from serving.gateway.dialect import parsing
 from serving.gateway.dialect.anthropic.hosted_tools import MessagesFields
@@ -63,7 +63,10 @@ class Tokenization:
         """Returns the text of tokens."""
 
         async def answer(asked: DetokenizeRequest) -> bytes:
-            text = await self._service.detokenize(asked.proto(), request.state.caller.name)
+            try:
+                text = await self._service.detokenize(asked.proto(), request.state.caller.name)
+            except InvalidParameter as error:
+                raise asked.as_sent(error) from error
             return await asyncio.to_thread(detokenized, text)
 
         return await self._answer(request, DetokenizeRequest, answer)

@@ -397,8 +397,8 @@ def test_a_stop_text_ends_the_stream_before_it(parts: tuple[EngineWorker, Tokeni
         ),
         (
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[261])),
-            "InvalidRequest",
-            "ids are below 261",
+            "InvalidParameter",
+            "token_ids holds 261; ids are below 261",
         ),
         (
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 600)),

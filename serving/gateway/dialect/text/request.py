@@ -7,12 +7,14 @@ choices of the first one come first.
 from functools import cached_property
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from serving.gateway.dialect.fields import NOT_SUPPORTED, Harmless, Text, TokenCount, TokenId, only
 from serving.gateway.dialect.forms import FormParameters
+from serving.gateway.dialect.names import Path
 from serving.gateway.dialect.prompt_scores import Asked
+from serving.gateway.dialect.prompt_size import PROMPTS
 from serving.gateway.dialect.text.prompts import Repeated
 from serving.proto import inference_pb2
 
@@ -25,9 +27,13 @@ DEFAULT_TEMPERATURE = 1.0
 # Ids of one prompt; no model's context is longer.
 MAX_PROMPT_IDS = 2**17
 
-Prompt = (
-    Text | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
-)
+
+def _kind(prompt: object) -> str:
+    return "text" if isinstance(prompt, str) else "ids"
+
+
+_Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
+Prompt = Annotated[Annotated[Text, Tag("text")] | Annotated[_Ids, Tag("ids")], Discriminator(_kind)]
 
 
 def _prompts(value: object) -> object:
@@ -97,6 +103,17 @@ class CompletionRequest(FormParameters):
     """What the client notes; means nothing here."""
     prompt_cache_key: Harmless = None
     """Prompts that share prefixes: they are found by their content."""
+
+    @classmethod
+    def place(cls, steps: Path) -> Path:
+        """Returns the path of a value in the body; pydantic names the kinds of prompts too."""
+        if steps[:1] == ("prompt",) and steps[2:3] and steps[2] in ("text", "ids"):
+            return (*steps[:2], *steps[3:])
+        return steps
+
+    def sent_path(self, path: Path) -> Path:
+        """Returns the client's path of a parameter, from the path that the service names."""
+        return ("prompt",) if path in PROMPTS else super().sent_path(path)
 
     @property
     def returns_ids(self) -> bool:

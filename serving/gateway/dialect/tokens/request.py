@@ -9,15 +9,25 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from serving.errors import InvalidParameter
 from serving.gateway.dialect.chat.messages import Message, check_order, conversation
 from serving.gateway.dialect.chat.request import MAX_MESSAGES
 from serving.gateway.dialect.chat.tools import Tools, add_tools
 from serving.gateway.dialect.chat.turn_end import check_turn_end, set_turn_end
 from serving.gateway.dialect.fields import Body, Harmless, Never, Text, TokenId, only
+from serving.gateway.dialect.names import renamed
 from serving.gateway.dialect.text.request import MAX_PROMPT_IDS
 from serving.proto import inference_pb2
 
 _INPUTS = ("messages", "prompt", "content")
+_OF_CHATS = ("add_generation_prompt", "continue_final_message", "tools")
+_OF_LLAMA = ("add_special", "with_pieces")
+# The fields that mean nothing beside an input.
+_MEANINGLESS = {
+    "messages": _OF_LLAMA,
+    "prompt": (*_OF_CHATS, *_OF_LLAMA),
+    "content": (*_OF_CHATS, "add_special_tokens", "return_token_strs"),
+}
 
 
 class TokenizeRequest(Body):
@@ -67,6 +77,13 @@ class TokenizeRequest(Body):
                 "there are {number} of prompt, content and messages; give exactly one",
                 {"number": len(given)},
             )
+        for name in _MEANINGLESS[given[0]]:
+            if getattr(self, name):
+                raise PydanticCustomError(
+                    "input",
+                    "{name} means nothing beside {given}; leave it out",
+                    {"name": name, "given": given[0]},
+                )
         check_turn_end(self.messages or [], self.add_generation_prompt, self.continue_final_message)
         return self
 
@@ -101,3 +118,7 @@ class DetokenizeRequest(Body):
     def proto(self) -> inference_pb2.DetokenizeRequest:
         """Returns the call of the model service."""
         return inference_pb2.DetokenizeRequest(ids=self.tokens)
+
+    def as_sent(self, error: InvalidParameter) -> InvalidParameter:
+        """Returns a refusal of the service with the name of the field that the client used."""
+        return renamed(error, lambda path: ("tokens",) if path == ("ids",) else path)

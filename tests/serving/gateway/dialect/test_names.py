@@ -11,6 +11,7 @@ from serving.gateway.dialect.openai import check_unknown
 from serving.gateway.dialect.parsing import read
 from serving.gateway.dialect.responses.request import ResponsesRequest
 from serving.gateway.dialect.text.request import CompletionRequest
+from serving.gateway.dialect.tokens.request import DetokenizeRequest
 from tests.support.chats import HELLO
 
 
@@ -87,3 +88,19 @@ def test_a_schema_of_the_responses_api_is_named() -> None:
 def test_other_refusals_stay() -> None:
     for error in (InvalidRequest("what"), InvalidParameter("n is 17")):
         assert chat().as_sent(error) is error
+
+
+@pytest.mark.parametrize("field", ["text", "token_ids"])
+def test_a_refused_prompt_has_the_name_that_the_client_sent(field: str) -> None:
+    text = f"{field} is empty; give at least one"
+    error = InvalidParameter(text, [Problem("Invalid input", ("body", field), text, None)])
+    sent = CompletionRequest.model_validate({"prompt": ""}).as_sent(error)
+    assert str(sent) == "prompt is empty; give at least one"
+
+
+def test_refused_ids_have_the_name_of_detokenize() -> None:
+    text = "ids holds 300; ids are below 261"
+    error = InvalidParameter(text, [Problem("Invalid input", ("body", "ids"), text, None)])
+    sent = DetokenizeRequest(tokens=[300]).as_sent(error)
+    assert str(sent) == "tokens holds 300; ids are below 261"
+    assert sent.problems[0].path == ("body", "tokens")

@@ -2,8 +2,9 @@
 
 import pytest
 
-from serving.errors import ContextTooLong
-from serving.gateway.dialect.prompt_size import check_prompts
+from serving.errors import ContextTooLong, InvalidParameter, Problem
+from serving.gateway.dialect.error_body import openai_error
+from serving.gateway.dialect.prompt_size import at_place, check_prompts
 from serving.proto import inference_pb2 as pb
 
 MODEL = pb.ModelInfo(max_context=8, max_prompt_bytes=20)
@@ -53,3 +54,15 @@ def test_a_prompt_has_so_many_bytes_or_ids(
 
 def test_a_service_that_does_not_tell_its_bytes_decides_itself() -> None:
     check_prompts([pb.GenerateRequest(text="a" * 10_000)], pb.ModelInfo(max_context=8))
+
+
+@pytest.mark.parametrize("field", ["text", "token_ids"])
+def test_a_refused_prompt_is_named_by_its_place(field: str) -> None:
+    text = f"{field} holds 300; ids are below 261"
+    error = InvalidParameter(text, [Problem("Invalid input", ("body", field), text, None)])
+    placed = at_place(error, 2)
+    assert isinstance(placed, InvalidParameter)
+    assert str(placed) == "prompt[2] holds 300; ids are below 261"
+    assert openai_error(placed).error.param == "prompt[2]"
+    other = InvalidParameter("n is 9", [Problem("Invalid input", ("body", "n"), "n is 9", None)])
+    assert at_place(other, 2) is other

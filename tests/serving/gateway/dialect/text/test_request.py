@@ -50,6 +50,13 @@ def test_prompts_that_are_none(prompt: object) -> None:
         asked(prompt=prompt)
 
 
+def test_a_wrong_id_is_one_problem() -> None:
+    with pytest.raises(InvalidParameter, match="greater than or equal to 0") as refused:
+        asked(prompt=[[1, 2], [3, -4]])
+    (problem,) = refused.value.problems
+    assert problem.path == ("body", "prompt", "1", "1")
+
+
 def test_prompts_and_choices_are_bounded_together() -> None:
     assert len(asked(prompt=["a"] * 1024, n=2)) == 1024
     with pytest.raises(InvalidParameter, match="2,?050 choices together; ask for at most 2,?048"):
