@@ -30,7 +30,8 @@ from serving.gateway.http.drain import Drain
 from serving.gateway.http.failures import answer_failures
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.origin import OriginCheck
-from serving.gateway.openapi.document import RATE_LIMIT_HEADERS, document
+from serving.gateway.openapi.document import document
+from serving.gateway.openapi.operations import RATE_LIMIT_HEADERS
 from serving.gateway.openapi.page import page
 from serving.gateway.page.files import read_page
 from serving.gateway.routes import add_routes

@@ -9,7 +9,8 @@ from serving.errors import InvalidRequest
 from serving.gateway.dialect.parsing import forbidden, shortened
 
 # Azure's versions are dates; its newest API says "v1", "preview" or "latest".
-_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(-preview)?|v1|preview|latest")
+API_VERSION = r"\d{4}-\d{2}-\d{2}(-preview)?|v1|preview|latest"
+"""Pattern of what `api-version` may be."""
 # The fields of a chat that Azure's API has, and those that its linked notebooks and clients send
 # to it unasked. Every other field must be asked for by the header, though we know it.
 _FIELDS = {
@@ -23,7 +24,7 @@ _MAX_LISTED = 32
 
 def check_api_version(version: str | None) -> None:
     """Raises InvalidRequest for an `api-version` that no version of Azure's API has had."""
-    if version is not None and not _VERSION.fullmatch(version):
+    if version is not None and not re.fullmatch(API_VERSION, version):
         raise InvalidRequest(
             f"api-version is '{version[:40]}'; leave it out, or give a date like 2024-05-01-preview"
         )

@@ -1,6 +1,7 @@
 """The document that describes the endpoint says what the application does."""
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -44,6 +45,14 @@ def test_every_reference_leads_somewhere(told: dict[str, Any]) -> None:
     text = json.dumps(told)
     for part in text.split('"$ref": "#/components/schemas/')[1:]:
         assert part.partition('"')[0] in told["components"]["schemas"]
+
+
+def test_the_version_of_the_api_is_described_as_it_is_checked(told: dict[str, Any]) -> None:
+    (version,) = (each for each in told["paths"]["/info"]["get"]["parameters"])
+    assert version["name"] == "api-version"
+    for text in ("2024-05-01-preview", "v1", "latest", "v2"):
+        described = re.fullmatch(version["schema"]["pattern"], text) is not None
+        assert described == (text != "v2")
 
 
 def test_requests_and_answers_are_described_field_by_field(told: dict[str, Any]) -> None:
