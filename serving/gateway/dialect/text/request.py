@@ -20,6 +20,9 @@ from serving.proto import inference_pb2
 
 # Prompts, each of which is a call of its own to the model service, and choices of all of them.
 MAX_PROMPTS = 2048
+# Characters of one prompt that the choices of a stream repeat together: they are written at once.
+MAX_STREAMED_ECHO = 2**22
+_CHARACTERS_PER_ID = 4  # about
 # OpenAI's values of fields that the client left out; a model's own temperature comes first.
 DEFAULT_MAX_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
@@ -74,6 +77,24 @@ def _as_many_as_n(best_of: int | None, info: ValidationInfo) -> int | None:
     return best_of
 
 
+def _repeatable(echo: bool | None, info: ValidationInfo) -> bool | None:
+    """Refuses an echo whose events would be large: each choice of a stream repeats its prompt."""
+    if echo and info.data.get("stream"):
+        sizes = (
+            len(prompt) if isinstance(prompt, str) else len(prompt) * _CHARACTERS_PER_ID
+            for prompt in info.data.get("prompt", ())
+        )
+        size = max(sizes, default=0) * (info.data.get("n") or 1)
+        if size > MAX_STREAMED_ECHO:
+            raise PydanticCustomError(
+                "too_long",
+                "a stream would repeat about {size} characters of a prompt for its choices, more "
+                "than {most}; ask for fewer choices, or without stream",
+                {"size": size, "most": MAX_STREAMED_ECHO},
+            )
+    return echo
+
+
 class CompletionRequest(FormParameters):
     """The body of a text completion request."""
 
@@ -86,7 +107,7 @@ class CompletionRequest(FormParameters):
     """A text to be continued, the ids of its tokens, or a list of either."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The number of likeliest tokens whose log probabilities are returned beside each token's."""
-    echo: bool | None = None
+    echo: Annotated[bool | None, AfterValidator(_repeatable)] = None
     """Whether the answer begins with the prompt; its `logprobs` are then those of both."""
     return_token_ids: bool | None = None
     """vLLM's: whether choices have the ids of their prompt and of their own tokens."""

@@ -63,6 +63,15 @@ def test_prompts_and_choices_are_bounded_together() -> None:
         asked(prompt=["a"] * 1025, n=2)
 
 
+@pytest.mark.parametrize(("prompt", "n"), [("a" * 2**20, 4), ([1] * 2**17, 8)])
+def test_the_prompt_that_the_choices_of_a_stream_repeat_is_bounded(prompt: object, n: int) -> None:
+    body = {"prompt": prompt, "echo": True}
+    assert asked(**body, n=n, stream=True)[0].return_prompt_pieces
+    assert asked(**body, n=n + 1)[0].return_prompt_pieces
+    with pytest.raises(InvalidParameter, match="a stream would repeat about"):
+        asked(**body, n=n + 1, stream=True)
+
+
 def test_of_several_prompts_each_call_is_short_until_it_is_sent() -> None:
     """What they share may have 256 KB, and is not held 2,048 times."""
     schema = {"type": "object", "description": "x" * 100_000}
