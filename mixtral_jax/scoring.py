@@ -6,7 +6,7 @@ in the prefill of a request that asks for `prompt_logprobs` (mixtral_jax/step/sc
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +61,8 @@ def score(
     Raises:
         SamplingError: a text is empty or too long, or has an id that does not exist.
         ChatError: a text is not Unicode.
-        UserError: `texts` is one text rather than a list, or there is no tokenizer.
+        UserError: `texts` is one text rather than a list, one of them is neither a text nor ids, or
+            there is no tokenizer.
     """
     rows = [_ids(model, tokenizer, text) for text in _listed(texts)]
     scores: dict[int, Score] = {}
@@ -153,6 +154,10 @@ def _ids(
                 "or give token ids"
             )
         ids: Sequence[int] = tokenizer.encode(text)
+    elif isinstance(text, bytes | Mapping) or not isinstance(text, Iterable):
+        raise UserError(
+            f"a text is of the type {type(text).__name__}; give texts, or lists of token ids"
+        )
     else:
         ids = [whole_number("an id of a text", token) for token in text]
     vocabulary, context = model.config.vocab_size, model.config.max_context

@@ -55,6 +55,7 @@ def test_each_text_has_the_logprobs_of_its_tokens_but_the_first(
 def test_wrong_texts_are_named(model: Transformer) -> None:
     for texts, message in (
         ("one text", "give a list of texts"),
+        ([b"ab"], "a text is of the type bytes"),
         ([[]], "a text is empty"),
         ([[0] * 65], "a text has 65 tokens, the context of this model holds 64"),
         ([[CONFIG.vocab_size]], f"holds the id {CONFIG.vocab_size}"),
