@@ -127,8 +127,12 @@ def _type_of(block: Any) -> object:
 
 def _check_type(block: object) -> object:
     if not isinstance(block, dict):
-        return block
+        if isinstance(block, Described):
+            return block
+        raise PydanticCustomError("dict_type", "a block is an object with a type, such as text")
     kind = block.get("type")
+    if kind is None:
+        raise PydanticCustomError("missing", "the block has no type; give one, such as text")
     if kind not in BLOCK_TYPES:
         raise PydanticCustomError(
             NOT_SUPPORTED,

@@ -175,7 +175,9 @@ def test_what_no_text_model_reads_is_refused_by_name(block: dict[str, Any]) -> N
     [
         ([of("user", use("i"))], "messages.0.content", "role 'assistant'"),
         ([of("assistant", result("i"))], "messages.0.content", "role 'user'"),
-        ([of("user", {"text": "a"})], "messages.0.content.0", "NoneType"),
+        ([of("user", {"text": "a"})], "messages.0.content.0", "the block has no type; give one"),
+        ([of("user", {"type": 5})], "messages.0.content.0", "type 'int'"),
+        ([of("user", "a")], "messages.0.content.0", "a block is an object with a type"),
         ([of("user", {"type": "text"})], "messages.0.content.0.text.text", "Field required"),
         ([of("assistant", use("i") | {"input": "x"})], "messages.0.content.0.tool_use.input", "ob"),
         ([{"role": "robot", "content": "x"}], "messages.0.role", "'user'"),
