@@ -1,8 +1,9 @@
 // The conversation: what is asked, answered, stopped, changed and kept.
 
 import { chatEvents, listModels, ServerError } from "./api.js";
-import { button, byId, download, el } from "./dom.js";
+import { button, byId, download } from "./dom.js";
 import { MessageView } from "./message.js";
+import { clearProblem, showProblem, waitAndOffer } from "./problem.js";
 import {
   currentKey,
   requestOf,
@@ -29,7 +30,6 @@ let conversation = emptyConversation();
 let views = [];
 let running = null; // the AbortController of the answer that comes
 let follows = true;
-let countdown = 0;
 const scroller = byId("scroller");
 
 const acts = {
@@ -90,6 +90,7 @@ function add(message) {
 
 function truncate(length) {
   running?.abort();
+  hideBubble(); // it may be of a message that goes
   for (const view of views.splice(length)) view.element.remove();
   conversation.messages.length = Math.min(length, conversation.messages.length);
   byId("empty").hidden = views.length > 0;
@@ -198,33 +199,6 @@ function explain(error, view, again) {
 function offerMore(view, text) {
   const more = view.message.calls ? [] : [button("Go on", () => answer(view))];
   view.note(text, ...more, button("Regenerate", () => acts.regenerate(view)));
-}
-
-function waitAndOffer(text, seconds, act) {
-  const again = button("Try again", act);
-  const until = performance.now() + seconds * 1000;
-  // Numbers that change each second are no news to a screen reader.
-  const left = el("span", { "aria-hidden": "true" });
-  const tick = () => {
-    const rest = Math.ceil((until - performance.now()) / 1000);
-    left.textContent = rest > 0 ? ` Try again in ${rest} s. ` : " ";
-    again.disabled = rest > 0;
-    if (rest <= 0) clearInterval(countdown);
-  };
-  showProblem(text, left, again);
-  countdown = setInterval(tick, 250);
-  tick();
-}
-
-function showProblem(text, ...more) {
-  clearProblem();
-  byId("problem").replaceChildren(el("span", { textContent: `${text} ` }), ...more);
-}
-
-function clearProblem() {
-  clearInterval(countdown);
-  delete byId("problem").dataset.of;
-  byId("problem").replaceChildren();
 }
 
 function askKey() {

@@ -177,6 +177,18 @@ def test_another_token_is_gone_on_from(writing: Any, open_page: Open) -> None:
     assert (chat.messages[-1].content, chat.continue_last) == ("a other", True)
 
 
+def test_what_is_told_of_a_token_goes_with_its_message(writing: Any, open_page: Open) -> None:
+    stack, service = writing
+    service.pieces = ["a", " b"]
+    page = open_page(stack.url)
+    page.check("#shown")
+    ask(page, "x", "a b")
+    page.locator("article:last-child .t").nth(1).click()
+    assert page.is_visible("#bubble")
+    page.click("#new")
+    assert page.is_hidden("#bubble")
+
+
 def test_json_is_shown_as_its_tokens_too(writing: Any, open_page: Open) -> None:
     stack, service = writing
     service.pieces = ['{"a":', " 1}"]
