@@ -6,19 +6,21 @@ in the conversation, and the answer lists them in a header.
 https://docs.claude.com/en/docs/agents-and-tools/tool-use/overview
 """
 
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Collection
 from typing import Any
 
 from serving.gateway.dialect.anthropic.content import MAX_TURNS
 from serving.gateway.dialect.fields import MAX_PARTS, MAX_TOOLS
 from serving.gateway.dialect.parsing import refuse_unknown
-from serving.gateway.dialect.responses.hosted_tools import IGNORED_HEADER
+from serving.gateway.dialect.responses.hosted_tools import HostedTools
 
 TOOL_FAMILIES = (
     *("bash_", "browser_toolset_", "code_execution_", "computer_", "mcp_toolset", "memory_"),
     *("advisor_", "text_editor_", "tool_search_tool_", "web_fetch_", "web_search_"),
 )
 """Beginnings of the types of tools that are left out; dates follow."""
+_TYPE = re.compile(r"[a-z0-9_]{1,64}")  # what follows is the client's, and stands in a header
 BLOCK_TYPES = frozenset(
     {
         *("server_tool_use", "mcp_tool_use", "mcp_tool_result", "container_upload"),
@@ -31,17 +33,8 @@ BLOCK_TYPES = frozenset(
 """Types of blocks that belong to them, which are left out too."""
 
 
-class MessagesFields:
-    """The rule for the fields of one request to the Messages API.
-
-    Args:
-        ignores_hosted_tools: Whether hosted tools are left out rather than refused.
-    """
-
-    def __init__(self, *, ignores_hosted_tools: bool) -> None:
-        self._ignores_hosted_tools = ignores_hosted_tools
-        self.ignored: dict[str, None] = {}
-        """The types that were left out, in order."""
+class MessagesFields(HostedTools):
+    """The rule for the fields of one request to the Messages API."""
 
     def apply(self, values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
         """Returns the fields that are to be read.
@@ -58,22 +51,17 @@ class MessagesFields:
             return values
         kept = dict(values)
         if "tools" in values:
-            kept["tools"] = self._without(values["tools"], _is_hosted, MAX_TOOLS)
+            kept["tools"] = self.without(values["tools"], _is_hosted, MAX_TOOLS)
         turns = values.get("messages")
         if isinstance(turns, list) and len(turns) <= MAX_TURNS:
             kept["messages"] = [self._turn(turn) for turn in turns]
         return kept
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of the answer that list what was left out."""
-        return {IGNORED_HEADER: ", ".join(self.ignored)} if self.ignored else {}
-
     def _turn(self, turn: object) -> object:
         """Returns a message without blocks of hosted tools, also within results of others."""
         if not isinstance(turn, dict):
             return turn
-        content = self._without(turn.get("content"), BLOCK_TYPES.__contains__, MAX_PARTS)
+        content = self.without(turn.get("content"), BLOCK_TYPES.__contains__, MAX_PARTS)
         if isinstance(content, list) and len(content) <= MAX_PARTS:
             content = [
                 block | {"content": self._within(block)} if _has_blocks(block) else block
@@ -82,24 +70,11 @@ class MessagesFields:
         return turn | {"content": content} if "content" in turn else turn
 
     def _within(self, block: dict[str, Any]) -> object:
-        return self._without(block["content"], BLOCK_TYPES.__contains__, MAX_PARTS)
-
-    def _without(self, members: object, leaves: Callable[[str], bool], max_members: int) -> object:
-        """Returns a list without members of some types; what is no list, or too long, as it is."""
-        if not isinstance(members, list) or len(members) > max_members:
-            return members
-        kept = []
-        for member in members:
-            kind = member.get("type") if isinstance(member, dict) else None
-            if isinstance(kind, str) and leaves(kind):
-                self.ignored[kind] = None
-            else:
-                kept.append(member)
-        return kept
+        return self.without(block["content"], BLOCK_TYPES.__contains__, MAX_PARTS)
 
 
 def _is_hosted(kind: str) -> bool:
-    return kind.startswith(TOOL_FAMILIES)
+    return _TYPE.fullmatch(kind) is not None and kind.startswith(TOOL_FAMILIES)
 
 
 def _has_blocks(block: object) -> bool:

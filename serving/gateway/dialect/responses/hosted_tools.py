@@ -6,15 +6,16 @@ lists them in a header: some agents, such as Codex, list them in every request.
 https://platform.openai.com/docs/guides/tools
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from serving.gateway.dialect.fields import MAX_TOOLS
-from serving.gateway.dialect.parsing import forbidden
+from serving.gateway.dialect.parsing import refuse_unknown
 from serving.gateway.dialect.responses.items import MAX_ITEMS
 
 IGNORED_HEADER = "x-mixtral-ignored-tools"
 """Header of an answer: types of tools and of input items that were left out, by commas."""
+_MAX_IGNORED = 1024  # characters of it
 
 TOOL_TYPES = frozenset(
     {
@@ -42,8 +43,8 @@ ITEM_TYPES = frozenset(
 """Types of input items that belong to them, which are left out too."""
 
 
-class ResponsesFields:
-    """The rule for the fields of one request to the Responses API.
+class HostedTools:
+    """Leaves hosted tools, and what belongs to them, out of a request, and lists their types.
 
     Args:
         ignores_hosted_tools: Whether hosted tools are left out rather than refused.
@@ -53,6 +54,34 @@ class ResponsesFields:
         self._ignores_hosted_tools = ignores_hosted_tools
         self.ignored: dict[str, None] = {}
         """The types that were left out, in order."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the answer that list what was left out."""
+        return {IGNORED_HEADER: ", ".join(self.ignored)[:_MAX_IGNORED]} if self.ignored else {}
+
+    def without(self, members: object, leaves: Callable[[str], bool], max_members: int) -> object:
+        """Returns a list without members of some types; what is no list, or too long, as it is.
+
+        Args:
+            members: The list, as the client sent it.
+            leaves: Says whether a type is left out; such a type is fit for a header.
+            max_members: The most members of a list that is read.
+        """
+        if not isinstance(members, list) or len(members) > max_members:
+            return members
+        kept = []
+        for member in members:
+            kind = member.get("type") if isinstance(member, dict) else None
+            if isinstance(kind, str) and leaves(kind):
+                self.ignored[kind] = None
+            else:
+                kept.append(member)
+        return kept
+
+
+class ResponsesFields(HostedTools):
+    """The rule for the fields of one request to the Responses API."""
 
     def apply(self, values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
         """Returns the fields that are to be read.
@@ -64,34 +93,15 @@ class ResponsesFields:
         Raises:
             InvalidParameter: A field is not among `known`.
         """
-        if unknown := [name for name in values if name not in known]:
-            raise forbidden(unknown, values)
+        refuse_unknown(values, known)
         if not self._ignores_hosted_tools:
             return values
         kept = {
-            "tools": self._without(values.get("tools"), TOOL_TYPES, MAX_TOOLS),
-            "input": self._without(values.get("input"), ITEM_TYPES, MAX_ITEMS),
+            "tools": self.without(values.get("tools"), TOOL_TYPES.__contains__, MAX_TOOLS),
+            "input": self.without(values.get("input"), ITEM_TYPES.__contains__, MAX_ITEMS),
         }
         choice = values.get("tool_choice")
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            tools = self._without(choice.get("tools"), TOOL_TYPES, MAX_TOOLS)
+            tools = self.without(choice.get("tools"), TOOL_TYPES.__contains__, MAX_TOOLS)
             kept["tool_choice"] = choice | {"tools": tools}
         return values | {name: value for name, value in kept.items() if name in values}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of the answer that list what was left out."""
-        return {IGNORED_HEADER: ", ".join(self.ignored)} if self.ignored else {}
-
-    def _without(self, members: object, types: Collection[str], max_members: int) -> object:
-        """Returns a list without members of these types; what is no list, or too long, as it is."""
-        if not isinstance(members, list) or len(members) > max_members:
-            return members
-        kept = []
-        for member in members:
-            kind = member.get("type") if isinstance(member, dict) else None
-            if isinstance(kind, str) and kind in types:
-                self.ignored[kind] = None
-            else:
-                kept.append(member)
-        return kept

@@ -82,3 +82,16 @@ def test_all_else_is_refused_in_either_case(ignores: bool) -> None:
             request(ignores=ignores, **body)
     asked, headers = request(ignores=ignores)
     assert asked.tools is None and headers == {}
+
+
+@pytest.mark.parametrize("kind", ["bash_\r\nset-cookie: a=b", "bash_\N{SNOWMAN}", "bash_" * 13])
+def test_a_type_that_no_header_can_tell_is_refused(kind: str) -> None:
+    """It is the client's text, and not one of Anthropic's."""
+    with pytest.raises(UnsupportedParameter, match="tools of type 'bash_"):
+        request(ignores=True, tools=[TOOL, {"type": kind, "name": "g"}])
+
+
+def test_the_header_is_bounded() -> None:
+    tools = [{"type": f"bash_{number:059}", "name": "g"} for number in range(100)]
+    _, headers = request(ignores=True, tools=tools)
+    assert len(headers["x-mixtral-ignored-tools"]) == 1024
