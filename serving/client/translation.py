@@ -18,6 +18,7 @@ from serving.client.types import (
 )
 from serving.errors import ModelNotFound
 from serving.proto import inference_pb2 as pb
+from serving.proto.stop_reason import stop_reason
 
 _FINISH: dict[int, FinishReason] = {
     pb.FINISH_REASON_STOP: "stop",
@@ -116,15 +117,8 @@ def delta_of(chunk: pb.GenerateChunk, weakened: str = "") -> Delta:
         ),
         violation=chunk.violation,
         weakened=weakened,
-        stop_reason=stop_reason_of(chunk),
+        stop_reason=stop_reason(chunk),
     )
-
-
-def stop_reason_of(chunk: pb.GenerateChunk) -> str | int | None:
-    """Returns the text or the id of the caller that ended a choice; None if neither did."""
-    kind = chunk.WhichOneof("stop_reason")
-    reason: str | int | None = None if kind is None else getattr(chunk, kind)
-    return reason
 
 
 def check_answers(chunk: pb.GenerateChunk, asked: str) -> None:

@@ -117,13 +117,6 @@ def finish_reason(chunk: inference_pb2.GenerateChunk) -> str:
     return _FINISH_REASONS[chunk.finish_reason]
 
 
-def stop_reason(chunk: inference_pb2.GenerateChunk) -> str | int | None:
-    """Returns the text or the id of the caller that ended the choice; None if neither did."""
-    kind = chunk.WhichOneof("stop_reason")
-    reason: str | int | None = None if kind is None else getattr(chunk, kind)
-    return reason
-
-
 def usage(chunk: inference_pb2.GenerateChunk, *, tells_cached: bool = False) -> Usage:
     """Returns the tokens spent, which the last chunk of an answer carries.
 

@@ -19,12 +19,12 @@ from serving.gateway.dialect.chunks import (
     Usage,
     finish_reason,
     id_list,
-    stop_reason,
     usage,
 )
 from serving.gateway.dialect.error_body import error_body, openai_error
 from serving.gateway.dialect.fields import StreamUsage
 from serving.proto import inference_pb2
+from serving.proto.stop_reason import stop_reason
 
 # The end of a stream; .NET's client waits for it for ever.
 DONE = b"data: [DONE]\n\n"

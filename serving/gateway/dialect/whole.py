@@ -14,10 +14,10 @@ from serving.gateway.dialect.chunks import (
     Identity,
     finish_reason,
     id_list,
-    stop_reason,
     usage,
 )
 from serving.proto import inference_pb2
+from serving.proto.stop_reason import stop_reason
 
 # Bytes of a whole answer. Logprobs make it long: of 16 choices with the 20 likeliest in each place,
 # a token is about 25,000 bytes.

@@ -13,8 +13,8 @@ from mixtral_jax.tokenization.messages import ToolCall
 from mixtral_jax.tokenization.mistral import MistralTokenizer
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
-from serving.client.translation import stop_reason_of
 from serving.proto import inference_pb2 as pb
+from serving.proto.stop_reason import stop_reason
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.service.answer.choice_text import AnswerText, Stops
 from serving.service.answer.form import AnswerForm
@@ -73,8 +73,8 @@ def test_a_choice_tells_the_stop_text_that_ended_it(
             chunks.append(answer.push(event(tokenizer.encode(letter)[-1], 90, end)))
     sent = [chunk for chunk in chunks if chunk is not None]
     assert "".join(chunk.text for chunk in sent) == text
-    assert stop_reason_of(sent[-1]) == reason
-    assert all(stop_reason_of(chunk) is None for chunk in sent[:-1])
+    assert stop_reason(sent[-1]) == reason
+    assert all(stop_reason(chunk) is None for chunk in sent[:-1])
 
 
 def test_a_choice_tells_the_stop_id_that_ended_it_but_not_the_models_own_end() -> None:
@@ -86,7 +86,7 @@ def test_a_choice_tells_the_stop_id_that_ended_it_but_not_the_models_own_end() -
         stops = Stops.of(message, tokenizer)
         answer = AnswerText(REQUEST, tokenizer, stops, continues=False)
         chunk = answer.push(event(last, 90, FinishReason.STOP))
-        assert chunk is not None and stop_reason_of(chunk) == told
+        assert chunk is not None and stop_reason(chunk) == told
 
 
 def held(
