@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 LIVE = "/health/live"  # answered while draining too
-READY = "/health/ready"  # refused from the signal on
+READY = frozenset({"/health/ready", "/health", "/ping"})  # refused from the signal on
 
 
 class Drain:
@@ -76,7 +76,7 @@ class Drain:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         path = scope["path"]
-        if path != LIVE and (self.is_refusing or (self.has_begun and path == READY)):
+        if path != LIVE and (self.is_refusing or (self.has_begun and path in READY)):
             return await self._refuse(scope, receive, send)
         self._running += 1
         try:

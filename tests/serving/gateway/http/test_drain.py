@@ -99,17 +99,17 @@ def test_during_the_delay_only_readiness_fails() -> None:
     async def statuses() -> list[int]:
         transport = httpx.ASGITransport(drain)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            paths = ("/health/ready", "/health/live", "/v1/models")
+            paths = ("/health/ready", "/health", "/ping", "/health/live", "/v1/models")
             return [(await client.get(path)).status_code for path in paths]
 
-    assert asyncio.run(statuses()) == [200, 200, 200]
+    assert asyncio.run(statuses()) == [200] * 5
     drain.begin()
-    assert asyncio.run(statuses()) == [503, 200, 200]
+    assert asyncio.run(statuses()) == [503, 503, 503, 200, 200]
     assert drain.has_begun and not drain.is_over  # although nothing is under way
     now = 104.9
-    assert asyncio.run(statuses()) == [503, 200, 200]
+    assert asyncio.run(statuses()) == [503, 503, 503, 200, 200]
     now = 105.0
-    assert asyncio.run(statuses()) == [503, 200, 503]
+    assert asyncio.run(statuses()) == [503, 503, 503, 200, 503]
     assert drain.is_over
 
 
