@@ -288,7 +288,25 @@ def _block(blocks: jax.Array, block: Rows) -> jax.Array:
 
 def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> PackedDraws:
     """Returns tokens and logprobs of the model's own distribution, packed for the host."""
-    asked = params.top_logprobs[:, None]
+    asked = params.top_logprobs
+    own, ids, values = token_logprobs(logits, tokens, asked)
+    return pack(tokens, jnp.where(asked[:, None] >= 0, own, 0.0), ids, values)
+
+
+def token_logprobs(
+    logits: FlatLogits, tokens: Rows, asked: Rows
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the logprobs of tokens and of the likeliest ones in their places.
+
+    Args:
+        logits: the model's own [R V] f32.
+        tokens: ids [R] i32.
+        asked: number of the likeliest tokens that are wanted of each row [R] i32.
+
+    Returns:
+        Logprobs of the tokens [R 1] f32; ids [R 20] i32 and logprobs [R 20] f32 of the likeliest
+        tokens, zeros behind those that are wanted.
+    """
     whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     own = jnp.take_along_axis(logits, tokens[:, None], axis=1) - whole
 
@@ -297,13 +315,8 @@ def _logprobs(logits: FlatLogits, tokens: Rows, params: SamplingArrays) -> Packe
         return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
 
     values, ids = jax.lax.cond(jnp.any(asked > 0), top_logits, no_top, logits)
-    wanted = jnp.arange(MAX_TOP_LOGPROBS, dtype=jnp.int32)[None] < asked
-    return pack(
-        tokens,
-        jnp.where(asked >= 0, own, 0.0),
-        jnp.where(wanted, ids, 0),
-        jnp.where(wanted, values - whole, 0.0),
-    )
+    wanted = jnp.arange(MAX_TOP_LOGPROBS, dtype=jnp.int32)[None] < asked[:, None]
+    return own, jnp.where(wanted, ids, 0), jnp.where(wanted, values - whole, 0.0)
 
 
 def top_logits(logits: FlatLogits) -> tuple[jax.Array, jax.Array]:

@@ -27,11 +27,10 @@ from mixtral_jax.axes import (
     PackedDraws,
     Rows,
 )
-from mixtral_jax.sampling_params import MAX_TOP_LOGPROBS
 from mixtral_jax.step.draws import Draws, pack, unpack
 from mixtral_jax.step.functions import own_group
 from mixtral_jax.step.inputs import host_array
-from mixtral_jax.step.sampling import top_logits
+from mixtral_jax.step.sampling import token_logprobs
 from mixtral_jax.step.split_model import REPLICATED, Arrays, SplitModel
 
 SCORE_ROWS = 64  # places of a block, of each sequence group
@@ -168,16 +167,6 @@ def scored(logits: FlatLogits, targets: Rows, asked: Rows) -> PackedDraws:
     Returns:
         Ranks, logprobs, and the likeliest tokens with theirs, packed as `pack` does it.
     """
-    whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     own = jnp.take_along_axis(logits, targets[:, None], axis=1)
     ranks = 1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
-
-    def no_top(logits: FlatLogits) -> tuple[jax.Array, jax.Array]:
-        shape = (logits.shape[0], MAX_TOP_LOGPROBS)
-        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
-
-    values, ids = jax.lax.cond(jnp.any(asked > 0), top_logits, no_top, logits)
-    wanted = jnp.arange(MAX_TOP_LOGPROBS, dtype=jnp.int32)[None] < asked[:, None]
-    return pack(
-        ranks, own - whole, jnp.where(wanted, ids, 0), jnp.where(wanted, values - whole, 0.0)
-    )
+    return pack(ranks, *token_logprobs(logits, targets, asked))

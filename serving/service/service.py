@@ -248,8 +248,9 @@ class InferenceService(rpc.InferenceServicer):
                     continue  # by a stop text, which reaches the engine a little later
                 if event.drawn is not None or event.finish_reason is not None:
                     call.note(event)
-                for scores in answer.scores(event):
-                    yield scores
+                if event.prompt_logprobs:  # of a prompt that is being computed, and of few
+                    for scores in answer.scores(event):
+                        yield scores
                 chunk = answer.push(event)
                 if (reason := answer.reason(event.choice)) is not None:
                     call.ended(event.choice, reason)
