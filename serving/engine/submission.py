@@ -1,37 +1,97 @@
-"""Submission: a request on its way through the engine's thread, as its caller sees it."""
+"""Submission: a request on its way through the engine, as its caller sees it.
+
+A caller is a coroutine. The events of all requests of an event loop come through one LoopOutlet,
+which wakes the loop once for all that a turn of the engine brings.
+"""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import Enum
 
+from serving.engine.outlet import Inlet, Item, Queued
 from serving.errors import ContextTooLong, ServingError
 from serving.scheduling.request import Event, FinishReason, Request
 
 
-class Queued(Enum):
-    """The first thing that a mailbox gets, unless the request was refused."""
-
-    QUEUED = "queued"
-
-
-@dataclass
 class Mailbox:
-    """Queue of a request's events, from the engine's thread into the caller's loop."""
+    """Queue of a request's items, on the event loop of its caller."""
 
-    loop: asyncio.AbstractEventLoop
-    choices: set[int]  # those that have not ended
-    items: asyncio.Queue[Event | Queued | ServingError] = field(default_factory=asyncio.Queue)
-    sent: float = field(default_factory=time.monotonic)
-    latest: dict[int, float] = field(default_factory=dict)  # time of the last token, by choice
+    def __init__(self) -> None:
+        self._items: deque[Event | Queued | ServingError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: Event | Queued | ServingError) -> None:
-        """Adds an item; called by the engine's thread."""
+        """Adds an item."""
+        self._items.append(item)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def get(self) -> Event | Queued | ServingError:
+        """Waits for the next item, and takes it out; for one coroutine at a time."""
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+class LoopOutlet:
+    """The requests of one event loop, and their mailboxes.
+
+    All but `put` is for that loop.
+
+    Args:
+        inlet: The way to the engine.
+        loop: The event loop.
+    """
+
+    def __init__(self, inlet: Inlet, loop: asyncio.AbstractEventLoop) -> None:
+        self._inlet, self._loop = inlet, loop
+        self._open: dict[str, Submission] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Number of requests whose iterators were used and have not been left."""
+        return len(self._open)
+
+    def put(self, items: Sequence[Item]) -> None:
+        """Hands out items on the loop, with one call of it; for any thread."""
         # RuntimeError: the loop is closed when the process ends in the middle of an answer.
         with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+            self._loop.call_soon_threadsafe(self.hand_out, items)
+
+    def hand_out(self, items: Sequence[Item]) -> None:
+        """Puts items into the mailboxes of those who still wait for them."""
+        for request_id, item in items:
+            submission = self._open.get(request_id)
+            if submission is not None:
+                submission.mailbox.put(item)
+
+    def submit(self, request: Request) -> "Submission":
+        """Returns an iterator of the request's events; see `EngineWorker.submit`."""
+        return Submission(request, self)
+
+    def end(self, request_id: str, choice: int) -> None:
+        """Computes no more of a choice; see `EngineWorker.end`."""
+        self._open[request_id].choices.discard(choice)
+        self._inlet.cancel(request_id, choice)
+
+    def enter(self, submission: "Submission") -> None:
+        """Sends a request to the engine, whose items come into its mailbox from now on."""
+        request = submission.request
+        self._open[request.id] = submission
+        try:
+            self._inlet.send(request, self)
+        except BaseException:
+            del self._open[request.id]
+            raise
+
+    def leave(self, submission: "Submission") -> None:
+        """Cancels a request that was entered."""
+        del self._open[submission.request.id]
+        self._inlet.cancel(submission.request.id)
 
 
 class Uncomputed:
@@ -78,25 +138,20 @@ class Submission:
     use.
 
     It ends when each choice has had an event with a finish reason, or `EngineWorker.end`. Close it
-    (contextlib.aclosing) to cancel the request. Used by the coroutines of one event loop.
+    (contextlib.aclosing) to cancel the request. Used by one coroutine of the outlet's loop.
 
     Args:
-        num_choices: choices of the request.
-        send: called once, to put the request into the engine's inbox; may raise a ServingError.
-        leave: called once after that, when the iterator is left for whatever reason.
+        request: The request.
+        outlet: That of the event loop.
     """
 
-    def __init__(
-        self,
-        num_choices: int,
-        send: Callable[["Submission", Mailbox], None],
-        leave: Callable[[], None],
-    ) -> None:
-        self.choices = set(range(num_choices))
+    def __init__(self, request: Request, outlet: LoopOutlet) -> None:
+        self.request = request
+        self.mailbox = Mailbox()
+        self.choices = set(range(request.n))
         """Choices whose events still come."""
-        self._send, self._leave = send, leave
-        self._mailbox: Mailbox | None = None
-        self._is_queued = self._has_left = False
+        self._outlet = outlet
+        self._is_queued = self._has_entered = self._has_left = False
 
     async def accepted(self) -> None:
         """Waits until the engine has queued the request; returns at once if it has already.
@@ -123,17 +178,16 @@ class Submission:
 
     async def aclose(self) -> None:
         """Cancels what is not computed yet. Does nothing the second time."""
-        if self._mailbox is not None and not self._has_left:
-            self._leave()
+        if self._has_entered and not self._has_left:
+            self._outlet.leave(self)
         self._has_left = True
 
     async def _next(self) -> Event | Queued:
         try:
-            if self._mailbox is None:
-                mailbox = Mailbox(asyncio.get_running_loop(), set(self.choices))
-                self._send(self, mailbox)
-                self._mailbox = mailbox
-            item = await self._mailbox.items.get()
+            if not self._has_entered:
+                self._outlet.enter(self)
+                self._has_entered = True
+            item = await self.mailbox.get()
             if isinstance(item, ServingError):
                 raise item
         except BaseException:

@@ -1,11 +1,12 @@
 """Worker: the one thread that steps the engine, and the queues into and out of it.
 
-Callers are coroutines of an asyncio loop. `submit` puts a request into the thread's inbox and
-returns an async iterator of its events; leaving that iterator, for whatever reason, cancels the
-request. Nothing else crosses: only the thread touches the engine.
+A request is put into the thread's inbox together with the outlet to which its events go; a turn's
+events go to each outlet at once. Callers are coroutines of an asyncio loop, or of another process:
+`submit` serves the former, and returns an async iterator of the events; leaving that iterator, for
+whatever reason, cancels the request. Nothing else crosses: only the thread touches the engine.
 
-    submit ──> inbox ──> engine.add ─> engine.step ─> events ──> mailbox ──> async for
-    leave  ──> inbox ──> engine.cancel        (`end`: of one choice)
+    send   ──> inbox ──> engine.add ─> engine.step ─> events ──> outlet ──> mailbox ──> async for
+    cancel ──> inbox ──> engine.cancel        (`end`: of one choice)
 
 Steps overlap in the engine, so a step's events come with the next one; the engine has work until it
 has given them all. A cancelled request gives its pages back before the next step is planned.
@@ -16,6 +17,7 @@ EngineFailure, and so does every later one. `standing` tells for how long the th
 turn, for those who watch it from outside.
 """
 
+import asyncio
 import logging
 import queue
 import threading
@@ -23,11 +25,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from serving.engine.metrics import Metrics
-from serving.engine.submission import Mailbox, Queued, Submission
+from serving.engine.outlet import Item, Outlet, Queued
+from serving.engine.submission import LoopOutlet, Submission
 from serving.errors import (
     DeadlineExceeded,
     EngineFailure,
@@ -65,7 +68,8 @@ class Stepped(Protocol):
 @dataclass(frozen=True)
 class _Submit:
     request: Request
-    mailbox: Mailbox
+    outlet: Outlet
+    sent: float  # time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,16 @@ class _Stop:
     pass
 
 
+@dataclass(slots=True)
+class _Answer:
+    """A request that the engine has and that has not ended; of the engine's thread."""
+
+    outlet: Outlet
+    choices: set[int]  # those that have not ended
+    sent: float
+    latest: dict[int, float] = field(default_factory=dict)  # time of the last token, by choice
+
+
 class EngineWorker:
     """Runs an engine in a thread of its own from `start` until `stop`, and times its tokens.
 
@@ -106,10 +120,11 @@ class EngineWorker:
         self._explain = explain
         self._metrics = metrics
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | _Stop] = queue.SimpleQueue()
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._answers: dict[str, _Answer] = {}
+        self._outgoing: dict[Outlet, list[Item]] = {}  # of the present turn
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = self._is_abandoned = False
-        self._open: dict[str, Submission] = {}  # of the callers' loop
+        self._loops: dict[asyncio.AbstractEventLoop, LoopOutlet] = {}
         self._unread: dict[str, Request] = {}  # in the inbox
         self._turn_began: float | None = None  # time.monotonic(); None while it waits for work
         self._last_step = 0.0  # seconds
@@ -124,8 +139,8 @@ class EngineWorker:
 
     @property
     def num_under_way(self) -> int:
-        """Number of requests whose iterators have not been left."""
-        return len(self._open)
+        """Number of requests of this process whose iterators have not been left."""
+        return sum(outlet.num_open for outlet in self._loops.values())
 
     def standing(self, now: float) -> float:
         """Returns for how many seconds the present turn lasts; 0 without work.
@@ -179,36 +194,50 @@ class EngineWorker:
 
     def submit(self, request: Request) -> Submission:
         """Returns an iterator of the request's events until each choice had one with a finish
-        reason, or `end`.
+        reason, or `end`. For coroutines.
 
         Close the iterator (contextlib.aclosing) to cancel. Its use raises Unavailable while
         draining, EngineFailure if the engine broke or the request breaks it, DeadlineExceeded, and
         the errors of `Scheduler.add`.
         """
-
-        def send(submission: Submission, mailbox: Mailbox) -> None:
-            if self._draining:
-                raise Unavailable("the server is shutting down; send the request to another one")
-            self._unread[request.id] = request
-            self._inbox.put(_Submit(request, mailbox))
-            # The thread empties the inbox once more after it has set `ended`: requests put before
-            # that are answered, and later ones are refused here.
-            if self.ended.is_set():
-                raise self._final_error
-            self._open[request.id] = submission
-
-        def leave() -> None:
-            del self._open[request.id]
-            self._inbox.put(_Cancel(request.id))
-
-        return Submission(request.n, send, leave)
+        return self._outlet().submit(request)
 
     def end(self, request_id: str, choice: int) -> None:
         """Computes no more of a choice that has had a token, because its text has ended.
 
         Events that were sent before still come. To be called by the coroutine that iterates.
         """
-        self._open[request_id].choices.discard(choice)
+        self._outlet().end(request_id, choice)
+
+    def _outlet(self) -> LoopOutlet:
+        """Returns the outlet of the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            outlet = LoopOutlet(self, loop)
+            rest = {key: value for key, value in self._loops.items() if not key.is_closed()}
+            self._loops = rest | {loop: outlet}
+        return self._loops[loop]
+
+    def send(self, request: Request, outlet: Outlet) -> None:
+        """Puts a request into the inbox; all that happens to it goes to the outlet.
+
+        For any thread. Raises Unavailable while draining, and the reason if the engine has ended.
+        """
+        if self._draining:
+            raise Unavailable("the server is shutting down; send the request to another one")
+        self._unread[request.id] = request
+        self._inbox.put(_Submit(request, outlet, time.monotonic()))
+        # The thread empties the inbox once more after it has set `ended`: requests put before
+        # that are answered, and later ones are refused here.
+        if self.ended.is_set():
+            raise self._final_error
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """Has a request, or one choice of it that has had a token, computed no more.
+
+        For any thread. Does nothing if that has ended already. Events that were put into the outlet
+        before stay there.
+        """
         self._inbox.put(_Cancel(request_id, choice))
 
     def call(self, function: Callable[[], None]) -> None:
@@ -232,69 +261,92 @@ class EngineWorker:
                 self._last_step = now - began
                 for event in events:
                     self._deliver(event, now)
+                self._put_out()
         except BaseException:
             reason = self._explain()
             if reason is None:
                 _log.exception("the engine failed")
                 reason = EngineFailure("the engine failed; see the server's log")
             self._final_error = reason
+        self._put_out()
         self._end_all()
 
     def _end_all(self) -> None:
         self.ended.set()
-        for mailbox in self._mailboxes.copy().values():
-            mailbox.put(self._final_error)
+        lost = [(answer.outlet, name) for name, answer in self._answers.copy().items()]
         with suppress(queue.Empty):
             while True:
                 message = self._inbox.get_nowait()
                 if isinstance(message, _Submit):
-                    message.mailbox.put(self._final_error)
+                    lost.append((message.outlet, message.request.id))
                 elif isinstance(message, _Call):
                     message.done.set_exception(self._final_error)
+        last: dict[Outlet, list[Item]] = {}
+        for outlet, name in lost:
+            last.setdefault(outlet, []).append((name, self._final_error))
+        for outlet, items in last.items():
+            outlet.put(items)
+
+    def _tell(self, outlet: Outlet, item: Item) -> None:
+        """Adds an item to what goes out in this turn."""
+        self._outgoing.setdefault(outlet, []).append(item)
+
+    def _put_out(self) -> None:
+        """Gives every outlet what was added for it."""
+        if self._outgoing:
+            outgoing, self._outgoing = self._outgoing, {}
+            for outlet, items in outgoing.items():
+                outlet.put(items)
 
     def _take_in(self) -> bool:
         """Empties the inbox, and waits for a message if there is no work; False means stop."""
-        while not (self._inbox.empty() and self._engine.has_work):
+        while not (is_empty := self._inbox.empty()) or not self._engine.has_work:
+            if is_empty:
+                self._put_out()
             self._turn_began = None
             message = self._inbox.get()
             self._turn_began = time.monotonic()
             match message:
-                case _Submit(request, mailbox):
-                    self._add(request, mailbox)
+                case _Submit():
+                    self._add(message)
                 case _Cancel(request_id, choice):
                     self._cancel(request_id, choice)
                 case _Call(function, done):
                     _answer(function, done)
                 case _Stop():
+                    self._put_out()
                     return False
+        self._put_out()
         return True
 
-    def _add(self, request: Request, mailbox: Mailbox) -> None:
+    def _add(self, sent: _Submit) -> None:
         """Takes in a request; whatever that raises is for its caller alone."""
+        request, outlet = sent.request, sent.outlet
         # Before it is in the queue: `has_room`, in another thread, must not count it twice.
         self._unread.pop(request.id, None)
         try:
             self._engine.add(request)
-            self._mailboxes[request.id] = mailbox
-            mailbox.put(Queued.QUEUED)
+            self._answers[request.id] = _Answer(outlet, set(range(request.n)), sent.sent)
+            self._tell(outlet, (request.id, Queued.QUEUED))
         except ServingError as error:
-            mailbox.put(error)
+            self._tell(outlet, (request.id, error))
         except Exception:
             _log.exception("the engine could not take in request %s", request.id)
-            mailbox.put(EngineFailure("the request failed; see the server's log"))
+            failure = EngineFailure("the request failed; see the server's log")
+            self._tell(outlet, (request.id, failure))
 
     def _cancel(self, request_id: str, choice: int | None) -> None:
-        mailbox = self._mailboxes.get(request_id)
-        if mailbox is None:
+        answer = self._answers.get(request_id)
+        if answer is None:
             return  # it has ended
         self._engine.cancel(request_id, choice)
-        mailbox.choices = set() if choice is None else mailbox.choices - {choice}
-        if not mailbox.choices:
-            del self._mailboxes[request_id]
+        answer.choices = set() if choice is None else answer.choices - {choice}
+        if not answer.choices:
+            del self._answers[request_id]
 
     def _deliver(self, event: Event, now: float) -> None:
-        mailbox = self._mailboxes.get(event.request_id)
-        if mailbox is None:
+        answer = self._answers.get(event.request_id)
+        if answer is None:
             return  # another of its choices met the deadline, or has failed
         match event.finish_reason:
             case FinishReason.DEADLINE:
@@ -305,22 +357,22 @@ class EngineWorker:
                 self._fail(event.request_id, failure(event.problem or _FAILED))
                 return
         if event.drawn is not None:
-            before = mailbox.latest.get(event.choice)
+            before = answer.latest.get(event.choice)
             if before is not None:
                 self._metrics.next_token(now - before)
             else:
-                self._metrics.first_token(now - mailbox.sent)
-            mailbox.latest[event.choice] = now
+                self._metrics.first_token(now - answer.sent)
+            answer.latest[event.choice] = now
         if event.finish_reason is not None:
-            mailbox.choices.discard(event.choice)
-        if not mailbox.choices:
-            del self._mailboxes[event.request_id]
-        mailbox.put(event)
+            answer.choices.discard(event.choice)
+        if not answer.choices:
+            del self._answers[event.request_id]
+        self._tell(answer.outlet, (event.request_id, event))
 
     def _fail(self, request_id: str, error: ServingError) -> None:
         """Ends a request with all its choices, whose rows and pages are free at once."""
         self._engine.cancel(request_id)
-        self._mailboxes.pop(request_id).put(error)
+        self._tell(self._answers.pop(request_id).outlet, (request_id, error))
 
 
 def _answer(function: Callable[[], None], done: "Future[None]") -> None:

@@ -289,5 +289,5 @@ def test_32_streams_of_4_callers(place: Place) -> None:
     asyncio.run(run())
     worker.stop()
     assert not worker.has_failed and engine.num_failures >= 4
-    assert not worker._mailboxes and not worker._open
+    assert not worker._answers and not worker.num_under_way
     assert engine.scheduler.num_free_pages == LIMITS.num_pages

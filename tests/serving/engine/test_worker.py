@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import pytest
 from mixtral_jax.sampling_params import SamplingParams
 from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
+from serving.engine.outlet import Item, Queued
 from serving.engine.worker import EngineWorker
 from serving.errors import ContextTooLong, DeadlineExceeded, EngineFailure, Overloaded, Unavailable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
@@ -203,7 +205,7 @@ def test_a_request_lasts_until_its_last_choice_has_ended() -> None:
 
     asyncio.run(run())
     worker.stop()
-    assert not worker._mailboxes and not engine.cancelled
+    assert not worker._answers and not engine.cancelled
 
 
 def test_the_deadline_of_one_choice_ends_the_request_and_no_other() -> None:
@@ -220,7 +222,7 @@ def test_the_deadline_of_one_choice_ends_the_request_and_no_other() -> None:
 
     asyncio.run(run())
     worker.stop()
-    assert not worker._mailboxes
+    assert not worker._answers
 
 
 class AskedEngine(CountingEngine):
@@ -352,7 +354,7 @@ def test_a_request_is_accepted_when_the_engine_has_queued_it() -> None:
 
     asyncio.run(run())
     worker.stop()
-    assert engine.cancelled == [] and not worker._open and not worker._unread
+    assert engine.cancelled == [] and not worker.num_under_way and not worker._unread
 
 
 def test_what_the_engine_refuses_reaches_the_caller_alone() -> None:
@@ -433,7 +435,7 @@ def test_a_choice_that_was_ended_is_computed_no_more_and_not_waited_for() -> Non
     asyncio.run(run())
     worker.stop()
     assert engine.cancelled == ["a/1"]
-    assert not worker._mailboxes
+    assert not worker._answers
 
 
 def test_room_counts_the_choices_that_the_engine_has_not_taken_in() -> None:
@@ -456,6 +458,44 @@ def test_room_counts_the_choices_that_the_engine_has_not_taken_in() -> None:
 
     asyncio.run(run())
     worker.stop()
+
+
+class NotedOutlet:
+    """Notes each call: the requests, and the ids of their tokens or what else has happened."""
+
+    def __init__(self) -> None:
+        self.turns: list[list[tuple[str, object]]] = []
+        self.has_ended = threading.Event()
+
+    def put(self, items: Sequence[Item]) -> None:
+        self.turns.append([])
+        for name, item in items:
+            what: object = item
+            if isinstance(item, Event):
+                what = item.drawn and item.drawn.token_id
+                if item.finish_reason is not None and name == "last":
+                    self.has_ended.set()
+            self.turns[-1].append((name, what))
+
+
+def test_an_outlet_gets_a_turn_at_once_and_another_one_nothing_of_it() -> None:
+    worker = EngineWorker(CountingEngine(), Metrics("tiny"))
+    first, other = NotedOutlet(), NotedOutlet()
+    worker.send(request("a", 2), first)
+    worker.send(request("b", 1), other)
+    worker.send(request("last", 3), first)
+    refused = request("refused", 1, prompt=())
+    worker.send(refused, first)
+    worker.start()
+    assert first.has_ended.wait(10)
+    worker.stop()
+    queued, *steps = first.turns
+    assert queued[:2] == [("a", Queued.QUEUED), ("last", Queued.QUEUED)]
+    assert queued[2][0] == "refused" and isinstance(queued[2][1], ContextTooLong)
+    assert steps == [[("a", 0), ("last", 0)], [("a", 1), ("last", 1)], [("last", 2)]]
+    assert other.turns == [[("b", Queued.QUEUED)], [("b", 0)]]
+    with pytest.raises(Unavailable):
+        worker.send(request("late", 1), first)
 
 
 class SlowEngine(CountingEngine):
@@ -587,5 +627,5 @@ def test_a_storm_of_requests_that_are_left_at_once_leaves_nothing_behind() -> No
     scheduler = engine.scheduler
     assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
     assert scheduler.num_free_pages == limits.num_pages
-    assert not worker._mailboxes and not worker._open and not worker._unread
+    assert not worker._answers and not worker.num_under_way and not worker._unread
     assert worker._inbox.empty() and not worker.has_failed
