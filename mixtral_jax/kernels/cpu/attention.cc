@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attend_block.h"
+#include "form.h"
 #include "page_cache.h"
 #include "vectors.h"
 #include "worker_pool.h"
@@ -239,17 +240,17 @@ ffi::Error Paged(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi:
 }  // namespace
 }  // namespace mixtral_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_paged, mixtral_jax::Paged,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("window"));
+MIXTRAL_JAX_HANDLER(paged, mixtral_jax::Paged,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::AnyBuffer>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Ret<xla::ffi::AnyBuffer>()
+                        .Attr<int64_t>("window"));

@@ -1,10 +1,10 @@
 """The CPU kernels' shared library: compiled from the C++ files here on first use and kept.
 
-`available()` compiles it with the machine's C++ compiler (a few seconds, kept in the user's cache)
-and registers its functions with JAX's foreign function interface. Without a compiler, or with
-MIXTRAL_JAX_NATIVE=0 in the environment, the answer is False, and `kernels_for("cpu")` gives the XLA
-forms, which compute the same more slowly. Nothing here runs in a process whose model is placed on
-an accelerator.
+`available()` compiles the form that this machine runs best (forms.py) with its C++ compiler (a few
+seconds, kept in the user's cache) and registers its functions with JAX's foreign function
+interface. Without a compiler, or with MIXTRAL_JAX_NATIVE=0 in the environment, the answer is False,
+and `kernels_for("cpu")` gives the XLA forms, which compute the same more slowly. Nothing here runs
+in a process whose model is placed on an accelerator.
 """
 
 import ctypes
@@ -16,18 +16,21 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from mixtral_jax.kernels.cpu.forms import Form, choose
 from mixtral_jax.paths import cache_folder
 
 _FOLDER = Path(__file__).parent
 _FLAGS = (
     "-O3",
     "-funroll-loops",
-    "-march=native",
     "-ffp-contract=off",
+    "-fvisibility=hidden",
     "-std=c++17",
     "-shared",
     "-fPIC",
@@ -37,10 +40,12 @@ _FLAGS = (
     "-Wno-maybe-uninitialized",  # GCC 12's header of AVX-512 has such values on purpose
     "-Wno-psabi",  # vectors are passed between these files only, which are compiled together
 )
-_FUNCTIONS = (
+# The functions of every form, and those that are the same in all.
+_OF_A_FORM = (
     *("linear", "grouped", "add_low_rank", "norm", "swiglu", "paged"),
-    *("linear_back", "grouped_back", "grouped_weight", "swiglu_back", "after"),
+    *("linear_back", "grouped_back", "grouped_weight", "swiglu_back"),
 )
+_SHARED = ("after",)
 _log = logging.getLogger(__name__)
 
 
@@ -49,14 +54,20 @@ def available() -> bool:
     return _library() is not None
 
 
+def form() -> Form | None:
+    """The form of the kernels that run in this process; None where XLA computes."""
+    library = _library()
+    return None if library is None else library[1]
+
+
 def multiplies_bytes() -> bool:
     """Says whether the kernels are there, on a processor whose AVX-512 multiplies bytes (VNNI)."""
     library = _library()
-    return library is not None and bool(library.mixtral_jax_multiplies_bytes())
+    return library is not None and bool(_symbol(*library, "multiplies_bytes")())
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> tuple[ctypes.CDLL, Form] | None:
     if os.environ.get("MIXTRAL_JAX_NATIVE") == "0":
         return None
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -64,46 +75,59 @@ def _library() -> ctypes.CDLL | None:
         _log.warning("no C++ compiler was found: CPU steps are several times slower; install g++")
         return None
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
+        chosen = choose(_features(compiler))[0]
+        library = ctypes.CDLL(str(_compiled(build_command(compiler, chosen))))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning("the CPU kernels cannot be built, steps are slower: %s", str(detail)[:500])
         return None
-    for name in _FUNCTIONS:
-        handler = getattr(library, f"mixtral_jax_{name}")
+    register(library, chosen)
+    return library, chosen
+
+
+def register(library: ctypes.CDLL, of: Form) -> None:
+    """Makes a form's functions the ones that `mixtral_jax_NAME` means to jax.ffi."""
+    handlers = {name: _symbol(library, of, name) for name in _OF_A_FORM}
+    handlers |= {name: getattr(library, f"mixtral_jax_{name}") for name in _SHARED}
+    for name, handler in handlers.items():
         jax.ffi.register_ffi_target(f"mixtral_jax_{name}", jax.ffi.pycapsule(handler), "cpu")
-    return library
 
 
-def build_command(compiler: str, library: Path) -> list[str]:
-    """The command that compiles the C++ files of this folder into a shared library."""
+def _symbol(library: ctypes.CDLL, of: Form, name: str) -> Any:
+    return getattr(library, f"mixtral_jax_{name}_{of.name}")
+
+
+def _features(compiler: str) -> list[str]:
+    """The words of machine.cc, which is compiled alone, before the form is known."""
+    library = ctypes.CDLL(str(_compiled([compiler, *_FLAGS, str(_FOLDER / "machine.cc")])))
+    library.mixtral_jax_features.restype = ctypes.c_char_p
+    return library.mixtral_jax_features().decode().split()
+
+
+def build_command(compiler: str, of: Form) -> list[str]:
+    """The command that compiles the C++ files of this folder into a shared library of one form.
+
+    The name of the library is to be added, behind "-o".
+    """
     sources = [str(source) for source in sorted(_FOLDER.glob("*.cc"))]
-    return [compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), *sources, "-o", str(library)]
+    flags = (*_FLAGS, *of.flags, *of.definitions)
+    return [compiler, *flags, "-isystem", jax.ffi.include_dir(), *sources]
 
 
-def _compiled(compiler: str) -> Path:
-    """The shared library, compiled unless these files were compiled here before."""
+def _compiled(command: Sequence[str]) -> Path:
+    """The library that a command makes, compiled unless it was made of the same files before."""
     key = hashlib.sha256()
     for source in sorted([*_FOLDER.glob("*.cc"), *_FOLDER.glob("*.h")]):
         key.update(source.name.encode() + source.read_bytes())
-    versions = (jax.ffi.include_dir(), jax.__version__, platform.machine(), _processor())
-    for word in (compiler, *_FLAGS, *versions):
+    for word in (*command, jax.__version__, platform.machine()):
         key.update(word.encode())
     library = cache_folder() / "native" / f"{key.hexdigest()[:32]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             unfinished = Path(folder) / "kernels.so"
-            command = build_command(compiler, unfinished)
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            subprocess.run(
+                [*command, "-o", str(unfinished)], check=True, capture_output=True, text=True
+            )
             unfinished.rename(library)  # whole at once, whoever else compiles at the same time
     return library
-
-
-def _processor() -> str:
-    """The processor's features, on which -march=native depends: machines may share a home."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "float_panels.h"
+#include "form.h"
 #include "vectors.h"
 #include "worker_pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -124,28 +125,28 @@ ffi::Error SwigluBack(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate, ffi::Buf
 }  // namespace
 }  // namespace mixtral_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_grouped_back, mixtral_jax::GradientOfRows,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+MIXTRAL_JAX_HANDLER(grouped_back, mixtral_jax::GradientOfRows,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                        .Arg<xla::ffi::AnyBuffer>()
+                        .RemainingArgs()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_grouped_weight, mixtral_jax::GradientOfWeights,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+MIXTRAL_JAX_HANDLER(grouped_weight, mixtral_jax::GradientOfWeights,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_swiglu_back, mixtral_jax::SwigluBack,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+MIXTRAL_JAX_HANDLER(swiglu_back, mixtral_jax::SwigluBack,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>());

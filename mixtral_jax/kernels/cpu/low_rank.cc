@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dot_products.h"
+#include "form.h"
 #include "vectors.h"
 #include "worker_pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -195,10 +196,10 @@ ffi::Error AddLowRank(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer
 }  // namespace
 }  // namespace mixtral_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_add_low_rank, mixtral_jax::AddLowRank,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+MIXTRAL_JAX_HANDLER(add_low_rank, mixtral_jax::AddLowRank,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                        .RemainingArgs()
+                        .RemainingRets());

@@ -7,8 +7,10 @@
 #ifndef MIXTRAL_JAX_KERNELS_CPU_MANY_ROWS_VNNI_H_
 #define MIXTRAL_JAX_KERNELS_CPU_MANY_ROWS_VNNI_H_
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
-    defined(__AVX512VNNI__)
+#include "form.h"
+
+#if MIXTRAL_JAX_VECTOR_BITS == 512 && defined(__AVX512F__) && defined(__AVX512BW__) && \
+    defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define MIXTRAL_JAX_HAS_VNNI 1
 
 #include <immintrin.h>

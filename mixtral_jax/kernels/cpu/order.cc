@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "form.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mixtral_jax {
@@ -20,6 +21,7 @@ ffi::Error After(ffi::AnyBuffer x, ffi::RemainingArgs, ffi::Result<ffi::AnyBuffe
 }  // namespace
 }  // namespace mixtral_jax
 
+extern "C" MIXTRAL_JAX_EXPORT XLA_FFI_Error* mixtral_jax_after(XLA_FFI_CallFrame*);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_after, mixtral_jax::After,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::AnyBuffer>()

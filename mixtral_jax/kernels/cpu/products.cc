@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "dot_products.h"
+#include "form.h"
 #include "many_rows.h"
 #include "many_rows_vnni.h"
 #include "vectors.h"
@@ -311,33 +312,33 @@ ffi::Error Swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate, ffi::Buffer<
 }  // namespace
 }  // namespace mixtral_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_linear, mixtral_jax::Linear,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+MIXTRAL_JAX_HANDLER(linear, mixtral_jax::Linear,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .RemainingArgs()
+                        .RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_grouped, mixtral_jax::Grouped,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+MIXTRAL_JAX_HANDLER(grouped, mixtral_jax::Grouped,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                        .Arg<xla::ffi::AnyBuffer>()
+                        .RemainingArgs()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_norm, mixtral_jax::Norm,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<float>("eps"));
+MIXTRAL_JAX_HANDLER(norm, mixtral_jax::Norm,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Attr<float>("eps"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_swiglu, mixtral_jax::Swiglu,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+MIXTRAL_JAX_HANDLER(swiglu, mixtral_jax::Swiglu,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>());

@@ -1,10 +1,11 @@
 // Kernels for CPU, part 5: the gradient of a product with int8 weights, by bytes.
 //
 // Only on processors whose AVX-512 multiplies bytes; on others XLA's product of floats takes its
-// place, and `mixtral_jax_multiplies_bytes` tells which of the two it is.
+// place, and `multiplies_bytes` tells which of the two it is.
 
 #include <cstdint>
 
+#include "form.h"
 #include "slopes_vnni.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -37,7 +38,7 @@ ffi::Error LinearBack([[maybe_unused]] ffi::ThreadPool pool,
 }  // namespace
 }  // namespace mixtral_jax
 
-extern "C" int32_t mixtral_jax_multiplies_bytes() {
+extern "C" MIXTRAL_JAX_EXPORT int32_t MIXTRAL_JAX_SYMBOL(multiplies_bytes)() {
 #if defined(MIXTRAL_JAX_HAS_VNNI)
   return 1;
 #else
@@ -45,10 +46,10 @@ extern "C" int32_t mixtral_jax_multiplies_bytes() {
 #endif
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mixtral_jax_linear_back, mixtral_jax::LinearBack,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+MIXTRAL_JAX_HANDLER(linear_back, mixtral_jax::LinearBack,
+                    xla::ffi::Ffi::Bind()
+                        .Ctx<xla::ffi::ThreadPool>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
+                        .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                        .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
