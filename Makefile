@@ -15,7 +15,8 @@ LIBRARY_TESTS ?= tests/mixtral_jax/kernels tests/mixtral_jax/model tests/mixtral
 BIN := $(VENV)/bin
 CHECKPOINT := checkpoints/$(MODEL)
 SOURCES := mixtral_jax convert serving tests benchmarks
-PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto serving/proto/group.proto
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I. serving/proto/inference.proto serving/proto/group.proto \
+	serving/proto/texts.proto
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve chat quick test newest soak check format proto docs dist smoke bench \

@@ -248,6 +248,25 @@ _MODEL_ALIAS = Flag(
     "NAME",
     panel="Adapters",
 )
+_SERVICE_PROCESSES = Flag(
+    "service_processes",
+    int,
+    1,
+    "Processes that read requests and write text, so that many streams do not wait for one; with "
+    "more than one the engine has a process of its own beside them.",
+    "N",
+    min=1,
+    panel="Engine",
+)
+_TEXT_PORT = Flag(
+    "text_port",
+    list[int],
+    [],
+    "Port of gRPC on 127.0.0.1 of one of several --service-processes alone, for a gateway that "
+    "takes them in turn; repeatable, one for each.",
+    "PORT",
+    panel="Engine",
+)
 _PROMPTS = _panel(
     "Engine",
     Flag(
@@ -603,7 +622,7 @@ _UPSTREAM = _panel(
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
     *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT),
-    *_GROUP,
+    *(_SERVICE_PROCESSES, _TEXT_PORT, *_GROUP),
     *(*_ADAPTERS, _MODEL_ALIAS),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, _EXPERT_METRICS),
     *_panel("Monitoring", *_PROFILE, *_TRACES_AND_LOGS, _USAGE_DB),
@@ -629,7 +648,8 @@ SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
     *(DTYPE, _MODEL_TYPE, _HEARTBEAT_SECONDS, _DRAIN_SECONDS, _DRAIN_DELAY),
-    *(*_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT, *_GROUP, _GROUP_CA),
+    *(*_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT, _SERVICE_PROCESSES),
+    *(*_GROUP, _GROUP_CA),
     *(*_ADAPTERS, _MODEL_ALIAS),
     *_panel(
         "Monitoring",

@@ -14,6 +14,9 @@ BEAT_VARIABLE = "MIXTRAL_JAX_BEAT_FD"
 """Environment variable with the file descriptor of a pipe. A service writes a byte into it every
 second while its loop runs and its engine makes steps; the supervisor kills it when that stops."""
 
+PIPE_VARIABLE = "MIXTRAL_JAX_PIPE_FD"
+"""Environment variable with the descriptor of a text process's way to its engine's process."""
+
 
 def end_with_parent() -> None:
     """Makes this process get SIGTERM when the process that PARENT_VARIABLE names is gone.

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import webbrowser
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mixtral_jax.cli.banner import banner, shown_key
@@ -39,11 +40,12 @@ def _serve(given: dict[str, Any]) -> None:
     processes of one user on one machine.
     """
     from serving.access.loopback import is_loopback
+    from serving.channel import join_address
     from serving.cluster.local_key import default_key_file, local_key
     from serving.cluster.rank import Rank, RankError, split_coordinator
     from serving.engine.config import EngineConfig
     from serving.launch.config import ServiceConfig
-    from serving.launch.supervisor import Addresses, run_follower
+    from serving.launch.supervisor import Addresses, kept_ports, run_follower
     from serving.parent import end_with_parent
 
     end_with_parent()
@@ -65,7 +67,13 @@ def _serve(given: dict[str, Any]) -> None:
     service = record(ServiceConfig, given, port=addresses.grpc_port, drain_delay=0.0)
     if rank is None or rank.is_leader:
         given |= {"tls_client_ca": None} if rank is None else _tls_to_service(rank)
-        _lead(given, addresses, environment, arguments(engine, rank, service))
+        # A gateway's one connection would reach one of several processes that share a port.
+        several = service.service_processes if service.service_processes > 1 else 0
+        with kept_ports(several) as ports:
+            service = replace(service, text_port=ports)
+            targets = tuple(join_address("127.0.0.1", port) for port in ports)
+            given["target"] = targets or (addresses.target,)
+            _lead(given, addresses, environment, arguments(engine, rank, service))
         return
     joined = (
         f"\nprocess {rank.process_id} of {rank.num_processes} of the group at {rank.coordinator}\n"
@@ -122,7 +130,6 @@ def _lead(
     gateway = record(
         GatewayConfig,
         given,
-        target=(addresses.target,),
         gateway_key=web.key_for_service(),
         metrics_port=given["gateway_metrics_port"],
     )

@@ -26,6 +26,8 @@ class Form:
     """What the answer is not held to though the caller asked for it, each with its pointer."""
     checks: tuple[Check, ...] = ()
     """Schemas that the finished answer is to be checked against."""
+    grammar: str = ""
+    """The text of the grammar, for another process that makes the same form of it."""
 
     def matcher(self) -> Matcher:
         """Returns a matcher for one choice."""
@@ -51,7 +53,7 @@ def form_of(grammar: Grammar, guide: Guide) -> Form:
     else:
         matcher.fill(mask)
     matcher.rewind()
-    return Form(matcher, grammar.begins_after, grammar.weakened, grammar.checks)
+    return Form(matcher, grammar.begins_after, grammar.weakened, grammar.checks, grammar.text)
 
 
 def _longest_allowed(mask: np.ndarray, guide: Guide) -> int | None:

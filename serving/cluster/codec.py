@@ -124,7 +124,7 @@ def _chunk_message(chunk: Chunk) -> pb.Chunk:
         pages=chunk.pages,
         follows=chunk.follows,
         samples=chunk.samples,
-        sampling=_sampling_message(chunk.sampling),
+        sampling=sampling_message(chunk.sampling),
         seed=chunk.seed,
         prompt_length=chunk.prompt_length,
         history=chunk.history,
@@ -146,7 +146,7 @@ def _chunk_of(message: pb.Chunk) -> Chunk:
         pages=tuple(message.pages),
         follows=message.follows if message.HasField("follows") else None,
         samples=message.samples,
-        sampling=_sampling_of(message.sampling),
+        sampling=sampling_of(message.sampling),
         seed=message.seed,
         prompt_length=message.prompt_length,
         history=tuple(message.history),
@@ -159,7 +159,8 @@ def _chunk_of(message: pb.Chunk) -> Chunk:
     )
 
 
-def _sampling_message(sampling: SamplingParams) -> pb.Sampling:
+def sampling_message(sampling: SamplingParams) -> pb.Sampling:
+    """Writes parameters of sampling."""
     return pb.Sampling(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -175,7 +176,8 @@ def _sampling_message(sampling: SamplingParams) -> pb.Sampling:
     )
 
 
-def _sampling_of(message: pb.Sampling) -> SamplingParams:
+def sampling_of(message: pb.Sampling) -> SamplingParams:
+    """Reads parameters of sampling; raises SamplingError for values out of range."""
     return SamplingParams(
         temperature=message.temperature,
         top_p=message.top_p,

@@ -165,6 +165,15 @@ class EngineWorker:
             n + sum(request.n for request in unread if request.caller == caller), caller
         )
 
+    async def admits(self, n: int, caller: str) -> bool:
+        """Returns what `has_room` does, for a service that may ask another process."""
+        return self.has_room(n, caller)
+
+    async def begin_drain(self) -> int:
+        """Refuses every later request; returns the number of those that go on."""
+        self.drain()
+        return self.num_under_way
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()

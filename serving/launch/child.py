@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from serving.errors import SetupError
-from serving.parent import BEAT_VARIABLE
+from serving.parent import BEAT_VARIABLE, PIPE_VARIABLE
 
 
 class SupervisorError(SetupError):
@@ -57,6 +57,8 @@ class Child:
             pipe that BEAT_VARIABLE names, counted from the first; a process that is late is
             killed. None: no pipe is opened.
         probe: A question that is asked while the process serves.
+        connect: Called at each start; returns a descriptor that the process inherits as its own,
+            which PIPE_VARIABLE names. None: there is none.
         clock: Time in seconds that never goes back.
     """
 
@@ -70,6 +72,7 @@ class Child:
         restarts: Restarts | None = None,
         beat_seconds: float | None = None,
         probe: Probe | None = None,
+        connect: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -80,6 +83,7 @@ class Child:
         self._restarts = restarts or Restarts()
         self._beat_seconds = beat_seconds
         self._probe = probe
+        self._connect = connect
         self._clock = clock
         self._served_at: float | None = None  # when it first served since its last start
         self._has_ever_served = False
@@ -141,19 +145,23 @@ class Child:
         self.close()
         self._served_at = self._last_beat = None
         self._unanswered = 0
-        environment, pipes = self._environment, self._pipes
+        given: dict[str, int] = {}  # descriptors of the process alone, by their variables
         if self._beat_seconds is not None:
             self._beats, writing = os.pipe()
             os.set_blocking(self._beats, False)
-            environment = {**environment, BEAT_VARIABLE: str(writing)}
-            pipes = (*pipes, writing)
+            given[BEAT_VARIABLE] = writing
+        if self._connect is not None:
+            given[PIPE_VARIABLE] = self._connect()
         try:
             self.process = subprocess.Popen(
-                self._command, env=environment, start_new_session=True, pass_fds=pipes
+                self._command,
+                env={**self._environment, **{name: str(fd) for name, fd in given.items()}},
+                start_new_session=True,
+                pass_fds=(*self._pipes, *given.values()),
             )
         finally:
-            if self._beat_seconds is not None:
-                os.close(writing)
+            for descriptor in given.values():
+                os.close(descriptor)
 
     def _standstill(self) -> str | None:
         """Returns why the running process must be killed; None while it moves."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_jax.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig:
@@ -22,6 +24,10 @@ class ServiceConfig:
     """Most bytes of a prompt's text for each token of the context."""
     log_format: str
     """One of serving.observe.logs.FORMATS."""
+    service_processes: int = 1
+    """Processes that read requests and write text; with more than one the engine has its own."""
+    text_port: tuple[int, ...] = ()
+    """Ports of gRPC on 127.0.0.1, one for each of several such processes alone."""
     drain_delay: float = 0.0
     """Time after such a signal in which requests are still served, while readiness fails."""
     step_timeout: float = 60.0
@@ -36,3 +42,18 @@ class ServiceConfig:
     """JSON object of sampling defaults that replace those."""
     model_alias: tuple[str, ...] = ()
     """Other names under which requests mean the model itself; "*" for all that no adapter has."""
+
+    def __post_init__(self) -> None:
+        if self.service_processes < 1:
+            raise ConfigError(
+                f"--service-processes is {self.service_processes}; it must be at least 1"
+            )
+        if self.text_port and len(self.text_port) != self.service_processes:
+            raise ConfigError(
+                f"--text-port is given {len(self.text_port)} times, and --service-processes is "
+                f"{self.service_processes}; give a port for each process, or none"
+            )
+        if self.text_port and self.service_processes == 1:
+            raise ConfigError(
+                "--text-port is for several processes; leave it out, or give --service-processes 2"
+            )

@@ -5,19 +5,16 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn
-
-from grpc_health.v1._async import HealthServicer
 
 from mixtral_jax.checkpoint.pretrained import Pretrained, open_pretrained
 from mixtral_jax.compilation import CompilationCount, keep_programs
 from mixtral_jax.errors import ConfigError, UserError
 from mixtral_jax.structure.compiler import Compiler
 from serving.access.config import AccessConfig
-from serving.access.credentials import Access
-from serving.access.renewal import RenewedServerTls
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
@@ -35,14 +32,16 @@ from serving.engine.expert_load import ExpertLoad
 from serving.engine.metrics import Metrics
 from serving.engine.watchdog import until_stuck
 from serving.engine.worker import EngineWorker
-from serving.errors import ServingError, SetupError, Unavailable
-from serving.flags import SERVICE, record
+from serving.errors import ServingError, Unavailable
+from serving.flags import SERVICE, arguments, record
 from serving.launch.adapters import followed_adapters
 from serving.launch.config import ServiceConfig
+from serving.launch.front import Front, LocalFront
 from serving.launch.gpu_memory import take_gpu_memory
 from serving.launch.late_programs import THREAD, LatePrograms
 from serving.launch.profiling import JaxTracer, Profiling
 from serving.launch.sampling_defaults import chosen_defaults
+from serving.launch.text_processes import TextProcesses
 from serving.observe.key_reloads import report_failed_certificate, report_failed_reload
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
@@ -50,11 +49,13 @@ from serving.observe.tracing import Traces
 from serving.open_files import raise_open_files
 from serving.parent import beat, end_process, end_with_parent
 from serving.proto import inference_pb2 as pb
+from serving.proto import texts_pb2
 from serving.scheduling.step_plan import Limits
 from serving.service.call_record import Calls
 from serving.service.models.adapter_metrics import AdapterMetrics
 from serving.service.models.served_models import ServedModels
-from serving.service.service import InferenceService, create_server, set_serving
+from serving.service.service import InferenceService
+from serving.texts.hub import Hub, Parts, Used
 
 _ERRORS: Errors = (UserError, *USER_ERRORS)
 _STOOD_STILL = Unavailable("a step of the model stood still; the server starts again")
@@ -119,31 +120,55 @@ def _lead(
     """Serves; with a rank, as the leader of its group."""
     if engine.expert_metrics and service.metrics_port is None:
         raise ConfigError("--expert-metrics is shown at --metrics-port; give that too")
+    # Files that cannot be used are told before minutes of loading.
     door, tls = access.access(), access.renewed_tls()
     accounts = Accounts.of(accounting)
-    admission = Admission(accounts, accounting.assumed_max_tokens, accounting.cached_token_charge)
-    fields = CallerFields(access.gateway_key, share_prefixes=accounting.share_prefixes)
     pretrained = open_pretrained(engine.model)
     traces = Traces.exported(service.otlp_endpoint, "service")
     metrics = Metrics(pretrained.card.name)
-    report_failed_reload(metrics.registry, lambda: door.reload_failed)
-    if tls is not None:
-        report_failed_certificate(metrics.registry, lambda: tls.reload_failed)
     if service.metrics_port is not None:
         url = serve_metrics(metrics.registry, service.metrics_host, service.metrics_port)
         _say(f"metrics on {url}")
     leader = None if rank is None else _gathered(engine, rank, pretrained)
     # Its processes start beside the loading of the weights. Without a tokenizer nothing is served.
-    compiler = Compiler(pretrained.tokenizer, pretrained.card.model.vocab_size)
-    built = _build(engine, service, pretrained, metrics, traces, leader, compiler)
+    # Text processes try grammars themselves.
+    is_one = service.service_processes == 1
+    compiler = Compiler(
+        pretrained.tokenizer, pretrained.card.model.vocab_size, processes=2 if is_one else 0
+    )
+    built = _build(engine, service, pretrained, metrics, leader)
     worker, late = built.worker, built.late
+    max_calls = engine.max_waiting + built.rows
+
+    def front() -> Front:
+        if not is_one:
+            records = (engine, service, access, accounting)
+            return _text_processes(records, pretrained, built, metrics, accounts, compiler)
+        report_failed_reload(metrics.registry, lambda: door.reload_failed)
+        if tls is not None:
+            report_failed_certificate(metrics.registry, lambda: tls.reload_failed)
+        inference = InferenceService(
+            worker,
+            pretrained.tokenizer,
+            built.info,
+            Calls(metrics, traces, built.counts),
+            service.max_bytes_per_token,
+            compiler,
+            built.models,
+            late.prepare_scores,
+        )
+        admission = Admission(
+            accounts, accounting.assumed_max_tokens, accounting.cached_token_charge
+        )
+        fields = CallerFields(access.gateway_key, share_prefixes=accounting.share_prefixes)
+        address = join_address(access.host, service.port)
+        return LocalFront(worker, inference, address, door, tls, admission, fields, max_calls)
+
     worker.start()
     try:
-        address = join_address(access.host, service.port)
-        max_calls = engine.max_waiting + built.rows
-        server = _Server(built, leader, service, max_calls)
+        server = _Server(worker, late, leader, service)
         with built.adapters:
-            asyncio.run(server.run(address, door, tls, admission, fields))
+            asyncio.run(server.run(front, access.host))
     finally:
         if leader is not None:
             if leader.loss is not None:
@@ -167,6 +192,56 @@ def _lead(
         sys.exit("the engine failed")
 
 
+def _text_processes(
+    records: tuple[EngineConfig, ServiceConfig, AccessConfig, AccountingConfig],
+    pretrained: Pretrained,
+    built: "_Built",
+    metrics: Metrics,
+    accounts: Accounts,
+    compiler: Compiler,
+) -> TextProcesses:
+    """Returns the front of several processes, whose pipes reach the engine of this one."""
+    engine, service, access, _ = records
+
+    def charge(used: Used) -> None:
+        request = used.request
+        prompt = len(request.prompt_ids) if used.tokens else used.computed
+        accounts.add(request.caller, prompt, used.tokens, used.cached, request.adapter)
+
+    hub = Hub(
+        Parts(
+            engine=built.worker,
+            metrics=metrics,
+            adapters=built.counts,
+            compiler=compiler,
+            prepare_scores=built.late.prepare_scores,
+            num_waiting=built.num_waiting,
+            charge=charge,
+        )
+    )
+    report_failed_reload(metrics.registry, lambda: any(s.keys_failed for s in hub.states))
+    if access.tls_cert is not None:
+        report_failed_certificate(
+            metrics.registry, lambda: any(s.certificate_failed for s in hub.states)
+        )
+    welcome = texts_pb2.Welcome(
+        info=built.info.SerializeToString(),
+        tokenizer="" if pretrained.folder is None else str(pretrained.folder.absolute()),
+        width=pretrained.card.model.vocab_size,
+        max_calls=engine.max_waiting + built.rows,
+    )
+    return TextProcesses(
+        hub,
+        welcome,
+        built.digests,
+        arguments(*records),
+        (access.host, service.port),
+        service.text_port,
+        service.service_processes,
+        _say,
+    )
+
+
 def _gathered(engine: EngineConfig, rank: Rank, pretrained: Pretrained) -> Leader:
     """Returns the leader of a group whose processes have all come and connected their devices."""
 
@@ -185,9 +260,13 @@ class _Built(NamedTuple):
     """A loaded model's parts of the service."""
 
     worker: EngineWorker  # not yet started
-    inference: InferenceService
+    info: pb.ModelInfo
+    models: ServedModels
+    digests: Callable[[], Mapping[str, str]]  # of the loaded adapters by their names
+    counts: AdapterMetrics | None
     adapters: AbstractContextManager[None]  # followed, once the worker has started, until it ends
     rows: int  # sequences that the engine continues together
+    num_waiting: Callable[[], int]  # choices that wait for a row
     late: LatePrograms  # not yet started
 
 
@@ -196,9 +275,7 @@ def _build(
     service: ServiceConfig,
     pretrained: Pretrained,
     metrics: Metrics,
-    traces: Traces,
     leader: Leader | None,
-    compiler: Compiler,
 ) -> _Built:
     """Loads and compiles."""
     # Values that cannot be used are told before the weights are read.
@@ -238,76 +315,57 @@ def _build(
     if config.num_adapters:
         counts = AdapterMetrics(metrics.registry, card.name, loader.digests)
         adapters = followed_adapters(config, models, loader, counts, _say)
-    calls = Calls(metrics, traces, counts)
     late = LatePrograms(prepared.steps, _say)
-    inference = InferenceService(
-        worker,
-        pretrained.tokenizer,
-        info,
-        calls,
-        service.max_bytes_per_token,
-        compiler,
-        models,
-        late.prepare_scores,
-    )
     compilations = CompilationCount(apart=THREAD)
     engine.on_step = metrics.stepped
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
     DeviceMemory(prepared.model, prepared.steps, metrics.registry)
-    return _Built(worker, inference, adapters, prepared.max_sequences, late)
+    return _Built(
+        worker,
+        info,
+        models,
+        loader.digests,
+        counts,
+        adapters,
+        prepared.max_sequences,
+        lambda: engine.scheduler.num_waiting,
+        late,
+    )
 
 
 class _Server:
     """Serves gRPC until a signal, Drain, or the end of the engine or of a follower."""
 
     def __init__(
-        self,
-        built: _Built,
-        leader: Leader | None,
-        config: ServiceConfig,
-        max_calls: int,
+        self, worker: EngineWorker, late: LatePrograms, leader: Leader | None, config: ServiceConfig
     ) -> None:
-        self._worker = built.worker
-        self._inference = built.inference
-        self._late = built.late
+        self._worker, self._late = worker, late
         self._leader = leader
         self._config = config
-        self._max_calls = max_calls
 
-    async def run(
-        self,
-        address: str,
-        access: Access,
-        tls: RenewedServerTls | None,
-        admission: Admission,
-        fields: CallerFields,
-    ) -> None:
-        """Serves at `address`; returns when running answers have finished or their time is up."""
+    async def run(self, make: Callable[[], Front], host: str) -> None:
+        """Serves by the front that `make` returns; returns when running answers have finished or
+        their time is up."""
+        front = make()
         try:
-            server, port, checks = await create_server(
-                address, self._inference, access, tls, admission, fields, self._max_calls
-            )
-        except OSError as error:
-            raise SetupError(str(error)) from None
-        _say(f"ready on {address.rpartition(':')[0]}:{port}")
-        self._late.start()
-        watch = asyncio.create_task(self._watch(checks))
-        await self._until_told()
-        # Health comes first, so that load balancers send new requests elsewhere; requests that
-        # come all the same are served during the delay, and then refused.
-        await set_serving(checks, False)
-        if not self._inference.was_told_to_end.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._engine_ended(), self._config.drain_delay)
-        self._worker.drain()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._config.drain_seconds
-        while self._worker.num_under_way and loop.time() < deadline:
-            await asyncio.sleep(0.05)
-        await server.stop(1.0)  # calls that watch its health would go on for ever
-        watch.cancel()
+            port = await front.start()
+            _say(f"ready on {join_address(host, port)}")
+            self._late.start()
+            watch = asyncio.create_task(self._watch(front))
+            await self._until_told(front)
+            # Health comes first, so that load balancers send new requests elsewhere; requests that
+            # come all the same are served during the delay, and then refused.
+            await front.leave()
+            if not front.was_told_to_end.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._engine_ended(), self._config.drain_delay)
+            self._worker.drain()
+            await front.finish(time.monotonic() + self._config.drain_seconds)
+            watch.cancel()
+        finally:
+            front.kill()
 
-    async def _until_told(self) -> None:
+    async def _until_told(self, front: Front) -> None:
         """Waits for the first reason to end."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -318,20 +376,23 @@ class _Server:
             self._leader.on_loss = lambda reason: self._worker.abandon(_PART_LOST)
         reasons = [
             asyncio.create_task(stop.wait()),
-            asyncio.create_task(self._inference.was_told_to_end.wait()),
+            asyncio.create_task(front.was_told_to_end.wait()),
             asyncio.create_task(self._engine_ended()),
+            asyncio.create_task(front.failed()),
         ]
-        await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
         for task in reasons:
             task.cancel()
+        for task in done:
+            task.result()
 
-    async def _watch(self, checks: HealthServicer) -> None:
+    async def _watch(self, front: Front) -> None:
         """Ends all requests, and so the process, when a step of the engine stands still."""
         seconds = self._config.step_timeout
         await until_stuck(self._worker.standing, seconds, beat)
         _say(f"a step takes longer than the {seconds:g} s of --step-timeout; the service ends")
         try:
-            await set_serving(checks, False)
+            await front.leave()
         finally:
             self._worker.abandon(_STOOD_STILL)
 

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -39,6 +39,7 @@ from serving.channel import join_address
 from serving.flags import KEY_VARIABLE, SERVICE_KEY_VARIABLE
 from serving.launch.child import Child, Probe, SupervisorError
 from serving.parent import PARENT_VARIABLE, READY_VARIABLE
+from serving.ports import hold_port
 
 _OF_SERVICE = (signal.SIGUSR1, signal.SIGUSR2)  # they start and end a profile
 _STOP_SECONDS = 10.0  # time that a process may take to end after its drain
@@ -102,6 +103,20 @@ class Addresses:
                     f"cannot listen on {join_address(host, port)} ({reason}); "
                     f"stop what runs there or choose another with {variable}"
                 ) from None
+
+
+@contextlib.contextmanager
+def kept_ports(count: int) -> Iterator[tuple[int, ...]]:
+    """Keeps free ports on 127.0.0.1 for processes of ours that share them, until the block ends.
+
+    Raises SupervisorError if there are none.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            held = [stack.enter_context(hold_port("127.0.0.1", 0)) for _ in range(count)]
+        except OSError as error:
+            raise SupervisorError(f"no port of 127.0.0.1 is free ({error.strerror})") from None
+        yield tuple(socket_.getsockname()[1] for socket_ in held)
 
 
 def environment_from(environment: Mapping[str, str], *, makes_key: bool) -> dict[str, str]:

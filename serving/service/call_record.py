@@ -12,14 +12,40 @@ costs no more than a note of its time.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from serving.engine.metrics import Finished, Metrics
 from serving.errors import DeadlineExceeded, EngineFailure, ServingError
 from serving.observe.tracing import Span, Traces
 from serving.scheduling.request import NO_LIMIT, Event, FinishReason, Request
-from serving.service.models.adapter_metrics import AdapterMetrics
 
 _STEPS = "mixtral.engine.steps"
+
+
+class Counts(Protocol):
+    """Counts calls; serving/engine/metrics.py is one that shows what it has counted."""
+
+    def asked(self, n: int, max_tokens: int | None) -> None:
+        """Records what a request asks for; `max_tokens` None stands for no limit of its own."""
+
+    def finished(self, reason: str, choice: Finished) -> None:
+        """Records a choice that ended with the reason `stop` or `length`."""
+
+    def given_up(self, reason: str, choices: int) -> None:
+        """Records choices of one request that ended with the reason `abort` or `error`."""
+
+    def structure_violated(self) -> None:
+        """Records a choice that misses a part of its schema that is not enforced."""
+
+    def text(self) -> bytes:
+        """Returns the metrics of the service in Prometheus' text format; not on an event loop."""
+
+
+class AdapterCounts(Protocol):
+    """Counts what adapters answer."""
+
+    def answered(self, adapter: str, prompt_tokens: int, generation_tokens: int) -> None:
+        """Counts a request that is over."""
 
 
 class Calls:
@@ -33,11 +59,11 @@ class Calls:
 
     def __init__(
         self,
-        metrics: Metrics | None = None,
+        metrics: Counts | None = None,
         traces: Traces | None = None,
-        adapters: AdapterMetrics | None = None,
+        adapters: AdapterCounts | None = None,
     ) -> None:
-        self._metrics = metrics or Metrics("")
+        self._metrics: Counts = metrics or Metrics("")
         self._traces = traces or Traces()
         self._adapters = adapters
 
@@ -70,9 +96,7 @@ class _Choice:
 class Call:
     """Metrics and spans of one Generate call. Call `close` exactly once, in a `finally`."""
 
-    def __init__(
-        self, metrics: Metrics, span: Span, adapters: AdapterMetrics | None = None
-    ) -> None:
+    def __init__(self, metrics: Counts, span: Span, adapters: AdapterCounts | None = None) -> None:
         self._metrics = metrics
         self._adapters = adapters
         self._span = span

@@ -46,6 +46,11 @@ def turn_of(context: grpc.aio.ServicerContext) -> str:
     return f"address {host_of(context)}"
 
 
+def is_direct() -> bool:
+    """Returns whether the call that the present task answers did not come by a gateway."""
+    return _caller.get(None) is not None
+
+
 class DirectCalls:
     """Wraps the handlers of calls that callers send to the service themselves.
 
@@ -91,6 +96,7 @@ class DirectCalls:
                 lease = self._admission.begin(caller)
             except ServingError as error:
                 await abort(context, error)
+            _caller.set(caller.name)
             try:
                 request = await _only(requests)
                 refuse_caller_fields(request)

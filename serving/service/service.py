@@ -27,7 +27,6 @@ from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.engine.submission import Submission, Uncomputed
-from serving.engine.worker import EngineWorker
 from serving.errors import WEAKENED_METADATA, EngineFailure, Overloaded, ServingError
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
@@ -45,13 +44,12 @@ from serving.service.read_request import BYTES_PER_TOKEN, Translator, continues
 from serving.service.reflection import add_reflection
 from serving.service.refusal import abort
 from serving.service.turns import Turns
+from serving.service.worker import Worker
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 OPERATORS_ONLY = frozenset({f"/{SERVICE_NAME}/Drain", f"/{SERVICE_NAME}/GetMetrics"})
 """Methods that are for operators' keys and the gateway's."""
 _OPTIONS = (
-    # Without this, two servers could share a port and each would get half of the requests.
-    ("grpc.so_reuseport", 0),
     # Tokens of users who are in many groups are longer than the default allows.
     ("grpc.max_metadata_size", 32 * 2**10),
     # A little more than the gateway accepts of a body. The parser works on the event loop.
@@ -98,7 +96,7 @@ class InferenceService(rpc.InferenceServicer):
 
     def __init__(
         self,
-        worker: EngineWorker,
+        worker: Worker,
         tokenizer: Tokenizer,
         info: pb.ModelInfo,
         calls: Calls | None = None,
@@ -185,8 +183,7 @@ class InferenceService(rpc.InferenceServicer):
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
     ) -> pb.DrainReply:
         """Refuses later requests, and asks the process to end once the running ones have ended."""
-        running = self._worker.num_under_way
-        self._worker.drain()
+        running = await self._worker.begin_drain()
         self.was_told_to_end.set()
         return pb.DrainReply(running=running)
 
@@ -197,7 +194,7 @@ class InferenceService(rpc.InferenceServicer):
         deadline = None if seconds is None else time.monotonic() + seconds
         self._translator.check(message)
         adapter = self._models.adapter_of(message.model)
-        if not self._worker.has_room(message.n or 1, message.caller):
+        if not await self._worker.admits(message.n or 1, message.caller):
             # Asked before the prompt is rendered, which under overload would be in vain.
             raise Overloaded("too many requests are waiting already; try again shortly")
         # In a thread: a template or a long prompt takes milliseconds, and other streams go on.
@@ -304,8 +301,14 @@ async def create_server(
     admission: Admission | None = None,
     fields: CallerFields | None = None,
     max_calls: int = 256,
+    *,
+    shares_port: bool = False,
+    own_address: str | None = None,
 ) -> tuple[grpc.aio.Server, int, Any]:
     """A started server on `address` (port 0 chooses one): (server, port, health), SERVING.
+
+    With `shares_port` other processes that do so may listen there too, and the system gives each
+    connection to one of them; it listens on `own_address` as well, if there is one.
 
     Calls of others than the gateway are admitted and charged by `admission`, by default without
     limits, and marked by `fields`. `max_calls` is the number of requests that the engine can hold:
@@ -321,23 +324,34 @@ async def create_server(
     server = grpc.aio.server(
         interceptors=[CallLog(doorkeeper, OpenCalls(calls_of_caller), HealthCalls())],
         # A stream beyond these is reset, which tells its caller nothing: calls end before that.
-        options=[*_OPTIONS, ("grpc.max_concurrent_streams", 2 * rpcs)],
+        options=[
+            *_OPTIONS,
+            ("grpc.max_concurrent_streams", 2 * rpcs),
+            # Otherwise two services could share a port, and each would get half of the requests.
+            ("grpc.so_reuseport", int(shares_port)),
+        ],
         maximum_concurrent_rpcs=rpcs,
     )
     rpc.add_InferenceServicer_to_server(service, server)
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     add_reflection((SERVICE_NAME, health.SERVICE_NAME), server)
-    try:
-        if tls is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, tls.credentials())
-    except RuntimeError:
-        raise OSError(f"cannot listen on {address}; is another server running there?") from None
+    port = _listen(server, address, tls)
+    if own_address is not None:
+        _listen(server, own_address, tls)
     await server.start()
     await set_serving(checks, True)
     return server, port, checks
+
+
+def _listen(server: grpc.aio.Server, address: str, tls: ServerTls | RenewedServerTls | None) -> int:
+    """Has a server listen on an address; returns the port. Raises OSError."""
+    try:
+        if tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, tls.credentials())
+    except RuntimeError:
+        raise OSError(f"cannot listen on {address}; is another server running there?") from None
 
 
 async def set_serving(checks: Any, serving: bool) -> None:

@@ -51,6 +51,7 @@ serving.errors
 serving.channel
 serving.parent
 serving.open_files
+serving.ports
 serving.flags
 serving.proto
 serving.command_line         | serving.errors serving.flags
@@ -61,12 +62,13 @@ serving.scheduling           | serving.errors mixtral_jax.sampling_params
 serving.engine               | serving.scheduling serving.errors mixtral_jax.step* mixtral_jax.checkpoint mixtral_jax.tokenization mixtral_jax.structure
 serving.service              | serving.engine serving.scheduling serving.access serving.accounting serving.observe serving.proto serving.errors mixtral_jax.errors mixtral_jax.sampling_params mixtral_jax.tokenization mixtral_jax.structure
 serving.cluster              | serving.engine serving.scheduling serving.access serving.proto serving.errors serving.parent mixtral_jax.checkpoint mixtral_jax.compilation mixtral_jax.sampling_params
+serving.texts                | serving.engine serving.scheduling serving.cluster serving.proto serving.errors mixtral_jax.errors mixtral_jax.structure
 serving.client               | serving.proto serving.errors serving.channel
 serving.bench                | serving.engine serving.scheduling serving.errors serving.parent mixtral_jax.planning* mixtral_jax
 serving.gateway.dialect      | serving.proto serving.errors
 serving.gateway.http         | serving.gateway.dialect serving.accounting serving.observe serving.proto serving.errors
 serving.gateway              | serving.gateway.dialect serving.gateway.http serving.access serving.accounting serving.observe serving.channel serving.parent serving.open_files serving.flags serving.command_line serving.proto serving.errors
-serving.launch               | serving.errors serving.channel serving.parent serving.open_files serving.flags serving.command_line serving.proto serving.observe serving.access serving.accounting serving.scheduling serving.engine serving.service serving.cluster serving.client mixtral_jax.planning* mixtral_jax
+serving.launch               | serving.errors serving.channel serving.parent serving.open_files serving.ports serving.flags serving.command_line serving.proto serving.observe serving.access serving.accounting serving.scheduling serving.engine serving.service serving.cluster serving.texts serving.client mixtral_jax.planning* mixtral_jax
 serving                      | serving.launch
 mixtral_jax.cli              | everything
 benchmarks                   | everything
@@ -83,6 +85,7 @@ _FILES = {
         "serving.flags",
         "serving.launch.child",
         "serving.parent",
+        "serving.ports",
     },
 }
 STARTS_WITHOUT_JAX = [
@@ -104,6 +107,7 @@ STARTS_WITHOUT_JAX = [
     "serving.client",
     "serving.gateway.app",
     "serving.launch.supervisor",
+    "serving.launch.text_process",
 ]
 # Rooms and files that import none of ACCELERATED, not even in a function, nor a room that does.
 WITHOUT_JAX = {
@@ -116,6 +120,7 @@ WITHOUT_JAX = {
     "serving.channel",
     "serving.parent",
     "serving.open_files",
+    "serving.ports",
     "serving.flags",
     "serving.proto",
     "serving.command_line",

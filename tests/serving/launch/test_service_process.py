@@ -1,7 +1,6 @@
 """The service's process when a step of its engine stands still, and when it ends; no model."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import threading
@@ -22,8 +21,9 @@ from serving.engine.worker import EngineWorker
 from serving.errors import EngineFailure
 from serving.flags import SERVICE, defaults, record
 from serving.launch.config import ServiceConfig
+from serving.launch.front import LocalFront
 from serving.launch.late_programs import LatePrograms
-from serving.launch.service_process import _Built, _Server
+from serving.launch.service_process import _Server
 from serving.parent import BEAT_VARIABLE
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
@@ -81,11 +81,11 @@ async def serve(worker: EngineWorker, config: ServiceConfig) -> None:
     """Serves a toy model by this worker until the server ends."""
     info = pb.ModelInfo(name="toy", type="chat-completions", max_context=512, vocab_size=261)
     service = InferenceService(worker, ByteTokenizer(), info)
-    built = _Built(worker, service, contextlib.nullcontext(), 32, NothingLate())
-    server = _Server(built, None, config, 32)
     access = Access(Keyring({"default": "secret"}))
     address = f"127.0.0.1:{config.port}"
-    await server.run(address, access, None, Admission(Accounts()), CallerFields(None))
+    admission, fields = Admission(Accounts()), CallerFields(None)
+    front = LocalFront(worker, service, address, access, None, admission, fields, 32)
+    await _Server(worker, NothingLate(), None, config).run(lambda: front, "127.0.0.1")
 
 
 def test_a_step_that_stands_still_ends_the_streams_the_health_and_the_beats(
