@@ -8,12 +8,16 @@
               against the time of the first such prompt
     experts   a decode step of 8 sequences through 8 experts, 2 a token, against the dense model,
               and the ratio of the weight bytes that both touch
+    rhythm    16 streams beside which a prompt of 6,000 tokens comes: the 99th percentile of the
+              time between their tokens against that before it came, and the time of the prompt
+              against its time alone; as `serve` bounds prompts, and without a bound
 
 Weights are random: time does not depend on them, but for the experts that tokens choose, which are
 counted. Each figure is the median of --repeats.
 """
 
 import json
+import math
 import os
 import random
 import statistics
@@ -21,6 +25,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,11 +48,13 @@ from mixtral_jax.sampling_params import SamplingParams
 from serving.bench.report import facts
 from serving.engine.build import compile_steps, engine_of
 from serving.engine.engine import Engine
+from serving.flags import SERVICE
 from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
 ROWS = 8
 SHORT, LONG = 128, 2048
+STREAMS, LONG_PROMPT = 16, 6000
 STEPS = 10  # of a sample
 
 
@@ -55,13 +63,20 @@ def main(
         Literal["int8", "float32"], typer.Option(help="Type of the weights.")
     ] = "int8",
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each figure.")] = 5,
+    only: Annotated[
+        Literal["context", "prefix", "experts", "rhythm"] | None,
+        typer.Option(help="Measure this part alone."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     """Measure the parts of the engine against the bandwidth of the memory."""
     keep_programs()
     console = Console(stderr=True)
     figures: dict[str, Any] = {"machine": facts(), "dtype": dtype}
-    for name, measure in (("context", context), ("prefix", prefix), ("experts", experts)):
+    parts = {"context": context, "prefix": prefix, "experts": experts, "rhythm": rhythm}
+    for name, measure in parts.items():
+        if only is not None and name != only:
+            continue
         with console.status(f"measuring {name}"):
             figures[name] = measure(dtype, repeats)
         print(name, json.dumps(figures[name]))
@@ -143,6 +158,78 @@ def experts(dtype: str, repeats: int) -> dict[str, float]:
         "time_ratio": round(ratio, 3),
         "time_over_bytes": round(ratio / asked, 3),
     }
+
+
+def rhythm(dtype: str, repeats: int) -> dict[str, float]:
+    """The pace of answers beside a long prompt. Milliseconds."""
+    model = _model(ModelConfig.smollm2_135m(), dtype)
+    limits = Limits(
+        num_pages=(STREAMS * 4096 + LONG_PROMPT + 512) // 16,
+        page_size=16,
+        max_sequences=32,
+        max_step_tokens=128,
+        max_context=8192,
+        max_waiting=STREAMS,
+    )
+    steps = compile_steps(model, limits)
+    slowdown = float(next(flag.default for flag in SERVICE if flag.name == "max_decode_slowdown"))
+    figures: dict[str, float] = {}
+    for name, bound in (("bounded", slowdown), ("unbounded", math.inf)):
+        samples = []
+        for number in range(repeats):
+            engine = engine_of(model, limits, steps, max_decode_slowdown=bound)
+            samples.append(_long_prompt(engine, number))
+        quiet, beside, prompt, alone = zip(*samples, strict=True)
+        figures |= {
+            f"{name}_quiet_p99_ms": round(1e3 * statistics.median(quiet), 2),
+            f"{name}_beside_p99_ms": round(1e3 * statistics.median(beside), 2),
+            f"{name}_prompt_ms": round(1e3 * statistics.median(prompt), 1),
+            f"{name}_prompt_alone_ms": round(1e3 * statistics.median(alone), 1),
+            f"{name}_p99_ratio": round(statistics.median(map(truediv, beside, quiet)), 3),
+            f"{name}_prompt_ratio": round(statistics.median(map(truediv, prompt, alone)), 3),
+        }
+    return figures
+
+
+def _long_prompt(engine: Engine, number: int) -> tuple[float, float, float, float]:
+    """Seconds between tokens of streams before a long prompt and beside it (99th percentiles), and
+    of the prompt beside them and alone.
+    """
+    dice = random.Random(number)
+
+    def prompt(length: int, max_tokens: int) -> Request:
+        return _request([dice.randrange(1000, 40000) for _ in range(length)], max_tokens)
+
+    streams = [prompt(100, 2**20) for _ in range(STREAMS)]
+    for request in streams:
+        engine.add(request)
+    for _ in range(30):
+        engine.step()
+    quiet = _pace(engine, lambda turns, drawn: turns == 300)
+    long = prompt(LONG_PROMPT, 1)
+    engine.add(long)
+    start = time.perf_counter()
+    beside = _pace(engine, lambda turns, drawn: long.id in drawn)
+    seconds = time.perf_counter() - start
+    for request in streams:
+        engine.cancel(request.id)
+    _drain(engine)
+    engine.add(prompt(LONG_PROMPT, 1))
+    alone = _timed(lambda: _drain(engine))
+    return quiet, beside, seconds, alone
+
+
+def _pace(engine: Engine, ends: Callable[[int, set[str]], bool]) -> float:
+    """The 99th percentile of the seconds between turns of the engine, each a token of all streams.
+
+    `ends` is asked after each turn, with their number and the requests that drew in it.
+    """
+    times, drawn = [time.perf_counter()], set[str]()
+    while not ends(len(times) - 1, drawn):
+        drawn = {event.request_id for event in engine.step() if event.drawn is not None}
+        times.append(time.perf_counter())
+    gaps = sorted(b - a for a, b in pairwise(times))
+    return gaps[int(0.99 * len(gaps))]
 
 
 def memory_bandwidth() -> float:

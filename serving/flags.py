@@ -166,6 +166,15 @@ _ENGINE = _panel(
         min=1,
     ),
     Flag(
+        "max_decode_slowdown",
+        float,
+        2.3,
+        "Times that a step may take what its answers alone would, when prompts are computed beside "
+        "them: prompts then take X / (X - 1) times as long as alone; inf: no bound.",
+        "X",
+        min=1.05,
+    ),
+    Flag(
         "step_buckets",
         str | None,
         None,

@@ -38,6 +38,7 @@ from serving.engine.engine import Engine
 from serving.engine.expert_load import ExpertLoad
 from serving.engine.grammars import Grammars
 from serving.engine.runner import Runner
+from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.step_plan import Limits
 
 # Each process may have the checkpoint elsewhere, and its own memory.
@@ -101,6 +102,7 @@ def engine_of(
     steps: Steps,
     broadcast: Callable[[Order], None] | None = None,
     expert_load: ExpertLoad | None = None,
+    max_decode_slowdown: float | None = None,
 ) -> Engine:
     """Returns an engine for a model on its devices.
 
@@ -114,12 +116,24 @@ def engine_of(
         steps: the result of `compile_steps` for the same shapes and limits.
         broadcast: see `Engine`.
         expert_load: sums up what steps count that were compiled with `counts_experts`.
+        max_decode_slowdown: see `EngineConfig`; None for prompts as large as a step has room for.
     """
     masks = Grammars(mask_words(model.config.vocab_size))
     runner, slots = Runner(model, steps, expert_load), None
     if steps.adapters is not None:
         slots = AdapterSlots(model.config, steps.adapters.sizes)
-    return Engine(runner, limits, broadcast, masks, adapters=slots, put_layer=runner.put_layer)
+    rhythm: Rhythm | None = None
+    if max_decode_slowdown is not None:
+        rhythm = Rhythm(max_decode_slowdown, sorted(steps.rows))
+    return Engine(
+        runner,
+        limits,
+        broadcast,
+        masks,
+        adapters=slots,
+        put_layer=runner.put_layer,
+        rhythm=rhythm,
+    )
 
 
 def facts(config: EngineConfig, pretrained: Pretrained) -> dict[str, str]:

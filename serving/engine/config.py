@@ -52,6 +52,8 @@ class EngineConfig:
     """Tokens of a page of keys and values; None: by the kernels."""
     step_buckets: str | None = None
     """Numbers of tokens that a step is padded to, with commas between; None: by chip."""
+    max_decode_slowdown: float = 2.3
+    """Times that prompts may lengthen a step in which answers go on; infinite: any."""
     expert_metrics: bool = False
     """Count the tokens that each expert of each layer gets."""
 
@@ -83,6 +85,11 @@ class EngineConfig:
             raise ConfigError(
                 f"--kv-dtype is {self.kv_dtype!r}; give int8, fp8, bfloat16 or float32, or leave "
                 "it out"
+            )
+        if not self.max_decode_slowdown > 1:
+            raise ConfigError(
+                f"--max-decode-slowdown is {self.max_decode_slowdown}; prompts need time beside "
+                "answers: give more than 1, such as 2.3, or inf for no bound"
             )
         self._check_sizes()
         self._check_adapters()

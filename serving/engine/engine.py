@@ -19,6 +19,7 @@ a step that fails ends the engine, and so the group, which starts again as a who
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ from serving.errors import ModelNotFound
 from serving.scheduling.partitions import Partitions
 from serving.scheduling.proposer import Proposer
 from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws, Scored
+from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.step_plan import Limits, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class _Step:
     """A step that is planned, and then launched."""
 
     plans: tuple[StepPlan, ...]
+    began: float  # time.monotonic()
     launched: Launched | None = None
     masks: Masks | None = None
 
@@ -81,6 +84,8 @@ class Engine:
             no guesses.
         adapters: which the engine has; None for an engine without any.
         put_layer: writes a layer of an adapter into the devices' stacks.
+        rhythm: bounds the prompts beside answers, and learns from the times of steps; None for as
+            many as a step has room for.
 
     Attributes:
         on_step: called with the number of tokens of each step before it is launched.
@@ -95,13 +100,15 @@ class Engine:
         proposer: Proposer | None = None,
         adapters: AdapterSlots | None = None,
         put_layer: Callable[[PutLayer], None] | None = None,
+        rhythm: Rhythm | None = None,
     ) -> None:
-        self.scheduler = Partitions(limits, device.num_partitions, proposer)
+        self.scheduler = Partitions(limits, device.num_partitions, proposer, rhythm)
         self._device = device
         self._broadcast = broadcast
         self._masks = masks
         self.adapters, self._put_layer = adapters, put_layer
         self._open: _Step | None = None  # launched, and not committed
+        self._last_drawn = 0.0  # time.monotonic() when the tokens of the last step were there
         self._last_events: list[Event] = []  # of the turn before
         self._suspects = Suspects()
         self.on_step: Callable[[int], None] = lambda num_tokens: None
@@ -187,6 +194,7 @@ class Engine:
             except Exception as error:  # the older step is the reason, also where both have failed
                 fault = _Fault(before, error)
             else:
+                self._measure(before)
                 lost = self._without_tokens(before.plans, drawn)
                 events += self.scheduler.commit(before.plans, drawn)
                 trusted = self._suspects.passed(before.plans)
@@ -205,7 +213,13 @@ class Engine:
     def _plan(self) -> _Step | None:
         """Returns the next step, or None if there is nothing to compute now."""
         plans = self.scheduler.plan()
-        return _Step(plans) if any(plan.chunks for plan in plans) else None
+        return _Step(plans, time.monotonic()) if any(plan.chunks for plan in plans) else None
+
+    def _measure(self, step: _Step) -> None:
+        """Tells the scheduler how long a step took that has just ended: no two run at a time."""
+        now = time.monotonic()
+        self.scheduler.learn(step.plans, now - max(step.began, self._last_drawn))
+        self._last_drawn = now
 
     def _without_tokens(
         self, plans: Sequence[StepPlan], drawn: Sequence[Sequence[RowDraws]]

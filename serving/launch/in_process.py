@@ -77,7 +77,12 @@ class InProcessService:
         access = record(AccessConfig, given, admits_gateway=False).access()
         config = record(EngineConfig, given)
         prepared = prepare_loaded(config, model, say=lambda line: None)
-        engine = engine_of(prepared.model, prepared.limits, prepared.steps)
+        engine = engine_of(
+            prepared.model,
+            prepared.limits,
+            prepared.steps,
+            max_decode_slowdown=config.max_decode_slowdown,
+        )
         self._worker = EngineWorker(engine, Metrics(name))
         loader = AdapterLoader(engine, self._worker.call)
         models = ServedModels(name, (), loader.digests)

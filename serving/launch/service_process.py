@@ -296,7 +296,14 @@ def _build(
     prepared = prepare(config, pretrained, _say, agree)
     broadcast = None if leader is None else leader.broadcast
     load = ExpertLoad(card.model, metrics.registry) if config.expert_metrics else None
-    engine = engine_of(prepared.model, prepared.limits, prepared.steps, broadcast, load)
+    engine = engine_of(
+        prepared.model,
+        prepared.limits,
+        prepared.steps,
+        broadcast,
+        load,
+        config.max_decode_slowdown,
+    )
     if leader is not None:
         leader.await_ready()
     info = pb.ModelInfo(

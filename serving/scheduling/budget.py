@@ -27,6 +27,8 @@ def prompt_sizes(prompts: Sequence[SequenceState], budget: int) -> list[tuple[Se
         prompts: sequences that lack more than one token, from the oldest to the youngest.
         budget: number of tokens for all of them.
     """
+    if not budget:
+        return []
     urgent = [s for s in prompts if s.request.priority is Priority.INTERACTIVE]
     if not urgent or len(urgent) == len(prompts):
         return _sizes_by_caller(prompts, budget)

@@ -11,10 +11,13 @@ suspects and all the others take turns, a step each.
 
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import reduce
 
 from serving.scheduling.proposer import Proposer
 from serving.scheduling.request import Event, Request, RowDraws
+from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.scheduler import Scheduler
+from serving.scheduling.step_cost import StepSize
 from serving.scheduling.step_plan import Limits, StepPlan
 
 
@@ -25,11 +28,20 @@ class Partitions:
         limits: of one partition.
         count: number of partitions.
         proposer: guesses the next tokens of answers; None for no guesses.
+        rhythm: bounds the prompts beside answers, which wait for them in all partitions; None for
+            as many as a step has room for.
     """
 
-    def __init__(self, limits: Limits, count: int = 1, proposer: Proposer | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        count: int = 1,
+        proposer: Proposer | None = None,
+        rhythm: Rhythm | None = None,
+    ) -> None:
         self.limits = limits
-        self._schedulers = [Scheduler(limits, proposer) for _ in range(count)]
+        self._rhythm = rhythm
+        self._schedulers = [Scheduler(limits, proposer, rhythm) for _ in range(count)]
         # Ids of suspects, and None for all other requests; the first has the next step.
         self._turns = deque[str | None]([None])
 
@@ -68,11 +80,16 @@ class Partitions:
         if len(self._turns) > 1:  # suspects that have ended are forgotten
             self._turns = deque(turn for turn in self._turns if turn is None or self.has(turn))
         suspects = [turn for turn in self._turns if turn is not None]
+        beside = StepSize()
+        if self._rhythm is not None:
+            self._rhythm.next_step()
+            if len(self._schedulers) > 1:
+                beside = reduce(StepSize.union, (s.answers() for s in self._schedulers))
         for _ in range(len(self._turns)):
             turn = self._turns[0]
             self._turns.rotate(-1)
             held = without if turn is not None or not suspects else {*suspects, *without}
-            plans = tuple(scheduler.plan(held, only=turn) for scheduler in self._schedulers)
+            plans = tuple(scheduler.plan(held, turn, beside) for scheduler in self._schedulers)
             if any(plan.chunks for plan in plans):
                 break
         return plans
@@ -84,6 +101,12 @@ class Partitions:
             if plan.chunks:
                 events += scheduler.commit(plan, tokens)
         return events
+
+    def learn(self, plans: Iterable[StepPlan], seconds: float) -> None:
+        """Takes in how long a step of all partitions took."""
+        if self._rhythm is not None:
+            sizes = (plan.size(self.limits.window) for plan in plans)
+            self._rhythm.learn(reduce(StepSize.union, sizes), seconds)
 
     def force(self, tokens: Mapping[tuple[int, int], Sequence[int]]) -> list[Event]:
         """Records tokens that must come next, by plan and chunk; see `Scheduler.force`."""

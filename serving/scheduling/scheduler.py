@@ -17,7 +17,8 @@ behind it; those of other callers pass it until they are `LEAD` tokens ahead.
 
 A step's tokens. Each sequence past its prompt gets one, and those that were forced since, as long
 as a step without prompts does not exceed a token for each row; prompts share the rest (budget.py).
-So a long prompt makes no answer wait for more than the step in which one chunk of it is computed.
+So a long prompt makes no answer wait for more than the step in which one chunk of it is computed,
+and how large that chunk may be follows from the time that it takes (rhythm.py).
 
 Prefixes and windows. Full pages are found by later requests of the same salt (pages.py). Pages
 before the window, which no later token sees, are given back; a sequence then needs pages for its
@@ -45,7 +46,7 @@ B's other 5; both draw their last token. B holds 3 pages all along, and A 1.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from secrets import randbits
@@ -60,23 +61,29 @@ from serving.scheduling.request import (
     Drawn,
     Event,
     FinishReason,
+    Priority,
     Request,
     RowDraws,
     Scored,
     TokenScore,
 )
+from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.rows import Rows
 from serving.scheduling.sequence import SequenceState
+from serving.scheduling.step_cost import StepSize
 from serving.scheduling.step_plan import Chunk, Limits, StepPlan
 
 
 class Scheduler:
     """Owns the queue, the pages and every sequence's progress. Not thread-safe."""
 
-    def __init__(self, limits: Limits, proposer: Proposer | None = None) -> None:
+    def __init__(
+        self, limits: Limits, proposer: Proposer | None = None, rhythm: Rhythm | None = None
+    ) -> None:
         assert limits.max_sequences <= limits.max_step_tokens
         self.limits = limits
         self._proposer = proposer
+        self._rhythm = rhythm
         self._pool = PagePool(limits.num_pages, limits.page_size, limits.prefix_reuse)
         self._queue = TurnQueue(limits.max_waiting)
         self._rows = Rows(limits, self._queue, self._pool)
@@ -195,7 +202,19 @@ class Scheduler:
             for choice in sequence.choices
         ]
 
-    def plan(self, without: Collection[str] = (), only: str | None = None) -> StepPlan:
+    def answers(self) -> StepSize:
+        """Returns the size of a step of answers alone; nothing where nobody waits for them."""
+        going = [s for s in self._rows.running if s.remaining and s.answers]
+        if not _has_readers(going):
+            return StepSize()
+        return StepSize().plus(((s.planned, 1) for s in going), self.limits.window)
+
+    def plan(
+        self,
+        without: Collection[str] = (),
+        only: str | None = None,
+        beside: StepSize | None = None,
+    ) -> StepPlan:
         """Plans the next step. At most one earlier plan may be open, that is, not committed.
 
         The plan is empty, and not committed, if there is no work, or none before the open plan is
@@ -205,6 +224,7 @@ class Scheduler:
             without: ids of requests of which nothing is computed in this step. They keep their
                 places in the queue, their rows and their pages.
             only: id of the one request of which something is computed; None for all.
+            beside: the answers of all partitions that have a part in the step, each by itself.
         """
         assert len(self._open) <= 1, "commit the older plan first"
         self._rows.admit(self._now)
@@ -231,7 +251,7 @@ class Scheduler:
             extra -= forced
             self._claim(sequence, 1 + forced + len(guesses.get(sequence, ())), draft)
         if prompts := [sequence for sequence in prompts if sequence.running]:
-            spare = self.limits.max_step_tokens - sum(draft.values())
+            spare = self._prompt_tokens(prompts, draft, beside or StepSize())
             for sequence, size in prompt_sizes(prompts, spare):
                 self._claim(sequence, size, draft)
         order = [*draft]
@@ -339,6 +359,25 @@ class Scheduler:
             self._rows.requeue(sequence)
         self._pool.forget()
 
+    def _prompt_tokens(
+        self,
+        prompts: Sequence[SequenceState],
+        draft: Mapping[SequenceState, int],
+        beside: StepSize,
+    ) -> int:
+        """Returns the number of tokens of prompts that a step has room and time for."""
+        spare = self.limits.max_step_tokens - sum(draft.values())
+        if self._rhythm is None or not (beside.tokens or _has_readers(draft)):
+            return spare
+        window = self.limits.window
+        own = StepSize().plus(((s.planned, size) for s, size in draft.items()), window)
+
+        def with_prompts(tokens: int) -> StepSize:
+            sizes = prompt_sizes(prompts, tokens)
+            return beside.union(own.plus(((s.planned, size) for s, size in sizes), window))
+
+        return self._rhythm.prompt_tokens(beside.union(own), spare, with_prompts)
+
     def _sequences(self) -> Iterable[SequenceState]:
         return chain(self._rows.running, self._queue)
 
@@ -407,3 +446,8 @@ class Scheduler:
             else:
                 self._queue.remove(sequence)
             sequence.table.release()
+
+
+def _has_readers(answers: Iterable[SequenceState]) -> bool:
+    """Returns True if somebody may read one of these answers as it comes."""
+    return any(sequence.request.priority is Priority.INTERACTIVE for sequence in answers)

@@ -6,6 +6,7 @@ The scheduler decides by `Limits` and writes a `StepPlan`; the engine computes i
 from dataclasses import dataclass
 
 from mixtral_jax.sampling_params import SamplingParams
+from serving.scheduling.step_cost import StepSize
 
 NO_SLOT = -1  # of a chunk without an adapter
 
@@ -89,3 +90,7 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Number of tokens of all chunks."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    def size(self, window: int | None) -> StepSize:
+        """Returns what the time of the step depends on."""
+        return StepSize().plus(((c.start, len(c.token_ids)) for c in self.chunks), window)

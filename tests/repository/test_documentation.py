@@ -36,10 +36,12 @@ FOREIGN_FLAGS = {
     "--repeats",
     "--build-arg",
     "--python",
+    "--only",  # benchmarks.engine
 }
 # Flags of the tools that one page is about.
 FOREIGN_FLAGS_OF = {
     "docs/serve.md": {"--tasks", "--batch"},  # lm_eval
+    "docs/devices.md": {"--long-prefill-token-threshold", "--chunked-prefill-size"},
     "docs/clients.md": {
         *("--backend", "--constraint", "--data", "--profile"),  # guidellm
         *("--endpoint-type", "--streaming", "--tokenizer", "--url"),  # aiperf
