@@ -68,10 +68,10 @@ class Rhythm:
         costs = self._costs.costs
         if costs is None or spare < 1:
             return spare
-        most = self._slowdown * costs.seconds(self._padded(answers))
+        limit = self._slowdown * costs.seconds(self._padded(answers))
 
         def lasts_too_long(tokens: int) -> bool:
-            return costs.seconds(self._padded(with_prompts(tokens))) > most
+            return costs.seconds(self._padded(with_prompts(tokens))) > limit
 
         if not lasts_too_long(spare):
             return spare

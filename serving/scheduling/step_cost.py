@@ -1,4 +1,4 @@
-"""How long a step takes, from its content: learnt from the steps that were measured.
+"""Costs of a step: the time that it takes follows from its content, and is learnt from others.
 
 A step's time is taken for a sum of four terms,
 
@@ -24,12 +24,12 @@ _ALL_DRIFT = 0.02  # of a cost, by which all may change together from one step t
 _OWN_DRIFT = 0.003  # and each by itself
 _DOUBT = 5  # of a cost, the standard deviation of one of which nothing was heard for long
 _OF_CHUNKS = ("token", "pair")  # costs that steps with longer chunks teach
-# What is believed before anything is known: a token costs as much as so many places of these.
+# Before anything is known, a token is taken to cost as much as so many positions.
 _CONTEXT_OF_TOKEN, _PAIRS_OF_TOKEN = 300, 3000
 
 
 class StepSize(NamedTuple):
-    """What a step computes, as far as its time depends on it."""
+    """The content of a step, as far as its time depends on it."""
 
     tokens: int = 0
     context: int = 0  # positions that chunks of one token see
@@ -81,7 +81,7 @@ class LearntCosts:
         self.costs: StepCosts | None = None
         self._least: tuple[float, ...] = ()  # what a cost is taken for where its doubt is measured
         self._covariance: list[list[float]] = []
-        # Of the last step without longer chunks, and with such: its seconds over those expected.
+        # Seconds of the last step without longer chunks, and with such, over those expected.
         self._ratios = [1.0, 1.0]
 
     def learn(self, size: StepSize, seconds: float) -> None:
