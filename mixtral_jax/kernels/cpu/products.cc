@@ -10,13 +10,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
+#include "byte_panels.h"
 #include "dot_products.h"
+#include "few_rows.h"
 #include "form.h"
-#include "many_rows.h"
-#include "many_rows_vnni.h"
+#include "int8_rows.h"
+#include "pair_panels.h"
 #include "vectors.h"
 #include "worker_pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -26,115 +27,57 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// ---- Rows of activations, in the two forms that products take ---------------------------------
+// ---- Products of a range of rows with a range of outputs --------------------------------------
 
 struct FloatRows {
-  using Weight = float;
-  using Total = float;
   const float* values;
   int64_t stride;
   const float* Row(int64_t r) const { return values + r * stride; }
-  static float Finish(float total, int64_t, const float*, int64_t) { return total; }
 };
-
-// Rows that are rounded to int8, one scale a row: x = values * scale. The values are widened to
-// int16, which is what products of few rows multiply; many rows have them as bytes, too, where the
-// machine multiplies these.
-struct Int8Rows {
-  using Weight = int8_t;
-  using Total = int32_t;
-  int64_t stride;  // A multiple of a cache line; otherwise every second load would touch two lines.
-  int16_t* values;
-  std::vector<float> scales;
-#if defined(MIXTRAL_JAX_HAS_VNNI)
-  int8_t* bytes = nullptr;
-  std::vector<int32_t> sums;  // Of the bytes of each row.
-#endif
-
-  Int8Rows(int64_t num_threads, const float* x, int64_t rows, int64_t n)
-      : stride((n + 63) / 64 * 64),
-        values(ThreadScratch<int16_t>(rows * stride)),
-        scales(static_cast<size_t>(rows)) {
-#if defined(MIXTRAL_JAX_HAS_VNNI)
-    if (rows >= kManyRows) {
-      bytes = ThreadScratch<int8_t>(rows * stride);
-      sums.resize(static_cast<size_t>(rows));
-    }
-#endif
-    constexpr int64_t kBlock = 8;
-    ParallelFor(num_threads, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
-      for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
-        int16_t* to = values + r * stride;
-        scales[static_cast<size_t>(r)] = QuantizeRow(x + r * n, n, to);
-        std::fill(to + n, to + stride, int16_t{0});
-#if defined(MIXTRAL_JAX_HAS_VNNI)
-        if (bytes == nullptr) continue;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < stride; ++i) {
-          bytes[r * stride + i] = static_cast<int8_t>(to[i]);
-          sum += to[i];
-        }
-        sums[static_cast<size_t>(r)] = sum;
-#endif
-      }
-    });
-  }
-  const int16_t* Row(int64_t r) const { return values + r * stride; }
-  float Finish(int32_t total, int64_t r, const float* scale, int64_t o) const {
-    return static_cast<float>(total) * (scales[static_cast<size_t>(r)] * scale[o]);
-  }
-};
-
-// ---- Products of a range of rows with a range of outputs --------------------------------------
 
 // y[r, o] for kRows rows from r and the outputs [first, last).
-template <int kRows, typename Rows>
-void ProductOfFewRows(const Rows& x, int64_t r, int64_t n, const typename Rows::Weight* w,
-                      const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
+template <int kRows>
+void ProductOfFloats(const FloatRows& x, int64_t r, int64_t n, const float* w, int64_t first,
+                     int64_t last, float* y, int64_t outs) {
   // As many products at a time as fit into the registers.
   constexpr int kOuts = kRows <= 2 ? 4 : 2;
   int64_t o = first;
   for (; o + kOuts <= last; o += kOuts) {
-    typename Rows::Total totals[kRows][kOuts];
+    float totals[kRows][kOuts];
     DotProducts<kRows, kOuts>(x.Row(r), x.stride, w + o * n, n, totals);
     for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kOuts; ++j)
-        y[(r + i) * outs + o + j] = x.Finish(totals[i][j], r + i, scale, o + j);
+      for (int j = 0; j < kOuts; ++j) y[(r + i) * outs + o + j] = totals[i][j];
   }
   for (; o < last; ++o) {
-    typename Rows::Total totals[kRows][1];
+    float totals[kRows][1];
     DotProducts<kRows, 1>(x.Row(r), x.stride, w + o * n, n, totals);
-    for (int i = 0; i < kRows; ++i)
-      y[(r + i) * outs + o] = x.Finish(totals[i][0], r + i, scale, o);
+    for (int i = 0; i < kRows; ++i) y[(r + i) * outs + o] = totals[i][0];
   }
 }
 
 // y[r, o] = sum over i of x[r, i] w[o, i], for the rows [from, to) and the outputs [first, last).
-template <typename Rows>
-void Product(const Rows& x, int64_t from, int64_t to, int64_t n, const typename Rows::Weight* w,
-             const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
-#if defined(MIXTRAL_JAX_HAS_VNNI)
-  if constexpr (std::is_same_v<Rows, Int8Rows>) {
-    if (to - from >= kManyRows)
-      return ProductOfByteRows(x, from, to, n, w, scale, first, last, y, outs);
-  }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<Rows, Int8Rows>) {
-    if (to - from >= kManyRows)
-      return ProductOfManyRows(x, from, to, n, w, scale, first, last, y, outs);
-  }
-#endif
+void Product(const FloatRows& x, int64_t from, int64_t to, int64_t n, const float* w, const float*,
+             int64_t first, int64_t last, float* y, int64_t outs) {
   // The weights of a block stay in the L1 cache while all rows pass by.
   constexpr int64_t kBlockBytes = 16384;
-  const int64_t output_bytes = n * static_cast<int64_t>(sizeof(typename Rows::Weight));
+  const int64_t output_bytes = n * static_cast<int64_t>(sizeof(float));
   const int64_t block = std::max<int64_t>(4, kBlockBytes / output_bytes & ~int64_t{3});
   for (int64_t o = first; o < last; o += block) {
     const int64_t end = std::min(last, o + block);
     int64_t r = from;
-    for (; r + 4 <= to; r += 4) ProductOfFewRows<4>(x, r, n, w, scale, o, end, y, outs);
-    if (r + 2 <= to) ProductOfFewRows<2>(x, r, n, w, scale, o, end, y, outs), r += 2;
-    if (r < to) ProductOfFewRows<1>(x, r, n, w, scale, o, end, y, outs);
+    for (; r + 4 <= to; r += 4) ProductOfFloats<4>(x, r, n, w, o, end, y, outs);
+    if (r + 2 <= to) ProductOfFloats<2>(x, r, n, w, o, end, y, outs), r += 2;
+    if (r < to) ProductOfFloats<1>(x, r, n, w, o, end, y, outs);
   }
+}
+
+void Product(const Int8Rows& x, int64_t from, int64_t to, int64_t n, const int8_t* w,
+             const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
+#if defined(MIXTRAL_JAX_BYTE_DOTS) || defined(MIXTRAL_JAX_PAIR_PANELS)
+  if (to - from >= kManyRows)
+    return ProductOfManyRows(x, from, to, n, w, scale, first, last, y, outs);
+#endif
+  ProductOfFewRows(x, from, to, n, w, scale, first, last, y, outs);
 }
 
 // Number of outputs of one task: enough work to be worth a task, several tasks for each thread, and
@@ -142,10 +85,10 @@ void Product(const Rows& x, int64_t from, int64_t to, int64_t n, const typename 
 int64_t OutputsPerTask(int64_t num_threads, int64_t outs, int64_t rows, int64_t n) {
   const int64_t worthwhile = 200'000 / std::max<int64_t>(1, rows * n) + 1;
   const int64_t balanced = outs / (8 * std::max<int64_t>(1, num_threads)) + 1;
-#if defined(MIXTRAL_JAX_HAS_VNNI)
+#if defined(MIXTRAL_JAX_BYTE_DOTS)
   if (rows >= kManyRows) {
-    const int64_t panels = (worthwhile + kBytePanelOuts - 1) / kBytePanelOuts;
-    return std::max(panels, balanced / kBytePanelOuts) * kBytePanelOuts;
+    const int64_t panels = (worthwhile + kPanelOuts - 1) / kPanelOuts;
+    return std::max(panels, balanced / kPanelOuts) * kPanelOuts;
   }
 #endif
   return (std::max(worthwhile, balanced) + 15) & ~int64_t{15};
@@ -161,7 +104,7 @@ struct WeightMatrix {
 };
 
 // The products of the same rows with several weights.
-template <typename Rows>
+template <typename Rows, typename Value>
 void Products(int64_t num_threads, const Rows& x, int64_t rows, int64_t n,
               const std::vector<WeightMatrix>& weights) {
   struct Task {
@@ -177,7 +120,7 @@ void Products(int64_t num_threads, const Rows& x, int64_t rows, int64_t n,
   ParallelFor(num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[static_cast<size_t>(i)];
     const WeightMatrix& weight = *task.weight;
-    Product(x, 0, rows, n, static_cast<const typename Rows::Weight*>(weight.values), weight.scale,
+    Product(x, 0, rows, n, static_cast<const Value*>(weight.values), weight.scale,
             task.first, task.last, weight.y, weight.outs);
   });
 }
@@ -206,9 +149,9 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
   }
   if (is_int8) {
     const Int8Rows quantized(num_threads, x.typed_data(), rows, n);
-    Products(num_threads, quantized, rows, n, weights);
+    Products<Int8Rows, int8_t>(num_threads, quantized, rows, n, weights);
   } else {
-    Products(num_threads, FloatRows{x.typed_data(), n}, rows, n, weights);
+    Products<FloatRows, float>(num_threads, FloatRows{x.typed_data(), n}, rows, n, weights);
   }
   return ffi::Error::Success();
 }
@@ -216,8 +159,8 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
 // ---- grouped ----------------------------------------------------------------------------------
 
 // The products of E groups of rows, each with its own expert's weights.
-template <typename Rows>
-void GroupedProducts(int64_t num_threads, const Rows& x, int64_t n, const typename Rows::Weight* w,
+template <typename Rows, typename Value>
+void GroupedProducts(int64_t num_threads, const Rows& x, int64_t n, const Value* w,
                      const float* scale, const int32_t* sizes, int64_t experts, float* y,
                      int64_t outs) {
   struct Task {

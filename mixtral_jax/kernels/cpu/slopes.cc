@@ -1,12 +1,12 @@
 // Kernels for CPU, part 5: the gradient of a product with int8 weights, by bytes.
 //
-// Only on processors whose AVX-512 multiplies bytes; on others XLA's product of floats takes its
-// place, and `multiplies_bytes` tells which of the two it is.
+// Only in forms that multiply bytes; in others XLA's product of floats takes its place, and
+// `multiplies_bytes` tells which of the two it is.
 
 #include <cstdint>
 
+#include "byte_slopes.h"
 #include "form.h"
-#include "slopes_vnni.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mixtral_jax {
@@ -23,7 +23,7 @@ ffi::Error LinearBack([[maybe_unused]] ffi::ThreadPool pool,
                       [[maybe_unused]] ffi::Buffer<ffi::S8> weight,
                       [[maybe_unused]] ffi::Buffer<ffi::F32> scales,
                       [[maybe_unused]] ffi::ResultBuffer<ffi::F32> dx) {
-#if defined(MIXTRAL_JAX_HAS_VNNI)
+#if defined(MIXTRAL_JAX_BYTE_DOTS)
   const int64_t rows = dy.dimensions()[0], n = dy.dimensions()[1];
   if (n > kMostOutputs) return ffi::Error::InvalidArgument("linear_back: too many outputs");
   const SlopeRows x(pool.num_threads(), dy.typed_data(), scales.typed_data(), rows, n);
@@ -31,7 +31,7 @@ ffi::Error LinearBack([[maybe_unused]] ffi::ThreadPool pool,
                   dx->typed_data());
   return ffi::Error::Success();
 #else
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "linear_back: no AVX-512 VNNI");
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "linear_back: no dots of bytes");
 #endif
 }
 
@@ -39,7 +39,7 @@ ffi::Error LinearBack([[maybe_unused]] ffi::ThreadPool pool,
 }  // namespace mixtral_jax
 
 extern "C" MIXTRAL_JAX_EXPORT int32_t MIXTRAL_JAX_SYMBOL(multiplies_bytes)() {
-#if defined(MIXTRAL_JAX_HAS_VNNI)
+#if defined(MIXTRAL_JAX_BYTE_DOTS)
   return 1;
 #else
   return 0;

@@ -1,19 +1,20 @@
-// Products of many int8 rows, for processors with AVX2.
-//
-// From kManyRows rows on it pays to transpose the weights first: then a vector of sums belongs to
-// eight outputs, and nothing is added up across a vector at the end. The sums are of integers, so
-// the results have the same bits as those of dot_products.h.
+// Products of many int8 rows, for processors with AVX2 that have no dots of bytes: byte_panels.h
+// with pairs of int16 in place of fours of bytes.
 
-#ifndef MIXTRAL_JAX_KERNELS_CPU_MANY_ROWS_H_
-#define MIXTRAL_JAX_KERNELS_CPU_MANY_ROWS_H_
+#ifndef MIXTRAL_JAX_KERNELS_CPU_PAIR_PANELS_H_
+#define MIXTRAL_JAX_KERNELS_CPU_PAIR_PANELS_H_
 
-#if defined(__AVX2__)
+#include "byte_dots.h"
+
+#if defined(__AVX2__) && !defined(MIXTRAL_JAX_BYTE_DOTS)
+#define MIXTRAL_JAX_PAIR_PANELS 1
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "dot_products.h"
+#include "int8_dots.h"
+#include "int8_rows.h"
 #include "vectors.h"
 #include "worker_pool.h"
 
@@ -87,10 +88,10 @@ void AddPanel(const int16_t* x, int64_t stride, const int16_t* panel, int64_t de
   });
 }
 
-// y[r, o] for the rows [from, to) of x, an Int8Rows, and the outputs [first, last) of w [outs, n].
-template <typename Rows>
-void ProductOfManyRows(const Rows& x, int64_t from, int64_t to, int64_t n, const int8_t* w,
-                       const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
+// y[r, o] for the rows [from, to) of x and the outputs [first, last) of w [outs, n].
+inline void ProductOfManyRows(const Int8Rows& x, int64_t from, int64_t to, int64_t n,
+                              const int8_t* w, const float* scale, int64_t first, int64_t last,
+                              float* y, int64_t outs) {
   alignas(64) thread_local int16_t panel[kPanelOuts * kPanelDepth];
   int32_t* totals = ThreadScratch<int32_t>((to - from) * kPanelOuts);
   for (int64_t o = first; o < last; o += kPanelOuts) {
@@ -111,11 +112,12 @@ void ProductOfManyRows(const Rows& x, int64_t from, int64_t to, int64_t n, const
     }
     for (int64_t r = from; r < to; ++r)
       for (int64_t i = 0; i < count; ++i)
-        y[r * outs + o + i] = x.Finish(totals[(r - from) * kPanelOuts + i], r, scale, o + i);
+        y[r * outs + o + i] =
+            static_cast<float>(totals[(r - from) * kPanelOuts + i]) * (x.Scale(r) * scale[o + i]);
   }
 }
 
 }  // namespace mixtral_jax
 
-#endif  // defined(__AVX2__)
-#endif  // MIXTRAL_JAX_KERNELS_CPU_MANY_ROWS_H_
+#endif  // defined(MIXTRAL_JAX_PAIR_PANELS)
+#endif  // MIXTRAL_JAX_KERNELS_CPU_PAIR_PANELS_H_
