@@ -83,7 +83,7 @@ struct PanelAhead {
   const int8_t* w;
   int64_t n, rows;
 
-  void Prefetch(int64_t k) const {
+  [[gnu::always_inline]] void Prefetch(int64_t k) const {
     for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(w + i * n + k, 0, 2);
   }
 };

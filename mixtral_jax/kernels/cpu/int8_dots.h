@@ -34,7 +34,7 @@ struct DotTile {
 #if defined(MIXTRAL_JAX_BYTE_DOTS)
 
 #if defined(__AVX512VL__) || defined(__aarch64__)
-constexpr int kMostRows = 8;    // Rows whose sums for two weights fit the registers ...
+constexpr int kMostRows = 6;    // Rows whose sums for two weights fit the registers ...
 constexpr int kRowsByFour = 6;  // ... and for four weights.
 #else
 constexpr int kMostRows = 5;
@@ -88,7 +88,7 @@ template <int kRows, int kOuts>
 
 #else
 
-constexpr int kMostRows = 4;
+constexpr int kMostRows = 6;
 constexpr int kRowsByFour = 2;
 
 #if defined(__AVX2__)
