@@ -61,7 +61,7 @@ def form() -> Form | None:
 
 
 def multiplies_bytes() -> bool:
-    """Says whether the kernels are there, on a processor whose AVX-512 multiplies bytes (VNNI)."""
+    """Says whether the kernels are there, in a form that multiplies bytes (VNNI, dotprod)."""
     library = _library()
     return library is not None and bool(_symbol(*library, "multiplies_bytes")())
 

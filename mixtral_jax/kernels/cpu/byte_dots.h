@@ -12,8 +12,10 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && \
-    (!defined(MIXTRAL_JAX_VECTOR_BITS) || MIXTRAL_JAX_VECTOR_BITS == 512)
+#include "form.h"
+#include "vectors.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && MIXTRAL_JAX_VECTOR_BITS == 512
 #define MIXTRAL_JAX_BYTE_DOTS 64
 #include <immintrin.h>
 #elif (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
@@ -23,8 +25,6 @@
 #define MIXTRAL_JAX_BYTE_DOTS 16
 #include <arm_neon.h>
 #endif
-
-#include "vectors.h"
 
 namespace mixtral_jax {
 

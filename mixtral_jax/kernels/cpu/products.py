@@ -4,7 +4,7 @@ The kernels take and give float32; weights are float32, or int8 with a float32 s
 Other dtypes are computed by the XLA forms: a bfloat16 or fp8 model on CPU is for trying things out.
 
 Gradients are those of the XLA forms: with int8 they pass straight through the rounding. Slopes are
-not rounded, but for `linear` of many rows by int8 on processors that multiply bytes: to 15 bits and
+not rounded, but for `linear` of many rows by int8 in forms that multiply bytes: to 15 bits and
 a sign, in steps of 1/16256 of the largest one of a row. What nobody asks for, such as the gradient
 of a weight that stays as it is, is dropped by jit.
 """

@@ -1,6 +1,8 @@
 // Compares products of few and of many int8 rows, and the products the other way of slopes, with
-// sums that are written out. Prints the width of a dot of bytes and how many results differ.
+// sums that are written out. Prints how many results differ.
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -129,8 +131,5 @@ int main() {
   }
   for (int64_t rows : {1, 7, 260})
     for (int64_t n : {1, 70, 1100}) differences += SlopeDifferences(rows, n, n == 70 ? 75 : 40);
-#if defined(MIXTRAL_JAX_BYTE_DOTS)
-  std::printf("%d bytes: ", mixtral_jax::kDotBytes);
-#endif
   std::printf("%lld results differ\n", static_cast<long long>(differences));
 }

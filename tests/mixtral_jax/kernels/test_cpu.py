@@ -67,7 +67,7 @@ def test_linear_rows_do_not_feel_each_other(dtype: str) -> None:
 
 
 by_bytes = pytest.mark.skipif(
-    not build.multiplies_bytes(), reason="no AVX-512 VNNI: slopes go by XLA's products"
+    not build.multiplies_bytes(), reason="the form multiplies no bytes: slopes go by XLA's products"
 )
 
 

@@ -1,6 +1,7 @@
 """The C++ of the CPU kernels compiles without a warning and runs clean under the sanitizers."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.kernels.cpu import build
-from mixtral_jax.kernels.cpu.forms import Form, forms_of
+from mixtral_jax.kernels.cpu.forms import FORMS, Form, forms_of, supported
 
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
 CODE = Path(build.__file__).parent
 WARNINGS = ("-Wall", "-Wextra", "-Wshadow")
+# By kind of processor, a compiler for it and what runs its programs elsewhere.
+CROSS_COMPILERS = {"aarch64": ("aarch64-linux-gnu-g++", "qemu-aarch64")}
+EVERY_FORM = [(machine, form) for machine in FORMS for form in FORMS[machine]]
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
@@ -48,14 +52,34 @@ def test_the_worker_pool_runs_every_task_once(tmp_path: Path, sanitizer: str) ->
     assert output_of([str(program)]) == "0 jobs were wrong\n"
 
 
-def test_products_by_bytes_have_the_bits_of_those_by_pairs(tmp_path: Path) -> None:
-    """Depths of a part of a vector, and of several panels; outputs that fill none."""
+@pytest.mark.parametrize(
+    ("machine", "form"), EVERY_FORM, ids=[f"{machine}-{form.name}" for machine, form in EVERY_FORM]
+)
+def test_products_of_every_form_are_exact(tmp_path: Path, machine: str, form: Form) -> None:
+    """Few rows and many, sizes that fill no vector and several panels, sums as large as they get.
+
+    A form of another kind of processor runs under an emulator; one that this processor lacks is
+    compiled only.
+    """
+    is_here = platform.machine() == machine
+    compiler, runner = (str(COMPILER), []) if is_here else cross_compiler(machine)
     program = tmp_path / "driver"
-    flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-Wno-psabi", f"-I{CODE}"]
-    flags += ["-DMIXTRAL_JAX_VECTOR_BITS=512"]
-    sources = [str(CODE / "worker_pool.cc"), str(HERE / "many_rows_driver.cc")]
-    output_of([str(COMPILER), *flags, "-pthread", *WARNINGS, *sources, "-o", str(program)])
-    assert output_of([str(program)]) in ("0 results differ\n", "this machine has one form\n")
+    sources = [str(CODE / "worker_pool.cc"), str(HERE / "int8_products_driver.cc")]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-psabi", f"-I{CODE}", "-pthread"]
+    flags += [*form.flags, *form.definitions, *([] if is_here else ["-static"])]
+    output_of([compiler, *flags, *WARNINGS, "-Werror", *sources, "-o", str(program)])
+    if not is_here or form in supported(build._features(str(COMPILER))):
+        assert output_of([*runner, str(program)]) == "0 results differ\n"
+
+
+def cross_compiler(machine: str) -> tuple[str, list[str]]:
+    """A compiler for another kind of processor, and what runs its programs; skips without them."""
+    compiler, emulator = (
+        shutil.which(name) or "" for name in CROSS_COMPILERS.get(machine, ("", ""))
+    )
+    if not compiler or not emulator:
+        pytest.skip(f"no compiler or no emulator for {machine} is installed")
+    return compiler, [emulator]
 
 
 @pytest.mark.soak  # minutes: every kernel runs many times slower
