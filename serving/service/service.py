@@ -197,9 +197,11 @@ class InferenceService(rpc.InferenceServicer):
         if not await self._worker.admits(message.n or 1, message.caller):
             # Asked before the prompt is rendered, which under overload would be in vain.
             raise Overloaded("too many requests are waiting already; try again shortly")
-        # In a thread: a template or a long prompt takes milliseconds, and other streams go on.
-        read = partial(self._translator.request, message, deadline)
-        request = await self._tokenizing.run(message.caller, read)
+        if self._translator.is_quick(message):
+            request = self._translator.request(message, deadline)
+        else:  # in a thread: a long prompt takes milliseconds, and other streams go on
+            read = partial(self._translator.request, message, deadline)
+            request = await self._tokenizing.run(message.caller, read)
         request = replace(request, adapter=adapter) if adapter else request
         if not self._translator.needs_form(message):
             return request, None

@@ -118,3 +118,15 @@ def test_the_wrong_parameter_is_named() -> None:
         translator.request(asking(sampling=pb.SamplingParams(top_p=1.5)), None)
     with pytest.raises(InvalidParameter, match="^logit_bias holds 261; ids are below 261$"):
         translator.request(asking(sampling=pb.SamplingParams(logit_bias={261: 1})), None)
+
+
+def test_only_small_messages_without_tools_are_read_on_the_event_loop() -> None:
+    translator = Translator(ByteTokenizer(), INFO)
+    assert translator.is_quick(pb.GenerateRequest(text="a" * 1000))
+    assert not translator.is_quick(pb.GenerateRequest(text="a" * 1024))
+    assert not translator.is_quick(asking(stop=["a" * 1024]))
+    turn = pb.ChatMessage(role="user", content="a")
+    chat = pb.Chat(messages=[turn])
+    assert translator.is_quick(pb.GenerateRequest(chat=chat))
+    chat.tools.add(name="f")
+    assert not translator.is_quick(pb.GenerateRequest(chat=chat))
