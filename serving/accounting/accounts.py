@@ -1,10 +1,16 @@
-"""The accounts of callers: their limits, and what they have used."""
+"""The accounts of callers: their limits, and what they have used.
+
+Where several processes answer callers, one of them has the accounts (ledger_server.py), and the
+others use them from there (ledger_client.py).
+"""
 
 import asyncio
 
+from serving.access.caller import Caller
 from serving.accounting.config import AccountingConfig
 from serving.accounting.ledger import Usage, UsageLedger
-from serving.accounting.rate_limits import RateLimits
+from serving.accounting.rate_limits import Allowance, RateLimits
+from serving.accounting.tab import OwnTab, Tab
 
 
 class Accounts:
@@ -26,27 +32,25 @@ class Accounts:
         """Returns the accounts that the operator's settings ask for. Raises SetupError."""
         return cls(RateLimits(config.limits, config.share), UsageLedger(config.usage_db))
 
-    def add(
-        self,
-        caller: str,
-        prompt_tokens: int,
-        completion_tokens: int,
-        cached_tokens: int = 0,
-        adapter: str = "",
-    ) -> None:
-        """Writes down an answered request and its tokens; `adapter` is what has answered."""
-        if self._ledger is not None:
-            self._ledger.add(caller, prompt_tokens, completion_tokens, cached_tokens, adapter)
+    def open(self, caller: Caller) -> Tab:
+        """Admits a request, and returns its tab; raises Overloaded, with its own `retry_after`."""
+        return OwnTab(self.rates, self._ledger, caller)
+
+    def allowances(self, caller: Caller) -> dict[str, Allowance]:
+        """Returns the state of a caller's limits by unit, where there are any."""
+        return self.rates.allowances(caller)
 
     async def report(self, caller: str | None) -> list[Usage]:
         """Returns what a caller has used, or all of them if None, by caller and day.
 
         Raises Unavailable if it cannot be read now.
         """
-        if self._ledger is None:
-            return []
         async with self._reporting:
-            return await asyncio.to_thread(self._ledger.report, caller)
+            return await asyncio.to_thread(self.read_report, caller)
+
+    def read_report(self, caller: str | None) -> list[Usage]:
+        """Returns what `report` does, and waits for the disk meanwhile."""
+        return [] if self._ledger is None else self._ledger.report(caller)
 
     def close(self) -> None:
         """Writes what the ledger has not written yet."""

@@ -18,6 +18,7 @@ from serving.access.caller import Caller
 from serving.accounting.accounts import Accounts
 from serving.accounting.answer_tokens import AnswerTokens
 from serving.accounting.rate_limits import Allowance
+from serving.accounting.tab import NotedTab, Tab, Used
 from serving.errors import EngineFailure, Unavailable
 from serving.proto import inference_pb2 as pb
 
@@ -35,14 +36,13 @@ class Lease:
     Args:
         admission: That which has admitted it.
         caller: Its caller.
+        tab: Its account, which is open.
     """
 
-    def __init__(self, admission: "Admission", caller: Caller) -> None:
+    def __init__(self, admission: "Admission", caller: Caller, tab: Tab) -> None:
         self._admission = admission
-        self._rates = admission.accounts.rates
         self._caller = caller
-        self._count = 1  # requests that count as running
-        self._reserved = 0  # tokens
+        self._tab = tab
         self._estimates: list[int] = []  # of each prompt, in tokens
         self._is_settled = False
 
@@ -61,24 +61,28 @@ class Lease:
             Overloaded: They may use more than the caller has left of it.
         """
         if len(calls) > 1:
-            running = min(len(calls), at_a_time or len(calls))
-            self._rates.enter(self._caller, len(calls) - 1, taken=1, running=running - self._count)
-            self._count = running
+            self._tab.enter(len(calls) - 1, min(len(calls), at_a_time or len(calls)) - 1)
         self._estimates = [estimate(call) for call in calls]
         least = sum(self._estimates) + sum(call.n or 1 for call in calls)
         tokens = sum(self._estimates)
         for call, prompt in zip(calls, self._estimates, strict=True):
             tokens += (call.n or 1) * self._admission.answer_tokens(call, max_context - prompt)
-        minute = self._rates.tokens_of_a_minute(self._caller)
+        minute = self._admission.accounts.rates.tokens_of_a_minute(self._caller)
         if minute is not None and not any(call.HasField("max_tokens") for call in calls):
             tokens = max(least, min(tokens, minute))  # nobody has asked for so many
-        self._rates.take_tokens(self._caller, tokens)
-        self._reserved = tokens
+        self._tab.take(tokens)
 
     def follow(self, answers: Sequence[AnswerTokens]) -> None:
-        """Corrects the reservation as soon as the number of each prompt's tokens is known."""
+        """Corrects the reservation as soon as the number of each prompt's tokens is known.
+
+        Accounts of another process are told what has been used so far, in case this one dies.
+        """
+        tab = self._tab
+        used = partial(self._used, answers)
         for tokens, prompt in zip(answers, self._estimates, strict=True):
             tokens.on_rendered = partial(self._correct, prompt)
+            if isinstance(tab, NotedTab):
+                tokens.on_more = partial(tab.note, used)
 
     def settle(self, answers: Sequence[AnswerTokens] = ()) -> None:
         """Charges what was computed, and gives the rest of the reservation back.
@@ -92,21 +96,20 @@ class Lease:
             return
         self._is_settled = True
         for tokens in answers:
-            tokens.on_rendered = None
-        self._rates.leave(self._caller, self._count)
+            tokens.on_rendered = tokens.on_more = None
+        self._tab.settle(self._used(answers) if answers else None)
+
+    def _used(self, answers: Sequence[AnswerTokens]) -> Used:
         prompt = sum(tokens.computed_prompt_tokens for tokens in answers)
         cached = sum(tokens.cached_tokens for tokens in answers)
         completion = sum(tokens.completion_tokens for tokens in answers)
         uncharged = cached * (1 - self._admission.cached_token_charge)
-        self._rates.give_tokens(self._caller, self._reserved - (prompt - uncharged + completion))
-        if prompt or completion:
-            adapter = next((tokens.adapter for tokens in answers if tokens.adapter), "")
-            self._admission.accounts.add(self._caller.name, prompt, completion, cached, adapter)
+        adapter = next((tokens.adapter for tokens in answers if tokens.adapter), "")
+        return Used(prompt, completion, cached, prompt - uncharged + completion, adapter)
 
     def _correct(self, estimated: int, prompt_tokens: int) -> None:
         if not self._is_settled:
-            self._reserved += prompt_tokens - estimated
-            self._rates.give_tokens(self._caller, estimated - prompt_tokens)
+            self._tab.correct(prompt_tokens - estimated)
 
 
 class Admission:
@@ -130,8 +133,7 @@ class Admission:
 
     def begin(self, caller: Caller) -> Lease:
         """Admits a request before it is read; raises Overloaded, with its own `retry_after`."""
-        self.accounts.rates.enter(caller)
-        return Lease(self, caller)
+        return Lease(self, caller, self.accounts.open(caller))
 
     def requests_at_a_time(self, caller: Caller) -> int | None:
         """Returns the number of requests that a caller may have at a time; None without a limit."""
@@ -152,7 +154,7 @@ class Admission:
 
         https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers
         """
-        return headers_of(self.accounts.rates.allowances(caller))
+        return headers_of(self.accounts.allowances(caller))
 
 
 def estimate(call: pb.GenerateRequest) -> int:

@@ -22,6 +22,7 @@ class AnswerTokens:
             told it, and always of a service that is older than adapters.
         texts: The text of each choice by its number, if they are kept: set it to {} for that.
         on_rendered: Called with the number of the prompt's tokens as soon as it is known.
+        on_more: Called when a chunk has been counted.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -33,6 +34,7 @@ class AnswerTokens:
         self.adapter: str | None = None
         self.texts: dict[int, str] | None = None
         self.on_rendered: Callable[[int], None] | None = None
+        self.on_more: Callable[[], None] | None = None
         self._computed_tokens = 0
         self._clock = clock
 
@@ -68,3 +70,5 @@ class AnswerTokens:
                     self._computed_tokens = self.prompt_tokens
         if self.texts is not None:
             self.texts[chunk.choice] = self.texts.get(chunk.choice, "") + chunk.text
+        if self.on_more is not None:
+            self.on_more()

@@ -5,7 +5,8 @@ holds a minute's worth and fills up evenly. Tokens are taken before they are com
 request may need, and those that it did not need are given back when it is over. A caller whose
 prompt was longer than estimated can be in debt by the difference, and waits until it is not.
 
-The limits hold for one process. Several gateways of one deployment have a share of them each.
+The limits hold for one server, whose processes share them (ledger_server.py). Several gateways of
+one deployment have a share of them each.
 """
 
 import math
@@ -126,8 +127,13 @@ class RateLimits:
 
     def tokens_of_a_minute(self, caller: Caller) -> int | None:
         """Returns the tokens that a request can have at most; None without a limit."""
-        bucket = self._bucket(caller, "tokens")
-        return None if bucket is None else int(bucket.capacity)
+        per_minute = self._per_minute(caller, "tokens")
+        return None if per_minute is None else int(max(1.0, per_minute))
+
+    def has_limits(self, caller: Caller) -> bool:
+        """Returns whether anything of this caller is limited."""
+        minutes = any(self._per_minute(caller, unit) is not None for unit in UNITS)
+        return minutes or self.requests_at_a_time(caller) is not None
 
     def requests_at_a_time(self, caller: Caller) -> int | None:
         """Returns the number of requests that may run at a time; None without a limit."""
@@ -178,13 +184,17 @@ class RateLimits:
             seconds = math.ceil(wait)
             raise Overloaded(f"{may}; try again in {seconds} seconds", retry_after=wait)
 
-    def _bucket(self, caller: Caller, unit: str) -> _Bucket | None:
-        """Returns the caller's bucket of "requests" or "tokens", filled; None without a limit."""
+    def _per_minute(self, caller: Caller, unit: str) -> float | None:
         name = f"{unit}_per_minute"
         limit: int | None = getattr(caller.limits, name) or getattr(self._limits, name)
-        if limit is None:
+        return None if limit is None else float(limit * self._share)
+
+    def _bucket(self, caller: Caller, unit: str) -> _Bucket | None:
+        """Returns the caller's bucket of "requests" or "tokens", filled; None without a limit."""
+        per_minute = self._per_minute(caller, unit)
+        if per_minute is None:
             return None
-        now, per_minute = self._clock(), float(limit * self._share)
+        now = self._clock()
         bucket = self._buckets.get((caller.name, unit))
         if bucket is None:
             self._forget(now)
