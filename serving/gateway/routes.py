@@ -237,10 +237,10 @@ class _Guarded(Route):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Returns whether a request is for this route, which the access log then names."""
-        match, found = super().matches(scope)
+        match, child_scope = super().matches(scope)
         if match is not Match.NONE:
-            found["route"] = self
-        return match, found
+            child_scope["route"] = self
+        return match, child_scope
 
 
 async def _check(request: Request) -> None:
