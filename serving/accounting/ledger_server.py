@@ -96,8 +96,8 @@ class LedgerServer:
         self._wake.close()
         self._thread.join()
         self._selector.close()
-        for each in (self._listener, self._woken):
-            each.close()
+        self._listener.close()
+        self._woken.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> "LedgerServer":
@@ -175,7 +175,7 @@ class LedgerServer:
                     process.tabs[number].correct(tokens)
                 case ["allowances", name, limits]:
                     allowances = self._accounts.allowances(caller_of(name, limits))
-                    return ({unit: asdict(each) for unit, each in allowances.items()},)
+                    return ({unit: asdict(allowance) for unit, allowance in allowances.items()},)
                 case ["report", name]:
                     self._report(process, name)
                 case _:

@@ -1,4 +1,4 @@
-"""What processes say to the one that has the accounts: a line of JSON for each message.
+"""Messages to the process that has the accounts: a line of JSON for each.
 
     ["begin", id, name, limits]                         a request begins, of a caller without limits
     ["open", id, name, limits]      -> [] or [error]    of one with limits

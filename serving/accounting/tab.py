@@ -11,7 +11,7 @@ from serving.accounting.rate_limits import RateLimits
 
 @dataclass(frozen=True)
 class Used:
-    """What a request has used so far."""
+    """The use of a request so far."""
 
     prompt_tokens: int = 0
     """Tokens of prompts, as far as they were computed."""
