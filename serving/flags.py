@@ -136,6 +136,16 @@ _DRAIN_DELAY = Flag(
     "once: load balancers send new requests elsewhere.",
     min=0,
 )
+_GATEWAY_PROCESSES = Flag(
+    "gateway_processes",
+    int,
+    1,
+    "Processes of the gateway, which accept connections at one port and share one ledger of "
+    "limits and usage.",
+    "N",
+    min=1,
+    max=64,
+)
 _STEP_TIMEOUT = Flag(
     "step_timeout",
     float,
@@ -647,7 +657,7 @@ GATEWAY = (
     ),
     *(_HOST, _PORT),
     _HEARTBEAT_SECONDS,
-    *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY),
+    *(_MODEL_TYPE, _DRAIN_SECONDS, _DRAIN_DELAY, _GATEWAY_PROCESSES),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, *_TRACES_AND_LOGS),
     *_panel("Monitoring", _TRUST_TRACEPARENT, _LOG_PROMPTS, _USAGE_DB),
     *(*_CONNECTIONS, *_ACCOUNTING, *_BROWSERS, *_ACCESS[:-1], *_UPSTREAM, *_DIALECTS),
@@ -656,7 +666,7 @@ GATEWAY = (
 SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
-    *(DTYPE, _MODEL_TYPE, _HEARTBEAT_SECONDS, _DRAIN_SECONDS, _DRAIN_DELAY),
+    *(DTYPE, _MODEL_TYPE, _HEARTBEAT_SECONDS, _DRAIN_SECONDS, _DRAIN_DELAY, _GATEWAY_PROCESSES),
     *(*_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT, _SERVICE_PROCESSES),
     *(*_GROUP, _GROUP_CA),
     *(*_ADAPTERS, _MODEL_ALIAS),

@@ -34,7 +34,19 @@ class Accounts:
 
     def open(self, caller: Caller) -> Tab:
         """Admits a request, and returns its tab; raises Overloaded, with its own `retry_after`."""
-        return OwnTab(self.rates, self._ledger, caller)
+        return OwnTab(self.rates, self.add, caller)
+
+    def add(
+        self,
+        caller: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int = 0,
+        adapter: str = "",
+    ) -> None:
+        """Writes down an answered request and its tokens; `adapter` is what has answered."""
+        if self._ledger is not None:
+            self._ledger.add(caller, prompt_tokens, completion_tokens, cached_tokens, adapter)
 
     def allowances(self, caller: Caller) -> dict[str, Allowance]:
         """Returns the state of a caller's limits by unit, where there are any."""

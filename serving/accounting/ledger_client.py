@@ -12,6 +12,7 @@ knows any more what a caller may have.
 import asyncio
 import itertools
 import logging
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import astuple
@@ -27,13 +28,16 @@ from serving.accounting.tab import Tab, Used
 from serving.errors import SetupError, Unavailable
 
 _SECONDS = 2.0  # for an answer of the other process, which needs a ten-thousandth of it
-_REPORT_SECONDS = 30.0
+_APART_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
 
 
 class SharedAccounts(Accounts):
     """Accounts that another process holds. For use in one event loop.
+
+    Attributes:
+        was_lost: Whether the other process is gone, and everybody is refused.
 
     Args:
         address: The path of the other process's socket.
@@ -50,6 +54,7 @@ class SharedAccounts(Accounts):
         self._numbers = itertools.count()
         self._notes: dict[int, Callable[[], Used]] = {}
         self._received = b""
+        self.was_lost = False
         self._connection: socket.socket | None
         try:
             self._connection = _connected(address, _SECONDS)
@@ -61,11 +66,6 @@ class SharedAccounts(Accounts):
         """Returns the accounts at an address; the operator's settings are the other process's."""
         return cls(address, RateLimits(config.limits, config.share))
 
-    @property
-    def is_lost(self) -> bool:
-        """Returns whether the other process is gone, and everybody is refused."""
-        return self._connection is None
-
     def open(self, caller: Caller) -> Tab:
         """Admits a request; raises Overloaded, or Unavailable when the other process is gone."""
         tab = _SharedTab(self, next(self._numbers), has_limits=self.rates.has_limits(caller))
@@ -74,13 +74,13 @@ class SharedAccounts(Accounts):
             self.ask("open", tab.number, name, limits)
         else:
             self.tell("begin", tab.number, name, limits)
-            if self.is_lost:
+            if self.was_lost:
                 raise _gone()
         return tab
 
     def allowances(self, caller: Caller) -> dict[str, Allowance]:
         """Returns the state of a caller's limits; none when the other process is gone."""
-        if not self.rates.has_limits(caller) or self.is_lost:
+        if not self.rates.has_limits(caller) or self.was_lost:
             return {}
         try:
             (units,) = self.ask("allowances", *values_of_caller(caller))
@@ -90,14 +90,31 @@ class SharedAccounts(Accounts):
 
     def read_report(self, caller: str | None) -> list[Usage]:
         """Returns what a caller or everybody has used; raises Unavailable. For any thread."""
+        return [Usage(*row) for row in self._ask_apart("report", caller)]
+
+    def tell_figures(self, text: bytes) -> None:
+        """Tells the figures of this process, in Prometheus' text format."""
+        self.tell("figures", os.getpid(), text.decode())
+
+    def sums(self, text: bytes) -> bytes:
+        """Returns the figures of all processes; raises Unavailable. For any thread.
+
+        Args:
+            text: Those of this one.
+        """
+        sums: str = self._ask_apart("sums", os.getpid(), text.decode())
+        return sums.encode()
+
+    def _ask_apart(self, *message: object) -> Any:
+        """Returns the answer to a message that takes longer, over a connection of its own."""
         try:
-            with _connected(self._address, _REPORT_SECONDS) as connection:
-                connection.sendall(line_of("report", caller))
+            with _connected(self._address, _APART_SECONDS) as connection:
+                connection.sendall(line_of(*message))
                 with connection.makefile("rb") as answer:
-                    (rows,) = read_answer(answer.readline())
+                    (value,) = read_answer(answer.readline())
         except (OSError, ValueError) as error:
             raise _gone() from error
-        return [Usage(*row) for row in rows]
+        return value
 
     def close(self) -> None:
         """Tells what is noted, and ends the connection."""
@@ -155,6 +172,7 @@ class SharedAccounts(Accounts):
             self._connection.close()
             self._connection = None
             if error is not None:
+                self.was_lost = True
                 logger.error("the ledger is lost, and nobody is let in any more: %s", error)
 
 

@@ -1,7 +1,7 @@
 """The accounts of one process, for other processes on this machine that answer callers.
 
-    accounts = Accounts.of(config)
-    with LedgerServer(accounts) as server:
+    accounts, figures = Accounts.of(config), GatheredFigures()
+    with LedgerServer(accounts, figures) as server:
         start_processes({LEDGER_VARIABLE: server.address})   # each has SharedAccounts, and so an
                                                              # Admission as ever
 
@@ -12,6 +12,8 @@ itself may close them, when the server is closed, and nothing else.
 A process that dies, even by SIGKILL, leaves its requests to the server: they no longer count as
 running, their callers are charged what the process has said that they used, and get the rest back.
 What it says of a token it says before it sends the token on.
+
+The figures of these processes come the same way, and are added up (serving/observe/gathered.py).
 
 The socket lies in a folder of mode 0700: whoever may open it is the same user, who can do all that
 these processes can.
@@ -27,6 +29,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +38,7 @@ from serving.accounting.accounts import Accounts
 from serving.accounting.ledger_wire import caller_of, error_of, line_of
 from serving.accounting.tab import Tab, Used
 from serving.errors import ServingError, SetupError
+from serving.observe.gathered import GatheredFigures
 
 LEDGER_VARIABLE = "MIXTRAL_JAX_LEDGER"
 """Environment variable with the path of the socket, in processes that share accounts."""
@@ -52,6 +56,7 @@ class _Process:
     received: bytearray = field(default_factory=bytearray)
     tabs: dict[int, Tab] = field(default_factory=dict)
     used: dict[int, Used] = field(default_factory=dict)  # so far, of open tabs
+    pid: int | None = None  # known when it has told its figures
 
 
 class LedgerServer:
@@ -59,6 +64,7 @@ class LedgerServer:
 
     Args:
         accounts: The accounts.
+        figures: Adds up the figures of the processes.
 
     Attributes:
         address: The path of the socket.
@@ -67,8 +73,9 @@ class LedgerServer:
         SetupError: No socket can be made in the folder for temporary files.
     """
 
-    def __init__(self, accounts: Accounts) -> None:
+    def __init__(self, accounts: Accounts, figures: GatheredFigures | None = None) -> None:
         self._accounts = accounts
+        self._figures = figures or GatheredFigures()
         self._folder = Path(tempfile.mkdtemp(prefix="mixtral-jax-"))  # of mode 0700
         self.address = str(self._folder / "ledger")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -176,24 +183,30 @@ class LedgerServer:
                 case ["allowances", name, limits]:
                     allowances = self._accounts.allowances(caller_of(name, limits))
                     return ({unit: asdict(allowance) for unit, allowance in allowances.items()},)
+                case ["figures", pid, text]:
+                    process.pid = pid
+                    self._figures.put(pid, text)
+                case ["sums", pid, text]:
+                    self._figures.put(pid, text)
+                    self._answer_slowly(process, lambda: self._figures.text().decode())
                 case ["report", name]:
-                    self._report(process, name)
+                    report = partial(self._accounts.read_report, name)
+                    self._answer_slowly(process, lambda: [astuple(row) for row in report()])
                 case _:
                     raise ValueError(f"no message of ours: {str(message)[:200]}")
         except ServingError as error:
             return (error_of(error),)
         return None
 
-    def _report(self, process: _Process, name: str | None) -> None:
-        """Answers in a thread, which waits for the disk, and closes the connection."""
+    def _answer_slowly(self, process: _Process, read: Callable[[], object]) -> None:
+        """Answers in a thread, for which the others need not wait, and closes the connection."""
         self._selector.unregister(process.connection)
         self._processes.discard(process)
 
         def answer() -> None:
             with process.connection as connection, suppress(OSError):
                 try:
-                    rows = [astuple(row) for row in self._accounts.read_report(name)]
-                    connection.sendall(line_of(rows))
+                    connection.sendall(line_of(read()))
                 except ServingError as error:
                     connection.sendall(line_of(error_of(error)))
 
@@ -206,3 +219,5 @@ class LedgerServer:
         process.connection.close()
         for number, tab in process.tabs.items():
             tab.settle(process.used.get(number))
+        if process.pid is not None:
+            self._figures.end(process.pid)

@@ -8,7 +8,9 @@
     ["note", id, used]                                  what it has used so far
     ["settle", id, used or null]                        it ends
     ["allowances", name, limits]    -> [allowances]
-    ["report", name or null]        -> [rows] or [error], the last message of its connection
+    ["figures", pid, text]                              those of the process, for Prometheus
+    ["sums", pid, text]             -> [text]           the same, and of all processes; and
+    ["report", name or null]        -> [rows] or [error]: each is the last of its connection
 
 An id is a number that the process has used for no other request. An error is {"error": NAME,
 "text": ..., "seconds": after which to try again}.

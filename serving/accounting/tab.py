@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from serving.access.caller import Caller
-from serving.accounting.ledger import UsageLedger
 from serving.accounting.rate_limits import RateLimits
 
 
@@ -70,16 +69,18 @@ class OwnTab:
 
     Args:
         rates: The limits of callers.
-        ledger: The record of what callers have used, if it is kept.
+        add: Writes down a request that has used something, as `Accounts.add` does.
         caller: The caller.
 
     Raises:
         Overloaded: The caller may have no request now.
     """
 
-    def __init__(self, rates: RateLimits, ledger: UsageLedger | None, caller: Caller) -> None:
+    def __init__(
+        self, rates: RateLimits, add: Callable[[str, int, int, int, str], None], caller: Caller
+    ) -> None:
         self._rates = rates
-        self._ledger = ledger
+        self._add = add
         self._caller = caller
         self._requests = self._running = 1
         self._reserved = 0
@@ -112,6 +113,5 @@ class OwnTab:
         self._rates.leave(self._caller, self._running)
         self._rates.give_tokens(self._caller, self._reserved - used.charge)
         prompt, completion = used.prompt_tokens, used.completion_tokens
-        if self._ledger is not None and (prompt or completion):
-            name = self._caller.name
-            self._ledger.add(name, prompt, completion, used.cached_tokens, used.adapter)
+        if prompt or completion:
+            self._add(self._caller.name, prompt, completion, used.cached_tokens, used.adapter)

@@ -10,17 +10,22 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from serving.access.config import AccessConfig
+from serving.access.credentials import Access
 from serving.access.renewal import RenewedContext
 from serving.access.tls import Certificate
+from serving.accounting.accounts import Accounts
+from serving.accounting.ledger_server import LedgerServer
 from serving.channel import join_address
 from serving.command_line import app_of, command, run
-from serving.flags import GATEWAY, record
+from serving.flags import GATEWAY, arguments, record
 from serving.gateway.answering import Limits
 from serving.gateway.app import create_app
 from serving.gateway.config import GatewayConfig, GatewayError
@@ -31,6 +36,9 @@ from serving.gateway.http.failures import refuse_while_draining
 from serving.gateway.http.limits import HttpLimits
 from serving.gateway.http.metrics import GatewayMetrics
 from serving.gateway.http.server import HttpServer
+from serving.gateway.processes.member import Member, http_share, room_share
+from serving.gateway.processes.parent import run_processes
+from serving.observe.gathered import GatheredFigures
 from serving.observe.key_reloads import report_failed_certificate
 from serving.observe.logs import set_up
 from serving.observe.metrics_port import serve_metrics
@@ -61,37 +69,103 @@ def _serve(given: dict[str, Any]) -> None:
     A signal ends it with status 0 when running answers have finished, or after --drain-seconds.
     """
     access = record(AccessConfig, given, admits_gateway=False)
-    door, certificate = access.access(), access.certificate()
     config = record(GatewayConfig, given, gateway_key=access.key_for_service())
     http = record(HttpLimits, given)
-    metrics = GatewayMetrics()
+    door = access.access()
+    if Member.is_this():
+        _serve_at(access, door, config, http_share(http, config.gateway_processes), Member(config))
+    elif config.gateway_processes > 1:
+        _serve_by_processes(access, config, http)
+    else:
+        _serve_at(access, door, config, http, None)
+
+
+def _serve_by_processes(access: AccessConfig, config: GatewayConfig, http: HttpLimits) -> None:
+    """Serves by several processes, whose accounts and figures this one has."""
+    accounts, figures = Accounts.of(config), GatheredFigures()
+    try:
+        with (
+            listen(access.host, config.port) as listener,
+            LedgerServer(accounts, figures) as ledger,
+        ):
+            _show_metrics(config, figures.registry)
+            end_with_parent()
+            set_up("serving", config.log_format, _is_news)
+            _say_listening(listener, config, access.certificate())
+            options = arguments(config, access, http)
+            seconds = config.drain_delay + config.drain_seconds
+            run_processes(config.gateway_processes, options, listener, ledger.address, seconds)
+    finally:
+        accounts.close()
+
+
+def _serve_at(
+    access: AccessConfig,
+    door: Access,
+    config: GatewayConfig,
+    http: HttpLimits,
+    member: Member | None,
+) -> None:
+    """Serves in this process: alone, or as a member of several."""
+    certificate, metrics = access.certificate(), GatewayMetrics()
     # `create_app` puts the drain around the application.
     drain = Drain(
         refuse_while_draining, refuse_while_draining, config.drain_seconds, config.drain_delay
     )
-    with listen(access.host, config.port) as listener:
-        limits = Limits(config.heartbeat_seconds, body_seconds=http.body_seconds)
-        app = create_app(config, door, metrics=metrics, limits=limits, drain=drain)
-        if config.metrics_port is not None:
-            url = serve_metrics(metrics.registry, config.metrics_host, config.metrics_port)
-            print(f"gateway: metrics on {url}", file=sys.stderr, flush=True)
+    limits = Limits(
+        config.heartbeat_seconds,
+        body_seconds=http.body_seconds,
+        body_room=room_share(config.gateway_processes),
+    )
+    accounts = None if member is None else member.accounts
+    with listen(access.host, config.port) if member is None else member.listener as listener:
+        app = create_app(
+            config, door, accounts=accounts, metrics=metrics, limits=limits, drain=drain
+        )
         end_with_parent()
         set_up("serving", config.log_format, _is_news)
+        if member is None:
+            _show_metrics(config, metrics.registry)
+            _say_listening(listener, config, certificate)
+        else:
+            metrics.report = lambda: member.accounts.sums(metrics.text())
         # Both signals raise KeyboardInterrupt before and after uvicorn waits for them itself.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        scheme = "https" if certificate else "http"
-        host, port = listener.getsockname()[:2]
-        address = f"{scheme}://{join_address(host, port)}"
-        logger.info("listening on %s for the service at %s", address, config.address)
         connections = Connections(_within_files(http), metrics, http.proxies())
         settings = _uvicorn(app, http, certificate)
         if certificate is not None:
             _renew(settings, certificate, metrics)
         server = HttpServer(settings, drain, listener, connections)
+        if member is not None:
+            settings.callback_notify = partial(_show_life, member, metrics, server)
+            settings.timeout_notify = 0  # uvicorn asks every second
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
     if not server.started:
         raise SystemExit(1)  # uvicorn has said why
+    if member is not None and member.accounts.was_lost:
+        raise SystemExit(1)  # to be started again
+
+
+async def _show_life(member: Member, metrics: GatewayMetrics, server: HttpServer) -> None:
+    """Tells the parent every second that this process goes on; ends it without the ledger."""
+    if not member.show_life(metrics.text()):
+        server.should_exit = True
+
+
+def _show_metrics(config: GatewayConfig, registry: CollectorRegistry) -> None:
+    if config.metrics_port is not None:
+        url = serve_metrics(registry, config.metrics_host, config.metrics_port)
+        print(f"gateway: metrics on {url}", file=sys.stderr, flush=True)
+
+
+def _say_listening(
+    listener: socket.socket, config: GatewayConfig, certificate: Certificate | None
+) -> None:
+    scheme = "https" if certificate else "http"
+    host, port = listener.getsockname()[:2]
+    address = f"{scheme}://{join_address(host, port)}"
+    logger.info("listening on %s for the service at %s", address, config.address)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -38,7 +38,7 @@ from serving.gateway.dialect.whole import check_logprobs
 from serving.gateway.dialect.writers import EventWriter, WholeWriter
 from serving.gateway.event_stream import DisconnectWatch, EventStream
 from serving.gateway.http import body
-from serving.gateway.http.body_room import BodyRoom, Hold
+from serving.gateway.http.body_room import ROOM, BodyRoom, Hold
 from serving.gateway.http.failures import LIMIT_HEADERS
 from serving.gateway.http.request_record import RequestRecord
 from serving.gateway.joined_answers import RunningAnswer, num_under_way
@@ -63,11 +63,13 @@ class Limits:
         heartbeat_seconds: A stream that is silent for so long sends a heartbeat.
         body_bytes: The longest body of a request.
         body_seconds: The longest time that a body may take to arrive.
+        body_room: The bytes of all large bodies.
     """
 
     heartbeat_seconds: float = 15.0
     body_bytes: int = body.LIMIT
     body_seconds: float = body.SECONDS
+    body_room: int = ROOM
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Gateway:
         self._admission = admission
         self._fields = fields
         self._limits = limits
-        self.bodies = BodyRoom()
+        self.bodies = BodyRoom(limits.body_room)
 
     async def answer(
         self,

@@ -64,6 +64,8 @@ class GatewayConfig(AccountingConfig):
     """Leave out tools that only OpenAI or Anthropic can run, instead of refusing them."""
     page: bool = True
     """Serve the page to chat with."""
+    gateway_processes: int = 1
+    """Processes that answer, at one port and with one ledger."""
     drain_delay: float = 0.0
     """Time after such a signal in which requests are still served, while readiness fails."""
 

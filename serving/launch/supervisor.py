@@ -36,8 +36,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 from serving.channel import join_address
+from serving.child import Child, Probe, SupervisorError
 from serving.flags import KEY_VARIABLE, SERVICE_KEY_VARIABLE
-from serving.launch.child import Child, Probe, SupervisorError
 from serving.parent import PARENT_VARIABLE, READY_VARIABLE
 from serving.ports import hold_port
 

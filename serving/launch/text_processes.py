@@ -10,8 +10,8 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from serving.child import Child
 from serving.errors import SetupError
-from serving.launch.child import Child
 from serving.parent import PARENT_VARIABLE
 from serving.ports import hold_port
 from serving.proto import texts_pb2 as pb

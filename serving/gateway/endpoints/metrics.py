@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from fastapi import Request
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from serving.access.caller import Caller
 from serving.errors import Forbidden, ServingError
@@ -36,7 +36,7 @@ async def show_metrics(request: Request) -> Response:
     """Returns the figures of the gateway, and those of a service if one answers."""
     metrics: GatewayMetrics = request.app.state.metrics
     service: ModelService = request.app.state.gateway.service
-    own = await asyncio.to_thread(generate_latest, metrics.registry)
+    own = await asyncio.to_thread(metrics.report)
     try:
         theirs = await service.metrics()
     except ServingError:

@@ -4,7 +4,9 @@
 that flag they are counted, but not served.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # Bounds of the histograms in seconds: from milliseconds to the minutes of a full queue.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -16,6 +18,8 @@ class GatewayMetrics:
     def __init__(self) -> None:
         # A registry of its own keeps two gateways in one process apart, as in tests.
         self.registry = CollectorRegistry()
+        # The figures of the whole gateway, which may be several processes.
+        self.report: Callable[[], bytes] = self.text
         self._requests = Counter(
             "mixtral_gateway_requests",
             "Requests that have ended: whole, dropped (by the client), broken (by a failure), or "
@@ -69,6 +73,10 @@ class GatewayMetrics:
             "Trailer fields of requests, which are read and ignored.",
             registry=self.registry,
         )
+
+    def text(self) -> bytes:
+        """Returns the figures of this process in Prometheus' text format."""
+        return generate_latest(self.registry)
 
     def ended(
         self, route: str, status: int, outcome: str, first_byte: float | None, seconds: float

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serving.launch.child import Child, Probe, Restarts, SupervisorError
+from serving.child import Child, Probe, Restarts, SupervisorError
 from serving.parent import BEAT_VARIABLE
 
 PATIENCE = 20.0
