@@ -165,6 +165,7 @@ def test_messages_name_flags_and_variables_that_exist() -> None:
     spellings = {flag.spelling for flags in COMMANDS.values() for flag in flags}
     spellings |= {"--help", "--file", "--old", "--version", "--debug", "--grpc-port", "--plot"}
     variables = {*SECRETS.values(), "MIXTRAL_JAX_PARENT", "MIXTRAL_JAX_READY_FD"}
+    variables |= {"MIXTRAL_JAX_LISTENER_FD", "MIXTRAL_JAX_LEDGER"}
     for room in ("access", "cluster", "engine", "launch", "gateway", "observe", "accounting"):
         for path in (ROOT / "serving" / room).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
