@@ -15,7 +15,7 @@ from prometheus_client.samples import Sample
 
 # The families that only grow; the others are of the moment.
 _COUNTS = frozenset({"counter", "histogram", "summary"})
-# Of samples with these endings the first time, and the worst state, are those of the whole.
+# Samples with these endings are not added up: the first time holds, and the worst state.
 _FIRST, _WORST = "_created", "_failed"
 
 

@@ -50,6 +50,7 @@ convert                      | mixtral_jax.model* mixtral_jax.tokenization mixtr
 serving.errors
 serving.channel
 serving.parent
+serving.child                | serving.errors serving.parent
 serving.open_files
 serving.ports
 serving.flags
@@ -131,6 +132,7 @@ WITHOUT_JAX = {
     "serving.client",
     "serving.gateway.dialect",
     "serving.gateway.http",
+    "serving.gateway.processes",
     "serving.gateway",
     "serving.child",
     "serving.launch.supervisor",
