@@ -64,6 +64,9 @@ class Accounts:
         """Returns what `report` does, and waits for the disk meanwhile."""
         return [] if self._ledger is None else self._ledger.report(caller)
 
+    def flush(self) -> None:
+        """Tells what was noted of open tabs, where another process has the accounts."""
+
     def close(self) -> None:
         """Writes what the ledger has not written yet."""
         if self._ledger is not None:

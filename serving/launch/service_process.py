@@ -19,6 +19,7 @@ from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.accounting.config import AccountingConfig
+from serving.accounting.ledger_server import LedgerServer
 from serving.channel import join_address
 from serving.cluster.follower import follow
 from serving.cluster.leader import Leader, connect
@@ -55,7 +56,7 @@ from serving.service.call_record import Calls
 from serving.service.models.adapter_metrics import AdapterMetrics
 from serving.service.models.served_models import ServedModels
 from serving.service.service import InferenceService
-from serving.texts.hub import Hub, Parts, Used
+from serving.texts.hub import Hub, Parts
 
 _ERRORS: Errors = (UserError, *USER_ERRORS)
 _STOOD_STILL = Unavailable("a step of the model stood still; the server starts again")
@@ -203,11 +204,6 @@ def _text_processes(
     """Returns the front of several processes, whose pipes reach the engine of this one."""
     engine, service, access, _ = records
 
-    def charge(used: Used) -> None:
-        request = used.request
-        prompt = len(request.prompt_ids) if used.tokens else used.computed
-        accounts.add(request.caller, prompt, used.tokens, used.cached, request.adapter)
-
     hub = Hub(
         Parts(
             engine=built.worker,
@@ -216,7 +212,6 @@ def _text_processes(
             compiler=compiler,
             prepare_scores=built.late.prepare_scores,
             num_waiting=built.num_waiting,
-            charge=charge,
         )
     )
     report_failed_reload(metrics.registry, lambda: any(s.keys_failed for s in hub.states))
@@ -238,6 +233,7 @@ def _text_processes(
         (access.host, service.port),
         service.text_port,
         service.service_processes,
+        LedgerServer(accounts),
         _say,
     )
 

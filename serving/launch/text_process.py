@@ -22,10 +22,11 @@ from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.access.config import AccessConfig
 from serving.access.credentials import Access
 from serving.access.renewal import RenewedServerTls
-from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission
 from serving.accounting.caller_fields import CallerFields
 from serving.accounting.config import AccountingConfig
+from serving.accounting.ledger_client import SharedAccounts
+from serving.accounting.ledger_server import LEDGER_VARIABLE
 from serving.channel import join_address
 from serving.command_line import USER_ERRORS, Errors, app_of, command, run
 from serving.errors import ServingError, SetupError
@@ -37,7 +38,6 @@ from serving.open_files import raise_open_files
 from serving.parent import PIPE_VARIABLE, beat, end_process, end_with_parent
 from serving.proto import inference_pb2, texts_pb2
 from serving.service.call_record import Calls
-from serving.service.direct_calls import is_direct
 from serving.service.models.served_models import ServedModels
 from serving.service.service import InferenceService, create_server, set_serving
 from serving.texts.remote import RemoteCounts, RemoteEngine
@@ -54,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(given: dict[str, Any]) -> None:
     """Serve a part of the calls of a service, whose engine's process starts this one."""
     pipe = os.environ.pop(PIPE_VARIABLE, None)
-    if pipe is None:
-        raise SetupError(
-            f"{PIPE_VARIABLE} is not set; `python -m serving --service-processes N` starts this"
-        )
+    if pipe is None or LEDGER_VARIABLE not in os.environ:
+        raise SetupError("this is a part of `python -m serving --service-processes N`; start that")
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # they are for the engine's process
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
@@ -66,7 +64,8 @@ def _serve(given: dict[str, Any]) -> None:
     set_up("serving", service.log_format)
     access = record(AccessConfig, given, admits_gateway=True)
     accounting = record(AccountingConfig, given)
-    accounts = Accounts.of(accounting)
+    # Those of the engine's process, which settles what is open here if this process dies.
+    accounts = SharedAccounts.of(accounting, os.environ[LEDGER_VARIABLE])
     traces = Traces.exported(service.otlp_endpoint, "service")
     process = _TextProcess(
         service,
@@ -101,7 +100,7 @@ class _TextProcess:
     async def run(self, pipe: socket.socket) -> bool:
         """Serves until the engine's process has ended it; returns False if that was lost."""
         loop = asyncio.get_running_loop()
-        engine = RemoteEngine(is_direct)
+        engine = RemoteEngine()
         await loop.create_unix_connection(lambda: engine, sock=pipe)
         try:
             welcome = await engine.welcome

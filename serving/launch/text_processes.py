@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from serving.accounting.ledger_server import LEDGER_VARIABLE, LedgerServer
 from serving.child import Child
 from serving.errors import SetupError
 from serving.parent import PARENT_VARIABLE
@@ -36,6 +37,7 @@ class TextProcesses:
         address: Host and port that they share; port 0 takes any.
         own_ports: A port on 127.0.0.1 for each alone; empty: they have none.
         count: Their number.
+        ledger: The accounts that they share, which end with them.
         say: Called with lines for the operator.
     """
 
@@ -48,12 +50,18 @@ class TextProcesses:
         address: tuple[str, int],
         own_ports: Sequence[int],
         count: int,
+        ledger: LedgerServer,
         say: Callable[[str], None],
     ) -> None:
         self._hub, self._welcome, self._digests = hub, welcome, digests
         self._host, self._port = address
         self._own_ports, self._say = own_ports, say
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+        self._ledger = ledger
+        environment = {
+            **os.environ,
+            PARENT_VARIABLE: str(os.getpid()),
+            LEDGER_VARIABLE: ledger.address,
+        }
         self._children = [
             Child(
                 f"text process {index}",
@@ -121,6 +129,7 @@ class TextProcesses:
                 child.process.wait()
             child.close()
         self._hub.close()
+        self._ledger.close()
         if self._held is not None:
             self._held.close()
 

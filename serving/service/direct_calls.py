@@ -46,11 +46,6 @@ def turn_of(context: grpc.aio.ServicerContext) -> str:
     return f"address {host_of(context)}"
 
 
-def is_direct() -> bool:
-    """Returns whether the call that the present task answers did not come by a gateway."""
-    return _caller.get(None) is not None
-
-
 class DirectCalls:
     """Wraps the handlers of calls that callers send to the service themselves.
 
@@ -96,7 +91,6 @@ class DirectCalls:
                 lease = self._admission.begin(caller)
             except ServingError as error:
                 await abort(context, error)
-            _caller.set(caller.name)
             try:
                 request = await _only(requests)
                 refuse_caller_fields(request)
@@ -106,6 +100,7 @@ class DirectCalls:
                 async with aclosing(behaviour(request, context)) as chunks:
                     async for chunk in chunks:
                         tokens.add(chunk)
+                        self._admission.accounts.flush()  # before gRPC has it
                         yield chunk
             except ServingError as error:
                 await abort(context, error)

@@ -23,13 +23,12 @@ class CodecError(ValueError):
     """A message that none of our processes writes."""
 
 
-def submit_message(request: Request, number: int, *, is_charged: bool) -> pb.Submit:
+def submit_message(request: Request, number: int) -> pb.Submit:
     """Writes a request.
 
     Args:
         request: It has no seat yet, which only the engine gives.
         number: By which both ends call it.
-        is_charged: Whether the engine's process charges its caller if the text process is lost.
     """
     assert request.seat is None, "the engine alone seats requests"
     form = request.form
@@ -54,7 +53,6 @@ def submit_message(request: Request, number: int, *, is_charged: bool) -> pb.Sub
         if form is None
         else pb.Form(grammar=form.grammar, begins_after=form.begins_after),
         allowed_ids=sorted(request.allowed_ids),
-        is_charged=is_charged,
     )
 
 

@@ -58,20 +58,14 @@ class Parts:
     prepare_scores: Callable[[], "Future[None]"]
     num_waiting: Callable[[], int]
     """Returns the number of choices that wait for a row."""
-    charge: Callable[["Used"], None]
-    """Writes down what a direct caller has used of a request whose text process was lost."""
 
 
 @dataclass(slots=True)
-class Used:
-    """A request that came by a pipe, and what its caller was given of its answer."""
+class _Open:
+    """A request that came by a pipe and has not been left."""
 
     request: Request
-    is_charged: bool
-    is_left: bool = False  # by its text process, while its grammar was compiled
-    computed: int = 0  # tokens of the prompt
-    cached: int = 0
-    tokens: int = 0  # of all choices
+    is_left: bool = False  # while its grammar was compiled
     ended: int = 0  # choices
 
 
@@ -159,7 +153,7 @@ class TextPipe:
         self._hub, self._parts = hub, hub.parts
         self._on_lost = on_lost
         self._lock = threading.Lock()  # of the two mappings, which change together
-        self._open: dict[int, Used] = {}  # by number, until they are left
+        self._open: dict[int, _Open] = {}  # by number, until they are left
         self._numbers: dict[str, int] = {}
         self._pipe = Pipe(end, self._take, self._lost, name="text")
         self.is_open = True
@@ -189,7 +183,7 @@ class TextPipe:
         self._pipe.send(partial(self._written, items))
 
     def _written(self, items: Sequence[Item]) -> bytes:
-        """Returns items as a message, and notes what callers are given by it."""
+        """Returns items as a message."""
         queued, events, failures = [], list[Event](), []
         for request_id, item in items:
             number = self._numbers.get(request_id)
@@ -197,7 +191,8 @@ class TextPipe:
                 continue  # it was left
             if isinstance(item, Event):
                 events.append(item)
-                self._note(number, item)
+                if item.finish_reason is not None and number in self._open:
+                    self._open[number].ended += 1
             elif isinstance(item, Queued):
                 queued.append(number)
             else:
@@ -207,15 +202,6 @@ class TextPipe:
         message.failures.extend(failures)
         message.is_crowded = self._parts.num_waiting() > 0
         return pb.ToText(events=message).SerializeToString()
-
-    def _note(self, number: int, event: Event) -> None:
-        used = self._open.get(number)
-        if used is None:
-            return
-        used.computed = max(used.computed, event.computed)
-        used.cached = max(used.cached, event.cached)
-        used.tokens += event.drawn is not None
-        used.ended += event.finish_reason is not None
 
     def _take(self, data: bytes) -> None:
         """Takes in a message; raises whatever is wrong with it."""
@@ -236,11 +222,11 @@ class TextPipe:
 
     def _submit(self, message: pb.Submit) -> None:
         request = request_of(message)
-        used = Used(request, message.is_charged)
+        entry = _Open(request)
         with self._lock:
             if message.number in self._open or request.id in self._numbers:
                 raise CodecError("a request has the number or the id of another one")
-            self._open[message.number] = used
+            self._open[message.number] = entry
             self._numbers[request.id] = message.number
         if not message.HasField("form"):
             self._forward(request)
@@ -249,13 +235,13 @@ class TextPipe:
         grammar = Grammar(message.form.grammar, after)
         # A grammar has its space where it needs one, as `continues` says.
         form = self._parts.compiler.submit(grammar, continues=True, salt=request.salt)
-        form.add_done_callback(partial(self._compiled, used))
+        form.add_done_callback(partial(self._compiled, entry))
 
-    def _compiled(self, used: Used, made: "Future[Form]") -> None:
+    def _compiled(self, entry: _Open, made: "Future[Form]") -> None:
         """Sends a request on whose grammar is compiled; called by the compiler's thread."""
-        if used.is_left:
+        if entry.is_left:
             return
-        request = used.request
+        request = entry.request
         try:
             self._forward(replace(request, form=made.result()))
         except StructureError as error:  # though the text process has tried it
@@ -276,18 +262,18 @@ class TextPipe:
             self._parts.engine.cancel(request.id)
 
     def _leave(self, message: pb.Leave) -> None:
-        used = self._open.get(message.number)
-        if used is None:
+        entry = self._open.get(message.number)
+        if entry is None:
             raise CodecError(f"the request {message.number} is left, which is not there")
         if message.HasField("choice"):
-            used.ended += 1
-            self._parts.engine.cancel(used.request.id, message.choice)
+            entry.ended += 1
+            self._parts.engine.cancel(entry.request.id, message.choice)
             return
-        used.is_left = True
+        entry.is_left = True
         with self._lock:
-            del self._open[message.number], self._numbers[used.request.id]
-        if used.ended < used.request.n:
-            self._parts.engine.cancel(used.request.id)
+            del self._open[message.number], self._numbers[entry.request.id]
+        if entry.ended < entry.request.n:
+            self._parts.engine.cancel(entry.request.id)
 
     def _answer(self, ask: pb.Ask) -> None:
         answer = pb.Answer(number=ask.number)
@@ -344,19 +330,17 @@ class TextPipe:
         self._on_lost(reason)
 
     def _end_all(self) -> None:
-        """Ends all requests, and charges those that nobody else counts."""
+        """Ends all requests; what their callers owe is the ledger's affair."""
         self.is_open = False
         with self._lock:
             ended, self._open = self._open, {}
             self._numbers = {}
-        for used in ended.values():
-            used.is_left = True
-            self._parts.engine.cancel(used.request.id)
-        for used in ended.values():
-            if used.ended < used.request.n:
-                self._parts.metrics.given_up("abort", used.request.n - used.ended)
-            if used.is_charged and (used.tokens or used.computed):
-                self._parts.charge(used)
+        for entry in ended.values():
+            entry.is_left = True
+            self._parts.engine.cancel(entry.request.id)
+        for entry in ended.values():
+            if entry.ended < entry.request.n:
+                self._parts.metrics.given_up("abort", entry.request.n - entry.ended)
 
 
 def adapters_message(digests: Mapping[str, str]) -> pb.Adapters:

@@ -125,6 +125,8 @@ class Pipe:
             while data := self._end.recv(_READ):
                 for message in buffer.feed(data):
                     self._take(message)
+        except OSError:  # reset: it had not read all
+            self._close("it has gone")
         except Exception as error:
             self._close(f"it sends what cannot be read: {error}")
         self._close("it has gone")

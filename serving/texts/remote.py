@@ -29,14 +29,9 @@ _DRAINING = "the server is shutting down; send the request to another one"
 class RemoteEngine(asyncio.Protocol):
     """The pipe's end in a text process: its service's Worker, and an Inlet. Used on one event loop,
     but for `ask` and what is said to be for any thread.
-
-    Args:
-        is_charged: Returns whether the engine's process is to charge the caller of the present task
-            if this process is lost.
     """
 
-    def __init__(self, is_charged: Callable[[], bool] = lambda: False) -> None:
-        self._is_charged = is_charged
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._outlet = LoopOutlet(self, self._loop)
         self._buffer = Buffer()
@@ -98,8 +93,7 @@ class RemoteEngine(asyncio.Protocol):
         if self._is_draining:
             raise Unavailable(_DRAINING)
         number = next(self._next)
-        message = submit_message(request, number, is_charged=self._is_charged())
-        self._write(pb.ToEngine(submit=message))
+        self._write(pb.ToEngine(submit=submit_message(request, number)))
         self._numbers[request.id], self._ids[number] = number, request.id
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:

@@ -95,10 +95,10 @@ IDS = {number: name for name, number in NUMBERS.items()}
 
 @pytest.mark.parametrize("request_", [WHOLE, PLAIN])
 def test_a_request_arrives_in_every_field(request_: Request) -> None:
-    data = submit_message(request_, 7, is_charged=True).SerializeToString()
+    data = submit_message(request_, 7).SerializeToString()
     message = pb.Submit.FromString(data)
     assert request_of(message) == request_
-    assert (message.number, message.is_charged, message.HasField("form")) == (7, True, False)
+    assert message.number == 7 and not message.HasField("form")
 
 
 def test_a_form_goes_as_its_grammar() -> None:
@@ -107,7 +107,7 @@ def test_a_form_goes_as_its_grammar() -> None:
         wanted = Specification(Kind.CHOICE, choices=("yes", "no"))
         form = compiler.compile(wanted, continues=True, salt=b"")
     held = Request(**{**vars(PLAIN), "form": form})
-    message = submit_message(held, 1, is_charged=False)
+    message = submit_message(held, 1)
     assert message.form.grammar == form.grammar != ""
     assert not message.form.HasField("begins_after")
 
@@ -129,11 +129,11 @@ def test_columns_that_do_not_agree_are_refused() -> None:
 
 
 def test_what_no_text_process_sends_is_refused() -> None:
-    message = submit_message(PLAIN, 1, is_charged=False)
+    message = submit_message(PLAIN, 1)
     message.priority = 9
     with pytest.raises(CodecError):
         request_of(message)
-    message = submit_message(PLAIN, 1, is_charged=False)
+    message = submit_message(PLAIN, 1)
     message.sampling.temperature = -1.0
     with pytest.raises(CodecError):
         request_of(message)
