@@ -1,4 +1,4 @@
-// Attention of a few query heads over one block of keys.
+// Attention of some query heads over one block of keys.
 
 #ifndef MIXTRAL_JAX_KERNELS_CPU_ATTEND_BLOCK_H_
 #define MIXTRAL_JAX_KERNELS_CPU_ATTEND_BLOCK_H_
@@ -6,19 +6,19 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "page_cache.h"
-#include "vectors.h"
+#include "key_block.h"
+#include "wide_floats.h"
 
 namespace mixtral_jax {
 
-constexpr int64_t kKeyBlock = 64;       // Keys that are scored before their values are added up.
 constexpr float kMaskedScore = -1e30f;  // The score of a key that a query does not see.
+constexpr int kTileRows = 6;            // Query rows that are computed together.
 
 // The unfinished attention of one query head (online softmax, arXiv:2205.14135).
-struct PartialSum {
-  float max_score;
-  float total;   // sum of exp(score - max_score)
-  float* mixed;  // [H], sum of exp(score - max_score) * value
+struct alignas(64) PartialSum {
+  float totals[wide::kSumLanes];  // sums of exp(score - max_score), of every sixteenth key each
+  float* mixed;     // [H, filled up to whole vectors], sum of exp(score - max_score) * value
+  float max_score;  // kMaskedScore if no key was seen
 };
 
 // One query head, and which keys of a block it sees.
@@ -28,100 +28,148 @@ struct QueryRow {
   PartialSum* sum;
 };
 
-// mixed = mixed * shrink + sum over i of weights[i] * values[i], for kRows query rows and kVectors
-// vectors of the values from element h on. A value stands `offset` floats behind its key.
-template <int kRows, int kVectors>
-inline void AddValues(const float* const* keys, int64_t offset, int64_t count,
-                      const float (*weights)[kKeyBlock], const float* shrink, const QueryRow* rows,
-                      int64_t h) {
-  Floats sums[kRows][kVectors];
-  Unroll<kRows>(INLINE_LAMBDA(r) {
-    Unroll<kVectors>(INLINE_LAMBDA(j) {
-      sums[r][j] = Load(rows[r].sum->mixed + h + j * kLanes) * shrink[r];
-    });
-  });
+// The vectors of sums of each of `rows` rows that stay in registers.
+constexpr int TileVectors(int rows) { return rows * 4 <= wide::kSums ? 4 : 2; }
+
+// sums[r] += the sum over i of a[r][i] * row(i)[0 ..], each number in the order of i.
+template <int kRows, int kVectors, typename Row>
+[[gnu::always_inline]] inline void MulAddRows(wide::Floats (&sums)[kRows][kVectors],
+                                              const float* const (&a)[kRows], int64_t count,
+                                              Prefetcher& next, const Row& row) {
   for (int64_t i = 0; i < count; ++i) {
-    const float* value = keys[i] + offset + h;
-    Unroll<kVectors>(INLINE_LAMBDA(j) {
-      const Floats lanes = Load(value + j * kLanes);
-      Unroll<kRows>(INLINE_LAMBDA(r) {
-        sums[r][j] = MulAdd(Broadcast(weights[r][i]), lanes, sums[r][j]);
-      });
+    next.Step();
+    const float* b = row(i);
+    wide::Floats lanes[kVectors];
+    Unroll<kVectors>(INLINE_LAMBDA(j) { lanes[j] = wide::Load(b + j * wide::kLanes); });
+    Unroll<kRows>(INLINE_LAMBDA(r) {
+      const wide::Floats factor = wide::Broadcast(a[r][i]);
+      Unroll<kVectors>(
+          INLINE_LAMBDA(j) { sums[r][j] = wide::MulAdd(factor, lanes[j], sums[r][j]); });
     });
   }
+}
+
+// scores[r][i] = the dot product of query row r with key i, for kVectors vectors of keys from i on.
+template <int kRows, int kVectors>
+inline void ScoreKeys(const KeyBlock& block, const QueryRow* rows, float (*scores)[kKeyBlock],
+                      int64_t i, Prefetcher& next) {
+  wide::Floats sums[kRows][kVectors];
+  const float* queries[kRows];
+  Unroll<kRows>(INLINE_LAMBDA(r) {
+    queries[r] = rows[r].query;
+    Unroll<kVectors>(INLINE_LAMBDA(j) { sums[r][j] = wide::Floats{}; });
+  });
+  const float* keys = block.keys + i;
+  MulAddRows(sums, queries, block.head_size, next, [=](int64_t h) { return keys + h * kKeyBlock; });
   Unroll<kRows>(INLINE_LAMBDA(r) {
     Unroll<kVectors>(INLINE_LAMBDA(j) {
-      Store(rows[r].sum->mixed + h + j * kLanes, sums[r][j]);
+      const int64_t at = i + j * wide::kLanes;
+      if (block.is_scaled) sums[r][j] *= wide::Load(block.key_scales + at);
+      wide::Store(scores[r] + at, sums[r][j]);
     });
   });
 }
 
-// scores[r][i] = the dot product of query row r with key i. The last multiple of four is filled up
-// with the last key. Meanwhile `bytes` bytes at each address of `next`, if it is not null, are
-// prefetched.
+// mixed = mixed * shrink + the sum over i of weights[i] * values[i], for kRows query rows and
+// kVectors vectors of the values from element h on.
+template <int kRows, int kVectors>
+inline void AddValues(const KeyBlock& block, const QueryRow* rows,
+                      const float (*weights)[kKeyBlock], const float* shrink, int64_t h,
+                      Prefetcher& next) {
+  wide::Floats sums[kRows][kVectors];
+  const float* factors[kRows];
+  Unroll<kRows>(INLINE_LAMBDA(r) {
+    factors[r] = weights[r];
+    Unroll<kVectors>(INLINE_LAMBDA(j) {
+      sums[r][j] = wide::Load(rows[r].sum->mixed + h + j * wide::kLanes) * shrink[r];
+    });
+  });
+  const float* const* values = block.values;
+  MulAddRows(sums, factors, block.count, next, [=](int64_t i) { return values[i] + h; });
+  Unroll<kRows>(INLINE_LAMBDA(r) {
+    Unroll<kVectors>(INLINE_LAMBDA(j) {
+      wide::Store(rows[r].sum->mixed + h + j * wide::kLanes, sums[r][j]);
+    });
+  });
+}
+
+// Turns the scores of query rows into weights exp(score - max_score), updates the rows' maxima and
+// totals, and sets the factors by which what was summed up before shrinks.
 template <int kRows>
-inline void ScoreKeys(const float* const* keys, const char* const* next, int64_t bytes,
-                      int64_t count, int64_t size, const QueryRow* rows,
-                      float (*scores)[kKeyBlock]) {
-  for (int64_t i = 0; i < count; i += 4) {
-    const float* four[4];
-    for (int j = 0; j < 4; ++j) {
-      four[j] = keys[std::min(i + j, count - 1)];
-      if (next != nullptr) Prefetch(next[std::min(i + j, count - 1)], bytes);
-    }
-    Floats dots[kRows][4];
-    Unroll<kRows>(INLINE_LAMBDA(r) { Unroll<4>(INLINE_LAMBDA(j) { dots[r][j] = Floats{}; }); });
-    for (int64_t h = 0; h < size; h += kLanes) {
-      Floats query[kRows];
-      Unroll<kRows>(INLINE_LAMBDA(r) { query[r] = Load(rows[r].query + h); });
-      Unroll<4>(INLINE_LAMBDA(j) {
-        const Floats key = Load(four[j] + h);
-        Unroll<kRows>(INLINE_LAMBDA(r) { dots[r][j] = MulAdd(query[r], key, dots[r][j]); });
+inline void ScoresToWeights(const KeyBlock& block, const QueryRow* rows,
+                            float (*scores)[kKeyBlock], float* shrink) {
+  constexpr int64_t kRoom = (kRows + wide::kLanes - 1) / wide::kLanes * wide::kLanes;
+  float steps[kRoom] = {};
+  const int64_t end = RoundUp(block.count, wide::kSumLanes);
+  Unroll<kRows>(INLINE_LAMBDA(r) {
+    const QueryRow& row = rows[r];
+    if (row.first > 0) std::fill(scores[r], scores[r] + row.first, kMaskedScore);
+    if (row.last < end) std::fill(scores[r] + row.last, scores[r] + end, kMaskedScore);
+    wide::Floats highest = wide::Broadcast(row.sum->max_score);
+    for (int64_t i = 0; i < end; i += wide::kLanes)
+      highest = wide::Max(wide::Load(scores[r] + i), highest);
+    const float max_score = wide::Highest(highest);
+    steps[r] = row.sum->max_score - max_score;
+    row.sum->max_score = max_score;
+  });
+  for (int64_t r = 0; r < kRoom; r += wide::kLanes)
+    wide::Store(steps + r, wide::Exp(wide::Load(steps + r)));
+  Unroll<kRows>(INLINE_LAMBDA(r) {
+    constexpr int kParts = wide::kSumLanes / wide::kLanes;
+    PartialSum& sum = *rows[r].sum;
+    shrink[r] = steps[r];
+    wide::Floats totals[kParts];
+    Unroll<kParts>(INLINE_LAMBDA(j) {
+      totals[j] = wide::Load(sum.totals + j * wide::kLanes) * shrink[r];
+    });
+    for (int64_t i = 0; i < end; i += wide::kSumLanes) {
+      Unroll<kParts>(INLINE_LAMBDA(j) {
+        float* score = scores[r] + i + j * wide::kLanes;
+        const wide::Floats weight = wide::Exp(wide::Load(score) - sum.max_score);
+        totals[j] += weight;
+        wide::Store(score, weight);
       });
     }
-    Unroll<kRows>(INLINE_LAMBDA(r) { SumsOfFour(dots[r], scores[r] + i); });
-  }
+    Unroll<kParts>(INLINE_LAMBDA(j) { wide::Store(sum.totals + j * wide::kLanes, totals[j]); });
+    for (int64_t i = 0; block.is_scaled && i < end; i += wide::kLanes) {
+      const wide::Floats scales = wide::Load(block.value_scales + i);
+      wide::Store(scores[r] + i, wide::Load(scores[r] + i) * scales);
+    }
+  });
 }
 
-// Turns the scores of one query row into weights exp(score - max_score), updates the row's maximum
-// and total, and returns the factor by which what was summed up before shrinks.
-inline float ScoresToWeights(float* score, int64_t count, const QueryRow& row) {
-  PartialSum& sum = *row.sum;
-  std::fill(score, score + row.first, kMaskedScore);
-  std::fill(score + row.last, score + (count + kLanes - 1) / kLanes * kLanes, kMaskedScore);
-  Floats highest = Broadcast(sum.max_score);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Floats lanes = Load(score + i);
-    highest = lanes > highest ? lanes : highest;
-  }
-  float max_score = highest[0];
-  for (int lane = 1; lane < kLanes; ++lane) max_score = std::max(max_score, highest[lane]);
-  const float shrink = Exp(Broadcast(sum.max_score - max_score))[0];
-  Floats total = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Floats weight = Exp(Load(score + i) - max_score);
-    Store(score + i, weight);
-    total += weight;
-  }
-  sum.total = sum.total * shrink + Sum(total);
-  sum.max_score = max_score;
-  return shrink;
-}
-
-// Adds a block of up to kKeyBlock keys to the sums of kRows query rows that share a key/value head.
-// keys[i] is the key of token i, with its value behind it. Keys that a row does not see get the
-// weight 0.
+// Adds a block of keys to the sums of kRows query rows. Keys that a row does not see get the weight
+// 0.
 template <int kRows>
-[[gnu::noinline]] void AttendBlock(const float* const* keys, const char* const* next, int64_t bytes,
-                                   int64_t count, int64_t size, const QueryRow* rows) {
-  alignas(32) float scores[kRows][kKeyBlock];
+[[gnu::noinline]] void AttendRows(const KeyBlock& block, const QueryRow* rows,
+                                  Prefetcher& next) {
+  constexpr int kVectors = TileVectors(kRows);
+  constexpr int64_t kTile = kVectors * wide::kLanes;
+  alignas(64) float scores[kRows][kKeyBlock];
   float shrink[kRows];
-  ScoreKeys<kRows>(keys, next, bytes, count, size, rows, scores);
-  for (int r = 0; r < kRows; ++r) shrink[r] = ScoresToWeights(scores[r], count, rows[r]);
+  const int64_t columns = RoundUp(block.count, wide::kSumLanes), size = block.PaddedSize();
+  int64_t i = 0;
+  for (; i + kTile <= columns; i += kTile) ScoreKeys<kRows, kVectors>(block, rows, scores, i, next);
+  for (; i < columns; i += wide::kLanes) ScoreKeys<kRows, 1>(block, rows, scores, i, next);
+  ScoresToWeights<kRows>(block, rows, scores, shrink);
   int64_t h = 0;
-  for (; h + 4 * kLanes <= size; h += 4 * kLanes)
-    AddValues<kRows, 4>(keys, size, count, scores, shrink, rows, h);
-  for (; h < size; h += kLanes) AddValues<kRows, 1>(keys, size, count, scores, shrink, rows, h);
+  for (; h + kTile <= size; h += kTile)
+    AddValues<kRows, kVectors>(block, rows, scores, shrink, h, next);
+  for (; h < size; h += wide::kLanes) AddValues<kRows, 1>(block, rows, scores, shrink, h, next);
+}
+
+// Adds a block of keys to the sums of n query rows that share its key/value head.
+inline void AttendBlock(const KeyBlock& block, const QueryRow* rows, int64_t n,
+                        Prefetcher& next) {
+  for (; n >= kTileRows; n -= kTileRows, rows += kTileRows)
+    AttendRows<kTileRows>(block, rows, next);
+  switch (n) {
+    case 5: return AttendRows<5>(block, rows, next);
+    case 4: return AttendRows<4>(block, rows, next);
+    case 3: return AttendRows<3>(block, rows, next);
+    case 2: return AttendRows<2>(block, rows, next);
+    case 1: return AttendRows<1>(block, rows, next);
+  }
 }
 
 }  // namespace mixtral_jax

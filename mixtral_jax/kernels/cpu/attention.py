@@ -9,7 +9,7 @@ from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.kernels.no_gradient import without_gradient
 from mixtral_jax.kernels.xla import attention as xla
 
-LANES = 8  # floats that the kernel takes at a time
+LANES = 8  # heads are multiples of it
 
 
 def attend(

@@ -3,6 +3,7 @@
 #ifndef MIXTRAL_JAX_KERNELS_CPU_PAGE_CACHE_H_
 #define MIXTRAL_JAX_KERNELS_CPU_PAGE_CACHE_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -39,30 +40,53 @@ struct PageCache {
     const float scale = QuantizeRow(row, head_size, reinterpret_cast<int8_t*>(head));
     std::memcpy(head + head_size, &scale, sizeof scale);
   }
-
-  // The 2 * head_size floats of a pair: where they lie, or converted into `buffer`.
-  const float* ReadPair(const char* pair, float* buffer) const {
-    if (!is_int8) return reinterpret_cast<const float*>(pair);
-    for (int64_t i = 0; i < 2; ++i) {
-      const char* head = pair + i * HeadBytes();
-      float scale;
-      std::memcpy(&scale, head + head_size, sizeof scale);
-      for (int64_t h = 0; h < head_size; h += kLanes) {
-        Bytes values;
-        std::memcpy(&values, head + h, sizeof values);
-        Store(buffer + i * head_size + h,
-              __builtin_convertvector(__builtin_convertvector(values, Ints), Floats) * scale);
-      }
-    }
-    return buffer;
-  }
 };
 
-// Prefetches n bytes into the L2 cache; a block of keys would push itself out of the L1 cache. Keys
-// of one head lie too far apart for the processor's own prefetcher.
-inline void Prefetch(const char* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
+// Prefetches the pairs of consecutive tokens into the L2 cache, in the order of memory, a few cache
+// lines at each step of what is computed meanwhile: as many as the memory gives in that time.
+class Prefetcher {
+ public:
+  Prefetcher() = default;
+  // The pairs of some heads of the tokens [position, end); `steps` steps will fetch them.
+  Prefetcher(const PageCache& cache, const int32_t* table, int64_t position, int64_t end,
+             int64_t first_head, int64_t num_heads, int64_t steps)
+      : cache_(&cache), table_(table), position_(position), end_(end), first_head_(first_head),
+        num_heads_(num_heads) {
+    const int64_t lines = (end - position) * num_heads * cache.PairBytes() / kLine + 1;
+    pace_ = (lines + steps - 1) / steps * kLine;
+    BeginRun();
+  }
+
+  void Step() {
+    if (at_ >= run_end_) {
+      if (position_ >= end_) return;
+      BeginRun();
+    }
+    const char* const at = at_;
+    at_ = at + pace_;
+    for (int64_t i = 0; i < pace_; i += kLine) __builtin_prefetch(at + i, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  // Begins the next run of bytes that lie behind each other: a page, or a token of fewer heads.
+  [[gnu::noinline]] void BeginRun() {
+    const bool is_whole = num_heads_ == cache_->kv_heads;
+    const int64_t page_end = position_ - position_ % cache_->page_size + cache_->page_size;
+    const int64_t tokens = is_whole ? std::min(page_end, end_) - position_ : 1;
+    const int64_t bytes = tokens * num_heads_ * cache_->PairBytes();
+    const char* begin = cache_->Token(table_, position_) + first_head_ * cache_->PairBytes();
+    run_end_ = begin + bytes;
+    at_ = begin - reinterpret_cast<uintptr_t>(begin) % kLine;
+    position_ += tokens;
+  }
+
+  const PageCache* cache_ = nullptr;
+  const int32_t* table_ = nullptr;
+  int64_t position_ = 0, end_ = 0, first_head_ = 0, num_heads_ = 0, pace_ = 0;
+  const char *at_ = nullptr, *run_end_ = nullptr;
+};
 
 }  // namespace mixtral_jax
 
