@@ -13,7 +13,8 @@ along for nothing until their products take as long as those reads. So
     dtype of     the activations' own; int8, or fp8 where kernels read no int8, if a single
     the pages    sequence of the model's whole context would have no room otherwise
     page size    what the kernels fetch at once
-    buckets      powers of four down from these two, because each of them is a program to compile
+    buckets      powers of four down from these two, because each of them is a program of the whole
+                 model to compile
 
 All are powers of two, computed once before the start, from published figures, for one group of
 sequences; the same for the library, `plan` and `serve`. Where nothing is known of a chip they are
@@ -185,10 +186,10 @@ def estimate_of(
 def step_buckets(max_sequences: int, max_step_tokens: int, few: bool) -> tuple[int, ...]:
     """Numbers of tokens that a step of one group is padded to, from small to large.
 
-    They are powers of four and the numbers that fill all rows or a whole step: padding takes a part
-    of a step's time on a CPU. With `few`, for accelerators, they are at most six: there a step of
-    one token takes as long as one of dozens, and each bucket is a program of the whole model to
-    compile.
+    They are 1, 8, powers of two from 32 on, and the numbers that fill all rows or a whole step:
+    padding takes a part of a step's time on a CPU, from what a step beside answers has for chunks
+    of prompts too. With `few`, for accelerators, they are at most six: there a step of one token
+    takes as long as one of dozens, and each bucket is a program of the whole model to compile.
     """
     if few:
         rows = min(max(max_sequences, _FEW_ROWS), max_step_tokens)
@@ -200,7 +201,7 @@ def step_buckets(max_sequences: int, max_step_tokens: int, few: bool) -> tuple[i
         size = _FEW_ROWS * _FACTOR
         while size < max_step_tokens:
             sizes.add(size)
-            size *= _FACTOR
+            size *= 2
     return tuple(sorted(size for size in sizes if size <= max_step_tokens))
 
 

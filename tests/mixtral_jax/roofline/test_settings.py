@@ -160,7 +160,7 @@ def test_pages_leave_room_for_temporaries() -> None:
 
 def test_buckets_are_few_and_hold_every_step() -> None:
     assert step_buckets(8, 24, few=False) == (1, 8, 24)
-    assert step_buckets(8, 512, few=False) == (1, 8, 32, 128, 512)
+    assert step_buckets(8, 512, few=False) == (1, 8, 32, 64, 128, 256, 512)
     assert step_buckets(8, 8192, few=True) == (8, 32, 128, 512, 2048, 8192)
     assert step_buckets(256, 4096, few=True) == (8, 64, 256, 1024, 4096)
     assert step_buckets(1, 1, few=True) == (1,)
