@@ -18,8 +18,9 @@ from grpc_health.v1._async import HealthServicer
 
 from serving.channel import INFERENCE, options_for, target_of
 from serving.errors import WEAKENED_METADATA, EngineFailure, Overloaded, ServingError, Unavailable
+from serving.gateway.answer import READ_AHEAD, Answer
 from serving.gateway.joined_answers import JoinedAnswers
-from serving.gateway.upstream import READ_AHEAD, Answer, ModelService
+from serving.gateway.upstream import ModelService
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
 from tests.support.fakes import KEY, SERVER_OPTIONS, ScriptedInference
