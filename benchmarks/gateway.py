@@ -1,10 +1,12 @@
-"""The number of streamed tokens a second that a core of the gateway passes on.
+"""The processor time that the gateway takes for a streamed token.
 
-    python -m benchmarks.gateway [--clients 64] [--tokens 200] [--json FILE]
+    python -m benchmarks.gateway [--clients N ...] [--tokens 200] [--chunk-tokens 1]
+        [--processes 1] [--json FILE]
 
-A stand-in for the model service sends a word a chunk without waiting. It, the gateway and the
-clients are three processes. The figure is of the gateway's own processor time, and so does not
-depend on the load of the other two. Each figure is the median of --repeats.
+A stand-in for the model service sends --chunk-tokens words a chunk without waiting. It, the gateway
+and the clients are processes of their own. The figure is of the gateway's processor time, summed
+over its processes, and so does not depend on the load of the others. Each figure is the median of
+--repeats.
 """
 
 import asyncio
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +37,14 @@ _WORD = " word"
 
 
 class Parrot(inference_pb2_grpc.InferenceServicer):
-    """A stand-in for a model that sends max_tokens words, a chunk each, without waiting."""
+    """A stand-in for a model that sends max_tokens words without waiting.
+
+    Args:
+        chunk_tokens: Words of a chunk.
+    """
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self._chunk_tokens = chunk_tokens
 
     async def GetModelInfo(self, request: Any, context: Any) -> inference_pb2.ModelInfo:
         """Returns facts of no model."""
@@ -47,8 +56,9 @@ class Parrot(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
         """Yields the words of an answer."""
-        for place in range(request.max_tokens):
-            yield inference_pb2.GenerateChunk(text=_WORD, token_ids=[place])
+        for place in range(0, request.max_tokens, self._chunk_tokens):
+            ids = range(place, min(place + self._chunk_tokens, request.max_tokens))
+            yield inference_pb2.GenerateChunk(text=_WORD * len(ids), token_ids=ids)
             await asyncio.sleep(0)  # so that streams take turns, as an engine's do
         yield inference_pb2.GenerateChunk(
             finish_reason=inference_pb2.FINISH_REASON_STOP,
@@ -56,11 +66,11 @@ class Parrot(inference_pb2_grpc.InferenceServicer):
         )
 
 
-async def serve_words() -> None:
+async def serve_words(chunk_tokens: int) -> None:
     """Prints a free port and serves the stand-in for a model on it until a signal ends it."""
     end_with_parent()
     server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(Parrot(), server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(Parrot(chunk_tokens), server)
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     await checks.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
@@ -124,50 +134,67 @@ def _started(stack: ExitStack, command: list[str], needle: str) -> tuple[int, st
     raise RuntimeError(f"{command} ended early")
 
 
-def measure(clients: int, tokens: int, repeats: int) -> dict[str, float]:
-    """Medians: tokens for each second of the gateway's processor time, and of the clock."""
+def measure(
+    clients: Sequence[int], tokens: int, repeats: int, chunk_tokens: int = 1, processes: int = 1
+) -> list[dict[str, float]]:
+    """Returns medians for each number of clients: microseconds of processor time for a token, and
+    tokens for each second of the clock."""
     with ExitStack() as stack:
-        _, line = _started(stack, ["-m", "benchmarks.gateway", "--speak"], "")
-        target = f"127.0.0.1:{int(line)}"
-        pid, line = _started(
-            stack, ["-m", "serving.gateway", "--target", target, "--port", "0"], "listening on"
-        )
+        speaking = ["-m", "benchmarks.gateway", "--speak", "--chunk-tokens", str(chunk_tokens)]
+        _, line = _started(stack, speaking, "")
+        command = ["-m", "serving.gateway", "--target", f"127.0.0.1:{int(line)}", "--port", "0"]
+        command += ["--gateway-processes", str(processes), "--usage-db", ":memory:"]
+        pid, line = _started(stack, command, "listening on")
         port = int(line.split("http://127.0.0.1:")[1].split()[0])
+        asyncio.run(_load(port, max(clients), 10))
         gateway = psutil.Process(pid)
-        asyncio.run(_load(port, clients, 10))
-        by_core, by_clock = [], []
-        for _ in range(repeats):
-            before, began = gateway.cpu_times(), time.perf_counter()
-            num_tokens = asyncio.run(_load(port, clients, tokens))
-            seconds, after = time.perf_counter() - began, gateway.cpu_times()
-            busy = after.user + after.system - before.user - before.system
-            by_core.append(num_tokens / busy)
-            by_clock.append(num_tokens / seconds)
+        parts = [gateway, *gateway.children()]
+        return [_measured(parts, port, number, tokens, repeats) for number in clients]
+
+
+def _measured(
+    parts: Sequence[psutil.Process], port: int, clients: int, tokens: int, repeats: int
+) -> dict[str, float]:
+    def busy() -> float:
+        return sum(times.user + times.system for part in parts for times in (part.cpu_times(),))
+
+    by_token, by_clock = [], []
+    for _ in range(repeats):
+        before, began = busy(), time.perf_counter()
+        num_tokens = asyncio.run(_load(port, clients, tokens))
+        by_clock.append(num_tokens / (time.perf_counter() - began))
+        by_token.append(1e6 * (busy() - before) / num_tokens)
     return {
         "clients": clients,
-        "tokens_per_core_second": statistics.median(by_core),
+        "microseconds_per_token": statistics.median(by_token),
         "tokens_per_second": statistics.median(by_clock),
     }
 
 
 def main(
-    clients: Annotated[int, typer.Option(min=1, help="Clients that stream at once.")] = 64,
+    clients: Annotated[
+        list[int], typer.Option(min=1, help="Clients that stream at once; may be repeated.")
+    ] = [8, 64, 256],  # noqa: B006
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 200,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a chunk.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the gateway.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
     speak: Annotated[bool, typer.Option("--speak", hidden=True)] = False,
 ) -> None:
-    """Measure how many streamed tokens a second one core of the gateway passes on."""
+    """Measure the gateway's processor time for a streamed token."""
     if speak:
-        asyncio.run(serve_words())
+        asyncio.run(serve_words(chunk_tokens))
         return
-    result = measure(clients, tokens, repeats)
-    print(
-        f"{clients} clients: {result['tokens_per_core_second']:,.0f} streamed tokens a "
-        f"second of the gateway's processor time, {result['tokens_per_second']:,.0f} a second"
-    )
+    results = measure(clients, tokens, repeats, chunk_tokens, processes)
+    for result in results:
+        print(
+            f"{result['clients']:.0f} clients: {result['microseconds_per_token']:.1f} microseconds "
+            f"of the gateway's processor time a token, {result['tokens_per_second']:,.0f} tokens a "
+            "second"
+        )
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        json_file.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
