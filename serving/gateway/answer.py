@@ -207,6 +207,7 @@ def _weakened_in(metadata: Any) -> str:
 
 
 def is_gone(failure: grpc.aio.AioRpcError) -> bool:
+    """Returns whether a call failed because no service is there."""
     return failure.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -225,6 +226,7 @@ def _name_of(failure: grpc.aio.AioRpcError) -> str | None:
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> ServingError:
+    """Returns the error that a failed call is for clients; the operator's log has the rest."""
     code, name = failure.code(), _name_of(failure)
     if code == grpc.StatusCode.UNAUTHENTICATED:
         # The client's key was right, or the request would not have come so far.
