@@ -147,16 +147,18 @@ def measure(
         pid, line = _started(stack, command, "listening on")
         port = int(line.split("http://127.0.0.1:")[1].split()[0])
         asyncio.run(_load(port, max(clients), 10))
-        gateway = psutil.Process(pid)
-        parts = [gateway, *gateway.children()]
-        return [_measured(parts, port, number, tokens, repeats) for number in clients]
+        parent = psutil.Process(pid)
+        gateway = [parent, *parent.children()]
+        return [_measured(gateway, port, number, tokens, repeats) for number in clients]
 
 
 def _measured(
-    parts: Sequence[psutil.Process], port: int, clients: int, tokens: int, repeats: int
+    gateway: Sequence[psutil.Process], port: int, clients: int, tokens: int, repeats: int
 ) -> dict[str, float]:
     def busy() -> float:
-        return sum(times.user + times.system for part in parts for times in (part.cpu_times(),))
+        return sum(
+            times.user + times.system for process in gateway for times in (process.cpu_times(),)
+        )
 
     by_token, by_clock = [], []
     for _ in range(repeats):
