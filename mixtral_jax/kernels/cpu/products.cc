@@ -80,19 +80,33 @@ void Product(const Int8Rows& x, int64_t from, int64_t to, int64_t n, const int8_
   ProductOfFewRows(x, from, to, n, w, scale, first, last, y, outs);
 }
 
-// Number of outputs of one task: enough work to be worth a task, several tasks for each thread, and
-// whole panels of many rows, as a part of a panel takes as long as the whole.
-int64_t OutputsPerTask(int64_t num_threads, int64_t outs, int64_t rows, int64_t n) {
-  const int64_t worthwhile = 200'000 / std::max<int64_t>(1, rows * n) + 1;
-  const int64_t balanced = outs / (8 * std::max<int64_t>(1, num_threads)) + 1;
+// How many outputs make a task. Each task takes a part of the work that is left, so that the first
+// ones read long ranges of memory, the last ones are small, and no thread waits long for another.
+class TaskSizes {
+ public:
+  TaskSizes(int64_t num_threads, int64_t work) : num_threads_(num_threads), left_(work) {}
+
+  // The work of an output: its products with the rows, or reading its weights, which takes as long
+  // as the products of some sixteen rows.
+  static int64_t WorkOf(int64_t rows, int64_t n) { return (rows + 16) * n; }
+
+  // The size of the next task, of `outs` outputs that are left of a weight.
+  int64_t Next(int64_t outs, int64_t rows, int64_t n) {
+    constexpr int64_t kWorthwhile = 450'000;  // About two microseconds.
+    int64_t unit = kBlockOuts;
 #if defined(MIXTRAL_JAX_BYTE_DOTS)
-  if (rows >= kManyRows) {
-    const int64_t panels = (worthwhile + kPanelOuts - 1) / kPanelOuts;
-    return std::max(panels, balanced / kPanelOuts) * kPanelOuts;
-  }
+    if (rows >= kManyRows) unit = kPanelOuts;  // A part of a panel takes as long as the whole.
 #endif
-  return (std::max(worthwhile, balanced) + 15) & ~int64_t{15};
-}
+    const int64_t work = std::max(kWorthwhile, left_ / (2 * std::max<int64_t>(1, num_threads_)));
+    const int64_t units = work / std::max<int64_t>(1, unit * WorkOf(rows, n));
+    const int64_t size = std::min(outs, std::max<int64_t>(1, units) * unit);
+    left_ -= size * WorkOf(rows, n);
+    return size;
+  }
+
+ private:
+  int64_t num_threads_, left_;
+};
 
 // ---- linear -----------------------------------------------------------------------------------
 
@@ -112,11 +126,16 @@ void Products(int64_t num_threads, const Rows& x, int64_t rows, int64_t n,
     int64_t first, last;
   };
   std::vector<Task> tasks;
+  int64_t outs = 0;
+  for (const WeightMatrix& weight : weights) outs += weight.outs;
+  TaskSizes sizes(num_threads, outs * TaskSizes::WorkOf(rows, n));
   for (const WeightMatrix& weight : weights) {
-    const int64_t step = OutputsPerTask(num_threads, weight.outs, rows, n);
-    for (int64_t o = 0; o < weight.outs; o += step)
-      tasks.push_back({&weight, o, std::min(weight.outs, o + step)});
+    for (int64_t o = 0, size; o < weight.outs; o += size) {
+      size = sizes.Next(weight.outs - o, rows, n);
+      tasks.push_back({&weight, o, o + size});
+    }
   }
+  std::reverse(tasks.begin(), tasks.end());  // The last task is taken first.
   ParallelFor(num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[static_cast<size_t>(i)];
     const WeightMatrix& weight = *task.weight;
@@ -167,13 +186,18 @@ void GroupedProducts(int64_t num_threads, const Rows& x, int64_t n, const Value*
     int64_t expert, from, to, first, last;
   };
   std::vector<Task> tasks;
-  int64_t from = 0;
+  int64_t from = 0, work = 0;
+  for (int64_t e = 0; e < experts; ++e)
+    if (sizes[e] > 0) work += outs * TaskSizes::WorkOf(sizes[e], n);
+  TaskSizes task_sizes(num_threads, work);
   for (int64_t e = 0; e < experts; from += sizes[e++]) {
     if (sizes[e] == 0) continue;
-    const int64_t step = OutputsPerTask(num_threads, outs, sizes[e], n);
-    for (int64_t o = 0; o < outs; o += step)
-      tasks.push_back({e, from, from + sizes[e], o, std::min(outs, o + step)});
+    for (int64_t o = 0, size; o < outs; o += size) {
+      size = task_sizes.Next(outs - o, sizes[e], n);
+      tasks.push_back({e, from, from + sizes[e], o, o + size});
+    }
   }
+  std::reverse(tasks.begin(), tasks.end());  // The last task is taken first.
   ParallelFor(num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[static_cast<size_t>(i)];
     Product(x, task.from, task.to, n, w + task.expert * outs * n,

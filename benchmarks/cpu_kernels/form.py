@@ -1,0 +1,19 @@
+"""One form's measurements, a line of JSON each: MIXTRAL_JAX_ISA names the form.
+
+`python -m benchmarks.cpu_kernels` starts this once for each form, because a process has one.
+"""
+
+import sys
+
+from benchmarks.cpu_kernels import products
+from mixtral_jax.kernels.cpu import build
+
+# The parts of the benchmark: each has `measurements()`.
+PARTS = {"products": products.measurements}
+
+if __name__ == "__main__":
+    if not build.available():
+        sys.exit("the kernels of this form cannot be used")
+    for part in sys.argv[1:]:
+        for measurement in PARTS[part]():
+            print(measurement.line(), flush=True)
