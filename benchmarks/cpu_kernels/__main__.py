@@ -70,17 +70,17 @@ def cell(measurement: Measurement, limits: Mapping[str, float]) -> str:
     return f"{taken} ({measurement.seconds / reading:.2f}x)"
 
 
-def table(form: Form, limits: Mapping[str, float], found: list[Measurement]) -> str:
+def table(form: Form, limits: Mapping[str, float], measurements: list[Measurement]) -> str:
     """One form's table: a line for each work, a column for each size."""
     rates = ", ".join(
         f"{name} {rate / 1e9:,.{1 if name == 'bandwidth' else 0}f} G/s"
         for name, rate in limits.items()
     )
     lines = [f"\n`{form.name}`: {rates}"]
-    works = list(dict.fromkeys(measurement.work for measurement in found))
+    works = list(dict.fromkeys(measurement.work for measurement in measurements))
     sizes: list[str] = []
     for work in works:
-        of_work = {m.size: cell(m, limits) for m in found if m.work == work}
+        of_work = {m.size: cell(m, limits) for m in measurements if m.work == work}
         if list(of_work) != sizes:
             sizes = list(of_work)
             head = " | ".join(sizes)
@@ -99,20 +99,20 @@ def main(
     """Measure the kernels of every form that runs here beside the machine's limits."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        raise ConfigError("no C++ compiler was found; install g++")
-    here = supported(build._features(compiler))
-    names = forms.split(",") if forms else [form.name for form in here]
-    if unknown := set(names) - {form.name for form in here}:
+        raise ConfigError("no C++ compiler was measurements; install g++")
+    runnable = supported(build._features(compiler))
+    names = forms.split(",") if forms else [form.name for form in runnable]
+    if unknown := set(names) - {form.name for form in runnable}:
         raise ConfigError(f"this machine does not run {', '.join(sorted(unknown))}")
     tables = [f"{machine()}.\n"]
-    for form in here:
+    for form in runnable:
         if form.name not in names:
             continue
         before = limits_of(form, compiler)
-        found = list(measured(form, parts.split(",")))
+        measurements = list(measured(form, parts.split(",")))
         after = limits_of(form, compiler)
         limits = {name: max(rate, after[name]) for name, rate in before.items()}
-        tables.append(table(form, limits, found))
+        tables.append(table(form, limits, measurements))
         print(tables[-1], flush=True)
     if not only_print:
         write_between(NUMBERS, BEGIN, END, "\n" + "\n".join(tables))

@@ -14,6 +14,6 @@ PARTS = {"products": products.measurements}
 if __name__ == "__main__":
     if not build.available():
         sys.exit("the kernels of this form cannot be used")
-    for part in sys.argv[1:]:
-        for measurement in PARTS[part]():
+    for subject in sys.argv[1:]:
+        for measurement in PARTS[subject]():
             print(measurement.line(), flush=True)

@@ -1,4 +1,4 @@
-"""What a form of the kernels took for a piece of work, and how to take the time."""
+"""The time that a form of the kernels takes for a piece of work."""
 
 import json
 import time

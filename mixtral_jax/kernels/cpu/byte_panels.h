@@ -15,13 +15,18 @@
 #include <cstring>
 #include <type_traits>
 
+#include "int8_dots.h"
 #include "int8_rows.h"
 #include "vectors.h"
 #include "worker_pool.h"
 
 namespace mixtral_jax {
 
+#if defined(MIXTRAL_JAX_BYTE_MATRICES)
+constexpr int64_t kManyRows = INT64_MAX;  // Sums of a matrix need no transposed weights.
+#else
 constexpr int64_t kManyRows = 17;
+#endif
 constexpr int64_t kPanelOuts = 2 * kDotSums;           // In two vectors of sums.
 constexpr int64_t kPanelDepth = 32768 / kPanelOuts;    // Values of each output: half an L1 cache.
 #if defined(__AVX512VL__) || defined(__aarch64__)

@@ -14,6 +14,10 @@
 #include "int8_rows.h"
 #include "vectors.h"
 
+#if defined(MIXTRAL_JAX_BYTE_DOTS) && defined(__ARM_FEATURE_MATMUL_INT8)
+#define MIXTRAL_JAX_BYTE_MATRICES 1
+#endif
+
 namespace mixtral_jax {
 
 constexpr int kAheadHint = 2;  // Into the L2 cache.
@@ -33,13 +37,66 @@ struct DotTile {
 
 #if defined(MIXTRAL_JAX_BYTE_DOTS)
 
-#if defined(__AVX512VL__) || defined(__aarch64__)
-constexpr int kMostRows = 6;    // Rows whose sums for two weights fit the registers ...
-constexpr int kRowsByFour = 6;  // ... and for four weights.
+// Rows whose sums for two weights fit the registers, and for four weights.
+#if defined(MIXTRAL_JAX_BYTE_MATRICES)
+constexpr int kMostRows = 12, kRowsByFour = 12;
+#elif defined(__AVX512VL__) || defined(__aarch64__)
+constexpr int kMostRows = 6, kRowsByFour = 6;
 #else
-constexpr int kMostRows = 5;
-constexpr int kRowsByFour = 2;
+constexpr int kMostRows = 5, kRowsByFour = 2;
 #endif
+
+#if defined(MIXTRAL_JAX_BYTE_MATRICES)
+// Two rows of x times two weights at a time, of eight values each: a sum of four words has the two
+// products of the first row, then those of the second. A row without a neighbour is its own.
+template <int kRows, int kOuts>
+[[gnu::always_inline]] inline void IntegerDots(const DotTile& tile, int32_t (&out)[kRows][kOuts]) {
+  constexpr int kRowPairs = (kRows + 1) / 2, kOutPairs = (kOuts + 1) / 2;
+  const int64_t n = tile.n, stride = tile.stride;
+  const int8_t *x = tile.x, *w = tile.w, *ahead = tile.ahead;
+  int32x4_t sums[kRowPairs][kOutPairs];
+  Unroll<kRowPairs>(INLINE_LAMBDA(r) {
+    Unroll<kOutPairs>(INLINE_LAMBDA(o) { sums[r][o] = vdupq_n_s32(0); });
+  });
+  const auto half = [](int64x2_t pair) { return vreinterpretq_s8_s64(pair); };
+  const auto add = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+    int8x16_t low[kOutPairs], high[kOutPairs];
+    Unroll<kOutPairs>(INLINE_LAMBDA(o) {
+      const int8_t *first = w + 2 * o * n + k, *second = w + std::min(2 * o + 1, kOuts - 1) * n + k;
+      const int64x2_t a = (int64x2_t)(count < 16 ? LoadWeights(first, count) : LoadRow(first));
+      const int64x2_t b = (int64x2_t)(count < 16 ? LoadWeights(second, count) : LoadRow(second));
+      low[o] = half(vzip1q_s64(a, b)), high[o] = half(vzip2q_s64(a, b));
+    });
+    Unroll<kRowPairs>(INLINE_LAMBDA(r) {
+      const int64x2_t a = (int64x2_t)LoadRow(x + 2 * r * stride + k);
+      const int64x2_t b = (int64x2_t)LoadRow(x + std::min(2 * r + 1, kRows - 1) * stride + k);
+      const int8x16_t before = half(vzip1q_s64(a, b)), after = half(vzip2q_s64(a, b));
+      Unroll<kOutPairs>(INLINE_LAMBDA(o) {
+        sums[r][o] = vmmlaq_s32(vmmlaq_s32(sums[r][o], before, low[o]), after, high[o]);
+      });
+    });
+  };
+  int64_t k = 0;
+  for (; k + 64 <= tile.depth; k += 64, ahead += tile.ahead_step) {
+    Unroll<kOuts>(INLINE_LAMBDA(o) { __builtin_prefetch(ahead + o * n, 0, kAheadHint); });
+    add(k, 16), add(k + 16, 16), add(k + 32, 16), add(k + 48, 16);
+  }
+  for (; k < tile.depth; k += 16) add(k, std::min<int64_t>(16, tile.depth - k));
+  Unroll<kRowPairs>(INLINE_LAMBDA(r) {
+    Unroll<kOutPairs>(INLINE_LAMBDA(o) {
+      int32_t sum[4];
+      vst1q_s32(sum, sums[r][o]);
+      out[2 * r][2 * o] = sum[0];
+      if constexpr (2 * decltype(o)::value + 1 < kOuts) out[2 * r][2 * o + 1] = sum[1];
+      if constexpr (2 * decltype(r)::value + 1 < kRows) {
+        out[2 * r + 1][2 * o] = sum[2];
+        if constexpr (2 * decltype(o)::value + 1 < kOuts) out[2 * r + 1][2 * o + 1] = sum[3];
+      }
+    });
+  });
+}
+
+#else
 
 template <int kRows, int kOuts>
 [[gnu::always_inline]] inline void IntegerDots(const DotTile& tile, int32_t (&out)[kRows][kOuts]) {
@@ -86,10 +143,11 @@ template <int kRows, int kOuts>
   });
 }
 
+#endif  // defined(MIXTRAL_JAX_BYTE_MATRICES)
+
 #else
 
-constexpr int kMostRows = 6;
-constexpr int kRowsByFour = 2;
+constexpr int kMostRows = 6, kRowsByFour = 2;
 
 #if defined(__AVX2__)
 // sum += the products of two vectors of int16, added in pairs. The empty assembly hides the sum
