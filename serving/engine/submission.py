@@ -19,18 +19,30 @@ class Mailbox:
     """Queue of a request's items, on the event loop of its caller."""
 
     def __init__(self) -> None:
-        self._items: deque[Event | Queued | ServingError] = deque()
+        self._items: deque[tuple[Event | Queued | ServingError, float]] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, item: Event | Queued | ServingError) -> None:
-        """Adds an item."""
-        self._items.append(item)
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+    @property
+    def next_came(self) -> float | None:
+        """Time at which the next item came; None if it is not there, or is no event."""
+        if not self._items:
+            return None
+        item, came = self._items[0]
+        return came if isinstance(item, Event) else None
 
-    async def get(self) -> Event | Queued | ServingError:
-        """Waits for the next item, and takes it out; for one coroutine at a time."""
+    def put(self, item: Event | Queued | ServingError, now: float) -> None:
+        """Adds an item, at this time of time.monotonic()."""
+        self._items.append((item, now))
+        if self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def get(self) -> tuple[Event | Queued | ServingError, float]:
+        """Waits for the next item; returns it and the time at which it came.
+
+        For one coroutine at a time.
+        """
         while not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -64,10 +76,11 @@ class LoopOutlet:
 
     def hand_out(self, items: Sequence[Item]) -> None:
         """Puts items into the mailboxes of those who still wait for them."""
+        now = time.monotonic()
         for request_id, item in items:
             submission = self._open.get(request_id)
             if submission is not None:
-                submission.mailbox.put(item)
+                submission.mailbox.put(item, now)
 
     def submit(self, request: Request) -> "Submission":
         """Returns an iterator of the request's events; see `EngineWorker.submit`."""
@@ -102,6 +115,8 @@ class Uncomputed:
     Raises ContextTooLong for a prompt of more than `max_context` tokens.
     """
 
+    next_came = None
+
     def __init__(self, request: Request, max_context: int) -> None:
         size = len(request.prompt_ids)
         if size > max_context:
@@ -117,6 +132,7 @@ class Uncomputed:
             for choice in range(request.n)
         ]
         self._ends = iter(ends)
+        self.came = time.monotonic()
 
     async def accepted(self) -> None:
         """Returns at once."""
@@ -143,15 +159,24 @@ class Submission:
     Args:
         request: The request.
         outlet: That of the event loop.
+
+    Attributes:
+        choices: Choices whose events still come.
+        came: time.monotonic() at which the last event that it gave had come to the event loop.
     """
 
     def __init__(self, request: Request, outlet: LoopOutlet) -> None:
         self.request = request
         self.mailbox = Mailbox()
         self.choices = set(range(request.n))
-        """Choices whose events still come."""
+        self.came = 0.0
         self._outlet = outlet
         self._is_queued = self._has_entered = self._has_left = False
+
+    @property
+    def next_came(self) -> float | None:
+        """time.monotonic() at which the next event came, if it is there already; else None."""
+        return self.mailbox.next_came
 
     async def accepted(self) -> None:
         """Waits until the engine has queued the request; returns at once if it has already.
@@ -187,7 +212,7 @@ class Submission:
             if not self._has_entered:
                 self._outlet.enter(self)
                 self._has_entered = True
-            item = await self.mailbox.get()
+            item, self.came = await self.mailbox.get()
             if isinstance(item, ServingError):
                 raise item
         except BaseException:

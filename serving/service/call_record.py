@@ -80,7 +80,7 @@ class Calls:
         return Call(self._metrics, span, self._adapters)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Choice:
     """Progress of one choice. Times are time.monotonic()'s."""
 
@@ -114,9 +114,8 @@ class Call:
             request.n, None if request.max_tokens >= NO_LIMIT else request.max_tokens
         )
 
-    def note(self, event: Event) -> None:
-        """Notes a drawn token, or the end of a choice that draws none."""
-        now = time.monotonic()
+    def note(self, event: Event, now: float) -> None:
+        """Notes a drawn token, or the end of a choice that draws none, and its time."""
         choice = self._choices.get(event.choice)
         if choice is None:
             choice = self._choices[event.choice] = _Choice(

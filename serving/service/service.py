@@ -242,27 +242,34 @@ class InferenceService(rpc.InferenceServicer):
             yield answer.opening(
                 has_pieces=message.return_prompt_pieces, has_ids=message.return_prompt_ids
             )
-            async for event in events:
-                if answer.reason(event.choice) is not None:
-                    continue  # by a stop text, which reaches the engine a little later
-                if event.drawn is not None or event.finish_reason is not None:
-                    call.note(event)
-                if event.prompt_logprobs:  # of a prompt that is being computed, and of few
-                    for scores in answer.scores(event):
-                        yield scores
-                chunk = answer.push(event)
-                if (reason := answer.reason(event.choice)) is not None:
-                    call.ended(event.choice, reason)
-                    if chunk is not None and answer.needs_check:
-                        chunk.violation = await self._violation(answer, request, event.choice)
-                        if chunk.violation:
-                            call.violated()
-                if chunk is not None:
+            try:
+                async for event in events:
+                    if answer.reason(event.choice) is not None:
+                        continue  # by a stop text, which reaches the engine a little later
+                    if event.drawn is None and event.finish_reason is None:
+                        for scores in answer.scores(event):
+                            yield scores
+                        if (progress := answer.progress(event)) is not None:
+                            yield progress
+                        continue
+                    call.note(event, events.came)
+                    answer.push(event, events.came)
+                    if (reason := answer.reason(event.choice)) is not None:
+                        call.ended(event.choice, reason)
+                    for chunk in answer.chunks(events.next_came):
+                        if chunk.finish_reason and answer.needs_check:
+                            chunk.violation = await self._violation(answer, request, chunk.choice)
+                            if chunk.violation:
+                                call.violated()
+                        yield chunk
+                    if answer.has_ended:
+                        return  # which cancels what the engine still does
+                    if reason is not None and event.finish_reason is None:
+                        self._worker.end(request.id, event.choice)
+            except ServingError:
+                for chunk in answer.rest():
                     yield chunk
-                if answer.has_ended:
-                    return  # which cancels what the engine still does
-                if reason is not None and event.finish_reason is None:
-                    self._worker.end(request.id, event.choice)
+                raise
 
     async def _violation(self, answer: AnswerText, request: Request, index: int) -> str:
         """Returns how a choice misses a part of its form that is not enforced; "" if it does not.

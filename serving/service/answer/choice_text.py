@@ -1,13 +1,16 @@
 """Text of an answer: the tokens of each choice become text, as far as it is certain, in chunks.
 
+A chunk has what a token adds, or several tokens where pace.py lets them go out together. What the
+chunks of a choice say, put together, does not depend on how many they are.
+
 Calls of tools go out whole, each in the chunk of the token that ended it; their text is in no
 chunk. An answer that is held to a form is whole where the form ends it. Cut by a stop text or a
 stop id it is not, and its reason is `length`, as at the end of its tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mixtral_jax.structure.tool_reader import ToolReader
 from mixtral_jax.tokenization.detokenizer import Detokenizer
@@ -16,6 +19,7 @@ from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Request
 from serving.service.answer.form import AnswerForm
+from serving.service.answer.pace import EVERY_TOKEN, Pace
 from serving.service.answer.prompt_scores import prompt_pieces, score_chunks
 from serving.service.answer.stop_texts import StopTexts
 
@@ -56,6 +60,7 @@ class AnswerText:
         stop: The texts and ids of the caller that end a choice.
         continues: Whether the answer continues the prompt's text.
         form: The form that the answer is held to; None where there is none.
+        pace: Says which tokens go out together.
 
     Attributes:
         needs_check: Whether a part of the form is not enforced.
@@ -69,8 +74,9 @@ class AnswerText:
         *,
         continues: bool,
         form: AnswerForm | None = None,
+        pace: Pace = EVERY_TOKEN,
     ) -> None:
-        self._request, self._tokenizer = request, tokenizer
+        self._request, self._tokenizer, self._pace = request, tokenizer, pace
         self.needs_check = form is not None and bool(form.violation or form.call_violation)
         self._choices = [
             Choice(index, tokenizer, stop, continues=continues, form=form)
@@ -78,11 +84,13 @@ class AnswerText:
         ]
         self._usage = pb.Usage(prompt_tokens=len(request.prompt_ids))
         self._has_begun = False  # a chunk has had a token
+        self._num_going_on = request.n
+        self._held: dict[int, Choice] = {}  # those that have something to send
 
     @property
     def has_ended(self) -> bool:
         """True when every choice has ended."""
-        return all(choice.has_ended for choice in self._choices)
+        return not self._num_going_on
 
     def reason(self, index: int) -> FinishReason | None:
         """Returns why a choice has ended; None while it goes on."""
@@ -121,28 +129,59 @@ class AnswerText:
                 prompt_logprobs=scores,
             )
 
-    def push(self, event: Event) -> pb.GenerateChunk | None:
-        """Returns the chunk that an event adds, or None. Push no event of a choice that has ended.
-
-        The last chunk of the last choice carries the usage.
-        """
+    def progress(self, event: Event) -> pb.GenerateChunk | None:
+        """Returns the chunk of an event that has neither a token nor an end, or None."""
         self._usage.cached_tokens = max(self._usage.cached_tokens, event.cached)
-        if event.drawn is None and event.finish_reason is None:
-            if event.prompt_logprobs:
-                return None  # `scores` tells as much
-            return pb.GenerateChunk(
-                choice=event.choice,
-                computed_tokens=event.computed,
-                cached_tokens=self._usage.cached_tokens,
-            )
+        if event.prompt_logprobs:
+            return None  # `scores` tells as much
+        return pb.GenerateChunk(
+            choice=event.choice,
+            computed_tokens=event.computed,
+            cached_tokens=self._usage.cached_tokens,
+        )
+
+    def push(self, event: Event, now: float = 0.0) -> None:
+        """Takes in a token or an end, which came at this time of time.monotonic().
+
+        Push no event of a choice that has ended.
+        """
+        if event.cached > self._usage.cached_tokens:
+            self._usage.cached_tokens = event.cached
         if event.drawn is not None:
             self._usage.completion_tokens += 1
-        chunk = self._choices[event.choice].push(event)
-        if chunk is None:
-            return None
-        if event.drawn is not None and not self._has_begun:
-            self._has_begun, chunk.cached_tokens = True, self._usage.cached_tokens
-        if self.has_ended:
+        choice = self._choices[event.choice]
+        choice.push(event, now)
+        if choice.has_ended:
+            self._num_going_on -= 1
+        if choice.has_news:
+            self._held[event.choice] = choice
+
+    def chunks(self, next_came: float | None = None) -> Iterator[pb.GenerateChunk]:
+        """Yields the chunks that are to be sent now.
+
+        The last chunk of the last choice carries the usage.
+
+        Args:
+            next_came: Time at which the next event came, if it is there already, so that nothing
+                is late if it waits for that.
+        """
+        for index, choice in [*self._held.items()]:
+            if choice.has_ended or self._pace.sends(choice, next_came):
+                yield self._taken(index)
+
+    def rest(self) -> Iterator[pb.GenerateChunk]:
+        """Yields the chunks that were held back, where no more events come."""
+        for index in [*self._held]:
+            yield self._taken(index)
+
+    def _taken(self, index: int) -> pb.GenerateChunk:
+        choice = self._held.pop(index)
+        has_tokens = choice.num_tokens > 0
+        chunk = choice.take()
+        if has_tokens and not self._has_begun:
+            self._has_begun = True
+            chunk.cached_tokens = self._usage.cached_tokens
+        if choice.has_ended and self.has_ended and not self._held:
             chunk.usage.CopyFrom(self._usage)
         return chunk
 
@@ -172,8 +211,15 @@ class Choice:
         )
         self._stops = StopTexts(stop.texts, included=stop.included)
         self._stop_ids = stop.ids
-        self._chunk = pb.GenerateChunk(choice=index)
-        self._form = form
+        self._index, self._form = index, form
+        # Of the next chunk:
+        self._ids: list[int] = []
+        self._pieces: list[str] = []
+        self._scores: list[pb.TokenLogprob] = []
+        self._new_calls: list[ToolCall] = []
+        self._end: dict[str, Any] = {}  # fields of its last chunk
+        self.num_chunks = 0
+        self.since = 0.0  # time at which its first text or call came
         self._texts: list[str] = []  # of the whole choice, if it is to be checked
         self._calls: list[ToolCall] = []
 
@@ -182,28 +228,56 @@ class Choice:
         """True after the event, or the stop text, that ended it."""
         return self.reason is not None
 
-    def push(self, event: Event) -> pb.GenerateChunk | None:
-        """Returns the chunk that a token adds to the stream, or None. Sets `reason`.
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens since its last chunk, those whose text is not certain among them."""
+        return len(self._ids)
+
+    @property
+    def has_calls(self) -> bool:
+        """True if calls are whole since its last chunk; later text is behind them."""
+        return bool(self._new_calls)
+
+    @property
+    def has_news(self) -> bool:
+        """True if the next chunk has text, calls or the end; else its tokens wait."""
+        return bool(self._pieces or self._new_calls or self.reason is not None)
+
+    def push(self, event: Event, now: float = 0.0) -> None:
+        """Takes in a token or an end. Sets `reason`.
 
         A stop text ends a choice while the engine still computes it: push no later event of it.
         """
-        assert not self.has_ended
-        if event.drawn is None:
+        assert self.reason is None
+        drawn = event.drawn
+        if drawn is None:
             assert event.finish_reason is not None, "only an end has no token"
-            self.reason, self._chunk.finish_reason = (
-                event.finish_reason,
-                _FINISH[event.finish_reason],
-            )
-            return self._chunk
-        self._note(event.drawn)
-        new, calls = self._reader.push(event.drawn.token_id)
-        self._calls += calls
+            self.reason = event.finish_reason
+            self._end = {"finish_reason": _FINISH[event.finish_reason]}
+            return
+        if not self.has_news:
+            self.since = now
+        self._ids.append(drawn.token_id)
+        if drawn.logprob is not None:
+            self._note(drawn, drawn.logprob)
+        new, calls = self._reader.push(drawn.token_id)
         text = self._stops.push(new)
+        if event.finish_reason is not None or calls or self._stops.stopped:
+            text = self._turn(event, drawn, text, calls)
+        if text:
+            self._pieces.append(text)
+            if self._form is not None and self._form.violation is not None:
+                self._texts.append(text)
+
+    def _turn(self, event: Event, drawn: Drawn, text: str, calls: Sequence[ToolCall]) -> str:
+        """Takes in what comes with an end or with calls; returns the text before it."""
         reason = event.finish_reason
+        self._new_calls += calls
+        self._calls += calls
         if reason is not None:
-            reason = self._reason(reason, event.drawn.token_id)
+            reason = self._reason(reason, drawn.token_id)
             new, more = self._reader.finish()
-            calls = [*calls, *more]
+            self._new_calls += more
             self._calls += more
             # Where calls are required, the rest is the beginning of one that was cut.
             text += self._stops.push("" if self._must_call else new) + self._stops.finish()
@@ -211,23 +285,32 @@ class Choice:
             text += self._stops.finish()  # no stop text goes on behind a call
         if self._stops.stopped:
             reason = FinishReason.LENGTH if self._holds_text else FinishReason.STOP
-        if self._form is not None and self._form.violation is not None:
-            self._texts.append(text)
-        for call in calls:
-            self._chunk.tool_calls.add(**call)
+        if reason is None:
+            return text
+        self.reason = reason
+        self._end["finish_reason"] = _FINISH[reason]
+        if reason is FinishReason.STOP and self._calls:
+            self._end["finish_reason"] = pb.FINISH_REASON_TOOL_CALLS
         if self._stops.found is not None:
-            self._chunk.stop_text = self._stops.found
-        elif event.finish_reason is FinishReason.STOP and event.drawn.token_id in self._stop_ids:
-            self._chunk.stop_token_id = event.drawn.token_id
-        if reason is not None:
-            self.reason = reason
-            self._chunk.finish_reason = _FINISH[reason]
-            if reason is FinishReason.STOP and self._calls:
-                self._chunk.finish_reason = pb.FINISH_REASON_TOOL_CALLS
-        elif not (text or calls):
-            return None
-        chunk, self._chunk = self._chunk, pb.GenerateChunk(choice=self._chunk.choice)
-        chunk.text = text
+            self._end["stop_text"] = self._stops.found
+        elif event.finish_reason is FinishReason.STOP and drawn.token_id in self._stop_ids:
+            self._end["stop_token_id"] = drawn.token_id
+        return text
+
+    def take(self) -> pb.GenerateChunk:
+        """Returns the chunk of all that came since the last one."""
+        chunk = pb.GenerateChunk(
+            choice=self._index, text="".join(self._pieces), token_ids=self._ids, **self._end
+        )
+        if self._scores:
+            chunk.logprobs.extend(self._scores)
+            self._scores = []
+        for call in self._new_calls:
+            chunk.tool_calls.add(**call)
+        if self._new_calls:
+            self._new_calls = []
+        self._ids, self._pieces = [], []
+        self.num_chunks += 1
         return chunk
 
     @property
@@ -260,12 +343,10 @@ class Choice:
             return next((text for text in wrong if text is not None), None)
         return None if form.violation is None else form.violation("".join(self._texts))
 
-    def _note(self, drawn: Drawn) -> None:
-        self._chunk.token_ids.append(drawn.token_id)
-        if drawn.logprob is not None:
-            logprob = self._logprob(drawn.token_id, drawn.logprob)
-            logprob.top.extend(self._logprob(*pair) for pair in drawn.top_logprobs)
-            self._chunk.logprobs.append(logprob)
+    def _note(self, drawn: Drawn, logprob: float) -> None:
+        score = self._logprob(drawn.token_id, logprob)
+        score.top.extend(self._logprob(*pair) for pair in drawn.top_logprobs)
+        self._scores.append(score)
 
     def _logprob(self, token_id: int, logprob: float) -> pb.TokenLogprob:
         token = self._tokenizer.token_bytes(token_id)

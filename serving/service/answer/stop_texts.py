@@ -32,7 +32,9 @@ class StopTexts:
 
     def push(self, text: str) -> str:
         """Takes the next piece and returns the certain text. Sets `stopped` at a stop text."""
-        if self.stopped:
+        if not self._stops:
+            return text
+        if self.found is not None:
             return ""
         self._held += text
         places = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]

@@ -38,13 +38,21 @@ def event(token: int | None, computed: int, reason: FinishReason | None = None) 
     )
 
 
+def pushed(answer: AnswerText, event: Event) -> pb.GenerateChunk | None:
+    """The chunk that an event adds when the next one has not come yet."""
+    if event.drawn is None and event.finish_reason is None:
+        return answer.progress(event)
+    answer.push(event)
+    return next(answer.chunks(), None)
+
+
 def test_cached_tokens_are_told_before_the_end() -> None:
     """With each part of the prompt and with the first token, for whoever leaves after that."""
     tokenizer = ByteTokenizer()
     a, b, c = tokenizer.encode("abc")[-3:]
     answer = AnswerText(REQUEST, tokenizer, Stops(), continues=False)
     events = (event(None, 64), event(a, 90), event(b, 90), event(c, 90, FinishReason.LENGTH))
-    chunks = [answer.push(each) for each in events]
+    chunks = [pushed(answer, each) for each in events]
     assert all(chunk is not None for chunk in chunks)
     told = [(c.computed_tokens, c.cached_tokens, c.text) for c in chunks if c is not None]
     assert told == [(64, 32, ""), (0, 32, "a"), (0, 0, "b"), (0, 0, "c")]
@@ -70,7 +78,7 @@ def test_a_choice_tells_the_stop_text_that_ended_it(
     for letter in "abc":
         end = FinishReason.LENGTH if letter == "c" else None
         if not answer.has_ended:
-            chunks.append(answer.push(event(tokenizer.encode(letter)[-1], 90, end)))
+            chunks.append(pushed(answer, event(tokenizer.encode(letter)[-1], 90, end)))
     sent = [chunk for chunk in chunks if chunk is not None]
     assert "".join(chunk.text for chunk in sent) == text
     assert stop_reason(sent[-1]) == reason
@@ -85,7 +93,7 @@ def test_a_choice_tells_the_stop_id_that_ended_it_but_not_the_models_own_end() -
         message = pb.GenerateRequest(stop_token_ids=[a, eos], ignore_eos=ignore_eos)
         stops = Stops.of(message, tokenizer)
         answer = AnswerText(REQUEST, tokenizer, stops, continues=False)
-        chunk = answer.push(event(last, 90, FinishReason.STOP))
+        chunk = pushed(answer, event(last, 90, FinishReason.STOP))
         assert chunk is not None and stop_reason(chunk) == told
 
 
@@ -112,7 +120,7 @@ def held(
     chunks = []
     for event_ in (*(event(token, 90) for token in tokens), event(end, 90, reason)):
         if not answer.has_ended:
-            chunks.append(answer.push(event_))
+            chunks.append(pushed(answer, event_))
     return answer, [chunk for chunk in chunks if chunk is not None]
 
 
@@ -175,7 +183,7 @@ def calling(
     for place, token in enumerate(ids):
         ends = place == len(ids) - 1
         if not answer.has_ended:
-            chunks.append(answer.push(event(token, 90, reason if ends else None)))
+            chunks.append(pushed(answer, event(token, 90, reason if ends else None)))
     return answer, [chunk for chunk in chunks if chunk is not None]
 
 

@@ -1,0 +1,110 @@
+"""The service's own time for a token: all of it is real but the device, which draws at once.
+
+    python -m benchmarks.service MODEL [--streams 8,64,256] [--step-ms 10] [--json FILE]
+
+MODEL is a checkpoint, of which only the tokenizer is read. Scheduler, worker, text and gRPC are the
+service's own; the device (device.py) answers each step with fixed tokens, at once or after
+--step-ms, which lets streams keep up as beside a real one. The load is another process, whose time
+is not counted. Printed are microseconds of processor time for a token, of all threads and processes
+of the service, those of the requests (tokenizing, scheduling their prompts) included. Each figure
+is the least of --repeats: whatever else runs on the machine only adds to it.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from benchmarks.command import run
+from benchmarks.service.load import Seen, load
+from benchmarks.service.server import serve
+from serving.parent import PARENT_VARIABLE
+
+_KEY = "this-key-is-not-a-secret"
+
+
+@contextmanager
+def started(model: Path, streams: int, step_ms: float) -> Iterator[tuple[psutil.Process, str]]:
+    """Starts the service in a process of its own; yields it and its address."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "benchmarks.service", str(model), "--serve"),
+            *("--streams", str(streams), "--step-ms", str(step_ms)),
+        ],
+        env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError("the service ended early")
+        yield psutil.Process(process.pid), f"127.0.0.1:{int(line)}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _busy(process: psutil.Process) -> float:
+    """Seconds of processor time of a process and its children so far."""
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def measure(model: Path, streams: int, tokens: int, step_ms: float, repeats: int) -> dict[str, Any]:
+    """Returns the figures of one number of streams."""
+    with started(model, streams, step_ms) as (service, target):
+        asyncio.run(load(target, _KEY, streams, 32))  # finds caches cold
+        best: tuple[float, Seen] | None = None
+        for _ in range(repeats):
+            before = _busy(service)
+            seen = asyncio.run(load(target, _KEY, streams, tokens))
+            cost = (_busy(service) - before) / seen.tokens * 1e6
+            if best is None or cost < best[0]:
+                best = cost, seen
+    assert best is not None
+    cost, seen = best
+    return {
+        "streams": streams,
+        "microseconds_per_token": round(cost, 1),
+        "tokens_per_second": round(seen.tokens / seen.seconds),
+        "tokens_per_chunk": round(seen.tokens / seen.chunks, 2),
+    }
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Checkpoint whose tokenizer is used.")],
+    streams: Annotated[str, typer.Option(help="Numbers of streams.")] = "8,64,256",
+    tokens: Annotated[int, typer.Option(min=1, max=1900, help="Of an answer.")] = 400,
+    step_ms: Annotated[float, typer.Option(min=0, help="Time of a step.")] = 0.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    is_server: Annotated[bool, typer.Option("--serve", hidden=True)] = False,
+) -> None:
+    """Measure the processor time that the service takes for a token."""
+    numbers = [int(number) for number in streams.split(",")]
+    if is_server:
+        serve(model, max(numbers), step_ms / 1e3, _KEY)
+        return
+    figures = []
+    print("| streams | us a token | tokens/s | tokens a chunk |")
+    print("|---|---|---|---|")
+    for number in numbers:
+        found = measure(model, number, tokens, step_ms, repeats)
+        print(f"| {' | '.join(str(value) for value in found.values())} |", flush=True)
+        figures.append(found)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main, "benchmarks.service")
