@@ -56,8 +56,9 @@ def started(model: Path, streams: int, step_ms: float) -> Iterator[tuple[psutil.
 
 def _busy(process: psutil.Process) -> float:
     """Seconds of processor time of a process and its children so far."""
-    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    processes = (process, *process.children(recursive=True))
+    times = [process.cpu_times() for process in processes]
+    return sum(time.user + time.system for time in times)
 
 
 def measure(model: Path, streams: int, tokens: int, step_ms: float, repeats: int) -> dict[str, Any]:
@@ -99,9 +100,9 @@ def main(
     print("| streams | us a token | tokens/s | tokens a chunk |")
     print("|---|---|---|---|")
     for number in numbers:
-        found = measure(model, number, tokens, step_ms, repeats)
-        print(f"| {' | '.join(str(value) for value in found.values())} |", flush=True)
-        figures.append(found)
+        row = measure(model, number, tokens, step_ms, repeats)
+        print(f"| {' | '.join(str(value) for value in row.values())} |", flush=True)
+        figures.append(row)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 

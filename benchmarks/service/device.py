@@ -32,7 +32,7 @@ class InstantDevice:
         """Starts a step behind those that were launched before it."""
         draws = self._draws
         count = len(draws)
-        rows = [
+        rows: list[list[RowDraws]] = [
             [draws[chunk.end % count] if chunk.samples else None for chunk in plan.chunks]
             for plan in plans
         ]

@@ -64,6 +64,7 @@ async def load(target: str, key: str, streams: int, tokens: int) -> Seen:
         generate = channel.unary_stream(
             f"/{INFERENCE}/Generate",
             request_serializer=pb.GenerateRequest.SerializeToString,
+            response_deserializer=bytes,
         )
         seen = Seen()
 

@@ -235,8 +235,9 @@ class Scheduler:
         decodes: list[SequenceState] = []
         prompts: list[SequenceState] = []
         for sequence in ready:
-            if sequence.remaining:
-                (decodes if sequence.answers else prompts).append(sequence)
+            if remaining := sequence.remaining:
+                answers = remaining == 1 or sequence.answers
+                (decodes if answers else prompts).append(sequence)
         guesses: dict[SequenceState, tuple[int, ...]] = {}
         if self._proposer is not None:
             # Prompts come first: a guess may be in vain, and a prompt is not.
@@ -247,9 +248,13 @@ class Scheduler:
         size = self.limits.max_step_tokens if prompts else self.limits.max_sequences
         extra = max(0, size - len(decodes) - sum(map(len, guesses.values())))
         for sequence in decodes:
-            forced = min(sequence.remaining - 1, extra)
-            extra -= forced
-            self._claim(sequence, 1 + forced + len(guesses.get(sequence, ())), draft)
+            size = 1
+            if extra and (forced := min(sequence.remaining - 1, extra)):
+                extra -= forced
+                size += forced
+            if guesses:
+                size += len(guesses.get(sequence, ()))
+            self._claim(sequence, size, draft)
         if prompts := [sequence for sequence in prompts if sequence.running]:
             spare = self._prompt_tokens(prompts, draft, beside or StepSize())
             for sequence, size in prompt_sizes(prompts, spare):
@@ -293,11 +298,13 @@ class Scheduler:
                 scores, token = token.scores, token.drawn
                 sequence.scored += len(scores)
             # A draw is passed over where its token was forced since the plan.
-            is_known = chunk.end < len(sequence.tokens)
-            sits_out = chunk.samples and token is None and not is_known
-            kept = chunk.end - chunk.guesses - sits_out  # tokens that are not computed again
+            end = chunk.end
+            is_known = end < len(sequence.tokens)
+            sits_out = token is None and chunk.samples and not is_known
+            kept = end - chunk.guesses - sits_out  # tokens that are not computed again
             sequence.table.register(sequence.tokens, kept)
-            self._tell_progress(sequence, chunk, scores, events)
+            if end < chunk.prompt_length or scores:
+                self._tell_progress(sequence, chunk, scores, events)
             if sits_out:
                 sequence = self._rows.rewind(sequence)
             elif is_known and chunk.samples:
@@ -416,7 +423,7 @@ class Scheduler:
 
     def _append(self, sequence: SequenceState, drawn: Drawn, events: list[Event]) -> None:
         """Records a token."""
-        to_fork = sequence.choices[1:]
+        to_fork = sequence.choices[1:] if sequence.request.n > 1 else ()
         sequence.tokens.append(drawn.token_id)
         sequence.undrawn -= 1
         sequence.computed = len(sequence.request.prompt_ids)

@@ -12,6 +12,8 @@ from serving.scheduling.step_plan import NO_SLOT, Chunk
 SLICE = 32
 _SLICE_SHARE = 4  # of so many tokens that it had, one
 
+NOTHING: frozenset[int] = frozenset()
+
 _RESERVE = 16  # tokens of an answer that count as its caller's as soon as it has a row
 
 
@@ -67,16 +69,18 @@ class SequenceState:
     @property
     def remaining(self) -> int:
         """Number of tokens to compute, of those that exist once the open plans have run."""
-        if not self.request.max_tokens:  # the last token has nothing behind it
-            return max(0, len(self.tokens) - 1 - self.planned)
         length = len(self.tokens) + self.undrawn
+        if length >= self.limit:
+            if self.request.max_tokens:
+                return 0
+            length -= 1  # the last token of a prompt has nothing behind it
         # With guesses in an open plan, more is planned than is sure to exist.
-        return max(0, length - self.planned) if length < self.limit else 0
+        return length - self.planned if length > self.planned else 0
 
     @property
     def answers(self) -> bool:
         """True if what it has to compute are tokens of its answer that came since it has a row."""
-        return self.remaining == 1 or self.planned >= self.known_at_seat
+        return self.planned >= self.known_at_seat or self.remaining == 1
 
     @property
     def reserve(self) -> int:
@@ -106,7 +110,7 @@ class SequenceState:
     @property
     def is_scored(self) -> bool:
         """True if all logprobs of its prompt that were asked for have been sent."""
-        return self.scored > self.request.num_scored
+        return self.request.prompt_logprobs is None or self.scored > self.request.num_scored
 
     @property
     def may_be_guessed(self) -> bool:
@@ -122,22 +126,26 @@ class SequenceState:
         `row` is the index that the chunk will have in its plan. The last of these tokens are from
         `guesses`, as many as fit; all tokens before them must be known then.
         """
-        sampling, prompt_length = self.request.sampling, len(self.request.prompt_ids)
-        guesses = guesses[: size - 1]
-        samples = size - len(guesses) == self.remaining and self.request.max_tokens > 0
+        request = self.request
+        sampling, prompt_length = request.sampling, len(request.prompt_ids)
+        if guesses:
+            guesses = guesses[: size - 1]
+        samples = size - len(guesses) == self.remaining and request.max_tokens > 0
         start, end = self.planned, self.planned + size
         follows = self.row if self.undrawn else None
-        too_early_to_end = samples and end - prompt_length < self.request.min_tokens
-        target_start, target_end = start + 1, start
+        too_early_to_end = samples and end - prompt_length < request.min_tokens
+        target_start = start + 1
+        targets: tuple[int, ...] = ()
         if not self.is_scored:
             target_start = max(start + 1, self.scored)
-            target_end = min(end, self.request.num_scored) + 1
+            target_end = min(end, request.num_scored) + 1
+            targets = tuple(self.tokens[target_start:target_end])
         self.planned = end
         self.turn.served += size
         if samples:
             self.undrawn, self.row = self.undrawn + 1, row
         return Chunk(
-            request_id=self.request.id,
+            request_id=request.id,
             choice=self.choice,
             token_ids=(*self.tokens[start:end], *guesses) if follows is None else (0,),
             start=start,
@@ -148,12 +156,12 @@ class SequenceState:
             seed=(self.seed + self.choice) & 0x7FFFFFFF,
             prompt_length=prompt_length,
             history=tuple(self.tokens[: end - 1]) if samples and sampling.has_penalties else (),
-            forbidden=self.request.eos_ids if too_early_to_end else frozenset(),
+            forbidden=request.eos_ids if too_early_to_end else NOTHING,
             guesses=len(guesses),
-            slot=NO_SLOT if self.request.seat is None else self.request.seat.slot,
-            targets=tuple(self.tokens[target_start:target_end]),
+            slot=NO_SLOT if request.seat is None else request.seat.slot,
+            targets=targets,
             target_start=target_start,
-            asked=self.request.prompt_logprobs or 0,
+            asked=request.prompt_logprobs or 0,
         )
 
     def retreat(self, chunk: Chunk) -> None:

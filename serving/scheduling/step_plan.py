@@ -44,9 +44,9 @@ class Limits:
         return 0 if self.window is None else max(0, position - self.window + 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Chunk:
-    """Tokens of one sequence that a step computes."""
+    """Tokens of one sequence that a step computes. Nobody changes one; see `Drawn`."""
 
     request_id: str
     choice: int

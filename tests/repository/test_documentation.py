@@ -34,6 +34,7 @@ FOREIGN_FLAGS = {
     "--install",
     "--size-gb",
     "--repeats",
+    "--step-ms",
     "--build-arg",
     "--python",
     "--only",  # benchmarks.engine

@@ -212,7 +212,7 @@ class Choice:
         self._stops = StopTexts(stop.texts, included=stop.included)
         self._stop_ids = stop.ids
         self._index, self._form = index, form
-        # Of the next chunk:
+        # The next chunk consists of these.
         self._ids: list[int] = []
         self._pieces: list[str] = []
         self._scores: list[pb.TokenLogprob] = []

@@ -16,7 +16,7 @@ MAX_SECONDS = 0.05
 
 
 class Unsent(Protocol):
-    """What a choice has to send."""
+    """A choice, as far as it tells what it has to send."""
 
     num_chunks: int  # that it has sent
     since: float  # time.monotonic() at which the first of its text came
