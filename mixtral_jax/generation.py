@@ -382,7 +382,7 @@ def draws_of(
         row = group.add(new, done, pages, slot=slot)
         done += len(new)
         if not draws:
-            launcher.launch(inputs)
+            launcher.launch(inputs, draws=False)
             continue
         group.sample(
             row,
@@ -399,7 +399,7 @@ def draws_of(
             walked, mask = launcher.walk(inputs), progress.mask()
             allowed = None
             if mask is not None:
-                rows = steps.num_sequence_groups * inputs.num_rows
+                rows = steps.num_sequence_groups * inputs.num_drawn
                 allowed = host_array((rows, len(mask)), -1)
                 allowed[row] = mask
             launched = launcher.draw(walked, allowed)

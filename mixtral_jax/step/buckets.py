@@ -15,10 +15,12 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.step.adapter_programs import AdapterPrograms
 from mixtral_jax.step.inputs import StepInputs, StepSizes
 from mixtral_jax.step.programs import (
+    Ends,
     Programs,
     compile_copy,
     compile_draw,
     compile_empty,
+    compile_pick,
     compile_tally,
     compile_walk,
 )
@@ -51,7 +53,7 @@ class Steps:
     @property
     def programs(self) -> list[Compiled]:
         """All programs that are compiled by now."""
-        layerwise = [program for bucket in self.buckets.values() for program in bucket]
+        layerwise = [program for bucket in self.buckets.values() for program in bucket.all]
         whole = [] if self.whole is None else [*self.whole.compiled.values()]
         changes = [] if self.adapters is None else [self.adapters.empty, self.adapters.put]
         programs = [self.empty, self.copy, self.tally, *layerwise, *whole, *changes]
@@ -80,14 +82,26 @@ class Steps:
             self.whole.compile_walks()
 
     def blank(
-        self, bucket: int, *, with_history: bool = False, with_biases: bool = False
+        self,
+        bucket: int,
+        num_sequences: int | None = None,
+        *,
+        with_history: bool = False,
+        with_biases: bool = False,
     ) -> StepInputs:
-        """Returns inputs of that bucket to be filled in; see `StepInputs.blank`."""
+        """Returns inputs of that bucket to be filled in; see `StepInputs.blank`.
+
+        `num_sequences` is the number that each group has at most; None for as many as the bucket
+        has room for. With fewer, no draw is computed for rows that are far from being filled.
+        """
+        rows = self.rows[bucket]
+        fewer = () if self.whole is not None else self.buckets[bucket].fewer
         return StepInputs.blank(
             bucket,
-            self.rows[bucket],
+            rows,
             self.sizes,
             self.groups,
+            drawn=min((few for few in fewer if few >= (num_sequences or rows)), default=rows),
             with_history=with_history,
             with_biases=with_biases,
         )
@@ -184,6 +198,7 @@ def _compile_layerwise(
 ) -> dict[int, Programs]:
     """Compiles the programs of each layer and around them, for the inputs of every bucket."""
     draw: dict[int, tuple[Compiled, Compiled | None]] = {}  # by rows
+    made: dict[int, StepInputs] = {inputs.num_rows: inputs for inputs in blank.values()}
     programs: dict[int, Programs] = {}
     # One after the other: the compiler itself uses all cores.
     for number, (size, inputs) in enumerate(sorted(blank.items()), start=1):
@@ -193,5 +208,10 @@ def _compile_layerwise(
         embed, block, pick, adapted = compile_walk(
             split, pages, inputs, num_drawn, stacks, counts_experts=counts_experts
         )
-        programs[size] = Programs(embed, block, pick, *draw[inputs.num_rows], adapted)
+        fewer = {
+            rows: Ends(compile_pick(split, inputs.drawing(made[rows])), *draw[rows])
+            for rows in made
+            if rows < inputs.num_rows
+        }
+        programs[size] = Programs(embed, block, pick, *draw[inputs.num_rows], adapted, fewer)
     return programs

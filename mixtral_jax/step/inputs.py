@@ -37,6 +37,7 @@ class StepInputs(NamedTuple):
 
     batch: RaggedBatch
     follows: FlatTokens  # [T] i32, index into the previous step's `Sampled.tokens`, or -1
+    # Of as many rows as may draw, which may be fewer than the batch has room for:
     last: Rows  # [R] i32, place of each sequence's last token in its group's flat row
     sampling: SamplingArrays
     slots: FlatTokens  # [T] i32, of each token's adapter, or NO_SLOT
@@ -49,6 +50,7 @@ class StepInputs(NamedTuple):
         sizes: StepSizes,
         groups: int | None,
         *,
+        drawn: int | None = None,
         with_history: bool = False,
         with_biases: bool = False,
     ) -> "StepInputs":
@@ -59,12 +61,14 @@ class StepInputs(NamedTuple):
             rows: sequences of each group.
             sizes: the same for all steps of an engine.
             groups: number of sequence groups; None without a mesh.
+            drawn: the first so many rows of each group may draw; None for all.
             with_history: makes the tokens of `sampling.history` writable. Otherwise they are a
                 read-only view of a single number, because for long contexts they take megabytes
                 that most steps do not need.
             with_biases: the same for `sampling.biases`, which have hundreds of places a row.
         """
         all_rows = (groups or 1) * rows
+        all_drawn = (groups or 1) * (drawn or rows)
         batch = RaggedBatch(
             tokens=host_array((groups or 1) * num_tokens, 0),
             positions=host_array((groups or 1) * num_tokens, 0),
@@ -75,9 +79,9 @@ class StepInputs(NamedTuple):
             num_sequences=host_array(() if groups is None else groups, 0),
         )
         follows = host_array((groups or 1) * num_tokens, -1)
-        sampling = _blank_sampling(all_rows, sizes.max_context, with_history, with_biases)
+        sampling = _blank_sampling(all_drawn, sizes.max_context, with_history, with_biases)
         slots = host_array(follows.shape, NO_SLOT)
-        return cls(batch, follows, host_array(all_rows, 0), sampling, slots)
+        return cls(batch, follows, host_array(all_drawn, 0), sampling, slots)
 
     @property
     def num_groups(self) -> int:
@@ -92,6 +96,11 @@ class StepInputs(NamedTuple):
     @property
     def num_rows(self) -> int:
         """Number of places for sequences in each group."""
+        return np.shape(self.batch.lengths)[0] // self.num_groups
+
+    @property
+    def num_drawn(self) -> int:
+        """Number of rows of each group that may draw, the first of them."""
         return len(self.last) // self.num_groups
 
     @property
@@ -108,6 +117,10 @@ class StepInputs(NamedTuple):
     def has_adapters(self) -> bool:
         """True if a token is computed with an adapter."""
         return bool(np.any(np.asarray(self.slots) != NO_SLOT))
+
+    def drawing(self, other: "StepInputs") -> "StepInputs":
+        """Returns the same inputs with the rows that draw in another step's place."""
+        return self._replace(last=other.last, sampling=other.sampling)
 
     def with_blanks(self, tokens: Any, biases: Biases) -> "StepInputs":
         """Returns the same inputs with other arrays for a history and biases that none has."""
@@ -133,6 +146,7 @@ class GroupInputs:
         self._inputs = inputs
         self._group = group
         self._first_row, self._first_token = group * rows, group * size
+        self._first_draw = group * inputs.num_drawn
         self._first_drawn = group * max_sequences
         starts: Any = inputs.batch.query_starts
         self._starts = starts[group * (rows + 1) : (group + 1) * (rows + 1)]
@@ -166,7 +180,7 @@ class GroupInputs:
         at = self._first_row + row
         batch.lengths[at] = start + count
         batch.page_table[at, : len(pages)] = pages
-        self._inputs.last[at] = end - 1
+        self._inputs.last[self._first_draw + row] = end - 1
         slots: Any = self._inputs.slots
         slots[first + place : first + end] = slot
         if follows is not None:
@@ -201,7 +215,7 @@ class GroupInputs:
             forbidden: ids that must not be drawn; with them, or with biases in `params`, the
                 inputs must be made `with_biases`.
         """
-        at, arrays = self._first_row + row, self._inputs.sampling
+        at, arrays = self._first_draw + row, self._inputs.sampling
         values: Any = arrays
         values.temperature[at] = params.temperature
         values.top_k[at] = params.top_k

@@ -44,8 +44,10 @@ class WalkedStep(NamedTuple):
 class LaunchedStep(NamedTuple):
     """A step that the devices compute."""
 
-    packed: PackedDraws  # for `unpack`; rows that draw nothing hold values without a meaning
+    # For `unpack`; rows that draw nothing hold values without a meaning. None where no row draws.
+    packed: PackedDraws | None
     expert_tokens: LayerCounts | None
+    hidden: DrawnHidden | None = None  # where no row draws: to wait for the step
 
 
 class StepLauncher:
@@ -100,10 +102,17 @@ class StepLauncher:
             return False
         return not any(pages.is_deleted() for pages in self._layers)
 
-    def launch(self, inputs: StepInputs) -> LaunchedStep:
-        """Starts one step, without waiting for its draws."""
+    def launch(self, inputs: StepInputs, *, draws: bool = True) -> LaunchedStep:
+        """Starts one step, without waiting for its draws.
+
+        Without `draws` no row needs a token, as within a prompt, and the form of a program for each
+        layer leaves out the product with the vocabulary.
+        """
         if self.steps.whole is None:
-            return self.draw(self.walk(inputs))
+            walked = self.walk(inputs)
+            if not draws:
+                return LaunchedStep(None, walked.expert_tokens, walked.hidden)
+            return self.draw(walked)
         done = self._launch_whole(inputs, is_masked=False)
         assert done.packed is not None, "the rows of a plain step draw"
         self._tokens = done.tokens
@@ -116,7 +125,7 @@ class StepLauncher:
             assert done.hidden is not None and done.last is not None, "a walk ends before the draw"
             assert done.flat is not None, "a walk gives x of all its tokens"
             return WalkedStep(inputs, done.hidden, done.last, done.expert_tokens, done.flat)
-        blank = self._blanks[inputs.num_rows]
+        blank = self._blanks[inputs.num_drawn]
         assert blank.biases is not None
         inputs = inputs.with_blanks(blank.history, blank.biases)
         programs, batch = self.steps.buckets[inputs.num_tokens], inputs.batch
@@ -133,7 +142,8 @@ class StepLauncher:
                 adapters = Adapters(self._stacks[i], slots)
                 x, self._layers[i], *new = programs.adapted_block(*given, adapters)
             counts += new
-        hidden, last = programs.pick(x, batch.tokens, inputs.last)
+        pick = programs.ends(inputs.num_drawn).pick
+        hidden, last = pick(x, batch.tokens, inputs.last)
         tally = self.steps.tally
         counted = None if tally is None else tally(tuple(counts))
         return WalkedStep(inputs, hidden, last, counted, x)
@@ -157,12 +167,12 @@ class StepLauncher:
             drawing = layout.pack_drawing(inputs)
             sampled = draw(*given, drawing, self._rare(inputs), allowed)
         else:
-            programs = self.steps.buckets[inputs.num_tokens]
+            ends = self.steps.buckets[inputs.num_tokens].ends(inputs.num_drawn)
             if allowed is None:
-                sampled = programs.draw(*given, inputs.sampling)
+                sampled = ends.draw(*given, inputs.sampling)
             else:
-                assert programs.draw_masked is not None, "the steps were compiled without masks"
-                sampled = programs.draw_masked(*given, inputs.sampling, allowed)
+                assert ends.draw_masked is not None, "the steps were compiled without masks"
+                sampled = ends.draw_masked(*given, inputs.sampling, allowed)
         self._tokens = sampled.tokens
         return LaunchedStep(sampled.packed, walked.expert_tokens)
 

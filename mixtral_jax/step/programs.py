@@ -5,7 +5,9 @@ some row has an adapter, `adapted_block` is called in place of `block`, and wher
 `draw_masked` in place of `draw`; all other steps run what they would run if there were neither. All
 layers have the same shapes, so one compilation serves them all and the start does not grow with the
 depth. What a sequence drew goes from `draw` to the next `embed` on the device, so a step can be
-launched before the tokens of the previous one are read.
+launched before the tokens of the previous one are read. Where fewer rows draw than a step has room
+for, as at the end of a prompt, `pick` and `draw` of fewer rows are called; where none does, no
+`draw`.
 
 Where experts are counted, `block` and `adapted_block` also return how many tokens chose each of
 them, and `tally` puts the counts of all layers together.
@@ -17,6 +19,7 @@ Only shapes are needed: the same programs are compiled for devices that are not 
 (mixtral_jax/planning).
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,17 +33,37 @@ from mixtral_jax.step.inputs import StepInputs, mask_words
 from mixtral_jax.step.split_model import REPLICATED, SplitModel
 
 
+class Ends(NamedTuple):
+    """The compiled programs behind the layers, for some number of rows."""
+
+    pick: Compiled  # (x, tokens, last) -> x and tokens of the rows that draw
+    draw: Compiled  # (rest, x, last tokens, sampling) -> Sampled
+    draw_masked: Compiled | None  # (rest, x, last tokens, sampling, allowed) -> Sampled
+
+
 class Programs(NamedTuple):
     """The compiled programs of a step of one size."""
 
     embed: Compiled  # (rest, batch, follows, tokens) -> batch with its tokens, x, rotary
     block: Compiled  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
-    pick: Compiled  # (x, tokens, last) -> x and tokens of the rows that draw
-    draw: Compiled  # (rest, x, last tokens, sampling) -> Sampled
-    draw_masked: Compiled | None  # (rest, x, last tokens, sampling, allowed) -> Sampled
+    pick: Compiled  # these three as in Ends, for as many rows as the step has room for
+    draw: Compiled
+    draw_masked: Compiled | None
     # (block, x, rotary, pages, batch, adapters) -> x, pages; None if no row has an adapter
     adapted_block: Compiled | None = None
     # Where experts are counted, both blocks have a third result, which `compile_tally` takes.
+    # By rows, where fewer draw: a product with the whole vocabulary is not made for empty rows.
+    fewer: Mapping[int, Ends] = {}  # noqa: RUF012 (never changed)
+
+    def ends(self, rows: int) -> Ends:
+        """Returns the programs behind the layers for inputs of so many rows."""
+        return self.fewer.get(rows) or Ends(self.pick, self.draw, self.draw_masked)
+
+    @property
+    def all(self) -> list[Compiled | None]:
+        """All of them; None for those that no step needs."""
+        own = [self.embed, self.block, self.pick, self.draw, self.draw_masked, self.adapted_block]
+        return [*own, *(program for ends in self.fewer.values() for program in ends)]
 
 
 def compile_walk(
@@ -78,13 +101,22 @@ def compile_walk(
         beside = Adapters(split.stack_specs(stacks), REPLICATED)  # type: ignore[arg-type]
         with_adapters = split.jit(step.block, (*specs, beside), out, donate=(3,))
         adapted = with_adapters.lower(*walked, Adapters(stacks, slots)).compile()  # type: ignore[arg-type]
-    picking = split.jit(step.pick, (rows, rows, REPLICATED), (REPLICATED, REPLICATED))
     return (
         embedding.lower(*given).compile(),
         walk.lower(*walked).compile(),
-        picking.lower(x, batch.tokens, inputs.last).compile(),
+        compile_pick(split, inputs),
         adapted,
     )
+
+
+def compile_pick(split: SplitModel, inputs: StepInputs) -> Compiled:
+    """Compiles `pick` for the shapes of these inputs."""
+    rows, tokens = split.spec("B"), jax.ShapeDtypeStruct(inputs.follows.shape, jnp.int32)
+    x = jax.ShapeDtypeStruct((*tokens.shape, split.config.hidden_size), split.dtype)
+    last = jax.ShapeDtypeStruct(inputs.last.shape, jnp.int32)
+    pick = StepFunctions(split, num_drawn=0).pick
+    picking = split.jit(pick, (rows, rows, REPLICATED), (REPLICATED, REPLICATED))
+    return picking.lower(x, tokens, last).compile()
 
 
 def compile_draw(

@@ -52,8 +52,9 @@ class Runner:
         if any(chunk.targets for plan in plans for chunk in plan.chunks):
             return self.draw(self.walk(plans), None)
         inputs = self._inputs(plans, is_masked=False)
-        launched = self._launcher.launch(inputs)
-        return RunningStep(tuple(plans), inputs.num_rows, launched, self._expert_load)
+        draws = any(chunk.samples for plan in plans for chunk in plan.chunks)
+        launched = self._launcher.launch(inputs, draws=draws)
+        return RunningStep(tuple(plans), inputs.num_drawn, launched, self._expert_load)
 
     def walk(self, plans: Sequence[StepPlan]) -> "WalkedPlans":
         """Starts one step, up to where its rows draw, and the scores of its targets."""
@@ -65,7 +66,7 @@ class Runner:
         scores = None
         if wanted:
             scores = LaunchedScores(wanted, self._launcher.score(walked, wanted.blocks()))
-        return WalkedPlans(tuple(plans), inputs.num_rows, walked, scores)
+        return WalkedPlans(tuple(plans), inputs.num_drawn, walked, scores)
 
     def _inputs(self, plans: Sequence[StepPlan], *, is_masked: bool) -> StepInputs:
         """The arrays of a step; the pages that it writes are copied before."""
@@ -77,6 +78,7 @@ class Runner:
         )
         inputs = steps.blank(
             bucket,
+            max(len(plan.chunks) for plan in plans),
             with_history=any(chunk.history for chunk in chunks),
             with_biases=any(chunk.forbidden or chunk.sampling.logit_bias for chunk in chunks),
         )
@@ -118,7 +120,7 @@ class WalkedPlans:
     """A step that has been through the layers and draws no token yet."""
 
     plans: tuple[StepPlan, ...]
-    rows: int  # of each sequence group
+    rows: int  # of each sequence group that may draw
     step: WalkedStep
     scores: "LaunchedScores | None"
 
@@ -176,19 +178,23 @@ class RunningStep:
     """A step that the devices compute."""
 
     plans: tuple[StepPlan, ...]
-    rows: int  # of each sequence group
+    rows: int  # of each sequence group that may draw
     launched: LaunchedStep
     expert_load: ExpertLoad | None
     scores: LaunchedScores | None = None
 
     def drawn(self) -> list[list[RowDraws]]:
         """Waits for the step; returns what each chunk of each plan drew, or None for nothing."""
-        if self.expert_load is None or self.launched.expert_tokens is None:
-            packed = np.asarray(self.launched.packed)
+        launched, draws = self.launched, None
+        if launched.packed is None:
+            jax.block_until_ready(launched.hidden)
+        if self.expert_load is None or launched.expert_tokens is None:
+            packed = launched.packed
         else:
-            packed, counts = jax.device_get(self.launched)
+            packed, counts = jax.device_get((launched.packed, launched.expert_tokens))
             self.expert_load.add(counts)
-        draws = unpack(packed)
+        if packed is not None:
+            draws = unpack(np.asarray(packed))
         scores: list[Draws] = []
         if self.scores is not None:
             scores = self.scores.wanted.read(jax.device_get(self.scores.packed))
@@ -199,6 +205,7 @@ class RunningStep:
             for row, chunk in enumerate(plan.chunks, start=group * self.rows):
                 own: Drawn | None = None
                 if chunk.samples:
+                    assert draws is not None, "a step in which a row samples has draws"
                     token, logprob, top = draws.of_row(row, chunk.sampling.top_logprobs)
                     own = Drawn(token_id=token, logprob=logprob, top_logprobs=top)
                 if not chunk.targets:

@@ -48,6 +48,18 @@ def test_groups_stand_one_behind_the_other() -> None:
     assert (inputs.num_groups, inputs.num_tokens, inputs.num_rows) == (2, 2, 2)
 
 
+def test_the_first_rows_of_each_group_draw() -> None:
+    """Of three rows a group has, its first draws; the batch has all of them."""
+    inputs = StepInputs.blank(4, 3, SIZES, groups=2, drawn=1)
+    second = GroupInputs(inputs, 1, SIZES.max_sequences)
+    row = second.add([5, 6], start=0, pages=(1,))
+    second.sample(row, SamplingParams(temperature=1.5), seed=3, position=2, prompt_length=2)
+    assert inputs.batch.lengths.tolist() == [0, 0, 0, 2, 0, 0]
+    assert inputs.last.tolist() == [0, 1]
+    assert inputs.sampling.temperature.tolist() == [0, 1.5]
+    assert (inputs.num_rows, inputs.num_drawn) == (3, 1)
+
+
 def test_parameters_of_a_row() -> None:
     inputs = StepInputs.blank(4, 2, SIZES, groups=None, with_history=True, with_biases=True)
     group = GroupInputs(inputs, 0, SIZES.max_sequences)
