@@ -53,7 +53,7 @@ class Programs(NamedTuple):
     adapted_block: Compiled | None = None
     # Where experts are counted, both blocks have a third result, which `compile_tally` takes.
     # By rows, where fewer draw: a product with the whole vocabulary is not made for empty rows.
-    fewer: Mapping[int, Ends] = {}  # noqa: RUF012 (never changed)
+    fewer: Mapping[int, Ends] = {}
 
     def ends(self, rows: int) -> Ends:
         """Returns the programs behind the layers for inputs of so many rows."""
