@@ -37,7 +37,7 @@ class StepInputs(NamedTuple):
 
     batch: RaggedBatch
     follows: FlatTokens  # [T] i32, index into the previous step's `Sampled.tokens`, or -1
-    # Of as many rows as may draw, which may be fewer than the batch has room for:
+    # These two have the rows that may draw, which may be fewer than the batch has room for.
     last: Rows  # [R] i32, place of each sequence's last token in its group's flat row
     sampling: SamplingArrays
     slots: FlatTokens  # [T] i32, of each token's adapter, or NO_SLOT
