@@ -31,13 +31,15 @@ struct QueryRow {
 // The vectors of sums of each of `rows` rows that stay in registers.
 constexpr int TileVectors(int rows) { return rows * 4 <= wide::kSums ? 4 : 2; }
 
+constexpr int64_t kStepsTogether = 4;  // of the prefetcher, in what follows
+
 // sums[r] += the sum over i of a[r][i] * row(i)[0 ..], each number in the order of i.
 template <int kRows, int kVectors, typename Row>
 [[gnu::always_inline]] inline void MulAddRows(wide::Floats (&sums)[kRows][kVectors],
                                               const float* const (&a)[kRows], int64_t count,
                                               Prefetcher& next, const Row& row) {
   for (int64_t i = 0; i < count; ++i) {
-    next.Step();
+    if (i % kStepsTogether == 0) next.Step(kStepsTogether);
     const float* b = row(i);
     wide::Floats lanes[kVectors];
     Unroll<kVectors>(INLINE_LAMBDA(j) { lanes[j] = wide::Load(b + j * wide::kLanes); });
@@ -127,14 +129,11 @@ inline void ScoresToWeights(const KeyBlock& block, const QueryRow* rows,
         float* score = scores[r] + i + j * wide::kLanes;
         const wide::Floats weight = wide::Exp(wide::Load(score) - sum.max_score);
         totals[j] += weight;
-        wide::Store(score, weight);
+        const int64_t at = i + j * wide::kLanes;
+        wide::Store(score, block.is_scaled ? weight * wide::Load(block.value_scales + at) : weight);
       });
     }
     Unroll<kParts>(INLINE_LAMBDA(j) { wide::Store(sum.totals + j * wide::kLanes, totals[j]); });
-    for (int64_t i = 0; block.is_scaled && i < end; i += wide::kLanes) {
-      const wide::Floats scales = wide::Load(block.value_scales + i);
-      wide::Store(scores[r] + i, wide::Load(scores[r] + i) * scales);
-    }
   });
 }
 

@@ -226,7 +226,7 @@ void RunTask(const Call& call, const Task& task) {
   const int64_t first_end = std::min(begin / kKeyBlock * kKeyBlock + kKeyBlock, task.End());
   Prefetcher first(cache, task.queries.table, begin, first_end, task.first_head, task.num_heads,
                    first_end - begin);
-  for (int64_t i = begin; i < first_end; ++i) first.Step();
+  for (int64_t i = begin; i < first_end; ++i) first.Step(1);
   Workspace work(call, rows);
   for (int64_t j = 0; j < task.queries.count; ++j) {
     const int64_t head = (task.queries.token + j) * call.Heads() + task.first_head * call.group;

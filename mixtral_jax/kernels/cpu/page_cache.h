@@ -57,14 +57,16 @@ class Prefetcher {
     BeginRun();
   }
 
-  void Step() {
+  // Several steps at once.
+  void Step(int64_t steps) {
     if (at_ >= run_end_) {
       if (position_ >= end_) return;
       BeginRun();
     }
     const char* const at = at_;
-    at_ = at + pace_;
-    for (int64_t i = 0; i < pace_; i += kLine) __builtin_prefetch(at + i, 0, 2);
+    const int64_t bytes = pace_ * steps;
+    at_ = at + bytes;
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(at + i, 0, 2);
   }
 
  private:
