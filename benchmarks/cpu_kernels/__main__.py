@@ -2,9 +2,9 @@
 
 For each form of the kernels that the processor runs (its instruction sets): the bytes that all
 cores read a second and the multiplications that they do in registers, then the time of each product
-and how many times the limit it is, which is the longer of reading the weights once and of
-multiplying at the peak. Writes docs/numbers.md between `<!-- cpu kernels: ... -->` and
-`<!-- end of cpu kernels -->`.
+and of attention, and how many times the limit it is, which is the longer of reading the weights or
+pages once and of multiplying at the peak. Writes docs/numbers.md between
+`<!-- cpu kernels: ... -->` and `<!-- end of cpu kernels -->`.
 """
 
 import json

@@ -5,11 +5,11 @@
 
 import sys
 
-from benchmarks.cpu_kernels import products
+from benchmarks.cpu_kernels import attention, products
 from mixtral_jax.kernels.cpu import build
 
 # The parts of the benchmark: each has `measurements()`.
-PARTS = {"products": products.measurements}
+PARTS = {"products": products.measurements, "attention": attention.measurements}
 
 if __name__ == "__main__":
     if not build.available():
