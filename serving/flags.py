@@ -156,6 +156,15 @@ _STEP_TIMEOUT = Flag(
     min=0.1,
     panel="Engine",
 )
+_STREAM_INTERVAL = Flag(
+    "stream_interval",
+    int,
+    1,
+    "Tokens of an event of a stream, but for the first one, which comes at once, and the last one.",
+    "TOKENS",
+    min=1,
+    panel="Engine",
+)
 _ENGINE = _panel(
     "Engine",
     MESH,
@@ -641,7 +650,7 @@ _UPSTREAM = _panel(
 SERVICE = (
     *(MODEL, _HOST, replace(_PORT, default=50051, help="Port of gRPC; 0: any."), DTYPE),
     *(_DRAIN_SECONDS, _DRAIN_DELAY, *_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT),
-    *(_SERVICE_PROCESSES, _TEXT_PORT, *_GROUP),
+    *(_STREAM_INTERVAL, _SERVICE_PROCESSES, _TEXT_PORT, *_GROUP),
     *(*_ADAPTERS, _MODEL_ALIAS),
     *_panel("Monitoring", _METRICS_PORT, _METRICS_HOST, _EXPERT_METRICS),
     *_panel("Monitoring", *_PROFILE, *_TRACES_AND_LOGS, _USAGE_DB),
@@ -667,7 +676,8 @@ SERVE = (
     *(MODEL, replace(_HOST, help="Address of both servers.")),
     *(replace(_PORT, min=1, help="Port of HTTP."), _GRPC_PORT),
     *(DTYPE, _MODEL_TYPE, _HEARTBEAT_SECONDS, _DRAIN_SECONDS, _DRAIN_DELAY, _GATEWAY_PROCESSES),
-    *(*_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT, _SERVICE_PROCESSES),
+    *(*_ENGINE, *_PROMPTS, *_SAMPLING_DEFAULTS, _STEP_TIMEOUT),
+    *(_STREAM_INTERVAL, _SERVICE_PROCESSES),
     *(*_GROUP, _GROUP_CA),
     *(*_ADAPTERS, _MODEL_ALIAS),
     *_panel(

@@ -13,6 +13,7 @@ from serving.access.keyring import Keyring
 from serving.engine.engine import Engine
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
+from serving.launch.event_loop import run_loop
 from serving.parent import end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.scheduling.step_plan import Limits
@@ -30,7 +31,7 @@ def serve(model: Path, streams: int, step_seconds: float, key: str) -> None:
     """Prints a free port and serves on it until a signal ends it, for so many streams at once."""
     end_with_parent()
     pretrained = open_pretrained(model)
-    asyncio.run(
+    run_loop(
         _serve(pretrained.tokenizer, pretrained.card.model.vocab_size, streams, step_seconds, key)
     )
 

@@ -8,12 +8,20 @@ here, as it is there.
 are counted as well, but not served.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from serving.scheduling.partitions import Partitions
 
@@ -71,9 +79,10 @@ class Metrics:
             "From a request's arrival to the first token of each of its choices.",
             _FIRST,
         )
-        self._next = self._histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens of one choice.", _NEXT
+        self._next = _Intervals(
+            "vllm:inter_token_latency_seconds", "Between two tokens of one choice.", model_name
         )
+        self.registry.register(self._next)
         self._whole = self._histogram(
             "vllm:e2e_request_latency_seconds", "From arrival to a choice's last token.", _WHOLE
         )
@@ -139,10 +148,14 @@ class Metrics:
         self._generated.inc()
         self._first.observe(seconds)
 
-    def next_token(self, seconds: float) -> None:
-        """Records another token of a choice, `seconds` after its previous one."""
-        self._generated.inc()
-        self._next.observe(seconds)
+    def next_tokens(self, seconds: Mapping[float, int]) -> None:
+        """Records tokens that are not the first of their choices, of one step.
+
+        Args:
+            seconds: The numbers of tokens that came so long after the previous ones.
+        """
+        self._generated.inc(sum(seconds.values()))
+        self._next.add(seconds)
 
     def finished(self, reason: str, choice: Finished) -> None:
         """Records a choice that ended with the reason `stop` or `length`."""
@@ -192,6 +205,29 @@ class Metrics:
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
         family = Histogram(name, what, [_LABEL], buckets=buckets, registry=self.registry)
         return family.labels(self._model_name)
+
+
+class _Intervals(Collector):
+    """A histogram that counts the equal times of a step together; one thread adds to it."""
+
+    def __init__(self, name: str, what: str, model_name: str) -> None:
+        self._name, self._what, self._model_name = name, what, model_name
+        self._counts = [0] * (len(_NEXT) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: Mapping[float, int]) -> None:
+        """Counts times, each as often as it says."""
+        for value, count in seconds.items():
+            self._counts[bisect_left(_NEXT, value)] += count
+            self._sum += value * count
+
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*map(floatToGoString, _NEXT), "+Inf"]
+        sums = accumulate(self._counts.copy())
+        family = HistogramMetricFamily(self._name, self._what, labels=[_LABEL])
+        buckets = [*zip(bounds, map(float, sums), strict=True)]
+        family.add_metric([self._model_name], buckets, self._sum)
+        yield family
 
 
 class _EngineFigures(Collector):

@@ -122,6 +122,7 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | _Stop] = queue.SimpleQueue()
         self._answers: dict[str, _Answer] = {}
         self._outgoing: dict[Outlet, list[Item]] = {}  # of the present turn
+        self._waits: dict[float, int] = {}  # seconds between tokens, and how often, of this turn
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = self._is_abandoned = False
         self._loops: dict[asyncio.AbstractEventLoop, LoopOutlet] = {}
@@ -271,6 +272,9 @@ class EngineWorker:
                 for event in events:
                     self._deliver(event, now)
                 self._put_out()
+                if self._waits:
+                    self._metrics.next_tokens(self._waits)
+                    self._waits = {}
         except BaseException:
             reason = self._explain()
             if reason is None:
@@ -368,7 +372,8 @@ class EngineWorker:
         if event.drawn is not None:
             before = answer.latest.get(event.choice)
             if before is not None:
-                self._metrics.next_token(now - before)
+                waited = now - before
+                self._waits[waited] = self._waits.get(waited, 0) + 1
             else:
                 self._metrics.first_token(now - answer.sent)
             answer.latest[event.choice] = now

@@ -32,6 +32,8 @@ class ServiceConfig:
     """Time after such a signal in which requests are still served, while readiness fails."""
     step_timeout: float = 60.0
     """Time that a step of the engine may take before the process ends with status 1."""
+    stream_interval: int = 1
+    """Tokens of a chunk of a stream, but for the first one and the last one."""
     profile: Path | None = None
     """Folder of the profiles that SIGUSR1 starts; None: none are made."""
     profile_seconds: float = 10.0

@@ -37,6 +37,7 @@ from serving.errors import ServingError, Unavailable
 from serving.flags import SERVICE, arguments, record
 from serving.launch.adapters import followed_adapters
 from serving.launch.config import ServiceConfig
+from serving.launch.event_loop import run_loop
 from serving.launch.front import Front, LocalFront
 from serving.launch.gpu_memory import take_gpu_memory
 from serving.launch.late_programs import THREAD, LatePrograms
@@ -52,6 +53,7 @@ from serving.parent import beat, end_process, end_with_parent
 from serving.proto import inference_pb2 as pb
 from serving.proto import texts_pb2
 from serving.scheduling.step_plan import Limits
+from serving.service.answer.pace import Pace
 from serving.service.call_record import Calls
 from serving.service.models.adapter_metrics import AdapterMetrics
 from serving.service.models.served_models import ServedModels
@@ -157,6 +159,7 @@ def _lead(
             compiler,
             built.models,
             late.prepare_scores,
+            Pace(service.stream_interval),
         )
         admission = Admission(
             accounts, accounting.assumed_max_tokens, accounting.cached_token_charge
@@ -169,7 +172,7 @@ def _lead(
     try:
         server = _Server(worker, late, leader, service)
         with built.adapters:
-            asyncio.run(server.run(front, access.host))
+            run_loop(server.run(front, access.host))
     finally:
         if leader is not None:
             if leader.loss is not None:

@@ -32,11 +32,13 @@ from serving.command_line import USER_ERRORS, Errors, app_of, command, run
 from serving.errors import ServingError, SetupError
 from serving.flags import SERVICE, record
 from serving.launch.config import ServiceConfig
+from serving.launch.event_loop import run_loop
 from serving.observe.logs import set_up
 from serving.observe.tracing import Traces
 from serving.open_files import raise_open_files
 from serving.parent import PIPE_VARIABLE, beat, end_process, end_with_parent
 from serving.proto import inference_pb2, texts_pb2
+from serving.service.answer.pace import Pace
 from serving.service.call_record import Calls
 from serving.service.models.served_models import ServedModels
 from serving.service.service import InferenceService, create_server, set_serving
@@ -75,7 +77,7 @@ def _serve(given: dict[str, Any]) -> None:
         traces,
     )
     try:
-        was_ended = asyncio.run(process.run(socket.socket(fileno=int(pipe))))
+        was_ended = run_loop(process.run(socket.socket(fileno=int(pipe))))
     finally:
         traces.close()
         accounts.close()
@@ -128,6 +130,7 @@ class _TextProcess:
             compiler,
             ServedModels(info.name, self._service.model_alias, engine.digests),
             engine.prepare_scores,
+            Pace(self._service.stream_interval),
         )
         access, tls = self._access.access(), self._access.renewed_tls()
         try:

@@ -33,6 +33,7 @@ from serving.proto import inference_pb2_grpc as rpc
 from serving.scheduling.request import Request
 from serving.service.answer.choice_text import AnswerText, Stops
 from serving.service.answer.form import AnswerForm, header
+from serving.service.answer.pace import EVERY_TOKEN, Pace
 from serving.service.call_log import CallLog
 from serving.service.call_record import Call, Calls
 from serving.service.direct_calls import DirectCalls, turn_of
@@ -92,6 +93,7 @@ class InferenceService(rpc.InferenceServicer):
         models: The names that requests may give; by default the model's own alone.
         prepare_scores: Begins, beside the engine's steps, to compile what logprobs of prompts need;
             what it returns is done when that is there. None leaves it to the first such step.
+        pace: Says which tokens go out in one chunk.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class InferenceService(rpc.InferenceServicer):
         compiler: Compiler | None = None,
         models: ServedModels | None = None,
         prepare_scores: Callable[[], "Future[None]"] | None = None,
+        pace: Pace = EVERY_TOKEN,
     ) -> None:
+        self._pace = pace
         self._prepare_scores = prepare_scores
         self._calls = calls or Calls()
         self._models = models or ServedModels(info.name)
@@ -225,6 +229,7 @@ class InferenceService(rpc.InferenceServicer):
             Stops.of(message, self._tokenizer),
             continues=continues(message),
             form=form,
+            pace=self._pace,
         )
         call.submitted(request)
         if request.num_scored and self._prepare_scores is not None:
