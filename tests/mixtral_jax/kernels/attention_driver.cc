@@ -1,7 +1,7 @@
 // Attends over pages of float and of int8 with 1, 2 and 64 threads' tasks, and prints how many
 // results differ between them in a bit, and a digest of all bits.
 
-#include "attention.cc"
+#include "attend_tasks.h"
 
 #include <cstdio>
 #include <cstring>

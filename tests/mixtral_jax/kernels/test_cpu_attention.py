@@ -5,7 +5,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import jax
 import pytest
 
 from mixtral_jax.kernels.cpu import build
@@ -35,7 +34,7 @@ def digest(form: Form, folder: Path, compiler: str | None, *emulator: str) -> st
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wno-psabi", "-w", f"-I{CODE}"]
     sources = [str(CODE / "worker_pool.cc"), str(HERE / "attention_driver.cc")]
     command = [str(compiler), *flags, *form.flags, *form.definitions, "-pthread"]
-    command += ["-isystem", jax.ffi.include_dir(), *sources, "-o", str(program)]
+    command += [*sources, "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, timeout=200)
     done = subprocess.run(
         [*emulator, str(program)], check=True, capture_output=True, text=True, timeout=200
