@@ -18,7 +18,7 @@
 namespace mixtral_jax {
 
 constexpr int64_t kBlockOuts = 16;      // Outputs whose sums are kept between chunks.
-constexpr int64_t kChunkBytes = 32768;  // Of all rows: an L1 cache, which prefetched weights leave alone.
+constexpr int64_t kChunkBytes = 32768;  // Of all rows: an L1 cache.
 constexpr int64_t kLeastAhead = 4096;   // Bytes from reading to what is prefetched.
 
 // Adds the dot products of a tile to totals [kRows][kBlockOuts]. Within a larger function GCC keeps

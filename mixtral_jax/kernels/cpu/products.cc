@@ -1,7 +1,7 @@
 // Kernels for CPU, part 1: products with weights as they are stored, norm and SwiGLU.
 //
-// XLA:CPU lacks them: its product of one row with int8 weights takes 30 times as long as reading
-// the weights, and it has no grouped product.
+// XLA:CPU lacks them: its product of one row with int8 weights takes three times as long as
+// reading the weights, and it has no grouped product.
 //
 // Every number is computed in an order that depends on its own row alone, never on the number of
 // rows beside it or on the thread that computes it. So equal rows give equal bits. The forms in
