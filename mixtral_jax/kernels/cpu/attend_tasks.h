@@ -279,7 +279,8 @@ class Tasks {
     const bool may_share = num_threads > 1 && num_partials <= kMostPartials;
     const int64_t parts =
         are_few ? std::min(kv_heads, wanted / std::max<int64_t>(num_tasks, 1) + 1) : 1;
-    const int64_t some_spans = std::max<int64_t>(1, num_tasks / (kManyTasks * num_threads));
+    const int64_t many = kManyTasks * std::max<int64_t>(1, num_threads);
+    const int64_t some_spans = std::max<int64_t>(1, num_tasks / many);
     for (const QueryBlock& block : blocks_) {
       const bool has_many = HasManyRows(block);
       const int64_t heads = has_many ? 1 : (kv_heads + parts - 1) / parts;
