@@ -32,7 +32,6 @@ from serving.command_line import USER_ERRORS, Errors, app_of, command, run
 from serving.errors import ServingError, SetupError
 from serving.flags import SERVICE, record
 from serving.launch.config import ServiceConfig
-from serving.launch.event_loop import run_loop
 from serving.observe.logs import set_up
 from serving.observe.tracing import Traces
 from serving.open_files import raise_open_files
@@ -77,7 +76,7 @@ def _serve(given: dict[str, Any]) -> None:
         traces,
     )
     try:
-        was_ended = run_loop(process.run(socket.socket(fileno=int(pipe))))
+        was_ended = asyncio.run(process.run(socket.socket(fileno=int(pipe))))
     finally:
         traces.close()
         accounts.close()

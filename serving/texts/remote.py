@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import cast
 
 from google.protobuf.message import DecodeError
 
@@ -167,8 +168,8 @@ class RemoteEngine(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Notes the way out."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        # A loop's own transport, such as uvloop's, need not be an instance of asyncio's class.
+        self._transport = cast(asyncio.WriteTransport, transport)
 
     def data_received(self, data: bytes) -> None:
         """Takes in messages; what cannot be read ends the pipe."""
