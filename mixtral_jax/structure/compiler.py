@@ -190,6 +190,8 @@ class Compiler:
         assert isinstance(self._guide, Guide)
         if trial is not None:
             grammar = trial.trial(job.wanted, space=job.space)
+        elif isinstance(job.wanted, Grammar):
+            grammar = job.wanted  # as it is; the form itself is the trial
         else:
             attempt = partial(form_of, guide=self._guide)
             grammar = tried_grammar(job.wanted, space=job.space, attempt=attempt)

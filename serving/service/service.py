@@ -181,13 +181,19 @@ class InferenceService(rpc.InferenceServicer):
         self, request: pb.GetMetricsRequest, context: grpc.aio.ServicerContext
     ) -> pb.Metrics:
         """Returns the metrics of this process, in a thread: labels may be many."""
-        return pb.Metrics(text=await asyncio.to_thread(self._calls.metrics_text))
+        try:
+            return pb.Metrics(text=await asyncio.to_thread(self._calls.metrics_text))
+        except Exception as error:
+            await abort(context, _failure(error))
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
     ) -> pb.DrainReply:
         """Refuses later requests, and asks the process to end once the running ones have ended."""
-        running = await self._worker.begin_drain()
+        try:
+            running = await self._worker.begin_drain()
+        except Exception as error:
+            await abort(context, _failure(error))
         self.was_told_to_end.set()
         return pb.DrainReply(running=running)
 

@@ -280,8 +280,15 @@ class RemoteCounts:
         self._engine.count(pb.Count(of_adapter=figure))
 
     def text(self) -> bytes:
-        """Asks for all metrics of the service; not to be called on the event loop."""
-        return self._engine.ask(pb.Ask(metrics=pb.Nothing())).result(_ANSWER_SECONDS).metrics
+        """Asks for all metrics of the service; not to be called on the event loop.
+
+        Raises Unavailable if the engine's process does not answer.
+        """
+        asked = self._engine.ask(pb.Ask(metrics=pb.Nothing()))
+        try:
+            return asked.result(_ANSWER_SECONDS).metrics
+        except TimeoutError:
+            raise Unavailable("the model's process does not tell its metrics") from None
 
 
 def _digests_of(message: pb.Adapters) -> Mapping[str, str]:

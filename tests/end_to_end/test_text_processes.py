@@ -17,6 +17,8 @@ import pytest
 from serving.access.key_file import KeyFile
 from serving.proto import inference_pb2 as pb
 from serving.proto import inference_pb2_grpc as rpc
+from tests.end_to_end.test_hosts import answers as hosts_answers
+from tests.end_to_end.test_hosts import group
 from tests.end_to_end.test_killed import PATIENCE, body, figures, service_of
 from tests.support.servers import Server, free_ports, running, serve_command
 
@@ -209,6 +211,15 @@ def test_sigterm_to_the_service_lets_the_streams_of_all_processes_finish() -> No
     with running(serve_command("tiny-random", "--service-processes=2")) as server:
         asyncio.run(run(server))
         assert server.process.wait(30) == 0
+
+
+def test_the_first_of_several_hosts_has_text_processes_too() -> None:
+    """Their answers are those of a group with one process for both."""
+    with group(2, 1) as alone:
+        expected = hosts_answers(alone.leader)
+    with group(2, 1, "--service-processes=2") as several:
+        assert len(texts_of(several.leader)) == 2
+        assert hosts_answers(several.leader) == expected
 
 
 def test_a_text_process_starts_without_jax_and_stays_small() -> None:
