@@ -7,6 +7,7 @@ import asyncio
 import queue
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
@@ -58,6 +59,7 @@ class Counting:
 
     def step(self, now: float) -> list[Event]:
         self.may_step.wait(PATIENCE)
+        time.sleep(1e-4)  # as a device does: nobody reads as fast as this counts
         events = []
         for name in list(self.said):
             count, request = self.said[name], self.asked[name]
