@@ -118,7 +118,8 @@ def test_a_text_process_that_dies_ends_its_own_streams_alone(tmp_path: Path) -> 
     keys = {name: KeyFile(tmp_path / "keys.json").add(name) for name in NAMES}
     (port,) = free_ports(1)
     options = [
-        *("--service-processes=2", "--deterministic", f"--metrics-port={port}"),
+        *("--service-processes=2", "--deterministic", "--max-sequences=4"),
+        f"--metrics-port={port}",
         *(f"--keys={tmp_path / 'keys.json'}", f"--usage-db={tmp_path / 'usage.db'}"),
     ]
 
