@@ -122,7 +122,7 @@ def prefix(dtype: str, repeats: int) -> dict[str, float]:
         times = []
         for _ in range(2):
             engine.add(_request([*shared, *(dice.randrange(1000, 40000) for _ in range(20))], 1))
-            times.append(_timed(lambda: _drain(engine)))
+            times.append(timed(lambda: _drain(engine)))
         if number:  # the first warms up
             first.append(times[0])
             second.append(times[1])
@@ -215,7 +215,7 @@ def _long_prompt(engine: Engine, number: int) -> tuple[float, float, float, floa
         engine.cancel(request.id)
     _drain(engine)
     engine.add(prompt(LONG_PROMPT, 1))
-    alone = _timed(lambda: _drain(engine))
+    alone = timed(lambda: _drain(engine))
     return quiet, beside, seconds, alone
 
 
@@ -244,7 +244,7 @@ def memory_bandwidth() -> float:
         for thread in threads:
             thread.join()
 
-    return sum(array.nbytes for array in arrays) / min(_timed(read) for _ in range(5))
+    return sum(array.nbytes for array in arrays) / min(timed(read) for _ in range(5))
 
 
 def _touched(model: Transformer) -> int:
@@ -299,7 +299,7 @@ def _decode_step(engine: Engine, context: int) -> tuple[float, float]:
                 drawn[event.request_id] = drawn.get(event.request_id, 0) + 1
     for _ in range(3):
         engine.step()
-    seconds = _timed(lambda: [engine.step() for _ in range(STEPS)]) / STEPS
+    seconds = timed(lambda: [engine.step() for _ in range(STEPS)]) / STEPS
     for request in requests:
         engine.cancel(request.id)
     _drain(engine)
@@ -311,7 +311,8 @@ def _drain(engine: Engine) -> None:
         engine.step()
 
 
-def _timed(work: Callable[[], Any]) -> float:
+def timed(work: Callable[[], Any]) -> float:
+    """Returns the seconds that a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

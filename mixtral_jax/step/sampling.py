@@ -129,13 +129,12 @@ def sample(logits: FlatLogits, params: SamplingArrays, allowed: RowMasks | None 
             All ones, -1, let a row draw as it would without. None for no masks at all.
     """
     p = params
-    penalised = (p.repetition_penalty != 1) | (p.presence_penalty != 0) | (p.frequency_penalty != 0)
-    # One after the other, each skipped if no row asks.
-    scores = jax.lax.cond(jnp.any(p.biases.ids < logits.shape[-1]), _bias, _as_is, logits, p)
-    scores = jax.lax.cond(jnp.any(penalised), _penalise, _as_is, scores, p)
-    if allowed is not None:
-        scores = _mask(scores, logits, allowed)
-    tokens = jax.lax.cond(jnp.any(p.temperature > 0), _draw, _likeliest, scores, p)
+    if allowed is None:
+        # On CPU a condition copies what it passes on, so rows that ask for nothing pass none.
+        asks = jnp.any(_is_biased(logits, p) | _is_penalised(p) | (p.temperature > 0))
+        tokens = jax.lax.cond(asks, _draw_scored, _likeliest, logits, p)
+    else:
+        tokens = _draw_or_likeliest(_mask(_scored(logits, p), logits, allowed), p)
     packed = jax.lax.cond(jnp.any(p.top_logprobs >= 0), _logprobs, _no_logprobs, logits, tokens, p)
     own = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
     packed = packed.at[:, 0].set(jnp.where(jnp.isfinite(own), tokens, NO_TOKEN))
@@ -144,6 +143,30 @@ def sample(logits: FlatLogits, params: SamplingArrays, allowed: RowMasks | None 
 
 def _as_is(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:
     return logits
+
+
+def _is_biased(logits: FlatLogits, params: SamplingArrays) -> jax.Array:
+    return jnp.any(params.biases.ids < logits.shape[-1], axis=-1)
+
+
+def _is_penalised(params: SamplingArrays) -> jax.Array:
+    given = (params.presence_penalty != 0) | (params.frequency_penalty != 0)
+    return given | (params.repetition_penalty != 1)
+
+
+def _scored(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:
+    """Returns the logits with biases and penalties, each skipped if no row asks."""
+    biased = jnp.any(_is_biased(logits, params))
+    scores = jax.lax.cond(biased, _bias, _as_is, logits, params)
+    return jax.lax.cond(jnp.any(_is_penalised(params)), _penalise, _as_is, scores, params)
+
+
+def _draw_or_likeliest(scores: FlatLogits, params: SamplingArrays) -> Rows:
+    return jax.lax.cond(jnp.any(params.temperature > 0), _draw, _likeliest, scores, params)
+
+
+def _draw_scored(logits: FlatLogits, params: SamplingArrays) -> Rows:
+    return _draw_or_likeliest(_scored(logits, params), params)
 
 
 def _penalise(logits: FlatLogits, params: SamplingArrays) -> FlatLogits:

@@ -83,7 +83,7 @@ class Runner:
             with_biases=any(chunk.forbidden or chunk.sampling.logit_bias for chunk in chunks),
         )
         for group, plan in enumerate(plans):
-            _write(plan, GroupInputs(inputs, group, steps.sizes.max_sequences))
+            write(plan, GroupInputs(inputs, group, steps.sizes.max_sequences))
         self._launcher.copy_pages([plan.copies for plan in plans])
         return inputs
 
@@ -231,7 +231,7 @@ def _wanted_scores(plans: Sequence[StepPlan]) -> ScoreInputs:
     return wanted
 
 
-def _write(plan: StepPlan, inputs: GroupInputs) -> None:
+def write(plan: StepPlan, inputs: GroupInputs) -> None:
     """Writes the plan of one sequence group into the arrays of a step."""
     for chunk in plan.chunks:
         assert not chunk.guesses, "no program checks guesses"
