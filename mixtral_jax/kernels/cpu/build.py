@@ -1,10 +1,11 @@
-"""The CPU kernels' shared library: compiled from the C++ files here on first use and kept.
+"""The CPU kernels' shared library: that of the wheel, or compiled from the C++ files here and kept.
 
-`available()` compiles the form that this machine runs best (forms.py) with its C++ compiler (a few
-seconds, kept in the user's cache) and registers its functions with JAX's foreign function
-interface. Without a compiler, or with MIXTRAL_JAX_NATIVE=0 in the environment, the answer is False,
-and `kernels_for("cpu")` gives the XLA forms, which compute the same more slowly. Nothing here runs
-in a process whose model is placed on an accelerator.
+A wheel for a common platform has one file with every form (forms.py, prebuilt.py), of which
+`available()` registers the one that this machine runs best with JAX's foreign function interface.
+Without that file, or where this jax does not take it, the machine's C++ compiler makes that one
+form (some seconds, kept in the user's cache). Without a compiler, or with MIXTRAL_JAX_NATIVE=0 in
+the environment, the answer is False, and `kernels_for("cpu")` gives the XLA forms, which compute
+the same more slowly. Nothing here runs in a process whose model is placed on an accelerator.
 """
 
 import ctypes
@@ -26,6 +27,7 @@ from mixtral_jax.kernels.cpu.forms import Form, choose
 from mixtral_jax.paths import cache_folder
 
 _FOLDER = Path(__file__).parent
+SHIPPED = _FOLDER / "kernels.so"
 _FLAGS = (
     "-O3",
     "-funroll-loops",
@@ -50,7 +52,7 @@ _log = logging.getLogger(__name__)
 
 
 def available() -> bool:
-    """Compiles and registers the kernels if need be; False if this process cannot use them."""
+    """Loads and registers the kernels if need be; False if this process cannot use them."""
     return _library() is not None
 
 
@@ -66,23 +68,63 @@ def multiplies_bytes() -> bool:
     return library is not None and bool(_symbol(*library, "multiplies_bytes")())
 
 
+def description() -> str:
+    """The name of the form that runs here, and where it comes from; compiles no kernels for it."""
+    if _is_off():
+        return "xla (MIXTRAL_JAX_NATIVE=0)"
+    try:
+        if SHIPPED.exists():
+            return f"{choose(_features(ctypes.CDLL(str(SHIPPED))))[0].name} (built in)"
+        if compiler := _compiler():
+            return f"{choose(_features(_machine(compiler)))[0].name} (compiled here)"
+    except (OSError, subprocess.CalledProcessError):
+        return "xla (the kernels cannot be loaded or built)"
+    return "xla (no C++ compiler)"
+
+
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, Form] | None:
-    if os.environ.get("MIXTRAL_JAX_NATIVE") == "0":
+    return None if _is_off() else _shipped() or _compiled_here()
+
+
+def _is_off() -> bool:
+    return os.environ.get("MIXTRAL_JAX_NATIVE") == "0"
+
+
+def _shipped() -> tuple[ctypes.CDLL, Form] | None:
+    if not SHIPPED.exists():
         return None
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    try:
+        library = ctypes.CDLL(str(SHIPPED))
+        chosen = choose(_features(library))[0]
+        register(library, chosen)
+    except (OSError, jax.errors.JaxRuntimeError) as error:
+        _log.warning("the CPU kernels of this package are compiled anew: %s", _short(error))
+        return None
+    return library, chosen
+
+
+def _compiled_here() -> tuple[ctypes.CDLL, Form] | None:
+    compiler = _compiler()
     if compiler is None:
         _log.warning("no C++ compiler was found: CPU steps are several times slower; install g++")
         return None
     try:
-        chosen = choose(_features(compiler))[0]
+        chosen = choose(_features(_machine(compiler)))[0]
         library = ctypes.CDLL(str(_compiled(build_command(compiler, chosen))))
     except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        _log.warning("the CPU kernels cannot be built, steps are slower: %s", str(detail)[:500])
+        _log.warning("the CPU kernels cannot be built, steps are slower: %s", _short(error))
         return None
     register(library, chosen)
     return library, chosen
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
+def _short(error: Exception) -> str:
+    return str(getattr(error, "stderr", None) or error)[:500]
 
 
 def register(library: ctypes.CDLL, of: Form) -> None:
@@ -97,9 +139,12 @@ def _symbol(library: ctypes.CDLL, of: Form, name: str) -> Any:
     return getattr(library, f"mixtral_jax_{name}_{of.name}")
 
 
-def _features(compiler: str) -> list[str]:
-    """The words of machine.cc, which is compiled alone, before the form is known."""
-    library = ctypes.CDLL(str(_compiled([compiler, *_FLAGS, str(_FOLDER / "machine.cc")])))
+def _machine(compiler: str) -> ctypes.CDLL:
+    """A library of machine.cc alone, which says what the compiler of the kernels must be told."""
+    return ctypes.CDLL(str(_compiled([compiler, *_FLAGS, str(_FOLDER / "machine.cc")])))
+
+
+def _features(library: ctypes.CDLL) -> list[str]:
     library.mixtral_jax_features.restype = ctypes.c_char_p
     return library.mixtral_jax_features().decode().split()
 
