@@ -9,6 +9,8 @@ MODEL ?= smollm2-135m-instruct
 PORT ?= 8000
 GRPC_PORT ?= 50051
 ARGS ?=
+# The processors that `make dist` makes wheels for, with the CPU kernels in them.
+MACHINES ?= x86_64 aarch64
 LIBRARY_TESTS ?= tests/mixtral_jax/kernels tests/mixtral_jax/model tests/mixtral_jax/step \
 	tests/mixtral_jax/checkpoint tests/mixtral_jax/tokenization tests/mixtral_jax/test_*.py tests/convert
 
@@ -80,18 +82,28 @@ docs: $(VENV)/.tested ## Build the pages of docs/ into build/docs; a dead link o
 	COLUMNS=96 TERM=dumb TYPER_USE_RICH=0 $(BIN)/python -m serving.gateway --help > build/commands/serving.gateway.txt
 	$(BIN)/zensical build --strict --clean
 
-dist: $(VENV)/.tested ## Build the source distribution and the wheel into dist/
-	rm -rf dist build/lib
-	PIP_CONSTRAINT= $(BIN)/python -m build --outdir dist .
+dist: $(VENV)/.tested ## Build the source distribution, and a wheel for each of MACHINES, into dist/
+	rm -rf dist build/sdist && mkdir -p build/sdist
+	PIP_CONSTRAINT= $(BIN)/python -m build --sdist --outdir dist .
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1
+	@set -e; for machine in $(MACHINES); do \
+		library=$(CURDIR)/build/kernels/$$machine-linux.so; \
+		$(BIN)/python -m mixtral_jax.kernels.cpu.prebuilt $$machine-linux $$library; \
+		rm -rf build/sdist/build; \
+		PIP_CONSTRAINT= MIXTRAL_JAX_WHEEL_LIBRARY=$$library \
+			MIXTRAL_JAX_WHEEL_PLATFORM=manylinux_2_17_$$machine.manylinux2014_$$machine \
+			$(BIN)/python -m build --wheel --outdir dist build/sdist; \
+		$(BIN)/auditwheel show dist/*_$$machine.whl | tee /dev/stderr | grep -q manylinux_2_17; done
 
+smoke: MACHINES = $(shell uname -m)
 smoke: dist ## Install the wheel into an empty environment elsewhere and use it there (SMOKE_PYTHON=)
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		$(SMOKE_PYTHON) -m venv "$$folder/venv" && \
 		"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-			-c constraints.txt dist/*.whl && \
+			-c constraints.txt dist/*_$(MACHINES).whl && \
 		cp tests/repository/smoke.py "$$folder" && cd "$$folder" && \
-		env -u PYTHONPATH JAX_PLATFORMS=cpu MIXTRAL_JAX_CACHE="$$folder/cache" \
-			venv/bin/python -P smoke.py
+		env -u PYTHONPATH -u CXX PATH="$$folder/venv/bin" JAX_PLATFORMS=cpu \
+			MIXTRAL_JAX_CACHE="$$folder/cache" venv/bin/python -P smoke.py
 
 bench: $(VENV)/.tested checkpoints/smollm2-135m-instruct-int8/config.json ## Measure the engine and write the table of speeds in docs/numbers.md; peers must be installed
 	$(BIN)/python -m benchmarks.speed_table $(ARGS)

@@ -43,6 +43,8 @@ class Settings:
 
     debug: bool = False
     """Show the tracebacks of the user's errors too."""
+    about: Callable[[], str] | None = None
+    """Returns what --version prints behind the version, in lines of its own."""
 
 
 def command(run: Callable[[dict[str, Any]], None], flags: Sequence[Flag]) -> Callable[..., None]:
@@ -71,9 +73,11 @@ def command(run: Callable[[dict[str, Any]], None], flags: Sequence[Flag]) -> Cal
     return called
 
 
-def _show_version(wanted: bool | None) -> None:
+def _show_version(context: typer.Context, wanted: bool | None) -> None:
     if wanted:
         print(f"{NAME} {version(NAME)}")
+        if about := context.ensure_object(Settings).about:
+            print(about())
         raise typer.Exit
 
 
@@ -105,6 +109,7 @@ def run(
     arguments: Sequence[str] | None = None,
     errors: Errors = USER_ERRORS,
     program: str = NAME,
+    about: Callable[[], str] | None = None,
 ) -> int:
     """Runs an application and returns its exit status.
 
@@ -113,8 +118,9 @@ def run(
         arguments: Its command line; by default that of this process.
         errors: Classes of errors whose messages are for the user.
         program: Name of the program in its help.
+        about: Returns what --version prints behind the version.
     """
-    settings = Settings()
+    settings = Settings(about=about)
 
     def work() -> object:
         return app(arguments, prog_name=program, obj=settings, standalone_mode=False)

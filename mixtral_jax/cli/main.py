@@ -28,10 +28,17 @@ app.add_typer(keys.app, name="keys")
 app.callback()(flags_of_all)
 
 
+def _kernels() -> str:
+    """The line of --version that names the CPU kernels which run here."""
+    from mixtral_jax.kernels.cpu import build
+
+    return f"kernels for CPU: {build.description()}"
+
+
 def main() -> None:
     """Runs the command and ends the process with its status."""
     logging.basicConfig(level=logging.WARNING, format="mixtral-jax: %(message)s")
-    sys.exit(run(app, errors=(UserError, *USER_ERRORS)))
+    sys.exit(run(app, errors=(UserError, *USER_ERRORS), about=_kernels))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ or a card's compute capability, decides what is computed how. Modules hold the r
 functions. Each maker is a folder beside this file:
 
     xla   any backend; the meaning of each operation, to which tests hold the others
-    cpu   C++ by JAX's foreign function interface, where a compiler is there; else xla
+    cpu   C++ by JAX's foreign function interface, from the wheel or compiled here; else xla
     gpu   Mosaic GPU, or Pallas by way of Triton before jax 0.12: see gpu/form.py
     tpu   JAX's own collection of kernels, and ours: a grouped product, and attention over pages of
           small numbers
@@ -100,6 +100,8 @@ class Kernels:
     # Heads of a multiple of so many values give a row the same bits whatever runs beside it;
     # None where that is not promised.
     deterministic_heads: int | None
+    # On CPU, the form of the C++ kernels (cpu/forms.py), and "xla" where they are not there.
+    isa: str | None = None
 
     def __repr__(self) -> str:
         return f"Kernels({self.platform!r})"  # every layer of a printed model has them
@@ -153,7 +155,8 @@ def kernels_for(
     "xla" gives the forms that any backend computes. With `multiplies_fp8`, rows that meet fp8
     weights are rounded to fp8 too. `capability` is the compute capability of an NVIDIA card, and
     None for one of AMD's; other platforms have none. Raises ValueError for another name. On CPU the
-    kernels are compiled here, if they were not before; no other platform compiles C++.
+    kernels are loaded here, and compiled where the wheel had none for this machine; no other
+    platform loads C++.
     """
     kernels = _kernels_for(platform, capability)
     if not multiplies_fp8:
@@ -220,8 +223,9 @@ def _cpu(oracle: Kernels) -> Kernels:
     from mixtral_jax.kernels.cpu import attention, build, low_rank, order, products
     from mixtral_jax.kernels.xla import blockwise
 
-    plain = replace(oracle, platform="cpu", full_attention=blockwise.full_attention)
-    if not build.available():
+    plain = replace(oracle, platform="cpu", full_attention=blockwise.full_attention, isa="xla")
+    form = build.form()
+    if form is None:
         return plain
     return replace(
         plain,
@@ -234,6 +238,7 @@ def _cpu(oracle: Kernels) -> Kernels:
         after=order.after,
         differentiable=plain.differentiable - {"add_low_rank"},
         deterministic_heads=attention.LANES,
+        isa=form.name,
     )
 
 

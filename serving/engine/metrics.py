@@ -198,6 +198,15 @@ class Metrics:
             _EngineFigures(scheduler, compilations, failed_steps, self._model_name)
         )
 
+    def tell_kernels(self, isa: str) -> None:
+        """Adds the form of the CPU kernels that run; to be called once, and on CPU only."""
+        Gauge(
+            "mixtral_cpu_kernels_info",
+            "The instruction set of the CPU kernels that run, in its label isa; always 1.",
+            [_LABEL, "isa"],
+            registry=self.registry,
+        ).labels(self._model_name, isa).set(1)
+
     def text(self) -> bytes:
         """Returns all figures in Prometheus' text format."""
         return generate_latest(self.registry)

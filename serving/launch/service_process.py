@@ -329,6 +329,9 @@ def _build(
     compilations = CompilationCount(apart=THREAD)
     engine.on_step = metrics.stepped
     metrics.watch(engine.scheduler, lambda: compilations.value, lambda: engine.num_failures)
+    if isa := prepared.model.placement.kernels.isa:
+        metrics.tell_kernels(isa)
+        _say(f"kernels for CPU: {isa}")
     DeviceMemory(prepared.model, prepared.steps, metrics.registry)
     return _Built(
         worker,

@@ -5,6 +5,8 @@ command without its extra says which one to install.
 """
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata, resources
@@ -12,7 +14,7 @@ from pathlib import Path
 
 PROMPT = "Once upon a time"
 DATA = {
-    "mixtral_jax": ["py.typed", "kernels/cpu/*.cc", "kernels/cpu/*.h"],
+    "mixtral_jax": ["py.typed", "kernels/cpu/*.cc", "kernels/cpu/*.h", "kernels/cpu/kernels.so"],
     "convert.quantize": ["calibration.txt"],
     "serving": ["proto/*.proto", "proto/*.pyi", "gateway/page/index.html", "gateway/page/*.js"],
 }
@@ -53,10 +55,43 @@ def check_the_library() -> None:
     print(f"generated {texts[0]!r} with jax {jax.__version__}")
 
 
-def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def command(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Runs the installed `mixtral-jax`."""
     path = Path(sys.executable).with_name("mixtral-jax")
-    return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=300)
+    given = {**os.environ, **environment}
+    return subprocess.run(
+        [path, *arguments], capture_output=True, text=True, timeout=300, env=given
+    )
+
+
+def check_the_kernels() -> None:
+    """Holds that the wheel's kernels run without a compiler, and that XLA does without them."""
+    import mixtral_jax
+    from mixtral_jax.kernels.cpu import build
+
+    assert not any(map(shutil.which, ("c++", "g++", "clang++", "cc"))), "a compiler is in PATH"
+    form = build.form()
+    assert form is not None, "the wheel's library is not used"
+    first, line = command("--version").stdout.splitlines()
+    assert first == f"mixtral-jax {mixtral_jax.__version__}"
+    assert line == f"kernels for CPU: {form.name} (built in)", line
+    least = {"x86_64": "portable", "aarch64": "neon"}[os.uname().machine]
+    assert f" {least} (built in)" in command("--version", MIXTRAL_JAX_ISA=least).stdout
+    wrong = command("--version", MIXTRAL_JAX_ISA="mmx")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1, wrong
+    assert "MIXTRAL_JAX_ISA=mmx" in wrong.stderr and form.name in wrong.stderr, wrong
+
+    away = build.SHIPPED.with_name("away.so")
+    build.SHIPPED.rename(away)
+    try:
+        assert "xla (no C++ compiler)" in command("--version").stdout
+        code = "from mixtral_jax.kernels import kernels_for; print(kernels_for('cpu').isa)"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert out.stdout == "xla\n", out
+        assert out.stderr.count("\n") == 1 and "no C++ compiler was found" in out.stderr, out
+    finally:
+        away.rename(build.SHIPPED)
+    print(f"kernels: {form.name}")
 
 
 def check_the_command() -> None:
@@ -77,6 +112,7 @@ def check_the_command() -> None:
 
 if __name__ == "__main__":
     check_installed_outside_the_repository()
+    check_the_kernels()
     check_the_library()
     check_the_command()
     print(f"ok on Python {sys.version.split()[0]}")

@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,9 @@ def description() -> str:
         return "xla (MIXTRAL_JAX_NATIVE=0)"
     try:
         if SHIPPED.exists():
-            return f"{choose(_features(ctypes.CDLL(str(SHIPPED))))[0].name} (built in)"
+            return f"{choose(features_of(ctypes.CDLL(str(SHIPPED))))[0].name} (built in)"
         if compiler := _compiler():
-            return f"{choose(_features(_machine(compiler)))[0].name} (compiled here)"
+            return f"{choose(features_of(_machine(compiler)))[0].name} (compiled here)"
     except (OSError, subprocess.CalledProcessError):
         return "xla (the kernels cannot be loaded or built)"
     return "xla (no C++ compiler)"
@@ -96,7 +96,7 @@ def _shipped() -> tuple[ctypes.CDLL, Form] | None:
         return None
     try:
         library = ctypes.CDLL(str(SHIPPED))
-        chosen = choose(_features(library))[0]
+        chosen = choose(features_of(library))[0]
         register(library, chosen)
     except (OSError, jax.errors.JaxRuntimeError) as error:
         _log.warning("the CPU kernels of this package are compiled anew: %s", _short(error))
@@ -110,7 +110,7 @@ def _compiled_here() -> tuple[ctypes.CDLL, Form] | None:
         _log.warning("no C++ compiler was found: CPU steps are several times slower; install g++")
         return None
     try:
-        chosen = choose(_features(_machine(compiler)))[0]
+        chosen = choose(features_of(_machine(compiler)))[0]
         library = ctypes.CDLL(str(_compiled(build_command(compiler, chosen))))
     except (OSError, subprocess.CalledProcessError) as error:
         _log.warning("the CPU kernels cannot be built, steps are slower: %s", _short(error))
@@ -144,7 +144,8 @@ def _machine(compiler: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(_compiled([compiler, *_FLAGS, str(_FOLDER / "machine.cc")])))
 
 
-def _features(library: ctypes.CDLL) -> list[str]:
+def features_of(library: ctypes.CDLL) -> list[str]:
+    """The words of machine.cc about this machine; `library` is any that holds it."""
     library.mixtral_jax_features.restype = ctypes.c_char_p
     return library.mixtral_jax_features().decode().split()
 
@@ -159,14 +160,19 @@ def build_command(compiler: str, of: Form) -> list[str]:
     return [compiler, *flags, "-isystem", jax.ffi.include_dir(), *sources]
 
 
-def _compiled(command: Sequence[str]) -> Path:
-    """The library that a command makes, compiled unless it was made of the same files before."""
+def digest(words: Iterable[str]) -> str:
+    """A name for what is made of the C++ files of this folder, as they are now, and of words."""
     key = hashlib.sha256()
     for source in sorted([*_FOLDER.glob("*.cc"), *_FOLDER.glob("*.h")]):
         key.update(source.name.encode() + source.read_bytes())
-    for word in (*command, jax.__version__, platform.machine()):
+    for word in (*words, jax.__version__, platform.machine()):
         key.update(word.encode())
-    library = cache_folder() / "native" / f"{key.hexdigest()[:32]}.so"
+    return key.hexdigest()[:32]
+
+
+def _compiled(command: Sequence[str]) -> Path:
+    """The library that a command makes, compiled unless it was made of the same files before."""
+    library = cache_folder() / "native" / f"{digest(command)}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:

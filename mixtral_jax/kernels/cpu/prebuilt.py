@@ -11,17 +11,23 @@ would then run in the form for AVX2. So each file of a form is compiled to assem
 symbol but the form's own handlers is made local before it is assembled.
 """
 
+import fcntl
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
+from mixtral_jax.kernels.cpu.build import digest
 from mixtral_jax.kernels.cpu.forms import Form, forms_of
+from mixtral_jax.paths import cache_folder
 
 _FOLDER = Path(__file__).parent
 # Files that are the same in every form, compiled for any processor of their kind.
@@ -34,31 +40,52 @@ TARGETS = {
 _COMPILER = (sys.executable, "-m", "ziglang", "c++")
 _FLAGS = (
     *("-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-    *("-fno-sanitize=all", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-psabi", "-Wno-unused-command-line-argument"),
+    *(
+        "-fno-sanitize=all",
+        "-Wall",
+        "-Wextra",
+        "-Wshadow",
+        "-Werror",
+        "-Wno-psabi",
+        "-Wno-unused-command-line-argument",
+    ),
 )
 
 
-def build(target: str, library: Path) -> None:
-    """Compiles and links all forms for a target, one of TARGETS, into `library`."""
+def build(target: str) -> Path:
+    """Compiles and links all forms for a target, one of TARGETS; kept in the user's cache."""
     machine = target.partition("-")[0]
     base = [*_COMPILER, "-target", TARGETS[target], *_FLAGS, "-isystem", jax.ffi.include_dir()]
+    words = [version("ziglang"), Path(__file__).read_text(encoding="utf-8"), *base[3:]]
+    words += [word for form in forms_of(machine) for word in (*form.flags, *form.definitions)]
+    folder = cache_folder() / "native"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{digest(words)}.so"
+    with (folder / f"{target}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                _link(base, machine, Path(place)).rename(library)
+    return library
+
+
+def _link(base: list[str], machine: str, folder: Path) -> Path:
     of_forms = [file for file in sorted(_FOLDER.glob("*.cc")) if file.name not in SHARED]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
-        here = Path(folder)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
         jobs = [
-            threads.submit(_shared, base, _FOLDER / name, here / f"{name}.o") for name in SHARED
+            threads.submit(_shared, base, _FOLDER / name, folder / f"{name}.o") for name in SHARED
         ]
         jobs += [
-            threads.submit(_of_a_form, base, form, file, here / f"{form.name}-{file.stem}.o")
+            threads.submit(_of_a_form, base, form, file, folder / f"{form.name}-{file.stem}.s")
             for form in forms_of(machine)
             for file in of_forms
         ]
-        objects = [job.result() for job in jobs]
-        exports = here / "exports"
-        exports.write_text("{ global: mixtral_jax_*; local: *; };\n", encoding="utf-8")
-        library.parent.mkdir(parents=True, exist_ok=True)
-        link = [*base[:6], "-shared", "-s", f"-Wl,--version-script={exports}", *objects]
-        _run([*link, "-o", str(library)])
+        parts = [job.result() for job in jobs]
+    exports, library = folder / "exports", folder / "kernels.so"
+    exports.write_text("{ global: mixtral_jax_*; local: *; };\n", encoding="utf-8")
+    link = [*base[:6], "-shared", f"-Wl,--version-script={exports}", *parts]
+    _run([*link, "-o", str(library)])
+    return library
 
 
 def _shared(base: list[str], source: Path, made: Path) -> str:
@@ -67,11 +94,11 @@ def _shared(base: list[str], source: Path, made: Path) -> str:
 
 
 def _of_a_form(base: list[str], form: Form, source: Path, made: Path) -> str:
-    assembly = made.with_suffix(".s")
-    _run([*base, *_flags_of(form), *form.definitions, "-S", str(source), "-o", str(assembly)])
-    text = assembly.read_text(encoding="utf-8")
-    assembly.write_text(localized(text, f"mixtral_jax_\\w+_{form.name}"), encoding="utf-8")
-    _run([*base[:6], "-c", str(assembly), "-o", str(made)])
+    _run([*base, *_flags_of(form), *form.definitions, "-S", str(source), "-o", str(made)])
+    text = made.read_text(encoding="utf-8")
+    # Local symbols stand behind the name of their file: a test asks it for their form.
+    text = re.sub(r'^\s*\.file\s+"[^"]+"$', f'\t.file "{form.name}"', text, count=1, flags=re.M)
+    made.write_text(localized(text, f"mixtral_jax_\\w+_{form.name}"), encoding="utf-8")
     return str(made)
 
 
@@ -114,4 +141,6 @@ def _run(command: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    build(sys.argv[1], Path(sys.argv[2]))
+    _destination = Path(sys.argv[2])
+    _destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(build(sys.argv[1]), _destination)

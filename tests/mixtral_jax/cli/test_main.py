@@ -154,7 +154,9 @@ def test_debug_shows_where_an_error_of_the_user_was_raised() -> None:
 
 def test_version() -> None:
     out = mixtral_jax("--version")
-    assert (out.returncode, out.stdout) == (0, f"mixtral-jax {version('mixtral-jax')}\n")
+    first, second = out.stdout.splitlines()
+    assert (out.returncode, first) == (0, f"mixtral-jax {version('mixtral-jax')}")
+    assert second.startswith("kernels for CPU: ")
 
 
 def test_a_wrong_flag_is_one_line_that_names_it() -> None:

@@ -172,6 +172,12 @@ def test_a_choice_that_ended_in_figures() -> None:
     assert reasons == {"stop": 1, "length": 0, "abort": 2, "error": 0}
 
 
+def test_the_form_of_the_kernels_is_a_label() -> None:
+    metrics = Metrics("m")
+    metrics.tell_kernels("avx2")
+    assert b'mixtral_cpu_kernels_info{isa="avx2",model_name="m"} 1.0\n' in metrics.text()
+
+
 def test_every_metric_is_documented(running: Running) -> None:
     documented = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
     families = {
@@ -180,6 +186,7 @@ def test_every_metric_is_documented(running: Running) -> None:
         if not name.endswith("_created")
     }
     families |= {"vllm:request_success_total"}
-    families |= {"vllm:cache_config_info"}  # which has labels of its own
-    assert len(families) == 30
+    # These have labels of their own.
+    families |= {"vllm:cache_config_info", "mixtral_cpu_kernels_info"}
+    assert len(families) == 31
     assert not {name for name in families if f"`{name}`" not in documented}
