@@ -83,7 +83,7 @@ def _link(base: list[str], machine: str, folder: Path) -> Path:
         parts = [job.result() for job in jobs]
     exports, library = folder / "exports", folder / "kernels.so"
     exports.write_text("{ global: mixtral_jax_*; local: *; };\n", encoding="utf-8")
-    link = [*base[:6], "-shared", f"-Wl,--version-script={exports}", *parts]
+    link = [*base[:6], "-O3", "-shared", "-Wl,-S", f"-Wl,--version-script={exports}", *parts]
     _run([*link, "-o", str(library)])
     return library
 
