@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -177,16 +178,23 @@ def test_int8_products_have_the_bits_of_the_least_form(registered: list[str], ro
 
 @needs_zig
 @pytest.mark.slow
-def test_every_form_passes_the_tests_of_the_kernels(shipped: Path, features: list[str]) -> None:
+def test_every_form_passes_the_tests_of_the_kernels(
+    shipped: Path, features: list[str], tmp_path: Path
+) -> None:
     """The tests of test_cpu.py with each form that runs here, from the wheel's library."""
-    code = (
-        "import sys, pathlib, pytest; from mixtral_jax.kernels.cpu import build; "
-        f"build.SHIPPED = pathlib.Path({str(shipped)!r}); "
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {str(HERE / 'test_cpu.py')!r}]))"
+    (tmp_path / "as_installed.py").write_text(
+        "import pathlib\ndef pytest_configure(config):\n"
+        "    from mixtral_jax.kernels.cpu import build\n"
+        f"    build.SHIPPED = pathlib.Path({str(shipped)!r})\n",
+        encoding="utf-8",
     )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "as_installed"]
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     for form in supported(features):
-        environment = {**build.os.environ, "MIXTRAL_JAX_ISA": form.name}
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+            [*command, str(HERE / "test_cpu.py")],
+            capture_output=True,
+            text=True,
+            env={**given, "MIXTRAL_JAX_ISA": form.name, "CXX": "no-compiler"},
         )
         assert done.returncode == 0, f"{form.name}\n{done.stdout[-4000:]}"
