@@ -76,7 +76,7 @@ def description() -> str:
         if SHIPPED.exists():
             return f"{choose(features_of(ctypes.CDLL(str(SHIPPED))))[0].name} (built in)"
         if compiler := _compiler():
-            return f"{choose(features_of(_machine(compiler)))[0].name} (compiled here)"
+            return f"{choose(_features(compiler))[0].name} (compiled here)"
     except (OSError, subprocess.CalledProcessError):
         return "xla (the kernels cannot be loaded or built)"
     return "xla (no C++ compiler)"
@@ -110,7 +110,7 @@ def _compiled_here() -> tuple[ctypes.CDLL, Form] | None:
         _log.warning("no C++ compiler was found: CPU steps are several times slower; install g++")
         return None
     try:
-        chosen = choose(features_of(_machine(compiler)))[0]
+        chosen = choose(_features(compiler))[0]
         library = ctypes.CDLL(str(_compiled(build_command(compiler, chosen))))
     except (OSError, subprocess.CalledProcessError) as error:
         _log.warning("the CPU kernels cannot be built, steps are slower: %s", _short(error))
@@ -142,6 +142,10 @@ def _symbol(library: ctypes.CDLL, of: Form, name: str) -> Any:
 def _machine(compiler: str) -> ctypes.CDLL:
     """A library of machine.cc alone, which says what the compiler of the kernels must be told."""
     return ctypes.CDLL(str(_compiled([compiler, *_FLAGS, str(_FOLDER / "machine.cc")])))
+
+
+def _features(compiler: str) -> list[str]:
+    return features_of(_machine(compiler))
 
 
 def features_of(library: ctypes.CDLL) -> list[str]:
