@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -27,13 +27,15 @@ class _Files(build_py):
             shutil.copyfile(_LIBRARY, folder / "kernels.so")
 
 
-class _Wheel(bdist_wheel):
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = self.root_is_pure and not _LIBRARY
+class _Package(Distribution):
+    def has_ext_modules(self) -> bool:
+        # Files for one platform stand in another folder of a wheel than those for any.
+        return bool(_LIBRARY) or super().has_ext_modules()
 
+
+class _Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", _PLATFORM) if _LIBRARY and _PLATFORM else super().get_tag()
 
 
-setup(cmdclass={"build_py": _Files, "bdist_wheel": _Wheel})
+setup(distclass=_Package, cmdclass={"build_py": _Files, "bdist_wheel": _Wheel})

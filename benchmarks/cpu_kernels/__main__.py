@@ -99,7 +99,7 @@ def main(
     """Measure the kernels of every form that runs here beside the machine's limits."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        raise ConfigError("no C++ compiler was measurements; install g++")
+        raise ConfigError("no C++ compiler was found; install g++")
     runnable = supported(build._features(compiler))
     names = forms.split(",") if forms else [form.name for form in runnable]
     if unknown := set(names) - {form.name for form in runnable}:
