@@ -65,8 +65,15 @@ def build(target: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=folder) as place:
-                _link(base, machine, Path(place)).rename(library)
+                made = _link(base, machine, Path(place))
+                with_symbols(made).rename(with_symbols(library))
+                made.rename(library)
     return library
+
+
+def with_symbols(library: Path) -> Path:
+    """The same library with the names of all functions, for those who look at its code."""
+    return library.with_suffix(".symbols")
 
 
 def _link(base: list[str], machine: str, folder: Path) -> Path:
@@ -83,8 +90,9 @@ def _link(base: list[str], machine: str, folder: Path) -> Path:
         parts = [job.result() for job in jobs]
     exports, library = folder / "exports", folder / "kernels.so"
     exports.write_text("{ global: mixtral_jax_*; local: *; };\n", encoding="utf-8")
-    link = [*base[:6], "-O3", "-shared", "-Wl,-S", f"-Wl,--version-script={exports}", *parts]
-    _run([*link, "-o", str(library)])
+    link = [*base[:6], "-O3", "-shared", f"-Wl,--version-script={exports}", *parts]
+    _run([*link, "-o", str(with_symbols(library))])
+    _run([*link, "-Wl,-S", "-o", str(library)])
     return library
 
 

@@ -112,14 +112,15 @@ def places(library: Path) -> list[tuple[int, str]]:
 @pytest.mark.skipif(MACHINE != "x86_64", reason="registers of another processor")
 def test_no_form_has_code_of_another(shipped: Path) -> None:
     """Wide registers are in wide forms only, and no call leads from one form into another."""
-    starts, forms = zip(*places(shipped), strict=True)
+    library = prebuilt.with_symbols(shipped)
+    starts, forms = zip(*places(library), strict=True)
     assert {form.name for form in forms_of(MACHINE)} < set(forms)
 
     def form_at(address: int) -> str:
         return forms[int(np.searchsorted(starts, address, "right")) - 1]
 
     code = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", shipped], capture_output=True, text=True, check=True
+        ["objdump", "-d", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
     )
     wide, calls = set(), 0
     for line in code.stdout.splitlines():
@@ -177,7 +178,7 @@ def test_int8_products_have_the_bits_of_the_least_form(registered: list[str], ro
 
 
 @needs_zig
-@pytest.mark.slow
+@pytest.mark.soak  # a minute for each form; the driver of test_cpu_build.py compares them in CI
 def test_every_form_passes_the_tests_of_the_kernels(
     shipped: Path, features: list[str], tmp_path: Path
 ) -> None:
