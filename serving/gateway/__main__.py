@@ -69,9 +69,9 @@ def _serve(given: dict[str, Any]) -> None:
     A signal ends it with status 0 when running answers have finished, or after --drain-seconds.
     """
     access = record(AccessConfig, given, admits_gateway=False)
+    door = access.access()
     config = record(GatewayConfig, given, gateway_key=access.key_for_service())
     http = record(HttpLimits, given)
-    door = access.access()
     if Member.is_this():
         _serve_at(access, door, config, http_share(http, config.gateway_processes), Member(config))
     elif config.gateway_processes > 1:
