@@ -167,11 +167,9 @@ class LedgerServer:
                 case ["settle", number, values]:
                     process.used.pop(number, None)
                     process.tabs.pop(number).settle(None if values is None else Used(*values))
-                case ["begin", number, name, limits]:
+                case [("begin" | "open") as kind, number, name, limits]:
                     process.tabs[number] = self._accounts.open(caller_of(name, limits))
-                case ["open", number, name, limits]:
-                    process.tabs[number] = self._accounts.open(caller_of(name, limits))
-                    return ()
+                    return () if kind == "open" else None
                 case ["enter", number, count, running]:
                     process.tabs[number].enter(count, running)
                     return ()

@@ -135,9 +135,7 @@ class Pipe:
         try:
             while (write := self._outgoing.get()) is not None:
                 self._end.sendall(framed(write()))
-        except TimeoutError:
-            self._close("it does not read what it is sent")
-        except BlockingIOError:  # SO_SNDTIMEO has passed
+        except (TimeoutError, BlockingIOError):  # SO_SNDTIMEO has passed
             self._close("it does not read what it is sent")
         except OSError:
             self._close("it has gone")
