@@ -1,4 +1,8 @@
-"""The servers that are measured, ours and the peers: started, idle between their turns, ended.
+"""The servers that are measured, ours and the peers: started, stopped between their turns, ended.
+
+A peer that is not being measured is halted (SIGSTOP), because an idle one may still take a core:
+vLLM's worker polls its queue without a pause, and threads of OpenMP spin. Ours sleeps when it is
+idle, so it is left running.
 
 Peers are set up as their own documentation advises for a CPU: all cores, both dtypes where they
 have two, vLLM with the allocator and the threads it asks for as far as they are installed. vLLM by
@@ -9,12 +13,15 @@ use all, unless VLLM_CPU_OMP_THREADS_BIND is set: `auto` is its own choice.
 import ctypes.util
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.peers.environments import Environments
 from serving.bench.load import Answer, Endpoint, Level, measure, summary
@@ -86,6 +93,28 @@ def over_http(name: str, endpoint: Endpoint) -> Contender:
 
 
 @contextmanager
+def _halted(contender: Contender, process: "subprocess.Popen[Any]") -> Iterator[Contender]:
+    """The same contender, whose processes run while it is measured and stand still otherwise."""
+    tree = psutil.Process(process.pid)
+
+    def send(number: signal.Signals) -> None:
+        for one in (tree, *tree.children(recursive=True)):
+            one.send_signal(number)
+
+    def measure_load(load: Load) -> Level:
+        send(signal.SIGCONT)
+        try:
+            return contender.measure(load)
+        finally:
+            send(signal.SIGSTOP)
+
+    try:
+        yield Contender(contender.name, measure_load)
+    finally:
+        send(signal.SIGCONT)  # so that it can end
+
+
+@contextmanager
 def _vllm(setting: Setting, dtype: str) -> Iterator[Contender]:
     [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}"
@@ -102,8 +131,11 @@ def _vllm(setting: Setting, dtype: str) -> Iterator[Contender]:
         "HF_HUB_OFFLINE": "1",
         "LD_PRELOAD": ":".join(_preloads(setting.environments)),
     }
-    with started(command, f"{url}/health", environment=environment):
-        yield over_http(f"vllm {dtype}", Endpoint(url=url, model="default"))
+    with (
+        started(command, f"{url}/health", environment=environment) as process,
+        _halted(over_http(f"vllm {dtype}", Endpoint(url=url, model="default")), process) as halted,
+    ):
+        yield halted
 
 
 def _preloads(environments: Environments) -> list[str]:
@@ -123,8 +155,11 @@ def _llama(setting: Setting) -> Iterator[Contender]:
     command += ["--ctx-size", str(setting.clients * setting.context)]
     # Otherwise slots are copied aside for prompts that do not come again.
     command += ["--cache-ram", "0"]
-    with started(command, f"{url}/health"):
-        yield over_http("llama.cpp", Endpoint(url=url))
+    with (
+        started(command, f"{url}/health") as process,
+        _halted(over_http("llama.cpp", Endpoint(url=url)), process) as halted,
+    ):
+        yield halted
 
 
 @contextmanager

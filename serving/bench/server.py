@@ -26,7 +26,7 @@ def started(
     *,
     environment: Mapping[str, str] | None = None,
     timeout: float = 900.0,
-) -> Iterator[None]:
+) -> Iterator["subprocess.Popen[bytes]"]:
     """Runs a server until the block ends; enters the block when the URL `ready` answers with 200.
 
     Args:
@@ -59,7 +59,7 @@ def started(
                     printed = log.read().decode(errors="replace").strip()[-2000:]
                     raise BenchError(f"{command[0]} did not start; it said:\n{printed}")
                 time.sleep(0.2)
-            yield
+            yield process
         finally:
             stop(process)
 

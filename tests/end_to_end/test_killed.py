@@ -1,6 +1,7 @@
 """Clients that vanish and processes that die, by real signals, under a real server's load."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import random
@@ -14,8 +15,12 @@ import httpx
 import psutil
 import pytest
 
+from mixtral_jax.checkpoint.pretrained import save
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from serving.access.key_file import KeyFile
 from tests.support import lost_device, poison
+from tests.support.models import model_of
 from tests.support.servers import Server, free_ports, running, serve_command
 
 pytestmark = pytest.mark.slow
@@ -206,7 +211,7 @@ class Callers:
         assert told == self.counted
 
 
-TOKENS = 450  # of each stream, more than come before the signal
+TOKENS = 3000  # of each stream, more than come before the signal
 # The signal, and the seconds after which all streams must have ended: steps may take 5 s.
 WAYS = {
     "killed": (signal.SIGKILL, 2.0),
@@ -225,6 +230,10 @@ def test_a_service_that_dies_or_stands_still_ends_32_streams_and_comes_back(
     options = [f"--keys={tmp_path / 'keys.json'}", "--usage-db=:memory:", "--step-timeout=5"]
     (tmp_path / "path").mkdir()
     variables = lost_device.environment_for(tmp_path / "path")
+    tokenizer = ByteTokenizer()
+    config = ModelConfig.tiny(vocab_size=tokenizer.vocab_size)
+    long = dataclasses.replace(config, sliding_window=None, max_context=TOKENS + 100)
+    save(model_of(long), tokenizer, tmp_path / "model")
 
     async def run(server: Server) -> None:
         callers = Callers(server, keys)
@@ -250,7 +259,7 @@ def test_a_service_that_dies_or_stands_still_ends_32_streams_and_comes_back(
                 print(f"{way}: back after {time.monotonic() - began:.1f} s")
                 await callers.check_ledger()
 
-    with running(serve_command("tiny-random", *options), **variables) as server:
+    with running(serve_command(tmp_path / "model", *options), **variables) as server:
         asyncio.run(run(server))
 
 

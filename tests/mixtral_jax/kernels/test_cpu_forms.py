@@ -1,5 +1,6 @@
 """Each form of the CPU kernels: chosen by what a machine has, apart from the others, and right."""
 
+import bisect
 import ctypes
 import importlib.util
 import os
@@ -117,7 +118,7 @@ def test_no_form_has_code_of_another(shipped: Path) -> None:
     assert {form.name for form in forms_of(MACHINE)} < set(forms)
 
     def form_at(address: int) -> str:
-        return forms[int(np.searchsorted(starts, address, "right")) - 1]
+        return forms[bisect.bisect_right(starts, address) - 1]
 
     code = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
