@@ -2,8 +2,8 @@
 
 The same prompts and answer lengths, the same weights, the same machine, in turn: for each peer and
 each number of clients, ours and each variant of the peer are measured one after the other,
-`--repeats` times. A peer that is not being measured stands still. Prints medians, and the median of the
-ratios within each turn; above 1 ours is the faster one. Every run goes to the JSON file.
+`--repeats` times. A peer that is not being measured stands still. Prints medians, and the median of
+the ratios within each turn; above 1 ours is the faster one. Every run goes to the JSON file.
 
     --install       makes what is missing of the peers' environments (llama.cpp compiles for about
                     15 minutes) in ~/.cache/mixtral-jax/peers, or in --envs
