@@ -93,13 +93,13 @@ def over_http(name: str, endpoint: Endpoint) -> Contender:
 
 
 @contextmanager
-def _halted(contender: Contender, process: "subprocess.Popen[Any]") -> Iterator[Contender]:
+def _halted(contender: Contender, server: "subprocess.Popen[Any]") -> Iterator[Contender]:
     """The same contender, whose processes run while it is measured and stand still otherwise."""
-    tree = psutil.Process(process.pid)
+    tree = psutil.Process(server.pid)
 
     def send(number: signal.Signals) -> None:
-        for one in (tree, *tree.children(recursive=True)):
-            one.send_signal(number)
+        for process in (tree, *tree.children(recursive=True)):
+            process.send_signal(number)
 
     def measure_load(load: Load) -> Level:
         send(signal.SIGCONT)
