@@ -188,8 +188,9 @@ _ENGINE = _panel(
         "max_decode_slowdown",
         float,
         2.3,
-        "Times that a step may take what its answers alone would, when prompts are computed beside "
-        "them: prompts then take X / (X - 1) times as long as alone; inf: no bound.",
+        "Times that a step may take what its answers alone would, when prompts of more than two "
+        "steps are computed beside them: these then take X / (X - 1) times as long as alone; inf: "
+        "no bound.",
         "X",
         min=1.05,
     ),

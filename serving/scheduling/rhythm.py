@@ -7,6 +7,12 @@ answers a step takes at most `slowdown` times what it would take with them alone
 `step_cost.py`. With that the prompts have (slowdown - 1) of every `slowdown` parts of the time, and
 take slowdown / (slowdown - 1) times as long as without the answers; at 2.3 that is 1.8.
 
+The bound is for long prompts, and for answers that many wait for. Prompts that fit into
+`SHORT_STEPS` steps hold answers up that often at most, and are computed as fast as they can be; in
+smaller pieces they would wait, and take more of everybody's time in all. And where more requests
+wait for their first token than have answers, a step may take as many times longer: to gather rows
+first serves all of them sooner.
+
 After `_SHARED_STEPS` steps of both there is one of answers alone, which shows what these cost by
 themselves. It delays the prompts a little and costs nothing, because the answers go on in it.
 """
@@ -16,6 +22,8 @@ from collections.abc import Callable, Sequence
 
 from serving.scheduling.step_cost import LearntCosts, StepSize
 
+SHORT_STEPS = 2
+"""Prompts of at most so many full steps are not held back."""
 _SHARED_STEPS = 16
 
 
@@ -51,7 +59,11 @@ class Rhythm:
         self._costs.learn(self._padded(size), seconds)
 
     def prompt_tokens(
-        self, answers: StepSize, spare: int, with_prompts: Callable[[int], StepSize]
+        self,
+        answers: StepSize,
+        spare: int,
+        with_prompts: Callable[[int], StepSize],
+        waiting: float = 1.0,
     ) -> int:
         """Returns how many tokens of prompts the next step computes, of at least one.
 
@@ -61,6 +73,7 @@ class Rhythm:
             answers: What it computes without them, some answer among it.
             spare: The most that there may be.
             with_prompts: Returns the step's size with so many; more tokens, no smaller a size.
+            waiting: Number of requests that wait for their first token, for each answer.
         """
         self._is_shared = True
         if self._shared_steps == _SHARED_STEPS:
@@ -68,7 +81,7 @@ class Rhythm:
         costs = self._costs.costs
         if costs is None or spare < 1:
             return spare
-        limit = self._slowdown * costs.seconds(self._padded(answers))
+        limit = max(1.0, waiting) * self._slowdown * costs.seconds(self._padded(answers))
 
         def lasts_too_long(tokens: int) -> bool:
             return costs.seconds(self._padded(with_prompts(tokens))) > limit

@@ -67,7 +67,7 @@ from serving.scheduling.request import (
     Scored,
     TokenScore,
 )
-from serving.scheduling.rhythm import Rhythm
+from serving.scheduling.rhythm import SHORT_STEPS, Rhythm
 from serving.scheduling.rows import Rows
 from serving.scheduling.sequence import SequenceState
 from serving.scheduling.step_cost import StepSize
@@ -373,9 +373,13 @@ class Scheduler:
         beside: StepSize,
     ) -> int:
         """Returns the number of tokens of prompts that a step has room and time for."""
-        spare = self.limits.max_step_tokens - sum(draft.values())
+        size = self.limits.max_step_tokens
+        spare = size - sum(draft.values())
         if self._rhythm is None or not (beside.tokens or _has_readers(draft)):
             return spare
+        if all(s.known_at_seat - s.cached <= SHORT_STEPS * size for s in prompts):
+            return spare
+        num_waiting = len(prompts) + len(self._queue)
         window = self.limits.window
         own = StepSize().plus(((s.planned, size) for s, size in draft.items()), window)
 
@@ -383,7 +387,8 @@ class Scheduler:
             sizes = prompt_sizes(prompts, tokens)
             return beside.union(own.plus(((s.planned, size) for s, size in sizes), window))
 
-        return self._rhythm.prompt_tokens(beside.union(own), spare, with_prompts)
+        waiting = num_waiting / max(1, len(draft))
+        return self._rhythm.prompt_tokens(beside.union(own), spare, with_prompts, waiting)
 
     def _sequences(self) -> Iterable[SequenceState]:
         return chain(self._rows.running, self._queue)

@@ -117,10 +117,34 @@ def test_answers_of_another_partition_wait_for_the_same_step() -> None:
 
 
 def test_callers_have_their_shares_of_a_bounded_step() -> None:
-    """There is time for 11 tokens, and two callers were served alike."""
+    """There is time for 12 tokens, and two callers were served alike."""
     rhythm = Rhythm(2, costs=KnownCosts(replace_pair(0)))
-    partitions = partitions_of(rhythm, request("A", 1, 90))
+    partitions = partitions_of(rhythm, request("A", 1, 90), request("D", 1, 90))
     step(partitions)
     partitions.add(request("B", 60, 9, caller="b"))
     partitions.add(request("C", 60, 9, caller="c"))
-    assert step(partitions) == {"A": (1, 1), "B": (0, 6), "C": (0, 5)}
+    assert step(partitions) == {"A": (1, 1), "D": (1, 1), "B": (0, 6), "C": (0, 6)}
+
+
+def test_short_prompts_are_not_held_back_but_for_a_long_one_among_them() -> None:
+    """48 tokens are two full steps; a bound of 2 has room for 11 tokens, were they not so few."""
+    partitions = partitions_of(Rhythm(2, costs=KnownCosts(replace_pair(0))), request("A", 1, 90))
+    step(partitions)
+    partitions.add(request("B", 48, 9))
+    assert step(partitions) == {"A": (1, 1), "B": (0, 23)}
+    partitions = partitions_of(Rhythm(2, costs=KnownCosts(replace_pair(0))), request("A", 1, 90))
+    step(partitions)
+    partitions.add(request("B", 49, 9))
+    assert step(partitions) == {"A": (1, 1), "B": (0, 11)}
+
+
+def test_a_step_may_take_longer_where_more_wait_than_have_answers() -> None:
+    """Alone a step takes 11. For one of them who waits 13.2 are allowed, and for three 39.6."""
+    few, many = (Rhythm(1.2, costs=KnownCosts(replace_pair(0))) for _ in range(2))
+    for rhythm, names, tokens in (few, "B", 2), (many, "BCD", 23):
+        partitions = partitions_of(rhythm, request("A", 1, 90))
+        step(partitions)
+        for name in names:
+            partitions.add(request(name, 60, 9))
+        sizes = step(partitions)
+        assert sum(length for _, length in sizes.values()) == 1 + tokens
