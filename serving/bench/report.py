@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -34,6 +35,10 @@ from serving.bench.load import (
 Measure = Callable[[int, int, int, Progress], Level]
 """Measures a level: number of requests, of clients, seed, and a callback for progress."""
 
+_INSTRUCTION_SETS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"),
+    *("asimd", "asimddp", "i8mm"),
+)
 _PACKAGES = ("mixtral-jax", "jax", "jaxlib", "flax")
 
 
@@ -96,6 +101,7 @@ def facts() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpu": _cpu(),
+        "instruction_sets": _instruction_sets(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
@@ -110,6 +116,15 @@ def _cpu() -> str:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _instruction_sets() -> list[str]:
+    """Those of the processor that decide which form of the kernels runs, as Linux names them."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    words = set(found[1].split()) if found else set()
+    return [name for name in _INSTRUCTION_SETS if name in words]
 
 
 def _version(package: str) -> str | None:
