@@ -214,6 +214,7 @@ def test_sigterm_to_the_service_lets_the_streams_of_all_processes_finish() -> No
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.soak  # two groups are started; test_hosts.py has groups, and the rest text processes
 def test_the_first_of_several_hosts_has_text_processes_too() -> None:
     """Their answers are those of a group with one process for both."""
     with group(2, 1) as alone:
