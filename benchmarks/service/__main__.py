@@ -7,7 +7,7 @@ service's own; the device (device.py) answers each step with fixed tokens, at on
 --step-ms, which lets streams keep up as beside a real one. The load is another process, whose time
 is not counted. Printed are microseconds of processor time for a token, of all threads and processes
 of the service, those of the requests (tokenizing, scheduling their prompts) included. Each figure
-is the least of --repeats: whatever else runs on the machine only adds to it.
+is the median of --repeats.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import psutil
@@ -62,23 +63,20 @@ def _busy(process: psutil.Process) -> float:
 
 
 def measure(model: Path, streams: int, tokens: int, step_ms: float, repeats: int) -> dict[str, Any]:
-    """Returns the figures of one number of streams."""
+    """Returns the figures of one number of streams, medians of the repeats."""
     with started(model, streams, step_ms) as (service, target):
         asyncio.run(load(target, _KEY, streams, 32))  # finds caches cold
-        best: tuple[float, Seen] | None = None
+        costs: list[float] = []
+        seen: list[Seen] = []
         for _ in range(repeats):
             before = _busy(service)
-            seen = asyncio.run(load(target, _KEY, streams, tokens))
-            cost = (_busy(service) - before) / seen.tokens * 1e6
-            if best is None or cost < best[0]:
-                best = cost, seen
-    assert best is not None
-    cost, seen = best
+            seen.append(asyncio.run(load(target, _KEY, streams, tokens)))
+            costs.append((_busy(service) - before) / seen[-1].tokens * 1e6)
     return {
         "streams": streams,
-        "microseconds_per_token": round(cost, 1),
-        "tokens_per_second": round(seen.tokens / seen.seconds),
-        "tokens_per_chunk": round(seen.tokens / seen.chunks, 2),
+        "microseconds_per_token": round(median(costs), 1),
+        "tokens_per_second": round(median(each.tokens / each.seconds for each in seen)),
+        "tokens_per_chunk": round(median(each.tokens / each.chunks for each in seen), 2),
     }
 
 
