@@ -122,8 +122,8 @@ def _instruction_sets() -> list[str]:
     """Those of the processor that decide which form of the kernels runs, as Linux names them."""
     path = Path("/proc/cpuinfo")
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    words = set(found[1].split()) if found else set()
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    words = set(line[1].split()) if line else set()
     return [name for name in _INSTRUCTION_SETS if name in words]
 
 
