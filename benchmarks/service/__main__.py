@@ -75,8 +75,10 @@ def measure(model: Path, streams: int, tokens: int, step_ms: float, repeats: int
     return {
         "streams": streams,
         "microseconds_per_token": round(median(costs), 1),
-        "tokens_per_second": round(median(each.tokens / each.seconds for each in seen)),
-        "tokens_per_chunk": round(median(each.tokens / each.chunks for each in seen), 2),
+        "tokens_per_second": round(median(measured.tokens / measured.seconds for measured in seen)),
+        "tokens_per_chunk": round(
+            median(measured.tokens / measured.chunks for measured in seen), 2
+        ),
     }
 
 
