@@ -373,13 +373,12 @@ class Scheduler:
         beside: StepSize,
     ) -> int:
         """Returns the number of tokens of prompts that a step has room and time for."""
-        size = self.limits.max_step_tokens
-        spare = size - sum(draft.values())
+        spare = self.limits.max_step_tokens - sum(draft.values())
         if self._rhythm is None or not (beside.tokens or _has_readers(draft)):
             return spare
-        if all(s.known_at_seat - s.cached <= SHORT_STEPS * size for s in prompts):
+        short = SHORT_STEPS * self.limits.max_step_tokens
+        if all(s.known_at_seat - s.cached <= short for s in prompts):
             return spare
-        num_waiting = len(prompts) + len(self._queue)
         window = self.limits.window
         own = StepSize().plus(((s.planned, size) for s, size in draft.items()), window)
 
@@ -387,7 +386,7 @@ class Scheduler:
             sizes = prompt_sizes(prompts, tokens)
             return beside.union(own.plus(((s.planned, size) for s, size in sizes), window))
 
-        waiting = num_waiting / max(1, len(draft))
+        waiting = (len(prompts) + len(self._queue)) / max(1, len(draft))
         return self._rhythm.prompt_tokens(beside.union(own), spare, with_prompts, waiting)
 
     def _sequences(self) -> Iterable[SequenceState]:
