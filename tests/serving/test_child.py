@@ -12,6 +12,7 @@ import pytest
 
 from serving.child import Child, Probe, Restarts, SupervisorError
 from serving.parent import BEAT_VARIABLE
+from tests.support.clock import Clock
 
 PATIENCE = 20.0
 # Notes each of its starts; the first word of the file `fate` is its status, "live" none. With a
@@ -31,16 +32,6 @@ while fate == "live" and time.monotonic() < end:
     time.sleep(0.01)
 sys.exit(int(fate))
 """
-
-
-class Clock:
-    """Time that passes when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -8,16 +8,9 @@ from serving.access.caller import Caller, CallerLimits
 from serving.accounting import rate_limits
 from serving.accounting.rate_limits import Allowance, RateLimits
 from serving.errors import InvalidRequest, Overloaded
+from tests.support.clock import Clock
 
 ME, YOU = Caller("me"), Caller("you")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """Steps in which few rows draw, or none, compute no draw for the others."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
-from jax.stages import Compiled
 
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
@@ -14,6 +12,7 @@ from mixtral_jax.step.buckets import Steps
 from mixtral_jax.step.programs import Ends, Programs
 from serving.engine.build import compile_steps, engine_of
 from serving.scheduling.request import Request
+from tests.serving.engine.test_programs_without_grammars import Noted
 from tests.support.forms import LIMITS, request, served
 
 FEW, MANY, STEP = 1, 3, 16
@@ -33,17 +32,6 @@ def requests() -> list[Request]:
         request(text[0], None, prompt_ids=tuple(text.encode()), sampling=cold, max_tokens=4)
         for text in prompts
     ]
-
-
-class Noted(Compiled):
-    """A program whose calls are written down."""
-
-    def __init__(self, program: Compiled, note: Callable[[], None]) -> None:
-        self._program, self._note = program, note
-
-    def __call__(self, *given: Any) -> Any:
-        self._note()
-        return self._program(*given)
 
 
 def served_with(model: Transformer, steps: Steps, *asked: Request) -> tuple[Any, list[int]]:

@@ -5,16 +5,7 @@ import pytest
 from serving.errors import EngineFailure, Unavailable
 from serving.gateway.aboard import MAX_REMEMBERED, Aboard, digest_of
 from serving.proto.inference_pb2 import GenerateRequest
-
-
-class Clock:
-    """Time that passes when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 def request(text: str, caller: str = "alice", **fields: object) -> GenerateRequest:
