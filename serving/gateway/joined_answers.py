@@ -227,8 +227,7 @@ class JoinedAnswers:
             self._unanswered.discard(place)
 
     def _fail(self, place: int, error: Exception) -> None:
-        """Ends the whole, if that is its first failure."""
-        self._awaited.discard(place)
+        """Ends the whole, if that is its first failure; it has never begun if it was awaited."""
         if self._failure is not None:
             return
         self._failure = at_place(error, place) if isinstance(error, ServingError) else error

@@ -135,7 +135,9 @@ def test_a_chat_streams_and_adds_up_to_the_whole_answer(client: Client, running:
             HELLO, **options
         )
 
-    assert asynchronously(running, work) == (deltas, whole)
+    # How many tokens come in one chunk depends on how fast they are read.
+    others, other_whole = asynchronously(running, work)
+    assert completion_of(others) == other_whole == whole
 
 
 def test_every_option_arrives(client: Client) -> None:

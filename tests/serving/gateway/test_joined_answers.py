@@ -190,6 +190,20 @@ def test_a_prompt_that_waits_alone_is_sent_again_later(monkeypatch: pytest.Monke
     run(work)
 
 
+def test_it_has_not_begun_when_a_first_prompt_fails_beside_one_that_is_queued() -> None:
+    """So that the failure is a status, however close the two come."""
+
+    async def work() -> None:
+        service = Service(lambda place: InvalidRequest("it is empty") if place == 1 else None)
+        joined = service.joined(2)
+        await asyncio.sleep(0.01)
+        assert await joined.read_all() and not joined.has_begun
+        with pytest.raises(InvalidRequest, match=r"^prompt\[1\]"):
+            await read(joined)
+
+    run(work)
+
+
 @pytest.mark.parametrize("refused", [{0}, set(range(50))])
 def test_without_room_for_the_first_there_is_none(refused: set[int]) -> None:
     async def work() -> None:
@@ -197,7 +211,7 @@ def test_without_room_for_the_first_there_is_none(refused: set[int]) -> None:
         joined = service.joined(50)
         with pytest.raises(Overloaded, match="full"):
             await read(joined)
-        assert not service.under_way and joined.has_begun
+        assert not service.under_way and not joined.has_begun
 
     run(work)
 
