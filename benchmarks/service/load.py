@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import grpc
@@ -55,17 +57,21 @@ def num_tokens(data: bytes) -> int:
     return 0
 
 
-async def load(target: str, key: str, streams: int, tokens: int) -> Seen:
+async def load(targets: Sequence[str], key: str, streams: int, tokens: int) -> Seen:
     """Asks for so many answers of so many tokens at once, and reads them all.
 
+    The processes of the service, one for each target, are asked in turn.
     Raises AssertionError if an answer has not as many.
     """
-    async with grpc.aio.insecure_channel(target) as channel:
-        generate = channel.unary_stream(
-            f"/{INFERENCE}/Generate",
-            request_serializer=pb.GenerateRequest.SerializeToString,
-            response_deserializer=bytes,
-        )
+    async with AsyncExitStack() as stack:
+        generate = [
+            (await stack.enter_async_context(grpc.aio.insecure_channel(target))).unary_stream(
+                f"/{INFERENCE}/Generate",
+                request_serializer=pb.GenerateRequest.SerializeToString,
+                response_deserializer=bytes,
+            )
+            for target in targets
+        ]
         seen = Seen()
 
         async def answer(number: int) -> None:
@@ -77,7 +83,8 @@ async def load(target: str, key: str, streams: int, tokens: int) -> Seen:
                 caller=f"caller{number % 8}",
             )
             own = 0
-            async for data in generate(request, metadata=(("authorization", f"Bearer {key}"),)):
+            call = generate[number % len(generate)]
+            async for data in call(request, metadata=(("authorization", f"Bearer {key}"),)):
                 if count := num_tokens(data):
                     own += count
                     seen.chunks += 1
