@@ -34,6 +34,7 @@ FOREIGN_FLAGS = {
     "--install",
     "--size-gb",
     "--repeats",
+    "--processes",
     "--step-ms",
     "--build-arg",
     "--python",
