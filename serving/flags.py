@@ -195,6 +195,15 @@ _ENGINE = _panel(
         min=1.05,
     ),
     Flag(
+        "speculate",
+        str | None,
+        None,
+        "Guess the next tokens of answers, so that a step computes several at once: lookup, from "
+        "what they and their prompts repeat. Guesses that turn out wrong change no answer; "
+        "default: no guesses.",
+        "WAY",
+    ),
+    Flag(
         "step_buckets",
         str | None,
         None,

@@ -191,6 +191,16 @@ class GroupInputs:
         batch.num_decodes[group], batch.num_sequences[group] = self._num_decodes, self._row
         return row
 
+    def draw_after(self, row: int, number: int, at: int) -> None:
+        """Has a row draw behind a token of its own, or of another row, that is not its last.
+
+        Args:
+            row: of the sequence, as `add` returned it.
+            number: of the token among the new ones of the sequence.
+            at: the row that draws; one of a sequence, or behind all of these.
+        """
+        self._inputs.last[self._first_draw + at] = self._starts[row] + number
+
     def sample(
         self,
         row: int,
@@ -205,7 +215,7 @@ class GroupInputs:
         """Sets the parameters by which a sequence's next token is drawn.
 
         Args:
-            row: as `add` returned it.
+            row: as `add` returned it, or one that `draw_after` has given a place.
             params: temperature, penalties and so on; `params.seed` is not read.
             seed: in [0, 2^31), of this choice.
             position: of the token to be drawn, in its sequence.

@@ -38,6 +38,8 @@ from serving.engine.engine import Engine
 from serving.engine.expert_load import ExpertLoad
 from serving.engine.grammars import Grammars
 from serving.engine.runner import Runner
+from serving.scheduling.guesser import Proposer
+from serving.scheduling.lookup import LookUp
 from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.step_plan import Limits
 
@@ -96,6 +98,11 @@ def compile_steps(
     )
 
 
+def proposer_of(config: EngineConfig) -> Proposer | None:
+    """Returns what guesses the tokens of answers, or None."""
+    return LookUp.of if config.speculate == "lookup" else None
+
+
 def engine_of(
     model: Transformer,
     limits: Limits,
@@ -103,6 +110,7 @@ def engine_of(
     broadcast: Callable[[Order], None] | None = None,
     expert_load: ExpertLoad | None = None,
     max_decode_slowdown: float | None = None,
+    proposer: Proposer | None = None,
 ) -> Engine:
     """Returns an engine for a model on its devices.
 
@@ -117,6 +125,7 @@ def engine_of(
         broadcast: see `Engine`.
         expert_load: sums up what steps count that were compiled with `counts_experts`.
         max_decode_slowdown: see `EngineConfig`; None for prompts as large as a step has room for.
+        proposer: see `Engine`.
     """
     masks = Grammars(mask_words(model.config.vocab_size))
     runner, slots = Runner(model, steps, expert_load), None
@@ -130,6 +139,7 @@ def engine_of(
         limits,
         broadcast,
         masks,
+        proposer,
         adapters=slots,
         put_layer=runner.put_layer,
         rhythm=rhythm,

@@ -54,6 +54,8 @@ class EngineConfig:
     """Numbers of tokens that a step is padded to, with commas between; None: by chip."""
     max_decode_slowdown: float = 2.3
     """Times that prompts may lengthen a step in which answers go on; infinite: any."""
+    speculate: str | None = None
+    """How the next tokens of answers are guessed: "lookup"; None: they are not."""
     expert_metrics: bool = False
     """Count the tokens that each expert of each layer gets."""
 
@@ -86,6 +88,8 @@ class EngineConfig:
                 f"--kv-dtype is {self.kv_dtype!r}; give int8, fp8, bfloat16 or float32, or leave "
                 "it out"
             )
+        if self.speculate not in (None, "lookup"):
+            raise ConfigError(f"--speculate is {self.speculate!r}; give lookup, or leave it out")
         if not self.max_decode_slowdown > 1:
             raise ConfigError(
                 f"--max-decode-slowdown is {self.max_decode_slowdown}; prompts need time beside "

@@ -29,8 +29,8 @@ from serving.engine.adapters import AdapterSlots
 from serving.engine.device import Device, Launched, Masks, MaskSource, Order, PutLayer, Walk
 from serving.engine.recovery import Suspects
 from serving.errors import ModelNotFound
+from serving.scheduling.guesser import Proposer
 from serving.scheduling.partitions import Partitions
-from serving.scheduling.proposer import Proposer
 from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws, Scored
 from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.step_plan import Limits, StepPlan
@@ -80,8 +80,7 @@ class Engine:
         limits: sizes of the cache and of a step; of one partition, where there are several.
         broadcast: called with each step before it is launched; for several hosts.
         masks: says what rows may draw; None where every row may draw anything.
-        proposer: guesses the next tokens of answers, for a device that checks guesses; None for
-            no guesses.
+        proposer: makes what guesses the next tokens of answers; None for no guesses.
         adapters: which the engine has; None for an engine without any.
         put_layer: writes a layer of an adapter into the devices' stacks.
         rhythm: bounds the prompts beside answers, and learns from the times of steps; None for as
@@ -309,7 +308,9 @@ def _is_lost(row: RowDraws) -> bool:
     """Returns True if the values of a row are not finite, which its token or its scores tell."""
     if isinstance(row, Scored):
         return not row.is_finite or _is_lost(row.drawn)
-    return isinstance(row, Drawn) and row.token_id == NO_TOKEN
+    if isinstance(row, Drawn):
+        return row.token_id == NO_TOKEN
+    return row is not None and any(draw.token_id == NO_TOKEN for draw in row)
 
 
 def _failed(request_id: str, problem: str = "") -> Event:

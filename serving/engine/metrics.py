@@ -274,6 +274,17 @@ class _EngineFigures(Collector):
         yield counter(
             "vllm:prefix_cache_hits", "Of these, found there.", scheduler.prefix_hit_tokens
         )
+        yield counter(
+            "vllm:spec_decode_num_drafts",
+            "Times that a step checked guesses of an answer.",
+            scheduler.checks,
+        )
+        yield counter(
+            "vllm:spec_decode_num_draft_tokens", "Guesses that were checked.", scheduler.guesses
+        )
+        yield counter(
+            "vllm:spec_decode_num_accepted_tokens", "Of these, right.", scheduler.accepted
+        )
         limits = scheduler.limits
         cache = GaugeMetricFamily(
             "vllm:cache_config_info",

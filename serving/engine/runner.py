@@ -23,7 +23,7 @@ from mixtral_jax.step.scores import ScoreInputs
 from serving.engine.device import Masks, PutLayer
 from serving.engine.expert_load import ExpertLoad
 from serving.scheduling.request import Drawn, RowDraws, Scored, TokenScore
-from serving.scheduling.step_plan import StepPlan
+from serving.scheduling.step_plan import Chunk, StepPlan
 
 
 class Runner:
@@ -78,7 +78,7 @@ class Runner:
         )
         inputs = steps.blank(
             bucket,
-            max(len(plan.chunks) for plan in plans),
+            max(plan.num_rows for plan in plans),
             with_history=any(chunk.history for chunk in chunks),
             with_biases=any(chunk.forbidden or chunk.sampling.logit_bias for chunk in chunks),
         )
@@ -202,12 +202,17 @@ class RunningStep:
         for group, plan in enumerate(self.plans):
             tokens: list[RowDraws] = []
             first = 0  # of the chunk's scores, among those of its group
+            behind = group * self.rows + len(plan.chunks)  # the rows of guesses
             for row, chunk in enumerate(plan.chunks, start=group * self.rows):
                 own: Drawn | None = None
                 if chunk.samples:
                     assert draws is not None, "a step in which a row samples has draws"
-                    token, logprob, top = draws.of_row(row, chunk.sampling.top_logprobs)
-                    own = Drawn(token_id=token, logprob=logprob, top_logprobs=top)
+                    own = _drawn(draws, row, chunk)
+                if chunk.guesses:
+                    assert draws is not None and own is not None, "rows with guesses draw"
+                    tokens.append(_checked(draws, own, behind, chunk))
+                    behind += chunk.guesses
+                    continue
                 if not chunk.targets:
                     tokens.append(own)
                     continue
@@ -217,6 +222,31 @@ class RunningStep:
                 tokens.append(Scored(own, read, read.is_finite))
             drawn.append(tokens)
         return drawn
+
+
+def _drawn(draws: Draws, row: int, chunk: Chunk) -> Drawn:
+    """Returns what a row of a chunk drew."""
+    token, logprob, top = draws.of_row(row, chunk.sampling.top_logprobs)
+    return Drawn(token_id=token, logprob=logprob, top_logprobs=top)
+
+
+def _checked(draws: Draws, own: Drawn, first: int, chunk: Chunk) -> list[Drawn]:
+    """Returns what a chunk drew, up to and with the first token that differs from its guess.
+
+    Args:
+        draws: of the step.
+        own: the token that was drawn in the chunk's own row.
+        first: the first of the rows that draw behind its guesses.
+        chunk: which has guesses.
+    """
+    drawn = [own]
+    for number, guess in enumerate(chunk.token_ids[-chunk.guesses :]):
+        if drawn[-1].token_id != guess:
+            break
+        drawn[-1].accepted = True
+        drawn.append(_drawn(draws, first + number, chunk))
+    drawn[-1].rejected = chunk.guesses + 1 - len(drawn)
+    return drawn
 
 
 def _wanted_scores(plans: Sequence[StepPlan]) -> ScoreInputs:
@@ -233,16 +263,25 @@ def _wanted_scores(plans: Sequence[StepPlan]) -> ScoreInputs:
 
 def write(plan: StepPlan, inputs: GroupInputs) -> None:
     """Writes the plan of one sequence group into the arrays of a step."""
+    behind = len(plan.chunks)  # rows of guesses are behind those of chunks
     for chunk in plan.chunks:
-        assert not chunk.guesses, "no program checks guesses"
         row = inputs.add(chunk.token_ids, chunk.start, chunk.pages, chunk.follows, chunk.slot)
-        if chunk.samples:
+        if not chunk.samples:
+            continue
+        known, history = len(chunk.token_ids) - chunk.guesses, chunk.history
+        for number in range(chunk.guesses + 1):
+            if chunk.guesses:
+                at = behind + number - 1 if number else row
+                inputs.draw_after(row, known - 1 + number, at)
+            else:
+                at = row
             inputs.sample(
-                row,
+                at,
                 chunk.sampling,
                 seed=chunk.seed,
-                position=chunk.end,
+                position=chunk.start + known + number,
                 prompt_length=chunk.prompt_length,
-                history=chunk.history,
+                history=history and history + chunk.token_ids[known - 1 : known - 1 + number],
                 forbidden=chunk.forbidden,
             )
+        behind += chunk.guesses

@@ -244,6 +244,8 @@ class JoinedAnswers:
         self._usage.prompt_tokens += chunk.usage.prompt_tokens
         self._usage.cached_tokens += chunk.usage.cached_tokens
         self._usage.completion_tokens += chunk.usage.completion_tokens
+        self._usage.accepted_guesses += chunk.usage.accepted_guesses
+        self._usage.rejected_guesses += chunk.usage.rejected_guesses
         if self._without_usage:
             chunk.ClearField("usage")
         else:

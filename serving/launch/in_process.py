@@ -17,7 +17,7 @@ from serving.access.config import AccessConfig
 from serving.access.credentials import Access
 from serving.client import Client
 from serving.engine.adapters import AdapterLoader
-from serving.engine.build import engine_of, prepare_loaded
+from serving.engine.build import engine_of, prepare_loaded, proposer_of
 from serving.engine.config import EngineConfig
 from serving.engine.metrics import Metrics
 from serving.engine.worker import EngineWorker
@@ -82,6 +82,7 @@ class InProcessService:
             prepared.limits,
             prepared.steps,
             max_decode_slowdown=config.max_decode_slowdown,
+            proposer=proposer_of(config),
         )
         self._worker = EngineWorker(engine, Metrics(name))
         loader = AdapterLoader(engine, self._worker.call)

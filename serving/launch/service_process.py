@@ -26,7 +26,7 @@ from serving.cluster.leader import Leader, connect
 from serving.cluster.rank import Rank
 from serving.command_line import USER_ERRORS, Errors, app_of, command, exit_status, run
 from serving.engine.adapters import AdapterLoader
-from serving.engine.build import engine_of, facts, prepare
+from serving.engine.build import engine_of, facts, prepare, proposer_of
 from serving.engine.cache_memory import DeviceMemory
 from serving.engine.config import EngineConfig
 from serving.engine.expert_load import ExpertLoad
@@ -306,6 +306,7 @@ def _build(
         broadcast,
         load,
         config.max_decode_slowdown,
+        proposer=proposer_of(config),
     )
     if leader is not None:
         leader.await_ready()

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import reduce
 
-from serving.scheduling.proposer import Proposer
+from serving.scheduling.guesser import Proposer
 from serving.scheduling.request import Event, Request, RowDraws
 from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.scheduler import Scheduler
@@ -27,7 +27,7 @@ class Partitions:
     Args:
         limits: of one partition.
         count: number of partitions.
-        proposer: guesses the next tokens of answers; None for no guesses.
+        proposer: makes what guesses the next tokens of answers; None for no guesses.
         rhythm: bounds the prompts beside answers, which wait for them in all partitions; None for
             as many as a step has room for.
     """
@@ -179,6 +179,21 @@ class Partitions:
     def preemptions(self) -> int:
         """Number of times that a sequence lost its pages and went back to the queue."""
         return sum(scheduler.preemptions for scheduler in self._schedulers)
+
+    @property
+    def checks(self) -> int:
+        """Number of times that a step checked guesses of an answer."""
+        return sum(scheduler.checks for scheduler in self._schedulers)
+
+    @property
+    def guesses(self) -> int:
+        """Number of guesses that were checked."""
+        return sum(scheduler.guesses for scheduler in self._schedulers)
+
+    @property
+    def accepted(self) -> int:
+        """Number of guesses that were right."""
+        return sum(scheduler.accepted for scheduler in self._schedulers)
 
     @property
     def prompt_tokens(self) -> int:

@@ -120,6 +120,9 @@ class Drawn:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
     forced: bool = False  # no step drew it: a grammar let nothing else follow
+    # That it had been guessed, and the number of guesses that were checked with it in vain.
+    accepted: bool = field(default=False, compare=False)
+    rejected: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,11 @@ class Rhythm:
         """Takes in how long a step took."""
         self._costs.learn(self._padded(size), seconds)
 
+    def seconds(self, size: StepSize) -> float | None:
+        """Returns the estimated time of a step; None while nothing is known of any."""
+        costs = self._costs.costs
+        return None if costs is None else costs.seconds(self._padded(size))
+
     def prompt_tokens(
         self,
         answers: StepSize,

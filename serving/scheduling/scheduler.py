@@ -46,16 +46,17 @@ B's other 5; both draw their last token. B holds 3 pages all along, and A 1.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from secrets import randbits
 
 from serving.errors import Overloaded
 from serving.scheduling.budget import prompt_sizes
+from serving.scheduling.guesser import Proposer
 from serving.scheduling.pages import PagePool
 from serving.scheduling.preemption import youngest
-from serving.scheduling.proposer import Proposer, propose
+from serving.scheduling.proposer import propose
 from serving.scheduling.queue import TurnQueue
 from serving.scheduling.request import (
     Drawn,
@@ -89,6 +90,9 @@ class Scheduler:
         self._rows = Rows(limits, self._queue, self._pool)
         self._open = deque[tuple[StepPlan, list[SequenceState]]]()  # plans that are not committed
         self._now = 0.0
+        self.checks = 0  # of the guesses of an answer in a step
+        self.guesses = 0  # that were checked
+        self.accepted = 0  # guesses that were right
 
     @property
     def has_work(self) -> bool:
@@ -242,7 +246,10 @@ class Scheduler:
         if self._proposer is not None:
             # Prompts come first: a guess may be in vain, and a prompt is not.
             room = self.limits.max_step_tokens - sum(s.remaining for s in prompts)
-            decodes, guesses = propose(self._proposer, decodes, room)
+            rows = self.limits.max_sequences - len(prompts)  # a guess takes one of those that draw
+            decodes, guesses = propose(
+                self._proposer, decodes, min(room, rows), self._seconds_of(decodes)
+            )
         draft: dict[SequenceState, int] = {}
         # Beside a prompt forced tokens ride along; a step of answers alone they make no larger.
         size = self.limits.max_step_tokens if prompts else self.limits.max_sequences
@@ -312,7 +319,7 @@ class Scheduler:
             elif isinstance(token, Drawn):
                 self._append(sequence, token, events)
             elif token is not None:
-                self._accept(sequence, token, events)
+                self._accept(sequence, chunk, token, events)
             if has_window and sequence.running:
                 # A chunk of the next plan, if that is open, starts here: it sees no less.
                 sequence.table.slide(self.limits.visible(kept))
@@ -389,6 +396,14 @@ class Scheduler:
         waiting = (len(prompts) + len(self._queue)) / max(1, len(draft))
         return self._rhythm.prompt_tokens(beside.union(own), spare, with_prompts, waiting)
 
+    def _seconds_of(self, decodes: Sequence[SequenceState]) -> Callable[[int], float | None]:
+        """Returns what tells the time of a step of these sequences, by its tokens."""
+        rhythm = self._rhythm
+        if rhythm is None:
+            return lambda tokens: None
+        own = StepSize().plus(((s.planned, 1) for s in decodes), self.limits.window)
+        return lambda tokens: rhythm.seconds(own._replace(tokens=tokens))
+
     def _sequences(self) -> Iterable[SequenceState]:
         return chain(self._rows.running, self._queue)
 
@@ -440,9 +455,14 @@ class Scheduler:
         if reason is not None:
             sequence.table.release()
 
-    def _accept(self, sequence: SequenceState, drawn: Sequence[Drawn], events: list[Event]) -> None:
+    def _accept(
+        self, sequence: SequenceState, chunk: Chunk, drawn: Sequence[Drawn], events: list[Event]
+    ) -> None:
         """Records the tokens of a sequence that had guesses; wrong ones are written over."""
         assert drawn, "the first token is no guess"
+        self.checks += 1
+        self.guesses += chunk.guesses
+        self.accepted += len(drawn) - 1
         sequence.undrawn += len(drawn) - 1
         for token in drawn:
             self._append(sequence, token, events)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from serving.scheduling.guesser import Guesser
 from serving.scheduling.pages import PageTable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request, TokenScore
 from serving.scheduling.step_plan import NO_SLOT, Chunk
@@ -57,6 +58,7 @@ class SequenceState:
     planned: int = 0  # while running: tokens that are computed or are in the open plans
     undrawn: int = 0  # tokens that the open plans will draw
     row: int = 0  # chunk of the last plan that drew for it
+    guesser: Guesser | None = None  # of its next tokens
     scored: int = (
         1  # tokens of its prompt, from the first one, whose logprobs were sent or are none
     )
@@ -118,7 +120,7 @@ class SequenceState:
         num_drawn = len(self.tokens) - len(self.request.prompt_ids)
         has_begun = num_drawn > max(0, self.request.min_tokens - 1)
         has_masks = self.request.form is not None or bool(self.request.allowed_ids)
-        return has_begun and not self.request.sampling.has_penalties and not has_masks
+        return has_begun and not has_masks
 
     def advance(self, size: int, row: int, guesses: tuple[int, ...] = ()) -> Chunk:
         """Returns the chunk of its next `size` tokens, which count as planned from now on.
@@ -132,8 +134,9 @@ class SequenceState:
             guesses = guesses[: size - 1]
         samples = size - len(guesses) == self.remaining and request.max_tokens > 0
         start, end = self.planned, self.planned + size
+        drawn = end - len(guesses)  # position of the first token that is drawn
         follows = self.row if self.undrawn else None
-        too_early_to_end = samples and end - prompt_length < request.min_tokens
+        too_early_to_end = samples and drawn - prompt_length < request.min_tokens
         target_start = start + 1
         targets: tuple[int, ...] = ()
         if not self.is_scored:
@@ -155,7 +158,7 @@ class SequenceState:
             sampling=sampling,
             seed=(self.seed + self.choice) & 0x7FFFFFFF,
             prompt_length=prompt_length,
-            history=tuple(self.tokens[: end - 1]) if samples and sampling.has_penalties else (),
+            history=tuple(self.tokens[: drawn - 1]) if samples and sampling.has_penalties else (),
             forbidden=request.eos_ids if too_early_to_end else NOTHING,
             guesses=len(guesses),
             slot=NO_SLOT if request.seat is None else request.seat.slot,

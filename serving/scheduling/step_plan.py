@@ -58,8 +58,8 @@ class Chunk:
     sampling: SamplingParams
     seed: int  # of this choice
     prompt_length: int  # tokens from this position on were generated
-    # All tokens before the chunk's last, where a token is drawn with penalties; else empty. The
-    # device knows the last token sooner than the host.
+    # All tokens before the last of the chunk that is no guess, where a token is drawn with
+    # penalties; else empty. The device knows the last token sooner than the host.
     history: tuple[int, ...]
     forbidden: frozenset[int]  # ids that must not be drawn: before min_tokens those that end
     # Number of its last tokens that are guesses: a token is drawn after each of them too, and after
@@ -90,6 +90,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Number of tokens of all chunks."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that may draw: one of each chunk, and one of each guess."""
+        return len(self.chunks) + sum(chunk.guesses for chunk in self.chunks)
 
     def size(self, window: int | None) -> StepSize:
         """Returns what the time of the step depends on."""

@@ -14,6 +14,8 @@ from serving.proto import texts_pb2 as pb
 from serving.scheduling.request import Drawn, Event, FinishReason, Priority, Request, TokenScore
 
 _FORCED = 1
+_ACCEPTED = 1 << 3
+_REJECTED_SHIFT = 4
 _REASONS = (None, FinishReason.STOP, FinishReason.LENGTH)
 _BITS = {reason: place << 1 for place, reason in enumerate(_REASONS)}
 _MAX_TEXT = 4096  # characters of an error's message
@@ -102,6 +104,8 @@ def events_message(events: Iterable[Event], number_of: Callable[[str], int]) -> 
         else:
             tokens.append(drawn.token_id + 1)
             bits |= drawn.forced and _FORCED
+            bits |= drawn.accepted and _ACCEPTED
+            bits |= drawn.rejected << _REJECTED_SHIFT
             if drawn.logprob is not None or drawn.top_logprobs:
                 ids, values = _columns(drawn.top_logprobs)
                 message.logprobs.add(event=place, logprob=drawn.logprob, top_ids=ids, top=values)
@@ -147,27 +151,29 @@ def events_of(message: pb.Events, id_of: Callable[[int], str]) -> Iterator[tuple
     for place, (number, choice, token, bits, computed, cached, steps, seated) in enumerate(
         zip(*(list(column) for column in columns), strict=True)
     ):
+        reason = bits >> 1 & 3
+        if reason >= len(_REASONS):
+            raise CodecError(f"an event has the flags {bits}")
         drawn = None
         if token:
             row = logprobs.get(place)
             if row is None:
-                drawn = Drawn(token_id=token - 1, forced=bool(bits & _FORCED))
+                drawn = Drawn(token_id=token - 1)
             else:
                 drawn = Drawn(
                     token_id=token - 1,
                     logprob=row.logprob if row.HasField("logprob") else None,
                     top_logprobs=_pairs(row.top_ids, row.top),
-                    forced=bool(bits & _FORCED),
                 )
-        if bits >> 1 >= len(_REASONS):
-            raise CodecError(f"an event has the flags {bits}")
+            drawn.forced, drawn.accepted = bool(bits & _FORCED), bool(bits & _ACCEPTED)
+            drawn.rejected = bits >> _REJECTED_SHIFT
         yield (
             number,
             Event(
                 request_id=id_of(number),
                 choice=choice,
                 drawn=drawn,
-                finish_reason=_REASONS[bits >> 1],
+                finish_reason=_REASONS[reason],
                 computed=computed,
                 cached=cached,
                 seated=seated,

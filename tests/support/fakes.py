@@ -66,6 +66,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         # Calls of Tokenize, with their metadata.
         self.tokenized: list[tuple[inference_pb2.TokenizeRequest, dict[str, Any]]] = []
         self.cached_tokens = 0  # of each prompt, as its usage says
+        self.guesses = (0, 0)  # of each answer, accepted and rejected, as its usage says
         self.sampling_defaults = inference_pb2.SamplingParams()  # of the model
         self.begun = threading.Event()
         self.cancelled = threading.Event()
@@ -214,6 +215,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                     last.usage.prompt_tokens = len(request.chat.messages) or 1
                     last.usage.completion_tokens = said * len(choices)
                     last.usage.cached_tokens = self.cached_tokens
+                    last.usage.accepted_guesses, last.usage.rejected_guesses = self.guesses
                 yield last
         except asyncio.CancelledError:
             self.cancelled.set()

@@ -31,6 +31,15 @@ class PromptTokensDetails(Described):
     """Tokens that an earlier prompt of the caller had computed."""
 
 
+class CompletionTokensDetails(Described):
+    """Kinds of the tokens that were generated or guessed."""
+
+    accepted_prediction_tokens: int
+    """Tokens of the answer that were guessed before they were drawn, with `--speculate`."""
+    rejected_prediction_tokens: int
+    """Guesses that were checked in vain; they are no part of `completion_tokens`."""
+
+
 class Usage(Described):
     """Tokens spent. Integers only on Azure's paths: some clients add all the values up."""
 
@@ -42,6 +51,10 @@ class Usage(Described):
     """The sum of both."""
     prompt_tokens_details: PromptTokensDetails | None = Field(default=None, exclude_if=is_none)
     """OpenAI's, on the paths of its clients, with `--usage-details`."""
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        default=None, exclude_if=is_none
+    )
+    """OpenAI's, likewise, where something was guessed."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +135,22 @@ def usage(chunk: inference_pb2.GenerateChunk, *, tells_cached: bool = False) -> 
 
     Args:
         chunk: The last chunk.
-        tells_cached: Whether the cached tokens of the prompt are told.
+        tells_cached: Whether the cached tokens of the prompt, and the guesses, are told.
     """
     prompt, generated = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
     details = PromptTokensDetails(cached_tokens=chunk.usage.cached_tokens)
+    accepted, rejected = chunk.usage.accepted_guesses, chunk.usage.rejected_guesses
+    guesses: CompletionTokensDetails | None = None
+    if tells_cached and (accepted or rejected):
+        guesses = CompletionTokensDetails(
+            accepted_prediction_tokens=accepted, rejected_prediction_tokens=rejected
+        )
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=generated,
         total_tokens=prompt + generated,
         prompt_tokens_details=details if tells_cached else None,
+        completion_tokens_details=guesses,
     )
 
 

@@ -147,8 +147,12 @@ class AnswerText:
         """
         if event.cached > self._usage.cached_tokens:
             self._usage.cached_tokens = event.cached
-        if event.drawn is not None:
+        if (drawn := event.drawn) is not None:
             self._usage.completion_tokens += 1
+            if drawn.accepted:
+                self._usage.accepted_guesses += 1
+            if drawn.rejected:
+                self._usage.rejected_guesses += drawn.rejected
         choice = self._choices[event.choice]
         choice.push(event, now)
         if choice.has_ended:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -219,18 +220,20 @@ class Guesser:
     It has nothing to say of requests whose names begin with "s".
     """
 
-    def __init__(self, wrong: int) -> None:
-        self.wrong = wrong
+    chance = 1.0
+
+    def __init__(self, wrong: int, request: Request) -> None:
+        self.wrong, self.request = wrong, request
         self.count = 0
 
-    def propose(self, request: Request, tokens: Sequence[int], count: int) -> Sequence[int]:
-        if request.id.startswith("s"):
+    def guess(self, tokens: Sequence[int], count: int) -> Sequence[int]:
+        if self.request.id.startswith("s"):
             return []
         guesses: list[int] = []
-        assert request.sampling.seed is not None
+        assert self.request.sampling.seed is not None
         for _ in range(min(count, 3)):
             self.count += 1
-            token = next_token([*tokens, *guesses], request.sampling.seed)
+            token = next_token([*tokens, *guesses], self.request.sampling.seed)
             guesses.append((token + (self.count % self.wrong == 0)) % 97)
         return guesses
 
@@ -238,7 +241,7 @@ class Guesser:
 @pytest.mark.parametrize("wrong", [1, 2, 3, 5, 9999])
 def test_guesses_change_no_answer_whether_right_or_rejected(wrong: int) -> None:
     device = ScriptedDevice(LIMITS)
-    engine = Engine(device, LIMITS, proposer=Guesser(wrong))
+    engine = Engine(device, LIMITS, proposer=partial(Guesser, wrong))
     asked = [
         request("A", max_tokens=20),
         request("B", 21, 13, n=2),
@@ -262,7 +265,7 @@ def test_guesses_take_nothing_from_a_prompt() -> None:
     """Of 16 tokens a step four answers take one each; a prompt of 60 has its first token after the
     same number of steps with guesses and without."""
     steps = []
-    for proposer in (None, Guesser(9999)):
+    for proposer in (None, partial(Guesser, 9999)):
         device = ScriptedDevice(LIMITS)
         engine = Engine(device, LIMITS, proposer=proposer)
         for name in "ABCD":
@@ -280,7 +283,7 @@ def test_guesses_take_nothing_from_a_prompt() -> None:
 
 def test_prefixes_of_guessed_answers_are_found_again() -> None:
     """Pages are registered with tokens that are sure, so that the next ones chain on them."""
-    engine = Engine(ScriptedDevice(LIMITS), LIMITS, proposer=Guesser(2))
+    engine = Engine(ScriptedDevice(LIMITS), LIMITS, proposer=partial(Guesser, 2))
     asked = request("A", max_tokens=20)
     engine.add(asked)
     answer = finished(engine)["A", 0]
@@ -293,7 +296,7 @@ def test_prefixes_of_guessed_answers_are_found_again() -> None:
 def test_right_guesses_save_steps() -> None:
     """20 tokens: two alone, because nothing is known before; then 4 a step: 18 = 4 x 4 + 2."""
     device = ScriptedDevice(LIMITS)
-    engine = Engine(device, LIMITS, proposer=Guesser(9999))
+    engine = Engine(device, LIMITS, proposer=partial(Guesser, 9999))
     engine.add(request("A", max_tokens=20))
     assert len(finished(engine)["A", 0]) == 20
     assert device.num_steps == 7
@@ -306,7 +309,7 @@ def test_guesses_survive_a_step_that_fails(place: Place) -> None:
         device = ScriptedDevice(
             LIMITS, lambda n, plans, fault=number: place if n == fault else None
         )
-        engine = Engine(device, LIMITS, proposer=Guesser(3))
+        engine = Engine(device, LIMITS, proposer=partial(Guesser, 3))
         for one in asked:
             engine.add(one)
         answers = finished(engine)

@@ -229,6 +229,20 @@ def test_cached_tokens_are_told_on_openais_paths_and_written_down() -> None:
         assert (row["prompt_tokens"], row["cached_tokens"]) == (6, 6)
 
 
+def test_guesses_are_told_with_the_details_of_a_usage() -> None:
+    with limited(usage_details=True) as (stack, client):
+        stack.service.guesses = 3, 2
+        asked = {"prompt": ["one", "two"]}
+        details = client.post("/v1/completions", json=asked).json()["usage"][
+            "completion_tokens_details"
+        ]
+        assert details == {"accepted_prediction_tokens": 6, "rejected_prediction_tokens": 4}
+        assert "prediction" not in client.post("/chat/completions", json=chat_body("one")).text
+    with limited() as (stack, client):
+        stack.service.guesses = 3, 2
+        assert "prediction" not in client.post(CHAT, json=chat_body("one")).text
+
+
 def test_a_usage_has_numbers_alone_unless_details_are_asked_for() -> None:
     """langchain-mistralai adds up all the values of a usage."""
     with limited() as (stack, client):

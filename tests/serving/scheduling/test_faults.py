@@ -235,13 +235,18 @@ def test_what_ended_meanwhile_is_not_forced() -> None:
 class Counting:
     """Guesses that numbers go on one by one, at most 3 of them."""
 
-    def propose(self, request: Request, tokens: Sequence[int], count: int) -> Sequence[int]:
+    chance = 1.0
+
+    def __init__(self, request: Request) -> None:
+        del request
+
+    def guess(self, tokens: Sequence[int], count: int) -> Sequence[int]:
         return [tokens[-1] + i + 1 for i in range(min(3, count))]
 
 
 def test_guesses_are_kept_up_to_the_first_wrong_one() -> None:
     """11 and 12 are right, 13 is not: the device draws 20 in its place, and goes on from there."""
-    scheduler = Scheduler(limits(), Counting())
+    scheduler = Scheduler(limits(max_sequences=4), Counting)
     scheduler.add(request("A", [1, 2], 9))
     commit(scheduler, scheduler.plan(), 10)
     plan = scheduler.plan()
@@ -255,7 +260,7 @@ def test_guesses_are_kept_up_to_the_first_wrong_one() -> None:
 
 
 def test_an_answer_ends_among_its_guesses() -> None:
-    scheduler = Scheduler(limits(), Counting())
+    scheduler = Scheduler(limits(max_sequences=4), Counting)
     scheduler.add(request("A", [95, 96], 9))
     commit(scheduler, scheduler.plan(), 97)
     plan = scheduler.plan()
@@ -267,7 +272,7 @@ def test_an_answer_ends_among_its_guesses() -> None:
 
 def test_guesses_fit_into_the_step_and_the_answer() -> None:
     """A may have 2 tokens more, the second of which follows a guess. B gets what is left of 5."""
-    scheduler = Scheduler(limits(max_step_tokens=5), Counting())
+    scheduler = Scheduler(limits(max_step_tokens=5, max_sequences=5), Counting)
     for name, max_tokens in ("A", 3), ("B", 9):
         scheduler.add(request(name, [1, 2], max_tokens))
     commit(scheduler, scheduler.plan(), 10)

@@ -85,7 +85,7 @@ EVENTS = [
     Event(
         request_id="a1",
         choice=1,
-        drawn=Drawn(token_id=1, logprob=0.0),
+        drawn=Drawn(token_id=1, logprob=0.0, accepted=True, rejected=15),
         finish_reason=FinishReason.LENGTH,
     ),
 ]
@@ -119,6 +119,9 @@ def test_events_arrive_in_their_order_and_in_every_field() -> None:
     for (_, event), sent in zip(arrived, EVENTS, strict=True):
         assert event == sent
         assert (event.seated, event.steps) == (sent.seated, sent.steps)
+        if event.drawn is not None and sent.drawn is not None:
+            got, want = event.drawn, sent.drawn
+            assert (got.accepted, got.rejected) == (want.accepted, want.rejected)
 
 
 def test_columns_that_do_not_agree_are_refused() -> None:

@@ -60,6 +60,18 @@ def test_cached_tokens_are_told_before_the_end() -> None:
     assert last is not None and last.usage.cached_tokens == 32
 
 
+def test_guesses_are_summed_up_in_the_usage() -> None:
+    tokenizer = ByteTokenizer()
+    a, b = tokenizer.encode("ab")[-2:]
+    answer = AnswerText(REQUEST, tokenizer, Stops(), continues=False)
+    right, last = event(a, 90), event(b, 90, FinishReason.LENGTH)
+    assert right.drawn is not None and last.drawn is not None
+    right.drawn.accepted, last.drawn.rejected = True, 4
+    (_, chunk) = [pushed(answer, taken) for taken in (right, last)]
+    assert chunk is not None
+    assert (chunk.usage.accepted_guesses, chunk.usage.rejected_guesses) == (1, 4)
+
+
 @pytest.mark.parametrize(
     ("stops", "text", "reason"),
     [
