@@ -1,4 +1,4 @@
-"""What `--speculate lookup` gains: tokens a second of one client, and of a full batch.
+"""The gain of `--speculate lookup`: tokens a second of one client, and of a full batch.
 
     python -m benchmarks.speculation CHECKPOINT [--repeats 5] [--tokens 160] [--json FILE]
 
@@ -110,8 +110,8 @@ def main(
         temperature = 1.0 if kind == "prose" else 0.0
         speeds: list[tuple[float, float]] = []
         is_same = True
+        before = guessing.scheduler.guesses, guessing.scheduler.accepted
         for number in range(repeats + 1):
-            before = guessing.scheduler.guesses, guessing.scheduler.accepted
             engines = (plain, guessing) if number % 2 else (guessing, plain)
             results = {
                 engine: _answered(engine, batches, tokens, temperature, number)
@@ -145,7 +145,7 @@ def _answered(
     seed: int,
 ) -> tuple[float, dict[str, list[int]]]:
     """Answers the batches one after the other; returns tokens a second of decoding, and tokens."""
-    seconds, answers = 0.0, dict[str, list[int]]()
+    seconds, count, answers = 0.0, 0, dict[str, list[int]]()
     for number, prompts in enumerate(batches):
         for row, prompt in enumerate(prompts):
             name = f"{seed} {number} {row}"
@@ -166,9 +166,11 @@ def _answered(
                     answers[event.request_id].append(event.drawn.token_id)
             if began is None and all(answers[f"{seed} {number} {r}"] for r in range(len(prompts))):
                 began = time.perf_counter()  # all prompts are computed
+                count -= sum(map(len, answers.values()))
         assert began is not None
         seconds += time.perf_counter() - began
-    return sum(map(len, answers.values())) / seconds, answers
+        count += sum(map(len, answers.values()))
+    return count / seconds, answers
 
 
 if __name__ == "__main__":

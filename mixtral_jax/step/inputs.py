@@ -209,7 +209,7 @@ class GroupInputs:
         seed: int,
         position: int,
         prompt_length: int,
-        history: Sequence[int] = (),
+        history: Sequence[int] | np.ndarray = (),
         forbidden: Collection[int] = (),
     ) -> None:
         """Sets the parameters by which a sequence's next token is drawn.
@@ -238,7 +238,7 @@ class GroupInputs:
         values.position[at] = position
         values.top_logprobs[at] = -1 if params.top_logprobs is None else params.top_logprobs
         values.history.prompt_length[at] = prompt_length
-        if history:
+        if len(history):
             values.history.tokens[at, : len(history)] = history
         if params.logit_bias or forbidden:
             # An id of both must be written once: minus infinity wins.

@@ -45,7 +45,7 @@ class PlanCheck:
             )
         limits = self._limits
         for i, plan in enumerate(plans):
-            _at_most("number of chunks", len(plan.chunks), limits.max_sequences)
+            _at_most("number of chunks and guesses", plan.num_rows, limits.max_sequences)
             _at_most("number of tokens", plan.num_tokens, limits.max_step_tokens)
             for pair in plan.copies:
                 _below("page", pair, limits.num_pages)
@@ -83,6 +83,12 @@ class PlanCheck:
                 f"process 0 sent a chunk of {len(chunk.token_ids)} tokens with "
                 f"{len(chunk.pages)} pages that ends at {chunk.end}; update all processes to one "
                 "version"
+            )
+        _below("number of guesses", (chunk.guesses,), len(chunk.token_ids))
+        if chunk.guesses and (not chunk.samples or chunk.follows is not None or chunk.targets):
+            raise GroupError(
+                "process 0 sent guesses behind a token that is not known; update all processes to "
+                "one version"
             )
         _below("page", chunk.pages, limits.num_pages)
         _at_most("history of a chunk", len(chunk.history), limits.max_context)

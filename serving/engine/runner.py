@@ -245,7 +245,7 @@ def _checked(draws: Draws, own: Drawn, first: int, chunk: Chunk) -> list[Drawn]:
             break
         drawn[-1].accepted = True
         drawn.append(_drawn(draws, first + number, chunk))
-    drawn[-1].rejected = chunk.guesses + 1 - len(drawn)
+    own.rejected = chunk.guesses + 1 - len(drawn)  # the answer may end before the others
     return drawn
 
 
@@ -268,7 +268,10 @@ def write(plan: StepPlan, inputs: GroupInputs) -> None:
         row = inputs.add(chunk.token_ids, chunk.start, chunk.pages, chunk.follows, chunk.slot)
         if not chunk.samples:
             continue
-        known, history = len(chunk.token_ids) - chunk.guesses, chunk.history
+        known = len(chunk.token_ids) - chunk.guesses
+        history: Sequence[int] | np.ndarray = chunk.history
+        if chunk.guesses and chunk.history:
+            history = np.asarray(chunk.history + chunk.token_ids[known - 1 :], np.int32)
         for number in range(chunk.guesses + 1):
             if chunk.guesses:
                 at = behind + number - 1 if number else row
@@ -281,7 +284,7 @@ def write(plan: StepPlan, inputs: GroupInputs) -> None:
                 seed=chunk.seed,
                 position=chunk.start + known + number,
                 prompt_length=chunk.prompt_length,
-                history=history and history + chunk.token_ids[known - 1 : known - 1 + number],
+                history=history[: len(chunk.history) + number],
                 forbidden=chunk.forbidden,
             )
         behind += chunk.guesses

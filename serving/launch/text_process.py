@@ -71,6 +71,7 @@ def _serve(given: dict[str, Any]) -> None:
     process = _TextProcess(
         service,
         access,
+        accounts,
         Admission(accounts, accounting.assumed_max_tokens, accounting.cached_token_charge),
         CallerFields(access.gateway_key, share_prefixes=accounting.share_prefixes),
         traces,
@@ -91,11 +92,13 @@ class _TextProcess:
         self,
         service: ServiceConfig,
         access: AccessConfig,
+        accounts: SharedAccounts,
         admission: Admission,
         fields: CallerFields,
         traces: Traces,
     ) -> None:
         self._service, self._access = service, access
+        self._accounts = accounts
         self._admission, self._fields, self._traces = admission, fields, traces
 
     async def run(self, pipe: socket.socket) -> bool:
@@ -150,14 +153,14 @@ class _TextProcess:
         for number in (signal.SIGTERM, signal.SIGINT):  # the whole service ends
             loop.add_signal_handler(number, engine.ask, texts_pb2.Ask(drain=texts_pb2.Nothing()))
         ending: asyncio.Future[Any] = engine.ending
-        telling = asyncio.create_task(_tell(engine, access, tls))
+        telling = asyncio.create_task(_tell(engine, access, tls, self._accounts))
         leaving: asyncio.Future[Any] = asyncio.ensure_future(engine.leaving.wait())
-        await asyncio.wait([leaving, ending], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([leaving, ending, telling], return_when=asyncio.FIRST_COMPLETED)
         # Health comes first, so that load balancers send new requests elsewhere.
         await set_serving(checks, False)
-        await asyncio.wait([ending])
+        await asyncio.wait([ending, telling], return_when=asyncio.FIRST_COMPLETED)
         engine.drain()
-        was_lost = engine.ending.cancelled()
+        was_lost = telling.done() or engine.ending.cancelled()
         deadline = time.monotonic() + (0.0 if was_lost else engine.ending.result())
         while engine.num_under_way and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -168,10 +171,15 @@ class _TextProcess:
         return not was_lost
 
 
-async def _tell(engine: RemoteEngine, access: Access, tls: RenewedServerTls | None) -> None:
-    """Tells the engine's process how this one is, and that it moves."""
+async def _tell(
+    engine: RemoteEngine, access: Access, tls: RenewedServerTls | None, accounts: SharedAccounts
+) -> None:
+    """Tells the engine's process how this one is, and that it moves.
+
+    Returns when the accounts are lost: this process would refuse everybody, and is started again.
+    """
     latest = None
-    while True:
+    while not accounts.was_lost:
         state = texts_pb2.State(
             is_serving=True,
             keys_failed=access.reload_failed,

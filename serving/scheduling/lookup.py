@@ -19,6 +19,7 @@ import numpy as np
 from serving.scheduling.request import Request
 
 _SHORTEST, _LONGEST = 3, 8  # tokens of a match
+_MOST_PLACES = 64  # the last so many places are compared: a prompt may be one token all along
 _FIRST_CHANCE = 0.5
 _RATE = 0.15  # by which the newest guess moves the chance
 _ROOM = 512  # tokens
@@ -72,7 +73,7 @@ class LookUp:
         known = self._known[: self._count]
         if len(known) <= _SHORTEST:
             return None
-        ends = np.flatnonzero(known[:-1] == known[-1])
+        ends = np.flatnonzero(known[:-1] == known[-1])[-_MOST_PLACES:]
         for back in range(1, _LONGEST):
             deep = ends[ends >= back]
             longer = deep[known[deep - back] == known[-1 - back]]

@@ -46,7 +46,7 @@ B's other 5; both draw their last token. B holds 3 pages all along, and A 1.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from secrets import randbits
@@ -56,7 +56,7 @@ from serving.scheduling.budget import prompt_sizes
 from serving.scheduling.guesser import Proposer
 from serving.scheduling.pages import PagePool
 from serving.scheduling.preemption import youngest
-from serving.scheduling.proposer import propose
+from serving.scheduling.proposer import StepTimes, propose
 from serving.scheduling.queue import TurnQueue
 from serving.scheduling.request import (
     Drawn,
@@ -90,6 +90,9 @@ class Scheduler:
         self._rows = Rows(limits, self._queue, self._pool)
         self._open = deque[tuple[StepPlan, list[SequenceState]]]()  # plans that are not committed
         self._now = 0.0
+        self._times = StepTimes(
+            (lambda size: None) if rhythm is None else rhythm.seconds, limits.window
+        )
         self.checks = 0  # of the guesses of an answer in a step
         self.guesses = 0  # that were checked
         self.accepted = 0  # guesses that were right
@@ -243,13 +246,15 @@ class Scheduler:
                 answers = remaining == 1 or sequence.answers
                 (decodes if answers else prompts).append(sequence)
         guesses: dict[SequenceState, tuple[int, ...]] = {}
+        held: list[SequenceState] = []  # answers that wait for what is guessed of them
         if self._proposer is not None:
             # Prompts come first: a guess may be in vain, and a prompt is not.
             room = self.limits.max_step_tokens - sum(s.remaining for s in prompts)
             rows = self.limits.max_sequences - len(prompts)  # a guess takes one of those that draw
-            decodes, guesses = propose(
-                self._proposer, decodes, min(room, rows), self._seconds_of(decodes)
-            )
+            going = decodes
+            decodes, guesses = propose(self._proposer, going, min(room, rows), self._times)
+            held = [s for s in going if s not in decodes]
+            held += [s for s in ready if s.has_open_guesses]
         draft: dict[SequenceState, int] = {}
         # Beside a prompt forced tokens ride along; a step of answers alone they make no larger.
         size = self.limits.max_step_tokens if prompts else self.limits.max_sequences
@@ -263,7 +268,9 @@ class Scheduler:
                 size += len(guesses.get(sequence, ()))
             self._claim(sequence, size, draft)
         if prompts := [sequence for sequence in prompts if sequence.running]:
-            spare = self._prompt_tokens(prompts, draft, beside or StepSize())
+            answering = draft | {s: 1 for s in held if s.running}
+            spare = self.limits.max_step_tokens - sum(draft.values())
+            spare = self._prompt_tokens(prompts, answering, spare, beside or StepSize())
             for sequence, size in prompt_sizes(prompts, spare):
                 self._claim(sequence, size, draft)
         order = [*draft]
@@ -376,33 +383,32 @@ class Scheduler:
     def _prompt_tokens(
         self,
         prompts: Sequence[SequenceState],
-        draft: Mapping[SequenceState, int],
+        answers: Mapping[SequenceState, int],
+        spare: int,
         beside: StepSize,
     ) -> int:
-        """Returns the number of tokens of prompts that a step has room and time for."""
-        spare = self.limits.max_step_tokens - sum(draft.values())
-        if self._rhythm is None or not (beside.tokens or _has_readers(draft)):
+        """Returns the number of tokens of prompts that a step has room and time for.
+
+        Args:
+            prompts: sequences that lack more than a token.
+            answers: tokens of the answers that go on, in this step or in the next.
+            spare: tokens that the step has room for.
+            beside: see `plan`.
+        """
+        if self._rhythm is None or not (beside.tokens or _has_readers(answers)):
             return spare
         short = SHORT_STEPS * self.limits.max_step_tokens
         if all(s.known_at_seat - s.cached <= short for s in prompts):
             return spare
         window = self.limits.window
-        own = StepSize().plus(((s.planned, size) for s, size in draft.items()), window)
+        own = StepSize().plus(((s.planned, size) for s, size in answers.items()), window)
 
         def with_prompts(tokens: int) -> StepSize:
             sizes = prompt_sizes(prompts, tokens)
             return beside.union(own.plus(((s.planned, size) for s, size in sizes), window))
 
-        waiting = (len(prompts) + len(self._queue)) / max(1, len(draft))
+        waiting = (len(prompts) + len(self._queue)) / max(1, len(answers))
         return self._rhythm.prompt_tokens(beside.union(own), spare, with_prompts, waiting)
-
-    def _seconds_of(self, decodes: Sequence[SequenceState]) -> Callable[[int], float | None]:
-        """Returns what tells the time of a step of these sequences, by its tokens."""
-        rhythm = self._rhythm
-        if rhythm is None:
-            return lambda tokens: None
-        own = StepSize().plus(((s.planned, 1) for s in decodes), self.limits.window)
-        return lambda tokens: rhythm.seconds(own._replace(tokens=tokens))
 
     def _sequences(self) -> Iterable[SequenceState]:
         return chain(self._rows.running, self._queue)
@@ -460,11 +466,13 @@ class Scheduler:
     ) -> None:
         """Records the tokens of a sequence that had guesses; wrong ones are written over."""
         assert drawn, "the first token is no guess"
+        rejected = chunk.guesses + 1 - len(drawn)
         self.checks += 1
         self.guesses += chunk.guesses
-        self.accepted += len(drawn) - 1
+        sequence.turn.served -= rejected  # nobody asked for them
         sequence.undrawn += len(drawn) - 1
         for token in drawn:
+            self.accepted += token.accepted
             self._append(sequence, token, events)
             if not sequence.running:
                 return

@@ -115,6 +115,11 @@ class SequenceState:
         return self.request.prompt_logprobs is None or self.scored > self.request.num_scored
 
     @property
+    def has_open_guesses(self) -> bool:
+        """True while a plan with guesses of it is open."""
+        return self.planned > len(self.tokens) + self.undrawn - 1
+
+    @property
     def may_be_guessed(self) -> bool:
         """True if what is drawn after several guesses depends on their tokens alone."""
         num_drawn = len(self.tokens) - len(self.request.prompt_ids)

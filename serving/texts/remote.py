@@ -185,7 +185,8 @@ class RemoteEngine(asyncio.Protocol):
         """Ends everything that waits for the engine's process."""
         self._problem = _LOST
         for answer in self._questions.values():
-            answer.set_exception(_LOST)
+            if not answer.done():  # whoever asked may have gone
+                answer.set_exception(_LOST)
         self._questions.clear()
         self._outlet.hand_out([(name, _LOST) for name in self._numbers])
         if not self.welcome.done():

@@ -8,6 +8,7 @@ the environment, the answer is False, and `kernels_for("cpu")` gives the XLA for
 the same more slowly. Nothing here runs in a process whose model is placed on an accelerator.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -74,7 +75,8 @@ def description() -> str:
         return "xla (MIXTRAL_JAX_NATIVE=0)"
     try:
         if SHIPPED.exists():
-            return f"{choose(features_of(ctypes.CDLL(str(SHIPPED))))[0].name} (built in)"
+            with contextlib.suppress(OSError):  # then the compiler's run, as in `_library`
+                return f"{choose(features_of(ctypes.CDLL(str(SHIPPED))))[0].name} (built in)"
         if compiler := _compiler():
             return f"{choose(_features(compiler))[0].name} (compiled here)"
     except (OSError, subprocess.CalledProcessError):

@@ -59,6 +59,9 @@ def test_plans_within_the_bounds_pass() -> None:
         ({"history": (50,)}, "a token id of 50"),
         ({"forbidden": frozenset({50})}, "a token id of 50"),
         ({"sampling": SamplingParams(logit_bias={50: 1.0})}, "a token id of 50"),
+        ({"token_ids": (1,), "pages": (0, 9), "guesses": 1}, "a number of guesses of 1, where 0"),
+        ({"guesses": 1, "samples": False}, "guesses behind a token that is not known"),
+        ({"guesses": 1, "follows": 0}, "guesses behind a token that is not known"),
         ({"follows": 1}, "a chunk that follows one with the index of 1, where 0 is the most"),
     ],
 )
@@ -72,7 +75,8 @@ def test_a_number_beyond_its_bound_is_named(changes: dict[str, Any], words: str)
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        (plans(CHUNK, CHUNK, CHUNK), "a number of chunks of 3, where 2"),
+        (plans(CHUNK, CHUNK, CHUNK), "a number of chunks and guesses of 3, where 2"),
+        (plans(replace(CHUNK, guesses=2)), "a number of chunks and guesses of 3, where 2"),
         (plans(copies=((0, 10),)), "a page of 10"),
         (plans()[:1], "1 plans for 2 partitions"),
         (plans() * 2, "4 plans for 2 partitions"),

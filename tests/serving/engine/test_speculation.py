@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax import placement
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.sampling_params import SamplingParams
+from mixtral_jax.sharding import make_mesh
 from serving.engine import build as engines
 from serving.engine.build import compile_steps
 from serving.engine.engine import Engine
@@ -23,12 +26,13 @@ from serving.scheduling.request import Request
 from tests.serving.engine.test_engine import (
     VOCAB,
     Answers,
+    assert_near,
     limits,
     random_requests,
     serve,
     toy,
 )
-from tests.support.models import model_of
+from tests.support.models import model_of, split_over, whole_kernels_for
 
 
 class Knowing:
@@ -48,14 +52,16 @@ class Knowing:
         return []
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.soak), "int8"])
 def model(request: pytest.FixtureRequest) -> Transformer:
     return toy(None, request.param)
 
 
-def engine_of(model: Transformer, guesses: Proposer | None, **changes: Any) -> Engine:
+def engine_of(
+    model: Transformer, guesses: Proposer | None, *, has_masks: bool = False, **changes: Any
+) -> Engine:
     given = limits(**changes)
-    steps = compile_steps(model, given, has_masks=False)
+    steps = compile_steps(model, given, has_masks=has_masks)
     return engines.engine_of(model, given, steps, proposer=guesses)
 
 
@@ -82,6 +88,30 @@ def test_answers_with_guesses_equal_those_without(model: Transformer) -> None:
     told = [drawn for answer in guessed.values() for drawn in answer]
     assert 0 < sum(drawn.accepted for drawn in told) <= scheduler.accepted
     assert 0 < sum(drawn.rejected for drawn in told) <= scheduler.guesses - scheduler.accepted
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("window", marks=pytest.mark.soak), "whole", "groups", "masks"]
+)
+def test_answers_with_guesses_are_the_same_in_every_kind_of_step(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a sliding window, as one program, over two groups of sequences, beside rows of masks."""
+    if kind == "whole":
+        monkeypatch.setattr(placement, "kernels_for_device", whole_kernels_for)
+    model = toy(9 if kind == "window" else None, "float32")
+    if kind == "groups":
+        model = split_over(model, make_mesh(2, 1, 1))
+    asked = random_requests(30, seed=6)
+    if kind == "masks":
+        asked[::3] = [replace(r, allowed_ids=frozenset(range(0, VOCAB, 2))) for r in asked[::3]]
+    options: dict[str, Any] = {"has_masks": kind == "masks", "window": model.config.sliding_window}
+    plain, _ = serve(engine_of(model, None, **options), asked, seed=1)
+    engine = engine_of(model, knowing(plain), **options)
+    guessed, _ = serve(engine, asked, seed=2)
+    for key, answer in plain.items():
+        assert_near(guessed[key], answer)
+    assert engine.scheduler.accepted > 50
 
 
 def test_requests_that_are_cancelled_leave_the_others_as_they_are(model: Transformer) -> None:

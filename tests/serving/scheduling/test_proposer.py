@@ -7,9 +7,10 @@ import pytest
 
 from mixtral_jax.sampling_params import SamplingParams
 from serving.scheduling.pages import PagePool, PageTable
-from serving.scheduling.proposer import propose
+from serving.scheduling.proposer import StepTimes, propose
 from serving.scheduling.request import Request
 from serving.scheduling.sequence import SequenceState, Turn
+from serving.scheduling.step_cost import StepSize
 
 
 class Certain:
@@ -61,7 +62,8 @@ def checked(
     def proposer(request: Request) -> Certain:
         raise AssertionError(f"each has a guesser already, also {request.id}")
 
-    ready, guesses = propose(proposer, sequences, budget, seconds)
+    times = StepTimes(lambda size: seconds(size.tokens))
+    ready, guesses = propose(proposer, sequences, budget, times)
     return [len(guesses.get(s, ())) if s in ready else None for s in sequences]
 
 
@@ -106,7 +108,35 @@ def test_an_answer_waits_for_its_last_token_where_a_guess_behind_it_is_likely(
 
 
 def test_where_no_place_is_left_nobody_waits() -> None:
-    assert checked([sequence(Certain(), undrawn=1)] * 3, budget=3) == [0] * 3
+    assert checked([sequence(Certain(), undrawn=1) for _ in range(3)], budget=3) == [0] * 3
+
+
+def test_who_would_get_no_guess_does_not_wait() -> None:
+    """Eight answers fill what is free, and the likely ones' guesses cost more than they yield."""
+    full = [sequence(Certain(0.7), undrawn=1) for _ in range(8)]
+    assert checked(full) == [0] * 8
+    few = [sequence(Certain(0.7), undrawn=1), sequence(Certain(0.1), undrawn=1)]
+    assert checked(few) == [None, 0]
+
+
+def test_nothing_is_looked_up_where_the_right_guess_would_not_pay() -> None:
+    class Unasked(Certain):
+        def guess(self, tokens: Sequence[int], count: int) -> Sequence[int]:
+            raise AssertionError("it costs the engine's thread time")
+
+    full = [sequence(Unasked()) for _ in range(8)]
+    assert checked(full, seconds=lambda tokens: float(tokens)) == [0] * 8
+
+
+def test_a_guess_costs_the_positions_that_it_sees() -> None:
+    """At the position 2 a token alone sees 3; with two guesses they see 3, 4 and 5 as pairs."""
+    told: list[StepSize] = []
+    times = StepTimes(lambda size: told.append(size) or 1.0)
+    answer, other = sequence(Certain()), sequence(Certain())
+    times.begin([answer, other])
+    times.with_guess(answer, 0)
+    times.with_guess(answer, 1)
+    assert told == [StepSize(2, 6, 0), StepSize(3, 3, 7), StepSize(4, 3, 12)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ A step costs 10 and 1 more for each token, and 0.1 for each pair of positions in
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from serving.scheduling.partitions import Partitions
@@ -69,6 +70,25 @@ def test_without_answers_or_a_bound_or_a_measured_step_prompts_fill_it() -> None
         step(beside)
         beside.add(request("B", 60, 9))
         assert step(beside) == {"A": (1, 1), "B": (0, 23)}
+
+
+def test_an_answer_whose_guesses_are_being_checked_counts_as_one_that_goes_on() -> None:
+    """It is not in the next step, because its last token is not known, but waits for its end."""
+
+    class Fives:
+        chance = 1.0
+
+        def guess(self, tokens: Sequence[int], count: int) -> Sequence[int]:
+            return [5] * min(count, 3)
+
+    rhythm = Rhythm(2, costs=KnownCosts())
+    partitions = Partitions(LIMITS, 1, lambda request: Fives(), rhythm)
+    partitions.add(request("A", 1, 90))
+    assert step(partitions) == {"A": (0, 1)}
+    plans = partitions.plan()
+    assert chunks(*plans) == {"A": (1, 4)}
+    partitions.add(request("B", 60, 9))
+    assert chunks(*partitions.plan()) == {"B": (0, 7)}
 
 
 def test_padding_is_filled_because_it_is_paid_for() -> None:
