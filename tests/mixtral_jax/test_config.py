@@ -109,7 +109,7 @@ def test_fields_that_fix_shapes_do(name: str) -> None:
     assert shapes(replace(SMALL, **{name: OTHER[name]})) != shapes(SMALL)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_fields_that_are_mathematics_change_the_logits() -> None:
     before = logits(SMALL)
     for name in sorted(MATHEMATICS):

@@ -35,6 +35,7 @@ FOREIGN_FLAGS = {
     "--size-gb",
     "--repeats",
     "--processes",
+    "--streams",
     "--step-ms",
     "--build-arg",
     "--python",

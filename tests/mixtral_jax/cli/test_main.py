@@ -61,7 +61,7 @@ def test_chat_in_a_form_and_with_tools(tmp_path: Path) -> None:
     assert out.returncode == 1 and out.stderr.startswith("mixtral-jax: ")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_chat_with_an_adapter(tmp_path: Path) -> None:
     settings = AdapterConfig(targets=("q", "down"), rank=4, alpha=8.0)
     config = open_pretrained("tiny-random").card.model

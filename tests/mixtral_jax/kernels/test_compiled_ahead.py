@@ -68,7 +68,11 @@ KERNELS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "window", "dtype"),
-    [((4, 2), 5, jnp.float32), ((6, 1), None, jnp.float32), ((4, 2), 5, jnp.float8_e4m3fn)],
+    [
+        ((4, 2), 5, jnp.float32),
+        pytest.param((6, 1), None, jnp.float32, marks=pytest.mark.soak),
+        ((4, 2), 5, jnp.float8_e4m3fn),
+    ],
 )
 def test_attention_means_what_the_tpu_kernel_means(
     heads: tuple[int, int], window: int | None, dtype: Any
@@ -159,7 +163,7 @@ def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpu:v5e:1x1", "gpu:a100-80:1", "gpu:l4:1", "gpu:h100:1"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.soak), "int8"])
 def test_generate_calls_the_kernels_of_an_absent_device(name: str, dtype: str) -> None:
     """A single accelerator, and no mesh is named: what a notebook does."""
     (topology,) = topologies(name)

@@ -34,7 +34,7 @@ def output_of(command: list[str], **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow  # the whole library is compiled, as for its users
+@pytest.mark.soak  # the whole library is compiled, as for its users
 def test_the_library_compiles_without_a_warning(tmp_path: Path) -> None:
     form = forms_of()[0]  # the other compiler, that of wheels, warns of all forms
     command = [*build.build_command(str(COMPILER), form), "-o", str(tmp_path / "kernels.so")]

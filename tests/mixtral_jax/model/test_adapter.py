@@ -68,6 +68,7 @@ def test_positions_begin_anew_with_each_segment() -> None:
     np.testing.assert_array_equal(positions_in(segments), want)
 
 
+@pytest.mark.soak
 def test_recomputed_layers_give_the_same_gradient() -> None:
     config, settings = CONFIGS["moe"], AdapterConfig(rank=2)
     model, adapter = model_of(config), adapter_of(CONFIGS["moe"], settings)

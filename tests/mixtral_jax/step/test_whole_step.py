@@ -100,7 +100,10 @@ class Sequences:
         return done
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=["alone", "mesh"])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(None, id="alone", marks=pytest.mark.soak), pytest.param((2, 2, 2), id="mesh")],
+)
 def test_both_forms_of_a_step_draw_the_same(shape: tuple[int, int, int] | None) -> None:
     model = model_of(MOE)
     if shape is not None:

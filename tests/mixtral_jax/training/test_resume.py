@@ -77,6 +77,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert rest[-1]["end"] is True
 
 
+@pytest.mark.soak
 def test_a_run_that_is_told_to_end_saves_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     lines = killed_at(started(folder, STEPS, 0.1), 3, signal.SIGTERM)

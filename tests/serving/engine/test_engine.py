@@ -155,6 +155,9 @@ def assert_near(got: list[Drawn], want: list[Drawn]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "model", ["float32", pytest.param("int8", marks=pytest.mark.soak)], indirect=True
+)
 def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) -> None:
     """A part of them without MIXTRAL_JAX_SOAK=1."""
     engine = engine_of(model, SMALL)
@@ -175,7 +178,7 @@ def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not build.available(), reason="another program may round the other way")
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.soak)])
 def test_small_pages_equal_the_plain_loop_with_such_pages(dtype: str) -> None:
     """Preempted, forked and found again: what was rounded once is the same rounded later."""
     model = toy(None, "float32")
@@ -219,6 +222,9 @@ def test_a_window_needs_no_more_pages_than_two_windows() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not build.available(), reason="promised with the kernels only")
+@pytest.mark.parametrize(
+    "model", ["int8", pytest.param("float32", marks=pytest.mark.soak)], indirect=True
+)
 def test_the_same_bits_alone_and_among_63_others(model: Transformer) -> None:
     """Tokens and logprobs, whatever the batch, chunks, prefix hits and preemptions."""
     requests = [

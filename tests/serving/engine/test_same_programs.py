@@ -65,7 +65,13 @@ def instructions(program: Compiled) -> list[str]:
     return [re.sub(r", metadata=\{[^}]*\}", "", line) for line in [lines[0], *lines[first:]]]
 
 
-@pytest.mark.parametrize("dp_attention", [False, True], ids=["heads", "sequences"])
+@pytest.mark.parametrize(
+    "dp_attention",
+    [
+        pytest.param(False, id="heads"),
+        pytest.param(True, id="sequences", marks=pytest.mark.soak),
+    ],
+)
 def test_generate_and_serve_run_the_same_programs_on_a_mesh(
     folder: Path, dp_attention: bool
 ) -> None:

@@ -78,7 +78,7 @@ def test_all_parameters_are_trained_and_saved(tmp_path: Path) -> None:
     assert len(set(words)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_pairs_of_answers_are_learnt(tmp_path: Path) -> None:
     rows = [
         {
