@@ -273,11 +273,9 @@ def write(plan: StepPlan, inputs: GroupInputs) -> None:
         if chunk.guesses and chunk.history:
             history = np.asarray(chunk.history + chunk.token_ids[known - 1 :], np.int32)
         for number in range(chunk.guesses + 1):
+            at = behind + number - 1 if number else row
             if chunk.guesses:
-                at = behind + number - 1 if number else row
                 inputs.draw_after(row, known - 1 + number, at)
-            else:
-                at = row
             inputs.sample(
                 at,
                 chunk.sampling,
