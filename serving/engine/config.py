@@ -90,6 +90,11 @@ class EngineConfig:
             )
         if self.speculate not in (None, "lookup"):
             raise ConfigError(f"--speculate is {self.speculate!r}; give lookup, or leave it out")
+        if self.speculate is not None and self.max_sequences == 1:
+            raise ConfigError(
+                "--speculate has no row for a guess with --max-sequences 1; give 8 or more, or "
+                "leave one of the two out"
+            )
         if not self.max_decode_slowdown > 1:
             raise ConfigError(
                 f"--max-decode-slowdown is {self.max_decode_slowdown}; prompts need time beside "

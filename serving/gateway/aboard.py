@@ -8,9 +8,10 @@ remembers all of them for some minutes, as digests:
     2        it is sent as the only suspect; others that come meanwhile are to come again later
     3        it is refused
 
-A death with a single suspect aboard counts as the third, because that suspect has caused it. A
-request that ends in any other way than by a death is no longer a suspect, and so those that were
-aboard by chance are cleared as soon as they are answered.
+A death counts once for a request, however often it was aboard. One with a single suspect aboard
+counts as the third, because that suspect has caused it. A request that ends in any other way than
+by a death is no longer a suspect, and so those that were aboard by chance are cleared as soon as
+they are answered.
 
 The digest holds the caller: nobody is told by a refusal what another has asked. Several gateways
 before one service do not know one another's suspects.
@@ -21,6 +22,8 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import count
+from typing import NamedTuple
 
 from serving.errors import EngineFailure, Unavailable
 from serving.proto.inference_pb2 import GenerateRequest
@@ -45,8 +48,9 @@ class Aboard:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # Number of deaths and time of the latest, by digest; the oldest come first.
-        self._deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
+        # By digest; the oldest come first.
+        self._deaths: OrderedDict[bytes, _Deaths] = OrderedDict()
+        self._moments = count()  # numbers what is sent, and deaths
         self._suspects: list[Sent] = []
         self._is_exclusive = False  # the only suspect is to stay alone
 
@@ -59,8 +63,9 @@ class Aboard:
         """
         self._forget()
         # Without deaths the digest is not computed: it costs 2 ms for 4 MB.
-        deaths, _ = self._deaths.get(digest_of(request), (0, 0.0)) if self._deaths else (0, 0.0)
-        sent = Sent(self, request)
+        noted = self._deaths.get(digest_of(request)) if self._deaths else None
+        deaths = 0 if noted is None else noted.times
+        sent = Sent(self, request, next(self._moments))
         if deaths == 0:
             return sent
         if deaths >= _REFUSED_AT:
@@ -87,13 +92,15 @@ class Aboard:
             self._remove(sent)
             if len(self._suspects) == 1:
                 self._suspects[0].has_company = False
-            if is_whole:
-                self._deaths.pop(digest_of(sent.request), None)
+        if is_whole and self._deaths:
+            self._deaths.pop(digest_of(sent.request), None)
 
     def died(self, sent: "Sent") -> None:
         """Notes that the service has died while it answered a request."""
         digest, is_suspect = digest_of(sent.request), sent in self._suspects
-        deaths = self._deaths.pop(digest, (0, 0.0))[0] + 1
+        noted = self._deaths.pop(digest, _Deaths())
+        # A request that was sent before the last noted death was aboard at that same one.
+        deaths = noted.times + (sent.moment > noted.moment)
         if is_suspect:
             # Those that died with it stay its company, although they have left before it.
             self._remove(sent)
@@ -106,7 +113,7 @@ class Aboard:
                 sent.request.caller or "a caller",
                 digest.hex()[:16],
             )
-        self._deaths[digest] = (deaths, self._clock())
+        self._deaths[digest] = _Deaths(deaths, self._clock(), next(self._moments))
         self._forget()
 
     def _remove(self, sent: "Sent") -> None:
@@ -117,10 +124,18 @@ class Aboard:
         """Forgets what is too old, and what is too much."""
         oldest = self._clock() - REMEMBERED_SECONDS
         while self._deaths:
-            digest, (_, at) = next(iter(self._deaths.items()))
-            if at > oldest and len(self._deaths) <= MAX_REMEMBERED:
+            digest, noted = next(iter(self._deaths.items()))
+            if noted.at > oldest and len(self._deaths) <= MAX_REMEMBERED:
                 return
             del self._deaths[digest]
+
+
+class _Deaths(NamedTuple):
+    """The deaths at which a request was aboard."""
+
+    times: int = 0
+    at: float = 0.0  # time of the latest
+    moment: int = -1  # its number
 
 
 class Sent:
@@ -129,10 +144,11 @@ class Sent:
     Args:
         aboard: What remembers it.
         request: The request.
+        moment: Number that tells what was sent before a death and what after it.
     """
 
-    def __init__(self, aboard: Aboard, request: GenerateRequest) -> None:
-        self.request = request
+    def __init__(self, aboard: Aboard, request: GenerateRequest, moment: int) -> None:
+        self.request, self.moment = request, moment
         self.has_company = False
         """Whether other suspects run, or died with it."""
         self._aboard: Aboard | None = aboard

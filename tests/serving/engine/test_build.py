@@ -57,6 +57,8 @@ def test_each_size_is_the_operators_where_a_flag_gives_it() -> None:
         ({"step_buckets": "8,4"}, "--step-buckets is '8,4'; give numbers from small to large"),
         ({"step_buckets": "0,4"}, "give numbers from small to large, such as 8,64,512"),
         ({"step_buckets": "many"}, "--step-buckets is 'many'"),
+        ({"speculate": "draft"}, "--speculate is 'draft'; give lookup"),
+        ({"speculate": "lookup", "max_sequences": 1}, "no row for a guess with --max-sequences 1"),
         ({"max_sequences": 0}, "--max-sequences is 0; it must be at least 1"),
         (
             {"max_sequences": 4, "max_step_tokens": 2},

@@ -40,6 +40,31 @@ def test_a_request_that_kills_the_service_alone_is_refused_at_its_second_death()
     assert not aboard.send(request("poison")).request.suspect
 
 
+def test_a_death_counts_once_for_a_request_that_was_aboard_several_times() -> None:
+    aboard = Aboard()
+    sent = [aboard.send(request("a")) for _ in range(5)]
+    for each in sent[:4]:
+        each.die()
+    again = aboard.send(request("a"))
+    assert again.request.suspect
+    again.end(is_whole=False)
+    sent[4].end(is_whole=True)  # by another process of the service, which goes on
+    assert not aboard.send(request("a")).request.suspect
+
+
+def test_equal_suspects_that_die_together_are_tried_once_more() -> None:
+    aboard = Aboard()
+    for _ in range(2):
+        for each in [aboard.send(request("poison")) for _ in range(3)]:
+            each.die()
+    alone = aboard.send(request("poison"))
+    with pytest.raises(Unavailable):
+        aboard.send(request("poison"))
+    alone.die()
+    with pytest.raises(EngineFailure):
+        aboard.send(request("poison"))
+
+
 def test_suspects_that_die_together_are_tried_one_by_one_and_no_bystander_is_refused() -> None:
     aboard = Aboard()
     texts = ["poison", "a", "b"]
