@@ -21,6 +21,7 @@ from serving.scheduling.step_cost import StepSize
 
 MOST_GUESSES = 16  # of an answer in a step
 _UNMEASURED_GUESSES = 4  # of a step, before the time of any is known
+_MANY = 8  # answers
 _WORTH_WAITING = 0.4  # the chance from which on an answer waits for its last token
 
 Guesses = dict[SequenceState, tuple[int, ...]]
@@ -68,7 +69,10 @@ def propose(
     """
     spare = budget - len(decodes)
     guessed = [s for s in decodes if s.may_be_guessed and _room(s)]
-    if spare < 1 or not guessed or not _may_pay(decodes, guessed[0], spare, times):
+    if spare < 1 or not guessed:
+        return [*decodes], {}
+    # Of few answers it takes less time to look for guesses than to see whether they might pay.
+    if len(guessed) >= _MANY and not _may_pay(decodes, guessed[0], spare, times):
         return [*decodes], {}
     offered: Guesses = {}
     for sequence in guessed:
