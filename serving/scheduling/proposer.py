@@ -71,7 +71,7 @@ def propose(
     guessed = [s for s in decodes if s.may_be_guessed and _room(s)]
     if spare < 1 or not guessed:
         return [*decodes], {}
-    # Of few answers it takes less time to look for guesses than to see whether they might pay.
+    # Looking for guesses of few answers takes less time than seeing whether they might pay.
     if len(guessed) >= _MANY and not _may_pay(decodes, guessed[0], spare, times):
         return [*decodes], {}
     offered: Guesses = {}
