@@ -253,8 +253,10 @@ class Scheduler:
             rows = self.limits.max_sequences - len(prompts)  # a guess takes one of those that draw
             going = decodes
             decodes, guesses = propose(self._proposer, going, min(room, rows), self._times)
-            held = [s for s in going if s not in decodes]
-            held += [s for s in ready if s.has_open_guesses]
+            if prompts:  # beside which they go on, though not in this step
+                chosen = set(decodes)
+                held = [s for s in going if s not in chosen]
+                held += [s for s in ready if s.has_open_guesses]
         draft: dict[SequenceState, int] = {}
         # Beside a prompt forced tokens ride along; a step of answers alone they make no larger.
         size = self.limits.max_step_tokens if prompts else self.limits.max_sequences
