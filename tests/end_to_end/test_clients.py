@@ -30,7 +30,7 @@ def plain(smollm2: Path) -> Iterator[Server]:
         (None, "plain_http"),
         ("mistral-v3", "mistral_v3"),
         ("mistral-v1", "mistral_v1"),
-        ("langchain", "langchain_clients"),
+        pytest.param("langchain", "langchain_clients", marks=pytest.mark.soak),
         ("litellm", "litellm_client"),
         ("anthropic", "anthropic_client"),
     ],

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PAGE.exists(), reason="the page is not beside this checkout"),
 ]
-CREDENTIALS = ["key", "default credential"]
+CREDENTIALS = ["key", pytest.param("default credential", marks=pytest.mark.soak)]
 
 
 def samples(language: str, kind: str) -> list[str]:

@@ -265,13 +265,14 @@ def test_drain_ends_everything_with_status_0_after_the_answers() -> None:
     with running(command()) as server, Client(server.target, key=server.key) as grpc_client:
         assert grpc_client.info().name == "tiny-random"
         chat: list[Message] = [{"role": "user", "content": "x"}]
-        answer = grpc_client.chat(chat, max_tokens=300, ignore_eos=True)
+        # One choice after another on the only row: under way still, however late drain is called.
+        answer = grpc_client.chat(chat, n=16, max_tokens=400, ignore_eos=True)
         seen = [next(answer)]
         assert grpc_client.drain() == 1
         late = ask(server)
         assert (late.status_code, late.headers["retry-after"].isdecimal()) == (503, True)
         seen += answer
-        assert completion_of(seen).usage.completion_tokens == 300
+        assert completion_of(seen).usage.completion_tokens == 16 * 400
         assert server.process.wait(60) == 0
 
 

@@ -26,7 +26,7 @@ from tests.support.structure_clients import (
 pytestmark = pytest.mark.slow
 
 # CI has time for these, and for the kept bodies of all in the tests of the gateway; soak runs all.
-IN_CI = ("openai-python", "azure-python", "mistral-python")
+IN_CI = ("openai-python", "azure-python")
 each_client = pytest.mark.parametrize(
     "client",
     [

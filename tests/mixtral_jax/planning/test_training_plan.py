@@ -34,7 +34,7 @@ def test_a_job_and_a_plan_survive_json() -> None:
     assert TrainingJob.from_json(full.to_json()) == full
 
 
-@pytest.mark.slow  # compiles three steps
+@pytest.mark.soak  # compiles three steps
 def test_layers_that_are_not_compiled_are_extrapolated() -> None:
     """Bytes of weights are known: a layer has as many as the one before."""
     devices = jax.devices("cpu")[:2]

@@ -178,7 +178,8 @@ def test_200_requests_in_too_few_pages_equal_the_plain_loop(model: Transformer) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not build.available(), reason="another program may round the other way")
-@pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_small_pages_equal_the_plain_loop_with_such_pages(dtype: str) -> None:
     """Preempted, forked and found again: what was rounded once is the same rounded later."""
     model = toy(None, "float32")

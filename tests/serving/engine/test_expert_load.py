@@ -98,6 +98,7 @@ def routed(
     return total
 
 
+@pytest.mark.soak
 def test_counts_of_steps_are_those_of_the_model_and_its_adapters() -> None:
     model, registry = model_of(CONFIG), CollectorRegistry()
     load = ExpertLoad(CONFIG, registry)

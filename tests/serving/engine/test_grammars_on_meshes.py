@@ -114,9 +114,9 @@ def may_draw(allowed: np.ndarray | None, row: int, token: int) -> bool:
 @pytest.mark.parametrize(
     ("shape", "dp_attention"),
     [
-        pytest.param((2, 1, 1), False, id="data"),
+        pytest.param((2, 1, 1), False, id="data", marks=pytest.mark.soak),
         pytest.param((1, 2, 1), True, id="sequences", marks=pytest.mark.soak),
-        pytest.param((2, 2, 1), True, id="both", marks=pytest.mark.soak),
+        pytest.param((2, 2, 1), True, id="both"),
     ],
 )
 def test_rows_with_masks_in_both_groups_draw_what_one_device_draws(
