@@ -24,6 +24,8 @@ _SIZE_NAMES = {
     "mistral": ("n_layers", "moe.num_experts"),
     "gguf": ("llama.block_count", "llama.expert_count"),
 }
+# What is rounded by what a text shows of the activations.
+CALIBRATED = ("int8", "int4")
 # Up to so many, a source may lack tensors, whose names are listed then.
 _UNDISPUTED_LAYERS, _UNDISPUTED_EXPERTS = 256, 1024
 
@@ -44,7 +46,7 @@ def check(
         table: what there should be.
         shapes: of the parameters that will be written.
         destination: where they will be.
-        dtype: in which they will be; int8 needs a tokenizer.
+        dtype: in which they will be; those of `CALIBRATED` need a tokenizer.
         upcycle_experts: as in `name_table`.
         num_ids: how many ids the tokenizer has; None where there is none.
     """
@@ -55,9 +57,9 @@ def check(
     ]
     if upcycle_experts:
         problems += _upcycling(source, upcycle_experts)
-    if num_ids is None and dtype == "int8":
+    if num_ids is None and dtype in CALIBRATED:
         problems.append(
-            "int8 is calibrated with a text, which needs the model's tokenizer; fetch it"
+            f"{dtype} is calibrated with a text, which needs the model's tokenizer; fetch it"
         )
     if num_ids is not None and num_ids > table.config.vocab_size:
         problems.append(

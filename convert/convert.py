@@ -20,14 +20,15 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.assemble import Assembly
-from convert.check import check, check_size
+from convert.check import CALIBRATED, check, check_size
 from convert.errors import ConversionError
 from convert.name_table import NameTable, name_table
 from convert.pieces import write_pieces
 from convert.progress import Progress
 from convert.pull import pull
+from convert.quantize import int4, int8
+from convert.quantize.calibration import calibration_text
 from convert.quantize.fp8 import fp8_shapes, holds_fp8, keeps_fp8, write_fp8
-from convert.quantize.int8 import calibration_text, quantize
 from convert.recommended_sampling import add_recommended
 from convert.served_name import served_as
 from convert.source import gguf_tokenizer
@@ -61,9 +62,9 @@ def convert(
         path: a folder or file as `convert.source.open` describes.
         destination: a folder that does not exist or is empty; may be the URL of one in an object
             store (gs://BUCKET/FOLDER, s3://BUCKET/FOLDER), which is written to at the end.
-        dtype: "float32" or "bfloat16" for all parameters; "int8" as `convert.quantize.int8` makes
-            them, which needs the tokenizer; or "fp8" as `convert.quantize.fp8` keeps or makes them.
-            By default fp8 where the source's weights are FP8 with a scale for each output or
+        dtype: "float32" or "bfloat16" for all parameters; "int8" and "int4" as the modules of
+            `convert.quantize` make them, which need the tokenizer; or "fp8" as they keep or make
+            them. By default fp8 where the source's weights are FP8 with a scale for each output or
             tensor, bfloat16 where most other bytes are bf16, else float32: nothing is lost unless
             it is asked for. (f16 and the quantised forms of GGUF have values that bf16 has not.)
         upcycle_experts: make a mixture of this many experts out of a dense model, each a copy of
@@ -92,7 +93,7 @@ def convert(
         source.dialect,
         source.tensors,
         upcycle_experts=upcycle_experts,
-        own_head=dtype == "int8",
+        own_head=dtype in CALIBRATED,
     )
     dtype = dtype or _default_dtype(source, table)
     shapes = parameter_shapes(table.config, dtype)
@@ -112,9 +113,10 @@ def convert(
                     shutil.copy(file, folder)
             add_recommended(folder, path.stem if path.is_file() else own_name)
             writer = ParameterWriter(folder, shapes, chunk_bytes)
-            if words.tokenizer is not None and dtype == "int8":
+            if words.tokenizer is not None and dtype in CALIBRATED:
                 ids = words.tokenizer.encode(calibration_text())
-                quantize(card.model, assembly.fill, ids, writer, progress)
+                rounding = int8.quantize if dtype == "int8" else int4.quantize
+                rounding(card.model, assembly.fill, ids, writer, progress)
             elif dtype == "fp8":
                 lost = write_fp8(assembly, writer, progress)
                 if lost.parameters and holds_fp8(source.tensors.values()):

@@ -11,6 +11,7 @@
     R  rows to draw from                    J  biased tokens of a row
     Q  experts as the router scores them: every device knows all of these scores
     U  rank of an adapter                   A  adapters that rows of one step may use
+    Z  scale and minimum of a group of int4
 
 The same letters name the dimensions of an array's type (`Float[Array, "B T D"]`), the terms of an
 einsum, the tag of a parameter (`axes="EFD"`) and the sharding (`ShardingRules.spec("EFD")`).

@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16", *QUANTIZED)
 class Placement:
     """A model's devices, dtypes and kernels. Models of equal placements share their programs."""
 
-    dtype: str  # of weights: float32, bfloat16, or int8 and fp8 with float32 scales
+    dtype: str  # of weights: float32, bfloat16, or int8, int4 and fp8 with scales
     activation_dtype: str  # of what flows between the products, and of cached keys and values
     layout: Layout | None  # the mesh and the rules on it; None for one device
     kernels: Kernels
@@ -49,7 +49,7 @@ class Placement:
 
         Args:
             config: the model.
-            dtype: of its weights: float32, bfloat16, int8 or fp8 (float8_e4m3fn).
+            dtype: of its weights: float32, bfloat16, int8, int4 or fp8 (float8_e4m3fn).
             mesh: a mesh, "auto" for all devices, or a text such as "data=1,expert=8,tensor=1"; None
                 for one device. A text also makes the copies of key/value heads that it needs.
             dp_attention: splits sequences, not heads, over the mesh's expert axis, which must have
@@ -68,6 +68,8 @@ class Placement:
         if mesh is not None:
             layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention))
             layout.rules.check(config, mesh)
+            if name == "int4":
+                layout.rules.check_groups(config, mesh)
             device = mesh.devices.flat[0]
         else:
             if dp_attention:
@@ -89,9 +91,12 @@ class Placement:
     def table_dtype(self) -> str:
         """The dtype of the embedding and of the head, which fp8 leaves in the activations' own.
 
-        That is how FP8 models are published.
+        That is how FP8 models are published. Of an int4 model they are int8: a table of words is
+        read row by row, and a head's errors go straight into the answers.
         """
-        return self.activation_dtype if self.dtype == "fp8" else self.dtype
+        if self.dtype == "fp8":
+            return self.activation_dtype
+        return "int8" if self.dtype == "int4" else self.dtype
 
     @property
     def full_kernels(self) -> Kernels:
@@ -161,10 +166,11 @@ class Placement:
             raise ConfigError(
                 "--deterministic is promised on one device; leave out the flag or --mesh"
             )
-        if self.kernels.platform != "cpu" or self.dtype not in ("float32", "int8"):
+        if self.kernels.platform != "cpu" or self.dtype not in ("float32", "int8", "int4"):
             raise ConfigError(
-                f"--deterministic is promised on CPU for float32 and int8; this is {self.dtype} on "
-                f"{self.kernels.platform}: leave the flag out, or give --dtype float32"
+                "--deterministic is promised on CPU for float32, int8 and int4; this is "
+                f"{self.dtype} on {self.kernels.platform}: leave the flag out, or "
+                "give --dtype float32"
             )
         lanes = self.kernels.deterministic_heads
         if lanes is None:

@@ -1,4 +1,4 @@
-"""A weight and its scales, and the rounding to int8 and fp8: the only file that rounds.
+"""A weight and its scales, and the rounding to int8, int4 and fp8: the only file that rounds.
 
 With dtype int8 (W8A8) a weight holds int8 values and one float32 scale for each output. The rows
 that meet it are rounded to int8 when they arrive, with one scale for each row, so the product is
@@ -7,6 +7,14 @@ exact in int32.
 With dtype fp8 the values are float8_e4m3fn (arXiv:2209.05433: four bits of exponent, three of
 fraction, 448 the largest), with the same scales. The rows are rounded to it too (W8A8) on devices
 that multiply fp8; elsewhere the values are widened to the dtype of the rows (W8A16).
+
+With dtype int4 groups of 32 inputs have a scale and a minimum of their own: a weight is
+`q * scale + minimum` with q in 0 .. 15. Two inputs stand in a byte, the even one in its low bits.
+Rows of float32 that meet it are rounded to int8 (W4A8); those of bfloat16 meet the widened weight
+(W4A16).
+
+    values   uint8    [*O I/2]
+    scale    float16  [*O I/32 2]  the group's scale and its minimum
 """
 
 from collections.abc import Mapping
@@ -15,12 +23,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float8e4m3fn, Float16, Float32, Int8, UInt8
+
+from mixtral_jax.errors import ConfigError
 
 # The dtypes of values with scales, by the name of a model's dtype.
 QUANTIZED: Mapping[str, jnp.dtype] = MappingProxyType(
-    {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+    {
+        "int8": jnp.dtype(jnp.int8),
+        "int4": jnp.dtype(jnp.uint8),
+        "fp8": jnp.dtype(jnp.float8_e4m3fn),
+    }
 )
+GROUP_SIZE = 32  # inputs of int4 that share a scale and a minimum
 # The smallest normal float32. A smaller bound would be flushed to zero on some devices.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _LARGEST_FP8 = float(jnp.finfo(jnp.float8_e4m3fn).max)
@@ -29,7 +45,8 @@ _LARGEST_FP8 = float(jnp.finfo(jnp.float8_e4m3fn).max)
 class Weight(NamedTuple):
     """A weight for products over its last axis: values [*O I] and, if rounded, scales [*O] f32.
 
-    A float weight has no scale. One of int8 or fp8 stands for `values * scale`.
+    A float weight has no scale. One of int8 or fp8 stands for `values * scale`; one of int4 is as
+    this module says.
     """
 
     values: jax.Array
@@ -37,7 +54,13 @@ class Weight(NamedTuple):
 
     @classmethod
     def quantized(cls, weight: Float[Array, "*O I"], dtype: str = "int8") -> "Weight":
-        """Rounds a float weight to int8 or fp8, so that the largest value of an output is kept."""
+        """Rounds a float weight to int8 or fp8, so that the largest value of an output is kept.
+
+        Or to int4, each group by the grid that rounds it best.
+        """
+        if dtype == "int4":
+            grid = Grid.of(weight)
+            return cls(packed(grid.levels(weight)), grid.pairs)
         return cls(*(round_rows(weight) if dtype == "int8" else round_rows_fp8(weight)))
 
     @property
@@ -47,12 +70,112 @@ class Weight(NamedTuple):
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
-        """The arrays that are there: one for a float weight, two for int8 and fp8."""
+        """The arrays that are there: one for a float weight, two for a rounded one."""
         return (self.values,) if self.scale is None else (self.values, self.scale)
+
+    @property
+    def is_int4(self) -> bool:
+        """Says whether two values stand in a byte."""
+        return self.values.dtype == QUANTIZED["int4"]
+
+    def widened(self, dtype: DTypeLike) -> Float[Array, "*O I"]:
+        """An int4 weight as floats: computed in float32, and rounded to `dtype`."""
+        assert self.scale is not None
+        return Grid(self.scale).values(unpacked(self.values)).astype(dtype)
+
+
+class Grid(NamedTuple):
+    """The values that weights [*O I] of int4 may have: scale and minimum of each group."""
+
+    pairs: Float16[Array, "*O G 2"]
+
+    @classmethod
+    def of(
+        cls, weight: Float[Array, "*O I"], importance: Float[Array, " I"] | None = None
+    ) -> "Grid":
+        """The grid of each group of inputs: of some widths around its middle, the one that rounds
+        it best.
+
+        Args:
+            weight: finite, at most 65,504 in size.
+            importance: of each input, by which squared errors are weighed; None for all the same.
+
+        Raises ConfigError for inputs that are no whole number of groups.
+        """
+        inputs = weight.shape[-1]
+        if inputs % GROUP_SIZE:
+            raise ConfigError(
+                f"int4 rounds groups of {GROUP_SIZE} inputs, and a weight has {inputs}, which is "
+                "no multiple; use --dtype int8"
+            )
+        groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, GROUP_SIZE)
+        costs = jnp.ones(inputs, jnp.float32) if importance is None else importance
+        costs = costs.reshape((1,) * (groups.ndim - 2) + (-1, GROUP_SIZE))
+        low, high = jnp.min(groups, axis=-1), jnp.max(groups, axis=-1)
+        middle, half = (low + high) / 2, (high - low) / 2
+
+        def of_width(share: jax.Array) -> tuple[jax.Array, jax.Array]:
+            pairs = jnp.stack([half * share / 7.5, middle - half * share], axis=-1)
+            pairs = pairs.astype(jnp.float16)
+            scale, minimum = (pairs[..., i, None].astype(jnp.float32) for i in range(2))
+            change = groups - (nearest_level(groups, scale, minimum) * scale + minimum)
+            return jnp.sum(costs * change * change, axis=-1), pairs
+
+        def better(
+            best: tuple[jax.Array, jax.Array], share: jax.Array
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            cost, pairs = of_width(share)
+            is_better = cost < best[0]
+            kept = jnp.where(is_better[..., None], pairs, best[1])
+            return (jnp.where(is_better, cost, best[0]), kept), None
+
+        shares = jnp.asarray(_WIDTHS, jnp.float32)
+        (_, pairs), _ = jax.lax.scan(better, of_width(shares[0]), shares[1:])
+        return cls(pairs)
+
+    def levels(self, weight: Float[Array, "*O I"]) -> UInt8[Array, "*O I"]:
+        """The numbers 0 .. 15 of the values that are nearest to those of a weight."""
+        return nearest_level(weight.astype(jnp.float32), *self.by_input).astype(jnp.uint8)
+
+    def values(self, levels: UInt8[Array, "*O I"]) -> Float32[Array, "*O I"]:
+        """The values that have these numbers."""
+        scale, minimum = self.by_input
+        return levels.astype(jnp.float32) * scale + minimum
+
+    @property
+    def by_input(self) -> tuple[jax.Array, jax.Array]:
+        """Scale and minimum of each weight: f32 [*O I]."""
+        scale, minimum = (
+            jnp.repeat(self.pairs[..., i].astype(jnp.float32), GROUP_SIZE, axis=-1)
+            for i in range(2)
+        )
+        return scale, minimum
+
+
+# Shares of a group's width that a grid may have: a few weights beyond its ends cost less than steps
+# that are wider for all of them.
+_WIDTHS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def nearest_level(values: jax.Array, scale: jax.Array, minimum: jax.Array) -> jax.Array:
+    """The number 0 .. 15 of a grid's value that is nearest, as float32, for arrays of float32."""
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    return jnp.clip(jnp.round((values - minimum) * inverse), 0, 15)
+
+
+def packed(levels: UInt8[Array, "*O I"]) -> UInt8[Array, "*O _"]:
+    """Two numbers 0 .. 15 in each byte, that of the even input in its low bits."""
+    return levels[..., 0::2] | levels[..., 1::2] << jnp.uint8(4)
+
+
+def unpacked(values: UInt8[Array, "*O _"]) -> UInt8[Array, "*O I"]:
+    """The numbers 0 .. 15 of which there are two in each byte."""
+    pairs = jnp.stack([values & jnp.uint8(15), values >> jnp.uint8(4)], axis=-1)
+    return pairs.reshape(*values.shape[:-1], -1)
 
 
 def is_quantized(dtype: str) -> bool:
-    """Says whether weights of a model's dtype have scales: int8 and fp8."""
+    """Says whether weights of a model's dtype have scales: int8, int4 and fp8."""
     return dtype in QUANTIZED
 
 

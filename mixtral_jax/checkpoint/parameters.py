@@ -36,7 +36,10 @@ def parameter_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, jax.Sha
 def count_parameters(config: ModelConfig, dtype: DTypeLike) -> tuple[int, int]:
     """Returns the number of weights, and the bytes that they and their scales take."""
     shapes = parameter_shapes(config, dtype)
-    weights = sum(array.size for name, array in shapes.items() if not name.endswith(".scale"))
+    weights = 0
+    for name, array in shapes.items():
+        if not name.endswith(".scale"):
+            weights += array.size * (2 if array.dtype == QUANTIZED["int4"] else 1)
     return weights, stored_bytes(shapes)
 
 
@@ -48,7 +51,7 @@ def stored_bytes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
 def loadable_dtype(folder: Path | str, card: Card, dtype: Any) -> str:
     """Returns what a checkpoint is loaded as when `dtype` is asked for; None asks for the stored.
 
-    Raises ConfigError for what is no dtype of models, and from or to int8 or fp8.
+    Raises ConfigError for what is no dtype of models, and from or to int8, int4 or fp8.
     """
     name = checked_dtype(card.dtype if dtype is None else dtype)
     if name != card.dtype and (is_quantized(name) or is_quantized(card.dtype)):

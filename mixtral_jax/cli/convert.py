@@ -37,8 +37,8 @@ def convert(
         str | None,
         typer.Option(
             help="float32, bfloat16, int8 (W8A8, smoothed: half of bfloat16's bytes, fastest on "
-            "CPU), or fp8 (e4m3: as few bytes, for H100 and later); default: fp8 or bfloat16 if "
-            "the source is, else float32."
+            "CPU), int4 (in groups of 32, a third of bfloat16's bytes), or fp8 (e4m3: as few as "
+            "int8, for H100 and later); default: fp8 or bfloat16 if the source is, else float32."
         ),
     ] = None,
     upcycle_experts: Annotated[

@@ -36,7 +36,7 @@ def plan(
         Path | None, typer.Option(help="Checkpoint folder instead; only its config is read.")
     ] = None,
     dtype: Annotated[
-        Literal["bfloat16", "int8", "fp8", "float32"] | None,
+        Literal["bfloat16", "int8", "int4", "fp8", "float32"] | None,
         typer.Option(help="Type of the weights; default: as stored, bfloat16 for --model."),
     ] = None,
     kv_dtype: Annotated[
@@ -83,13 +83,14 @@ def plan(
     from mixtral_jax.planning.search import Search
     from mixtral_jax.roofline.settings import settings_for_split
     from mixtral_jax.roofline.workload import Workload, unsplit_placement
+    from mixtral_jax.weight import is_quantized
 
     sizes = topologies(topology)
     config, stored = _model(model, checkpoint)
     if (
         dtype is not None
         and stored is not None
-        and {"int8", "fp8"} & {dtype, stored}
+        and (is_quantized(dtype) or is_quantized(stored))
         and dtype != stored
     ):
         raise UserError(

@@ -21,13 +21,14 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.axes import FlatHidden, FlatTokens, Hidden, Positions, Scalar
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
 from mixtral_jax.kernels import Kernels
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter, LowRank
 from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters, Stack, add_stacks
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.placement import Placement, checked_dtype
-from mixtral_jax.weight import QUANTIZED, Weight, is_quantized
+from mixtral_jax.weight import GROUP_SIZE, QUANTIZED, Weight, is_quantized
 
 
 def parameter(axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> nnx.Param:
@@ -129,8 +130,11 @@ class Linear(nnx.Module):
     def flat_weight(self) -> Weight:
         """The weight as [O I]: its axes on either side made one."""
         outputs = math.prod(self.weight.shape[: -self.num_inputs])
-        scale = None if self.scale is None else self.scale[...].reshape(outputs)
-        return Weight(self.weight[...].reshape(outputs, -1), scale)
+        values, scale = weight_of(self.weight, self.scale)
+        rows = Weight(values.reshape(outputs, -1), scale)
+        if scale is None:
+            return rows
+        return rows._replace(scale=scale.reshape(outputs, *((-1, 2) if rows.is_int4 else ())))
 
     def _shaped(self, y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
         return y.reshape(*rows, *self.weight.shape[: -self.num_inputs])
@@ -168,18 +172,33 @@ def paged_together(
 def weight_parameters(
     outputs: str, inputs: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None
 ) -> tuple[nnx.Param, nnx.Param | None]:
-    """Makes a weight and, for int8 and fp8, the float32 scales of its outputs."""
+    """Makes a weight and, if it is rounded, what weight.py says of its scales.
+
+    Raises ConfigError where the last axis of int4's inputs is no whole number of groups, for the
+    letter of that axis splits groups and bytes as well.
+    """
     name = checked_dtype(dtype)
     if not is_quantized(name):
         return parameter(outputs + inputs, config, dtype, rngs), None
     weight = parameter(outputs + inputs, config, jnp.float32, rngs)
-    scale = parameter(outputs, config, jnp.float32, None)
+    shape, scale = weight.shape, parameter(outputs, config, jnp.float32, None)
+    if name == "int4":
+        *leading, size = shape
+        if size % GROUP_SIZE:
+            raise ConfigError(
+                f"int4 rounds groups of {GROUP_SIZE} inputs, and this model has weights with "
+                f"{size} along their last axis, which is no multiple; use int8"
+            )
+        shape = (*leading, size // 2)
+        pairs = jax.ShapeDtypeStruct((*leading, size // GROUP_SIZE, 2), jnp.float16)
+        scale = nnx.Param(pairs, axes=f"{outputs}{inputs}Z")
     if rngs is None:
-        weight.set_value(jax.ShapeDtypeStruct(weight.shape, QUANTIZED[name]))
+        weight.set_value(jax.ShapeDtypeStruct(shape, QUANTIZED[name]))
         return weight, scale
     rounded = Weight.quantized(weight[...].reshape(*weight.shape[: len(outputs)], -1), name)
-    weight.set_value(rounded.values.reshape(weight.shape))
-    scale.set_value(rounded.scale)
+    assert rounded.scale is not None
+    weight.set_value(rounded.values.reshape(shape))
+    scale.set_value(rounded.scale.reshape(scale.shape))
     return weight, scale
 
 

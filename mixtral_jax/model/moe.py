@@ -345,7 +345,9 @@ def moe_sharded(
     def spec(adapted: AdaptedWeight, letters: str) -> Any:
         expert, output, inputs = letters[0], letters[1], letters[2]
         rule = layout.rules.spec
-        scale = None if adapted.weight.scale is None else rule(letters[:2])
+        weight, scale = adapted.weight, None
+        if weight.scale is not None:
+            scale = rule(f"{letters}Z" if weight.is_int4 else letters[:2])
         low = None
         if adapted.low is not None:
             low = LowRank(rule(f"{expert}U{inputs}"), rule(f"{expert}{output}U"))  # type: ignore[arg-type]

@@ -85,6 +85,7 @@ def job_of(
 ) -> "tuple[str, TrainingJob]":
     """Returns the model's name and the job, of the arguments of `plan_run`."""
     from mixtral_jax.planning.training_plan import TrainingJob
+    from mixtral_jax.weight import is_quantized
 
     known = {name: value for name, value in flags.items() if value is not None}
     settings = read_settings(file, {**_UNUSED, **known}, changes, is_full=is_full)
@@ -93,7 +94,8 @@ def job_of(
         training = replace(training, steps=training.warmup_steps + _STEPS, epochs=None)
     config, stored = _model(settings.model)
     dtype = settings.dtype or stored or "bfloat16"
-    if stored is not None and {"int8", "fp8"} & {dtype, stored} and dtype != stored:
+    is_rounded = stored is not None and (is_quantized(dtype) or is_quantized(stored))
+    if is_rounded and dtype != stored:
         raise UserError(
             f"{settings.model} is stored as {stored}; to plan for {dtype}, convert the weights "
             f"with --dtype {dtype}, or give the name of a published model"

@@ -10,12 +10,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "byte_panels.h"
 #include "dot_products.h"
 #include "few_rows.h"
 #include "form.h"
+#include "int4_products.h"
 #include "int8_rows.h"
 #include "pair_panels.h"
 #include "vectors.h"
@@ -33,6 +35,23 @@ struct FloatRows {
   const float* values;
   int64_t stride;
   const float* Row(int64_t r) const { return values + r * stride; }
+};
+
+struct FloatMatrix {
+  const float* values;  // [outs, n]
+  float* y;             // [rows, outs], the product's place
+  int64_t outs;
+  FloatMatrix Expert(int64_t e, int64_t n) const { return {values + e * outs * n, y, outs}; }
+};
+
+struct Int8Matrix {
+  const int8_t* values;  // [outs, n]
+  const float* scale;    // [outs]
+  float* y;              // [rows, outs], the product's place
+  int64_t outs;
+  Int8Matrix Expert(int64_t e, int64_t n) const {
+    return {values + e * outs * n, scale + e * outs, y, outs};
+  }
 };
 
 // y[r, o] for kRows rows from r and the outputs [first, last).
@@ -56,8 +75,9 @@ void ProductOfFloats(const FloatRows& x, int64_t r, int64_t n, const float* w, i
 }
 
 // y[r, o] = sum over i of x[r, i] w[o, i], for the rows [from, to) and the outputs [first, last).
-void Product(const FloatRows& x, int64_t from, int64_t to, int64_t n, const float* w, const float*,
-             int64_t first, int64_t last, float* y, int64_t outs) {
+void Product(const FloatRows& x, int64_t from, int64_t to, int64_t n, const FloatMatrix& matrix,
+             int64_t first, int64_t last) {
+  const auto [w, y, outs] = matrix;
   // The weights of a block stay in the L1 cache while all rows pass by.
   constexpr int64_t kBlockBytes = 16384;
   const int64_t output_bytes = n * static_cast<int64_t>(sizeof(float));
@@ -71,8 +91,9 @@ void Product(const FloatRows& x, int64_t from, int64_t to, int64_t n, const floa
   }
 }
 
-void Product(const Int8Rows& x, int64_t from, int64_t to, int64_t n, const int8_t* w,
-             const float* scale, int64_t first, int64_t last, float* y, int64_t outs) {
+void Product(const Int8Rows& x, int64_t from, int64_t to, int64_t n, const Int8Matrix& matrix,
+             int64_t first, int64_t last) {
+  const auto [w, scale, y, outs] = matrix;
 #if defined(MIXTRAL_JAX_BYTE_DOTS) || defined(MIXTRAL_JAX_PAIR_PANELS)
   if (to - from >= kManyRows)
     return ProductOfManyRows(x, from, to, n, w, scale, first, last, y, outs);
@@ -110,26 +131,19 @@ class TaskSizes {
 
 // ---- linear -----------------------------------------------------------------------------------
 
-struct WeightMatrix {
-  const void* values;  // [outs, n]
-  const float* scale;  // [outs], or null for floats
-  float* y;            // [rows, outs], the product's place
-  int64_t outs;
-};
-
 // The products of the same rows with several weights.
-template <typename Rows, typename Value>
+template <typename Rows, typename Matrix>
 void Products(int64_t num_threads, const Rows& x, int64_t rows, int64_t n,
-              const std::vector<WeightMatrix>& weights) {
+              const std::vector<Matrix>& weights) {
   struct Task {
-    const WeightMatrix* weight;
+    const Matrix* weight;
     int64_t first, last;
   };
   std::vector<Task> tasks;
   int64_t outs = 0;
-  for (const WeightMatrix& weight : weights) outs += weight.outs;
+  for (const Matrix& weight : weights) outs += weight.outs;
   TaskSizes sizes(num_threads, outs * TaskSizes::WorkOf(rows, n));
-  for (const WeightMatrix& weight : weights) {
+  for (const Matrix& weight : weights) {
     for (int64_t o = 0, size; o < weight.outs; o += size) {
       size = sizes.Next(weight.outs - o, rows, n);
       tasks.push_back({&weight, o, o + size});
@@ -138,102 +152,126 @@ void Products(int64_t num_threads, const Rows& x, int64_t rows, int64_t n,
   std::reverse(tasks.begin(), tasks.end());  // The last task is taken first.
   ParallelFor(num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[static_cast<size_t>(i)];
-    const WeightMatrix& weight = *task.weight;
-    Product(x, 0, rows, n, static_cast<const Value*>(weight.values), weight.scale,
-            task.first, task.last, weight.y, weight.outs);
+    Product(x, 0, rows, n, *task.weight, task.first, task.last);
   });
 }
 
+// What stands for a weight [*E O I] among a function's arguments: the values, f32; or s8 and their
+// scales f32 [*E O]; or u8 [*E O I/2], and scales and minima f16 [*E O I/32 2].
+constexpr size_t kFloatArguments = 1, kScaledArguments = 2;
+
+bool IsInt4(const ffi::RemainingArgs& args) {
+  const auto values = args.get<ffi::AnyBuffer>(0);
+  return values.has_value() && values->element_type() == ffi::U8;
+}
+
+// The matrix whose arguments begin at `at`, or an error's text. `outs` is the axis of the outputs.
+template <typename Matrix>
+const char* ReadMatrix(const ffi::RemainingArgs& args, size_t at, size_t outs, int64_t n, float* y,
+                       Matrix* matrix) {
+  const auto values = args.get<ffi::AnyBuffer>(at);
+  if (!values.has_value()) return "a weight is missing";
+  matrix->y = y, matrix->outs = values->dimensions()[outs];
+  if constexpr (std::is_same_v<Matrix, FloatMatrix>) {
+    if (values->element_type() != ffi::F32) return "weights must be f32, or integers with scales";
+    matrix->values = static_cast<const float*>(values->untyped_data());
+  } else if constexpr (std::is_same_v<Matrix, Int8Matrix>) {
+    const auto scale = args.get<ffi::Buffer<ffi::F32>>(at + 1);
+    if (values->element_type() != ffi::S8 || !scale.has_value()) return "s8 weights take f32 scales";
+    matrix->values = static_cast<const int8_t*>(values->untyped_data());
+    matrix->scale = scale->typed_data();
+  } else {
+    const auto groups = args.get<ffi::Buffer<ffi::F16>>(at + 1);
+    if (values->element_type() != ffi::U8 || !groups.has_value())
+      return "u8 weights take f16 scales and minima";
+    if (groups->dimensions()[outs + 1] * kGroup4 != n) return "groups of int4 have 32 inputs";
+    matrix->values = static_cast<const uint8_t*>(values->untyped_data());
+    matrix->groups = reinterpret_cast<const uint16_t*>(groups->untyped_data());
+  }
+  return nullptr;
+}
+
 // linear(x [R I] f32, weight [O I], weight [O' I], ...) -> y [R O], y' [R O'], ... f32.
-// Weights of int8 are each followed by their scales [O].
+// All weights are of one kind, see above.
 ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs args,
                   ffi::RemainingRets rets) {
   const int64_t rows = x.dimensions()[0], n = x.dimensions()[1], num_threads = pool.num_threads();
-  const bool is_int8 = args.size() == 2 * rets.size();
-  std::vector<WeightMatrix> weights;
-  for (size_t i = 0; i < rets.size(); ++i) {
-    auto weight = args.get<ffi::AnyBuffer>(is_int8 ? 2 * i : i);
-    auto y = rets.get<ffi::AnyBuffer>(i);
-    if (!weight.has_value() || !y.has_value()) return ffi::Error::InvalidArgument("linear: args");
-    const float* scale = nullptr;
-    if (is_int8) {
-      auto buffer = args.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
-      if (!buffer.has_value()) return ffi::Error::InvalidArgument("linear: scales must be f32");
-      scale = buffer->typed_data();
+  const auto products = [&](auto matrix, const auto& row_values) {
+    std::vector<decltype(matrix)> weights;
+    const size_t step = args.size() / rets.size();
+    for (size_t i = 0; i < rets.size(); ++i) {
+      auto y = rets.get<ffi::AnyBuffer>(i);
+      if (!y.has_value()) return ffi::Error::InvalidArgument("linear: a result is missing");
+      float* out = static_cast<float*>((*y)->untyped_data());
+      if (const char* error = ReadMatrix(args, i * step, 0, n, out, &matrix))
+        return ffi::Error::InvalidArgument(error);
+      weights.push_back(matrix);
     }
-    if (weight->element_type() != (is_int8 ? ffi::S8 : ffi::F32))
-      return ffi::Error::InvalidArgument("linear: weights must be f32, or s8 with scales");
-    weights.push_back({weight->untyped_data(), scale, static_cast<float*>((*y)->untyped_data()),
-                       weight->dimensions()[0]});
-  }
-  if (is_int8) {
-    const Int8Rows quantized(num_threads, x.typed_data(), rows, n);
-    Products<Int8Rows, int8_t>(num_threads, quantized, rows, n, weights);
-  } else {
-    Products<FloatRows, float>(num_threads, FloatRows{x.typed_data(), n}, rows, n, weights);
-  }
-  return ffi::Error::Success();
+    Products(num_threads, row_values, rows, n, weights);
+    return ffi::Error::Success();
+  };
+  const float* values = x.typed_data();
+  if (args.size() == kFloatArguments * rets.size())
+    return products(FloatMatrix{}, FloatRows{values, n});
+  if (args.size() != kScaledArguments * rets.size())
+    return ffi::Error::InvalidArgument("linear: arguments of different kinds of weights");
+  if (IsInt4(args)) return products(Int4Matrix{}, Int4Rows(num_threads, values, rows, n));
+  return products(Int8Matrix{}, Int8Rows(num_threads, values, rows, n));
 }
 
 // ---- grouped ----------------------------------------------------------------------------------
 
 // The products of E groups of rows, each with its own expert's weights.
-template <typename Rows, typename Value>
-void GroupedProducts(int64_t num_threads, const Rows& x, int64_t n, const Value* w,
-                     const float* scale, const int32_t* sizes, int64_t experts, float* y,
-                     int64_t outs) {
+template <typename Rows, typename Matrix>
+void GroupedProducts(int64_t num_threads, const Rows& x, int64_t n, const Matrix& w,
+                     const int32_t* sizes, int64_t experts) {
   struct Task {
     int64_t expert, from, to, first, last;
   };
   std::vector<Task> tasks;
   int64_t from = 0, work = 0;
   for (int64_t e = 0; e < experts; ++e)
-    if (sizes[e] > 0) work += outs * TaskSizes::WorkOf(sizes[e], n);
+    if (sizes[e] > 0) work += w.outs * TaskSizes::WorkOf(sizes[e], n);
   TaskSizes task_sizes(num_threads, work);
   for (int64_t e = 0; e < experts; from += sizes[e++]) {
     if (sizes[e] == 0) continue;
-    for (int64_t o = 0, size; o < outs; o += size) {
-      size = task_sizes.Next(outs - o, sizes[e], n);
+    for (int64_t o = 0, size; o < w.outs; o += size) {
+      size = task_sizes.Next(w.outs - o, sizes[e], n);
       tasks.push_back({e, from, from + sizes[e], o, o + size});
     }
   }
   std::reverse(tasks.begin(), tasks.end());  // The last task is taken first.
   ParallelFor(num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[static_cast<size_t>(i)];
-    Product(x, task.from, task.to, n, w + task.expert * outs * n,
-            scale == nullptr ? nullptr : scale + task.expert * outs, task.first, task.last, y,
-            outs);
+    Product(x, task.from, task.to, n, w.Expert(task.expert, n), task.first, task.last);
   });
 }
 
-// grouped(x [M I] f32, sizes [E] s32, weight [E O I], (scales [E O])) -> y [M O] f32.
+// grouped(x [M I] f32, sizes [E] s32, weight [E O I]) -> y [M O] f32.
 // The rows of x stand in E groups, each of which is multiplied with its own weights. Rows behind
 // the last group give zeros.
 ffi::Error Grouped(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> sizes,
-                   ffi::AnyBuffer weight, ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> y) {
+                   ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], n = x.dimensions()[1], num_threads = pool.num_threads();
-  const int64_t experts = weight.dimensions()[0], outs = weight.dimensions()[1];
+  const int64_t experts = sizes.dimensions()[0], outs = y->dimensions()[1];
   const int32_t* size = sizes.typed_data();
   int64_t used = 0;
   for (int64_t e = 0; e < experts; ++e) used += size[e];
   if (used > rows) return ffi::Error::InvalidArgument("grouped: more rows in groups than rows");
   float* out = y->typed_data();
   std::fill(out + used * outs, out + rows * outs, 0.0f);
-  if (args.size() == 1) {
-    auto scale = args.get<ffi::Buffer<ffi::F32>>(0);
-    if (!scale.has_value() || weight.element_type() != ffi::S8)
-      return ffi::Error::InvalidArgument("grouped: s8 weights take f32 scales");
-    const Int8Rows quantized(num_threads, x.typed_data(), used, n);
-    GroupedProducts(num_threads, quantized, n, static_cast<const int8_t*>(weight.untyped_data()),
-                    scale->typed_data(), size, experts, out, outs);
-  } else {
-    if (weight.element_type() != ffi::F32)
-      return ffi::Error::InvalidArgument("grouped: weights must be f32, or s8 with scales");
-    GroupedProducts(num_threads, FloatRows{x.typed_data(), n}, n,
-                    static_cast<const float*>(weight.untyped_data()), nullptr, size, experts, out,
-                    outs);
-  }
-  return ffi::Error::Success();
+  const auto products = [&](auto matrix, const auto& row_values) {
+    if (const char* error = ReadMatrix(args, 0, 1, n, out, &matrix))
+      return ffi::Error::InvalidArgument(error);
+    GroupedProducts(num_threads, row_values, n, matrix, size, experts);
+    return ffi::Error::Success();
+  };
+  const float* values = x.typed_data();
+  if (args.size() == kFloatArguments) return products(FloatMatrix{}, FloatRows{values, n});
+  if (args.size() != kScaledArguments)
+    return ffi::Error::InvalidArgument("grouped: takes one weight");
+  if (IsInt4(args)) return products(Int4Matrix{}, Int4Rows(num_threads, values, used, n));
+  return products(Int8Matrix{}, Int8Rows(num_threads, values, used, n));
 }
 
 // ---- norm and swiglu --------------------------------------------------------------------------
@@ -291,7 +329,6 @@ MIXTRAL_JAX_HANDLER(grouped, mixtral_jax::Grouped,
                         .Ctx<xla::ffi::ThreadPool>()
                         .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                         .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                        .Arg<xla::ffi::AnyBuffer>()
                         .RemainingArgs()
                         .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
 

@@ -1,6 +1,7 @@
 """Products, norm and SwiGLU on CPU, by the kernels of products.cc; gradients by gradients.cc.
 
-The kernels take and give float32; weights are float32, or int8 with a float32 scale per output.
+The kernels take and give float32; weights are float32, int8 with a float32 scale per output, or
+int4 with scales and minima of groups (weight.py).
 Other dtypes are computed by the XLA forms: a bfloat16 or fp8 model on CPU is for trying things out.
 
 Gradients are those of the XLA forms: with int8 they pass straight through the rounding. Slopes are
@@ -50,6 +51,12 @@ def _linear_forward(x: jax.Array, weights: list[Weight]) -> tuple[list[jax.Array
 
 def _linear_backward(residuals: _Linear, slopes: list[jax.Array]) -> _Linear:
     x, weights = residuals
+    if any(weight.is_int4 for weight in weights):
+        backs = [
+            xla.product_int4_backward((x, weight), dy)
+            for weight, dy in zip(weights, slopes, strict=True)
+        ]
+        return reduce(jnp.add, [dx for dx, _ in backs]), [d_weight for _, d_weight in backs]
     if all(_goes_by_bytes(x, weight) for weight in weights):
         pairs = list(zip(weights, slopes, strict=True))
         back = partial(jax.ffi.ffi_call, "mixtral_jax_linear_back")
@@ -103,6 +110,9 @@ def _grouped_forward(x: jax.Array, sizes: jax.Array, weight: Weight) -> tuple[ja
 
 def _grouped_backward(residuals: _Grouped, slope: jax.Array) -> tuple[jax.Array, None, Weight]:
     x, sizes, weight = residuals
+    if weight.is_int4:
+        int4: tuple[jax.Array, None, Weight] = xla.grouped_int4_backward(residuals, slope)
+        return int4
     rows = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     dx: jax.Array = jax.ffi.ffi_call("mixtral_jax_grouped_back", rows)(slope, sizes, *weight.arrays)
     if weight.scale is not None:

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.tpu.tiles import LANES, Tiles, fetches
 from mixtral_jax.kernels.xla import products as xla
-from mixtral_jax.weight import Weight, round_rows
+from mixtral_jax.weight import QUANTIZED, Weight, round_rows
 
 
 def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Says whether a kernel takes such weights [E O I]: whole tiles."""
     outputs, inputs = values.shape[1:]
-    return outputs % LANES == 0 == inputs % LANES
+    is_whole = outputs % LANES == 0 == inputs % LANES
+    return is_whole and values.dtype != QUANTIZED["int4"]
 
 
 def grouped(

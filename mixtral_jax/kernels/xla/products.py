@@ -1,6 +1,6 @@
 """Products, norm and SwiGLU in XLA: the meaning of every other maker's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.weight import Weight, round_rows, round_rows_fp8
+from mixtral_jax.weight import GROUP_SIZE, Weight, round_rows, round_rows_fp8, unpacked
 
 # y[M, out] = x[M, in] @ w[E, out, in]^T, rows of x in E groups: contracts the weight's last axis.
 _GROUPED = jax.lax.RaggedDotDimensionNumbers(
@@ -38,13 +38,16 @@ def product(x: jax.Array, weight: Weight, *, rounds_to_fp8: bool = False) -> jax
     """x [R I] -> [R O] for a weight [O I], in the dtype of x.
 
     The rows that meet int8 are rounded to it. Those that meet fp8 stay as they are, and the weight
-    is widened to their dtype, which is exact, unless `rounds_to_fp8`; sums are float32.
+    is widened to their dtype, which is exact, unless `rounds_to_fp8`; sums are float32. int4 is as
+    weight.py says.
 
     The gradient passes straight through the rounding of x (arXiv:1308.3432), as if the product were
     `x @ (values * scale)^T`; rounded values themselves have none.
     """
     if weight.scale is None:
         return jnp.einsum("RI,OI->RO", x, weight.values)
+    if weight.is_int4:
+        return _product_of_floats(x, weight) if x.dtype != jnp.float32 else _product_int4(x, weight)
     return _product_scaled(rounds_to_fp8, x, weight.values, weight.scale)
 
 
@@ -104,6 +107,80 @@ def _product_scaled_backward(
 _product_scaled.defvjp(_product_scaled_forward, _product_scaled_backward)
 
 
+def _product_of_floats(x: jax.Array, weight: Weight) -> jax.Array:
+    """The product of rows [R I] with an int4 weight [O I] that is widened to their dtype."""
+    return jnp.einsum("RI,OI->RO", x, weight.widened(x.dtype))
+
+
+@jax.custom_vjp
+def _product_int4(x: jax.Array, weight: Weight) -> jax.Array:
+    def multiply(rows: jax.Array, levels: jax.Array) -> jax.Array:
+        return jnp.einsum("RI,OI->RO", rows, levels, preferred_element_type=jnp.int32)
+
+    return _sum_of_groups(x, weight, multiply, lambda of_outputs: of_outputs[None, :])
+
+
+def _sum_of_groups(
+    x: jax.Array,
+    weight: Weight,
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    of_rows: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Rows [R I] rounded to int8 by a weight [*E O I] of int4, group by group of inputs: [R O].
+
+    Args:
+        x: float32.
+        weight: of int4.
+        multiply: rows i8 [R 32] and levels i8 [*E O 32] -> i32 [R O].
+        of_rows: scales or minima f32 [*E O] -> those of each row, [R O] or [1 O].
+    """
+    assert weight.scale is not None
+    rows, x_scale = round_rows(x)
+    rows = rows.reshape(x.shape[0], -1, GROUP_SIZE)
+    levels = unpacked(weight.values).astype(jnp.int8)
+    levels = levels.reshape(*levels.shape[:-1], -1, GROUP_SIZE)
+
+    def add(
+        total: jax.Array, group: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        row, level, pairs = group
+        scale, minimum = (of_rows(pairs[..., i].astype(jnp.float32)) for i in range(2))
+        sums = jnp.sum(row, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+        dots = multiply(row, level).astype(jnp.float32)
+        return total + (dots * scale + sums[:, None] * minimum), None
+
+    total = jnp.zeros((x.shape[0], weight.values.shape[-2]), jnp.float32)
+    groups = [jnp.moveaxis(array, axis, 0) for array, axis in ((rows, 1), (levels, -2))]
+    total, _ = jax.lax.scan(add, total, (*groups, jnp.moveaxis(weight.scale, -2, 0)))
+    return total * x_scale[:, None]
+
+
+def _product_int4_forward(x: jax.Array, weight: Weight) -> tuple[jax.Array, Any]:
+    return _product_int4(x, weight), (x, weight)
+
+
+def product_int4_backward(residuals: tuple[jax.Array, Weight], dy: jax.Array) -> Any:
+    """The gradients of rows and of an int4 weight's scales and minima: as if rows were floats."""
+    return _floats_backward(_product_of_floats, residuals, dy)
+
+
+def _floats_backward(
+    product: Callable[[jax.Array, Weight], jax.Array],
+    residuals: tuple[jax.Array, Weight],
+    dy: jax.Array,
+) -> Any:
+    x, weight = residuals
+
+    def of_floats(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return product(x, Weight(weight.values, scale))
+
+    dx, d_scale = jax.vjp(of_floats, x, weight.scale)[1](dy)
+    return dx, Weight(no_gradient(weight.values), d_scale)
+
+
+_product_int4.defvjp(_product_int4_forward, product_int4_backward)
+
+
 def grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
     """Rows in E groups, each against its own expert: x [M I], sizes [E], weight [E O I] -> [M O].
 
@@ -112,7 +189,47 @@ def grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
     """
     if weight.scale is None:
         return jax.lax.ragged_dot_general(x, weight.values, sizes, _GROUPED)
+    if weight.is_int4:
+        by_dtype = _grouped_int4 if x.dtype == jnp.float32 else _grouped_of_floats
+        return by_dtype(x, sizes, weight)
     return _grouped_scaled(x, sizes, weight.values, weight.scale)
+
+
+def _grouped_of_floats(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
+    """The product of rows [M I] with int4 experts [E O I] that are widened to their dtype."""
+    return jax.lax.ragged_dot_general(x, weight.widened(x.dtype), sizes, _GROUPED)
+
+
+@jax.custom_vjp
+def _grouped_int4(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
+    expert = expert_of_row(sizes, x.shape[0])
+
+    def multiply(rows: jax.Array, levels: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot_general(
+            rows, levels, sizes, _GROUPED, preferred_element_type=jnp.int32
+        )
+
+    return _sum_of_groups(x, weight, multiply, lambda of_experts: of_experts[expert])
+
+
+def _grouped_int4_forward(x: jax.Array, sizes: jax.Array, weight: Weight) -> tuple[jax.Array, Any]:
+    return _grouped_int4(x, sizes, weight), (x, sizes, weight)
+
+
+def grouped_int4_backward(residuals: tuple[jax.Array, jax.Array, Weight], dy: jax.Array) -> Any:
+    """The gradients of `grouped` with int4 experts: as if rows were floats."""
+    x, sizes, weight = residuals
+    is_used = jnp.arange(len(x))[:, None] < jnp.sum(sizes)
+
+    def of_floats(x: jax.Array, weight: Weight) -> jax.Array:
+        return _grouped_of_floats(x, sizes, weight)
+
+    wide = jnp.where(is_used, dy, jnp.zeros((), dy.dtype))
+    dx, d_weight = _floats_backward(of_floats, (x, weight), wide)
+    return jnp.where(is_used, dx, jnp.zeros((), dx.dtype)), None, d_weight
+
+
+_grouped_int4.defvjp(_grouped_int4_forward, grouped_int4_backward)
 
 
 @jax.custom_vjp

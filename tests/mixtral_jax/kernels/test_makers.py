@@ -62,7 +62,7 @@ def weight(seed: int, dtype: str, *shape: int) -> Weight:
     return Weight.quantized(values, dtype) if is_quantized(dtype) else Weight(values, None)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4", "fp8"])
 def test_linear(run: Callable[..., Any], dtype: str) -> None:
     x, weights = normal(0, 5, 128), [weight(1, dtype, 64, 128), weight(2, dtype, 128, 128)]
     for got, want in zip(run("linear", x, weights), XLA.linear(x, weights), strict=True):
@@ -83,7 +83,7 @@ def test_grouped(
     np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4", "fp8"])
 @pytest.mark.parametrize(("rows", "sizes"), [(2, [0, 1, 1]), (2, [0, 0, 0]), (20, [17, 0, 2])])
 def test_grouped_few_rows(run: Callable[..., Any], rows: int, sizes: list[int], dtype: str) -> None:
     """Nothing of an expert without rows comes into the product: its weights, or scales, are NaN."""

@@ -62,7 +62,8 @@ def grouped_without_fp8(
 def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Says whether the kernel takes such weights [E O I], and their gradient: whole tiles."""
     outputs, inputs = values.shape[1:]
-    return outputs % _OUTPUTS == 0 == inputs % _OUTPUTS
+    is_whole = outputs % _OUTPUTS == 0 == inputs % _OUTPUTS
+    return is_whole and values.dtype != QUANTIZED["int4"]
 
 
 def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) -> float:

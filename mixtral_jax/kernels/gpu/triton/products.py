@@ -40,7 +40,8 @@ class _Tiles(NamedTuple):
 def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Says whether the kernel takes such weights [E O I], and their gradient: whole tiles."""
     outputs, inputs = values.shape[1:]
-    return outputs % _WIDTH == 0 == inputs % _WIDTH
+    is_whole = outputs % _WIDTH == 0 == inputs % _WIDTH
+    return is_whole and values.dtype != QUANTIZED["int4"]
 
 
 def grouped(
