@@ -24,7 +24,7 @@ _SIZE_NAMES = {
     "mistral": ("n_layers", "moe.num_experts"),
     "gguf": ("llama.block_count", "llama.expert_count"),
 }
-# What is rounded by what a text shows of the activations.
+# Dtypes that are rounded by what a text shows of the activations.
 CALIBRATED = ("int8", "int4")
 # Up to so many, a source may lack tensors, whose names are listed then.
 _UNDISPUTED_LAYERS, _UNDISPUTED_EXPERTS = 256, 1024

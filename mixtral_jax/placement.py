@@ -19,7 +19,7 @@ from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.kernels import Kernels, kernels_for, kernels_for_device
 from mixtral_jax.layout import Layout
 from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
-from mixtral_jax.weight import QUANTIZED
+from mixtral_jax.weight import GROUP_SIZE, QUANTIZED
 
 DTYPES = ("float32", "bfloat16", *QUANTIZED)
 
@@ -69,7 +69,7 @@ class Placement:
             layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention))
             layout.rules.check(config, mesh)
             if name == "int4":
-                layout.rules.check_groups(config, mesh)
+                _check_groups(config, layout.rules.ways("F", mesh))
             device = mesh.devices.flat[0]
         else:
             if dp_attention:
@@ -183,6 +183,16 @@ class Placement:
                 f"--deterministic needs heads of a multiple of {lanes} values; this model's have "
                 f"{config.head_size}: leave the flag out"
             )
+
+
+def _check_groups(config: ModelConfig, ways: int) -> None:
+    """Raises ConfigError if a device would hold a part of a group of int4 weights' inputs."""
+    if config.feed_forward_size // ways % GROUP_SIZE:
+        raise ConfigError(
+            f"int4 weights have groups of {GROUP_SIZE} inputs, and {config.feed_forward_size} "
+            f"feed-forward channels cannot be split {ways} ways without cutting one; use fewer, "
+            "or int8"
+        )
 
 
 def flag_of(name: str) -> str:

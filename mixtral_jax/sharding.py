@@ -24,7 +24,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, TopologyError
-from mixtral_jax.weight import GROUP_SIZE
 
 MESH_AXES = ("data", "expert", "tensor", "copy")
 # Names of the dimensions that a mesh splits, for messages.
@@ -119,15 +118,6 @@ class ShardingRules:
                     f"{size} {_NAMES.get(field.name, field.name)} cannot be split {ways} ways over "
                     f"the mesh ({axes}); choose a divisor of {size}"
                 )
-
-    def check_groups(self, config: ModelConfig, mesh: Mesh) -> None:
-        """Raises ConfigError if a device would hold a part of a group of int4 weights' inputs."""
-        size, ways = config.feed_forward_size, self.ways("F", mesh)
-        if size // ways % GROUP_SIZE:
-            raise ConfigError(
-                f"int4 weights have groups of {GROUP_SIZE} inputs, and {size} feed-forward "
-                f"channels cannot be split {ways} ways without cutting one; use fewer, or int8"
-            )
 
 
 def make_mesh(

@@ -83,6 +83,22 @@ class Weight(NamedTuple):
         assert self.scale is not None
         return Grid(self.scale).values(unpacked(self.values)).astype(dtype)
 
+    def halves(self, dtype: DTypeLike) -> tuple[Float[Array, "*O _"], Float[Array, "*O _"]]:
+        """The columns of an int4 weight for even and for odd inputs, as `widened` has them.
+
+        Nothing is interleaved, so a compiler may widen them where they are multiplied.
+        """
+        assert self.scale is not None
+        bytes_of_group = GROUP_SIZE // 2
+        groups = self.values.reshape(*self.values.shape[:-1], -1, bytes_of_group)
+        scale, minimum = (self.scale[..., i, None].astype(jnp.float32) for i in range(2))
+
+        def wide(levels: jax.Array) -> jax.Array:
+            columns = levels.astype(jnp.float32) * scale + minimum
+            return columns.astype(dtype).reshape(self.values.shape)
+
+        return wide(groups & jnp.uint8(15)), wide(groups >> jnp.uint8(4))
+
 
 class Grid(NamedTuple):
     """The values that weights [*O I] of int4 may have: scale and minimum of each group."""

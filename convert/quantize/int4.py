@@ -168,8 +168,8 @@ def _in_turn(weight: jax.Array, grid: Grid, order: jax.Array, factor: jax.Array)
 
     def block(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[Any, None]:
         """Rounds some inputs, and then lets all behind them make up for it at once."""
-        left, levels = carry
-        own = jax.lax.dynamic_slice_in_dim(left, start, GROUP_SIZE)
+        rest, levels = carry
+        own = jax.lax.dynamic_slice_in_dim(rest, start, GROUP_SIZE)
         rows = jax.lax.dynamic_slice_in_dim(factor, start, GROUP_SIZE)
         corner = jax.lax.dynamic_slice_in_dim(rows, start, GROUP_SIZE, axis=1)
 
@@ -187,7 +187,7 @@ def _in_turn(weight: jax.Array, grid: Grid, order: jax.Array, factor: jax.Array)
         _, errors, levels = jax.lax.fori_loop(0, GROUP_SIZE, step, (own, zeros, levels))
         behind = jnp.where(index[None, :] >= start + GROUP_SIZE, rows, 0)
         change = jnp.einsum("BI,BO->IO", behind, errors, precision="highest")
-        return (left - change, levels), None
+        return (rest - change, levels), None
 
     levels = jnp.zeros((inputs, outputs), jnp.uint8)
     starts = jnp.arange(0, inputs, GROUP_SIZE)

@@ -83,9 +83,9 @@ def quantize(
 
 def channels(rows: Rows) -> Arrays:
     """Returns how large each channel of a layer's inputs is: f32 [I], of `down` [E F]."""
-    found = {name: np.asarray(_channels(values)) for name, values in rows.by_name.items()}
+    by_name = {name: np.asarray(_channels(values)) for name, values in rows.by_name.items()}
     down = _channels_of_groups(rows.down, jnp.asarray(rows.sizes))
-    return found | {"feed_forward.down": np.asarray(down)}
+    return by_name | {"feed_forward.down": np.asarray(down)}
 
 
 def _channels(x: jax.Array) -> jax.Array:

@@ -49,5 +49,12 @@ def test_even_values_lose_what_sixteen_steps_lose() -> None:
 
 @pytest.mark.parametrize("inputs", [1, 31, 48])
 def test_what_is_no_whole_group_is_refused(inputs: int) -> None:
-    with pytest.raises(ConfigError, match=rf"groups of 32 inputs, and a weight has {inputs},.*int8"):
+    with pytest.raises(ConfigError, match=f"groups of 32 inputs, and a weight has {inputs},"):
         Weight.quantized(jnp.zeros((2, inputs)), "int4")
+
+
+def test_halves_are_the_columns_of_the_widened_weight() -> None:
+    rounded = Weight.quantized(jax.random.normal(jax.random.key(0), (2, 3, 64)), "int4")
+    wide = rounded.widened(jnp.bfloat16)
+    for turn, half in enumerate(rounded.halves(jnp.bfloat16)):
+        np.testing.assert_array_equal(half, wide[..., turn::2])

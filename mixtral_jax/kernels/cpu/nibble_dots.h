@@ -87,10 +87,7 @@ template <int kWords, int... I>
 // A lane's four floats.
 template <int kLane>
 [[gnu::always_inline]] inline FourFloats Lane(NibbleFloats v) {
-  if constexpr (kNibbleBytes == 16)
-    return (FourFloats)v;
-  else
-    return __builtin_shufflevector(v, v, 4 * kLane, 4 * kLane + 1, 4 * kLane + 2, 4 * kLane + 3);
+  return __builtin_shufflevector(v, v, 4 * kLane, 4 * kLane + 1, 4 * kLane + 2, 4 * kLane + 3);
 }
 
 // A number of 16 bits, which is finite, as a float.

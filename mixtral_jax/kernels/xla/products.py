@@ -109,7 +109,12 @@ _product_scaled.defvjp(_product_scaled_forward, _product_scaled_backward)
 
 def _product_of_floats(x: jax.Array, weight: Weight) -> jax.Array:
     """The product of rows [R I] with an int4 weight [O I] that is widened to their dtype."""
-    return jnp.einsum("RI,OI->RO", x, weight.widened(x.dtype))
+    wide = jnp.float32
+    parts = [
+        jnp.einsum("RI,OI->RO", x[:, turn::2], half, preferred_element_type=wide)
+        for turn, half in enumerate(weight.halves(x.dtype))
+    ]
+    return (parts[0] + parts[1]).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -140,9 +145,7 @@ def _sum_of_groups(
     levels = unpacked(weight.values).astype(jnp.int8)
     levels = levels.reshape(*levels.shape[:-1], -1, GROUP_SIZE)
 
-    def add(
-        total: jax.Array, group: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, None]:
+    def add(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         row, level, pairs = group
         scale, minimum = (of_rows(pairs[..., i].astype(jnp.float32)) for i in range(2))
         sums = jnp.sum(row, axis=-1, dtype=jnp.int32).astype(jnp.float32)
@@ -197,7 +200,14 @@ def grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
 
 def _grouped_of_floats(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
     """The product of rows [M I] with int4 experts [E O I] that are widened to their dtype."""
-    return jax.lax.ragged_dot_general(x, weight.widened(x.dtype), sizes, _GROUPED)
+    wide = jnp.float32
+    parts = [
+        jax.lax.ragged_dot_general(
+            x[:, turn::2], half, sizes, _GROUPED, preferred_element_type=wide
+        )
+        for turn, half in enumerate(weight.halves(x.dtype))
+    ]
+    return (parts[0] + parts[1]).astype(x.dtype)
 
 
 @jax.custom_vjp

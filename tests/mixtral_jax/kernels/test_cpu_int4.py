@@ -1,4 +1,4 @@
-"""The int4 kernel has the bits of a loop in numpy, whatever rows are beside a row, in every form."""
+"""The int4 kernel has the bits of a loop in numpy, whatever is beside a row, in every form."""
 
 import os
 import subprocess

@@ -16,6 +16,7 @@ from mixtral_jax.generation import generate_draws
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.sampling_params import SamplingParams
 from mixtral_jax.sharding import ShardingRules, copies_of, make_mesh
+from mixtral_jax.weight import Weight
 from serving.engine.build import compile_steps, engine_of
 from serving.scheduling.request import Drawn, Request
 from serving.scheduling.step_plan import Limits
@@ -156,24 +157,30 @@ def test_the_plain_loop_under_a_mesh_equals_one_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "shape"),
+    ("dtype", "config", "shape"),
     [
-        pytest.param(config, shape, id=f"{name}-{shape}", marks=marks)
+        pytest.param(dtype, config, shape, id=f"{dtype}-{name}-{shape}", marks=marks)
+        for dtype in ("int8", "int4")
         for name, config in (("moe", MOE), ("dense", DENSE))
         for shape in MESHES
         for marks in [() if (name, shape) == ("moe", (2, 2, 2)) else pytest.mark.soak]
     ],
 )
-def test_int8_under_a_mesh_is_as_near_to_float_as_on_one_device(
-    config: ModelConfig, shape: tuple[int, int, int]
+def test_rounded_weights_under_a_mesh_are_as_near_to_floats_as_on_one_device(
+    dtype: str, config: ModelConfig, shape: tuple[int, int, int]
 ) -> None:
     """Where a product is cut along its inputs, each part of a row is rounded with a scale of its
-    own: not the same bits, but no further from what the int8 weights would give unrounded."""
-    one = model_of(config, "int8")
+    own: not the same bits, but no further from what the weights would give unrounded rows."""
+    if dtype == "int4":  # each device has whole groups of 32 inputs
+        config = replace(config, head_size=32, feed_forward_size=256)
+    one = model_of(config, dtype)
     exact = model_of(config)
     values = named_parameters(one)
     for name, variable in named_parameters(exact).items():
         value = values[name].get_value()
+        if value.dtype == jnp.uint8:
+            pairs = values[name.replace(".weight", ".scale")].get_value()
+            value = Weight(value, pairs).widened(jnp.float32)
         if value.dtype == jnp.int8:
             scale = values[name.replace(".weight", ".scale")].get_value()
             rest = (1,) * (value.ndim - scale.ndim)

@@ -1,0 +1,1 @@
+"""The cost of rounded weights to a model whose own lie on no grid."""

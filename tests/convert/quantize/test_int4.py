@@ -1,0 +1,135 @@
+"""int4: weights make up for each other's rounding, and a model of them answers nearly as before."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.convert import convert
+from convert.errors import ConversionError
+from convert.pieces import ParameterPiece
+from convert.quantize.int4 import compensated, quantize
+from mixtral_jax.checkpoint import restore
+from mixtral_jax.checkpoint.folder import Card
+from mixtral_jax.checkpoint.parameters import count_parameters, parameter_shapes
+from mixtral_jax.checkpoint.writer import ParameterWriter
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import ConfigError
+from mixtral_jax.generation import generate_tokens
+from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.weight import QUANTIZED, Grid, Weight
+from tests.support import sources
+from tests.support.models import model_of
+
+MOE = replace(
+    ModelConfig.tiny(vocab_size=67), hidden_size=64, num_heads=2, num_kv_heads=1, head_size=32
+)
+CONFIGS = {"moe": MOE, "dense": replace(MOE, num_experts=0, experts_per_token=0)}
+GENERATOR = np.random.default_rng(0)
+IDS = GENERATOR.integers(0, 67, 700).tolist()
+TOKENS = jnp.asarray(GENERATOR.integers(0, 67, (2, 24), np.int32))
+
+
+def random_model(kind: str) -> Transformer:
+    model = model_of(CONFIGS[kind])
+    for variable in named_parameters(model).values():
+        if variable.get_value().ndim > 1:
+            variable.set_value(5 * variable.get_value())
+    return model
+
+
+def written(model: Transformer, folder: Path, *, compensates: bool) -> Transformer:
+    """The model after `quantize`, from its checkpoint."""
+    arrays = {name: np.asarray(v.get_value()) for name, v in named_parameters(model).items()}
+
+    def fill(piece: ParameterPiece, out: np.ndarray) -> None:
+        out[...] = arrays[piece.parameter].reshape(-1)[piece.start : piece.start + piece.size]
+
+    folder.mkdir()
+    shapes = parameter_shapes(model.config, "int4")
+    calls: list[tuple[int, int]] = []
+    writer = ParameterWriter(folder, shapes)
+    done = lambda *call: calls.append(call)  # noqa: E731
+    quantize(model.config, fill, IDS, writer, done, compensates=compensates)
+    total = sum(array.size * array.dtype.itemsize for array in shapes.values())
+    assert (calls[0], calls[-1]) == ((0, total), (total, total))
+    Card(model=model.config, dtype="int4", name="toy", provider="nobody").write(folder)
+    return restore.load(folder)[0]
+
+
+def logits(model: Transformer) -> np.ndarray:
+    return np.asarray(jax.jit(lambda m, t: m(t))(model, TOKENS))
+
+
+def test_weights_make_up_for_each_other() -> None:
+    """Inputs that have something in common: the error of their products falls to less than half."""
+    shared = GENERATOR.standard_normal((500, 8)) @ GENERATOR.standard_normal((8, 96))
+    rows = (shared + 0.3 * GENERATOR.standard_normal((500, 96))).astype(np.float32)
+    weight = GENERATOR.standard_normal((40, 96)).astype(np.float32)
+    levels, pairs = compensated(weight, rows)
+    assert levels.shape == weight.shape and int(levels.max()) <= 15
+    made_up = np.asarray(Grid(pairs).values(levels))
+    nearest = np.asarray(Weight.quantized(jnp.asarray(weight), "int4").widened(jnp.float32))
+
+    def lost(rounded: np.ndarray) -> float:
+        return float(np.mean((rows @ (rounded - weight).T) ** 2))
+
+    assert lost(made_up) < 0.25 * lost(nearest)  # of squares
+
+
+def test_a_weight_on_its_grid_stays_there() -> None:
+    levels = GENERATOR.integers(0, 16, (8, 64))
+    levels[:, ::32], levels[:, 1::32] = 0, 15  # each group has both ends
+    rows = GENERATOR.standard_normal((100, 64)).astype(np.float32)
+    got, _ = compensated((levels / 4 - 2).astype(np.float32), rows)
+    np.testing.assert_array_equal(got, levels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_model_is_near_its_floats(tmp_path: Path, kind: str) -> None:
+    model = random_model(kind)
+    spread = np.std(logits(model))
+
+    def lost(rounded: Transformer) -> float:
+        return float(np.sqrt(np.mean((logits(rounded) - logits(model)) ** 2)) / spread)
+
+    made_up = written(model, tmp_path / "compensated", compensates=True)
+    assert made_up.placement.dtype == "int4" and made_up.dtype == jnp.float32
+    assert lost(made_up) < 0.3
+    assert lost(made_up) < lost(written(model, tmp_path / "nearest", compensates=False))
+
+
+def test_the_plain_loop_draws_what_the_full_form_finds_best() -> None:
+    model, ids = model_of(MOE, "int4"), IDS[:9]
+    for drawn in generate_tokens(model, ids, max_tokens=6):
+        best = int(np.argmax(np.asarray(model(jnp.asarray([ids], jnp.int32)))[0, -1]))
+        assert drawn == best
+        ids = [*ids, best]
+
+
+def test_parameters_and_bytes_are_counted() -> None:
+    """By hand: five bits for a weight, a byte for those of embedding and head, and their scales."""
+    config = replace(CONFIGS["dense"], num_layers=1)
+    D, F, V = config.hidden_size, config.feed_forward_size, config.vocab_size
+    of_layer = D * 64 + 2 * D * 32 + 64 * D + 3 * D * F
+    count, nbytes = count_parameters(config, "int4")
+    assert count == of_layer + 2 * V * D + 3 * D
+    assert nbytes == of_layer * 5 // 8 + 2 * V * (D + 4) + 3 * D * 4
+    shapes = parameter_shapes(config, "int4")
+    assert shapes["layers.0.attention.o.weight"].shape == (D, 2, 16)
+    assert shapes["layers.0.attention.o.scale"].shape == (D, 2, 1, 2)
+    assert shapes["layers.0.attention.o.weight"].dtype == QUANTIZED["int4"]
+
+
+def test_what_int4_is_not_for(tmp_path: Path) -> None:
+    """Heads that are no whole groups, and a source without a tokenizer."""
+    with pytest.raises(ConfigError, match="groups of 32 inputs.*16 along their last axis.*int8"):
+        model_of(ModelConfig.tiny(vocab_size=67), "int4")
+    path = sources.write_hf(tmp_path / "hf", sources.DENSE, sources.tensors(sources.DENSE))
+    with pytest.raises((ConversionError, ConfigError), match="int4"):
+        convert(path, tmp_path / "ours", dtype="int4")
+    assert not (tmp_path / "ours").exists()
