@@ -177,8 +177,8 @@ def merge(
     if dtype is not None and dtype not in FLOATS:
         raise ConversionError(
             [
-                f"an adapter is merged as {' or '.join(FLOATS)}, not as {dtype}; for int8 "
-                "or fp8, export what was merged and convert that with --dtype int8 or fp8"
+                f"an adapter is merged as {' or '.join(FLOATS)}, not as {dtype}; export "
+                "what was merged and convert that with --dtype {dtype}"
             ]
         )
     stored = read_adapter(adapter, base.model)

@@ -25,7 +25,7 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
         model: float32 or bfloat16, whole or split over a mesh.
         adapter: as `load_adapter` gives it, with its scaling in B.
 
-    Raises AdapterError for a model of int8 or fp8, which an adapter can only run beside.
+    Raises AdapterError for a model of int8, int4 or fp8, which an adapter can only run beside.
     """
     if is_quantized(model.placement.dtype):
         raise AdapterError(

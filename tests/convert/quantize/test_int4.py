@@ -19,9 +19,11 @@ from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.generation import generate_tokens
+from mixtral_jax.model.adapter import Adapter, AdapterConfig
 from mixtral_jax.model.transformer import Transformer, named_parameters
 from mixtral_jax.weight import QUANTIZED, Grid, Weight
 from tests.support import sources
+from tests.support.adapters import random_adapter
 from tests.support.models import model_of
 
 MOE = replace(
@@ -109,6 +111,34 @@ def test_the_plain_loop_draws_what_the_full_form_finds_best() -> None:
         best = int(np.argmax(np.asarray(model(jnp.asarray([ids], jnp.int32)))[0, -1]))
         assert drawn == best
         ids = [*ids, best]
+
+
+def test_an_adapter_runs_beside_int4_and_learns() -> None:
+    """It gives about what it gives beside the same weights as floats, and its gradients too."""
+    settings = AdapterConfig(targets=("q", "gate", "down"), rank=2, alpha=8.0)
+    adapter = random_adapter(MOE, settings)
+    rounded, floats = model_of(MOE, "int4"), model_of(MOE)
+    stored = named_parameters(rounded)
+    for name, variable in named_parameters(floats).items():
+        value = stored[name].get_value()
+        if name.removesuffix("weight") + "scale" in stored:
+            scale = stored[name.removesuffix("weight") + "scale"].get_value()
+            is_int4 = value.dtype == QUANTIZED["int4"]
+            value = (
+                Weight(value, scale).widened(jnp.float32)
+                if is_int4
+                else value.astype(jnp.float32) * scale[:, None]
+            )
+        variable.set_value(value.astype(jnp.float32))
+
+    def loss(adapter: Adapter, model: Transformer) -> jax.Array:
+        return jnp.mean(jnp.square(model(TOKENS, adapter)))
+
+    got, want = (jax.jit(jax.value_and_grad(loss))(adapter, m) for m in (rounded, floats))
+    np.testing.assert_allclose(got[0], want[0], rtol=0.02)
+    for ours, theirs in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        cosine = jnp.vdot(ours, theirs) / jnp.linalg.norm(ours) / jnp.linalg.norm(theirs)
+        assert cosine > 0.99
 
 
 def test_parameters_and_bytes_are_counted() -> None:
