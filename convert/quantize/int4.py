@@ -28,9 +28,8 @@ import numpy as np
 
 from convert.pieces import Fill
 from convert.progress import Progress
-from convert.quantize.calibration import Calibration, Output, Rows, whole, windows
-from convert.quantize.int8 import ALPHA, channels, smooth_head, smooth_layer
-from mixtral_jax.checkpoint.parameters import parameter_shapes
+from convert.quantize.calibration import Arrays, Rows
+from convert.quantize.int8 import ALPHA, Walk, by_layers, channels, smooth_layer
 from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.weight import GROUP_SIZE, QUANTIZED, Grid, Weight, nearest_level, packed
@@ -59,36 +58,21 @@ def quantize(
         alpha: as in `int8.quantize`.
         compensates: whether weights make up for each other; if not, each is rounded to the nearest.
     """
-    shapes = parameter_shapes(config, "float32")
-    output = Output(writer, progress)
-    calibration = Calibration(config)
 
-    def read(name: str) -> np.ndarray:
-        return whole(name, shapes[name].shape, fill)
-
-    embed = read("embed.weight")
-    x = jnp.asarray(embed[windows(ids, config)])
-    output.write("embed.weight", embed)
-    del embed
-    for i in range(config.num_layers):
-        prefix = f"layers.{i}."
-        layer = {name: read(prefix + name) for name in calibration.names}
-        _, rows = calibration.run(layer, x)
+    def round_and_write(walk: Walk, prefix: str, layer: Arrays, x: jax.Array) -> jax.Array:
+        _, rows = walk.calibration.run(layer, x)
         smooth_layer(layer, channels(rows), config, alpha)
-        _, rows = calibration.run(layer, x)
+        _, rows = walk.calibration.run(layer, x)
         for name, values in layer.items():
             if writer.shapes[prefix + name].dtype != QUANTIZED["int4"]:
-                output.write(prefix + name, values)
+                walk.output.write(prefix + name, values)
                 continue
             rounded = rounded_weight(name, values, rows, config, compensates)
-            output.write_rounded(prefix + name, rounded)
+            walk.output.write_rounded(prefix + name, rounded)
             layer[name] = np.array(rounded.widened(jnp.float32)).reshape(values.shape)
-        x, _ = calibration.run(layer, x)
-        del layer
-    norm, head = read("norm.weight"), read("head.weight")
-    smooth_head(norm, head, calibration.normed(norm, x), alpha)
-    output.write("norm.weight", norm)
-    output.write("head.weight", head)
+        return walk.calibration.run(layer, x)[0]
+
+    by_layers(config, fill, ids, writer, progress, alpha, round_and_write)
 
 
 def rounded_weight(

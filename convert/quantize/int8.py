@@ -22,7 +22,8 @@ The text goes through the model's own blocks, one after the other in f32, which 
 each is then smoothed, rounded and written. One layer is in memory at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,29 +57,58 @@ def quantize(
         progress: called with bytes written and bytes in all.
         alpha: how much of the difficulty goes from activations to weights; None does not smooth.
     """
+
+    def smooth_and_write(walk: Walk, prefix: str, layer: Arrays, x: jax.Array) -> jax.Array:
+        x, rows = walk.calibration.run(layer, x)
+        smooth_layer(layer, channels(rows), config, alpha)
+        for name, values in layer.items():
+            walk.output.write(prefix + name, values)
+        return x
+
+    by_layers(config, fill, ids, writer, progress, alpha, smooth_and_write)
+
+
+class Walk(NamedTuple):
+    """The means of `by_layers` while it goes through a model."""
+
+    calibration: Calibration
+    output: Output
+
+
+def by_layers(
+    config: ModelConfig,
+    fill: Fill,
+    ids: list[int],
+    writer: ParameterWriter,
+    progress: Progress,
+    alpha: float | None,
+    write_layer: Callable[[Walk, str, Arrays, jax.Array], jax.Array],
+) -> None:
+    """Writes a model whose layers are rounded by `write_layer`, and smooths its head.
+
+    `write_layer` is given the beginning of the layer's names, its float32 parameters, which it may
+    change, and the text's hidden states [B T D] before the layer; it writes all of them and returns
+    the hidden states behind it. The other arguments are those of `quantize`.
+    """
     shapes = parameter_shapes(config, "float32")
-    output = Output(writer, progress)
-    calibration = Calibration(config)
+    walk = Walk(Calibration(config), Output(writer, progress))
 
     def read(name: str) -> np.ndarray:
         return whole(name, shapes[name].shape, fill)
 
     embed = read("embed.weight")
     x = jnp.asarray(embed[windows(ids, config)])
-    output.write("embed.weight", embed)
+    walk.output.write("embed.weight", embed)
     del embed
     for i in range(config.num_layers):
         prefix = f"layers.{i}."
-        layer = {name: read(prefix + name) for name in calibration.names}
-        x, rows = calibration.run(layer, x)
-        smooth_layer(layer, channels(rows), config, alpha)
-        for name, values in layer.items():
-            output.write(prefix + name, values)
+        layer = {name: read(prefix + name) for name in walk.calibration.names}
+        x = write_layer(walk, prefix, layer, x)
         del layer
     norm, head = read("norm.weight"), read("head.weight")
-    smooth_head(norm, head, calibration.normed(norm, x), alpha)
-    output.write("norm.weight", norm)
-    output.write("head.weight", head)
+    smooth_head(norm, head, walk.calibration.normed(norm, x), alpha)
+    walk.output.write("norm.weight", norm)
+    walk.output.write("head.weight", head)
 
 
 def channels(rows: Rows) -> Arrays:
