@@ -139,5 +139,5 @@ def test_a_destination_that_is_taken(tmp_path: Path) -> None:
 
 
 def test_an_unknown_dtype(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="dtype 'int4' is not supported"):
-        convert(tmp_path, tmp_path / "dst", dtype="int4")
+    with pytest.raises(ConversionError, match="dtype 'int2' is not supported"):
+        convert(tmp_path, tmp_path / "dst", dtype="int2")
