@@ -63,8 +63,8 @@ def convert(
         destination: a folder that does not exist or is empty; may be the URL of one in an object
             store (gs://BUCKET/FOLDER, s3://BUCKET/FOLDER), which is written to at the end.
         dtype: "float32" or "bfloat16" for all parameters; "int8" and "int4" as the modules of
-            `convert.quantize` make them, which need the tokenizer; or "fp8" as they keep or make
-            them. By default fp8 where the source's weights are FP8 with a scale for each output or
+            `convert.quantize` make them, which need the tokenizer; or "fp8", which is kept or
+            made. By default fp8 where the source's weights are FP8 with a scale for each output or
             tensor, bfloat16 where most other bytes are bf16, else float32: nothing is lost unless
             it is asked for. (f16 and the quantised forms of GGUF have values that bf16 has not.)
         upcycle_experts: make a mixture of this many experts out of a dense model, each a copy of

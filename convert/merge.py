@@ -178,7 +178,7 @@ def merge(
         raise ConversionError(
             [
                 f"an adapter is merged as {' or '.join(FLOATS)}, not as {dtype}; export "
-                "what was merged and convert that with --dtype {dtype}"
+                f"what was merged and convert that with --dtype {dtype}"
             ]
         )
     stored = read_adapter(adapter, base.model)
