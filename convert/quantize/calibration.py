@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convert.errors import ConversionError
 from convert.pieces import Fill, ParameterPiece, pieces
 from convert.progress import Progress
 from mixtral_jax.checkpoint.parameters import stored_bytes
@@ -158,8 +159,15 @@ class Output:
         self._put(scale_name, ..., scale.reshape(scale_shape.shape))
 
     def write_rounded(self, name: str, rounded: Weight) -> None:
-        """Writes a weight and its scales as they are; they are reshaped to what is stored."""
+        """Writes a weight and its scales as they are; they are reshaped to what is stored.
+
+        Raises ConversionError where a scale is not finite.
+        """
         assert rounded.scale is not None
+        if not np.isfinite(np.asarray(rounded.scale)).all():
+            raise ConversionError(
+                [f"{name} has values that int4's float16 scales do not hold; use --dtype int8"]
+            )
         scale_name = name.removesuffix("weight") + "scale"
         for stored, values in ((name, rounded.values), (scale_name, rounded.scale)):
             self._put(stored, ..., np.asarray(values).reshape(self._writer.shapes[stored].shape))

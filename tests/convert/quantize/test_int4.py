@@ -141,6 +141,14 @@ def test_an_adapter_runs_beside_int4_and_learns() -> None:
         assert cosine > 0.99
 
 
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    model = model_of(CONFIGS["dense"])
+    query = model.layers[1].attention.q.weight
+    query.set_value(query[...].at[0, 3, 5].set(1e14))
+    with pytest.raises(ConversionError, match=r"attention\.q\.weight has values .* --dtype int8"):
+        written(model, tmp_path / "far", compensates=False)
+
+
 def test_parameters_and_bytes_are_counted() -> None:
     """By hand: five bits for a weight, a byte for those of embedding and head, and their scales."""
     config = replace(CONFIGS["dense"], num_layers=1)
