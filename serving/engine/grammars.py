@@ -5,7 +5,7 @@ that a preempted or failed step has nothing to take back. Masks are computed aft
 step was launched, while the devices run it, in threads of their own: llguidance works without the
 interpreter's lock.
 
-A row whose mask is not there `PATIENCE` seconds after it was begun sits the step out. Its matcher
+A row whose mask is not there when the patience of the step ends sits the step out. Its matcher
 goes on, and has the mask for a later step. As long as a matcher is that slow it is computed in a
 thread apart, and not waited for, so that it delays no other answer again.
 
@@ -69,8 +69,11 @@ class _Answer:
     problem: str = ""
     """Why it cannot go on; empty as long as it can."""
 
-    def compute(self) -> None:
-        """Takes in the pending tokens, and finds what may follow. Raises nothing."""
+    def compute(self, patience: float) -> None:
+        """Takes in the pending tokens, and finds what may follow. Raises nothing.
+
+        An answer that takes longer than `patience` seconds is slow.
+        """
         began = monotonic()
         try:
             pending, self.pending = self.pending, []
@@ -80,7 +83,7 @@ class _Answer:
         except BaseException:  # a panic of the library is no Exception
             _log.exception("a matcher failed")
             self.problem = "the answer cannot be held to its form; see the server's log"
-        self.is_slow = monotonic() - began > PATIENCE
+        self.is_slow = monotonic() - began > patience
         self.state = _State.READY  # at last, for the engine's thread goes on with it
 
 
@@ -89,10 +92,11 @@ class Grammars:
 
     Args:
         words: number of words of a mask, ceil(V / 32).
+        patience: seconds that a step waits for its masks at most.
     """
 
-    def __init__(self, words: int) -> None:
-        self._words = words
+    def __init__(self, words: int, patience: float = PATIENCE) -> None:
+        self._words, self._patience = words, patience
         self._forms: dict[str, tuple[Form, Request]] = {}
         self._allowed: dict[str, np.ndarray] = {}  # [words] i32 of requests with allowed ids
         self._answers: dict[str, dict[int, _Answer]] = {}
@@ -157,7 +161,7 @@ class Grammars:
                 self._take(self._answer(event.request_id, event.choice), event.drawn.token_id)
 
     def masks(self, plans: Sequence[StepPlan]) -> Masks:
-        """Returns the masks of a step that was walked; waits for them `PATIENCE` at most."""
+        """Returns the masks of a step that was walked; waits no longer than its patience."""
         rows: dict[tuple[int, int], _Answer] = {}
         late: set[tuple[int, int]] = set()
         free: list[tuple[int, int]] = []  # rows with allowed ids, and no grammar at this place
@@ -232,13 +236,13 @@ class Grammars:
                 continue
             answer.state = _State.BUSY
             if answer.is_slow:
-                self._slow_pool.submit(answer.compute)
+                self._slow_pool.submit(answer.compute, self._patience)
             else:
                 todo.append(answer)
         if not todo:
             return
-        pumps = [self._pool.submit(_pump, todo) for _ in range(min(_NUM_PUMPS, len(todo)))]
-        wait(pumps, PATIENCE)
+        count, patience = min(_NUM_PUMPS, len(todo)), self._patience
+        wait([self._pool.submit(_pump, todo, patience) for _ in range(count)], patience)
         for answer in _emptied(todo):
             answer.state = _State.IDLE  # it is begun in a later step
 
@@ -266,10 +270,10 @@ class _Rows:
         rows[chunk] = mask
 
 
-def _pump(todo: deque[_Answer]) -> None:
+def _pump(todo: deque[_Answer], patience: float) -> None:
     """Computes answers until none remains."""
     for answer in _emptied(todo):
-        answer.compute()
+        answer.compute(patience)
 
 
 def _emptied(todo: deque[_Answer]) -> Iterator[_Answer]:
