@@ -30,6 +30,7 @@ let conversation = emptyConversation();
 let views = [];
 let running = null; // the AbortController of the answer that comes
 let follows = true;
+let refreshes = 0; // of the list of models
 const scroller = byId("scroller");
 
 const acts = {
@@ -235,12 +236,18 @@ function openSettings(isOpen) {
 }
 
 async function refreshModels() {
+  // What the server says of the key before is no news, however late it comes.
+  const number = ++refreshes;
+  const isStale = () => number !== refreshes;
   try {
-    showModels(await listModels(currentKey()));
+    const models = await listModels(currentKey());
+    if (isStale()) return;
+    showModels(models);
     // What is told of an answer stays.
     if (byId("problem").dataset.of === "door") clearProblem();
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
+    if (isStale()) return;
     if (error.kind === "key") showProblem(error.message, button("Enter the key", askKey));
     else showProblem(error.message, button("Try again", refreshModels));
     byId("problem").dataset.of = "door";

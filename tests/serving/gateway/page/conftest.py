@@ -24,6 +24,11 @@ def shared() -> Iterator[Stack]:
         yield stack
 
 
+def _is_of_a_key(response: Any) -> bool:
+    """Returns whether this is the list of models for a key, not that of the page's beginning."""
+    return response.url.endswith("/v1/models") and "authorization" in response.request.headers
+
+
 @pytest.fixture
 def stack(shared: Stack) -> Stack:
     """The gateway before the scripted service, which says the words of the last message."""
@@ -54,7 +59,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         if key:
             if page.is_hidden("#settings"):
                 page.click("#toggle")
-            with page.expect_response("**/v1/models"):
+            with page.expect_response(_is_of_a_key):
                 page.fill("#key", key)
                 page.dispatch_event("#key", "change")
         return page

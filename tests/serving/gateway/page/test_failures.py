@@ -50,6 +50,21 @@ def test_a_wrong_key_is_told_and_can_be_corrected(stack: Stack, open_page: Open)
     problem(page, "asks for a key")
 
 
+def test_an_answer_to_the_key_before_is_no_news(stack: Stack, open_page: Open) -> None:
+    page = open_page(stack.url)
+    page.click("#forget")
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route), times=1)
+    page.reload()
+    with page.expect_response("**/v1/models"):
+        page.fill("#key", KEY)
+        page.dispatch_event("#key", "change")
+    with page.expect_response("**/v1/models"):
+        held[0].fulfill(status=401, json={"error": {"message": "late"}})
+    page.wait_for_timeout(100)
+    assert page.locator("#problem").text_content() == ""
+
+
 def test_a_full_queue_counts_down_and_is_tried_again(stack: Stack, open_page: Open) -> None:
     page = open_page(stack.url)
     ask(page, "!fail:Overloaded")
