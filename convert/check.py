@@ -14,7 +14,7 @@ import jax
 from convert.errors import ConversionError
 from convert.name_table import REFUSED, UPCYCLED_EXPERTS_PER_TOKEN, NameTable
 from convert.source.open import Source
-from convert.source.read import is_readable, is_same
+from convert.source.read import is_same
 from mixtral_jax.checkpoint.parameters import stored_bytes
 from mixtral_jax.checkpoint.store import is_remote
 
@@ -24,7 +24,7 @@ _SIZE_NAMES = {
     "mistral": ("n_layers", "moe.num_experts"),
     "gguf": ("llama.block_count", "llama.expert_count"),
 }
-# Dtypes that are rounded by what a text shows of the activations.
+# Dtypes that are rounded by what a text shows of the activations, where they are not kept.
 CALIBRATED = ("int8", "int4")
 # Up to so many, a source may lack tensors, whose names are listed then.
 _UNDISPUTED_LAYERS, _UNDISPUTED_EXPERTS = 256, 1024
@@ -38,6 +38,7 @@ def check(
     dtype: str,
     upcycle_experts: int = 0,
     num_ids: int | None = None,
+    needs_text: bool = False,
 ) -> None:
     """Raises ConversionError with everything that is wrong with a source and its tokenizer.
 
@@ -46,9 +47,10 @@ def check(
         table: what there should be.
         shapes: of the parameters that will be written.
         destination: where they will be.
-        dtype: in which they will be; those of `CALIBRATED` need a tokenizer.
+        dtype: in which they will be.
         upcycle_experts: as in `name_table`.
         num_ids: how many ids the tokenizer has; None where there is none.
+        needs_text: whether weights are rounded by what a text shows, which needs a tokenizer.
     """
     problems = [
         *source.problems,
@@ -57,7 +59,7 @@ def check(
     ]
     if upcycle_experts:
         problems += _upcycling(source, upcycle_experts)
-    if num_ids is None and dtype in CALIBRATED:
+    if num_ids is None and needs_text:
         problems.append(
             f"{dtype} is calibrated with a text, which needs the model's tokenizer; fetch it"
         )
@@ -129,7 +131,7 @@ def _missing_or_misshapen(source: Source, table: NameTable) -> Iterator[str]:
                 f"tensor {name} has shape {list(tensor.shape)} where the config asks for "
                 f"{list(shape)} ({tensor.file.name})"
             )
-        elif not is_readable(tensor.encoding):
+        elif not tensor.is_readable:
             yield (
                 f"tensor {name} is stored as {tensor.encoding}, which is not supported; fetch the "
                 f"weights as bf16, f16 or f32 ({tensor.file.name})"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.source.read import Tensor
+from convert.source.tensor import Tensor
 
 _VERSIONS = (2, 3)
 _SCALARS: dict[int, np.dtype[Any]] = {

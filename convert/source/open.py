@@ -1,4 +1,4 @@
-"""A source by its path: its dialect, its tensors, its config. No data is read.
+"""A source by its path: its dialect, its tensors, its config. No weights are read.
 
 A folder is searched in this order, so that one with several forms of the same weights (as
 Mistral-7B-Instruct-v0.3 is published) gives Hugging Face's:
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.source import configs, fp8
+from convert.source import configs, packed, scaled
+from convert.source.compressed_tensors import Scheme, from_compressed_tensors
 from convert.source.gguf import gguf_header
-from convert.source.read import Tensor
+from convert.source.quantization import unsupported
 from convert.source.safetensors import safetensors_header, without_duplicates
+from convert.source.tensor import Tensor
 from mixtral_jax.checkpoint.folder import CONFIG_FILE, is_checkpoint
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
@@ -51,7 +53,7 @@ class Source:
     config: ModelConfig | None = None
     problems: list[str] = field(default_factory=list)
     whole: bool = True
-    scheme: fp8.Scheme | None = None  # how its FP8 weights are scaled, if its config says so
+    scheme: Scheme | None = None  # how its rounded weights are stored, if its config says so
 
     def add(self, file: Path) -> None:
         """Adds the tensors of a safetensors file."""
@@ -75,11 +77,35 @@ class Source:
 def open_source(path: Path) -> Source:
     """Reads a source's headers and config; raises ConversionError if `path` is no source at all."""
     source = _open(path)
-    source.tensors, problems = fp8.attach_scales(
-        source.tensors, source.dialect, source.scheme, source.whole
-    )
-    source.problems += problems
+    scheme = source.scheme
+    scales = scheme if isinstance(scheme, scaled.Scheme) else None
+    words = scheme if isinstance(scheme, packed.Scheme) else None
+    attached = scaled.attach_scales(source.tensors, source.dialect, scales, source.whole)
+    source.problems += attached.problems
+    attached = packed.attach_packings(attached.tensors, words, source.whole)
+    source.problems += attached.problems
+    source.tensors = attached.tensors
     return source
+
+
+def scheme_of(fields: Any) -> Scheme:
+    """Reads the `quantization_config` of a Hugging Face folder.
+
+    Raises ConfigError, with the field and a remedy, for what cannot be read.
+    """
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"config field quantization_config={fields!r} must be an object")
+    method = str(fields.get("quant_method")).replace("_", "-")
+    match method:
+        case "fp8":
+            return scaled.from_fp8(fields)
+        case "compressed-tensors":
+            return from_compressed_tensors(fields)
+        case "gptq":
+            return packed.from_gptq(fields)
+        case "awq":
+            return packed.from_awq(fields)
+    raise unsupported("quant_method", fields.get("quant_method"))
 
 
 def _open(path: Path) -> Source:
@@ -137,7 +163,7 @@ def _open_hf(path: Path, folder: Path, shards: Sequence[Path], indexes: Sequence
         # The first releases of llm-compressor had another name for it.
         fields = content.pop("quantization_config", None) or content.pop("compression_config", None)
         if fields is not None:
-            source.scheme = fp8.from_quantization_config(fields)
+            source.scheme = scheme_of(fields)
         return from_hf(content)
 
     source.config = _read_config(source, folder / CONFIG_FILE, translate)
@@ -206,7 +232,7 @@ def _open_consolidated(path: Path, folder: Path, shards: Sequence[Path]) -> Sour
 
     def translate(content: dict[str, Any]) -> ModelConfig:
         if isinstance(fields := content.pop("quantization", None), dict):
-            source.scheme = fp8.from_params_quantization(fields)
+            source.scheme = scaled.from_params_quantization(fields)
         elif fields is not None:
             raise ConfigError(f"config field quantization={fields!r} must be an object")
         return configs.from_params(content)

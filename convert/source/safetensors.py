@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.source.read import PLAIN, Tensor
+from convert.source.tensor import STORED, Tensor
 
 # A header is a few hundred kilobytes; a longer one is no safetensors file.
 _LONGEST_HEADER = 100 << 20
@@ -75,7 +75,7 @@ def _check_layout(path: Path, data: int, tensors: dict[str, tuple[Tensor, int]])
             raise ConversionError(
                 [f"{path}: tensor {name} overlaps another one, or there is a gap before it"]
             )
-        if tensor.encoding in PLAIN and end - position != tensor.nbytes:
+        if tensor.encoding in STORED and end - position != tensor.nbytes:
             raise ConversionError(
                 [
                     f"{path}: tensor {name} of shape {list(tensor.shape)} in {tensor.encoding} "

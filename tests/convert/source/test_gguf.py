@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from convert.errors import ConversionError
 from convert.source.gguf import gguf_header
-from convert.source.read import is_readable
+from convert.source.tensor import is_readable
 from tests.support import sources
 
 

@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 
 from convert.errors import ConversionError
 from convert.source.gguf import gguf_header
-from convert.source.read import Reader, Tensor, is_readable, is_same
+from convert.source.read import Reader, is_same
 from convert.source.safetensors import safetensors_header
+from convert.source.tensor import Tensor, is_readable
 from tests.support import sources
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": sources.BF16}

@@ -9,7 +9,8 @@ import pytest
 
 from convert.convert import convert
 from convert.errors import ConversionError
-from convert.source.fp8 import from_params_quantization, from_quantization_config
+from convert.source.open import scheme_of
+from convert.source.scaled import from_params_quantization
 from mixtral_jax.errors import ConfigError
 from tests.support import fp8_sources, sources
 
@@ -58,9 +59,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("quant_method", "gptq"),
-        ("format", "pack-quantized"),
-        ("format", "int-quantized"),
+        ("quant_method", "bitsandbytes"),
+        ("quant_method", "eetq"),
+        ("format", "marlin-24"),
         ("format", "nvfp4-pack-quantized"),
         ("kv_cache_scheme", {"num_bits": 8, "type": "float"}),
         ("sparsity_config", {"format": "sparse-24-bitmask"}),
@@ -76,7 +77,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 )
 def test_other_schemes_are_named(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"quantization_config\.{path}.*not supported; fetch"):
-        from_quantization_config(changed(path, value))
+        scheme_of(changed(path, value))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_other_schemes_are_named(path: str, value: Any) -> None:
 def test_other_schemes_of_fp8_are_named(path: str, value: Any) -> None:
     fields = {"quant_method": "fp8", "activation_scheme": "dynamic", path: value}
     with pytest.raises(ConfigError, match=rf"quantization_config\.{path}.*not supported"):
-        from_quantization_config(fields)
+        scheme_of(fields)
 
 
 def test_other_formats_of_mistral_are_named() -> None:
