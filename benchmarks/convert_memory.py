@@ -1,7 +1,8 @@
 """Memory and speed of a conversion: python -m benchmarks.convert_memory [--size-gb 12]
 
-Makes a folder of safetensors as Mixtral-8x7B's (its widths, fewer layers, random bits), converts
-it in a process of its own, and prints
+Makes a folder of safetensors as Mixtral-8x7B's (its widths, fewer layers, random bits; with
+--layout gptq or awq the layers are integers of four bits), converts it in a process of its own, and
+prints
 
     the peak of that process's resident memory, against 1.5 GiB + twice the largest tensor
     bytes per second, against `cp` of the same files in the same run, in turns
@@ -11,6 +12,7 @@ long the disk went on. Machines with shared disks differ by 2x from minute to mi
 and medians.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -23,18 +25,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import ml_dtypes
 import numpy as np
 import typer
+from safetensors.numpy import save_file
 
 from benchmarks.command import run
 from convert.export import INDEX_FILE, cut
 from convert.name_table import name_table
+from convert.source.words import AWQ, GPTQ, Layout
 from mixtral_jax.checkpoint.folder import CONFIG_FILE
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.hf_config import to_hf
 
 GIB = 1 << 30
 _SHARD_BYTES = 4_000_000_000
+_LAYOUTS = {"gptq": GPTQ, "awq": AWQ}
 _CONVERT = "import sys; from pathlib import Path; from convert.convert import convert; "
 _CONVERT += "convert(Path(sys.argv[1]), Path(sys.argv[2]), dtype=sys.argv[3])"
 
@@ -48,14 +54,17 @@ class Run:
     peak: int  # bytes of resident memory
 
 
-def mixtral(size: int) -> ModelConfig:
-    """Returns Mixtral-8x7B with as many layers as take about `size` bytes in bf16, at least one."""
+def mixtral(size: int, layer_bits: int = 16) -> ModelConfig:
+    """Returns Mixtral-8x7B with as many layers as take about `size` bytes, at least one.
+
+    A layer's weights have so many bits, the others 16.
+    """
     config = replace(ModelConfig.mixtral_8x7b_v01(), num_layers=1)
 
     def nbytes(layers: int) -> int:
-        return 2 * sum(
-            row.size for row in name_table(replace(config, num_layers=layers), "hf").rows
-        )
+        rows = name_table(replace(config, num_layers=layers), "hf").rows
+        in_layers = sum(row.size for row in rows if row.parameter.startswith("layers."))
+        return 2 * sum(row.size for row in rows) - in_layers * (16 - layer_bits) // 8
 
     layer_bytes = nbytes(2) - nbytes(1)
     return replace(config, num_layers=max(1, round((size - nbytes(1)) / layer_bytes) + 1))
@@ -84,6 +93,39 @@ def generate(folder: Path, config: ModelConfig) -> tuple[int, int]:
     (folder / INDEX_FILE).write_text(json.dumps(index))
     (folder / CONFIG_FILE).write_text(json.dumps(to_hf(config, "bfloat16")))
     return sum(sizes.values()), max(sizes.values())
+
+
+def generate_integers(folder: Path, config: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """Writes layers of four bits in groups of 128, each in a file, and returns as `generate` does.
+
+    The largest tensor is that of words; what is in no layer has a file too.
+    """
+    block = np.frombuffer(np.random.default_rng(0).bytes(64 << 20), np.int32)
+    rows = name_table(config, "hf").rows
+    total = largest = 0
+    for file, own in itertools.groupby(rows, lambda row: ".".join(row.parameter.split(".")[:2])):
+        tensors: dict[str, np.ndarray] = {}
+        for row in own:
+            name, shape = row.source, row.shape
+            is_whole = not file.startswith("layers.") or len(shape) == 1
+            if is_whole or row.parameter.endswith("router.weight"):
+                tensors[name] = np.ones(shape, ml_dtypes.bfloat16)
+                continue
+            outputs, inputs = shape
+            stem, groups = name.removesuffix("weight"), inputs // 128
+            codes = layout.codes_shape(outputs, inputs, 4)
+            zeros = layout.zeros_shape(outputs, groups, 4)
+            scales = layout.scales_shape(outputs, groups)
+            tensors[stem + "qweight"] = np.resize(block, codes)
+            tensors[stem + "qzeros"] = np.resize(block, zeros)
+            tensors[stem + "scales"] = np.full(scales, 0.01, np.float16)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        largest = max(largest, *(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, folder / f"{file}.safetensors")
+    fields = {"quant_method": layout.name.lower(), "bits": 4, "group_size": 128}
+    content = to_hf(config, "bfloat16") | {"quantization_config": fields}
+    (folder / CONFIG_FILE).write_text(json.dumps(content))
+    return total, largest
 
 
 def measure(command: list[str], result: Path) -> Run:
@@ -143,13 +185,22 @@ def main(
     folder: Annotated[
         Path | None, typer.Option(help="Folder to work in; it needs twice the size.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16 or fp8.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: bfloat16, fp8, or int4 of integers.")
+    ] = "bfloat16",
+    layout: Annotated[str, typer.Option(help="Layout of the source: floats, gptq or awq.")] = (
+        "floats"
+    ),
 ) -> None:
     """Measure the memory and the speed of a conversion."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="convert-memory-") as name:
         source, copy, result = (Path(name) / word for word in ("source", "copy", "result"))
         source.mkdir()
-        total, largest = generate(source, mixtral(int(size_gb * 1e9)))
+        size = int(size_gb * 1e9)
+        if layout == "floats":
+            total, largest = generate(source, mixtral(size))
+        else:
+            total, largest = generate_integers(source, mixtral(size, 4), _LAYOUTS[layout])
         copies, conversions = [], []
         for turn in range(repeats):
             copies.append(measure(["cp", "-r", str(source), str(copy)], copy))

@@ -6,7 +6,8 @@ first: norms' weights go into the products behind them, and each product turns i
 outputs. The model computes the same function, and its weights are spread evenly.
 
 CHECKPOINT is a dense one of float32 with its tokenizer. TEXT is a file, of which eight windows of
-512 tokens are used.
+512 tokens are used. With `--kept`, a checkpoint of the same model whose weights were kept as a file
+of four bits has them is measured too, in its own basis.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("text", type=Path)
+    parser.add_argument("--kept", type=Path, help="the same model, whose file was kept as it is")
     options = parser.parse_args()
     model, card = load(options.checkpoint)
     words = tokenizer.load(options.checkpoint)
@@ -93,6 +95,7 @@ def main() -> None:
         "int8": ("int8", int8.quantize),
         "int4, each to the nearest": ("int4", partial(int4.quantize, compensates=False)),
         "int4": ("int4", int4.quantize),
+        "int4 mixed with int8": ("int4", int4.quantize),
     }
     base = perplexity(model)
     print(f"{len(windows)} windows of {_WINDOW} tokens; float32 as it was: {base:.3f}\n")
@@ -100,11 +103,16 @@ def main() -> None:
     for name, (dtype, rounding) in ways.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            writer = ParameterWriter(folder, parameter_shapes(config, dtype))
+            beside = tuple(sorted(int4.mixed(config).items())) if "mixed" in name else ()
+            writer = ParameterWriter(folder, parameter_shapes(config, dtype, beside))
             rounding(config, fill, calibration, writer)
-            Card(model=config, dtype=dtype, name="rotated", provider=card.provider).write(folder)
+            made = Card(model=config, dtype=dtype, name="rotated", provider=card.provider)
+            replace(made, weight_dtypes=beside).write(folder)
             rounded = perplexity(load(folder)[0])
         print(f"| {name} | {rounded:.3f} ({100 * (rounded / base - 1):+.1f} %) |", flush=True)
+    if options.kept is not None:
+        kept = perplexity(load(options.kept)[0])
+        print(f"| as its file has them | {kept:.3f} ({100 * (kept / base - 1):+.1f} %) |")
 
 
 main()

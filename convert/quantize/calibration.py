@@ -1,4 +1,4 @@
-"""Calibration: a short text of ours goes through a model's own blocks, one after the other, in f32.
+"""Calibration: a text goes through a model's own blocks, one after the other, in f32.
 
 A capture watches each block, so that whoever rounds its weights sees what they meet. One layer is
 in memory at a time.
@@ -18,6 +18,7 @@ from flax import nnx
 from convert.errors import ConversionError
 from convert.pieces import Fill, ParameterPiece, pieces
 from convert.progress import Progress
+from convert.quantize.kept import check_scales
 from mixtral_jax.checkpoint.parameters import stored_bytes
 from mixtral_jax.checkpoint.restore import aligned_memory
 from mixtral_jax.checkpoint.writer import ParameterWriter
@@ -26,18 +27,34 @@ from mixtral_jax.model.capture import Capture
 from mixtral_jax.model.layers import RMSNorm, Rotary
 from mixtral_jax.model.transformer import Block
 from mixtral_jax.placement import Placement
-from mixtral_jax.weight import Weight
+from mixtral_jax.weight import INT8_GROUPS, Weight
 
-_MAX_TOKENS = 2048  # of the text
+_MOST_CHARACTERS = 1 << 20  # of a file; 8,192 tokens have fewer
 _MAX_WINDOW = 512  # tokens that see each other
 
 Arrays = dict[str, np.ndarray]
 """Parameters of a layer by their names within it, such as "attention.q.weight"."""
 
 
-def calibration_text() -> str:
-    """Returns prose, dialogue, code and a chat: 8,000 characters that were written for this."""
-    return Path(__file__).with_name("calibration.txt").read_text(encoding="utf-8")
+def calibration_text(path: Path | None = None) -> str:
+    """Returns the beginning of a file's text; by default 26,000 characters written for this.
+
+    Those are prose, dialogue, code, letters, lists and chats, some of them not in English.
+
+    Raises ConversionError for a file that cannot be read, is no UTF-8, or is empty.
+    """
+    path = path or Path(__file__).with_name("calibration.txt")
+    instead = "; give a file of text in UTF-8, or leave --calibration out"
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS)
+    except UnicodeDecodeError:
+        raise ConversionError([f"{path} is not in UTF-8{instead}"]) from None
+    except OSError as error:
+        raise ConversionError([f"{path} cannot be read: {error.strerror}{instead}"]) from None
+    if not text.strip():
+        raise ConversionError([f"{path} has no text in it{instead}"])
+    return text
 
 
 def whole(name: str, shape: tuple[int, ...], fill: Fill) -> np.ndarray:
@@ -50,7 +67,6 @@ def whole(name: str, shape: tuple[int, ...], fill: Fill) -> np.ndarray:
 
 def windows(ids: list[int], config: ModelConfig) -> np.ndarray:
     """Cuts the ids into rows [B T] of equal length, which see nothing of each other."""
-    ids = ids[:_MAX_TOKENS]
     count = -(-len(ids) // min(_MAX_WINDOW, config.max_context))
     return np.asarray(ids[: len(ids) // count * count]).reshape(count, -1)
 
@@ -82,6 +98,9 @@ class Calibration:
         self._norm = RMSNorm(config, placement, rngs=None)
         self._config = config
         self._run = jax.jit(self._traced)
+        self._rows = jax.jit(
+            lambda layer, x, name: self._traced(layer, x)[1].by_name[name], static_argnums=2
+        )
 
     @property
     def names(self) -> list[str]:
@@ -95,6 +114,12 @@ class Calibration:
         # On CPU the arrays of the device are those of `layer`, which is changed next.
         jax.block_until_ready((x, rows))
         return x, rows
+
+    def rows(self, layer: Arrays, x: jax.Array, name: str) -> jax.Array:
+        """The inputs f32 [T I] of a name of `Rows`; computes no more than those take."""
+        with jax.default_matmul_precision("highest"):
+            rows = self._rows({name: jax.device_put(layer[name]) for name in layer}, x, name)
+        return jax.block_until_ready(rows)
 
     def normed(self, norm: np.ndarray, x: jax.Array) -> jax.Array:
         """Computes the model's last norm, of the weight [D]: x [B T D] -> [B T D]."""
@@ -140,7 +165,7 @@ class Output:
         progress(self._done, self._total)
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """Writes a float32 parameter, chunk by chunk, and its scales if it is stored as int8."""
+        """Writes a float32 parameter, chunk by chunk, and scales if it is int8 or int8x16."""
         scale_name = name.removesuffix("weight") + "scale"
         scale_shape = self._writer.shapes.get(scale_name)
         cut = pieces({name: self._writer.shapes[name]}, self._writer.chunk_bytes)
@@ -149,12 +174,14 @@ class Output:
                 self._put(name, piece.index, values[piece.index])
             return
         num_inputs = values.size // math.prod(scale_shape.shape)
-        scale = np.empty(math.prod(scale_shape.shape), np.float32)
+        scale = np.empty(math.prod(scale_shape.shape), scale_shape.dtype)
+        dtype = INT8_GROUPS if scale.dtype == np.float16 else "int8"
         for piece in cut:
-            rounded = Weight.quantized(jnp.asarray(values[piece.index].reshape(-1, num_inputs)))
+            rows = jnp.asarray(values[piece.index].reshape(-1, num_inputs))
+            rounded = Weight.quantized(rows, dtype)
             assert rounded.scale is not None
             first = piece.start // num_inputs
-            scale[first : first + rounded.scale.size] = rounded.scale
+            scale[first : first + rounded.scale.size] = rounded.scale.reshape(-1)
             self._put(name, piece.index, np.asarray(rounded.values).reshape(piece.shape))
         self._put(scale_name, ..., scale.reshape(scale_shape.shape))
 
@@ -164,10 +191,7 @@ class Output:
         Raises ConversionError where a scale is not finite.
         """
         assert rounded.scale is not None
-        if not np.isfinite(np.asarray(rounded.scale)).all():
-            raise ConversionError(
-                [f"{name} has values that int4's float16 scales do not hold; use --dtype int8"]
-            )
+        check_scales(name, np.asarray(rounded.scale))
         scale_name = name.removesuffix("weight") + "scale"
         for stored, values in ((name, rounded.values), (scale_name, rounded.scale)):
             self._put(stored, ..., np.asarray(values).reshape(self._writer.shapes[stored].shape))

@@ -8,7 +8,7 @@ row of them leaves the others few steps. SmoothQuant (arXiv:2211.10438) divides 
 and multiplies column j of the weights that it meets by the same, which changes no product. |.| is
 the root mean square, where the paper takes the largest: its scales are for whole tensors, ours for
 rows and outputs, and a third less is lost (Kullback-Leibler divergence 0.010 instead of 0.015 from
-SmolLM2-135M's answers in float32). Those of x come from a short text of ours. Dividing costs
+SmolLM2-135M's answers in float32). Those of x come from 2,048 tokens of text. Dividing costs
 nothing when the model runs, for it is done to the weights of whatever makes the activations:
 
     q, k, v              the norm before them
@@ -37,6 +37,7 @@ from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.config import ModelConfig
 
 ALPHA = 0.5  # the paper's, for most models
+_MAX_TOKENS = 2048  # of the text
 
 
 def quantize(
@@ -65,7 +66,7 @@ def quantize(
             walk.output.write(prefix + name, values)
         return x
 
-    by_layers(config, fill, ids, writer, progress, alpha, smooth_and_write)
+    by_layers(config, fill, ids[:_MAX_TOKENS], writer, progress, alpha, smooth_and_write)
 
 
 class Walk(NamedTuple):

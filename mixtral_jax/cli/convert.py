@@ -37,8 +37,26 @@ def convert(
         str | None,
         typer.Option(
             help="float32, bfloat16, int8 (W8A8, smoothed: half of bfloat16's bytes, fastest on "
-            "CPU), int4 (in groups of 32, a third of bfloat16's bytes), or fp8 (e4m3: as few as "
-            "int8, for H100 and later); default: fp8 or bfloat16 if the source is, else float32."
+            "CPU; GGUF's Q8_0 is kept), int4 (in groups of 32, a third of bfloat16's bytes; 4-bit "
+            "GGUF is kept), or fp8 (e4m3: as few as int8, for H100 and later); default: what the "
+            "source is, of fp8, int4, int8 and bfloat16, else float32."
+        ),
+    ] = None,
+    mixed: Annotated[
+        bool,
+        typer.Option(
+            "--mixed",
+            help="With --dtype int4: the weights that lose most, v and down of half of the layers, "
+            "are int8.",
+        ),
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text, in UTF-8, like what the model is to read: by its first 2,048 tokens (int8) "
+            "or 8,192 (int4) weights are rounded; default: 7,000 tokens of many kinds.",
         ),
     ] = None,
     upcycle_experts: Annotated[
@@ -62,6 +80,8 @@ def convert(
             path,
             place_of(destination),
             dtype=dtype,
+            mixed=mixed,
+            calibration=calibration,
             upcycle_experts=upcycle_experts,
             name=name,
             progress=progress,
@@ -112,14 +132,16 @@ def _facts(checkpoint: Path) -> dict[str, Any]:
     from mixtral_jax.checkpoint.folder import Card
     from mixtral_jax.checkpoint.parameters import count_parameters
     from mixtral_jax.checkpoint.pretrained import TINY_RANDOM, open_pretrained
+    from mixtral_jax.placement import dtype_counts
 
     toy = str(checkpoint) == TINY_RANDOM
     card = open_pretrained(TINY_RANDOM).card if toy else Card.read(checkpoint)
-    parameters, nbytes = count_parameters(card.model, card.dtype)
+    parameters, nbytes = count_parameters(card.model, card.dtype, card.weight_dtypes)
     return {
         "name": card.name,
         "provider": card.provider,
         "dtype": card.dtype,
+        **({"weight_dtypes": dtype_counts(card.weight_dtypes)} if card.weight_dtypes else {}),
         "parameters": parameters,
         "bytes": nbytes,
         **card.model.to_json(),

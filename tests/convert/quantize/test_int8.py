@@ -288,12 +288,16 @@ def perplexity(
 def test_perplexity_of_the_real_smollm2(smollm2_gguf: Path, smollm2: Path, tmp_path: Path) -> None:
     """The first two chapters of Alice in Wonderland, which the calibration text is not from."""
     convert(smollm2_gguf, tmp_path / "int8", dtype="int8")
+    convert(smollm2_gguf, tmp_path / "int4", dtype="int4")  # kept as the file has them
     text = ALICE.read_text()
     want, count = perplexity(smollm2, text)
     weights, _ = perplexity(tmp_path / "int8", text)
+    kept, _ = perplexity(tmp_path / "int4", text)
     pages, _ = perplexity(smollm2, text, through_int8_pages)
-    print(json.dumps({"tokens": count, "float32": want, "int8": weights, "int8 pages": pages}))
+    found = {"float32": want, "int8": weights, "int4, kept": kept, "int8 pages": pages}
+    print(json.dumps({"tokens": count, **found}))
     assert count >= 4000
     assert 20 < want < 35
     assert weights < 1.02 * want
+    assert kept < 1.015 * want
     assert pages < 1.005 * want
