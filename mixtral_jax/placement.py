@@ -5,8 +5,9 @@ its rules, the dtypes, the kernels, the size of a page, the sizes of a step. Who
 takes these from its placement, so what is planned is what is served.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,18 @@ from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.kernels import Kernels, kernels_for, kernels_for_device
 from mixtral_jax.layout import Layout
 from mixtral_jax.sharding import ShardingRules, mesh_for, mesh_text
-from mixtral_jax.weight import GROUP_SIZE, QUANTIZED
+from mixtral_jax.weight import GROUPS, INT8_GROUPS, QUANTIZED
 
 DTYPES = ("float32", "bfloat16", *QUANTIZED)
+# The weights of a layer that a model's dtype rounds, by their names within the layer.
+LAYER_WEIGHTS = (
+    *(f"attention.{name}" for name in "qkvo"),
+    *(f"feed_forward.{name}" for name in ("gate", "up", "down")),
+)
+# Weights whose dtype is not the model's: ("layers.0.attention.v", "int8"), sorted.
+WeightDtypes = tuple[tuple[str, str], ...]
+# The dtypes that single weights of a model may have beside its own.
+_BESIDE = {"int4": ("int8", INT8_GROUPS), "int8": (INT8_GROUPS,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,7 @@ class Placement:
     activation_dtype: str  # of what flows between the products, and of cached keys and values
     layout: Layout | None  # the mesh and the rules on it; None for one device
     kernels: Kernels
+    weight_dtypes: WeightDtypes = ()  # of single weights, where they differ from `dtype`
     # New tokens of a step of the plain loop; a longer prompt comes in several. None: by chip, from
     # the roofline that stands above the model (roofline/settings.py).
     step_tokens: int | None = None
@@ -44,6 +55,7 @@ class Placement:
         mesh: Mesh | str | None = "auto",
         dp_attention: bool = False,
         devices: Sequence[jax.Device] | None = None,
+        weight_dtypes: Mapping[str, str] | WeightDtypes = (),
     ) -> "Placement":
         """Places a model on devices, which may be absent ones that programs are compiled for.
 
@@ -55,12 +67,15 @@ class Placement:
             dp_attention: splits sequences, not heads, over the mesh's expert axis, which must have
                 two devices or more.
             devices: those that a text is about; None for all of this process group's.
+            weight_dtypes: of weights that have another dtype than the model's, by their names:
+                "layers.0.attention.v" of an int4 model may be int8.
 
         Raises ConfigError for a dtype that models do not have, a mesh of other axes than
         `make_mesh` gives, or one that the model cannot be split over, and TopologyError where there
         is no device.
         """
         name = checked_dtype(dtype)
+        weight_dtypes = checked_weight_dtypes(config, name, weight_dtypes)
         if devices is not None and len(devices) == 0:
             raise TopologyError("there are no devices to place the model on; give at least one")
         if isinstance(mesh, str):
@@ -68,8 +83,8 @@ class Placement:
         if mesh is not None:
             layout = Layout(mesh, ShardingRules.of(config, mesh, dp_attention))
             layout.rules.check(config, mesh)
-            if name == "int4":
-                _check_groups(config, layout.rules.ways("F", mesh))
+            for own in dtypes_of("feed_forward.down", config, name, weight_dtypes) & GROUPS.keys():
+                _check_groups(config, own, layout.rules.ways("F", mesh))
             device = mesh.devices.flat[0]
         else:
             if dp_attention:
@@ -85,7 +100,22 @@ class Placement:
             activation_dtype=kernels.activation_dtype(name),
             layout=layout,
             kernels=kernels,
+            weight_dtypes=weight_dtypes,
         )
+
+    def of_layer(self, layer: int) -> "Placement":
+        """The same for one layer, whose weights have their names within it."""
+        prefix = f"layers.{layer}."
+        own = tuple(
+            (name.removeprefix(prefix), dtype)
+            for name, dtype in self.weight_dtypes
+            if name.startswith(prefix)
+        )
+        return replace(self, weight_dtypes=own)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of a weight by its name, such as "attention.v" of a layer's placement."""
+        return dict(self.weight_dtypes).get(name, self.dtype)
 
     @property
     def table_dtype(self) -> str:
@@ -185,14 +215,54 @@ class Placement:
             )
 
 
-def _check_groups(config: ModelConfig, ways: int) -> None:
-    """Raises ConfigError if a device would hold a part of a group of int4 weights' inputs."""
-    if config.feed_forward_size // ways % GROUP_SIZE:
+def _check_groups(config: ModelConfig, dtype: str, ways: int) -> None:
+    """Raises ConfigError if a device would hold a part of a group of weights' inputs."""
+    channels, group = config.feed_forward_size, GROUPS[dtype]
+    if channels // ways % group:
         raise ConfigError(
-            f"int4 weights have groups of {GROUP_SIZE} inputs, and {config.feed_forward_size} "
-            f"feed-forward channels cannot be split {ways} ways without cutting one; use fewer, "
-            "or int8"
+            f"{dtype} weights have groups of {group} inputs, and {channels} feed-forward channels "
+            f"cannot be split {ways} ways without cutting one; use fewer, or int8"
         )
+
+
+def checked_weight_dtypes(
+    config: ModelConfig, dtype: str, weight_dtypes: Mapping[str, str] | WeightDtypes
+) -> WeightDtypes:
+    """Dtypes of single weights in order; raises ConfigError for those that there cannot be."""
+    given = dict(weight_dtypes)
+    names = {f"layers.{i}.{name}" for i in range(config.num_layers) for name in LAYER_WEIGHTS}
+    possible = _BESIDE.get(dtype, ())
+    for name, own in given.items():
+        if name not in names:
+            raise ConfigError(
+                f"weight_dtypes names {name!r}, which is no weight of this model's layers; "
+                "names are such as layers.0.attention.v"
+            )
+        if own not in possible:
+            raise ConfigError(
+                f"weight_dtypes has {own!r} for {name}, which cannot stand in a model of {dtype}; "
+                + (f"use {' or '.join(possible)}" if possible else "leave it out")
+            )
+    return tuple(sorted(given.items()))
+
+
+def dtypes_of(
+    name: str, config: ModelConfig, dtype: str, weight_dtypes: WeightDtypes
+) -> frozenset[str]:
+    """The dtypes that a weight, by its name within a layer, has in a model's layers."""
+    own = dict(weight_dtypes)
+    return frozenset(own.get(f"layers.{i}.{name}", dtype) for i in range(config.num_layers))
+
+
+def dtype_counts(weight_dtypes: WeightDtypes) -> dict[str, int]:
+    """The number of weights of each dtype beside the model's: {"int8": 12}."""
+    return dict(Counter(own for _, own in weight_dtypes))
+
+
+def precision_text(dtype: str, weight_dtypes: WeightDtypes) -> str:
+    """A model's dtypes for a reader: "int4, 12 weights in int8"."""
+    counts = dtype_counts(weight_dtypes).items()
+    return ", ".join([dtype, *(f"{count} weights in {own}" for own, count in counts)])
 
 
 def flag_of(name: str) -> str:

@@ -10,13 +10,29 @@ that multiply fp8; elsewhere the values are widened to the dtype of the rows (W8
 
 With dtype int4 groups of 32 inputs have a scale and a minimum of their own: a weight is
 `q * scale + minimum` with q in 0 .. 15. Two inputs stand in a byte, the even one in its low bits.
-Rows of float32 that meet it are rounded to int8 (W4A8); those of bfloat16 meet the widened weight
-(W4A16).
+Rows of float32 that meet it are rounded to int8 with a scale for each group (W4A8); those of
+bfloat16 meet the widened weight (W4A16).
 
     values   uint8    [*O I/2]
     scale    float16  [*O I/32 2]  the group's scale and its minimum
+
+Single weights of an int8 or int4 model may have the dtype int8x16: int8 in groups of 16 inputs,
+each with a scale. Rows of float32 that meet it are rounded to int8 with a scale for each group
+(W8A8); those of bfloat16 meet the widened weight (W8A16).
+
+    values   int8     [*O I]
+    scale    float16  [*O I/16]
+
+The kernels for CPU read weights in groups in tiles of 16 outputs: a word of four bytes of each of
+them follows a word of each, and so do their scales. The shapes are as if nothing had moved, but for
+the last axis of values, which counts words. The dtype of values says that they are words. Models
+take this order when a step is made of them (model/arrangement.py); checkpoints have the other.
+
+    values   uint32 or int32   [*O I/8] or [*O I/4]     in memory [*O/16 I/8 16] or [*O/16 I/4 16]
+    scale    float16           [*O I/32 2] or [*O I/16]           [*O/16 I/32 2 16], [*O/16 I/16 16]
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -37,6 +53,14 @@ QUANTIZED: Mapping[str, jnp.dtype] = MappingProxyType(
     }
 )
 GROUP_SIZE = 32  # inputs of int4 that share a scale and a minimum
+INT8_GROUPS = "int8x16"  # int8 in groups
+INT8_GROUP_SIZE = 16  # inputs that share a scale there
+# The dtypes of weights in groups, with the inputs of a group.
+GROUPS: Mapping[str, int] = MappingProxyType({"int4": GROUP_SIZE, INT8_GROUPS: INT8_GROUP_SIZE})
+TILE = 16  # outputs of a tile
+# The dtypes of words, by that of the bytes in them.
+_WORDS = {jnp.dtype(jnp.uint8): jnp.dtype(jnp.uint32), jnp.dtype(jnp.int8): jnp.dtype(jnp.int32)}
+INT4_DTYPES = frozenset({QUANTIZED["int4"], _WORDS[QUANTIZED["int4"]]})  # of values of int4
 # The smallest normal float32. A smaller bound would be flushed to zero on some devices.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _LARGEST_FP8 = float(jnp.finfo(jnp.float8_e4m3fn).max)
@@ -45,8 +69,8 @@ _LARGEST_FP8 = float(jnp.finfo(jnp.float8_e4m3fn).max)
 class Weight(NamedTuple):
     """A weight for products over its last axis: values [*O I] and, if rounded, scales [*O] f32.
 
-    A float weight has no scale. One of int8 or fp8 stands for `values * scale`; one of int4 is as
-    this module says.
+    A float weight has no scale. One of int8 or fp8 stands for `values * scale`; one of int4 or
+    int8x16 is as this module says.
     """
 
     values: jax.Array
@@ -56,8 +80,10 @@ class Weight(NamedTuple):
     def quantized(cls, weight: Float[Array, "*O I"], dtype: str = "int8") -> "Weight":
         """Rounds a float weight to int8 or fp8, so that the largest value of an output is kept.
 
-        Or to int4, each group by the grid that rounds it best.
+        Or to int8x16, likewise by groups; or to int4, each group by the grid that rounds it best.
         """
+        if dtype == INT8_GROUPS:
+            return cls(*_round_groups(weight))
         if dtype == "int4":
             grid = Grid.of(weight)
             return cls(packed(grid.levels(weight)), grid.pairs)
@@ -76,26 +102,82 @@ class Weight(NamedTuple):
     @property
     def is_int4(self) -> bool:
         """Says whether two values stand in a byte."""
-        return self.values.dtype == QUANTIZED["int4"]
+        return self.values.dtype in INT4_DTYPES
+
+    @property
+    def is_in_groups(self) -> bool:
+        """Says whether groups of inputs have scales of their own: int4 and int8x16."""
+        return self.is_int4 or self.is_int8_groups
+
+    @property
+    def is_int8_groups(self) -> bool:
+        """Says whether the values are int8 in groups."""
+        has_groups = self.scale is not None and self.scale.dtype == jnp.float16
+        return has_groups and not self.is_int4
+
+    @property
+    def is_in_tiles(self) -> bool:
+        """Says whether a weight in groups stands in tiles."""
+        return self.values.dtype in _WORDS.values()
+
+    def in_tiles(self, inputs: int = 1) -> "Weight":
+        """A weight in groups in tiles, if its outputs are whole ones, and any other as it is.
+
+        Args:
+            inputs: the number of the last axes of values that are inputs; tiles do not cross
+                outputs before the last axis of them.
+        """
+        outputs = self.values.shape[: self.values.ndim - inputs]
+        if not self.is_in_groups or self.is_in_tiles or outputs[-1] % TILE:
+            return self
+        assert self.scale is not None
+        words = self.values.reshape(*self.values.shape[:-1], -1, 4)
+        words = jax.lax.bitcast_convert_type(words, _WORDS[self.values.dtype])
+        tiles = math.prod(outputs) // TILE
+
+        def turned(array: jax.Array) -> jax.Array:
+            return array.reshape(tiles, TILE, -1).swapaxes(1, 2).reshape(array.shape)
+
+        return Weight(turned(words), turned(self.scale))
+
+    def in_rows(self, inputs: int = 1) -> "Weight":
+        """A weight in tiles as it is elsewhere, and any other as it is: undoes `in_tiles`."""
+        if not self.is_in_tiles:
+            return self
+        assert self.scale is not None
+
+        def turned(array: jax.Array) -> jax.Array:
+            tiles = math.prod(self.values.shape[: self.values.ndim - inputs]) // TILE
+            return array.reshape(tiles, -1, TILE).swapaxes(1, 2).reshape(array.shape)
+
+        words = turned(self.values)
+        values = jax.lax.bitcast_convert_type(words, jnp.uint8 if self.is_int4 else jnp.int8)
+        return Weight(values.reshape(*words.shape[:-1], -1), turned(self.scale))
 
     def widened(self, dtype: DTypeLike) -> Float[Array, "*O I"]:
-        """An int4 weight as floats: computed in float32, and rounded to `dtype`."""
-        assert self.scale is not None
-        return Grid(self.scale).values(unpacked(self.values)).astype(dtype)
+        """A weight in groups as floats: computed in float32, and rounded to `dtype`."""
+        values, scale = self.in_rows()
+        assert scale is not None
+        if self.is_int8_groups:
+            groups = values.reshape(*scale.shape, INT8_GROUP_SIZE).astype(jnp.float32)
+            wide = groups * scale[..., None].astype(jnp.float32)
+            return wide.astype(dtype).reshape(values.shape)
+        return Grid(scale).values(unpacked(values)).astype(dtype)
 
     def halves(self, dtype: DTypeLike) -> tuple[Float[Array, "*O _"], Float[Array, "*O _"]]:
         """The columns of an int4 weight for even and for odd inputs, as `widened` has them.
 
         Nothing is interleaved, so a compiler may widen them where they are multiplied.
         """
-        assert self.scale is not None
+        values, pairs = self.in_rows()
+        assert pairs is not None
         bytes_of_group = GROUP_SIZE // 2
-        groups = self.values.reshape(*self.values.shape[:-1], -1, bytes_of_group)
-        scale, minimum = (self.scale[..., i, None].astype(jnp.float32) for i in range(2))
+        groups = values.reshape(*values.shape[:-1], -1, bytes_of_group)
+        scale, minimum = (pairs[..., i, None].astype(jnp.float32) for i in range(2))
 
         def wide(levels: jax.Array) -> jax.Array:
             columns = levels.astype(jnp.float32) * scale + minimum
-            return columns.astype(dtype).reshape(self.values.shape)
+            return columns.astype(dtype).reshape(values.shape)
 
         return wide(groups & jnp.uint8(15)), wide(groups >> jnp.uint8(4))
 
@@ -202,6 +284,18 @@ def round_rows(x: Float[Array, "*R I"]) -> tuple[Int8[Array, "*R I"], Float32[Ar
     """
     rows, scale = _scaled(x, 127.0)
     return jnp.round(rows).astype(jnp.int8), scale
+
+
+def _round_groups(
+    weight: Float[Array, "*O I"],
+) -> tuple[Int8[Array, "*O I"], Float16[Array, "*O G"]]:
+    """Rounds each 16 inputs to int8 with a scale of their own, of float16."""
+    groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, INT8_GROUP_SIZE)
+    scale = (jnp.max(jnp.abs(groups), axis=-1) / 127).astype(jnp.float16)
+    wide = scale.astype(jnp.float32)
+    inverse = jnp.where(wide > 0, 1 / jnp.where(wide > 0, wide, 1), 0)
+    values = jnp.clip(jnp.round(groups * inverse[..., None]), -127, 127).astype(jnp.int8)
+    return values.reshape(weight.shape), scale
 
 
 def round_rows_fp8(

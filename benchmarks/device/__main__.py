@@ -5,19 +5,23 @@ installed (0.10 to 0.12), from a clone:
 
     kernels   every kernel beside XLA's form on the device
     tokens    greedy tokens of the checkpoint, and of it upcycled to 8 experts, beside a CPU's
-    rates     copies, products, launches
+    rates     copies, products, launches; products of few rows with weights of every dtype: bytes
+              a second beside the copies' rate
     engine    1, 8, 32 and 128 rows: tokens a second, a step's time and bytes beside the copy's
               rate and beside the estimate of `plan`
 
 `--model` takes a converted checkpoint of some 135 million parameters, as `make serve` makes it; it
-must be brought along. `--wheels` prints the packages to bring where the machine has no network: for
-`pip download` here and `pip install --no-index --find-links FOLDER` there. On a machine without an
-accelerator the same command measures the CPU. It ends with 1 if a kernel or a token differs.
+must be brought along. `--random NAME` runs the engine on random weights of a published model's
+shapes, once for each `--dtype`: its speed without its files. `--wheels` prints the packages to
+bring where the machine has no network: for `pip download` here and `pip install --no-index
+--find-links FOLDER` there. On a machine without an accelerator the same command measures the CPU.
+It ends with 1 if a kernel or a token differs.
 """
 
 import re
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +31,15 @@ import typer
 
 from benchmarks.command import run
 from benchmarks.device.parity import kernel_parities
-from benchmarks.device.rates import copy_rate, engine_rates, launch_seconds, product_rate
+from benchmarks.device.products import product_rates
+from benchmarks.device.rates import (
+    EngineRate,
+    copy_rate,
+    launch_seconds,
+    product_rate,
+    rates_of_checkpoint,
+    rates_of_random,
+)
 from benchmarks.device.tokens import agreement, greedy_tokens, tokens_on_cpu
 from mixtral_jax.compilation import keep_programs
 from mixtral_jax.kernels import Kernels, kernels_for_device
@@ -38,8 +50,12 @@ def main(
     model: Annotated[
         Path | None, typer.Option(help="Converted checkpoint; without one, kernels and rates only.")
     ] = None,
+    random: Annotated[
+        str | None, typer.Option(help="Model for the engine alone, with random weights.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights for the engine, as `serve --dtype`.")
+        list[str] | None,
+        typer.Option(help="Type of the engine's weights, as `serve --dtype`; may be repeated."),
     ] = None,
     rows: Annotated[
         list[int] | None,
@@ -56,11 +72,19 @@ def main(
     is_cpu = device.platform == "cpu"
     machine = ", ".join(f"{name} {value}" for name, value in facts().items())
     print(f"{device.device_kind} ({device.platform}); {machine}\n")
-    differs = _kernels(kernels_for_device(device))
+    differs = random is None and _kernels(kernels_for_device(device))
     copied = _rates(is_cpu)
+    if random is None:
+        _few_rows(kernels_for_device(device), is_cpu, copied)
+    levels = rows or [1, 8, 32, 128]
     if model is not None:
         differs |= _tokens(model)
-        _engine(model, dtype, rows or [1, 8, 32, 128], copied)
+        stored: list[str | None] = [None]
+        for wanted in dtype or stored:
+            _engine(wanted or "as stored", rates_of_checkpoint(model, wanted, levels), copied)
+    if random is not None:
+        for name in dtype or ["bfloat16"]:
+            _engine(name, rates_of_random(random, name, levels), copied)
     print(f"\n{time.monotonic() - begun:.0f} s in all")
     if differs:
         sys.exit(1)
@@ -104,12 +128,25 @@ def _rates(is_cpu: bool) -> float:
     return copied
 
 
-def _engine(model: Path, dtype: str | None, rows: list[int], copied: float) -> None:
+def _few_rows(kernels: Kernels, is_cpu: bool, copied: float) -> None:
+    """Prints how fast products of few rows read their weights."""
+    print("\n| product | us | weights, GB/s | share of the copies' rate |\n|---|---|---|---|")
+    for product in product_rates(kernels, *((1024, 512) if is_cpu else (14336, 4096))):
+        cells = [
+            product.name,
+            f"{product.seconds * 1e6:,.0f}",
+            f"{product.rate / 1e9:,.0f}",
+            f"{product.rate / copied:.0%}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _engine(dtype: str, rates: Iterator[EngineRate], copied: float) -> None:
     print(
-        "\n| rows | tokens/s | step, ms | weights, GB/s | share of the copies' rate | plan's "
-        "estimate, ms | step / estimate |\n|---|---|---|---|---|---|---|"
+        f"\nWeights: {dtype}\n\n| rows | tokens/s | step, ms | weights, GB/s | share of the "
+        "copies' rate | plan's estimate, ms | step / estimate |\n|---|---|---|---|---|---|---|"
     )
-    for rate in engine_rates(model, dtype, rows):
+    for rate in rates:
         cells = [
             f"{rate.rows}",
             f"{rate.tokens_per_second:,.0f}",

@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 
 from mixtral_jax.cache import RaggedBatch
 from mixtral_jax.kernels import Kernels, kernels_for
-from mixtral_jax.kernels.xla.products import linear_in_fp8
 from mixtral_jax.weight import Weight
 
 _HEADS, _KV_HEADS, _HEAD_SIZE = 32, 8, 128
@@ -44,7 +43,7 @@ class Parity:
 
 def kernel_parities(kernels: Kernels) -> Iterator[Parity]:
     """Compares every function of a record with XLA's form, which rounds rows as the record does."""
-    oracle = kernels_for("xla", multiplies_fp8=kernels.linear is linear_in_fp8)
+    oracle = kernels_for("xla", multiplies_fp8=kernels.multiplies_fp8)
     # Kernels for CPU are of float32, those of accelerators of bfloat16.
     kind = jnp.float32 if kernels.platform == "cpu" else jnp.bfloat16
     cases = _Cases(kind, kernels.page_size)
@@ -87,7 +86,7 @@ class _Cases:
 
     def products(self) -> Iterator[_Case]:
         """Products of dense weights, and of experts: two rows of two, and many rows of all."""
-        for dtype in ("float", "int8", "fp8"):
+        for dtype in ("float", "int8", "fp8", "int4"):
             dense = self.weight(1, dtype, _INNER, _WIDTH)
             for rows in (1, 32, 256):
                 x = self.normal(0, rows, _WIDTH)

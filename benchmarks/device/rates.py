@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from mixtral_jax.checkpoint.pretrained import open_pretrained
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer, held_bytes
+from mixtral_jax.placement import Placement
+from mixtral_jax.planning.search import known_model
 from mixtral_jax.roofline.settings import (
     GivenSettings,
     chip_under,
@@ -86,27 +90,48 @@ class EngineRate(NamedTuple):
     estimate: float | None
 
 
-def engine_rates(folder: Path, dtype: str | None, levels: Sequence[int]) -> Iterator[EngineRate]:
+def rates_of_checkpoint(
+    folder: Path, dtype: str | None, levels: Sequence[int]
+) -> Iterator[EngineRate]:
     """Runs the bare engine on a checkpoint, one level after the other."""
     pretrained = open_pretrained(str(folder))
-    model, placement = pretrained.card.model, pretrained.placement(dtype, mesh=None)
-    weights = held_bytes(Transformer(model, placement, rngs=None))
+    placement = pretrained.placement(dtype, mesh=None)
+    return _engine_rates(
+        pretrained.card.model, placement, lambda: pretrained.load(placement), levels
+    )
+
+
+def rates_of_random(name: str, dtype: str, levels: Sequence[int]) -> Iterator[EngineRate]:
+    """Runs it on random weights of a published model's shapes; for names see `plan --model`."""
+    config = known_model(name)
+    placement = Placement.of(config, dtype, mesh=None)
+    return _engine_rates(
+        config, placement, lambda: Transformer(config, placement, rngs=nnx.Rngs(0)), levels
+    )
+
+
+def _engine_rates(
+    config: ModelConfig,
+    placement: Placement,
+    load: Callable[[], Transformer],
+    levels: Sequence[int],
+) -> Iterator[EngineRate]:
+    weights = held_bytes(Transformer(config, placement, rngs=None))
     highest, chip = max(levels), chip_under(placement)
-    settings = settings_by_chip(model, placement, chip, GivenSettings(max_sequences=highest))
+    settings = settings_by_chip(config, placement, chip, GivenSettings(max_sequences=highest))
     engine = OfflineEngine(
-        str(folder),
-        dtype=dtype,
+        config,
+        placement,
+        load,
         concurrency=highest,
         prompt_tokens=PROMPT_TOKENS,
         answer_tokens=ANSWER_TOKENS,
-        max_step_tokens=None,
-        shared_prefix=0,
     )
     for rows in levels:
         level = engine.measure(rows, rows, seed=rows)
         step, estimated = level.itl["p50"], None
         if chip is not None:
-            estimate = estimate_of(model, placement, chip, settings, rows)
+            estimate = estimate_of(config, placement, chip, settings, rows)
             tokens = PROMPT_TOKENS + ANSWER_TOKENS // 2
             estimated = estimate.seconds(rows, rows, tokens).total
         yield EngineRate(rows, level.tokens_per_second, step, weights / step, estimated)

@@ -46,8 +46,13 @@ class Kernels:
     platform: str  # cpu, gpu or tpu; "xla" for the forms that any backend computes
     # (x [R I], weights [O I]) -> one [R O] for each weight
     linear: Callable[[jax.Array, Sequence[Weight]], list[jax.Array]]
+    # True where `linear` rounds rows that meet fp8 weights to fp8 too.
+    multiplies_fp8: bool
     # (x [M I], sizes [E], weight [E O I]) -> [M O]: rows in groups, each against its own expert
     grouped: Callable[[jax.Array, jax.Array, Weight], jax.Array]
+    # (weight [*O *I], number of its axes of inputs) -> the same weight in the order in which
+    # `linear` and `grouped` read it best; they take any
+    arranged: Callable[[Weight, int], Weight]
     # (sizes [E], M, shape of a weight [E O I]) -> number of experts' matrices that `grouped` reads
     expert_reads: Callable[[Sequence[int], int, jax.ShapeDtypeStruct], float]
     # (ys [R O], x [R I], groups [R], A [G U I] and B [G U O] of each) -> [R O] each: what adapters
@@ -158,22 +163,29 @@ def kernels_for(
     kernels are loaded here, and compiled where the wheel had none for this machine; no other
     platform loads C++.
     """
-    kernels = _kernels_for(platform, capability)
-    if not multiplies_fp8:
-        return kernels
-    from mixtral_jax.kernels.xla import products
+    oracle = _xla(multiplies_fp8)
+    match platform:
+        case "xla":
+            return oracle
+        case "cpu":
+            assert not multiplies_fp8, "no CPU multiplies fp8"
+            return _cpu(oracle)
+        case "gpu" | "cuda" | "rocm":
+            return _gpu(oracle, capability)
+        case "tpu":
+            return _tpu(oracle)
+    raise ValueError(f"there are no kernels for {platform!r}; choose cpu, gpu, tpu or xla")
 
-    assert kernels.linear is products.linear, "no maker with a product of its own multiplies fp8"
-    return replace(kernels, linear=products.linear_in_fp8)
 
-
-def _kernels_for(platform: str, capability: tuple[int, int] | None) -> Kernels:
+def _xla(multiplies_fp8: bool) -> Kernels:
     from mixtral_jax.kernels.xla import attention, low_rank, moves, order, products
 
-    oracle = Kernels(
+    return Kernels(
         platform="xla",
-        linear=products.linear,
+        linear=products.linear_in_fp8 if multiplies_fp8 else products.linear,
+        multiplies_fp8=multiplies_fp8,
         grouped=products.grouped,
+        arranged=products.arranged,
         expert_reads=products.expert_reads,
         add_low_rank=low_rank.add_low_rank,
         norm=products.norm,
@@ -189,6 +201,7 @@ def _kernels_for(platform: str, capability: tuple[int, int] | None) -> Kernels:
                 *(
                     "linear",
                     "grouped",
+                    "arranged",
                     "expert_reads",
                     "page_form",
                     "add_low_rank",
@@ -207,16 +220,6 @@ def _kernels_for(platform: str, capability: tuple[int, int] | None) -> Kernels:
         page_form=cache.page_form,
         deterministic_heads=None,
     )
-    match platform:
-        case "xla":
-            return oracle
-        case "cpu":
-            return _cpu(oracle)
-        case "gpu" | "cuda" | "rocm":
-            return _gpu(oracle, capability)
-        case "tpu":
-            return _tpu(oracle)
-    raise ValueError(f"there are no kernels for {platform!r}; choose cpu, gpu, tpu or xla")
 
 
 def _cpu(oracle: Kernels) -> Kernels:
@@ -231,6 +234,7 @@ def _cpu(oracle: Kernels) -> Kernels:
         plain,
         linear=products.linear,
         grouped=products.grouped,
+        arranged=products.arranged,
         add_low_rank=low_rank.add_low_rank,
         norm=products.norm,
         swiglu=products.swiglu,
@@ -243,13 +247,14 @@ def _cpu(oracle: Kernels) -> Kernels:
 
 
 def _gpu(oracle: Kernels, capability: tuple[int, int] | None) -> Kernels:
-    from mixtral_jax.kernels.gpu import form, router
+    from mixtral_jax.kernels.gpu import few_rows, form, router
     from mixtral_jax.kernels.xla import blockwise, moves
 
     plain = replace(
         oracle,
         platform="gpu",
         whole_step=True,
+        linear=few_rows.linear_in_fp8 if oracle.multiplies_fp8 else few_rows.linear,
         full_attention=blockwise.full_attention,
         router_input=router.router_input,
         move_rows=moves.move_rows_ragged,
@@ -269,7 +274,9 @@ def _gpu(oracle: Kernels, capability: tuple[int, int] | None) -> Kernels:
             from mixtral_jax.kernels.gpu.triton import attention as paged
             from mixtral_jax.kernels.gpu.triton import products as by_groups
 
-            return _by_form(plain, paged, by_groups, reads_fp8=form.takes_fp8(capability))
+            made = _by_form(plain, paged, by_groups, reads_fp8=form.takes_fp8(capability))
+            in_fp8 = by_groups.linear_in_fp8
+            return replace(made, linear=in_fp8 if plain.multiplies_fp8 else by_groups.linear)
 
 
 def _by_form(plain: Kernels, attention: Any, products: Any, *, reads_fp8: bool) -> Kernels:
@@ -297,6 +304,7 @@ def _tpu(oracle: Kernels) -> Kernels:
         oracle,
         platform="tpu",
         whole_step=True,
+        linear=products.linear_in_fp8 if oracle.multiplies_fp8 else products.linear,
         grouped=products.grouped,
         expert_reads=products.expert_reads,
         attend=attention.attend,

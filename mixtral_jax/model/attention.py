@@ -23,10 +23,15 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
         self.layout, self.kernels = placement.layout, placement.kernels
-        self.q = Linear("NH", "D", config, placement, rngs)
-        self.k = Linear("KH", "D", config, placement, rngs)
-        self.v = Linear("KH", "D", config, placement, rngs)
-        self.o = Linear("D", "NH", config, placement, rngs)
+
+        def linear(name: str, outputs: str, inputs: str) -> Linear:
+            dtype = placement.dtype_of(f"attention.{name}")
+            return Linear(outputs, inputs, config, placement, rngs, dtype)
+
+        self.q = linear("q", "NH", "D")
+        self.k = linear("k", "KH", "D")
+        self.v = linear("v", "KH", "D")
+        self.o = linear("o", "D", "NH")
         self.window = config.sliding_window
 
     def full(

@@ -28,7 +28,7 @@ from mixtral_jax.model.adapter import UNCHANGED, BlockAdapter, LowRank
 from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters, Stack, add_stacks
 from mixtral_jax.model.capture import NOTHING, Capture
 from mixtral_jax.placement import Placement, checked_dtype
-from mixtral_jax.weight import GROUP_SIZE, QUANTIZED, Weight, is_quantized
+from mixtral_jax.weight import GROUPS, INT8_GROUPS, QUANTIZED, Weight, is_quantized
 
 
 def parameter(axes: str, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> nnx.Param:
@@ -105,9 +105,8 @@ class Linear(nnx.Module):
         config: ModelConfig,
         placement: Placement,
         rngs: nnx.Rngs | None,
-        dtype: DTypeLike | None = None,
+        dtype: DTypeLike,
     ) -> None:
-        dtype = placement.dtype if dtype is None else dtype
         self.weight, self.scale = weight_parameters(outputs, inputs, config, dtype, rngs)
         self.num_inputs = len(inputs)
         self.kernels, self.full_kernels = placement.kernels, placement.full_kernels
@@ -134,7 +133,8 @@ class Linear(nnx.Module):
         rows = Weight(values.reshape(outputs, -1), scale)
         if scale is None:
             return rows
-        return rows._replace(scale=scale.reshape(outputs, *((-1, 2) if rows.is_int4 else ())))
+        of_groups = (-1, 2) if rows.is_int4 else (-1,) if rows.is_int8_groups else ()
+        return rows._replace(scale=scale.reshape(outputs, *of_groups))
 
     def _shaped(self, y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
         return y.reshape(*rows, *self.weight.shape[: -self.num_inputs])
@@ -174,26 +174,28 @@ def weight_parameters(
 ) -> tuple[nnx.Param, nnx.Param | None]:
     """Makes a weight and, if it is rounded, what weight.py says of its scales.
 
-    Raises ConfigError where the last axis of int4's inputs is no whole number of groups, for the
+    Raises ConfigError where the last axis of inputs in groups is no whole number of them, for the
     letter of that axis splits groups and bytes as well.
     """
-    name = checked_dtype(dtype)
-    if not is_quantized(name):
+    name = INT8_GROUPS if dtype == INT8_GROUPS else checked_dtype(dtype)
+    if name != INT8_GROUPS and not is_quantized(name):
         return parameter(outputs + inputs, config, dtype, rngs), None
     weight = parameter(outputs + inputs, config, jnp.float32, rngs)
     shape, scale = weight.shape, parameter(outputs, config, jnp.float32, None)
-    if name == "int4":
+    if name in GROUPS:
         *leading, size = shape
-        if size % GROUP_SIZE:
+        if size % GROUPS[name]:
             raise ConfigError(
-                f"int4 rounds groups of {GROUP_SIZE} inputs, and this model has weights with "
+                f"{name} rounds groups of {GROUPS[name]} inputs, and this model has weights with "
                 f"{size} along their last axis, which is no multiple; use int8"
             )
-        shape = (*leading, size // 2)
-        pairs = jax.ShapeDtypeStruct((*leading, size // GROUP_SIZE, 2), jnp.float16)
-        scale = nnx.Param(pairs, axes=f"{outputs}{inputs}Z")
+        of_groups, letters = (*leading, size // GROUPS[name]), outputs + inputs
+        if name == "int4":
+            shape, of_groups, letters = (*leading, size // 2), (*of_groups, 2), f"{letters}Z"
+        scale = nnx.Param(jax.ShapeDtypeStruct(of_groups, jnp.float16), axes=letters)
     if rngs is None:
-        weight.set_value(jax.ShapeDtypeStruct(shape, QUANTIZED[name]))
+        stored = QUANTIZED["int8" if name == INT8_GROUPS else name]
+        weight.set_value(jax.ShapeDtypeStruct(shape, stored))
         return weight, scale
     rounded = Weight.quantized(weight[...].reshape(*weight.shape[: len(outputs)], -1), name)
     assert rounded.scale is not None
@@ -245,9 +247,13 @@ class FeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
         self.layout, self.kernels = placement.layout, placement.kernels
         self.full_kernels = placement.full_kernels
-        self.gate = Linear("F", "D", config, placement, rngs)
-        self.up = Linear("F", "D", config, placement, rngs)
-        self.down = Linear("D", "F", config, placement, rngs)
+
+        def linear(name: str, outputs: str, inputs: str) -> Linear:
+            dtype = placement.dtype_of(f"feed_forward.{name}")
+            return Linear(outputs, inputs, config, placement, rngs, dtype)
+
+        self.gate, self.up = linear("gate", "F", "D"), linear("up", "F", "D")
+        self.down = linear("down", "D", "F")
 
     def full(
         self, x: Hidden, capture: Capture = NOTHING, *, adapter: BlockAdapter = UNCHANGED

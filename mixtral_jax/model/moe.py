@@ -72,9 +72,13 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, placement: Placement, rngs: nnx.Rngs | None) -> None:
         between = placement.activation_dtype
         self.router = Linear("Q", "D", config, placement, rngs, dtype=between)
-        self.gate = ExpertMatrix("EF", "D", config, placement, rngs)
-        self.up = ExpertMatrix("EF", "D", config, placement, rngs)
-        self.down = ExpertMatrix("ED", "F", config, placement, rngs)
+
+        def experts(name: str, outputs: str, inputs: str) -> ExpertMatrix:
+            dtype = placement.dtype_of(f"feed_forward.{name}")
+            return ExpertMatrix(outputs, inputs, config, dtype, rngs)
+
+        self.gate, self.up = experts("gate", "EF", "D"), experts("up", "EF", "D")
+        self.down = experts("down", "ED", "F")
         self.experts_per_token = config.experts_per_token
         self.layout, self.kernels = placement.layout, placement.kernels
 
@@ -137,7 +141,7 @@ class MoE(nnx.Module):
                 x.shape[0],
                 num_experts,
                 self.experts_per_token,
-                experts[0].weight.values,
+                _decisive(experts),
                 self.kernels,
             ):
                 return moe_dense(x, choice, weights, experts, slots)
@@ -165,10 +169,10 @@ class ExpertMatrix(nnx.Module):
         outputs: str,
         inputs: str,
         config: ModelConfig,
-        placement: Placement,
+        dtype: str,
         rngs: nnx.Rngs | None,
     ) -> None:
-        self.weight, self.scale = weight_parameters(outputs, inputs, config, placement.dtype, rngs)
+        self.weight, self.scale = weight_parameters(outputs, inputs, config, dtype, rngs)
 
     @property
     def arrays(self) -> Weight:
@@ -291,12 +295,18 @@ def moe_local(
     mine = jnp.where((mine >= 0) & (mine < held), mine, held)
     num_experts = held * layout.rules.ways("E", layout.mesh)
     if computes_every_expert(
-        own_tokens, x.shape[0], num_experts, choice.shape[1], experts[0].weight.values, kernels
+        own_tokens, x.shape[0], num_experts, choice.shape[1], _decisive(experts), kernels
     ):
         sums = moe_dense(x, mine, weights, experts, slots)
     else:
         sums = moe_ragged(x, mine, weights, experts, kernels, slots=slots)
     return layout.sum_over(sums, "EF")
+
+
+def _decisive(experts: Experts) -> jax.Array:
+    """The matrices by which the form of a step is chosen: of int4, if some are."""
+    of_int4 = (expert.weight for expert in experts if expert.weight.is_int4)
+    return next(of_int4, experts[0].weight).values
 
 
 def moe_exchanged(
@@ -347,7 +357,8 @@ def moe_sharded(
         rule = layout.rules.spec
         weight, scale = adapted.weight, None
         if weight.scale is not None:
-            scale = rule(f"{letters}Z" if weight.is_int4 else letters[:2])
+            own = f"{letters}Z" if weight.is_int4 else letters
+            scale = rule(own if weight.is_in_groups else letters[:2])
         low = None
         if adapted.low is not None:
             low = LowRank(rule(f"{expert}U{inputs}"), rule(f"{expert}{output}U"))  # type: ignore[arg-type]

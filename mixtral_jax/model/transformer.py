@@ -114,7 +114,9 @@ class Transformer(nnx.Module):
         self.config, self.placement = config, placement
         self.programs = CompiledPrograms()
         self.embed = Embedding(config, placement, rngs)
-        self.layers = nnx.List([Block(config, placement, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [Block(config, placement.of_layer(i), rngs) for i in range(config.num_layers)]
+        )
         self.norm = RMSNorm(config, placement, rngs)
         self.head = (
             None
@@ -227,7 +229,8 @@ class Transformer(nnx.Module):
     def apart(self) -> tuple[list["Block"], "Transformer"]:
         """The blocks, and a Transformer without any that shares the other parameters.
 
-        All blocks have the same shapes, so a caller that runs them one by one compiles one of them.
+        Blocks whose weights have the same dtypes have the same shapes, so a caller that runs them
+        one by one compiles one of these.
         """
         rest: Transformer = nnx.merge(*nnx.split(self))
         rest.layers = nnx.List([])

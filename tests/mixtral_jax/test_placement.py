@@ -15,7 +15,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, TopologyError
 from mixtral_jax.kernels import kernels_for
 from mixtral_jax.model.transformer import Transformer, named_parameters
-from mixtral_jax.placement import Placement
+from mixtral_jax.placement import Placement, precision_text
 from mixtral_jax.sharding import MESH_AXES, make_mesh
 
 CONFIG = ModelConfig.tiny(vocab_size=32)
@@ -51,6 +51,41 @@ def test_fp8_leaves_embedding_head_norms_and_routers_as_floats(dtype: Any) -> No
     }
     assert floats >= {"embed.weight", "head.weight", "feed_forward.router.weight"}
     assert not any("attention.q" in name or "down" in name for name in floats)
+
+
+def test_single_weights_have_a_dtype_of_their_own() -> None:
+    config = replace(CONFIG, head_size=32)
+    given = {"layers.1.feed_forward.down": "int8", "layers.0.attention.v": "int8"}
+    placement = Placement.of(config, "int4", mesh=None, weight_dtypes=given)
+    arrays = named_parameters(Transformer(config, placement, rngs=None))
+    int4 = {name for name, v in arrays.items() if v.get_value().dtype == jnp.uint8}
+    names = ("attention.q", "attention.v", "feed_forward.gate", "feed_forward.down")
+    for name in [f"layers.{i}.{name}" for i in range(2) for name in names]:
+        assert (f"{name}.weight" in int4) == (name not in given)
+    assert placement.of_layer(1).weight_dtypes == (("feed_forward.down", "int8"),)
+    assert placement.of_layer(2).dtype_of("feed_forward.down") == "int4"
+    assert precision_text(placement.dtype, placement.weight_dtypes) == "int4, 2 weights in int8"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "own", "message"),
+    [
+        (
+            "int4",
+            "layers.9.attention.v",
+            "int8",
+            "'layers.9.attention.v', which is no weight",
+        ),
+        ("int4", "layers.0.attention_norm", "int8", "which is no weight of this model's layers"),
+        ("int4", "layers.0.attention.v", "fp8", "'fp8' for layers.0.attention.v, .* use int8"),
+        ("float32", "layers.0.attention.v", "int8", "a model of float32; leave it out"),
+    ],
+)
+def test_dtypes_that_single_weights_cannot_have(
+    dtype: str, name: str, own: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Placement.of(replace(CONFIG, head_size=32), dtype, mesh=None, weight_dtypes={name: own})
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu", "xla"])

@@ -58,3 +58,27 @@ def test_halves_are_the_columns_of_the_widened_weight() -> None:
     wide = rounded.widened(jnp.bfloat16)
     for turn, half in enumerate(rounded.halves(jnp.bfloat16)):
         np.testing.assert_array_equal(half, wide[..., turn::2])
+
+
+def test_a_tile_has_a_word_of_each_output_after_a_word_of_each() -> None:
+    """Output o of 32 has the bytes 8 o .. 8 o + 7, and the scales 2 o and 2 o + 1."""
+    values = jnp.arange(32 * 8, dtype=jnp.uint8).reshape(32, 8)
+    scale = jnp.arange(32 * 2, dtype=jnp.float16).reshape(32, 2)
+    weight = Weight(jnp.tile(values, 2), scale[:, None, :])
+    tiles = weight.in_tiles()
+    assert (tiles.values.shape, tiles.values.dtype) == ((32, 4), jnp.uint32)
+    memory = np.asarray(tiles.values).reshape(-1).view(np.uint8)
+    np.testing.assert_array_equal(memory[:12], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19])
+    np.testing.assert_array_equal(memory[64:68], [4, 5, 6, 7])  # the second words of the tile
+    np.testing.assert_array_equal(memory[256:260], [128, 129, 130, 131])  # the second tile
+    scales = np.asarray(tiles.scale).reshape(-1)
+    np.testing.assert_array_equal(scales[:17], [*range(0, 32, 2), 1])
+    for before, after in zip(weight, tiles.in_rows(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_outputs_that_are_no_whole_tiles_stay_as_they_are() -> None:
+    weight = Weight.quantized(jnp.ones((2, 24, 32)), "int8x16")
+    assert weight.in_tiles() is weight
+    assert weight.in_tiles(inputs=2) is weight
+    assert Weight.quantized(jnp.ones((16, 2, 32)), "int8x16").in_tiles(inputs=2).is_in_tiles

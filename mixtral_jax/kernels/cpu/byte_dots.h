@@ -28,31 +28,42 @@
 
 namespace mixtral_jax {
 
-#if !defined(MIXTRAL_JAX_BYTE_DOTS)
-
-constexpr int32_t kByteOffset = 0;
-
+// Bytes of a vector, also where there is no such instruction.
+#if defined(MIXTRAL_JAX_BYTE_DOTS)
+#define MIXTRAL_JAX_DOT_BYTES MIXTRAL_JAX_BYTE_DOTS
+#elif defined(__AVX2__)
+#define MIXTRAL_JAX_DOT_BYTES 32
 #else
-
-constexpr int kDotBytes = MIXTRAL_JAX_BYTE_DOTS;  // Bytes of a vector.
-constexpr int kDotSums = kDotBytes / 4;           // 32-bit sums of a vector.
+#define MIXTRAL_JAX_DOT_BYTES 16
+#endif
+constexpr int kDotBytes = MIXTRAL_JAX_DOT_BYTES;
+constexpr int kDotSums = kDotBytes / 4;  // 32-bit sums of a vector.
 
 typedef int8_t DotBytes __attribute__((vector_size(kDotBytes), aligned(1), may_alias));
 typedef int32_t DotSums __attribute__((vector_size(kDotBytes), aligned(4), may_alias));
 typedef float DotFloats __attribute__((vector_size(kDotBytes), aligned(4), may_alias));
 typedef int32_t FourSums __attribute__((vector_size(16), aligned(4), may_alias));
 
-#if defined(__x86_64__)
-constexpr int32_t kByteOffset = 128;
-#else
+[[gnu::always_inline]] inline DotBytes LoadRow(const int8_t* x) {
+  return *reinterpret_cast<const DotBytes*>(x);
+}
+// The four bytes at x, again and again.
+[[gnu::always_inline]] inline DotBytes BroadcastFour(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return (DotBytes)(four - DotSums{});
+}
+
+#if !defined(MIXTRAL_JAX_BYTE_DOTS) || !defined(__x86_64__)
 constexpr int32_t kByteOffset = 0;
+#else
+constexpr int32_t kByteOffset = 128;
 #endif
+
+#if defined(MIXTRAL_JAX_BYTE_DOTS)
 
 [[gnu::always_inline]] inline DotBytes OffsetWeights(DotBytes w) {
   return kByteOffset == 0 ? w : w ^ static_cast<int8_t>(-128);
-}
-[[gnu::always_inline]] inline DotBytes LoadRow(const int8_t* x) {
-  return *reinterpret_cast<const DotBytes*>(x);
 }
 [[gnu::always_inline]] inline DotBytes LoadWeights(const int8_t* w) {
   return OffsetWeights(LoadRow(w));
@@ -62,12 +73,6 @@ inline DotBytes LoadWeights(const int8_t* w, int64_t count) {
   DotBytes bytes = {};
   std::memcpy(&bytes, w, static_cast<size_t>(count));
   return OffsetWeights(bytes);
-}
-// The four bytes at x, again and again.
-[[gnu::always_inline]] inline DotBytes BroadcastFour(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, sizeof four);
-  return (DotBytes)(four - DotSums{});
 }
 
 // sums += the products of offset weights with a row, added in fours.

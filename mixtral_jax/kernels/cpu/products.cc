@@ -17,7 +17,7 @@
 #include "dot_products.h"
 #include "few_rows.h"
 #include "form.h"
-#include "int4_products.h"
+#include "group_products.h"
 #include "int8_rows.h"
 #include "pair_panels.h"
 #include "vectors.h"
@@ -116,7 +116,8 @@ class TaskSizes {
     constexpr int64_t kWorthwhile = 450'000;  // About two microseconds.
     int64_t unit = kBlockOuts;
 #if defined(MIXTRAL_JAX_BYTE_DOTS)
-    if (rows >= kManyRows) unit = kPanelOuts;  // A part of a panel takes as long as the whole.
+    // A part of a panel takes as long as the whole.
+    if (rows >= kManyRows) unit = std::max(kBlockOuts, kPanelOuts);
 #endif
     const int64_t work = std::max(kWorthwhile, left_ / (2 * std::max<int64_t>(1, num_threads_)));
     const int64_t units = work / std::max<int64_t>(1, unit * WorkOf(rows, n));
@@ -157,12 +158,13 @@ void Products(int64_t num_threads, const Rows& x, int64_t rows, int64_t n,
 }
 
 // What stands for a weight [*E O I] among a function's arguments: the values, f32; or s8 and their
-// scales f32 [*E O]; or u8 [*E O I/2], and scales and minima f16 [*E O I/32 2].
+// scales f32 [*E O]; or a weight in tiles (weight.py): words u32 of int4 or s32 of int8, and what
+// its groups have, f16.
 constexpr size_t kFloatArguments = 1, kScaledArguments = 2;
 
-bool IsInt4(const ffi::RemainingArgs& args) {
-  const auto values = args.get<ffi::AnyBuffer>(0);
-  return values.has_value() && values->element_type() == ffi::U8;
+bool Are(const ffi::RemainingArgs& args, ffi::DataType type) {
+  const auto buffer = args.get<ffi::AnyBuffer>(0);
+  return buffer.has_value() && buffer->element_type() == type;
 }
 
 // The matrix whose arguments begin at `at`, or an error's text. `outs` is the axis of the outputs.
@@ -181,12 +183,13 @@ const char* ReadMatrix(const ffi::RemainingArgs& args, size_t at, size_t outs, i
     matrix->values = static_cast<const int8_t*>(values->untyped_data());
     matrix->scale = scale->typed_data();
   } else {
-    const auto groups = args.get<ffi::Buffer<ffi::F16>>(at + 1);
-    if (values->element_type() != ffi::U8 || !groups.has_value())
-      return "u8 weights take f16 scales and minima";
-    if (groups->dimensions()[outs + 1] * kGroup4 != n) return "groups of int4 have 32 inputs";
-    matrix->values = static_cast<const uint8_t*>(values->untyped_data());
-    matrix->groups = reinterpret_cast<const uint16_t*>(groups->untyped_data());
+    const auto scales = args.get<ffi::Buffer<ffi::F16>>(at + 1);
+    if (!scales.has_value()) return "weights in tiles take f16 scales";
+    if (matrix->outs % kTileOuts != 0) return "weights in tiles have 16 outputs each";
+    if (values->dimensions()[outs + 1] * kWordBytes * Matrix::kInputsOfByte != n)
+      return "weights in tiles and rows have other inputs";
+    matrix->values = static_cast<const int8_t*>(values->untyped_data());
+    matrix->scales = reinterpret_cast<const uint16_t*>(scales->untyped_data());
   }
   return nullptr;
 }
@@ -215,7 +218,10 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     return products(FloatMatrix{}, FloatRows{values, n});
   if (args.size() != kScaledArguments * rets.size())
     return ffi::Error::InvalidArgument("linear: arguments of different kinds of weights");
-  if (IsInt4(args)) return products(Int4Matrix{}, Int4Rows(num_threads, values, rows, n));
+  if (Are(args, ffi::U32))
+    return products(GroupMatrix<Int4>{}, GroupRows<Int4>(num_threads, values, rows, n));
+  if (Are(args, ffi::S32))
+    return products(GroupMatrix<Int8Groups>{}, GroupRows<Int8Groups>(num_threads, values, rows, n));
   return products(Int8Matrix{}, Int8Rows(num_threads, values, rows, n));
 }
 
@@ -270,7 +276,10 @@ ffi::Error Grouped(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   if (args.size() == kFloatArguments) return products(FloatMatrix{}, FloatRows{values, n});
   if (args.size() != kScaledArguments)
     return ffi::Error::InvalidArgument("grouped: takes one weight");
-  if (IsInt4(args)) return products(Int4Matrix{}, Int4Rows(num_threads, values, used, n));
+  if (Are(args, ffi::U32))
+    return products(GroupMatrix<Int4>{}, GroupRows<Int4>(num_threads, values, used, n));
+  if (Are(args, ffi::S32))
+    return products(GroupMatrix<Int8Groups>{}, GroupRows<Int8Groups>(num_threads, values, used, n));
   return products(Int8Matrix{}, Int8Rows(num_threads, values, used, n));
 }
 

@@ -1,7 +1,8 @@
 """Products, norm and SwiGLU on CPU, by the kernels of products.cc; gradients by gradients.cc.
 
 The kernels take and give float32; weights are float32, int8 with a float32 scale per output, or
-int4 with scales and minima of groups (weight.py).
+int4 or int8 with scales of groups (weight.py), in tiles: those that are not are turned into them
+first, which `arranged` does once and for all.
 Other dtypes are computed by the XLA forms: a bfloat16 or fp8 model on CPU is for trying things out.
 
 Gradients are those of the XLA forms: with int8 they pass straight through the rounding. Slopes are
@@ -28,10 +29,26 @@ _MOST_OUTPUTS = 16384
 
 
 def linear(x: jax.Array, weights: Sequence[Weight]) -> list[jax.Array]:
-    """`xla.linear`: x [R I] f32 -> one [R O] for each weight [O I]; all are of one dtype."""
-    if x.dtype != jnp.float32 or any(weight.is_fp8 for weight in weights):
+    """`xla.linear`: x [R I] f32 -> one [R O] for each weight [O I]; a call for each dtype."""
+    weights = [arranged(weight) for weight in weights]
+    if x.dtype != jnp.float32 or not all(map(_takes, weights)):
         return xla.linear(x, weights)
-    return _linear(x, list(weights))
+    dtypes = [tuple(array.dtype for array in weight.arrays) for weight in weights]
+    products: dict[int, jax.Array] = {}
+    for dtype in dict.fromkeys(dtypes):
+        own = [i for i, other in enumerate(dtypes) if other == dtype]
+        products |= dict(zip(own, _linear(x, [weights[i] for i in own]), strict=True))
+    return [products[i] for i in range(len(weights))]
+
+
+def arranged(weight: Weight, inputs: int = 1) -> Weight:
+    """`Kernels.arranged`: weights in groups stand in tiles."""
+    return weight.in_tiles(inputs)
+
+
+def _takes(weight: Weight) -> bool:
+    """Says whether the kernels take a weight, which is arranged."""
+    return weight.is_in_tiles if weight.is_in_groups else not weight.is_fp8
 
 
 @jax.custom_vjp
@@ -51,9 +68,9 @@ def _linear_forward(x: jax.Array, weights: list[Weight]) -> tuple[list[jax.Array
 
 def _linear_backward(residuals: _Linear, slopes: list[jax.Array]) -> _Linear:
     x, weights = residuals
-    if any(weight.is_int4 for weight in weights):
+    if any(weight.is_in_groups for weight in weights):
         backs = [
-            xla.product_int4_backward((x, weight), dy)
+            xla.product_in_groups_backward((x, weight), dy)
             for weight, dy in zip(weights, slopes, strict=True)
         ]
         return reduce(jnp.add, [dx for dx, _ in backs]), [d_weight for _, d_weight in backs]
@@ -88,7 +105,8 @@ def grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
 
     x [M I] f32, sizes [E] -> [M O]. Rows behind the last group give zeros.
     """
-    if x.dtype != jnp.float32 or weight.is_fp8:
+    weight = arranged(weight)
+    if x.dtype != jnp.float32 or not _takes(weight):
         return xla.grouped(x, sizes, weight)
     return _grouped(x, sizes.astype(jnp.int32), weight)
 
@@ -110,9 +128,10 @@ def _grouped_forward(x: jax.Array, sizes: jax.Array, weight: Weight) -> tuple[ja
 
 def _grouped_backward(residuals: _Grouped, slope: jax.Array) -> tuple[jax.Array, None, Weight]:
     x, sizes, weight = residuals
-    if weight.is_int4:
-        int4: tuple[jax.Array, None, Weight] = xla.grouped_int4_backward(residuals, slope)
-        return int4
+    if weight.is_in_groups:
+        by_floats: tuple[jax.Array, None, Weight]
+        by_floats = xla.grouped_in_groups_backward(residuals, slope)
+        return by_floats
     rows = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     dx: jax.Array = jax.ffi.ffi_call("mixtral_jax_grouped_back", rows)(slope, sizes, *weight.arrays)
     if weight.scale is not None:

@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
         tiles = jnp.where(is_prompt, -(-(stops - starts) // _QUERIES), 0)
         ends = jnp.cumsum(tiles, dtype=jnp.int32)
         tile = jnp.arange(-(-tokens // _QUERIES) + rows, dtype=jnp.int32)
-        owner = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
+        owner = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
         owner = jnp.minimum(owner, rows - 1)
         place = starts[owner] + (tile - (ends - tiles)[owner]) * _QUERIES
         size = jnp.clip(stops[owner] - place, 0, _QUERIES)

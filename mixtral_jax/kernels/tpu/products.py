@@ -7,21 +7,42 @@ device, which is another one where programs are compiled for hardware that is el
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mixtral_jax.kernels import int4
+from mixtral_jax.kernels.tpu import int4 as int4_on_tpu
 from mixtral_jax.kernels.tpu.tiles import LANES, Tiles, fetches
+from mixtral_jax.kernels.tpu.walk import Walk
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.weight import QUANTIZED, Weight, round_rows
 
 
 def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Says whether a kernel takes such weights [E O I]: whole tiles."""
+    if values.dtype == QUANTIZED["int4"]:
+        return int4_on_tpu.fits(values)
     outputs, inputs = values.shape[1:]
-    is_whole = outputs % LANES == 0 == inputs % LANES
-    return is_whole and values.dtype != QUANTIZED["int4"]
+    return outputs % LANES == 0 == inputs % LANES
+
+
+def linear(x: jax.Array, weights: Sequence[Weight], *, interpret: bool = False) -> list[jax.Array]:
+    """`xla.linear`, with int4 by a kernel: x [R I] -> [R O] for each weight."""
+    return int4.linear_by(_int4_tiles_for, x, weights, interpret=interpret)
+
+
+def linear_in_fp8(
+    x: jax.Array, weights: Sequence[Weight], *, interpret: bool = False
+) -> list[jax.Array]:
+    """`xla.linear_in_fp8` likewise, on TPUs that multiply fp8."""
+    return int4.linear_by(_int4_tiles_for, x, weights, interpret=interpret, rounds_to_fp8=True)
+
+
+def _int4_tiles_for(x: jax.Array, values: jax.Array) -> int4.TilesOf | None:
+    is_fit = x.dtype == jnp.bfloat16 and _fits(values[None])
+    return int4_on_tpu.tiles_of if is_fit else None
 
 
 def grouped(
@@ -32,8 +53,14 @@ def grouped(
     Gradients are by megablox; for that of int8, as in `xla.product`, the weights are widened to the
     dtype of x.
     """
+    if weight.is_int8_groups:
+        return xla.grouped_int8_groups(partial(grouped, interpret=interpret), x, sizes, weight)
     if not _fits(weight.values):
         return xla.grouped(x, sizes, weight)
+    if weight.is_int4:
+        if x.dtype != jnp.bfloat16:
+            return xla.grouped(x, sizes, weight)
+        return int4.grouped_by(int4_on_tpu.tiles_of, grouped, x, sizes, weight, interpret=interpret)
     return _grouped(interpret, x, sizes.astype(jnp.int32), weight)
 
 
@@ -46,6 +73,7 @@ def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) 
     _, outputs, inputs = weight.shape
     if not _fits(weight):
         return float(len(sizes))
+    inputs *= 2 if weight.dtype == QUANTIZED["int4"] else 1
     tiles = Tiles.of(rows, inputs, outputs, weight.dtype)
     fetched = fetches(sizes, tiles, inputs, outputs).weights
     return len(fetched) * tiles.inputs * tiles.outputs / (inputs * outputs)
@@ -117,40 +145,6 @@ def _grouped_backward(
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-class _Walk(NamedTuple):
-    """The visits of a product (tiles.py), as arrays i32 that its kernel reads. E experts."""
-
-    starts: jax.Array  # [E+1], the row where each group starts, and where the last one ends
-    expert: jax.Array  # of each visit
-    tile: jax.Array  # of rows, of each visit
-
-    @classmethod
-    def of(cls, sizes: jax.Array, rows: int, tile: int) -> tuple["_Walk", jax.Array]:
-        """The walk over so many rows, and the number of its visits; what follows is unspecified.
-
-        It is written in comparisons of all with all, which become a few fused loops: megablox' own
-        takes some thirty small programs, longer than it takes to read an expert.
-        """
-        experts = sizes.shape[0]
-        index = jnp.arange(experts, dtype=jnp.int32)
-
-        def before(counts: jax.Array) -> jax.Array:  # sum of the counts of the experts before
-            is_before = index[None, :] < index[:, None]
-            return jnp.sum(jnp.where(is_before, counts[None, :], 0), axis=1, dtype=jnp.int32)
-
-        starts = before(sizes)
-        first, last = starts // tile, (starts + sizes - 1) // tile
-        counts = jnp.where(sizes > 0, last - first + 1, 0)
-        visited = before(counts)
-        visit = jnp.arange(rows // tile + experts - 1, dtype=jnp.int32)[:, None]
-        is_own = (visit >= visited) & (visit < visited + counts)  # [visits, E]
-        expert = jnp.sum(jnp.where(is_own, index, 0), axis=1, dtype=jnp.int32)
-        own_tile = jnp.where(is_own, first + visit - visited, 0)
-        ends = jnp.append(starts, jnp.sum(sizes, dtype=jnp.int32))
-        walk = cls(ends, expert, jnp.sum(own_tile, axis=1, dtype=jnp.int32))
-        return walk, jnp.sum(counts, dtype=jnp.int32)
-
-
 @partial(jax.jit, static_argnames=("tiles", "interpret"))
 def _product(
     x: jax.Array, sizes: jax.Array, weight: Weight, tiles: Tiles, interpret: bool
@@ -168,7 +162,7 @@ def _product(
     rows, *x_scale = round_rows(x) if values.dtype == jnp.int8 else [x]
     kind = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
     steps = inputs // tiles.inputs
-    walk, num_visits = _Walk.of(sizes, rows.shape[0], tiles.rows)
+    walk, num_visits = Walk.of(sizes, rows.shape[0], tiles.rows)
 
     def kernel(walk, x, weight, *rest):  # type: ignore[no-untyped-def]
         *scales, out, total = rest

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mixtral_jax.weight import GROUP_SIZE, QUANTIZED
+
 LANES = 128  # the last axis of a tile
 _ROW_BYTES, _WEIGHT_BYTES = 2 << 20, 2 << 20  # of a tile, of which a kernel holds two
 _MOST_ROWS = 512  # of a tile
@@ -39,6 +41,8 @@ class Tiles(NamedTuple):
         Few rows are one tile as it is, with all their inputs: then each expert that has rows is
         visited once, and rows are read once. Many are filled up to tiles of up to 512.
         """
+        if jnp.dtype(dtype) == QUANTIZED["int4"]:
+            return cls.of_int4(rows, inputs, outputs)
         size = jnp.dtype(dtype).itemsize
         row_size = 2 if jnp.dtype(dtype) == jnp.float8_e4m3fn else size
         full = 32 // row_size  # rows that fill a register of near memory
@@ -55,6 +59,19 @@ class Tiles(NamedTuple):
         filled = -(-rows // LANES) * LANES
         sizes = (largest_tile(n, 1024) for n in (inputs, outputs))
         return cls(largest_tile(filled, _MOST_ROWS), *sizes)
+
+    @classmethod
+    def of_int4(cls, rows: int, inputs: int, outputs: int) -> "Tiles":
+        """The tiles for rows of bfloat16 against int4, of which up to 128 are one tile.
+
+        Rows stand still where products are made, and 128 of them take as long as one. Inputs are
+        whole registers of bytes, as many as have a register of groups at most.
+        """
+        few = -(-rows // 16) * 16 if rows <= LANES else LANES
+        limit = LANES * GROUP_SIZE
+        parts = range(-(-inputs // limit), inputs)
+        steps = next(n for n in parts if inputs % (n * 2 * LANES) == 0)
+        return cls(few, inputs // steps, largest_tile(outputs, 2 * LANES))
 
     def filled(self, x: jax.Array) -> jax.Array:
         """The rows x [M I] with zeros behind them up to a whole tile."""

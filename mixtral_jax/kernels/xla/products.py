@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.weight import GROUP_SIZE, Weight, round_rows, round_rows_fp8, unpacked
+from mixtral_jax.weight import (
+    GROUP_SIZE,
+    INT8_GROUP_SIZE,
+    Weight,
+    round_rows,
+    round_rows_fp8,
+    unpacked,
+)
 
 # y[M, out] = x[M, in] @ w[E, out, in]^T, rows of x in E groups: contracts the weight's last axis.
 _GROUPED = jax.lax.RaggedDotDimensionNumbers(
@@ -38,16 +45,17 @@ def product(x: jax.Array, weight: Weight, *, rounds_to_fp8: bool = False) -> jax
     """x [R I] -> [R O] for a weight [O I], in the dtype of x.
 
     The rows that meet int8 are rounded to it. Those that meet fp8 stay as they are, and the weight
-    is widened to their dtype, which is exact, unless `rounds_to_fp8`; sums are float32. int4 is as
-    weight.py says.
+    is widened to their dtype, which is exact, unless `rounds_to_fp8`; sums are float32. Weights in
+    groups are as weight.py says.
 
     The gradient passes straight through the rounding of x (arXiv:1308.3432), as if the product were
     `x @ (values * scale)^T`; rounded values themselves have none.
     """
     if weight.scale is None:
         return jnp.einsum("RI,OI->RO", x, weight.values)
-    if weight.is_int4:
-        return _product_of_floats(x, weight) if x.dtype != jnp.float32 else _product_int4(x, weight)
+    if weight.is_in_groups:
+        by_dtype = _product_in_groups if x.dtype == jnp.float32 else _product_of_floats
+        return by_dtype(x, weight)
     return _product_scaled(rounds_to_fp8, x, weight.values, weight.scale)
 
 
@@ -108,8 +116,11 @@ _product_scaled.defvjp(_product_scaled_forward, _product_scaled_backward)
 
 
 def _product_of_floats(x: jax.Array, weight: Weight) -> jax.Array:
-    """The product of rows [R I] with an int4 weight [O I] that is widened to their dtype."""
+    """The product of rows [R I] with a weight [O I] in groups that is widened to their dtype."""
     wide = jnp.float32
+    if not weight.is_int4:
+        y = jnp.einsum("RI,OI->RO", x, weight.widened(x.dtype), preferred_element_type=wide)
+        return y.astype(x.dtype)
     parts = [
         jnp.einsum("RI,OI->RO", x[:, turn::2], half, preferred_element_type=wide)
         for turn, half in enumerate(weight.halves(x.dtype))
@@ -118,9 +129,9 @@ def _product_of_floats(x: jax.Array, weight: Weight) -> jax.Array:
 
 
 @jax.custom_vjp
-def _product_int4(x: jax.Array, weight: Weight) -> jax.Array:
-    def multiply(rows: jax.Array, levels: jax.Array) -> jax.Array:
-        return jnp.einsum("RI,OI->RO", rows, levels, preferred_element_type=jnp.int32)
+def _product_in_groups(x: jax.Array, weight: Weight) -> jax.Array:
+    def multiply(rows: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.einsum("RI,OI->RO", rows, values, preferred_element_type=jnp.int32)
 
     return _sum_of_groups(x, weight, multiply, lambda of_outputs: of_outputs[None, :])
 
@@ -131,39 +142,47 @@ def _sum_of_groups(
     multiply: Callable[[jax.Array, jax.Array], jax.Array],
     of_rows: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Rows [R I] rounded to int8 by a weight [*E O I] of int4, group by group of inputs: [R O].
+    """Rows [R I] rounded to int8 by a weight [*E O I] in groups, group by group: [R O].
+
+    A row is rounded by a scale for each group: a few inputs of a model are far larger than others.
 
     Args:
         x: float32.
-        weight: of int4.
-        multiply: rows i8 [R 32] and levels i8 [*E O 32] -> i32 [R O].
+        weight: of int4 or int8x16.
+        multiply: rows i8 [R G] and values i8 [*E O G] of a group -> i32 [R O].
         of_rows: scales or minima f32 [*E O] -> those of each row, [R O] or [1 O].
     """
+    weight = weight.in_rows()
     assert weight.scale is not None
-    rows, x_scale = round_rows(x)
-    rows = rows.reshape(x.shape[0], -1, GROUP_SIZE)
-    levels = unpacked(weight.values).astype(jnp.int8)
-    levels = levels.reshape(*levels.shape[:-1], -1, GROUP_SIZE)
+    size = GROUP_SIZE if weight.is_int4 else INT8_GROUP_SIZE
+    rows, x_scale = round_rows(x.reshape(x.shape[0], -1, size))
+    values = unpacked(weight.values).astype(jnp.int8) if weight.is_int4 else weight.values
+    values = values.reshape(*values.shape[:-1], -1, size)
 
     def add(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        row, level, pairs = group
-        scale, minimum = (of_rows(pairs[..., i].astype(jnp.float32)) for i in range(2))
-        sums = jnp.sum(row, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-        dots = multiply(row, level).astype(jnp.float32)
-        return total + (dots * scale + sums[:, None] * minimum), None
+        row, row_scale, value, scales = group
+        dots = multiply(row, value).astype(jnp.float32)
+        if weight.is_int4:
+            scale, minimum = (of_rows(scales[..., i].astype(jnp.float32)) for i in range(2))
+            sums = jnp.sum(row, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+            added = dots * scale + sums[:, None] * minimum
+        else:
+            added = dots * of_rows(scales.astype(jnp.float32))
+        return total + added * row_scale[:, None], None
 
     total = jnp.zeros((x.shape[0], weight.values.shape[-2]), jnp.float32)
-    groups = [jnp.moveaxis(array, axis, 0) for array, axis in ((rows, 1), (levels, -2))]
-    total, _ = jax.lax.scan(add, total, (*groups, jnp.moveaxis(weight.scale, -2, 0)))
-    return total * x_scale[:, None]
+    of_groups = -2 if weight.is_int4 else -1  # the axis of groups in scales
+    by_axis = ((rows, 1), (x_scale, 1), (values, -2), (weight.scale, of_groups))
+    groups = tuple(jnp.moveaxis(array, axis, 0) for array, axis in by_axis)
+    return jax.lax.scan(add, total, groups)[0]
 
 
-def _product_int4_forward(x: jax.Array, weight: Weight) -> tuple[jax.Array, Any]:
-    return _product_int4(x, weight), (x, weight)
+def _product_in_groups_forward(x: jax.Array, weight: Weight) -> tuple[jax.Array, Any]:
+    return _product_in_groups(x, weight), (x, weight)
 
 
-def product_int4_backward(residuals: tuple[jax.Array, Weight], dy: jax.Array) -> Any:
-    """The gradients of rows and of an int4 weight's scales and minima: as if rows were floats."""
+def product_in_groups_backward(residuals: tuple[jax.Array, Weight], dy: jax.Array) -> Any:
+    """The gradients of rows and of the scales of a weight in groups: as if rows were floats."""
     return _floats_backward(_product_of_floats, residuals, dy)
 
 
@@ -181,7 +200,7 @@ def _floats_backward(
     return dx, Weight(no_gradient(weight.values), d_scale)
 
 
-_product_int4.defvjp(_product_int4_forward, product_int4_backward)
+_product_in_groups.defvjp(_product_in_groups_forward, product_in_groups_backward)
 
 
 def grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
@@ -192,15 +211,40 @@ def grouped(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
     """
     if weight.scale is None:
         return jax.lax.ragged_dot_general(x, weight.values, sizes, _GROUPED)
-    if weight.is_int4:
-        by_dtype = _grouped_int4 if x.dtype == jnp.float32 else _grouped_of_floats
+    if weight.is_in_groups:
+        by_dtype = _grouped_in_groups if x.dtype == jnp.float32 else _grouped_of_floats
         return by_dtype(x, sizes, weight)
     return _grouped_scaled(x, sizes, weight.values, weight.scale)
 
 
+def grouped_int8_groups(
+    of_floats: Callable[[jax.Array, jax.Array, Weight], jax.Array],
+    x: jax.Array,
+    sizes: jax.Array,
+    weight: Weight,
+) -> jax.Array:
+    """`grouped` for experts of int8x16, widened for a kernel that takes floats.
+
+    Rows of float32 are rounded, as this form does.
+    """
+    if x.dtype == jnp.float32:
+        return grouped(x, sizes, weight)
+    return of_floats(x, sizes, Weight(weight.widened(x.dtype), None))
+
+
+def arranged(weight: Weight, inputs: int = 1) -> Weight:
+    """A weight as these forms read it best: as it is."""
+    del inputs
+    return weight
+
+
 def _grouped_of_floats(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
-    """The product of rows [M I] with int4 experts [E O I] that are widened to their dtype."""
+    """The product of rows [M I] with experts [E O I] in groups, widened to their dtype."""
     wide = jnp.float32
+    if not weight.is_int4:
+        matrices = weight.widened(x.dtype)
+        y = jax.lax.ragged_dot_general(x, matrices, sizes, _GROUPED, preferred_element_type=wide)
+        return y.astype(x.dtype)
     parts = [
         jax.lax.ragged_dot_general(
             x[:, turn::2], half, sizes, _GROUPED, preferred_element_type=wide
@@ -211,23 +255,27 @@ def _grouped_of_floats(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Ar
 
 
 @jax.custom_vjp
-def _grouped_int4(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
+def _grouped_in_groups(x: jax.Array, sizes: jax.Array, weight: Weight) -> jax.Array:
     expert = expert_of_row(sizes, x.shape[0])
 
-    def multiply(rows: jax.Array, levels: jax.Array) -> jax.Array:
+    def multiply(rows: jax.Array, values: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot_general(
-            rows, levels, sizes, _GROUPED, preferred_element_type=jnp.int32
+            rows, values, sizes, _GROUPED, preferred_element_type=jnp.int32
         )
 
     return _sum_of_groups(x, weight, multiply, lambda of_experts: of_experts[expert])
 
 
-def _grouped_int4_forward(x: jax.Array, sizes: jax.Array, weight: Weight) -> tuple[jax.Array, Any]:
-    return _grouped_int4(x, sizes, weight), (x, sizes, weight)
+def _grouped_in_groups_forward(
+    x: jax.Array, sizes: jax.Array, weight: Weight
+) -> tuple[jax.Array, Any]:
+    return _grouped_in_groups(x, sizes, weight), (x, sizes, weight)
 
 
-def grouped_int4_backward(residuals: tuple[jax.Array, jax.Array, Weight], dy: jax.Array) -> Any:
-    """The gradients of `grouped` with int4 experts: as if rows were floats."""
+def grouped_in_groups_backward(
+    residuals: tuple[jax.Array, jax.Array, Weight], dy: jax.Array
+) -> Any:
+    """The gradients of `grouped` with experts in groups: as if rows were floats."""
     x, sizes, weight = residuals
     is_used = jnp.arange(len(x))[:, None] < jnp.sum(sizes)
 
@@ -239,7 +287,7 @@ def grouped_int4_backward(residuals: tuple[jax.Array, jax.Array, Weight], dy: ja
     return jnp.where(is_used, dx, jnp.zeros((), dx.dtype)), None, d_weight
 
 
-_grouped_int4.defvjp(_grouped_int4_forward, grouped_int4_backward)
+_grouped_in_groups.defvjp(_grouped_in_groups_forward, grouped_in_groups_backward)
 
 
 @jax.custom_vjp
@@ -325,7 +373,9 @@ def no_gradient(values: jax.Array) -> Any:
 
 def expert_of_row(sizes: jax.Array, rows: int) -> jax.Array:
     """The group of each row: sizes [E] -> [M] i32; rows behind the last group have the last's."""
-    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
+    ends, row = jnp.cumsum(sizes), jnp.arange(rows)
+    # Compared with all at once: a search in steps is a loop of programs.
+    expert = jnp.searchsorted(ends, row, side="right", method="compare_all")
     return jnp.minimum(expert, sizes.shape[0] - 1)
 
 

@@ -1,5 +1,5 @@
-// Compares products of few and of many int8 rows, and the products the other way of slopes, with
-// sums that are written out. Prints how many results differ.
+// Compares products of few and of many int8 rows, those with weights in groups, and the products the
+// other way of slopes, with sums that are written out. Prints how many results differ.
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +11,7 @@
 #include "byte_panels.h"
 #include "byte_slopes.h"
 #include "few_rows.h"
+#include "group_products.h"
 #include "int8_rows.h"
 #include "pair_panels.h"
 
@@ -75,6 +76,56 @@ int64_t ProductDifferences(int64_t rows, int64_t n, int64_t outs, bool extreme) 
   return differences;
 }
 
+// A weight in tiles of random bytes, or of all -128 or 15 15; scales are 1 / 4, 2 / 4 ... 5 / 4, and
+// minima too.
+template <typename Dtype>
+int64_t GroupDifferences(int64_t rows, int64_t groups, int64_t outs, bool extreme) {
+  using mixtral_jax::kTileOuts, mixtral_jax::kWordBytes, mixtral_jax::kWordsOfGroup;
+  constexpr int64_t kGroup = Dtype::kGroup;
+  constexpr bool kIsInt4 = kGroup == 32;
+  const uint16_t quarters[] = {0x3400, 0x3800, 0x3a00, 0x3c00, 0x3d00};  // float16
+  const int64_t n = groups * kGroup, words = groups * kWordsOfGroup;
+  std::vector<float> values = Floats(rows * n);
+  if (extreme) values.assign(values.size(), -2.5f);
+  std::vector<int8_t> w = Weights(outs * words * kWordBytes, extreme);
+  if (extreme && kIsInt4) w.assign(w.size(), -1);
+  std::vector<uint16_t> scales(static_cast<size_t>(outs * groups * Dtype::kScales));
+  for (uint16_t& scale : scales) scale = quarters[Next(5)];
+  const mixtral_jax::GroupRows<Dtype> x(1, values.data(), rows, n);
+  std::vector<float> got(static_cast<size_t>(rows * outs)), want(got.size());
+  const mixtral_jax::GroupMatrix<Dtype> matrix{w.data(), scales.data(), got.data(), outs};
+  mixtral_jax::Product(x, 0, rows, n, matrix, 0, outs);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < outs; ++o) {
+      float total = 0;
+      for (int64_t g = 0; g < groups; ++g) {
+        int8_t row[kGroup];
+        int32_t dot = 0, sum = 0;
+        const float row_scale =
+            mixtral_jax::QuantizeRow(&values[static_cast<size_t>(r * n + g * kGroup)], kGroup, row);
+        for (int64_t k = 0; k < kGroup; ++k) {
+          const int64_t byte = kIsInt4 ? k / 2 : k, word = g * kWordsOfGroup + byte / kWordBytes;
+          const int64_t at = ((o / kTileOuts * words + word) * kTileOuts + o % kTileOuts) * kWordBytes;
+          int32_t weight = w[static_cast<size_t>(at + byte % kWordBytes)];
+          if (kIsInt4) weight = (weight >> (k % 2 * 4)) & 15;
+          dot += row[k] * weight;
+          sum += row[k];
+        }
+        const int64_t first = (o / kTileOuts * groups + g) * Dtype::kScales * kTileOuts;
+        const auto scale = [&](int64_t kind) {
+          const int64_t at = first + kind * kTileOuts + o % kTileOuts;
+          return mixtral_jax::FloatOf(scales[static_cast<size_t>(at)]);
+        };
+        float part = static_cast<float>(dot) * scale(0);
+        if (kIsInt4) part += static_cast<float>(sum) * scale(1);
+        total += part * row_scale;
+      }
+      want[static_cast<size_t>(r * outs + o)] = total;
+    }
+  }
+  return Differences(got, want);
+}
+
 int64_t RoundingDifferences(int64_t n) {
   const std::vector<float> values = Floats(n);
   std::vector<int8_t> got(static_cast<size_t>(n));
@@ -128,6 +179,12 @@ int main() {
       differences += ProductDifferences(rows, n, 20, true);
     }
     differences += RoundingDifferences(n);
+  }
+  for (int64_t rows : {1, 2, 3, 7, 21}) {
+    for (int64_t groups : {1, 3, 70}) {
+      differences += GroupDifferences<mixtral_jax::Int4>(rows, groups, 48, groups == 3);
+      differences += GroupDifferences<mixtral_jax::Int8Groups>(rows, groups, 48, groups == 3);
+    }
   }
   for (int64_t rows : {1, 7, 260})
     for (int64_t n : {1, 70, 1100}) differences += SlopeDifferences(rows, n, n == 70 ? 75 : 40);

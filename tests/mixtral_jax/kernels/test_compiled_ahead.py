@@ -30,7 +30,7 @@ from mixtral_jax.placement import Placement
 from mixtral_jax.planning.topology import environment, installed, target_devices
 from mixtral_jax.roofline.chips import topologies
 from mixtral_jax.step.whole_step import Kind
-from mixtral_jax.weight import QUANTIZED, Weight
+from mixtral_jax.weight import GROUP_SIZE, QUANTIZED, Weight
 
 # Query heads, key/value heads, window; of one device.
 HEADS = {
@@ -50,8 +50,9 @@ ATTENTION = {
     "gpu": ["paged_decode", "paged_prefill"],
 }
 PRODUCT = {
-    "tpu": {"bfloat16": ["grouped_floats"], "int8": ["grouped_int8"]},
-    "gpu": dict.fromkeys(("bfloat16", "int8", "fp8"), ["grouped_product"]),
+    "tpu": {"bfloat16": ["grouped_floats"], "int8": ["grouped_int8"], "int4": ["int4_product"]},
+    "gpu": dict.fromkeys(("bfloat16", "int8", "fp8"), ["grouped_product"])
+    | {"int4": ["int4_product"]},
 }
 # Of small keys and values; on TPU in pages of a form of their own.
 SMALL = {"int8": "word_paged_attention", "float8_e4m3fn": "ragged_paged_attention_kernel"}
@@ -62,6 +63,7 @@ KERNELS = [
     "grouped_floats",
     "grouped_int8",
     "grouped_product",
+    "int4_product",
 ]
 
 
@@ -157,13 +159,16 @@ def test_kernels_are_built_and_copy_nothing_large(name: str) -> None:
                 continue  # by XLA, which widens all weights first
             facts = found[f"{experts} in {dtype}"]
             assert facts["kernels"] == kernels
-            # The weights are read as they lie.
-            assert facts["temporaries"] < facts["weights"] / 2
+            # The weights are read as they lie; rows that meet int4 are sorted by their inputs.
+            sorted_rows = 2 * facts["rows"] if dtype == "int4" else 0
+            assert facts["temporaries"] < facts["weights"] / 2 + sorted_rows
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpu:v5e:1x1", "gpu:a100-80:1", "gpu:l4:1", "gpu:h100:1"])
-@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.soak), "int8"])
+@pytest.mark.parametrize(
+    "dtype", [*(pytest.param(d, marks=pytest.mark.soak) for d in ("bfloat16", "int8")), "int4"]
+)
 def test_generate_calls_the_kernels_of_an_absent_device(name: str, dtype: str) -> None:
     """A single accelerator, and no mesh is named: what a notebook does."""
     (topology,) = topologies(name)
@@ -287,14 +292,22 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
         for dtype, arrays in {
             "bfloat16": (array(*weights), None),
             **{
-                name: (array(*weights, dtype=dtype), array(held, outputs, dtype=jnp.float32))
-                for name, dtype in QUANTIZED.items()
+                name: (
+                    array(*weights, dtype=QUANTIZED[name]),
+                    array(held, outputs, dtype=jnp.float32),
+                )
+                for name in ("int8", "fp8")
             },
+            "int4": (
+                array(held, outputs, inputs // 2, dtype=QUANTIZED["int4"]),
+                array(held, outputs, inputs // GROUP_SIZE, 2, dtype=jnp.float16),
+            ),
         }.items():
             if dtype not in PRODUCT[topology.platform]:
                 continue
             found[f"{experts} in {dtype}"] = facts(product, *given, *arrays) | {
-                "weights": math.prod(weights) * arrays[0].dtype.itemsize
+                "weights": math.prod(arrays[0].shape) * arrays[0].dtype.itemsize,
+                "rows": 2 * math.prod(given[0].shape),
             }
     return found
 

@@ -87,7 +87,7 @@ def cross_compiler(machine: str, form: Form) -> tuple[str, list[str]]:
 @pytest.mark.soak  # minutes: every kernel runs many times slower
 @pytest.mark.timeout(3000)
 def test_the_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
-    """The tests of test_cpu.py with a library that ends at a bad access or undefined behaviour."""
+    """The tests of two modules with a library that ends at a bad access or undefined behaviour."""
     compiler = tmp_path / "sanitizing-g++"
     compiler.write_text(
         f'#!/bin/sh\nexec {COMPILER} "$@" -O1 -g -fno-omit-frame-pointer '
@@ -101,8 +101,9 @@ def test_the_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
         output_of([str(COMPILER), f"-print-file-name={name}"]).strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
+    modules = [str(HERE / name) for name in ("test_cpu.py", "test_cpu_groups.py")]
     report = output_of(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_cpu.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules],
         CXX=str(compiler),
         MIXTRAL_JAX_CACHE=str(tmp_path / "cache"),
         LD_PRELOAD=" ".join(libraries),

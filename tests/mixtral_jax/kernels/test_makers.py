@@ -14,7 +14,7 @@ import pytest
 from mixtral_jax.cache import RaggedBatch, round_heads
 from mixtral_jax.kernels import Kernels, kernels_for, kernels_for_device
 from mixtral_jax.kernels.cpu import build
-from mixtral_jax.weight import Weight, is_quantized
+from mixtral_jax.weight import INT8_GROUPS, Weight, is_quantized
 
 XLA = kernels_for("xla")
 MAKERS = [
@@ -96,6 +96,18 @@ def test_grouped_few_rows(run: Callable[..., Any], rows: int, sizes: list[int], 
     given = Weight(spoilt, None) if scale is None else Weight(values, spoilt)
     got = run("grouped", x, groups, given)
     np.testing.assert_allclose(got[:used], want[:used], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grouped_int8_groups(run: Callable[..., Any], dtype: str) -> None:
+    """Rows of float32 are rounded to int8, and those of bfloat16 meet widened weights."""
+    x, groups = normal(0, 20, 128).astype(dtype), jnp.asarray([12, 0, 5], jnp.int32)
+    experts = Weight.quantized(normal(1, 3, 256, 128), INT8_GROUPS)
+    got, want = run("grouped", x, groups, experts)[:17], XLA.grouped(x, groups, experts)[:17]
+    tolerance = 1e-4 if dtype == "float32" else 0.2  # products of 128 numbers near 1, in bfloat16
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), want.astype(jnp.float32), rtol=0, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("groups", [3, 40], ids=["masked", "grouped"])
@@ -283,7 +295,8 @@ def test_each_function_has_a_gradient_or_refuses_it_by_name(platform: str) -> No
     tried = {case.split()[0] for case in differentiable_calls()}
     functions = {f.name for f in fields(kernels) if callable(getattr(kernels, f.name))}
     numbers = {"expert_reads", "page_form"}  # these take no arrays
-    assert functions == tried | moves | numbers | {"attend"}
+    orders = {"arranged"}  # test_cpu_groups.py holds its gradient
+    assert functions == tried | moves | numbers | orders | {"attend"}
     assert functions - kernels.differentiable <= {"attend", "add_low_rank"}
     batch = ragged_batch()
     pages = normal(1, batch.page_table.size, 16, 4, 32)

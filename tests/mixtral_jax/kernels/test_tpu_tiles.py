@@ -7,6 +7,7 @@ import pytest
 
 from mixtral_jax.kernels.tpu import products
 from mixtral_jax.kernels.tpu.tiles import Tiles, fetches, visits
+from mixtral_jax.kernels.tpu.walk import Walk
 
 SIZES = [[3, 0, 7], [0, 0, 0], [8, 8, 0], [0, 0, 1], [1, 1, 1], [0, 15, 1], [5, 4, 12]]
 
@@ -25,7 +26,7 @@ def test_the_kernel_walks_over_these_visits(sizes: list[int]) -> None:
 
     given = jnp.asarray(sizes, jnp.int32)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        walk, count = products._Walk.of(given, 24, 8)
+        walk, count = Walk.of(given, 24, 8)
         (_, experts, tiles), theirs = make_group_metadata(
             group_sizes=given,
             m=24,
@@ -73,3 +74,29 @@ def test_many_rows_fetch_an_expert_for_each_of_its_tiles() -> None:
 )
 def test_few_rows_are_filled_up_to_a_row_of_near_memory(rows: int, dtype: str, tile: int) -> None:
     assert Tiles.of(rows, 128, 256, jnp.dtype(dtype)).rows == tile
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "tiles"),
+    [
+        (2, 4096, 3584, (16, 4096, 256)),
+        (40, 3584, 4096, (48, 3584, 256)),
+        (600, 14336, 4096, (128, 3584, 256)),  # at most 128 groups a tile
+        (8, 4608, 384, (16, 2304, 128)),
+    ],
+)
+def test_tiles_of_int4(rows: int, inputs: int, outputs: int, tiles: tuple[int, ...]) -> None:
+    assert Tiles.of(rows, inputs, outputs, jnp.uint8) == tiles
+
+
+def test_experts_of_int4_that_are_fetched() -> None:
+    """Two experts of few rows. Of 150 rows in tiles of 128 the second expert's are in both tiles,
+    so it is fetched again where its inputs are more than a tile's.
+    """
+    weight = jax.ShapeDtypeStruct((8, 1792, 2048), jnp.uint8)
+    assert products.expert_reads([0, 0, 1, 0, 0, 0, 1, 0], 2, weight) == 2
+    assert products.expert_reads([100, 50, 0], 150, weight) == 2
+    assert (
+        products.expert_reads([100, 50, 0], 150, jax.ShapeDtypeStruct((3, 256, 7168), jnp.uint8))
+        == 3
+    )

@@ -29,7 +29,7 @@ def adapter_of(config: ModelConfig, adapter: AdapterConfig) -> Adapter:
     )
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["moe", pytest.param("dense", marks=pytest.mark.soak)])
 def test_an_adapter_equals_the_weights_that_it_stands_for(kind: str) -> None:
     config = CONFIGS[kind]
     targets = DENSE_TARGETS + (("router",) if config.is_moe else ())
@@ -52,7 +52,7 @@ def test_a_new_adapter_changes_nothing(kind: str) -> None:
     np.testing.assert_array_equal(model(TOKENS, adapter.folded(settings)), model(TOKENS))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["moe", pytest.param("dense", marks=pytest.mark.soak)])
 def test_documents_of_a_packed_row_do_not_see_each_other(kind: str) -> None:
     model = model_of(CONFIGS[kind])
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2]])

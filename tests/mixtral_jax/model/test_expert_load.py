@@ -85,3 +85,15 @@ def test_one_chip_computes_every_pair() -> None:
 
 def test_a_chip_with_one_expert_computes_each_token_once_at_most() -> None:
     assert busiest_pairs(1, 8, 2, chips=8, replicas=100) == 1
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_int4_takes_the_grouped_product_that_reads_it_as_it_lies(platform: str) -> None:
+    """The dense form would widen it in memory, so it is for matrices that no kernel takes."""
+    if platform == "gpu" and jax.__version_info__ >= (0, 12):
+        pytest.skip("there experts of many rows are widened anyway")
+    kernels = kernels_for(platform)
+    whole = jax.ShapeDtypeStruct((8, 512, 128), jnp.uint8)
+    thin = jax.ShapeDtypeStruct((8, 500, 128), jnp.uint8)
+    assert not computes_every_expert(64, 64, 8, 2, whole, kernels)
+    assert computes_every_expert(64, 64, 8, 2, thin, kernels)

@@ -59,7 +59,7 @@ def strong_model(config: ModelConfig, dtype: str) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["moe", pytest.param("dense", marks=pytest.mark.soak)])
 def test_an_adapter_on_int8_learns_what_it_learns_on_floats(kind: str) -> None:
     config = CONFIGS[kind]
     adapter, gradients = adapter_of(config), []
@@ -115,7 +115,7 @@ def test_gradients_of_all_parameters_equal_transformers(kind: str) -> None:
         assert error <= 1e-4 * jnp.linalg.norm(jnp.ravel(expected)), name
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["moe", pytest.param("dense", marks=pytest.mark.soak)])
 def test_packed_documents_teach_what_padded_ones_teach(kind: str) -> None:
     """Three documents in one row against a row each, with a window of 5."""
     config = CONFIGS[kind]

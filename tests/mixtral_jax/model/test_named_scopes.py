@@ -48,7 +48,7 @@ def compiled(kind: str) -> dict[str, Compiled]:
     """The programs of a step that are the model's, and the full form."""
     model = model_of(DENSE if kind == "dense" else MIXTURE)
     split, inputs = SplitModel.of(model), StepInputs.blank(8, 2, SIZES, None)
-    embed, block, *_ = compile_walk(split, split.pages(4, 16), inputs, num_drawn=2)
+    embed, (block,), *_ = compile_walk(split, split.pages(4, 16), inputs, num_drawn=2)
     x = jnp.zeros((2, model.config.hidden_size))
     score = jax.jit(lambda model, x: model.paged_logits(model.norm.paged(x)))
     full = jax.jit(lambda model, ids: model(ids))

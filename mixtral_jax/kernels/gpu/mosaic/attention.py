@@ -175,7 +175,7 @@ def prefill(
     last_tile = jnp.cumsum(counts, dtype=jnp.int32)
     first_tile = last_tile - counts
     tile = jnp.arange(-(-tokens // per_tile) + rows, dtype=jnp.int32)
-    owner = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
+    owner = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
     is_used = owner < rows
     owner = jnp.minimum(owner, rows - 1)
     begin = starts[owner] + (tile - first_tile[owner]) * per_tile

@@ -5,12 +5,15 @@ whole, and the copy is small beside the experts' weights.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
+from mixtral_jax.kernels import int4
+from mixtral_jax.kernels.gpu import few_rows
 from mixtral_jax.kernels.gpu.grouped import grouped_by
 from mixtral_jax.kernels.gpu.mosaic.warpgroup import (
     ROWS,
@@ -38,12 +41,31 @@ def grouped(
     """`xla.grouped`, which computes every expert for every row on NVIDIA: x [M I] -> [M O].
 
     By XLA itself where x is float32, which `mma` does not take, and where tiles do not fit. Weights
-    of fp8 need compute capability 8.9.
+    of fp8 need compute capability 8.9. int4 has no kernel here: few rows are a sum of XLA's, for
+    many the experts are widened in memory.
     """
     takes_rows = interpret or x.dtype in (jnp.bfloat16, jnp.float16)
+    if takes_rows and weight.is_int4:
+        return _grouped_int4(x, sizes, weight, interpret=interpret)
+    if weight.is_int8_groups:
+        return xla.grouped_int8_groups(partial(grouped, interpret=interpret), x, sizes, weight)
     if not (takes_rows and _fits(weight.values)):
         return xla.grouped(x, sizes, weight)
     return grouped_by(_tiles_of, x, sizes, weight, interpret=interpret)
+
+
+def _grouped_int4(
+    x: Float[jax.Array, "M I"],
+    sizes: Int[jax.Array, " E"],
+    weight: Weight,
+    *,
+    interpret: bool,
+) -> Float[jax.Array, "M O"]:
+    if x.dtype == jnp.float32:
+        return xla.grouped(x, sizes, weight)
+    if len(x) > few_rows.MOST_GROUPED:
+        return grouped(x, sizes, Weight(weight.widened(x.dtype), None), interpret=interpret)
+    return int4.grouped_by(few_rows.tiles_of, grouped, x, sizes, weight, interpret=interpret)
 
 
 def grouped_without_fp8(
@@ -62,16 +84,18 @@ def grouped_without_fp8(
 def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Says whether the kernel takes such weights [E O I], and their gradient: whole tiles."""
     outputs, inputs = values.shape[1:]
-    is_whole = outputs % _OUTPUTS == 0 == inputs % _OUTPUTS
-    return is_whole and values.dtype != QUANTIZED["int4"]
+    return outputs % _OUTPUTS == 0 == inputs % _OUTPUTS
 
 
 def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) -> float:
     """Number of experts' matrices that `grouped` reads: one for each tile of rows of each group.
 
     The groups are of these sizes, in `rows` rows, against weights [E O I]. XLA's form, which takes
-    weights of float32 and those that are no whole tiles, reads them all.
+    weights of float32 and those that are no whole tiles, reads them all. Few rows read int4 one by
+    one, for many all of it is widened.
     """
+    if weight.dtype == QUANTIZED["int4"]:
+        return float(sum(sizes) if rows <= few_rows.MOST_GROUPED else len(sizes))
     if weight.dtype == jnp.float32 or not _fits(weight):
         return float(len(sizes))
     return float(sum(-(-size // ROWS) for size in sizes))
@@ -102,7 +126,7 @@ def _tiles_of(
     last_tile = jnp.cumsum(tiles)
     first_tile = last_tile - tiles
     tile = jnp.arange(-(-rows // ROWS) + experts, dtype=jnp.int32)
-    owner = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
+    owner = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
     expert = jnp.minimum(owner, experts - 1)
     first = starts[expert] + (tile - first_tile[expert]) * ROWS
     place = first[:, None] + jnp.arange(ROWS, dtype=jnp.int32)[None, :]

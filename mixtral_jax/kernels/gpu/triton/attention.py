@@ -217,7 +217,7 @@ def prefill(
     tiles = jnp.where(is_prompt, -(-(stops - starts) // per_tile), 0)
     last_tile = jnp.cumsum(tiles, dtype=jnp.int32)
     tile = jnp.arange(-(-tokens // per_tile) + rows, dtype=jnp.int32)
-    owner = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
+    owner = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
     is_used = owner < rows
     owner = jnp.minimum(owner, rows - 1)
     place = starts[owner] + (tile - (last_tile - tiles)[owner]) * per_tile

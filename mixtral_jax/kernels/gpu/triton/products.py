@@ -1,4 +1,4 @@
-"""Products of rows in groups on GPU, in Pallas by way of Triton."""
+"""Products on GPU, in Pallas by way of Triton: of rows in groups, and with int4 weights."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,11 +10,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
+from mixtral_jax.kernels import int4
 from mixtral_jax.kernels.gpu.grouped import grouped_by
+from mixtral_jax.kernels.gpu.triton.int4 import tile_rows as tile_rows_of_int4
+from mixtral_jax.kernels.gpu.triton.int4 import tiles_of as tiles_of_int4
+from mixtral_jax.kernels.gpu.triton.walk import Walk
 from mixtral_jax.kernels.xla import products as xla
 from mixtral_jax.weight import QUANTIZED, Weight
 
 _WIDTH = 128  # that tiles of every size divide
+# More rows meet a copy of int4 weights that XLA widens: it is then read for less time than it is
+# multiplied, by products that are faster than ours.
+_MOST_ROWS = 256
 
 
 class _Tiles(NamedTuple):
@@ -40,8 +47,28 @@ class _Tiles(NamedTuple):
 def _fits(values: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Says whether the kernel takes such weights [E O I], and their gradient: whole tiles."""
     outputs, inputs = values.shape[1:]
-    is_whole = outputs % _WIDTH == 0 == inputs % _WIDTH
-    return is_whole and values.dtype != QUANTIZED["int4"]
+    inputs *= 2 if values.dtype == QUANTIZED["int4"] else 1
+    return outputs % _WIDTH == 0 == inputs % _WIDTH
+
+
+def linear(
+    x: Float[jax.Array, "R I"], weights: Sequence[Weight], *, interpret: bool = False
+) -> list[Float[jax.Array, "R O"]]:
+    """`xla.linear`, with int4 by a kernel, up to so many rows that XLA's widened copy is cheap."""
+    return int4.linear_by(_int4_tiles_for, x, weights, interpret=interpret)
+
+
+def linear_in_fp8(
+    x: Float[jax.Array, "R I"], weights: Sequence[Weight], *, interpret: bool = False
+) -> list[Float[jax.Array, "R O"]]:
+    """`xla.linear_in_fp8` likewise, on cards that multiply fp8."""
+    return int4.linear_by(_int4_tiles_for, x, weights, interpret=interpret, rounds_to_fp8=True)
+
+
+def _int4_tiles_for(x: jax.Array, values: jax.Array) -> int4.TilesOf | None:
+    """The kernel for rows [R I] and the values of a weight [O I] of int4; None for XLA's form."""
+    is_fit = _fits(values[None]) and x.shape[0] <= _MOST_ROWS
+    return tiles_of_int4 if is_fit else None
 
 
 def grouped(
@@ -55,8 +82,12 @@ def grouped(
 
     Weights of fp8 need compute capability 8.9.
     """
+    if weight.is_int8_groups:
+        return xla.grouped_int8_groups(partial(grouped, interpret=interpret), x, sizes, weight)
     if not _fits(weight.values):
         return xla.grouped(x, sizes, weight)
+    if weight.is_int4:
+        return int4.grouped_by(tiles_of_int4, grouped, x, sizes, weight, interpret=interpret)
     return grouped_by(_tiles_of, x, sizes, weight, interpret=interpret)
 
 
@@ -81,7 +112,8 @@ def expert_reads(sizes: Sequence[int], rows: int, weight: jax.ShapeDtypeStruct) 
     """
     if not _fits(weight):
         return float(len(sizes))
-    tile = _Tiles.of(rows).rows
+    is_int4 = weight.dtype == QUANTIZED["int4"]
+    tile = tile_rows_of_int4(rows) if is_int4 else _Tiles.of(rows).rows
     return float(sum(-(-size // tile) for size in sizes))
 
 
@@ -104,26 +136,18 @@ def _tiles_of(
     is_gradient: bool,
 ) -> jax.Array:
     """`grouped.TilesOf`."""
-    rows, experts = x.shape[0], sizes.shape[0]
+    rows = x.shape[0]
     size = _Tiles.of(rows)
     outputs = weight.shape[2 if is_gradient else 1]
-    ends = jnp.cumsum(sizes)
-    # Each group takes whole tiles of rows; the last one of it reaches into the next group, whose
-    # rows it does not write.
-    tiles = -(-sizes // size.rows)
-    last_tile = jnp.cumsum(tiles)
-    tile = jnp.arange(-(-rows // size.rows) + experts, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(last_tile, tile, side="right"), experts - 1)
-    expert = expert.astype(jnp.int32)
-    first = (ends - sizes)[expert] + (tile - (last_tile - tiles)[expert]) * size.rows
+    walk = Walk.of(sizes, rows, size.rows)
     out: jax.Array = pl.pallas_call(
         partial(_grouped_tile, size=size, is_gradient=is_gradient),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
-        grid=(len(tile), outputs // size.outputs),
+        grid=(len(walk.expert), outputs // size.outputs),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=size.stages),
         interpret=interpret,
         name="grouped_product",
-    )(x, weight, expert, first.astype(jnp.int32), ends[expert], *scales)
+    )(x, weight, *walk, *scales)
     return out
 
 
