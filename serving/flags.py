@@ -204,6 +204,15 @@ _ENGINE = _panel(
         "WAY",
     ),
     Flag(
+        "draft_model",
+        str | None,
+        None,
+        "Checkpoint folder of a smaller model with the same tokenizer, which guesses the next "
+        "tokens of answers, so that a step computes several at once. Guesses that turn out wrong "
+        "change no answer; default: no guesses.",
+        "FOLDER",
+    ),
+    Flag(
         "step_buckets",
         str | None,
         None,

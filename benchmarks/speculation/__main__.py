@@ -1,11 +1,16 @@
-"""The gain of `--speculate lookup`: tokens a second of one client, and of a full batch.
+"""The gain of guessed tokens: tokens a second of one client, and of a full batch.
 
     python -m benchmarks.speculation CHECKPOINT [--repeats 5] [--tokens 160] [--json FILE]
+    python -m benchmarks.speculation CHECKPOINT --draft DRAFT [--experts 8] [--noise 0.1]
+
+The first measures `--speculate lookup`, the second `--draft-model DRAFT`; with `--experts` the
+model is a mixture that is made of the dense checkpoint, and with `--noise` its experts differ.
 
 Three kinds of text repeat what is known: a quotation, an edit of code in which a name changes, and
 records of JSON. Prose does not. Each kind has three prompts, which are generated here. One answer
 at a time is computed by an engine without guesses and by one with them, in turns and in one
-process, and so is a batch that fills all rows. `same` says whether all tokens were equal.
+process, and so is a batch that fills all rows. Prose is drawn at temperature 1, all else at 0.
+`same` says whether all tokens were equal.
 """
 
 import json
@@ -18,75 +23,40 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.command import run
+from benchmarks.speculation.mixture import mixture_of
+from benchmarks.speculation.texts import KINDS
 from mixtral_jax import SamplingParams, load
+from mixtral_jax.checkpoint.pretrained import open_pretrained
 from mixtral_jax.compilation import keep_programs
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.step.buckets import Steps
 from serving.engine.build import compile_steps, engine_of
+from serving.engine.drafts.draft import Draft, LoadedDraft, compile_draft
 from serving.engine.engine import Engine
-from serving.scheduling.lookup import LookUp
+from serving.scheduling.guesses.lookup import LookUp
 from serving.scheduling.request import Request
 from serving.scheduling.step_plan import Limits
 
 ROWS = 32
-_WORDS = tuple(
-    word
-    for line in (
-        "keeper lighthouse evening planks bottle letter spring piano room table sea harbour rope",
-        "lamp winter captain window stairs island boat garden stone market bridge river tower",
-    )
-    for word in line.split()
-)
-
-
-def _sentences(dice: random.Random, count: int) -> str:
-    def sentence() -> str:
-        nouns = [dice.choice(_WORDS) for _ in range(4)]
-        return "The {} of the {} lay beside the {}, and the {} was {}.".format(
-            *nouns, dice.choice(["old", "green", "far away", "lost", "made of oak"])
-        )
-
-    return " ".join(sentence() for _ in range(count))
-
-
-def _quotation(dice: random.Random) -> str:
-    text = _sentences(dice, 10)
-    return f"Text:\n{text}\n\nThe same text again, word for word:\n{text[:60]}"
-
-
-def _edit(dice: random.Random) -> str:
-    names = dice.sample(_WORDS, 5)
-    code = "".join(
-        f"def {name}_area(shape):\n    return shape.{name}_width * shape.{name}_height\n\n\n"
-        for name in names
-    )
-    changed = code.replace("shape", "figure")
-    return f"Before:\n```\n{code}```\n\nAfter, with figure in place of shape:\n```\n{changed[:150]}"
-
-
-def _records(dice: random.Random) -> str:
-    rows = [
-        {"name": dice.choice(_WORDS), "place": dice.choice(_WORDS), "price": dice.randrange(99)}
-        for _ in range(6)
-    ]
-    return "[\n" + "".join(f" {json.dumps(row)},\n" for row in rows)
-
-
-def _prose(dice: random.Random) -> str:
-    return f"A story about a {dice.choice(_WORDS)} and a {dice.choice(_WORDS)}. Once upon a time"
-
-
-KINDS = {"quotation": _quotation, "edit": _edit, "records": _records, "prose": _prose}
 
 
 def main(
     checkpoint: Path,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 160,
+    draft: Annotated[str | None, typer.Option(help="Checkpoint of a draft model.")] = None,
+    experts: Annotated[int, typer.Option(help="Experts of the model; 0: as it is stored.")] = 0,
+    noise: Annotated[float, typer.Option(help="By which they differ, as a share.")] = 0.0,
+    kinds: Annotated[str, typer.Option(help="Kinds of text.")] = ",".join(KINDS),
+    answers: Annotated[str, typer.Option(help="Answers at a time.")] = f"1,{ROWS}",
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures as JSON.")] = None,
 ) -> None:
     """Measure tokens a second with guesses and without them."""
     keep_programs()
-    model, tokenizer = load(checkpoint)
+    model, tokenizer = load(checkpoint, mesh=None)
     assert tokenizer is not None
+    if experts:
+        model = mixture_of(model, experts, noise)
     limits = Limits(
         num_pages=ROWS * 64,
         page_size=16,
@@ -98,12 +68,11 @@ def main(
     )
     steps = compile_steps(model, limits)
     plain = engine_of(model, limits, steps, max_decode_slowdown=2.3)
-    guessing = engine_of(model, limits, steps, max_decode_slowdown=2.3, proposer=LookUp.of)
+    guessing = _guessing(checkpoint, model, limits, steps, draft)
     figures: list[dict[str, Any]] = []
     print("| text | rows | tokens/s | with guesses | ratio | guesses right | same |")
     print("|---|---|---|---|---|---|---|")
-    loads = [(kind, 1) for kind in KINDS] + [("records", ROWS), ("prose", ROWS)]
-    for kind, rows in loads:
+    for kind, rows in _loads(kinds.split(","), [int(number) for number in answers.split(",")]):
         dice = random.Random(kind)
         prompts = [tuple(tokenizer.encode(KINDS[kind](dice))) for _ in range(max(3, rows))]
         batches = [prompts] if rows > 1 else [[prompt] for prompt in prompts]
@@ -128,13 +97,31 @@ def main(
             "tokens_per_second": round(statistics.median(own for own, _ in speeds)),
             "with_guesses": round(statistics.median(own for _, own in speeds)),
             "ratio": round(statistics.median(b / a for a, b in speeds), 2),
-            "right": f"{accepted} of {checked}",
+            "right": f"{accepted} of {checked} ({accepted / max(1, checked):.0%})",
             "same": is_same,
         }
         print(f"| {' | '.join(str(value) for value in row.values())} |", flush=True)
         figures.append(row)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+def _loads(kinds: list[str], rows: list[int]) -> list[tuple[str, int]]:
+    """Returns the kinds of text and the numbers of answers at a time that are measured."""
+    of_batches = ("records", "prose")
+    return [(kind, count) for count in rows for kind in kinds if count == 1 or kind in of_batches]
+
+
+def _guessing(
+    checkpoint: Path, model: Transformer, limits: Limits, steps: Steps, draft: str | None
+) -> Engine:
+    """Returns the engine that guesses, by a draft model if one is given."""
+    if draft is None:
+        return engine_of(model, limits, steps, max_decode_slowdown=2.3, proposer=LookUp.of)
+    opened = Draft.open(draft, open_pretrained(checkpoint), model.placement)
+    own = opened.limits(limits)
+    loaded = LoadedDraft(opened.load(), own, compile_draft(opened.abstract, own))
+    return engine_of(model, limits, steps, max_decode_slowdown=2.3, drafter=loaded.drafter())
 
 
 def _answered(

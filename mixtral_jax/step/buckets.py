@@ -72,6 +72,10 @@ class Steps:
             return self.whole.bucket(Kind(adapted, masked), num_tokens)
         return min(bucket for bucket in self.rows if bucket >= num_tokens)
 
+    def run_bucket(self, num_rows: int) -> int:
+        """Returns the smallest bucket for runs of so many rows; see `StepLauncher.run`."""
+        return self.bucket(num_rows) if self.whole is None else self.whole.run_bucket(num_rows)
+
     def prepare_scores(self) -> None:
         """Compiles what steps with scores need, unless that has been done.
 
@@ -118,6 +122,7 @@ def compile_buckets(
     adapters: StackSizes | None = None,
     counts_experts: bool = False,
     is_whole: bool | None = None,
+    run_steps: int = 0,
     first: Collection[int] | None = None,
 ) -> Steps:
     """Compiles the step of every bucket.
@@ -132,6 +137,7 @@ def compile_buckets(
         adapters: sizes of the adapters' stacks; None if no row has an adapter.
         counts_experts: whether steps count the tokens that chose each expert, of a mixture.
         is_whole: whether a step is one program; None for the devices' own form.
+        run_steps: most steps of a run, which is one program then too; 0 for no runs.
         first: of whole steps, buckets that are compiled now, while `Steps.whole.compile_rest` is
             left to the caller; None for all.
     """
@@ -154,6 +160,7 @@ def compile_buckets(
             has_masks=has_masks,
             stacks=stacks,
             counts_experts=counts_experts,
+            run_steps=run_steps,
         )
         if first is None:
             whole.compile_rest(progress)
@@ -205,7 +212,7 @@ def _compile_layerwise(
         progress(f"compiling step {number} of {len(blank)}: {size} tokens")
         if inputs.num_rows not in draw:
             draw[inputs.num_rows] = compile_draw(split, inputs, num_drawn, has_masks=has_masks)
-        embed, block, pick, adapted = compile_walk(
+        embed, blocks, pick, adapted = compile_walk(
             split, pages, inputs, num_drawn, stacks, counts_experts=counts_experts
         )
         fewer = {
@@ -213,5 +220,7 @@ def _compile_layerwise(
             for rows in made
             if rows < inputs.num_rows
         }
-        programs[size] = Programs(embed, block, pick, *draw[inputs.num_rows], adapted, fewer)
+        programs[size] = Programs(
+            embed, blocks, split.forms, pick, *draw[inputs.num_rows], adapted, fewer
+        )
     return programs

@@ -67,6 +67,7 @@ class StepFunctions:
 
     def block(
         self,
+        form: int,
         arrays: Arrays,
         x: FlatHidden,
         rotary: Rotary,
@@ -74,13 +75,16 @@ class StepFunctions:
         batch: RaggedBatch,
         adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[jax.Array, ...]:
-        """Returns x [T D] and the pages behind a layer, and with `counts_experts` its counts."""
+        """Returns x [T D] and the pages behind a layer, and with `counts_experts` its counts.
+
+        `form` is the layer's, of `SplitModel.forms`.
+        """
         split = self.split
         batch = with_scalar_counts(batch, split.layout)
         if adapters.slots is not None:
             adapters = adapters._replace(slots=own_group(adapters.slots, split.layout))
         capture = Capture({"router.choice"} if self.counts_experts else ())
-        module = split.block_structure.module(arrays)
+        module = split.block_structures[form].module(arrays)
         x, pages = module.paged(x, rotary, pages, batch, adapters, capture)
         if not self.counts_experts:
             return x, pages

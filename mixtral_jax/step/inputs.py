@@ -122,6 +122,32 @@ class StepInputs(NamedTuple):
         """Returns the same inputs with the rows that draw in another step's place."""
         return self._replace(last=other.last, sampling=other.sampling)
 
+    def later(self, number: Any, active: Any) -> "StepInputs":
+        """Returns the inputs of a later step of a run; see `StepLauncher.run`.
+
+        Args:
+            number: of the step in the run, whose first step has these inputs, of one group; an i32
+                of numpy, or within a program a traced one.
+            active: number of sequences, the first ones, that are in it; as `number`.
+        """
+        batch, sampling = self.batch, self.sampling
+        own = np.arange(len(self.follows), dtype=np.int32)  # token p is what row p has drawn
+        own[len(self.last) :] = -1
+        is_first = (number == 0).astype(np.int32)
+        is_active = (np.arange(self.num_rows, dtype=np.int32) < active).astype(np.int32)
+        count: Any = batch.num_decodes * 0 + active
+        batch = batch._replace(
+            positions=batch.positions + number,
+            lengths=(batch.lengths + number) * is_active,
+            num_decodes=count,
+            num_sequences=count,
+        )
+        return self._replace(
+            batch=batch,
+            follows=self.follows * is_first + own * (1 - is_first),
+            sampling=sampling._replace(position=sampling.position + number),
+        )
+
     def with_blanks(self, tokens: Any, biases: Biases) -> "StepInputs":
         """Returns the same inputs with other arrays for a history and biases that none has."""
         sampling = self.sampling

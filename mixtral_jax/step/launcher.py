@@ -14,6 +14,7 @@ from mixtral_jax.axes import (
     ExpertCounts,
     FlatHidden,
     HostRowMasks,
+    HostRunTokens,
     LayerCounts,
     PackedDraws,
     Pages,
@@ -48,6 +49,18 @@ class LaunchedStep(NamedTuple):
     packed: PackedDraws | None
     expert_tokens: LayerCounts | None
     hidden: DrawnHidden | None = None  # where no row draws: to wait for the step
+
+
+class LaunchedRun(NamedTuple):
+    """Steps of a run that the devices compute."""
+
+    tokens: Any  # [steps R] i32, or such an array of draws for each step; on the devices
+
+    def read(self) -> HostRunTokens:
+        """Waits for it; returns what rows drew, NO_TOKEN where logits are not finite."""
+        if isinstance(self.tokens, list):
+            return np.stack([packed[:, 0] for packed in jax.device_get(self.tokens)])
+        return np.asarray(self.tokens)
 
 
 class StepLauncher:
@@ -118,6 +131,29 @@ class StepLauncher:
         self._tokens = done.tokens
         return LaunchedStep(done.packed, done.expert_tokens)
 
+    def run(self, inputs: StepInputs, active: Sequence[int]) -> LaunchedRun:
+        """Starts several steps of the same sequences, without waiting for what any draws.
+
+        The token of a sequence in one of them is the one that it has drawn in the step before. Such
+        steps are one program where a step is.
+
+        Args:
+            inputs: of the first step: one group, and every sequence has one token and draws.
+            active: numbers of sequences, the first ones, in all steps; they do not grow.
+        """
+        whole = self.steps.whole
+        if whole is None:
+            steps = [inputs.later(np.int32(i), np.int32(n)) for i, n in enumerate(active)]
+            return LaunchedRun([self.launch(step).packed for step in steps])
+        counts = host_array(whole.run_steps, 0)
+        counts[: len(active)] = active
+        common = self._layout(inputs.num_tokens).pack(inputs)
+        layers, rare = tuple(self._layers), self._rare(inputs)
+        run, model = whole.run(inputs.num_tokens), self._model
+        done = run(model.rest, model.blocks, layers, self._tokens, common, rare, counts)
+        self._layers[:], self._tokens = done.layers, done.tokens
+        return LaunchedRun(done.run)
+
     def walk(self, inputs: StepInputs) -> WalkedStep:
         """Starts the part of a step that goes through the layers and writes pages."""
         if self.steps.whole is not None:
@@ -134,13 +170,13 @@ class StepLauncher:
         slots = self._model.replicate(np.asarray(inputs.slots)) if inputs.has_adapters else None
         counts: list[ExpertCounts] = []
         for i, block in enumerate(self._model.blocks):
-            given = (block, x, rotary, self._layers[i], batch)
+            given, form = (block, x, rotary, self._layers[i], batch), programs.forms[i]
             if slots is None:
-                x, self._layers[i], *new = programs.block(*given)
+                x, self._layers[i], *new = programs.blocks[form](*given)
             else:
-                assert programs.adapted_block is not None, "no stacks were compiled"
+                assert programs.adapted_blocks, "no stacks were compiled"
                 adapters = Adapters(self._stacks[i], slots)
-                x, self._layers[i], *new = programs.adapted_block(*given, adapters)
+                x, self._layers[i], *new = programs.adapted_blocks[form](*given, adapters)
             counts += new
         pick = programs.ends(inputs.num_drawn).pick
         hidden, last = pick(x, batch.tokens, inputs.last)

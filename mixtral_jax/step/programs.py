@@ -3,11 +3,11 @@
 It is a few programs: `embed`, `block` (called once for each layer), `pick` and `draw`. Where
 some row has an adapter, `adapted_block` is called in place of `block`, and where one has a mask,
 `draw_masked` in place of `draw`; all other steps run what they would run if there were neither. All
-layers have the same shapes, so one compilation serves them all and the start does not grow with the
-depth. What a sequence drew goes from `draw` to the next `embed` on the device, so a step can be
-launched before the tokens of the previous one are read. Where fewer rows draw than a step has room
-for, as at the end of a prompt, `pick` and `draw` of fewer rows are called; where none does, no
-`draw`.
+layers of one form have the same shapes, so one compilation serves them all and the start does not
+grow with the depth. What a sequence drew goes from `draw` to the next `embed` on the device, so a
+step can be launched before the tokens of the previous one are read. Where fewer rows draw than a
+step has room for, as at the end of a prompt, `pick` and `draw` of fewer rows are called; where none
+does, no `draw`.
 
 Where experts are counted, `block` and `adapted_block` also return how many tokens chose each of
 them, and `tally` puts the counts of all layers together.
@@ -20,6 +20,7 @@ Only shapes are needed: the same programs are compiled for devices that are not 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -45,12 +46,14 @@ class Programs(NamedTuple):
     """The compiled programs of a step of one size."""
 
     embed: Compiled  # (rest, batch, follows, tokens) -> batch with its tokens, x, rotary
-    block: Compiled  # (block, x, rotary, pages, batch) -> x, pages; pages are donated
+    # For each form of layer: (block, x, rotary, pages, batch) -> x, pages; pages are donated
+    blocks: tuple[Compiled, ...]
+    forms: tuple[int, ...]  # of each layer, an index of `blocks`
     pick: Compiled  # these three as in Ends, for as many rows as the step has room for
     draw: Compiled
     draw_masked: Compiled | None
-    # (block, x, rotary, pages, batch, adapters) -> x, pages; None if no row has an adapter
-    adapted_block: Compiled | None = None
+    # (block, x, rotary, pages, batch, adapters) -> x, pages; empty if no row has an adapter
+    adapted_blocks: tuple[Compiled, ...] = ()
     # Where experts are counted, both blocks have a third result, which `compile_tally` takes.
     # By rows, where fewer draw: a product with the whole vocabulary is not made for empty rows.
     fewer: Mapping[int, Ends] = {}
@@ -62,8 +65,9 @@ class Programs(NamedTuple):
     @property
     def all(self) -> list[Compiled | None]:
         """All of them; None for those that no step needs."""
-        own = [self.embed, self.block, self.pick, self.draw, self.draw_masked, self.adapted_block]
-        return [*own, *(program for ends in self.fewer.values() for program in ends)]
+        own = [self.embed, *self.blocks, self.pick, self.draw, self.draw_masked]
+        ends = [program for ends in self.fewer.values() for program in ends]
+        return [*own, *self.adapted_blocks, *ends]
 
 
 def compile_walk(
@@ -74,11 +78,11 @@ def compile_walk(
     stacks: BlockStacks | None = None,
     *,
     counts_experts: bool = False,
-) -> tuple[Compiled, Compiled, Compiled, Compiled | None]:
-    """Compiles `embed`, `block`, `pick` and `adapted_block` for the shapes of these inputs.
+) -> tuple[Compiled, tuple[Compiled, ...], Compiled, tuple[Compiled, ...]]:
+    """Compiles `embed`, `blocks`, `pick` and `adapted_blocks` for the shapes of these inputs.
 
-    `num_drawn` is the length of `Sampled.tokens`. `stacks` are shapes; without them there is no
-    `adapted_block`. With `counts_experts` both blocks also return `expert_tokens` of each group.
+    `num_drawn` is the length of `Sampled.tokens`. `stacks` are shapes; without them there are no
+    `adapted_blocks`. With `counts_experts` both blocks also return `expert_tokens` of each group.
     """
 
     step = StepFunctions(split, num_drawn, counts_experts)
@@ -91,21 +95,24 @@ def compile_walk(
     drawn = jax.ShapeDtypeStruct((num_drawn,), jnp.int32)
     given = (split.rest, inputs.batch, inputs.follows, drawn)
     batch, x, rotary = jax.eval_shape(embedding, *given)
-    specs = (split.block_structure.specs, rows, rows, places, rows)
     out = (rows, places, rows) if counts_experts else (rows, places)
-    walk = split.jit(step.block, specs, out, donate=(3,))
-    walked = (split.blocks[0], x, rotary, pages, batch)
-    adapted: Compiled | None = None
-    if stacks is not None:
-        slots = jax.ShapeDtypeStruct(inputs.slots.shape, jnp.int32)
-        beside = Adapters(split.stack_specs(stacks), REPLICATED)  # type: ignore[arg-type]
-        with_adapters = split.jit(step.block, (*specs, beside), out, donate=(3,))
-        adapted = with_adapters.lower(*walked, Adapters(stacks, slots)).compile()  # type: ignore[arg-type]
+    blocks, adapted = [], []
+    for form, structure in enumerate(split.block_structures):
+        run = partial(step.block, form)
+        specs = (structure.specs, rows, rows, places, rows)
+        walked = (split.blocks[split.forms.index(form)], x, rotary, pages, batch)
+        blocks.append(split.jit(run, specs, out, donate=(3,)).lower(*walked).compile())
+        if stacks is not None:
+            slots = jax.ShapeDtypeStruct(inputs.slots.shape, jnp.int32)
+            beside = Adapters(split.stack_specs(stacks), REPLICATED)  # type: ignore[arg-type]
+            with_adapters = split.jit(run, (*specs, beside), out, donate=(3,))
+            lowered = with_adapters.lower(*walked, Adapters(stacks, slots))  # type: ignore[arg-type]
+            adapted.append(lowered.compile())
     return (
         embedding.lower(*given).compile(),
-        walk.lower(*walked).compile(),
+        tuple(blocks),
         compile_pick(split, inputs),
-        adapted,
+        tuple(adapted),
     )
 
 

@@ -4,6 +4,7 @@
     walk    the same up to where the rows draw, for steps in which some row has a mask
     draw    the rest of those, under the masks
     copy    whole pages, in all layers
+    run     several steps, each of which computes what the one before has drawn
 
 `step` and `walk` each have a twin for steps in which some row has an adapter. The host launches one
 program a step, gives it one array (a second where some row has a history or biases, see
@@ -35,8 +36,10 @@ from mixtral_jax.axes import (
     Pages,
     RowMasks,
     Rows,
+    RunTokens,
 )
 from mixtral_jax.model.adapter_stack import NO_ADAPTERS, Adapters, BlockStacks
+from mixtral_jax.step.draws import NO_TOKEN
 from mixtral_jax.step.functions import StepFunctions, copied
 from mixtral_jax.step.inputs import StepInputs, StepSizes, mask_words
 from mixtral_jax.step.packed_inputs import PackedLayout
@@ -53,7 +56,7 @@ class Kind(NamedTuple):
     masked: bool = False
 
 
-# A step of a bucket; "draw" of so many rows of a group; "copy".
+# A step of a bucket; "draw" of so many rows of a group; "copy"; "run" of a bucket.
 Key = tuple[Kind | str, int]
 
 
@@ -67,6 +70,7 @@ class WholeStep(NamedTuple):
     packed: PackedDraws | None = None  # drawn, for the host
     expert_tokens: LayerCounts | None = None  # [L E] where experts are counted
     flat: FlatHidden | None = None  # of a walk: x of all tokens, for scores
+    run: RunTokens | None = None  # of a run: what each of its steps has drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +91,28 @@ class WholeFunctions:
         stacks: tuple[BlockStacks, ...] = (),
     ) -> WholeStep:
         """Goes through the layers; `stacks` are those of each, and none without adapters."""
-        step, inputs = self.functions, self.layout.unpack(common, rare)
+        inputs = self.layout.unpack(common, rare)
+        return self._walk(rest, blocks, layers, drawn, inputs, stacks)
+
+    def _walk(
+        self,
+        rest: Arrays,
+        blocks: tuple[Arrays, ...],
+        layers: Layers,
+        drawn: Rows,
+        inputs: StepInputs,
+        stacks: tuple[BlockStacks, ...] = (),
+    ) -> WholeStep:
+        step = self.functions
         with jax.named_scope("embed"):
             batch, x, rotary = step.embed(rest, inputs.batch, inputs.follows, drawn)
-        written, counts = [], []
+        written, counts, forms = [], [], step.split.forms
         for i, block in enumerate(blocks):
             adapters = Adapters(stacks[i], inputs.slots) if stacks else NO_ADAPTERS
             with jax.named_scope(f"layer.{i}"):
-                x, pages, *counted = step.block(block, x, rotary, layers[i], batch, adapters)
+                x, pages, *counted = step.block(
+                    forms[i], block, x, rotary, layers[i], batch, adapters
+                )
             written.append(pages)
             counts += counted
         with jax.named_scope("pick"):
@@ -125,6 +143,32 @@ class WholeFunctions:
             expert_tokens=walked.expert_tokens,
         )
 
+    def run(
+        self,
+        rest: Arrays,
+        blocks: tuple[Arrays, ...],
+        layers: Layers,
+        drawn: Rows,
+        common: jax.Array,
+        rare: jax.Array,
+        active: jax.Array,
+    ) -> WholeStep:
+        """Takes a step for each number of `active` that is not 0; see `StepLauncher.run`."""
+        inputs = self.layout.unpack(common, rare)
+
+        def step(number: jax.Array, carry: Any) -> Any:
+            layers, drawn, run = carry
+            now = inputs.later(number, active[number])
+            walked = self._walk(rest, blocks, layers, drawn, now)
+            assert walked.hidden is not None and walked.last is not None
+            sampled = self.functions.draw(rest, walked.hidden, walked.last, now.sampling)
+            return walked.layers, sampled.tokens, run.at[number].set(sampled.packed[:, 0])
+
+        run = jnp.full((active.shape[0], inputs.last.shape[0]), NO_TOKEN, jnp.int32)
+        steps = jnp.sum(active > 0, dtype=jnp.int32)
+        layers, drawn, run = jax.lax.fori_loop(0, steps, step, (layers, drawn, run))
+        return WholeStep(layers, tokens=drawn, run=run)
+
     def draw(
         self,
         rest: Arrays,
@@ -152,6 +196,7 @@ class WholeSteps:
         has_masks: whether a row may have a mask.
         stacks: shapes of a layer's stacks; None if no row has an adapter.
         counts_experts: whether steps count the tokens that chose each expert.
+        run_steps: most steps of a run; 0 for no runs.
     """
 
     def __init__(
@@ -165,7 +210,9 @@ class WholeSteps:
         has_masks: bool = True,
         stacks: BlockStacks | None = None,
         counts_experts: bool = False,
+        run_steps: int = 0,
     ) -> None:
+        self.run_steps = run_steps
         self._split, self._pages, self._sizes, self._groups = split, pages, sizes, groups
         self._rows, self._stacks = rows, stacks
         num_drawn = split.num_sequence_groups * sizes.max_sequences
@@ -188,6 +235,11 @@ class WholeSteps:
             sizes = [size for size in sizes if ("draw", self._rows[size]) in compiled]
         return min(sizes)
 
+    def run_bucket(self, num_rows: int) -> int:
+        """Returns the smallest bucket for runs of so many rows whose program is compiled."""
+        sizes = [size for kind, size in self.compiled if kind == "run" and size >= num_rows]
+        return min(sizes)
+
     def layout(self, bucket: int) -> PackedLayout:
         """Returns how the inputs of a bucket are laid out."""
         blank = StepInputs.blank(bucket, self._rows[bucket], self._sizes, self._groups)
@@ -201,6 +253,10 @@ class WholeSteps:
         """Returns the program of `WholeFunctions.draw` for so many rows of a group."""
         return self._compiled["draw", rows]
 
+    def run(self, bucket: int) -> Compiled:
+        """Returns the program of `WholeFunctions.run`."""
+        return self._compiled["run", bucket]
+
     @property
     def copy(self) -> Compiled:
         """The program (layers, pairs [S 2]) -> layers, which are donated."""
@@ -211,7 +267,7 @@ class WholeSteps:
         """The programs that are not compiled by now, draws before the steps that need them."""
         sizes = sorted(self._rows, reverse=True)
         steps: list[Key] = [(kind, size) for kind in self._kinds for size in sizes]
-        keys = [("copy", 0), *self._draws(sizes), *steps]
+        keys = [("copy", 0), *self._draws(sizes), *steps, *self._runs()]
         return [key for key in keys if key not in self._compiled]
 
     def compile_first(self, few: Collection[int], progress: Callable[[str], None]) -> None:
@@ -224,6 +280,7 @@ class WholeSteps:
         largest = max(self._rows)
         keys: list[Key] = [(kind, largest) for kind in self._kinds]
         keys += [(Kind(), size) for size in sorted(few, reverse=True) if size != largest]
+        keys += self._runs()
         # Several at once: each of them keeps a core or two busy.
         self._compile([("copy", 0), *self._draws([largest]), *keys], progress, _half_the_cores())
 
@@ -249,6 +306,13 @@ class WholeSteps:
         """Compiles a program; steps may run meanwhile. Raises what the compiler raises."""
         self._compiled[key] = self.lowered(key).compile()
 
+    def _runs(self) -> list[Key]:
+        """The runs of all buckets that are no larger than all rows need."""
+        if not self.run_steps:
+            return []
+        enough = min(size for size in self._rows if size >= self._sizes.max_sequences)
+        return [("run", size) for size in sorted(self._rows) if size <= enough]
+
     def _draws(self, sizes: Iterable[int]) -> list[Key]:
         """The draws that masked steps of these buckets need."""
         rows = {self._rows[size] for size in sizes}
@@ -269,14 +333,16 @@ class WholeSteps:
         kind, size = key
         if isinstance(kind, Kind):
             return self._lowered_step(kind, size)
+        if kind == "run":
+            return self._lowered_step(Kind(), size, is_run=True)
         return self._lowered_copy() if kind == "copy" else self._lowered_draw(size)
 
-    def _lowered_step(self, kind: Kind, bucket: int) -> Lowered:
+    def _lowered_step(self, kind: Kind, bucket: int, *, is_run: bool = False) -> Lowered:
         split, layout = self._split, self.layout(bucket)
         num_layers, places = len(split.blocks), split.spec("PYKH")
         specs: list[Any] = [
             split.rest_structure.specs,
-            (split.block_structure.specs,) * num_layers,
+            tuple(split.block_structures[form].specs for form in split.forms),
             (places,) * num_layers,
             *(REPLICATED,) * 3,
         ]
@@ -292,10 +358,15 @@ class WholeSteps:
             assert self._stacks is not None
             specs.append((split.stack_specs(self._stacks),) * num_layers)
             given.append((self._stacks,) * num_layers)
+        if is_run:
+            specs.append(REPLICATED)
+            given.append(jax.ShapeDtypeStruct((self.run_steps,), jnp.int32))
         functions = WholeFunctions(self._functions, layout)
         # Each spec stands for a result that the program may not have.
-        out: Any = WholeStep((places,) * num_layers, *(REPLICATED,) * 5, split.spec("B"))  # type: ignore[arg-type]
-        program = functions.walk if kind.masked else functions.step
+        results: Any = (places,) * num_layers, *(REPLICATED,) * 5, split.spec("B"), REPLICATED
+        out: Any = WholeStep(*results)
+        program: Any = functions.walk if kind.masked else functions.step
+        program = functions.run if is_run else program
         lowered: Lowered = split.jit(program, tuple(specs), out, donate=(2,)).lower(*given)
         return lowered
 
@@ -338,6 +409,8 @@ def _name(key: Key) -> str:
     kind, size = key
     if kind == "copy":
         return "the copy of pages"
+    if kind == "run":
+        return f"a run of steps of {size} sequences"
     if not isinstance(kind, Kind):
         return f"the draw under masks of {size} rows"
     beside = " with adapters" if kind.adapted else ""

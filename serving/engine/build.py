@@ -34,12 +34,14 @@ from serving.engine.adapters import AdapterSlots
 from serving.engine.cache_memory import cache_bytes
 from serving.engine.config import EngineConfig
 from serving.engine.device import Order
+from serving.engine.drafts.draft import Draft, LoadedDraft, compile_draft
 from serving.engine.engine import Engine
 from serving.engine.expert_load import ExpertLoad
 from serving.engine.grammars import Grammars
 from serving.engine.runner import Runner
-from serving.scheduling.guesser import Proposer
-from serving.scheduling.lookup import LookUp
+from serving.scheduling.guesses.drafts import Drafter
+from serving.scheduling.guesses.guesser import Proposer
+from serving.scheduling.guesses.lookup import LookUp
 from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.step_plan import Limits
 
@@ -111,6 +113,7 @@ def engine_of(
     expert_load: ExpertLoad | None = None,
     max_decode_slowdown: float | None = None,
     proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
 ) -> Engine:
     """Returns an engine for a model on its devices.
 
@@ -126,6 +129,7 @@ def engine_of(
         expert_load: sums up what steps count that were compiled with `counts_experts`.
         max_decode_slowdown: see `EngineConfig`; None for prompts as large as a step has room for.
         proposer: see `Engine`.
+        drafter: see `Engine`.
     """
     masks = Grammars(mask_words(model.config.vocab_size))
     runner, slots = Runner(model, steps, expert_load), None
@@ -143,6 +147,7 @@ def engine_of(
         adapters=slots,
         put_layer=runner.put_layer,
         rhythm=rhythm,
+        drafter=drafter,
     )
 
 
@@ -178,6 +183,8 @@ class Prepared:
     steps: Steps
     mesh: str | None
     """The mesh as `mesh_text` writes it; None on one device."""
+    draft: LoadedDraft | None = None
+    """The draft model that guesses the tokens of answers."""
 
     @property
     def max_sequences(self) -> int:
@@ -204,12 +211,15 @@ def prepare(
     """
     placement = pretrained.placement(config.dtype, config.mesh, config.dp_attention)
     _check(placement, config, pretrained.card.model)
+    draft: Draft | None = None
+    if config.draft_model is not None:
+        draft = Draft.open(config.draft_model, pretrained, placement)
     abstract = Transformer(pretrained.card.model, placement, rngs=None)
     stacks = stack_sizes(config, pretrained.card.model)
-    settings = _settings(abstract, config, stacks)
+    settings = _settings(abstract, config, stacks, draft)
     for line in settings.lines:
         say(line)
-    limits = agree(_limits(abstract, config, stacks, settings))
+    limits = agree(_limits(abstract, config, stacks, settings, draft))
     if placement.layout is not None:
         say(f"{placement.layout.mesh.size} devices: {placement.mesh_text}")
     # Reading the weights and compiling for their shapes do not wait for one another.
@@ -237,7 +247,25 @@ def prepare(
         )
         if jax.process_count() > 1:
             steps.prepare_scores()  # later, all processes would wait for the slowest
-        return Prepared(model.result(), limits, steps, placement.mesh_text)
+        loaded = None if draft is None else _loaded(draft, pool, limits, settings, say)
+        return Prepared(model.result(), limits, steps, placement.mesh_text, loaded)
+
+
+def _loaded(
+    draft: Draft,
+    pool: ThreadPoolExecutor,
+    model: Limits,
+    settings: StepSettings,
+    say: Callable[[str], None],
+) -> LoadedDraft:
+    """Loads a draft model in the pool's thread, and compiles its programs meanwhile."""
+    limits = draft.limits(model)
+    name, room = draft.pretrained.card.name, limits.num_pages * limits.page_size
+    say(f"loading the draft model {name}, with room for {room:,} tokens")
+    loaded = pool.submit(draft.load)
+    kv_dtype = draft.kv_dtype(limits.page_size, settings.kv_dtype)
+    steps = compile_draft(draft.abstract, limits, say, kv_dtype)
+    return LoadedDraft(loaded.result(), limits, steps)
 
 
 def prepare_loaded(
@@ -304,15 +332,20 @@ def stack_sizes(config: EngineConfig, model: ModelConfig) -> StackSizes | None:
     return StackSizes(slots=count, rank=rank, targets=tuple(targets))
 
 
-def _held(model: Transformer, stacks: StackSizes | None) -> int:
-    """Returns the bytes of weights and of adapters' stacks on each device."""
-    held = held_bytes(model)
+def _held(model: Transformer, stacks: StackSizes | None, draft: Draft | None) -> int:
+    """Returns the bytes of all weights and of adapters' stacks on each device."""
+    held = held_bytes(model) + (0 if draft is None else draft.held_bytes)
     if stacks is not None:
         held += stacks.slots * slot_bytes(model.config, model.placement, stacks)
     return held
 
 
-def _settings(model: Transformer, config: EngineConfig, stacks: StackSizes | None) -> StepSettings:
+def _settings(
+    model: Transformer,
+    config: EngineConfig,
+    stacks: StackSizes | None,
+    draft: Draft | None = None,
+) -> StepSettings:
     """Returns the sizes of steps, by chip where the operator does not give them.
 
     They follow from published figures, not from what is free at the moment, so that all processes
@@ -321,9 +354,11 @@ def _settings(model: Transformer, config: EngineConfig, stacks: StackSizes | Non
     placement = model.placement
     chip, memory = chip_under(placement), None
     if chip is not None:
-        memory = page_memory(chip.memory, _held(model, stacks))
+        memory = page_memory(chip.memory, _held(model, stacks, draft))
     if config.kv_memory is not None and jax.process_count() == 1:
         memory = config.kv_memory << 20
+    if memory is not None and draft is not None:
+        memory = int(memory * _share_beside(draft, model, config))
     given = GivenSettings(
         max_sequences=config.max_sequences,
         max_step_tokens=config.max_step_tokens,
@@ -344,8 +379,22 @@ def _buckets(config: EngineConfig, placement: Placement, limits: Limits) -> tupl
     return (*sorted(size for size in sizes if size < largest), largest)
 
 
+def _share_beside(draft: Draft, model: Transformer, config: EngineConfig) -> float:
+    """Returns the share of the memory of pages that a draft leaves to the model."""
+    placement = model.placement
+    page_size = config.page_size or placement.page_size
+    kv_dtype = placement.checked_kv_dtype(config.kv_dtype, model.config)
+    page = placement.page_form(model.config, page_size, kv_dtype)
+    own = model.config.num_layers * page.nbytes
+    return own / (own + draft.page_bytes(page_size, kv_dtype))
+
+
 def _limits(
-    model: Transformer, config: EngineConfig, stacks: StackSizes | None, settings: StepSettings
+    model: Transformer,
+    config: EngineConfig,
+    stacks: StackSizes | None,
+    settings: StepSettings,
+    draft: Draft | None = None,
 ) -> Limits:
     """Returns the limits of one partition of the sequences; settings are of all together."""
     layout = model.layout
@@ -354,10 +403,13 @@ def _limits(
     if config.kv_memory is not None:
         memory = config.kv_memory << 20
     else:
-        memory = cache_bytes(_held(model, stacks))
+        memory = cache_bytes(_held(model, stacks, draft))
     max_context, page_size = model.config.max_context, settings.page_size
     page = model.placement.page_form(model.config, page_size, settings.kv_dtype)
-    room = memory // (model.config.num_layers * page.nbytes)
+    bytes_of_page = float(model.config.num_layers * page.nbytes)
+    if draft is not None:
+        bytes_of_page += draft.page_bytes(page_size, settings.kv_dtype)
+    room = int(memory // bytes_of_page)
     num_pages = max(1, min(max_sequences * max_context // page_size, room))
     limits = Limits(
         num_pages=num_pages,

@@ -55,25 +55,30 @@ def _available() -> int | None:
 class DeviceMemory(Collector):
     """Bytes on the fullest device of this process, by kind.
 
-    `weights`, `pages` and `adapters` are those of the arrays; `programs` is the code of all that
-    are compiled, and `temporaries` what the one with the most of them takes while it runs, as the
-    compiler says. `in_use`, `peak` and `limit` are those of the device's allocator, where it has
-    one that tells; a CPU has none.
+    `weights`, `pages` and `adapters` are those of the arrays, and `draft` the weights and pages of
+    a draft model; `programs` is the code of all that are compiled, and `temporaries` what the one
+    with the most of them takes while it runs, as the compiler says. `in_use`, `peak` and `limit`
+    are those of the device's allocator, where it has one that tells; a CPU has none.
 
     Args:
         model: the parameters.
         steps: all programs of its engine.
         registry: of the process.
+        draft: weights and programs of a draft model; None without one.
     """
 
-    def __init__(self, model: Transformer, steps: Steps, registry: CollectorRegistry) -> None:
-        pages = steps.pages
-        shape = pages.shape if pages.sharding is None else pages.sharding.shard_shape(pages.shape)
-        self._steps = steps
-        self._arrays = {
-            "weights": held_bytes(model),
-            "pages": model.config.num_layers * math.prod(shape) * pages.dtype.itemsize,
-        }
+    def __init__(
+        self,
+        model: Transformer,
+        steps: Steps,
+        registry: CollectorRegistry,
+        draft: tuple[Transformer, Steps] | None = None,
+    ) -> None:
+        self._all_steps = [steps]
+        self._arrays = {"weights": held_bytes(model), "pages": _page_bytes(model, steps)}
+        if draft is not None:
+            self._all_steps.append(draft[1])
+            self._arrays["draft"] = held_bytes(draft[0]) + _page_bytes(*draft)
         if steps.adapters is not None:
             sizes = steps.adapters.sizes
             slot = slot_bytes(model.config, model.placement, sizes)
@@ -87,7 +92,7 @@ class DeviceMemory(Collector):
             "Bytes on the fullest device of this process, by kind.",
             labels=("kind",),
         )
-        analyses = [program.memory_analysis() for program in self._steps.programs]
+        analyses = [program.memory_analysis() for s in self._all_steps for program in s.programs]
         known = [analysis for analysis in analyses if analysis is not None]
         code = sum(analysis.generated_code_size_in_bytes for analysis in known)
         temporaries = max((analysis.temp_size_in_bytes for analysis in known), default=0)
@@ -101,3 +106,10 @@ class DeviceMemory(Collector):
         for kind, value in kinds.items():
             family.add_metric([kind], value)
         yield family
+
+
+def _page_bytes(model: Transformer, steps: Steps) -> int:
+    """Returns the bytes of all layers' pages on each device."""
+    pages = steps.pages
+    shape = pages.shape if pages.sharding is None else pages.sharding.shard_shape(pages.shape)
+    return model.config.num_layers * math.prod(shape) * pages.dtype.itemsize

@@ -56,6 +56,8 @@ class EngineConfig:
     """Times that prompts may lengthen a step in which answers go on; infinite: any."""
     speculate: str | None = None
     """How the next tokens of answers are guessed: "lookup"; None: they are not."""
+    draft_model: str | None = None
+    """A checkpoint folder, or "tiny-random": a smaller model that guesses the next tokens."""
     expert_metrics: bool = False
     """Count the tokens that each expert of each layer gets."""
 
@@ -64,6 +66,11 @@ class EngineConfig:
         """The folders of `adapter`, or their URLs in a store, by the names of the adapters."""
         pairs = [text.partition("=")[::2] for text in self.adapter]
         return {name: place if "://" in place else Path(place) for name, place in pairs}
+
+    @property
+    def reads_predictions(self) -> bool:
+        """True if tokens are guessed from what a caller says that the answer may repeat."""
+        return self.speculate == "lookup"
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -90,9 +97,15 @@ class EngineConfig:
             )
         if self.speculate not in (None, "lookup"):
             raise ConfigError(f"--speculate is {self.speculate!r}; give lookup, or leave it out")
-        if self.speculate is not None and self.max_sequences == 1:
+        if self.speculate is not None and self.draft_model is not None:
             raise ConfigError(
-                "--speculate has no row for a guess with --max-sequences 1; give 8 or more, or "
+                "--speculate lookup and --draft-model both guess the next tokens; give one of them"
+            )
+        flag = "--speculate" if self.draft_model is None else "--draft-model"
+        is_guessed = self.speculate is not None or self.draft_model is not None
+        if is_guessed and self.max_sequences == 1:
+            raise ConfigError(
+                f"{flag} has no row for a guess with --max-sequences 1; give 8 or more, or "
                 "leave one of the two out"
             )
         if not self.max_decode_slowdown > 1:

@@ -29,7 +29,8 @@ from serving.engine.adapters import AdapterSlots
 from serving.engine.device import Device, Launched, Masks, MaskSource, Order, PutLayer, Walk
 from serving.engine.recovery import Suspects
 from serving.errors import ModelNotFound
-from serving.scheduling.guesser import Proposer
+from serving.scheduling.guesses.drafts import Drafter
+from serving.scheduling.guesses.guesser import Proposer
 from serving.scheduling.partitions import Partitions
 from serving.scheduling.request import Drawn, Event, FinishReason, Request, RowDraws, Scored
 from serving.scheduling.rhythm import Rhythm
@@ -50,6 +51,7 @@ class _Step:
     began: float  # time.monotonic()
     launched: Launched | None = None
     masks: Masks | None = None
+    is_alone: bool = True  # on the devices, so that its time is its own
 
     def drawn(self) -> Sequence[Sequence[RowDraws]]:
         """Waits for the step; returns what its chunks drew."""
@@ -85,6 +87,8 @@ class Engine:
         put_layer: writes a layer of an adapter into the devices' stacks.
         rhythm: bounds the prompts beside answers, and learns from the times of steps; None for as
             many as a step has room for.
+        drafter: guesses the next tokens of answers in place of a proposer; the device has one
+            partition then.
 
     Attributes:
         on_step: called with the number of tokens of each step before it is launched.
@@ -100,8 +104,10 @@ class Engine:
         adapters: AdapterSlots | None = None,
         put_layer: Callable[[PutLayer], None] | None = None,
         rhythm: Rhythm | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        self.scheduler = Partitions(limits, device.num_partitions, proposer, rhythm)
+        self.scheduler = Partitions(limits, device.num_partitions, proposer, rhythm, drafter)
+        self._drafter = drafter
         self._device = device
         self._broadcast = broadcast
         self._masks = masks
@@ -171,7 +177,7 @@ class Engine:
         """
         events = self.scheduler.expire(now)
         before, self._open = self._open, None
-        step = self._plan()
+        step = self._plan(before)
         fault: _Fault | None = None
         walked = None
         lost: list[Event] = []
@@ -209,15 +215,19 @@ class Engine:
         self._open, self._last_events = step, events
         return events
 
-    def _plan(self) -> _Step | None:
+    def _plan(self, before: _Step | None) -> _Step | None:
         """Returns the next step, or None if there is nothing to compute now."""
+        drafts = 0 if self._drafter is None else self._drafter.num_drafts
         plans = self.scheduler.plan()
+        if before is not None and self._drafter is not None:
+            before.is_alone = self._drafter.num_drafts == drafts
         return _Step(plans, time.monotonic()) if any(plan.chunks for plan in plans) else None
 
     def _measure(self, step: _Step) -> None:
         """Tells the scheduler how long a step took that has just ended: no two run at a time."""
         now = time.monotonic()
-        self.scheduler.learn(step.plans, now - max(step.began, self._last_drawn))
+        if step.is_alone:
+            self.scheduler.learn(step.plans, now - max(step.began, self._last_drawn))
         self._last_drawn = now
 
     def _without_tokens(

@@ -87,6 +87,8 @@ def _serve(given: dict[str, Any]) -> None:
     engine, service = record(EngineConfig, given), record(ServiceConfig, given)
     accounting = record(AccountingConfig, given)
     rank = record(Rank.of_flags, given)
+    if rank is not None and engine.draft_model is not None:
+        raise ConfigError("--draft-model runs in one process; leave it or --coordinator out")
     end_with_parent()
     raise_open_files()
     take_gpu_memory(os.environ)
@@ -164,6 +166,7 @@ def _lead(
             built.models,
             late.prepare_scores,
             Pace(service.stream_interval),
+            reads_predictions=engine.reads_predictions,
         )
         admission = Admission(
             accounts, accounting.assumed_max_tokens, accounting.cached_token_charge
@@ -297,6 +300,7 @@ def _build(
         return _PART_LOST if leader is not None and leader.loss_soon() else None
 
     prepared = prepare(config, pretrained, _say, agree)
+    draft = prepared.draft
     broadcast = None if leader is None else leader.broadcast
     load = ExpertLoad(card.model, metrics.registry) if config.expert_metrics else None
     engine = engine_of(
@@ -307,6 +311,7 @@ def _build(
         load,
         config.max_decode_slowdown,
         proposer=proposer_of(config),
+        drafter=None if draft is None else draft.drafter(),
     )
     if leader is not None:
         leader.await_ready()
@@ -333,7 +338,8 @@ def _build(
     if isa := prepared.model.placement.kernels.isa:
         metrics.tell_kernels(isa)
         _say(f"kernels for CPU: {isa}")
-    DeviceMemory(prepared.model, prepared.steps, metrics.registry)
+    beside = None if draft is None else (draft.model, draft.steps)
+    DeviceMemory(prepared.model, prepared.steps, metrics.registry, beside)
     return _Built(
         worker,
         info,

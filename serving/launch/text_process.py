@@ -29,6 +29,7 @@ from serving.accounting.ledger_client import SharedAccounts
 from serving.accounting.ledger_server import LEDGER_VARIABLE
 from serving.channel import join_address
 from serving.command_line import USER_ERRORS, Errors, app_of, command, run
+from serving.engine.config import EngineConfig
 from serving.errors import ServingError, SetupError
 from serving.flags import SERVICE, record
 from serving.launch.config import ServiceConfig
@@ -75,6 +76,7 @@ def _serve(given: dict[str, Any]) -> None:
         Admission(accounts, accounting.assumed_max_tokens, accounting.cached_token_charge),
         CallerFields(access.gateway_key, share_prefixes=accounting.share_prefixes),
         traces,
+        reads_predictions=record(EngineConfig, given).reads_predictions,
     )
     try:
         was_ended = asyncio.run(process.run(socket.socket(fileno=int(pipe))))
@@ -96,7 +98,10 @@ class _TextProcess:
         admission: Admission,
         fields: CallerFields,
         traces: Traces,
+        *,
+        reads_predictions: bool,
     ) -> None:
+        self._reads_predictions = reads_predictions
         self._service, self._access = service, access
         self._accounts = accounts
         self._admission, self._fields, self._traces = admission, fields, traces
@@ -133,6 +138,7 @@ class _TextProcess:
             ServedModels(info.name, self._service.model_alias, engine.digests),
             engine.prepare_scores,
             Pace(self._service.stream_interval),
+            reads_predictions=self._reads_predictions,
         )
         access, tls = self._access.access(), self._access.renewed_tls()
         try:

@@ -28,7 +28,7 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_TOOL_CALLS: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("chat", "token_ids", "text", "sampling", "max_tokens", "stop", "n", "min_tokens", "ignore_eos", "stop_token_ids", "top_logprobs", "caller", "cache_salt", "priority", "suspect", "response_format", "model", "prompt_logprobs", "allowed_token_ids", "include_stop", "return_prompt_ids", "return_prompt_pieces")
+    __slots__ = ("chat", "token_ids", "text", "sampling", "max_tokens", "stop", "n", "min_tokens", "ignore_eos", "stop_token_ids", "top_logprobs", "caller", "cache_salt", "priority", "suspect", "response_format", "model", "prompt_logprobs", "allowed_token_ids", "include_stop", "return_prompt_ids", "return_prompt_pieces", "prediction")
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class GenerateRequest(_message.Message):
     INCLUDE_STOP_FIELD_NUMBER: _ClassVar[int]
     RETURN_PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     RETURN_PROMPT_PIECES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_FIELD_NUMBER: _ClassVar[int]
     chat: Chat
     token_ids: TokenIds
     text: str
@@ -73,7 +74,8 @@ class GenerateRequest(_message.Message):
     include_stop: bool
     return_prompt_ids: bool
     return_prompt_pieces: bool
-    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., n: _Optional[int] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[int] = ..., caller: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ..., suspect: _Optional[bool] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ..., model: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., include_stop: _Optional[bool] = ..., return_prompt_ids: _Optional[bool] = ..., return_prompt_pieces: _Optional[bool] = ...) -> None: ...
+    prediction: str
+    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., n: _Optional[int] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[int] = ..., caller: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ..., suspect: _Optional[bool] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ..., model: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., include_stop: _Optional[bool] = ..., return_prompt_ids: _Optional[bool] = ..., return_prompt_pieces: _Optional[bool] = ..., prediction: _Optional[str] = ...) -> None: ...
 
 class ResponseFormat(_message.Message):
     __slots__ = ("json_object", "json_schema", "regex", "choice", "lark", "gbnf", "strict")

@@ -38,7 +38,7 @@ class ToText(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., events: _Optional[_Union[Events, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., adapters: _Optional[_Union[Adapters, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., ending: _Optional[_Union[Ending, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("number", "id", "prompt_ids", "sampling", "max_tokens", "eos_ids", "min_tokens", "n", "deadline", "caller", "adapter", "salt", "priority", "suspect", "prompt_logprobs", "form", "allowed_ids")
+    __slots__ = ("number", "id", "prompt_ids", "sampling", "max_tokens", "eos_ids", "min_tokens", "n", "deadline", "caller", "adapter", "salt", "priority", "suspect", "prompt_logprobs", "form", "allowed_ids", "prediction_ids")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Submit(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FORM_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_IDS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_IDS_FIELD_NUMBER: _ClassVar[int]
     number: int
     id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -73,7 +74,8 @@ class Submit(_message.Message):
     prompt_logprobs: int
     form: Form
     allowed_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, number: _Optional[int] = ..., id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_group_pb2.Sampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., eos_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., deadline: _Optional[float] = ..., caller: _Optional[str] = ..., adapter: _Optional[str] = ..., salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., suspect: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., form: _Optional[_Union[Form, _Mapping]] = ..., allowed_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    prediction_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_group_pb2.Sampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., eos_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., deadline: _Optional[float] = ..., caller: _Optional[str] = ..., adapter: _Optional[str] = ..., salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., suspect: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., form: _Optional[_Union[Form, _Mapping]] = ..., allowed_ids: _Optional[_Iterable[int]] = ..., prediction_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Form(_message.Message):
     __slots__ = ("grammar", "begins_after")

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import reduce
 
-from serving.scheduling.guesser import Proposer
+from serving.scheduling.guesses.drafts import Drafter
+from serving.scheduling.guesses.guesser import Proposer
 from serving.scheduling.request import Event, Request, RowDraws
 from serving.scheduling.rhythm import Rhythm
 from serving.scheduling.scheduler import Scheduler
@@ -30,6 +31,7 @@ class Partitions:
         proposer: makes what guesses the next tokens of answers; None for no guesses.
         rhythm: bounds the prompts beside answers, which wait for them in all partitions; None for
             as many as a step has room for.
+        drafter: guesses the next tokens in place of a proposer, where there is one partition.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class Partitions:
         count: int = 1,
         proposer: Proposer | None = None,
         rhythm: Rhythm | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
+        assert drafter is None or count == 1, "a drafter has the pages of one partition"
         self.limits = limits
         self._rhythm = rhythm
-        self._schedulers = [Scheduler(limits, proposer, rhythm) for _ in range(count)]
+        self._schedulers = [Scheduler(limits, proposer, rhythm, drafter) for _ in range(count)]
         # Ids of suspects, and None for all other requests; the first has the next step.
         self._turns = deque[str | None]([None])
 
@@ -105,8 +109,10 @@ class Partitions:
     def learn(self, plans: Iterable[StepPlan], seconds: float) -> None:
         """Takes in how long a step of all partitions took."""
         if self._rhythm is not None:
-            sizes = (plan.size(self.limits.window) for plan in plans)
-            self._rhythm.learn(reduce(StepSize.union, sizes), seconds)
+            all_plans = tuple(plans)
+            sizes = (plan.size(self.limits.window) for plan in all_plans)
+            guesses = max(plan.num_rows - len(plan.chunks) for plan in all_plans)
+            self._rhythm.learn(reduce(StepSize.union, sizes), seconds, guesses)
 
     def force(self, tokens: Mapping[tuple[int, int], Sequence[int]]) -> list[Event]:
         """Records tokens that must come next, by plan and chunk; see `Scheduler.force`."""

@@ -62,6 +62,7 @@ class Request:
     # Grammar of each choice: a mixtral_jax.structure.form.Form, which only the engine reads.
     form: object | None = None
     allowed_ids: frozenset[int] = frozenset()  # the only ids that are drawn; empty for all
+    prediction_ids: tuple[int, ...] = ()  # what the answer may repeat, for guesses
 
     # The adapter of that name when the engine took the request in; set by the engine alone.
     seat: Seat | None = None

@@ -20,6 +20,7 @@ themselves. It delays the prompts a little and costs nothing, because the answer
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+from serving.scheduling.guesses.guess_costs import GuessCosts
 from serving.scheduling.step_cost import LearntCosts, StepSize
 
 SHORT_STEPS = 2
@@ -34,6 +35,9 @@ class Rhythm:
         slowdown: A step with prompts may take so many times as long as one of answers alone.
         sizes: Numbers of tokens that steps are padded to, from small to large; empty: no padding.
         costs: What is known of steps' times.
+
+    Attributes:
+        guess_costs: What is known of the times of steps with guesses.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Rhythm:
         self._slowdown = slowdown
         self._sizes = tuple(sizes)
         self._costs = costs or LearntCosts()
+        self.guess_costs = GuessCosts()
         self._shared_steps = 0  # since the last one of answers alone
         self._is_shared = False
 
@@ -54,9 +59,13 @@ class Rhythm:
             self._shared_steps = 0
         self._is_shared = False
 
-    def learn(self, size: StepSize, seconds: float) -> None:
-        """Takes in how long a step took."""
-        self._costs.learn(self._padded(size), seconds)
+    def learn(self, size: StepSize, seconds: float, guesses: int = 0) -> None:
+        """Takes in how long a step took, in which so many guesses were checked."""
+        expected = self.seconds(size)
+        if expected is not None:
+            self.guess_costs.learn(guesses, seconds / expected)
+        if not guesses or expected is None:
+            self._costs.learn(self._padded(size), seconds)
 
     def seconds(self, size: StepSize) -> float | None:
         """Returns the estimated time of a step; None while nothing is known of any."""

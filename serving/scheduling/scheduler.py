@@ -53,10 +53,12 @@ from secrets import randbits
 
 from serving.errors import Overloaded
 from serving.scheduling.budget import prompt_sizes
-from serving.scheduling.guesser import Proposer
+from serving.scheduling.guesses.drafts import Drafter, propose_drafts
+from serving.scheduling.guesses.guesser import Proposer
+from serving.scheduling.guesses.proposer import propose
+from serving.scheduling.guesses.worth import Guesses, StepTimes
 from serving.scheduling.pages import PagePool
 from serving.scheduling.preemption import youngest
-from serving.scheduling.proposer import StepTimes, propose
 from serving.scheduling.queue import TurnQueue
 from serving.scheduling.request import (
     Drawn,
@@ -79,11 +81,17 @@ class Scheduler:
     """Owns the queue, the pages and every sequence's progress. Not thread-safe."""
 
     def __init__(
-        self, limits: Limits, proposer: Proposer | None = None, rhythm: Rhythm | None = None
+        self,
+        limits: Limits,
+        proposer: Proposer | None = None,
+        rhythm: Rhythm | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         assert limits.max_sequences <= limits.max_step_tokens
+        assert proposer is None or drafter is None, "answers are guessed in one way"
         self.limits = limits
         self._proposer = proposer
+        self._drafter = drafter
         self._rhythm = rhythm
         self._pool = PagePool(limits.num_pages, limits.page_size, limits.prefix_reuse)
         self._queue = TurnQueue(limits.max_waiting)
@@ -91,7 +99,10 @@ class Scheduler:
         self._open = deque[tuple[StepPlan, list[SequenceState]]]()  # plans that are not committed
         self._now = 0.0
         self._times = StepTimes(
-            (lambda size: None) if rhythm is None else rhythm.seconds, limits.window
+            (lambda size: None) if rhythm is None else rhythm.seconds,
+            limits.window,
+            None if drafter is None else drafter.round_times,
+            None if rhythm is None else rhythm.guess_costs,
         )
         self.checks = 0  # of the guesses of an answer in a step
         self.guesses = 0  # that were checked
@@ -245,14 +256,14 @@ class Scheduler:
             if remaining := sequence.remaining:
                 answers = remaining == 1 or sequence.answers
                 (decodes if answers else prompts).append(sequence)
-        guesses: dict[SequenceState, tuple[int, ...]] = {}
+        guesses: Guesses = {}
         held: list[SequenceState] = []  # answers that wait for what is guessed of them
-        if self._proposer is not None:
+        if self._proposer is not None or self._drafter is not None:
             # Prompts come first: a guess may be in vain, and a prompt is not.
             room = self.limits.max_step_tokens - sum(s.remaining for s in prompts)
             rows = self.limits.max_sequences - len(prompts)  # a guess takes one of those that draw
             going = decodes
-            decodes, guesses = propose(self._proposer, going, min(room, rows), self._times)
+            decodes, guesses = self._proposed(going, min(room, rows))
             if prompts:  # beside which they go on, though not in this step
                 chosen = set(decodes)
                 held = [s for s in going if s not in chosen]
@@ -411,6 +422,17 @@ class Scheduler:
 
         waiting = (len(prompts) + len(self._queue)) / max(1, len(answers))
         return self._rhythm.prompt_tokens(beside.union(own), spare, with_prompts, waiting)
+
+    def _proposed(
+        self, decodes: Sequence[SequenceState], budget: int
+    ) -> tuple[list[SequenceState], Guesses]:
+        """Returns what `propose` does."""
+        if self._drafter is not None:
+            return propose_drafts(
+                self._drafter, decodes, budget, self._times, is_alone=not self._open
+            )
+        assert self._proposer is not None
+        return propose(self._proposer, decodes, budget, self._times)
 
     def _sequences(self) -> Iterable[SequenceState]:
         return chain(self._rows.running, self._queue)

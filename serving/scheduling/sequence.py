@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from serving.scheduling.guesser import Guesser
+from serving.scheduling.guesses.guesser import Guesser
 from serving.scheduling.pages import PageTable
 from serving.scheduling.request import Drawn, Event, FinishReason, Request, TokenScore
 from serving.scheduling.step_plan import NO_SLOT, Chunk
@@ -97,6 +97,11 @@ class SequenceState:
         return drawn >= max(SLICE, self.known_at_seat // _SLICE_SHARE)
 
     @property
+    def draw_seed(self) -> int:
+        """Seed by which its tokens are drawn."""
+        return (self.seed + self.choice) & 0x7FFFFFFF
+
+    @property
     def choices(self) -> range:
         """Choices that it represents: choice 0 all of them until its first token is known."""
         undivided = self.choice == 0 and len(self.tokens) == len(self.request.prompt_ids)
@@ -161,7 +166,7 @@ class SequenceState:
             follows=follows,
             samples=samples,
             sampling=sampling,
-            seed=(self.seed + self.choice) & 0x7FFFFFFF,
+            seed=self.draw_seed,
             prompt_length=prompt_length,
             history=tuple(self.tokens[: drawn - 1]) if samples and sampling.has_penalties else (),
             forbidden=request.eos_ids if too_early_to_end else NOTHING,

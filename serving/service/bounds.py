@@ -98,6 +98,7 @@ def table(context: int, prompt_bytes: int) -> Mapping[str, Bound]:
         "GenerateRequest.include_stop": _FIXED,
         "GenerateRequest.return_prompt_ids": _FIXED,
         "GenerateRequest.return_prompt_pieces": _FIXED,
+        "GenerateRequest.prediction": Bound(size=prompt_bytes),
         "ResponseFormat.json_object": _MESSAGE,
         "ResponseFormat.json_schema": schema,
         "ResponseFormat.regex": grammar,

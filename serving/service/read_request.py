@@ -38,6 +38,7 @@ class Translator:
         bytes_per_token: Most bytes of a prompt for each token of the context. A prompt of more is
             refused before it is tokenized, because to tokenize it would take seconds.
         compiler: Compiles what answers are held to; None refuses to hold them to anything.
+        reads_predictions: Whether the engine guesses tokens from what answers may repeat.
 
     Attributes:
         prompt_bytes: Most bytes of a prompt.
@@ -49,10 +50,13 @@ class Translator:
         info: pb.ModelInfo,
         bytes_per_token: int = BYTES_PER_TOKEN,
         compiler: Compiler | None = None,
+        *,
+        reads_predictions: bool = False,
     ) -> None:
         assert MAX_LOGIT_BIAS + MAX_STOP_IDS + len(tokenizer.eos_ids) <= MAX_BIASES
         self._tokenizer = tokenizer
         self._info = info
+        self._reads_predictions = reads_predictions
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         # Text of more bytes than the longest piece has for each token never fits.
         self.prompt_bytes = info.max_context * min(longest, bytes_per_token)
@@ -127,6 +131,7 @@ class Translator:
             priority=_priority(message.priority),
             suspect=message.suspect,
             allowed_ids=allowed,
+            prediction_ids=self._prediction_ids(message),
             prompt_logprobs=(
                 message.prompt_logprobs if message.HasField("prompt_logprobs") else None
             ),
@@ -229,6 +234,13 @@ class Translator:
                 return ids
             case _:
                 raise InvalidRequest("prompt is missing; set chat, text or token_ids")
+
+    def _prediction_ids(self, message: pb.GenerateRequest) -> tuple[int, ...]:
+        """Returns the tokens that an answer may repeat; those beyond a context are of no use."""
+        if not (self._reads_predictions and message.prediction):
+            return ()
+        ids = self._text_ids(message.prediction, with_special=False)
+        return tuple(ids[: self._info.max_context])
 
     def _chat_ids(self, chat: pb.Chat) -> list[int]:
         messages, tools = messages_of(chat), tools_of(chat)

@@ -94,6 +94,7 @@ class InferenceService(rpc.InferenceServicer):
         prepare_scores: Begins, beside the engine's steps, to compile what logprobs of prompts need;
             what it returns is done when that is there. None leaves it to the first such step.
         pace: Says which tokens go out in one chunk.
+        reads_predictions: Whether the engine guesses tokens from what answers may repeat.
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class InferenceService(rpc.InferenceServicer):
         models: ServedModels | None = None,
         prepare_scores: Callable[[], "Future[None]"] | None = None,
         pace: Pace = EVERY_TOKEN,
+        *,
+        reads_predictions: bool = False,
     ) -> None:
         self._pace = pace
         self._prepare_scores = prepare_scores
@@ -114,7 +117,9 @@ class InferenceService(rpc.InferenceServicer):
         self._models = models or ServedModels(info.name)
         self._worker = worker
         self._tokenizer = tokenizer
-        self._translator = Translator(tokenizer, info, bytes_per_token, compiler)
+        self._translator = Translator(
+            tokenizer, info, bytes_per_token, compiler, reads_predictions=reads_predictions
+        )
         self._info = pb.ModelInfo()
         self._info.CopyFrom(info)
         self._info.max_prompt_bytes = self._translator.prompt_bytes

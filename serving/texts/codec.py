@@ -55,6 +55,7 @@ def submit_message(request: Request, number: int) -> pb.Submit:
         if form is None
         else pb.Form(grammar=form.grammar, begins_after=form.begins_after),
         allowed_ids=sorted(request.allowed_ids),
+        prediction_ids=request.prediction_ids,
     )
 
 
@@ -79,6 +80,7 @@ def request_of(message: pb.Submit) -> Request:
                 message.prompt_logprobs if message.HasField("prompt_logprobs") else None
             ),
             allowed_ids=frozenset(message.allowed_ids),
+            prediction_ids=tuple(message.prediction_ids),
         )
     except (ValueError, SamplingError) as error:
         raise CodecError(f"a request cannot be read: {error}") from None

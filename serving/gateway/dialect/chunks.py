@@ -35,7 +35,7 @@ class CompletionTokensDetails(Described):
     """Kinds of the tokens that were generated or guessed."""
 
     accepted_prediction_tokens: int
-    """Tokens of the answer that were guessed before they were drawn, with `--speculate`."""
+    """Tokens of the answer that were guessed before they were drawn."""
     rejected_prediction_tokens: int
     """Guesses that were checked in vain; they are no part of `completion_tokens`."""
 

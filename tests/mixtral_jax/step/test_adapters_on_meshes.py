@@ -62,8 +62,8 @@ def launched(model: Transformer, tokens: int) -> np.ndarray:
         pytest.param(MOE, (2, 2, 2), False, 16, id="moe-heads"),
         pytest.param(MOE, (1, 4, 1), True, 16, id="moe-sequences"),
         pytest.param(MOE, (1, 4, 2), True, 64, id="moe-exchanged", marks=pytest.mark.soak),
-        pytest.param(DENSE, (2, 2, 2), False, 16, id="dense-heads", marks=pytest.mark.slow),
-        pytest.param(DENSE, (1, 4, 2), True, 16, id="dense-sequences", marks=pytest.mark.slow),
+        pytest.param(DENSE, (2, 2, 2), False, 16, id="dense-heads", marks=pytest.mark.soak),
+        pytest.param(DENSE, (1, 4, 2), True, 16, id="dense-sequences", marks=pytest.mark.soak),
     ],
 )
 def test_a_mesh_gives_what_one_device_gives(

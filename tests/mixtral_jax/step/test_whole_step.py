@@ -101,11 +101,19 @@ class Sequences:
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [pytest.param(None, id="alone", marks=pytest.mark.soak), pytest.param((2, 2, 2), id="mesh")],
+    ("shape", "dtype"),
+    [
+        pytest.param(None, "float32", id="alone", marks=pytest.mark.soak),
+        pytest.param((2, 2, 2), "float32", id="mesh"),
+        pytest.param(None, "int4", id="layers of two forms", marks=pytest.mark.slow),
+    ],
 )
-def test_both_forms_of_a_step_draw_the_same(shape: tuple[int, int, int] | None) -> None:
-    model = model_of(MOE)
+def test_both_forms_of_a_step_draw_the_same(shape: tuple[int, int, int] | None, dtype: str) -> None:
+    if dtype == "int4":
+        config = replace(MOE, hidden_size=64, head_size=32)
+        model = model_of(config, dtype, weight_dtypes=(("layers.1.feed_forward.down", "int8"),))
+    else:
+        model = model_of(MOE)
     if shape is not None:
         mesh = make_mesh(*shape, copies=copies_of(MOE, shape[1], shape[2], False))
         model = split_over(model, mesh)

@@ -77,7 +77,7 @@ def test_what_a_device_holds_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     # 2 layers, 6 pages of 16 positions, keys and values of 1 of 2 heads of size 16, in float32
     assert held["pages"] == 2 * 6 * 16 * 2 * 1 * 16 * 4
     assert held["adapters"] == 3 * slot_bytes(model.config, model.placement, stacks)
-    block = steps.buckets[8].block.memory_analysis()
+    block = steps.buckets[8].blocks[0].memory_analysis()
     assert held["temporaries"] >= block.temp_size_in_bytes > 0
     assert held["programs"] >= block.generated_code_size_in_bytes
 

@@ -154,7 +154,7 @@ def test_all_else_of_a_step_is_the_same_program() -> None:
         texts = [instructions(getattr(steps.buckets[8], name)) for steps in (plain, counting)]
         assert texts[0] == texts[1], name
     assert plain.tally is None and counting.tally is not None
-    blocks = [steps.buckets[8].block for steps in (plain, counting)]
+    blocks = [steps.buckets[8].blocks[0] for steps in (plain, counting)]
     assert [len(block.out_tree.children()) for block in blocks] == [2, 3]
 
 

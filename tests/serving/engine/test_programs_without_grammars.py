@@ -24,7 +24,6 @@ from serving.scheduling.request import Request
 from tests.serving.engine.test_same_programs import instructions
 from tests.support.forms import LIMITS, TOKENIZER, ids, regex, request, served, text
 
-NAMES = ("embed", "block", "pick", "draw", "draw_masked")
 Launches = list[tuple[int, str]]
 """Step size and name of each program that an engine has called, in order."""
 
@@ -45,11 +44,18 @@ def watched(steps: Steps) -> tuple[Steps, Launches]:
     launches: Launches = []
 
     def noted(size: int, programs: Programs) -> Programs:
+        def watch(name: str, program: Compiled | None) -> Noted:
+            assert program is not None
+            return Noted(program, partial(launches.append, (size, name)))
+
+        (block,) = programs.blocks
         return Programs(
-            *(
-                Noted(getattr(programs, name), partial(launches.append, (size, name)))
-                for name in NAMES
-            )
+            embed=watch("embed", programs.embed),
+            blocks=(watch("block", block),),
+            forms=programs.forms,
+            pick=watch("pick", programs.pick),
+            draw=watch("draw", programs.draw),
+            draw_masked=watch("draw_masked", programs.draw_masked),
         )
 
     buckets = {size: noted(size, programs) for size, programs in steps.buckets.items()}

@@ -90,9 +90,10 @@ def test_generate_and_serve_run_the_same_programs_on_a_mesh(
     assert served.pages == ours.pages
     assert set(ours.buckets) <= set(served.buckets)
     for bucket, programs in ours.buckets.items():
-        for name in ("embed", "block", "pick", "draw", "draw_masked"):
-            lines = instructions(getattr(programs, name))
-            assert lines == instructions(getattr(served.buckets[bucket], name)), (bucket, name)
+        others = served.buckets[bucket].all
+        for program, other in zip(programs.all[:5], others[:5], strict=True):  # the draws are last
+            assert program is not None and other is not None
+            assert instructions(program) == instructions(other), bucket
         # The mesh is in the program: devices exchange activations.
-        block = "\n".join(instructions(programs.block))
+        block = "\n".join(instructions(programs.blocks[0]))
         assert "all-reduce" in block or "all-to-all" in block

@@ -19,9 +19,9 @@ from mixtral_jax.sharding import make_mesh
 from serving.engine import build as engines
 from serving.engine.build import compile_steps
 from serving.engine.engine import Engine
-from serving.scheduling import proposer
-from serving.scheduling.guesser import Proposer
-from serving.scheduling.lookup import LookUp
+from serving.scheduling.guesses import worth
+from serving.scheduling.guesses.guesser import Proposer
+from serving.scheduling.guesses.lookup import LookUp
 from serving.scheduling.request import Request
 from tests.serving.engine.test_engine import (
     VOCAB,
@@ -157,57 +157,67 @@ def test_a_text_that_repeats_takes_fewer_steps() -> None:
     assert steps[0] >= 90 and steps[1] < 75
 
 
+class ThirdToken:
+    """The third token of answers to one prompt at temperature 2, of which many are drawn."""
+
+    prompt, choices = (5, 17, 3), 50
+
+    def __init__(self, model: Transformer) -> None:
+        def probabilities(tokens: list[list[int]]) -> np.ndarray:
+            logits = model(jnp.asarray(tokens))[:, -1].astype(jnp.float32)
+            return np.asarray(jax.nn.softmax(logits / 2.0, axis=-1), np.float64)
+
+        every = range(VOCAB)
+        first = probabilities([list(self.prompt)])[0]
+        second = first[:, None] * probabilities([[*self.prompt, a] for a in every])
+        self.after = probabilities([[*self.prompt, a, b] for a in every for b in every])
+        self.wanted = second.reshape(-1) @ self.after
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Sizes of an engine that has room for guesses beside all choices."""
+        rows = 2 * self.choices
+        return {"max_sequences": rows, "max_step_tokens": rows, "num_pages": 2 * rows}
+
+    def check(self, engine: Engine, count: int) -> None:
+        """Draws it `count` times, and holds that against the model's own distribution."""
+        drawn: Counter[int] = Counter()
+        for start in range(0, count, self.choices):
+            asked = Request(
+                id=str(start),
+                prompt_ids=self.prompt,
+                sampling=SamplingParams(temperature=2.0, seed=start * 7919),
+                max_tokens=5,
+                eos_ids=frozenset(),
+                n=self.choices,
+            )
+            for answer in serve(engine, [asked], seed=1)[0].values():
+                drawn[answer[2].token_id] += 1
+        expected = self.wanted * count
+        seen = np.array([drawn[token] for token in range(VOCAB)], np.float64)
+        often = expected >= 10
+        square = float(((seen - expected) ** 2 / expected)[often].sum())
+        freedom = int(often.sum()) - 1
+        assert freedom > 10
+        # Five standard deviations of chi-square above its mean.
+        assert square < freedom + 5 * (2 * freedom) ** 0.5
+
+
 @pytest.mark.soak
 def test_the_distribution_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third token of 50,000 answers, the first that is guessed, against the model's own."""
-    monkeypatch.setattr(proposer, "_UNMEASURED_GUESSES", 99)
-    model = toy(None, "float32")
-    prompt, count = (5, 17, 3), 50_000
-
-    def probabilities(tokens: list[list[int]]) -> np.ndarray:
-        logits = model(jnp.asarray(tokens))[:, -1].astype(jnp.float32)
-        return np.asarray(jax.nn.softmax(logits / 2.0, axis=-1), np.float64)
-
-    every = range(VOCAB)
-    first = probabilities([list(prompt)])[0]
-    second = first[:, None] * probabilities([[*prompt, a] for a in every])
-    third = probabilities([[*prompt, a, b] for a in every for b in every])
-    wanted = second.reshape(-1) @ third
+    monkeypatch.setattr(worth, "_UNMEASURED_GUESSES", 99)
+    model, count = toy(None, "float32"), 50_000
+    third = ThirdToken(model)
 
     class Likeliest:
         chance = 0.9
 
         def guess(self, tokens: Sequence[int], most: int) -> Sequence[int]:
             last = tokens[-2:] if len(tokens) == 5 else [0, 0]
-            return [int(third[last[0] * VOCAB + last[1]].argmax()), 0][:most]
+            return [int(third.after[last[0] * VOCAB + last[1]].argmax()), 0][:most]
 
-    choices = 50
-    engine = engine_of(
-        model,
-        lambda request: Likeliest(),
-        max_sequences=2 * choices,
-        max_step_tokens=2 * choices,
-        num_pages=4 * choices,
-    )
-    drawn: Counter[int] = Counter()
-    for start in range(0, count, choices):
-        asked = Request(
-            id=str(start),
-            prompt_ids=prompt,
-            sampling=SamplingParams(temperature=2.0, seed=start * 7919),
-            max_tokens=5,
-            eos_ids=frozenset(),
-            n=choices,
-        )
-        for answer in serve(engine, [asked], seed=1)[0].values():
-            drawn[answer[2].token_id] += 1
+    engine = engine_of(model, lambda request: Likeliest(), **third.limits)
+    third.check(engine, count)
     accepted = engine.scheduler.accepted
     assert count / 20 < accepted < engine.scheduler.guesses - count / 20
-    expected = wanted * count
-    seen = np.array([drawn[token] for token in every], np.float64)
-    often = expected >= 10
-    square = float(((seen - expected) ** 2 / expected)[often].sum())
-    freedom = int(often.sum()) - 1
-    assert freedom > 10
-    # Five standard deviations of chi-square above its mean.
-    assert square < freedom + 5 * (2 * freedom) ** 0.5

@@ -96,6 +96,17 @@ def test_present_parameters_arrive() -> None:
     )
 
 
+def test_a_prediction_is_read_where_it_is_of_use() -> None:
+    """Without the token that opens a text."""
+    message = asking(prediction="ab")
+    assert Translator(ByteTokenizer(), INFO).request(message, None).prediction_ids == ()
+    translator = Translator(ByteTokenizer(), INFO, reads_predictions=True)
+    assert translator.request(message, None).prediction_ids == (97, 98)
+    assert translator.request(asking(), None).prediction_ids == ()
+    with pytest.raises(InvalidParameter, match="^prediction has 513 bytes; give at most 512$"):
+        translator.request(asking(prediction="a" * 513), None)
+
+
 def test_who_asks_arrives_in_the_request() -> None:
     fields = {"caller": "me", "cache_salt": b"s" * 32, "priority": pb.PRIORITY_BATCH}
     request = Translator(ByteTokenizer(), INFO).request(asking(suspect=True, **fields), None)

@@ -57,6 +57,7 @@ WHOLE = Request(
     suspect=True,
     prompt_logprobs=0,
     allowed_ids=frozenset({8, 1}),
+    prediction_ids=(6, 2, 6),
 )
 PLAIN = Request(
     id="a2", prompt_ids=(1,), sampling=SamplingParams(), max_tokens=1, eos_ids=frozenset()

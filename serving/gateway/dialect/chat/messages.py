@@ -176,6 +176,17 @@ class Message(Described):
         )
 
 
+class Prediction(Described):
+    """A text that the answer may repeat."""
+
+    type: Literal["content"]
+    """The kind of guess."""
+    content: Annotated[
+        Text, BeforeValidator(_join_texts, json_schema_input_type=str | list[TextPart])
+    ]
+    """A string, or a list of parts of type text."""
+
+
 def check_order(messages: list[Message]) -> list[Message]:
     """Returns the messages; refuses a `prefix` that is not the last message, an assistant's."""
     for place, message in enumerate(messages):

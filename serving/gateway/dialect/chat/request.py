@@ -9,7 +9,12 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from serving.gateway.dialect.chat.messages import Message, check_order, conversation
+from serving.gateway.dialect.chat.messages import (
+    Message,
+    Prediction,
+    check_order,
+    conversation,
+)
 from serving.gateway.dialect.chat.tools import Choice, Tools, add_tools
 from serving.gateway.dialect.chat.turn_end import check_turn_end, set_turn_end
 from serving.gateway.dialect.fields import MAX_TOOLS, Harmless, Name, Never, TokenCount, only
@@ -84,8 +89,9 @@ class ChatRequest(FormParameters):
     """The time for which prefixes are kept."""
     prompt_cache_options: Harmless = None
     """Options of prefixes."""
-    prediction: Harmless = None
-    """A guess of the answer, which would only make it faster."""
+    prediction: Prediction | None = None
+    """OpenAI's guess of the answer, such as a text of which it changes a little: it can only make
+    the answer faster, with `serve --speculate lookup`."""
     reasoning_effort: Harmless = None
     """Of models that reason."""
     verbosity: Harmless = None
@@ -130,6 +136,8 @@ class ChatRequest(FormParameters):
         if self.max_tokens is None and self.max_completion_tokens is not None:
             request.max_tokens = self.max_completion_tokens
         request.return_prompt_ids = self.returns_ids
+        if self.prediction is not None:
+            request.prediction = self.prediction.content
         if self.logprobs:
             request.top_logprobs = self.top_logprobs or 0
         if self.prompt_logprobs is not None:

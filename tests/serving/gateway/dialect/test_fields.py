@@ -220,6 +220,12 @@ _within(
     continuous_usage_stats=True,
 )
 _within(
+    "prediction.",
+    {"type": "content", "content": "a"},
+    lambda prediction: {"prediction": prediction},
+    content=[{"type": "text", "text": "b"}],
+)
+_within(
     "structured_outputs.",
     {"regex": "a"},
     lambda options: {"structured_outputs": options},
@@ -320,7 +326,7 @@ TEXTS: dict[str, Any] = {
     "suffix": "b",
 }
 # It names what the rest of its part is, and no more.
-KINDS = {"messages.content.type"}
+KINDS = {"messages.content.type", "prediction.type"}
 
 
 def request(field: str, **body: Any) -> Parameters:

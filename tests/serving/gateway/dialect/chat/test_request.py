@@ -45,6 +45,7 @@ def test_every_extra_arrives() -> None:
         "stop_token_ids": [5, 7],
         "presence_penalty": 0.5,
         "frequency_penalty": -0.5,
+        "prediction": {"type": "content", "content": [{"type": "text", "text": "a b"}]},
     }
     expected = inference_pb2.GenerateRequest(
         chat=asked().chat,
@@ -61,6 +62,7 @@ def test_every_extra_arrives() -> None:
         ignore_eos=True,
         stop_token_ids=[5, 7],
         top_logprobs=2,
+        prediction="a b",
     )
     for unknown in (PASS, check_unknown):
         assert asked(unknown, **asked_for) == expected
@@ -186,6 +188,9 @@ def test_stop(stop: object, texts: list[str]) -> None:
         ({"min_tokens": -1}, "body.min_tokens"),
         ({"ignore_eos": "perhaps"}, "body.ignore_eos"),
         ({"stop_token_ids": [-1]}, "body.stop_token_ids.0"),
+        ({"prediction": "a"}, "body.prediction"),
+        ({"prediction": {"type": "content"}}, "body.prediction.content"),
+        ({"prediction": {"type": "file", "content": "a"}}, "body.prediction.type"),
     ],
 )
 def test_mistakes_are_named(parameters: dict[str, Any], path: str) -> None:

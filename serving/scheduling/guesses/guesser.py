@@ -5,6 +5,8 @@ from typing import Protocol
 
 from serving.scheduling.request import Request
 
+_RATE = 0.15  # by which the newest guess moves a chance
+
 
 class Guesser(Protocol):
     """Guesses the tokens of one answer."""
@@ -24,3 +26,16 @@ class Guesser(Protocol):
 
 Proposer = Callable[[Request], Guesser]
 """Makes the guesser of each answer to a request."""
+
+
+def learnt_chance(chance: float, guesses: Sequence[int], tokens: Sequence[int]) -> float:
+    """Returns the chance of a right guess when it is known which tokens came in their places.
+
+    The newest guesses count most. Behind the first wrong one none counts: it followed a token that
+    did not come.
+    """
+    for guess, token in zip(guesses, tokens, strict=False):
+        chance += _RATE * ((guess == token) - chance)
+        if guess != token:
+            break
+    return chance

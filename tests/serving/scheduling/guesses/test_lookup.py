@@ -1,8 +1,12 @@
 """What is guessed from earlier tokens, by hand, and how the chance moves."""
 
+from dataclasses import replace
+
 import pytest
 
-from serving.scheduling.lookup import LookUp
+from mixtral_jax.sampling_params import SamplingParams
+from serving.scheduling.guesses.lookup import LookUp
+from serving.scheduling.request import Request
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,22 @@ def test_the_chance_follows_the_guesses_that_were_right() -> None:
     assert lookup.chance == pytest.approx(0.575)
     lookup.guess([*tokens, 4, 9, 1], 3)  # 5 was guessed
     assert lookup.chance == pytest.approx(0.575 * 0.85)
+
+
+def test_a_prediction_counts_as_if_it_stood_before_the_prompt() -> None:
+    """The prompt 1 2 3 and the answer 40: so far the prediction 40 41 42 43 came true. Then 9
+    comes in place of 42, and where the answer returns to it, it is guessed again."""
+    request = Request(
+        id="A",
+        prompt_ids=(1, 2, 3),
+        sampling=SamplingParams(),
+        max_tokens=9,
+        eos_ids=frozenset(),
+        prediction_ids=(40, 41, 42, 43, 44, 45, 46),
+    )
+    lookup = LookUp.of(request)
+    assert lookup.guess([1, 2, 3, 40], 3) == (41, 42, 43)
+    assert lookup.guess([1, 2, 3, 40, 41, 9], 3) == ()
+    assert lookup.guess([1, 2, 3, 40, 41, 9, 43, 44, 45], 1) == (46,)
+    assert lookup.chance == pytest.approx((0.5 + 0.15 * 0.5) * 0.85)
+    assert LookUp.of(replace(request, prediction_ids=())).guess([1, 2, 3, 40], 3) == ()

@@ -8,6 +8,10 @@ lookup decoding".
 The place with the longest match counts, and of several the last one. A text that repeats itself to
 its end is continued in circles.
 
+Where the caller says what the answer may repeat (OpenAI's `prediction`), that counts as if it had
+stood before the prompt, behind the same tokens that the prompt ends with: so the answer's first
+token, too, has a place that it may go on from.
+
 Worked example: after 5 6 7 8 9 5 6 7 the last three tokens stand at the beginning, where 8 9
 followed; and then 5 6 7 8 9 and so on.
 """
@@ -16,33 +20,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from serving.scheduling.guesses.guesser import learnt_chance
 from serving.scheduling.request import Request
 
 _SHORTEST, _LONGEST = 3, 8  # tokens of a match
 _MOST_PLACES = 64  # the last so many places are compared: a prompt may be one token all along
 _FIRST_CHANCE = 0.5
-_RATE = 0.15  # by which the newest guess moves the chance
 _ROOM = 512  # tokens
 
 
 class LookUp:
     """Guesses the tokens of one answer, and knows how often it was right.
 
+    Args:
+        before: Tokens that count as if they stood before the prompt.
+
     Attributes:
         chance: The share of right guesses, the newest of which count most; a guess counts that was
             made, not only one that a step checked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Sequence[int] = ()) -> None:
         self.chance = _FIRST_CHANCE
-        self._known = np.empty(_ROOM, np.int32)
-        self._count = 0
+        self._known = np.empty(_ROOM + len(before), np.int32)
+        self._known[: len(before)] = before
+        self._before = self._count = len(before)
         self._guesses: tuple[int, ...] = ()  # of the last call, for the places from _count on
 
     @classmethod
     def of(cls, request: Request) -> "LookUp":
         """Returns that of an answer to a request; see `Proposer`."""
-        return cls()
+        prediction = request.prediction_ids
+        return cls((*request.prompt_ids[-_LONGEST:], *prediction) if prediction else ())
 
     def guess(self, tokens: Sequence[int], count: int) -> tuple[int, ...]:
         """Returns up to `count` tokens that may come next; see `Guesser`."""
@@ -57,12 +66,9 @@ class LookUp:
 
     def _take(self, tokens: Sequence[int]) -> None:
         """Takes in the tokens that are new, and how many of them were guessed."""
-        new = tokens[self._count :]
-        for guess, token in zip(self._guesses, new, strict=False):
-            self.chance += _RATE * ((guess == token) - self.chance)
-            if guess != token:
-                break
-        end = len(tokens)
+        new = tokens[self._count - self._before :]
+        self.chance = learnt_chance(self.chance, self._guesses, new)
+        end = self._before + len(tokens)
         if end > len(self._known):
             self._known = np.concatenate([self._known, np.empty(end, np.int32)])
         self._known[self._count : end] = new

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from mixtral_jax.sampling_params import SamplingParams
+from serving.scheduling.guesses.proposer import propose
+from serving.scheduling.guesses.worth import StepTimes
 from serving.scheduling.pages import PagePool, PageTable
-from serving.scheduling.proposer import StepTimes, propose
 from serving.scheduling.request import Request
 from serving.scheduling.sequence import SequenceState, Turn
 from serving.scheduling.step_cost import StepSize
