@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from mixtral_jax.errors import ChatError, SamplingError, StructureError, UserError
 from mixtral_jax.model.adapter import Adapter
 from mixtral_jax.model.adapter_stack import NO_SLOT, StackSizes
+from mixtral_jax.model.arrangement import arrange
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.roofline.settings import GivenSettings, chip_under, settings_by_chip
 from mixtral_jax.sampling_params import (
@@ -226,6 +227,7 @@ def steps_for(
     compilation, which the model keeps. The draw under a mask is compiled where `has_masks`, and the
     layers beside an adapter where there are sizes of `adapters`.
     """
+    arrange(model)  # before the key is taken, which has the dtypes of arrays
     placement = model.placement
     kv_dtype = placement.checked_kv_dtype(kv_dtype, model.config)
     num_pages = 1 << (-(-length // placement.page_size) - 1).bit_length()

@@ -34,7 +34,8 @@ FILE_ERRORS: Errors = (FileNotFoundError, FileExistsError, PermissionError)
 USER_ERRORS: Errors = (SetupError, *FILE_ERRORS)
 # typer names only this leaf of the errors of its parser.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-_INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 128 + signal.SIGINT
+"""The status of a command that was ended by Ctrl-C."""
 
 
 @dataclass
@@ -147,7 +148,7 @@ def exit_status(
         _say(_text_of(error))
         return 1
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has gone; a flush at the exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

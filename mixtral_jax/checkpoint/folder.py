@@ -2,7 +2,8 @@
 
     FOLDER/
         config.json        {"format": "mixtral-jax/1", "name": ..., "provider": ..., "dtype": ...,
-                            "model": ModelConfig}
+                            "model": ModelConfig}; of a model some of whose weights have another
+                            dtype, "weight_dtypes": {"layers.0.attention.v": "int8"}
         params/            Orbax; one array per parameter, nested by the dots of its name
         tokenizer.*        the files that `mixtral_jax.tokenization.tokenizer.load` reads
 
@@ -20,12 +21,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixtral_jax.checkpoint.store import is_remote, uploaded_to
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError, UserError
+from mixtral_jax.placement import WeightDtypes, checked_weight_dtypes
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -41,6 +43,7 @@ class Card:
     dtype: str
     name: str
     provider: str
+    weight_dtypes: WeightDtypes = ()  # of single weights, where they differ from `dtype`
 
     def write(self, folder: Path) -> None:
         """Writes `config.json` into an existing folder."""
@@ -49,6 +52,7 @@ class Card:
             "name": self.name,
             "provider": self.provider,
             "dtype": self.dtype,
+            **({"weight_dtypes": dict(self.weight_dtypes)} if self.weight_dtypes else {}),
             "model": self.model.to_json(),
         }
         text = json.dumps(content, indent=2) + "\n"
@@ -66,12 +70,15 @@ class Card:
             raise ConfigError(f"{folder} is not a mixtral-jax checkpoint; {hint}")
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         try:
-            return cls(
+            card = cls(
                 model=ModelConfig.from_json(content["model"]),
                 dtype=content["dtype"],
                 name=content["name"],
                 provider=content["provider"],
             )
+            given = content.get("weight_dtypes", {})
+            dtypes = checked_weight_dtypes(card.model, card.dtype, given)
+            return replace(card, weight_dtypes=dtypes)
         except KeyError as missing:
             raise ConfigError(
                 f"{folder / CONFIG_FILE} lacks {missing}; convert the model anew"

@@ -19,7 +19,7 @@ from mixtral_jax.checkpoint.store import is_remote, spec
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.model.transformer import Transformer, named_parameters
-from mixtral_jax.placement import Placement, checked_dtype
+from mixtral_jax.placement import Placement, WeightDtypes, checked_dtype
 from mixtral_jax.weight import QUANTIZED, is_quantized
 
 PARAMS = "params"
@@ -27,15 +27,20 @@ PARAMS = "params"
 CHUNK_BYTES = 32 << 20
 
 
-def parameter_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of every parameter by its dotted name."""
-    named = named_parameters(Transformer(config, Placement.of(config, dtype, mesh=None), rngs=None))
+def parameter_shapes(
+    config: ModelConfig, dtype: DTypeLike, weight_dtypes: Mapping[str, str] | WeightDtypes = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of every parameter by its dotted name; see `Placement.of`."""
+    placement = Placement.of(config, dtype, mesh=None, weight_dtypes=weight_dtypes)
+    named = named_parameters(Transformer(config, placement, rngs=None))
     return {name: variable.get_value() for name, variable in named.items()}
 
 
-def count_parameters(config: ModelConfig, dtype: DTypeLike) -> tuple[int, int]:
+def count_parameters(
+    config: ModelConfig, dtype: DTypeLike, weight_dtypes: Mapping[str, str] | WeightDtypes = ()
+) -> tuple[int, int]:
     """Returns the number of weights, and the bytes that they and their scales take."""
-    shapes = parameter_shapes(config, dtype)
+    shapes = parameter_shapes(config, dtype, weight_dtypes)
     weights = 0
     for name, array in shapes.items():
         if not name.endswith(".scale"):

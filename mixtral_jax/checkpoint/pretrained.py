@@ -62,7 +62,13 @@ class Pretrained:
         dp_attention: bool = False,
     ) -> Placement:
         """Places the model on devices; `dtype` None keeps the stored one. See `Placement.of`."""
-        return Placement.of(self.card.model, self.loadable_dtype(dtype), mesh, dp_attention)
+        return Placement.of(
+            self.card.model,
+            self.loadable_dtype(dtype),
+            mesh,
+            dp_attention,
+            weight_dtypes=self.card.weight_dtypes,
+        )
 
     def load(self, placement: Placement) -> Transformer:
         """Reads the weights straight onto the devices of a placement."""
@@ -198,6 +204,7 @@ def save(
         dtype=model.placement.dtype,
         name=name or Path(folder).absolute().name,
         provider=provider,
+        weight_dtypes=model.placement.weight_dtypes,
     )
     with tempfile.TemporaryDirectory() as scratch:
         _copy_tokenizer(words, Path(scratch))

@@ -63,7 +63,8 @@ def load(
     cannot be split over the mesh.
     """
     card = Card.read(folder)
-    placement = Placement.of(card.model, loadable_dtype(folder, card, dtype), mesh)
+    name = loadable_dtype(folder, card, dtype)
+    placement = Placement.of(card.model, name, mesh, weight_dtypes=card.weight_dtypes)
     return load_placed(folder, card, placement, bytes_in_flight), card
 
 

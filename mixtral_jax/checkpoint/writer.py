@@ -17,7 +17,8 @@ from orbax.checkpoint import v1 as ocp
 
 from mixtral_jax.checkpoint.folder import Card, finished_at
 from mixtral_jax.checkpoint.parameters import CHUNK_BYTES, PARAMS, chunk_shape, kvstore, nested
-from mixtral_jax.model.transformer import Transformer, named_parameters
+from mixtral_jax.model.arrangement import stored_parameters
+from mixtral_jax.model.transformer import Transformer
 
 
 class ParameterWriter:
@@ -128,12 +129,11 @@ def save(
         chunk_bytes: a stored chunk has at most so many bytes.
     """
     with finished_at(folder) as partial:
-        named = {name: variable.get_value() for name, variable in named_parameters(model).items()}
         context = ocp.Context()
         # Else a chunk is what one device held, and whoever reads a part of it needs it all.
         context.array.saving.storage_options.chunk_byte_size = chunk_bytes
         with context:
-            ocp.save(partial / PARAMS, nested(named))
+            ocp.save(partial / PARAMS, nested(stored_parameters(model)))
         card.write(partial)
         for file in tokenizer_files:
             shutil.copy(file, partial)

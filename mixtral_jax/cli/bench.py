@@ -129,7 +129,7 @@ def _measured(
     elif offline:
         from serving.bench.offline import OfflineEngine
 
-        yield OfflineEngine(str(model), **load, **sizes).measure
+        yield OfflineEngine.of_checkpoint(str(model), **load, **sizes).measure
     else:
         options = {
             "max-sequences": sizes["concurrency"],

@@ -1,6 +1,7 @@
 """The command `mixtral-jax`: its commands, the flags of all of them, and how errors are shown."""
 
 import logging
+import os
 import sys
 
 import typer
@@ -8,7 +9,7 @@ import typer
 from mixtral_jax.cli import adapter, bench, chat, convert, extras, keys, plan, serve
 from mixtral_jax.cli.train.command import train
 from mixtral_jax.errors import UserError
-from serving.command_line import USER_ERRORS, flags_of_all, run
+from serving.command_line import INTERRUPTED, USER_ERRORS, flags_of_all, run
 
 # Heavy imports stand inside the commands: `--help` should not wait for a compiler to load.
 
@@ -38,7 +39,14 @@ def _kernels() -> str:
 def main() -> None:
     """Runs the command and ends the process with its status."""
     logging.basicConfig(level=logging.WARNING, format="mixtral-jax: %(message)s")
-    sys.exit(run(app, errors=(UserError, *USER_ERRORS), about=_kernels))
+    status = run(app, errors=(UserError, *USER_ERRORS), about=_kernels)
+    if status == INTERRUPTED:
+        # XLA's threads may still compute, and an interpreter that takes their memory away crashes
+        # or waits for ever. Everything that had to be put away is.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ _PREFILL_TOKENS = 2048  # to compare splits by
 
 if TYPE_CHECKING:
     from mixtral_jax.config import ModelConfig
+    from mixtral_jax.placement import WeightDtypes
     from mixtral_jax.planning.plan import Plan
     from mixtral_jax.roofline.settings import StepSettings
 
@@ -80,13 +81,14 @@ def plan(
     TPUs need libtpu, GPUs the CUDA plugins of jax (the extras `plan` and `plan-gpu`); without them
     the answer is arithmetic, and says so. Speeds are estimates: nothing runs.
     """
+    from mixtral_jax.placement import dtype_counts
     from mixtral_jax.planning.search import Search
     from mixtral_jax.roofline.settings import settings_for_split
     from mixtral_jax.roofline.workload import Workload, unsplit_placement
     from mixtral_jax.weight import is_quantized
 
     sizes = topologies(topology)
-    config, stored = _model(model, checkpoint)
+    config, stored, weight_dtypes = _model(model, checkpoint)
     if (
         dtype is not None
         and stored is not None
@@ -97,7 +99,8 @@ def plan(
             f"{checkpoint} is stored as {stored}; to plan for {dtype}, convert the weights with "
             f"--dtype {dtype}, or give --model"
         )
-    placement = unsplit_placement(dtype or stored or "bfloat16", sizes[0].platform)
+    weight_type = dtype or stored or "bfloat16"
+    placement = unsplit_placement(weight_type, sizes[0].platform, weight_dtypes)
     workload = Workload(
         model=config,
         dtype=placement.dtype,
@@ -106,6 +109,7 @@ def plan(
         context=context,
         prefill_tokens=prefill_tokens or _PREFILL_TOKENS,
         page_size=placement.page_size,
+        weight_dtypes=weight_dtypes,
     )
     # A notebook asks for colours (FORCE_COLOR) and is no terminal.
     notes = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
@@ -123,6 +127,8 @@ def plan(
     if as_json:
         report = answers[0].to_json(price)
         report["model"] = {"name": model or str(checkpoint), "dtype": workload.dtype}
+        if weight_dtypes:
+            report["model"]["weight_dtypes"] = dtype_counts(weight_dtypes)
         prefill = answers[0].workload.prefill_tokens
         report["load"] = {"batch": batch, "context": context, "prefill": prefill}
         report["settings"] = vars(settings)
@@ -132,8 +138,8 @@ def plan(
         _show(answers, settings, model or str(checkpoint), price)
 
 
-def _model(name: str | None, folder: Path | None) -> "tuple[ModelConfig, str | None]":
-    """Returns the config, and the dtype that the weights are stored as."""
+def _model(name: str | None, folder: Path | None) -> "tuple[ModelConfig, str | None, WeightDtypes]":
+    """Returns the config, the dtype that the weights are stored as, and those of single ones."""
     from mixtral_jax.planning.search import known_model
 
     if (name is None) == (folder is None):
@@ -142,8 +148,8 @@ def _model(name: str | None, folder: Path | None) -> "tuple[ModelConfig, str | N
         from mixtral_jax.checkpoint.folder import Card
 
         card = Card.read(folder)
-        return card.model, card.dtype
-    return known_model(str(name)), None
+        return card.model, card.dtype, card.weight_dtypes
+    return known_model(str(name)), None, ()
 
 
 def _short(answer: "Plan") -> dict[str, object]:
@@ -153,13 +159,16 @@ def _short(answer: "Plan") -> dict[str, object]:
 
 
 def _show(answers: "list[Plan]", settings: "StepSettings", name: str, price: float | None) -> None:
+    from mixtral_jax.placement import precision_text
+
     best = answers[0]
     workload, chip = best.workload, best.topology.chip
     report = best.to_json(price)
     out = Console(width=max(100, Console().width), highlight=False)
     verdict = "fits" if best.fits else "does NOT fit"
+    precision = precision_text(workload.dtype, workload.weight_dtypes)
     out.print(
-        f"{name} in {workload.dtype} on {best.topology} ({best.topology.chips} x {chip.name}): "
+        f"{name} in {precision} on {best.topology} ({best.topology.chips} x {chip.name}): "
         f"{verdict}\n{workload.batch} sequences of {workload.context:,} tokens; split "
         f"{_named(best)}; memory {_source(best)}, all speeds are estimates\n"
     )

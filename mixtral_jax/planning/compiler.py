@@ -13,7 +13,7 @@ import jax
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.placement import Placement
+from mixtral_jax.placement import Placement, WeightDtypes
 from mixtral_jax.planning.compiler_process import answer_job, report_of
 from mixtral_jax.planning.topology import target_devices
 from mixtral_jax.planning.traffic import program_traffic
@@ -45,6 +45,7 @@ class CompileJob:
         prefill_tokens: tokens of a step that reads prompts.
         decode_reads: experts that a chip's kernel reads in a decode step over those it holds.
         prefill_reads: the same of a step of `prefill_tokens` tokens.
+        weight_dtypes: of single weights, as in `Placement.of`.
     """
 
     model: ModelConfig
@@ -60,20 +61,21 @@ class CompileJob:
     prefill_tokens: int
     decode_reads: float
     prefill_reads: float
+    weight_dtypes: WeightDtypes = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """The cost of one step on one device: all its programs, the block once for each layer.
+    """The cost of one step on one device: all its programs, a block once for each of its layers.
 
     Attributes:
         moved_bytes: bytes to and from memory, without reads of pages.
         flops: operations as the compiler counts them; None where it does not count.
-        layer_collectives: collectives of one layer.
+        layer_collectives: collectives of one layer; all have the same.
         outer_collectives: collectives of the programs before and behind the layers.
         xla_bytes: the compiler's own count of bytes, of all memories of the chip.
         xla_seconds: the compiler's own estimate of the time.
-        kernels: calls of kernels in the block, by name.
+        kernels: calls of kernels in the first layer, by name.
     """
 
     moved_bytes: float
@@ -122,7 +124,9 @@ def abstract_model(job: CompileJob, devices: Sequence[jax.Device]) -> Transforme
 
     It is placed as the server places it, so the compiled programs are those that are served.
     """
-    placement = Placement.of(job.model, job.dtype, job.mesh, job.dp_attention, devices)
+    placement = Placement.of(
+        job.model, job.dtype, job.mesh, job.dp_attention, devices, job.weight_dtypes
+    )
     return Transformer(job.model, placement, rngs=None)
 
 
@@ -155,24 +159,28 @@ def _memory(model: Transformer, steps: Steps) -> dict[str, int]:
     """Bytes of the programs' arguments as they lie in memory, of temporaries and of programs."""
     buckets = list(steps.buckets.values())
     layers = model.config.num_layers
-    block = buckets[0].block
-    sizes = _memory_analysis(block)
+    block = buckets[0].blocks[0]
     _, x, rotary, pages_of_block, batch = _argument_bytes(block)
     # Pages are the only arguments that a block gives back in place.
-    pages = sizes.alias_size_in_bytes or pages_of_block
-    weights = sizes.argument_size_in_bytes - pages - x - rotary - batch
+    pages = _memory_analysis(block).alias_size_in_bytes or pages_of_block
+    weights = [
+        _memory_analysis(form).argument_size_in_bytes - pages - x - rotary - batch
+        for form in buckets[0].blocks
+    ]
     distinct = {
-        id(p): p for b in buckets for p in (b.embed, b.block, b.pick, b.draw, _masked(b))
+        id(p): p for b in buckets for p in (b.embed, *b.blocks, b.pick, b.draw, _masked(b))
     }.values()
     analyses = [_memory_analysis(program) for program in distinct]
     # One program runs at a time, but those behind it have the place for their results already.
-    results = max(_memory_analysis(b.block).output_size_in_bytes for b in buckets) - pages
+    blocks = [block for b in buckets for block in b.blocks]
+    results = max(_memory_analysis(block).output_size_in_bytes for block in blocks) - pages
     inputs = max(
         sum(_argument_bytes(b.embed)[1:]) + sum(_argument_bytes(_masked(b))[1:]) for b in buckets
     )
     largest = max(analysis.temp_size_in_bytes for analysis in analyses)
     return {
-        "weight_bytes": layers * weights + _outer_weight_bytes(buckets[0]),
+        "weight_bytes": sum(weights[form] for form in buckets[0].forms)
+        + _outer_weight_bytes(buckets[0]),
         "cache_bytes": layers * pages,
         "temporary_bytes": largest + layers * max(results, 0) + inputs,
         "program_bytes": sum(analysis.generated_code_size_in_bytes for analysis in analyses),
@@ -232,26 +240,30 @@ def _step_cost(bucket: Programs, job: CompileJob, expert_reads: float) -> StepCo
     """Cost of one step of a bucket, from its programs' texts and the compiler's counts."""
     model = job.model
     experts = model.num_experts // mesh_sizes(job.mesh)[1] if model.is_moe else 0
-    layers = model.num_layers
-    block = program_traffic(_text(bucket.block), expert_reads, experts)
-    ends = [program_traffic(_text(p)) for p in (bucket.embed, bucket.pick, bucket.draw)]
-    counts = [p.cost_analysis() for p in (bucket.block, bucket.embed, bucket.pick, bucket.draw)]
+    blocks = [program_traffic(_text(block), expert_reads, experts) for block in bucket.blocks]
+    around = (bucket.embed, bucket.pick, bucket.draw)
+    ends = [program_traffic(_text(program)) for program in around]
 
     def total(name: str) -> float | None:
-        of_block, *others = (float((count or {}).get(name, -1)) for count in counts)
-        # The compiler gives a negative number for loops whose length it does not know.
-        if of_block < 0:
-            return None
-        return layers * of_block + sum(max(0.0, other) for other in others)
+        def counted(programs: Sequence[jax.stages.Compiled]) -> list[float]:
+            return [float((p.cost_analysis() or {}).get(name, -1)) for p in programs]
 
+        of_blocks = counted(bucket.blocks)
+        # The compiler gives a negative number for loops whose length it does not know.
+        if min(of_blocks) < 0:
+            return None
+        layers = sum(of_blocks[form] for form in bucket.forms)
+        return layers + sum(max(0.0, other) for other in counted(around))
+
+    layers = sum(blocks[form].nbytes for form in bucket.forms)
     return StepCost(
-        moved_bytes=layers * block.nbytes + sum(end.nbytes for end in ends),
+        moved_bytes=layers + sum(end.nbytes for end in ends),
         flops=total("flops"),
-        layer_collectives=block.collectives,
+        layer_collectives=blocks[0].collectives,
         outer_collectives=tuple(collective for end in ends for collective in end.collectives),
         xla_bytes=total("bytes accessed"),
         xla_seconds=total("optimal_seconds"),
-        kernels=dict(block.kernels),
+        kernels=dict(blocks[bucket.forms[0]].kernels),
     )
 
 
@@ -268,7 +280,11 @@ def compile_in_subprocess(
 
 
 def _compiled(fields: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
-    job = CompileJob(**{**fields, "model": ModelConfig.from_json(fields["model"])})
+    made = {
+        "model": ModelConfig.from_json(fields["model"]),
+        "weight_dtypes": tuple(map(tuple, fields["weight_dtypes"])),
+    }
+    job = CompileJob(**{**fields, **made})
     (topology,) = topologies(job.topology)
     return asdict(compile_step(job, target_devices(topology), progress))
 

@@ -211,6 +211,7 @@ def compile_job(plan: Plan) -> CompileJob:
         num_pages=estimate.sequences * workload.pages_per_sequence,
         page_size=workload.page_size,
         prefill_tokens=prefill_tokens,
+        weight_dtypes=workload.weight_dtypes,
         decode_reads=estimate.read_share(estimate.sequences),
         prefill_reads=estimate.read_share(max(prefill_tokens, estimate.sequences)),
     )

@@ -14,8 +14,8 @@ import jax
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
-from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.placement import Placement
+from mixtral_jax.model.transformer import Transformer, held_bytes
+from mixtral_jax.placement import Placement, WeightDtypes
 from mixtral_jax.planning.compiler_process import Fields, Progress, answer_job, report_of
 from mixtral_jax.planning.topology import target_devices
 from mixtral_jax.roofline.chips import Topology, topologies
@@ -46,6 +46,7 @@ class TrainingJob:
         training: the settings, in which `steps` is known.
         whole: True compiles the whole step however long it takes, False never does, and None does
             where it is likely to end in minutes.
+        weight_dtypes: of single weights, as in `Placement.of`.
     """
 
     model: ModelConfig
@@ -54,6 +55,7 @@ class TrainingJob:
     mesh: str
     training: TrainingConfig
     whole: bool | None = None
+    weight_dtypes: WeightDtypes = ()
 
     def to_json(self) -> Fields:
         """The fields as plain values."""
@@ -65,6 +67,7 @@ class TrainingJob:
         made = {
             "model": ModelConfig.from_json(fields["model"]),
             "training": TrainingConfig.from_json(fields["training"]),
+            "weight_dtypes": tuple(map(tuple, fields["weight_dtypes"])),
         }
         return cls(**{**fields, **made})
 
@@ -163,6 +166,9 @@ def compile_training(
         steps.append(_Step.compiled(job, count, devices))
     first, last = steps[0], steps[-1]
     memory = _extrapolated(first, last, layers)
+    if job.weight_dtypes and job.training.adapter is not None:
+        # Layers are not equal then: the parameters are counted.
+        memory = replace(memory, frozen_bytes=held_bytes(_model(job, layers, devices)))
     method = "compiled"
     if layers > last.layers:
         method = f"compiled with {few[0]} and {few[1]} of {layers} layers, and extrapolated"
@@ -220,7 +226,7 @@ def _one(name: str) -> list[Topology]:
 
 def _placement(job: TrainingJob, devices: Sequence[jax.Device]) -> Placement:
     mesh = "data=1,expert=1,tensor=1" if job.mesh == "auto" and len(devices) == 1 else job.mesh
-    return Placement.of(job.model, job.dtype, mesh, False, devices)
+    return Placement.of(job.model, job.dtype, mesh, False, devices, job.weight_dtypes)
 
 
 def _model(job: TrainingJob, layers: int, devices: Sequence[jax.Device]) -> Transformer:

@@ -6,6 +6,7 @@ counts, because a step ends with its slowest chip.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -84,7 +85,8 @@ class Estimate:
     @cached_property
     def placement(self) -> Placement:
         """The kernels, dtypes and page size that the model has on the topology's devices."""
-        return unsplit_placement(self.workload.dtype, self.topology.platform)
+        workload = self.workload
+        return unsplit_placement(workload.dtype, self.topology.platform, workload.weight_dtypes)
 
     @property
     def kv_dtype(self) -> str:
@@ -115,25 +117,35 @@ class Estimate:
         return math.prod(self.mesh.shape[axis] for axis in names)
 
     @cached_property
-    def _parameters(self) -> dict[str, Any]:
-        """The abstract parameters of a model of one layer, by their names."""
-        one_layer = ModelConfig.from_json({**self.workload.model.to_json(), "num_layers": 1})
-        return named_parameters(Transformer(one_layer, self.placement, rngs=None))
+    def _parameters(self) -> list[tuple[int, dict[str, Any]]]:
+        """Each form of layer: how many there are, and the abstract parameters of a model with one
+        such layer, by their names.
+        """
+        model = self.workload.model
+        one_layer = ModelConfig.from_json({**model.to_json(), "num_layers": 1})
+        forms = Counter(self.placement.of_layer(i).weight_dtypes for i in range(model.num_layers))
+        parameters = []
+        for weight_dtypes, count in forms.items():
+            own = tuple((f"layers.0.{name}", dtype) for name, dtype in weight_dtypes)
+            placement = replace(self.placement, weight_dtypes=own)
+            named = named_parameters(Transformer(one_layer, placement, rngs=None))
+            parameters.append((count, named))
+        return parameters
 
     @cached_property
     def weights(self) -> WeightBytes:
         """Bytes of the parameters that one chip holds."""
-        model = self.workload.model
         nbytes = {"experts": 0, "rest_of_layers": 0, "embedding": 0, "head": 0}
-        for name, variable in self._parameters.items():
-            array, letters = variable.get_value(), variable.get_metadata("axes")
-            ways = math.prod(self.rules.ways(letter, self.mesh) for letter in letters)
-            on_chip = array.size * array.dtype.itemsize // ways
-            if name.startswith("layers."):
-                place = "experts" if "E" in letters else "rest_of_layers"
-                nbytes[place] += on_chip * model.num_layers
-            else:
-                nbytes["embedding" if name.startswith("embed.") else "head"] += on_chip
+        for form, (count, parameters) in enumerate(self._parameters):
+            for name, variable in parameters.items():
+                array, letters = variable.get_value(), variable.get_metadata("axes")
+                ways = math.prod(self.rules.ways(letter, self.mesh) for letter in letters)
+                on_chip = array.size * array.dtype.itemsize // ways
+                if name.startswith("layers."):
+                    place = "experts" if "E" in letters else "rest_of_layers"
+                    nbytes[place] += on_chip * count
+                elif form == 0:  # these are there once
+                    nbytes["embedding" if name.startswith("embed.") else "head"] += on_chip
         return WeightBytes(**nbytes)
 
     @property
@@ -189,6 +201,8 @@ class Estimate:
         )
         shapes = 2 * [(held, inside, model.hidden_size)] + [(held, model.hidden_size, inside)]
         kind = QUANTIZED.get(dtype, dtype)
+        if dtype == "int4":  # two inputs in a byte
+            shapes = [(held, outputs, inputs // 2) for held, outputs, inputs in shapes]
         return tuple(jax.ShapeDtypeStruct(shape, kind) for shape in shapes)
 
     def _busiest_experts(self, tokens: int) -> float:
@@ -302,8 +316,9 @@ class Estimate:
     @property
     def num_arguments(self) -> int:
         """Number of arrays that a step is given: parameters, pages, and a few more."""
-        of_layer = sum(name.startswith("layers.") for name in self._parameters)
-        layers, outer = self.workload.model.num_layers, len(self._parameters) - of_layer
+        _, parameters = self._parameters[0]
+        of_layer = sum(name.startswith("layers.") for name in parameters)
+        layers, outer = self.workload.model.num_layers, len(parameters) - of_layer
         return layers * (of_layer + 1) + outer + _OTHER_ARGUMENTS
 
     def network_seconds(self, layer: Sequence[Collective], outer: Sequence[Collective]) -> float:

@@ -146,7 +146,7 @@ def settings_by_chip(
 
 def split_placement(workload: Workload, topology: Topology, split: Split) -> Placement:
     """The placement that a model has on a topology under a split, of devices that are not here."""
-    placement = unsplit_placement(workload.dtype, topology.platform)
+    placement = unsplit_placement(workload.dtype, topology.platform, workload.weight_dtypes)
     rules = ShardingRules.of(workload.model, split.mesh, split.dp_attention)
     return replace(placement, layout=Layout(split.mesh, rules))
 
@@ -265,6 +265,7 @@ def _estimate(
         context=min(TYPICAL_CONTEXT, model.max_context),
         prefill_tokens=1,
         page_size=page_size,
+        weight_dtypes=placement.weight_dtypes,
     )
     platform = placement.kernels.platform
     chips = -(-split.chips // chip.devices)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import ConfigError
 from mixtral_jax.kernels import kernels_for
-from mixtral_jax.placement import Placement, checked_dtype
+from mixtral_jax.placement import Placement, WeightDtypes, checked_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class Workload:
         context: tokens of each sequence, prompt and answer together.
         prefill_tokens: tokens of one step that reads prompts.
         page_size: tokens of one page of keys and values.
+        weight_dtypes: of single weights, as in `Placement.of`.
     """
 
     model: ModelConfig
@@ -31,6 +32,7 @@ class Workload:
     context: int
     prefill_tokens: int
     page_size: int
+    weight_dtypes: WeightDtypes = ()
 
     def __post_init__(self) -> None:
         if self.context > self.model.max_context:
@@ -60,7 +62,7 @@ class Workload:
         return min(self.context, self.model.sliding_window or self.context)
 
 
-def unsplit_placement(dtype: str, platform: str) -> Placement:
+def unsplit_placement(dtype: str, platform: str, weight_dtypes: WeightDtypes = ()) -> Placement:
     """The placement of a model on devices of a platform (cpu, tpu or gpu), before it is split.
 
     It gives the kernels, the dtype of activations and the page size of every split. Raises
@@ -73,4 +75,5 @@ def unsplit_placement(dtype: str, platform: str) -> Placement:
         activation_dtype=kernels.activation_dtype(dtype),
         layout=None,
         kernels=kernels,
+        weight_dtypes=weight_dtypes,
     )

@@ -6,11 +6,15 @@ ended. Prompts are random token ids, answers are greedy and exactly as long as a
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from mixtral_jax.checkpoint.pretrained import open_pretrained
 from mixtral_jax.compilation import keep_programs
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.placement import Placement
 from mixtral_jax.roofline.settings import GivenSettings, chip_under, settings_by_chip
 from mixtral_jax.sampling_params import SamplingParams
 from serving.bench.load import Answer, BenchError, Level, Progress, summary
@@ -31,31 +35,29 @@ class OfflineEngine:
 
     def __init__(
         self,
-        model: str,
+        config: ModelConfig,
+        placement: Placement,
+        load: Callable[[], Transformer],
         *,
-        dtype: str | None,
         concurrency: int,
         prompt_tokens: int,
         answer_tokens: int,
-        max_step_tokens: int | None,
-        shared_prefix: int,
+        max_step_tokens: int | None = None,
+        shared_prefix: int = 0,
     ) -> None:
         """Runs one request first, so that the counted ones find everything ready.
 
-        Raises ConfigError (a ValueError) where `model` is no checkpoint.
+        `load` is called once the programs are compiled and returns the parameters.
         """
         keep_programs()
-        pretrained = open_pretrained(model)
-        card = pretrained.card
-        placement = pretrained.placement(dtype, mesh=None)
         longest = prompt_tokens + answer_tokens
-        if longest > card.model.max_context:
+        if longest > config.max_context:
             raise BenchError(
                 f"{prompt_tokens} + {answer_tokens} tokens are more than the model's "
-                f"{card.model.max_context}; ask for fewer"
+                f"{config.max_context}; ask for fewer"
             )
         given = GivenSettings(max_sequences=concurrency, max_step_tokens=max_step_tokens)
-        settings = settings_by_chip(card.model, placement, chip_under(placement), given)
+        settings = settings_by_chip(config, placement, chip_under(placement), given)
         limits = Limits(
             num_pages=concurrency * -(-longest // settings.page_size),
             page_size=settings.page_size,
@@ -63,15 +65,25 @@ class OfflineEngine:
             max_step_tokens=max(settings.max_step_tokens, concurrency),
             max_context=longest,
             max_waiting=concurrency,
-            window=card.model.sliding_window,
+            window=config.sliding_window,
         )
-        abstract = Transformer(card.model, placement, rngs=None)
+        abstract = Transformer(config, placement, rngs=None)
         steps = compile_steps(abstract, limits, kv_dtype=settings.kv_dtype, has_masks=False)
-        self._engine = engine_of(pretrained.load(placement), limits, steps)
-        self._vocabulary = card.model.vocab_size
+        self._engine = engine_of(load(), limits, steps)
+        self._vocabulary = config.vocab_size
         self._lengths = prompt_tokens, answer_tokens
         self._shared = min(shared_prefix, prompt_tokens)
         self.measure(1, 1, seed=-1)
+
+    @classmethod
+    def of_checkpoint(cls, folder: str, dtype: str | None, **load: Any) -> "OfflineEngine":
+        """The engine of a checkpoint's model; `load` are the arguments of the constructor.
+
+        Raises ConfigError (a ValueError) where `folder` is no checkpoint.
+        """
+        pretrained = open_pretrained(folder)
+        placement = pretrained.placement(dtype, mesh=None)
+        return cls(pretrained.card.model, placement, lambda: pretrained.load(placement), **load)
 
     def measure(
         self, requests: int, concurrency: int, seed: int, progress: Progress | None = None

@@ -15,6 +15,7 @@ from mixtral_jax.roofline.chips import GIB, topologies
 
 if TYPE_CHECKING:
     from mixtral_jax.config import ModelConfig
+    from mixtral_jax.placement import WeightDtypes
     from mixtral_jax.planning.training_plan import TrainingJob, TrainingPlan
 
 # In place of what a plan does not need: it reads no rows and writes no files.
@@ -92,7 +93,7 @@ def job_of(
     training = settings.training
     if training.steps is None:
         training = replace(training, steps=training.warmup_steps + _STEPS, epochs=None)
-    config, stored = _model(settings.model)
+    config, stored, weight_dtypes = _model(settings.model)
     dtype = settings.dtype or stored or "bfloat16"
     is_rounded = stored is not None and (is_quantized(dtype) or is_quantized(stored))
     if is_rounded and dtype != stored:
@@ -107,29 +108,35 @@ def job_of(
         mesh=settings.mesh,
         training=training,
         whole=True if is_whole else None,
+        weight_dtypes=weight_dtypes,
     )
     return settings.model, job
 
 
-def _model(name: str) -> "tuple[ModelConfig, str | None]":
-    """Returns the config of a folder or of a published model, and the stored dtype of the first."""
+def _model(name: str) -> "tuple[ModelConfig, str | None, WeightDtypes]":
+    """Returns the config of a folder or of a published model, and the stored dtypes of the first:
+    of the model and of single weights.
+    """
     from mixtral_jax.planning.search import known_model
 
     if Path(name).is_dir():
         from mixtral_jax.checkpoint.folder import Card
 
         card = Card.read(Path(name))
-        return card.model, card.dtype
-    return known_model(name), None
+        return card.model, card.dtype, card.weight_dtypes
+    return known_model(name), None, ()
 
 
 def text_of(name: str, job: "TrainingJob", plan: "TrainingPlan") -> Table:
     """Returns the plan as lines of a table."""
+    from mixtral_jax.placement import precision_text
+
     run, memory = job.training, plan.memory
+    precision = precision_text(job.dtype, job.weight_dtypes)
     trained = "all parameters" if run.adapter is None else f"an adapter of rank {run.adapter.rank}"
     verdict = "fits" if plan.fits else "does NOT fit"
     lines = {
-        "step": f"{trained} of {name} in {job.dtype}: {run.rows} rows of {run.length:,} in "
+        "step": f"{trained} of {name} in {precision}: {run.rows} rows of {run.length:,} in "
         f"{run.micro_batches} micro-batches",
         "devices": f"{plan.topology}, {plan.mesh}",
         "memory a chip": f"{_gib(memory.total_bytes)} of {_gib(plan.chip_bytes)}: {verdict}",

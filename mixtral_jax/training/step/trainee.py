@@ -25,6 +25,7 @@ from mixtral_jax.model.adapter import (
     LowRank,
     adapter_letters,
 )
+from mixtral_jax.model.arrangement import arrange
 from mixtral_jax.model.transformer import Block, Transformer, named_parameters
 from mixtral_jax.training.step.gathered_block import GatheredBlock
 
@@ -43,6 +44,8 @@ class Trainee:
 
     def __init__(self, model: Transformer, adapter: AdapterConfig | None) -> None:
         self.config, self.placement, self.adapter = model.config, model.placement, adapter
+        # Samples are drawn by steps, which would arrange the weights under the compiled program.
+        arrange(model)
         self.graph, state = nnx.split(model)
         # Names, shapes and shardings only, so that nothing here keeps the weights alive.
         self.skeleton = nnx.to_flat_state(jax.tree.map(_shape_of, state))

@@ -32,7 +32,9 @@ Expected = dict[str, np.ndarray]
 CHUNK_BYTES, IN_FLIGHT = 3000, 10_000
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "int8", "fp8"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("bfloat16", marks=pytest.mark.soak), "int8", "fp8"]
+)
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

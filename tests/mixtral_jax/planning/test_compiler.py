@@ -22,7 +22,9 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
 
     Only the arrays that the model and the cache name are counted, whatever else lives.
     """
-    placement = Placement.of(job.model, job.dtype, job.mesh, job.dp_attention)
+    placement = Placement.of(
+        job.model, job.dtype, job.mesh, job.dp_attention, weight_dtypes=job.weight_dtypes
+    )
     model = Transformer(job.model, placement, rngs=nnx.Rngs(0))
     split = SplitModel.of(model)
     empty = compile_empty(split.pages(job.num_pages, job.page_size))
@@ -44,14 +46,16 @@ def bytes_on_devices(job: CompileJob) -> tuple[set[int], set[int]]:
     [
         pytest.param(SMALL, "float32", (1, 8, 1), False, marks=pytest.mark.soak),
         pytest.param(SMALL, "int8", (1, 4, 2), True, marks=pytest.mark.soak),
-        (DENSE, "float32", (2, 2, 2), True),
+        (replace(DENSE, head_size=32), "int4", (2, 2, 2), True),
     ],
-    ids=["experts", "int8 and sequences", "dense"],
+    ids=["experts", "int8 and sequences", "dense, of two dtypes"],
 )
 def test_memory_is_what_really_lives_on_devices(
     config: ModelConfig, dtype: str, shape: tuple[int, int, int], dp_attention: bool
 ) -> None:
-    job, plan = job_on_cpu(workload_of(config, dtype), shape, dp_attention)
+    mixed = (("layers.1.attention.v", "int8"), ("layers.1.feed_forward.down", "int8"))
+    workload = workload_of(config, dtype, weight_dtypes=mixed if dtype == "int4" else ())
+    job, plan = job_on_cpu(workload, shape, dp_attention)
     (weights,), (pages,) = bytes_on_devices(job)  # the same on every device
     lines: list[str] = []
     report = compile_in_subprocess(job, lines.append)

@@ -30,6 +30,8 @@ JOB = TrainingJob(
 
 def test_a_job_and_a_plan_survive_json() -> None:
     assert TrainingJob.from_json(JOB.to_json()) == JOB
+    mixed = replace(JOB, dtype="int4", weight_dtypes=(("layers.0.attention.v", "int8"),))
+    assert TrainingJob.from_json(mixed.to_json()) == mixed
     full = replace(JOB, training=replace(RUN, adapter=None), whole=True)
     assert TrainingJob.from_json(full.to_json()) == full
 

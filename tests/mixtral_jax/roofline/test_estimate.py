@@ -2,6 +2,7 @@
 
 import pytest
 
+from mixtral_jax.checkpoint.parameters import count_parameters
 from mixtral_jax.planning.plan import Plan, best_first
 from mixtral_jax.planning.search import known_model
 from mixtral_jax.roofline.chips import GIB, topologies
@@ -29,6 +30,22 @@ def test_weights_and_pages_of_mixtral_by_hand() -> None:
     assert plan.decode.bound == "memory"
     # All eight are touched, as 32 tokens choose two each.
     assert plan.least_bytes == pytest.approx(plan.weight_bytes + plan.cache_bytes, rel=0.02)
+
+
+def test_bytes_of_a_model_with_weights_of_two_dtypes() -> None:
+    """They are those that are stored, and by hand: int8 in place of int4 is a third of a byte more
+    for each weight, and a scale for each output in place of four bytes for each group."""
+    config, name = known_model("mistral-7b-v0.3"), "feed_forward.down"
+    dtypes = tuple((f"layers.{i}.{name}", "int8") for i in (0, 5))
+    plain, mixed = (
+        plan_of(workload_of(config, "int4", weight_dtypes=own), "tpu:v5e:1x1", (1, 1, 1))
+        for own in ((), dtypes)
+    )
+    down = 4096 * 14_336
+    assert mixed.weight_bytes - plain.weight_bytes == 2 * (down // 2 + 4 * 4096 - 4 * down // 32)
+    (_, nbytes), norms = count_parameters(config, "int4", dtypes), 65 * 4096
+    assert mixed.weight_bytes == nbytes - 2 * norms  # norms are bfloat16 on a TPU
+    assert mixed.estimate.with_batch(2).weights == mixed.estimate.weights
 
 
 def test_few_tokens_touch_few_experts() -> None:

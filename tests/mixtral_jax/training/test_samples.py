@@ -1,5 +1,7 @@
 """Sample answers are those of the plain loop, of the model alone and beside an adapter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,12 @@ from mixtral_jax.model.adapter import AdapterConfig
 from mixtral_jax.model.merged import merge
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 from mixtral_jax.training.example import Example
+from mixtral_jax.training.loop import Trainer
+from mixtral_jax.training.records import EndRecord, SampleRecord
 from mixtral_jax.training.samples import Question, Samples
 from tests.support.adapters import random_adapter
 from tests.support.models import model_of
+from tests.support.training import Counting, settings
 
 TOKENS = ByteTokenizer()
 CONFIG = ModelConfig.tiny(vocab_size=TOKENS.vocab_size)
@@ -53,3 +58,17 @@ def test_the_first_answer_of_an_example() -> None:
     assert Question.of(document) == ([10, 11], [12, 13])
     last = Example(document.ids, np.array([0, 0, 0, 0, 1, 1], np.float32))
     assert Question.of(last) == ([10, 11, 12, 13], [14, 15])
+
+
+def test_a_run_on_int4_goes_on_after_samples() -> None:
+    """Samples are drawn by steps, for which weights stand in another order on CPU."""
+    config = replace(CONFIG, head_size=32, num_experts=0, experts_per_token=0)
+    run = settings(steps=2, validate_every=1)
+    rows = Counting(config, run.rows)
+    samples = Samples([example([70, 72, 71], [90, 2])], TOKENS, max_tokens=2)
+    trainer = Trainer(
+        model_of(config, "int4"), run, rows, validation=[rows.batch(9)], samples=samples
+    )
+    records = [*trainer.records()]
+    assert [r.step for r in records if isinstance(r, SampleRecord)] == [1, 2]
+    assert records[-1] == EndRecord(step=2, is_finished=True)
