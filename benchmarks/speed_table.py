@@ -51,8 +51,8 @@ def http(repeats: int) -> dict[str, float]:
     sizes = {"prompt_tokens": 100, "answer_tokens": 64}
     bare, whole = list[Level](), list[Level]()
     # Over HTTP all prompts begin with the template's system text, one page of which is reused.
-    engine = OfflineEngine(
-        str(INT8), dtype=None, concurrency=32, max_step_tokens=128, shared_prefix=16, **sizes
+    engine = OfflineEngine.of_checkpoint(
+        str(INT8), None, concurrency=32, max_step_tokens=128, shared_prefix=16, **sizes
     )
     (port,) = free_ports(1)
     with served(str(INT8), {"max-sequences": 32, "metrics-port": port}) as endpoint:

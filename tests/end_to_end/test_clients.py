@@ -44,8 +44,15 @@ def test_a_client(environment: str | None, script: str, plain: Server) -> None:
         run_python(environment, path, place)
 
 
-@pytest.mark.parametrize("version", ["b9", "b6"])
-@pytest.mark.parametrize("credential", ["key", "default credential"])
+@pytest.mark.parametrize(
+    ("credential", "version"),
+    [
+        ("key", "b6"),
+        ("default credential", "b9"),
+        pytest.param("key", "b9", marks=pytest.mark.soak),
+        pytest.param("default credential", "b6", marks=pytest.mark.soak),
+    ],
+)
 def test_azures_python_client(
     version: str, credential: str, secure: Server, pem: Path, identity: Identity
 ) -> None:
@@ -62,7 +69,9 @@ def test_azures_python_client_without_tls(plain: Server) -> None:
     run([sys.executable, str(CLIENTS / "azure_inference.py")], place)
 
 
-@pytest.mark.parametrize("credential", ["key", "default credential"])
+@pytest.mark.parametrize(
+    "credential", [pytest.param("key", marks=pytest.mark.soak), "default credential"]
+)
 def test_azures_javascript_client(
     credential: str, secure: Server, pem: Path, identity: Identity
 ) -> None:

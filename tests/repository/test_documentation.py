@@ -40,6 +40,13 @@ FOREIGN_FLAGS = {
     "--build-arg",
     "--python",
     "--only",  # benchmarks.engine
+    "--random",  # benchmarks.device
+    "--kept",  # benchmarks.rounding
+    *("--parts", "--print"),  # benchmarks.cpu_kernels
+    *("--our", "--peers"),  # benchmarks.peers
+    "--layout",  # benchmarks.convert_memory
+    "--layers",  # benchmarks.rounding.layers
+    *("--draft", "--experts", "--noise", "--kinds", "--answers"),  # benchmarks.speculation
 }
 # Flags of the tools that one page is about.
 FOREIGN_FLAGS_OF = {
