@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import settings
 
 from mixtral_jax import placement
 from tests.support.identity import TENANT, Identity, certificate, running_identity
@@ -26,6 +27,10 @@ from tests.support.servers import Server, running, serve_command
 # every server under test would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine lets a quick example take a second.
+settings.register_profile("without a deadline", deadline=None)
+settings.load_profile("without a deadline")
 
 # A mesh of eight devices on any machine; tests that need no mesh use the first.
 jax.config.update("jax_num_cpu_devices", 8)
