@@ -31,6 +31,7 @@ from tests.support.servers import Server, environment, free_ports, running, serv
 
 pytestmark = pytest.mark.slow
 
+PATIENCE = 60.0
 BASE = "tiny-random"
 CARD = open_pretrained(BASE).card
 SETTINGS = AdapterConfig(targets=("q", "v", "router", "up", "down"), rank=4, alpha=8.0)
@@ -85,7 +86,7 @@ class Adapted:
 
     def figures(self) -> dict[str, float]:
         """The service's figures of adapters, and of compilations."""
-        text = httpx.get(self.metrics, trust_env=False).text
+        text = httpx.get(self.metrics, trust_env=False, timeout=PATIENCE).text
         lines = re.findall(r"^(mixtral_\S*(?:adapter|compilation)\S*) (\S+)$", text, re.MULTILINE)
         return {name: float(value) for name, value in lines}
 
@@ -156,7 +157,9 @@ def test_the_model_and_adapters_answer_as_merged_models_in_one_batch(
     assert figures['mixtral_adapter_requests_total{adapter="one",model_name="tiny-random"}'] == 7
     assert figures["mixtral_compilations_total"] == 0
     headers = {"api-key": adapted.server.key}
-    usage = httpx.get(f"{adapted.server.url}/usage", headers=headers, trust_env=False).json()
+    usage = httpx.get(
+        f"{adapted.server.url}/usage", headers=headers, trust_env=False, timeout=PATIENCE
+    ).json()
     parts = [part for day in usage["data"] for part in day.get("adapters", [])]
     assert {part["adapter"] for part in parts} >= {"fixed", "one"}
 
@@ -196,8 +199,8 @@ def test_adapters_come_and_go_while_the_server_runs(
         for name in (BASE, "fixed"):
             answer = client.complete(PROMPT, model=name, **OPTIONS)
             assert tuple(answer.choices[0].token_ids) == expected[name]
-    ready = httpx.get(f"{adapted.server.url}/health/ready", trust_env=False)
-    assert ready.status_code == 200
+    ready = f"{adapted.server.url}/health/ready"
+    until(lambda: httpx.get(ready, trust_env=False, timeout=PATIENCE).status_code == 200)
     figures = adapted.figures()
     assert figures["mixtral_adapters"] == 2 and figures["mixtral_compilations_total"] == 0
 

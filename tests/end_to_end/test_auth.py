@@ -29,9 +29,10 @@ from serving.launch.supervisor import Addresses, environment_from
 from serving.proto import inference_pb2, inference_pb2_grpc
 from serving.service.direct_calls import DirectCalls
 from serving.service.interceptor import AccessInterceptor
-from tests.support.fakes import KEY, PATIENCE, Stack, running_stack
+from tests.support.fakes import KEY, Stack, running_stack
 from tests.support.identity import TENANT, Identity, running_identity
 
+PATIENCE = 60.0
 CHAT = {"messages": [{"role": "user", "content": "one two"}]}
 VARIABLES = ("MIXTRAL_JAX_API_KEY", "MIXTRAL_JAX_SERVICE_KEY")
 
@@ -155,13 +156,17 @@ def test_tokens_at_the_gateway(identity: Identity) -> None:
         assert status(stack, authorization=f"Bearer {token[:-4]}") == 401
         assert status(stack, authorization=f"Bearer {token_of(identity, 'https://other')}") == 401
         huge = httpx.get(
-            f"{stack.url}/info", headers={"authorization": f"Bearer {'a.' * 2}{'x' * 20_000}"}
+            f"{stack.url}/info",
+            headers={"authorization": f"Bearer {'a.' * 2}{'x' * 20_000}"},
+            timeout=PATIENCE,
         )
         assert huge.status_code == 401
         assert huge.headers["www-authenticate"] == "Bearer"
     tokens = TokenVerifier([TENANT], authority=identity.url)
     with running_stack(access=Access(keyring, tokens)) as stack:
-        refused = httpx.get(f"{stack.url}/info", headers={"authorization": f"Bearer {token}"})
+        refused = httpx.get(
+            f"{stack.url}/info", headers={"authorization": f"Bearer {token}"}, timeout=PATIENCE
+        )
         assert refused.status_code == 403
         assert refused.json()["error"]["code"] == refused.headers["x-ms-error-code"] == "Forbidden"
         assert "www-authenticate" not in refused.headers and "retry-after" not in refused.headers
@@ -171,7 +176,9 @@ def test_an_authority_that_is_down_is_not_the_clients_fault(identity: Identity) 
     tokens = TokenVerifier([TENANT], allowed=["*"], authority="http://127.0.0.1:1")
     with running_stack(access=Access(Keyring({"default": KEY}), tokens)) as stack:
         answer = httpx.get(
-            f"{stack.url}/info", headers={"authorization": f"Bearer {token_of(identity)}"}
+            f"{stack.url}/info",
+            headers={"authorization": f"Bearer {token_of(identity)}"},
+            timeout=PATIENCE,
         )
         assert answer.status_code == 503
         assert answer.headers["retry-after"].isdecimal()

@@ -323,12 +323,17 @@ def test_a_follower_that_is_told_to_end_ends_the_group() -> None:
 
 
 def test_who_is_started_otherwise_is_told_so_and_not_taken_in() -> None:
-    flags = ["--coordinator", f"127.0.0.1:{free_ports(2)[0]}", "--num-processes", "2"]
+    address, _, port, grpc_port = free_ports(4)
+    flags = ["--coordinator", f"127.0.0.1:{address}", "--num-processes", "2"]
+    ports = [f"--port={port}", f"--grpc-port={grpc_port}"]
     with (
-        following([*flags, "--process-id", "0", "--no-auth"], 1) as leader,
+        following([*flags, "--process-id", "0", "--no-auth", *ports], 1) as leader,
         following([*flags, "--process-id", "1", "--dtype", "int8"], 1) as follower,
     ):
         assert follower.process.wait(PATIENCE) == 1
         why = "--dtype is int8 in process 1 and float32 in process 0"
-        assert follower.told(f"process 0 refuses this one: {why}")
-        assert leader.process.poll() is None and leader.told(why)
+        deadline = time.monotonic() + PATIENCE
+        while not (follower.told(f"process 0 refuses this one: {why}") and leader.told(why)):
+            assert time.monotonic() < deadline  # threads read what is said
+            time.sleep(0.1)
+        assert leader.process.poll() is None

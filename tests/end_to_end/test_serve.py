@@ -115,7 +115,7 @@ def test_a_taken_port_is_one_clear_line(server: Server) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert out.returncode == 1
     assert out.stderr.strip().splitlines() == [
@@ -127,7 +127,7 @@ def test_a_taken_port_is_one_clear_line(server: Server) -> None:
 def test_a_model_that_is_not_there_is_one_clear_line() -> None:
     arguments = command()
     arguments[2] = "--model=nowhere"
-    out = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=60)
+    out = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
     assert out.returncode == 1
     assert "mixtral-jax: nowhere is not a mixtral-jax checkpoint" in out.stderr
     assert "Traceback" not in out.stderr
@@ -140,7 +140,7 @@ def test_a_taken_port_for_metrics_is_one_clear_line(server: Server) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert out.returncode == 1
     assert (
@@ -178,7 +178,7 @@ def test_metrics_and_every_parameter_and_nothing_compiles() -> None:
                 for choice in answer.choices:
                     (*_, last) = choice["logprobs"]["content"]
                     assert len(last["top_logprobs"]) == 5
-        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, timeout=60).text
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#"]
         figures = {name.partition("{")[0]: value for name, value in lines}
     assert float(figures["mixtral_compilations_total"]) == 0
@@ -223,6 +223,9 @@ def test_a_service_that_was_killed_comes_back_and_503_stands_in_for_it() -> None
                 "messages": [{"role": "user", "content": "x"}],
                 "stream": True,
                 "ignore_eos": True,
+                # Choice after choice on the only row: under way still, however late the kill.
+                "n": 16,
+                "max_tokens": 400,
             },
             headers={"api-key": server.key},
             timeout=60,
@@ -234,12 +237,12 @@ def test_a_service_that_was_killed_comes_back_and_503_stands_in_for_it() -> None
             killed = time.monotonic()
             with pytest.raises(httpx.TransportError):
                 list(lines)
-            assert time.monotonic() - killed < 2
+            assert time.monotonic() - killed < 9  # pings, which tell it too, begin after 10 s
         statuses = set()
         while (late := ask(server)).status_code != 200:
             statuses.add(late.status_code)
             assert late.headers["retry-after"]
-            assert time.monotonic() - killed < 60
+            assert time.monotonic() - killed < 240
             time.sleep(0.1)
         assert statuses == {503}
         assert children(server)["gateway"].pid == gateway.pid
@@ -250,7 +253,7 @@ def test_a_gateway_that_was_killed_comes_back() -> None:
     with running(command()) as server:
         service = children(server)["service"]
         children(server)["gateway"].kill()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while True:
             assert time.monotonic() < deadline
             with suppress(httpx.TransportError):

@@ -6,6 +6,7 @@ import re
 import signal
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ def test_https_before_and_mtls_behind_the_gateway(authority: Authority, tmp_path
     server_tls = ServerTls.of_flags(service.cert, service.key, authority.ca)
     assert server_tls is not None
 
-    async def info(port: int, shown: Files | None, ca: Path = authority.ca) -> int:
-        """What GET /info says where the gateway shows that certificate to the service."""
+    async def info(
+        port: int, shown: Files | None, ca: Path = authority.ca, patience: float = 0.0
+    ) -> int:
+        """Asks GET /info of a gateway that shows that certificate; for so long while it says 503.
+
+        Returns the last status.
+        """
         flags = ["--port", "0", "--target", f"127.0.0.1:{port}", "--service-ca", str(ca)]
         flags += ["--tls-cert", str(web.cert), "--tls-key", str(web.key)]
         if shown is not None:
@@ -55,7 +61,12 @@ def test_https_before_and_mtls_behind_the_gateway(authority: Authority, tmp_path
             context = ssl.create_default_context(cafile=str(authority.ca))
             context.verify_flags |= ssl.VERIFY_X509_STRICT  # as newer Pythons do of themselves
             async with httpx.AsyncClient(verify=context, timeout=PATIENCE) as client:
-                answer = await client.get(f"{url[0]}/info", headers={"api-key": "a" * 16})
+                deadline = time.monotonic() + patience
+                while True:
+                    answer = await client.get(f"{url[0]}/info", headers={"api-key": "a" * 16})
+                    if answer.status_code != 503 or time.monotonic() > deadline:
+                        break
+                    await asyncio.sleep(0.1)
                 assert (await client.get(f"{url[0]}/info")).status_code == 401
             process.send_signal(signal.SIGTERM)
             await process.communicate()
@@ -74,7 +85,7 @@ def test_https_before_and_mtls_behind_the_gateway(authority: Authority, tmp_path
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         port = server.add_secure_port("127.0.0.1:0", server_tls.credentials())
         await server.start()
-        assert await info(port, gateway) == 200
+        assert await info(port, gateway, patience=20.0) == 200
         assert await info(port, None) == 503
         assert await info(port, stranger) == 503
         assert await info(port, gateway, ca=tmp_path / "stranger.pem") == 503

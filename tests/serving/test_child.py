@@ -1,6 +1,7 @@
 """When a process is started again and when not, with a program that dies as it is told."""
 
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -146,7 +147,8 @@ def test_a_service_whose_heart_stops_is_killed_and_started_again(
         assert child.process is not None
         if number is None:  # it beats on
             clock.now += 100.0
-            time.sleep(0.1)
+            assert child._beats is not None
+            assert select.select([child._beats], [], [], PATIENCE)[0]
             child.keep_running()
             assert child.process.poll() is None
             return

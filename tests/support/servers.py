@@ -38,14 +38,26 @@ class Server:
         return self.process.wait(60)
 
 
+# Below those that the system hands to clients, so that no connection takes one.
+_PORTS = range(10_000, 32_000)
+_handed_out: set[int] = set()
+
+
 def free_ports(count: int) -> list[int]:
-    """Neighbours. Below those that the system hands to clients, so that no connection takes one."""
+    """Neighbours. They are bound seconds later: none is handed out twice, nor by two workers."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    size = len(_PORTS) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = _PORTS[worker * size : (worker + 1) * size]
     while True:
-        first = random.SystemRandom().randrange(10_000, 32_000)
+        first = random.SystemRandom().choice(own[: size - count + 1])
+        ports = range(first, first + count)
+        if not _handed_out.isdisjoint(ports):
+            continue
         with suppress(OSError), ExitStack() as stack:
-            for port in range(first, first + count):
+            for port in ports:
                 stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return list(range(first, first + count))
+            _handed_out.update(ports)
+            return list(ports)
 
 
 def serve_command(model: Path | str, *options: str) -> list[str]:

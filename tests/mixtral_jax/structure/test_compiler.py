@@ -15,6 +15,7 @@ from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.matcher import Matcher
 from mixtral_jax.structure.specification import Check, Grammar, Kind, Specification
 from mixtral_jax.structure.tool_grammar import Mode, ToolUse
+from mixtral_jax.structure.trial import process
 from mixtral_jax.tokenization.messages import Tool
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 
@@ -144,8 +145,11 @@ def test_a_form_is_made_once_for_each_caller(tried: Compiler) -> None:
     assert forms[0] is not forms[1]
 
 
-def test_a_grammar_that_kills_the_compiler_is_refused(tried: Compiler) -> None:
+def test_a_grammar_that_kills_the_compiler_is_refused(
+    tried: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A chain of 20,000 rules overflows the stack of the process that tries it."""
+    monkeypatch.setattr(process, "LONGEST_TRIAL", 60.0)  # it must not be late first
     chain = "\n".join(f"r{i}: r{i + 1}" for i in range(20_000))
     with pytest.raises(StructureError, match="cannot be compiled"):
         tried.compile(Grammar(f'start: r0\n{chain}\nr20000: "x"'), continues=False, salt=b"")
@@ -201,8 +205,9 @@ def test_tools_are_read_in_the_trial(
 
 
 def test_answers_are_checked_by_the_processes_that_try_forms(
-    vocabularies: Callable[[str], Tokenizer],
+    vocabularies: Callable[[str], Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(process, "LONGEST_CHECK", 60.0)  # also on a busy machine
     unique = Check('{"uniqueItems": true}', "draft2020-12")
     with Compiler(vocabularies("bytes").__class__(), 300, processes=1) as compiler:
         assert compiler.check("[1]", unique, salt=b"") is None

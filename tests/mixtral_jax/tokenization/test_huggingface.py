@@ -284,24 +284,22 @@ def test_files_of_releases_before_model_type_are_read(tmp_path: Path) -> None:
 def test_other_threads_run_while_a_text_is_encoded(tmp_path: Path) -> None:
     tokenizer = load(write(tmp_path))
     done = threading.Event()
-    pauses: list[float] = []
+    ticks: list[float] = []
 
     def tick() -> None:
-        before = time.perf_counter()
         while not done.is_set():
             time.sleep(0.001)
-            now = time.perf_counter()
-            pauses.append(now - before)
-            before = now
+            ticks.append(time.perf_counter())
 
     thread = threading.Thread(target=tick)
     thread.start()
     begin = time.perf_counter()
     tokenizer.encode("1a " * 100_000)
-    seconds = time.perf_counter() - begin
+    end = time.perf_counter()
     done.set()
     thread.join()
-    assert max(pauses) < seconds / 2
+    # It takes hundreds of milliseconds. If nobody else ran meanwhile there would be two at most.
+    assert sum(begin < when < end for when in ticks) >= 10
 
 
 @pytest.mark.parametrize(

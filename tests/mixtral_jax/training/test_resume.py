@@ -36,7 +36,9 @@ def lines_of(process: "subprocess.Popen[str]") -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
-def killed_at(process: "subprocess.Popen[str]", step: int, number: signal.Signals) -> list[Any]:
+def killed_at(
+    process: "subprocess.Popen[str]", step: int, number: signal.Signals, pause: float = 0.02
+) -> list[Any]:
     """What it says until a step is done, and behind that until the signal acts."""
     assert process.stdout is not None
     lines = []
@@ -44,7 +46,8 @@ def killed_at(process: "subprocess.Popen[str]", step: int, number: signal.Signal
         if line.startswith("{"):
             lines.append(json.loads(line))
         if lines and lines[-1].get("step") == step:
-            time.sleep(random.random() * 0.05)  # also while a checkpoint is being written
+            # Around the end of the pause, which a checkpoint follows: also while it is written.
+            time.sleep(pause - 0.02 + random.random() * 0.05)
             process.send_signal(number)
             break
     lines += [json.loads(line) for line in process.stdout if line.startswith("{")]
@@ -66,7 +69,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     at = 0
     for _ in range(kills):
         at += random.randint(2, 4)
-        lines = killed_at(started(folder, steps, 0.02), at, signal.SIGKILL)
+        # A reader that is late by less than all the pauses kills before the run's end.
+        lines = killed_at(started(folder, steps, 0.2), at, signal.SIGKILL, 0.2)
         got = losses(lines)
         assert got and got.items() <= want.items(), f"killed after step {at}"
         # A checkpoint is there every two steps, of which the last may have been under way.

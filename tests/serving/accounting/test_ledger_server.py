@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from serving.access.caller import Caller, CallerLimits
+from serving.accounting import ledger_client
 from serving.accounting.accounts import Accounts
 from serving.accounting.admission import Admission, Lease
 from serving.accounting.answer_tokens import AnswerTokens
@@ -46,7 +47,9 @@ class House:
 
 
 @pytest.fixture
-def house() -> Iterator[House]:
+def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    # An answer must not be late because the machine is busy.
+    monkeypatch.setattr(ledger_client, "_SECONDS", 20.0)
     made = House()
     yield made
     for process in made.processes:

@@ -170,8 +170,8 @@ def test_times_counts_and_the_body() -> None:
     assert level.tokens_per_second == pytest.approx(48 / level.seconds)
     # Sleeping may take longer, never shorter.
     assert level.seconds >= 2 * (FIRST + 3 * EACH) * 0.95
-    assert FIRST * 0.95 <= level.ttft["p50"] < FIRST + 1
-    assert EACH * 0.5 <= level.itl["p50"] < EACH + 1
+    assert FIRST * 0.95 <= level.ttft["p50"] < FIRST + 20
+    assert EACH * 0.5 <= level.itl["p50"] < EACH + 20
     body = server.seen[0]
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("m", 4, 0)
     assert body["ignore_eos"] is True and body["stream"] is True

@@ -306,11 +306,14 @@ def test_closing_the_client_ends_its_answers(running: Running) -> None:
 
 def test_drain_lets_answers_finish_and_refuses_new_ones(toy: tuple[Any, Tokenizer, Any]) -> None:
     with Running(*toy) as running, Client(running.target, key="operator") as client:
+        steps = threading.Semaphore(30)  # fewer than the answer needs: it goes on while we ask
+        running.engine.on_step = lambda num_tokens: steps.acquire(timeout=PATIENCE)
         answer = client.chat(HELLO, max_tokens=60, ignore_eos=True)
         seen = [next(answer)]
         assert client.drain() == 1
         with pytest.raises(Unavailable, match="shutting down"):
             client.complete(HELLO)
+        steps.release(100)
         seen += answer
         assert completion_of(seen).usage.completion_tokens == 60
 

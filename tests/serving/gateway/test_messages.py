@@ -84,7 +84,11 @@ def test_refusals(
     assert words in check_error(stream, status, code)
 
 
-def test_refusals_before_the_body_is_read(client: httpx.Client) -> None:
+def test_refusals_before_the_body_is_read(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The large body may take longer to send than a refused client is read.
+    monkeypatch.setattr("serving.gateway.http.body._LINGER_SECONDS", 2 * PATIENCE)
     for path in PATHS:
         check_error(client.get(path), 405, "MethodNotAllowed")
         check_error(client.post(path, content=b"{"), 400, "BadRequest")

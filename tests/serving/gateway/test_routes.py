@@ -220,8 +220,9 @@ def test_the_type_that_info_tells_can_be_chosen() -> None:
     assert told["model_type"] == "chat_completion"
 
 
-def test_health_follows_the_service_and_needs_no_key(stack: Stack) -> None:
-    with httpx.Client(base_url=stack.url, timeout=PATIENCE) as probe:
+def test_health_follows_the_service_and_needs_no_key() -> None:
+    # A service of its own: others would hear a moment late that theirs serves again.
+    with running_stack() as stack, httpx.Client(base_url=stack.url, timeout=PATIENCE) as probe:
         assert probe.get("/health/ready").status_code == 200
         stack.set_serving(False)
         check_error(probe.get("/health/ready"), 503, "ServiceUnavailable")
@@ -243,7 +244,7 @@ def test_a_service_that_is_not_there_is_told_at_once() -> None:
         ):
             message = check_error(response, 503, "ServiceUnavailable")
             assert "127.0.0.1" not in message
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 9
         assert client.get("/health/live").status_code == 200
 
 

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from mixtral_jax.structure.compiler import Compiler
+from mixtral_jax.structure.trial import process
 from mixtral_jax.tokenization.mistral import MistralTokenizer
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
@@ -80,7 +81,16 @@ def device(tokenizer: MistralTokenizer) -> WritingDevice:
 
 
 @pytest.fixture(scope="module")
-def stack(device: WritingDevice, tokenizer: MistralTokenizer) -> Iterator[Stack]:
+def unhurried() -> Iterator[None]:
+    """A busy machine may take seconds to try a grammar that it compiles in milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "LONGEST_TRIAL", 60.0)
+        patch.setattr(process, "LONGEST_CHECK", 60.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stack(device: WritingDevice, tokenizer: MistralTokenizer, unhurried: None) -> Iterator[Stack]:
     size = tokenizer.vocab_size
     engine = Engine(device, LIMITS, masks=Grammars(-(-size // 32)))
     worker = EngineWorker(engine, Metrics("written"))

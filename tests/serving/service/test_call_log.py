@@ -46,19 +46,30 @@ def test_a_line_for_each_call(
             stub = rpc.InferenceStub(channel)
             metadata = (*KEY, ("x-request-id", "abc"))
             request = chat(max_tokens=3, ignore_eos=True, n=2)
+
+            async def logged(number: int) -> None:
+                # A line may come after the call's end, and so behind that of the next one.
+                while len(lines(caplog)) < number:
+                    await asyncio.sleep(0.01)
+
             chunks = [chunk async for chunk in stub.Generate(request, metadata=metadata)]
+            await logged(1)
             assert chunks[0].prompt_tokens == chunks[-1].usage.prompt_tokens
             await stub.Tokenize(pb.TokenizeRequest(text="secret words"), metadata=KEY)
-            for refused, key in ((chat(n=17), KEY), (chat(), (("api-key", "wrong"),))):
+            await logged(2)
+            for refused, key, number in (
+                (chat(n=17), KEY, 3),
+                (chat(), (("api-key", "wrong"),), 4),
+            ):
                 with pytest.raises(grpc.aio.AioRpcError):
                     async for _ in stub.Generate(refused, metadata=key):
                         pass
+                await logged(number)
             call = stub.Generate(chat(max_tokens=400, ignore_eos=True), metadata=KEY)
             await call.read()
             call.cancel()
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-            while len(lines(caplog)) < 5:
-                await asyncio.sleep(0.01)
+            await logged(5)
 
     asyncio.run(asyncio.wait_for(run(), 30))
     written = lines(caplog)

@@ -1,6 +1,7 @@
 """A real gRPC server around a real engine with a toy model."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -282,8 +283,11 @@ def test_a_deadline_ends_the_call_and_frees_its_pages(
 
 
 def test_a_deadline_that_passes_in_the_queue_ends_there(
-    parts: tuple[EngineWorker, Tokenizer],
+    parts: tuple[EngineWorker, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Slow steps: the two answers before it last for some ten seconds, unless they are cancelled.
+    monkeypatch.setattr(parts[0]._engine, "on_step", lambda num_tokens: time.sleep(0.02))
+
     async def run() -> None:
         scheduler = parts[0]._engine.scheduler
         service = InferenceService(*parts, pb.ModelInfo(max_context=512, vocab_size=261))

@@ -17,6 +17,7 @@ import mixtral_jax
 from mixtral_jax.structure.compiler import Compiler
 from mixtral_jax.structure.form import Form
 from mixtral_jax.structure.specification import Grammar, Specification
+from mixtral_jax.structure.trial import process
 from mixtral_jax.tokenization.tokenizer import Tokenizer
 from serving.access.credentials import Access
 from serving.access.keyring import Keyring
@@ -59,7 +60,16 @@ Parts = tuple[EngineWorker, Tokenizer, Compiler, Metrics]
 
 
 @pytest.fixture(scope="module")
-def parts() -> Iterator[Parts]:
+def patient() -> Iterator[None]:
+    """A busy machine may take seconds to try a grammar that it compiles in milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "LONGEST_TRIAL", 60.0)
+        patch.setattr(process, "LONGEST_CHECK", 60.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def parts(patient: None) -> Iterator[Parts]:
     model, tokenizer = mixtral_jax.load("tiny-random", mesh=None)
     engine = engine_of(model, LIMITS, compile_steps(model, LIMITS))
     metrics = Metrics("tiny")

@@ -58,14 +58,22 @@ def test_what_cannot_be_taken_closes_the_pipe_and_says_why() -> None:
 
 
 def test_an_end_that_does_not_read_is_cut_off_and_delays_nobody() -> None:
-    ours, theirs = socket.socketpair()
     lost: queue.SimpleQueue[str] = queue.SimpleQueue()
-    pipe = Pipe(ours, lambda message: None, lost.put, patience=0.2)
-    pipe.start()
+
+    def send(patience: float) -> tuple[Pipe, socket.socket]:
+        ours, theirs = socket.socketpair()
+        pipe = Pipe(ours, lambda message: None, lost.put, patience=patience)
+        pipe.start()
+        for _ in range(1000):
+            pipe.send(lambda: bytes(1 << 16))
+        return pipe, theirs
+
     began = time.monotonic()
-    for _ in range(1000):
-        pipe.send(lambda: bytes(1 << 16))
-    assert time.monotonic() - began < 0.2
+    pipe, theirs = send(PATIENCE)
+    assert time.monotonic() - began < PATIENCE and lost.empty()  # no send has waited for it
+    pipe.close()
+    theirs.close()
+    _, theirs = send(0.2)
     assert lost.get(timeout=PATIENCE) == "it does not read what it is sent"
     theirs.close()
 

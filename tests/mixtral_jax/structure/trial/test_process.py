@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from mixtral_jax.errors import StructureError
 from mixtral_jax.structure.specification import Check, Grammar, Kind, Specification
-from mixtral_jax.structure.trial.process import Died, NotStarted, TrialProcess
+from mixtral_jax.structure.trial import process as trial_process
+from mixtral_jax.structure.trial.process import LONGEST_CHECK, Died, NotStarted, TrialProcess
 from mixtral_jax.tokenization.toy_bytes import ByteTokenizer
 
 GOOD = Specification(Kind.REGEX, "[ab]+")
@@ -29,6 +31,13 @@ def trial() -> Iterator[TrialProcess]:
     trial.start()
     yield trial
     trial.close()
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time enough for what must be answered, also on a busy machine."""
+    monkeypatch.setattr(trial_process, "LONGEST_TRIAL", 60.0)
+    monkeypatch.setattr(trial_process, "LONGEST_CHECK", 60.0)
 
 
 def process_of(trial: TrialProcess) -> psutil.Process:
@@ -62,6 +71,7 @@ def test_a_process_that_was_killed_is_started_anew(trial: TrialProcess) -> None:
     assert trial.starts == 2
 
 
+@pytest.mark.usefixtures("patience")
 def test_a_process_that_is_killed_in_the_middle_of_a_trial_is_replaced_once(
     trial: TrialProcess,
 ) -> None:
@@ -79,11 +89,20 @@ def test_a_process_that_is_killed_in_the_middle_of_a_trial_is_replaced_once(
         assert trial.starts == starts
 
 
-def test_a_process_that_dies_of_a_trial_is_not_tried_again(trial: TrialProcess) -> None:
+@pytest.mark.usefixtures("patience")
+def test_a_process_that_dies_of_a_trial_is_not_tried_again(
+    trial: TrialProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process = process_of(trial)
     process.suspend()
     killing = threading.Timer(0.3, lambda: (process.send_signal(signal.SIGSEGV), process.resume()))
-    killing.start()
+    ask = trial._ask
+
+    def ask_and_die(line: bytes, seconds: float) -> Any:
+        killing.start()  # not before: a process that is dead when it is asked is replaced
+        return ask(line, seconds)
+
+    monkeypatch.setattr(trial, "_ask", ask_and_die)
     with pytest.raises(Died, match="make it smaller"):
         trial.trial(GOOD, space=False)
     killing.join()
@@ -140,14 +159,20 @@ def test_it_ends_with_its_parent_even_in_an_endless_trial() -> None:
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
     )
     pid = int(done.stdout)
-    for _ in range(100):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+    for _ in range(300):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
             return
         time.sleep(0.1)
     pytest.fail("the process outlived its parent")
 
 
-def test_an_answer_is_checked_where_its_schema_may_do_no_harm(trial: TrialProcess) -> None:
+@pytest.mark.usefixtures("patience")
+def test_an_answer_is_checked_where_its_schema_may_do_no_harm(
+    trial: TrialProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unique = Check('{"uniqueItems": true}', "draft2020-12")
     assert trial.check("[1]", unique) is None
     assert "equal" in (trial.check("[1, 1]", unique) or "")
@@ -160,7 +185,9 @@ def test_an_answer_is_checked_where_its_schema_may_do_no_harm(trial: TrialProces
     memory = {"pattern": "(?:(?:(?:a{600}){600}){600})?"}
     name = "a" * 50 + "b"
     for answer, schema in ((f'{{"{name}": 1}}', backtracking), ('"a"', memory)):
-        late = trial.check(answer, Check(json.dumps(schema), "draft2020-12"))
+        with monkeypatch.context() as impatience:
+            impatience.setattr(trial_process, "LONGEST_CHECK", LONGEST_CHECK)
+            late = trial.check(answer, Check(json.dumps(schema), "draft2020-12"))
         assert late == "the answer could not be checked in time"
     assert trial.check("[1]", unique) is None
 

@@ -67,13 +67,21 @@ def test_an_answer_to_the_key_before_is_no_news(stack: Stack, open_page: Open) -
 
 def test_a_full_queue_counts_down_and_is_tried_again(stack: Stack, open_page: Open) -> None:
     page = open_page(stack.url)
+
+    def answer_for_longer(route: Any) -> None:
+        """The server's one second may be over before it is read."""
+        refused = route.fetch()
+        assert refused.headers["retry-after"] == "1"
+        route.fulfill(response=refused, headers=refused.headers | {"retry-after": "6"})
+
+    page.route("**/v1/chat/completions", answer_for_longer, times=1)
     ask(page, "!fail:Overloaded")
     text = problem(page, "too much to do")
     assert re.search(r"Try again in \d+ s\.", text), text
     again = page.locator("#problem button")
     assert again.is_disabled()
     again.click()  # Playwright waits until it may be pressed
-    problem(page, "Try again in")
+    problem(page, "too much to do")  # which the press has taken away
     assert len(stack.service.requests) == 2
     assert bodies(page) == ["!fail:Overloaded"]
 
