@@ -14,7 +14,7 @@ checkpoint gets its name.
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -108,8 +108,7 @@ def convert(
     Raises ConversionError, with everything that is wrong with the source, and what `finished_at`
     raises for the destination. Nothing is left at `destination` then.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConversionError([f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}"])
+    check_dtype(dtype)
     source = open_source(path)
     if source.config is None:
         raise ConversionError(source.problems)
@@ -124,8 +123,9 @@ def convert(
     dtype = dtype or _default_dtype(source, table_of())
     table = table_of(own_head=dtype in CALIBRATED)
     kept = _is_kept(source, table, dtype)
-    is_made = dtype in CALIBRATED and not kept
-    _check_needed(mixed, calibration, dtype, is_made)
+    made = {name for name in CALIBRATED if not _is_kept(source, table_of(own_head=True), name)}
+    is_made = dtype in made
+    _check_needed(mixed, calibration, dtype, made)
     if mixed:
         weight_dtypes = int4.mixed(table.config) | dict(weight_dtypes)
     if kept and source.dialect == "gguf":
@@ -177,6 +177,12 @@ def convert(
     return card
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Raises ConversionError for a dtype that `convert` does not know."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConversionError([f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}"])
+
+
 def convert_once(
     name: str, *, upcycle_experts: int = 0, folder: Path | str = "checkpoints"
 ) -> Path:
@@ -196,18 +202,23 @@ def convert_once(
     return checkpoint
 
 
-def _check_needed(mixed: bool, calibration: Path | None, dtype: str, is_made: bool) -> None:
-    """Raises ConversionError for what is asked of rounding where nothing is rounded so."""
+def _check_needed(mixed: bool, calibration: Path | None, dtype: str, made: Set[str]) -> None:
+    """Raises ConversionError for what is asked of rounding where nothing is rounded so.
+
+    `made` are the dtypes to which this source would be rounded by a text.
+    """
     for name, is_given, dtypes in (
         ("mixed", mixed, ("int4",)),
         ("calibration", calibration is not None, CALIBRATED),
     ):
-        if is_given and not (is_made and dtype in dtypes):
+        possible = made & set(dtypes)
+        if is_given and dtype not in possible:
+            remedy = f"leave --{name} out"
+            if dtype not in dtypes and possible:
+                remedy = f"give --dtype {' or '.join(sorted(possible, reverse=True))} too"
             kinds = " or ".join(dtypes)
-            instead = f"give --dtype {kinds} too"
-            if dtype in dtypes:
-                instead = f"this source is {dtype} already, leave --{name} out"
-            problem = f"{name} is for weights that are rounded to {kinds} here; {instead}"
+            kept = ", which this source is already" if dtype in dtypes or not possible else ""
+            problem = f"{name} is for weights that are rounded to {kinds} here{kept}; {remedy}"
             raise ConversionError([problem])
 
 

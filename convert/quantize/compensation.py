@@ -18,10 +18,11 @@ rows, and makes other texts worse.)
 Products may lack something before any weight is rounded, because the rows come from rounded layers
 (arXiv:2504.02692, arXiv:2504.09629). The weights then first move by what fits it best:
 
-    W += L^T X H^-1 / T      L [T O]: a share of what the products of W with X lack
+    W += M H^-1      M = L^T X / T, of a share L [T O] of what the products of W with X lack
 
-Inputs are taken 2,048 at a time, because H of all 14,336 of a Mixtral's would be as large as its
-layer. What the products lack when some are rounded is for the next to make up for.
+Only moments of the rows are kept: M, and H's of some inputs with others. Inputs are taken 2,048 at
+a time, because H of all 14,336 of a Mixtral's and its inverse, both in float64, would be larger
+than its layer. What the products lack when some are rounded is for the next to make up for.
 """
 
 from typing import Any, NamedTuple
@@ -48,37 +49,41 @@ class Rounder:
     def __init__(self, rows: jax.Array) -> None:
         """Prepares for rows f32 [T I]; without any, each weight goes to the nearest value."""
         starts = range(0, rows.shape[1], _MOST_INPUTS) if jnp.any(rows) else ()
-        self._blocks = [_Block.of(rows[:, start : start + _MOST_INPUTS]) for start in starts]
+        self._blocks = [_Block.of(rows[:, start:]) for start in starts]
 
     def rounded(self, weight: np.ndarray, lacking: jax.Array | None = None) -> Weight:
         """Rounds a weight f32 [O I] so that its products with the rows have half of what they lack.
 
         Args:
             weight: finite.
-            lacking: f32 [T O]; None where they lack nothing.
+            lacking: f32 [O I], `moment` of what they lack with the rows; None where that is
+                nothing.
         """
         if not self._blocks:
             return Weight.quantized(jnp.asarray(weight), "int4")
-        if lacking is None:
-            lacking = jnp.zeros((len(self._blocks[0].rows), len(weight)), jnp.float32)
-        lacking = _SHARE * lacking
-        levels, pairs, start = [], [], 0
+        rest = jnp.asarray(weight)
+        lacking = jnp.zeros_like(rest) if lacking is None else _SHARE * lacking
+        levels, pairs = [], []
         for block in self._blocks:
-            own = jnp.asarray(weight[:, start : start + len(block.order)])
-            its_levels, grid = block.rounded(own, lacking)
+            count = len(block.order)
+            own, rest = rest[:, :count], rest[:, count:]
+            its_levels, grid = block.rounded(own, lacking[:, :count])
             with jax.default_matmul_precision("highest"):
-                lacking = lacking - block.rows @ (grid.values(its_levels) - own).T
+                lacking = lacking[:, count:] - (grid.values(its_levels) - own) @ block.behind
             levels.append(its_levels)
             pairs.append(grid.pairs)
-            start += len(block.order)
         return Weight(packed(jnp.concatenate(levels, axis=1)), jnp.concatenate(pairs, axis=1))
+
+
+def moment(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns values^T rows / T, f32 [V I], of values [T V] that stand beside rows [T I]."""
+    with jax.default_matmul_precision("highest"):
+        return values.T @ rows / len(rows)
 
 
 class _Block(NamedTuple):
     """Some inputs that make up for each other."""
 
-    rows: jax.Array
-    """f32 [T I]"""
     sizes: jax.Array
     """f32 [I], the mean square of each input."""
     order: jax.Array
@@ -87,25 +92,31 @@ class _Block(NamedTuple):
     """f32 [I I], of H."""
     factor: jax.Array
     """f32 [I I], U of the inputs in their order."""
+    behind: jax.Array
+    """f32 [I R], their moments with the inputs behind them."""
 
     @classmethod
     def of(cls, rows: jax.Array) -> "_Block":
-        """Prepares for rows that are not all 0."""
-        sizes = np.asarray(jnp.mean(jnp.square(rows), axis=0))
+        """Prepares the first inputs of rows [T I+R] that are not all 0."""
+        own, behind = rows[:, :_MOST_INPUTS], rows[:, _MOST_INPUTS:]
+        sizes = np.asarray(jnp.mean(jnp.square(own), axis=0))
         order = np.argsort(-sizes, kind="stable")
-        with jax.default_matmul_precision("highest"):
-            h = np.asarray(rows.T @ rows, np.float64) / len(rows)
+        h = np.asarray(moment(own, own), np.float64)
         h[np.diag_indices_from(h)] += _SHRINKAGE * sizes + _DAMPING * (sizes.mean() or 1.0)
         inverse = np.linalg.inv(h)
         factor = np.linalg.cholesky(inverse[np.ix_(order, order)]).T
-        arrays = (sizes, order, inverse.astype(np.float32), factor.astype(np.float32))
-        return cls(rows, *map(jnp.asarray, arrays))
+        return cls(
+            sizes=jnp.asarray(sizes),
+            order=jnp.asarray(order),
+            inverse=jnp.asarray(inverse.astype(np.float32)),
+            factor=jnp.asarray(factor.astype(np.float32)),
+            behind=moment(own, behind),
+        )
 
     def rounded(self, weight: jax.Array, lacking: jax.Array) -> tuple[jax.Array, Grid]:
-        """The levels u8 [O I] of a weight [O I], and their grid; lacking is [T O]."""
+        """The levels u8 [O I] of a weight [O I], and their grid; lacking is M [O I]."""
         with jax.default_matmul_precision("highest"):
-            fit = lacking.T @ self.rows / len(self.rows) @ self.inverse
-        weight = weight + fit
+            weight = weight + lacking @ self.inverse
         grid = Grid.of(weight, self.sizes)
         return _in_turn(weight, grid, self.order, self.factor), grid
 

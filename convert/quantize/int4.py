@@ -21,13 +21,15 @@ import numpy as np
 from convert.pieces import Fill
 from convert.progress import Progress
 from convert.quantize.calibration import Arrays, Calibration
-from convert.quantize.compensation import Rounder
+from convert.quantize.compensation import Rounder, moment
 from convert.quantize.int8 import ALPHA, Walk, by_layers, channels, smooth_layer
 from mixtral_jax.checkpoint.writer import ParameterWriter
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.weight import QUANTIZED, Weight
 
-_MAX_TOKENS = 8192  # of the text
+# The more tokens a model is rounded by, the better. It is rounded by so many that the rows of down,
+# the largest, have 2^27 elements (512 MiB); by 9,362 where it has the widths of Mistral-7B.
+_MIN_TOKENS, _MAX_TOKENS, _MAX_ROWS = 8192, 32768, 1 << 27
 # The weights that meet the same rows, by the names of `Rows`, in the order in which they do.
 _TOGETHER = {
     "attention.qkv": ("attention.q", "attention.k", "attention.v"),
@@ -52,6 +54,12 @@ def mixed(config: ModelConfig) -> dict[str, str]:
     return {f"layers.{i}.{name}": "int8" for i in chosen for name in names}
 
 
+def num_tokens(config: ModelConfig) -> int:
+    """The number of tokens of a text by which a model is rounded, if the text has so many."""
+    width = config.feed_forward_size * max(config.experts_per_token, 1)
+    return min(max(_MAX_ROWS // width, _MIN_TOKENS), _MAX_TOKENS)
+
+
 def quantize(
     config: ModelConfig,
     fill: Fill,
@@ -66,7 +74,7 @@ def quantize(
     Args:
         config: of the model, its embeddings not tied.
         fill: puts elements of a float32 parameter into an array.
-        ids: of the calibration text, at least one; the first 8,192 are used.
+        ids: of the calibration text, at least one; the first `num_tokens` are used.
         writer: of parameters of an int4 model.
         progress: called with bytes written and bytes in all.
         alpha: as in `int8.quantize`.
@@ -96,7 +104,7 @@ def quantize(
         exact = floats.behind
         return run(layer, x)[0]
 
-    by_layers(config, fill, ids[:_MAX_TOKENS], writer, progress, alpha, round_and_write)
+    by_layers(config, fill, ids[: num_tokens(config)], writer, progress, alpha, round_and_write)
 
 
 class _Floats(NamedTuple):
@@ -120,18 +128,21 @@ class _Met(NamedTuple):
     rows: list[jax.Array]
     """f32 [T I]; of each expert, where experts have their own."""
     drift: jax.Array | None = None
-    """f32 [T I], what they lack of the float model's; None where those are not compared."""
+    """f32 [I I], `moment` of what they lack of the float model's; None where those are not
+    compared."""
     added: jax.Array | None = None
-    """f32 [B T O], what the products are to have besides."""
+    """f32 [O I], `moment` of what the products are to have besides."""
 
     def lacking(self, matrix: np.ndarray) -> jax.Array | None:
-        """Returns what a matrix's [O I] products f32 [T O] with the rows lack; None for nothing."""
-        added = None if self.added is None else self.added.reshape(-1, len(matrix))
+        """Returns `moment` f32 [O I] of what a matrix's products with the rows lack, if anything.
+
+        Their [T O] are never made: experts have many outputs, and there are many experts.
+        """
         if self.drift is None:
-            return added
+            return self.added
         with jax.default_matmul_precision("highest"):
-            lacking = self.drift @ matrix.T
-        return lacking if added is None else lacking + added
+            lacking = jnp.asarray(matrix) @ self.drift
+        return lacking if self.added is None else lacking + self.added
 
 
 def _met(
@@ -154,12 +165,15 @@ def _met(
     """
     if kind != "feed_forward.down":
         rows = calibration.rows(layer, x, kind)
-        added = floats.before - x if kind == "attention.o" else None
-        return _Met([rows], floats.rows[kind] - rows, added)
+        added = None
+        if kind == "attention.o":
+            added = moment((floats.before - x).reshape(len(rows), -1), rows)
+        return _Met([rows], moment(floats.rows[kind] - rows, rows), added)
     behind, every = calibration.run(layer, x)
     if config.is_moe:
         return _Met(jnp.split(every.down, np.cumsum(every.sizes)[:-1]))
-    return _Met([every.down], added=floats.behind - behind)
+    lacking = (floats.behind - behind).reshape(len(every.down), -1)
+    return _Met([every.down], added=moment(lacking, every.down))
 
 
 def _rounded(

@@ -55,8 +55,9 @@ def convert(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Text, in UTF-8, like what the model is to read: by its first 2,048 tokens (int8) "
-            "or 8,192 (int4) weights are rounded; default: 7,000 tokens of many kinds.",
+            help="UTF-8 text like what the model is to read: by its first 2,048 tokens (int8), or "
+            "8,192 to 32,768 (int4, more for smaller models), weights are rounded; default: "
+            "some 30,000 tokens of many kinds.",
         ),
     ] = None,
     upcycle_experts: Annotated[
@@ -65,15 +66,16 @@ def convert(
     name: Annotated[str | None, typer.Option(help="Name under which the model is served.")] = None,
 ) -> None:
     """Convert safetensors, GGUF or Mistral's own files to an Orbax checkpoint."""
+    from convert.convert import check_dtype, convert
     from convert.progress import bar
     from convert.pull import pull
+    from mixtral_jax.checkpoint.store import place_of
 
+    check_dtype(dtype)  # before a download, which may be long
     path = Path(source)
     if not path.exists():
         with bar(f"pulling {source}") as progress:
             path = pull(source, progress=progress)
-    from convert.convert import convert
-    from mixtral_jax.checkpoint.store import place_of
 
     with bar(f"converting {path.name}") as progress:
         convert(

@@ -42,6 +42,7 @@ def test_a_model_is_rounded_by_the_text_of_a_file(
         (None, "cannot be read: No such file"),
         (b"\xff\xfe", "is not in UTF-8"),
         (b" \n", "has no text in it"),
+        (b"a\0b\0", "has no text in it"),
     ],
 )
 def test_a_text_that_is_none(content: bytes | None, words: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from convert.quantize import compensation
-from convert.quantize.compensation import Rounder
+from convert.quantize.compensation import Rounder, moment
 from mixtral_jax.weight import Weight
 
 GENERATOR = np.random.default_rng(0)
@@ -53,7 +53,8 @@ def test_products_gain_half_of_what_they_lack(
     monkeypatch.setattr(compensation, "_MOST_INPUTS", together)
     change = 0.3 * GENERATOR.standard_normal(WEIGHT.shape).astype(np.float32)
     lacking = ROWS @ change.T
-    rounded = Rounder(jnp.asarray(ROWS)).rounded(WEIGHT, jnp.asarray(lacking))
+    rows = jnp.asarray(ROWS)
+    rounded = Rounder(rows).rounded(WEIGHT, moment(jnp.asarray(lacking), rows))
     gained = products(rounded) - ROWS @ WEIGHT.T
     assert np.sum(gained * lacking) / np.sum(lacking**2) == pytest.approx(0.5, abs=0.02)
 

@@ -12,7 +12,7 @@ from convert.convert import convert
 from convert.errors import ConversionError
 from convert.pieces import ParameterPiece
 from convert.quantize import compensation
-from convert.quantize.int4 import mixed, quantize
+from convert.quantize.int4 import mixed, num_tokens, quantize
 from mixtral_jax.checkpoint import restore
 from mixtral_jax.checkpoint.folder import Card
 from mixtral_jax.checkpoint.parameters import count_parameters, parameter_shapes
@@ -206,3 +206,11 @@ def test_what_int4_is_not_for(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="mixed is for .* int4 here; give --dtype int4 too"):
         convert(path, tmp_path / "ours", dtype="int8", mixed=True)
     assert not (tmp_path / "ours").exists()
+
+
+def test_smaller_models_are_rounded_by_more_tokens() -> None:
+    """As many as 2^27 elements of down's rows hold, within bounds: 2^27 / 14336 is 9362.3."""
+    config = ModelConfig.mistral_7b_v01()
+    assert num_tokens(config) == 9362
+    assert num_tokens(ModelConfig.mixtral_8x7b_v01()) == 8192
+    assert num_tokens(replace(config, feed_forward_size=1536)) == 32768

@@ -349,6 +349,20 @@ def test_a_gguf_file_of_eight_bits_is_kept(tmp_path: Path) -> None:
         convert(file.path, tmp_path / "int4", dtype="int4")
 
 
+def test_what_rounds_by_a_text_is_refused_where_all_is_kept(tmp_path: Path) -> None:
+    """Whatever dtype is given, the remedy is one that works: this file is int4 already."""
+    file = gguf_files.File(tmp_path / "a.gguf", {"": Q.Q4_0})
+    text = tmp_path / "text"
+    already = "here, which this source is already; leave --{} out"
+    for dtype in (None, "int4", "bfloat16"):
+        with pytest.raises(ConversionError, match=already.format("mixed")):
+            convert(file.path, tmp_path / "ours", dtype=dtype, mixed=True)
+    with pytest.raises(ConversionError, match=already.format("calibration")):
+        convert(file.path, tmp_path / "ours", dtype="int4", calibration=text)
+    with pytest.raises(ConversionError, match="here; give --dtype int8 too"):
+        convert(file.path, tmp_path / "ours", calibration=text)
+
+
 def test_a_gguf_scale_beyond_float16(tmp_path: Path) -> None:
     blocks = np.zeros((1, 18), np.uint8)
     blocks[0, :2] = np.frombuffer(np.float16(60_000).tobytes(), np.uint8)
