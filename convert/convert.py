@@ -14,7 +14,7 @@ checkpoint gets its name.
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -123,9 +123,13 @@ def convert(
     dtype = dtype or _default_dtype(source, table_of())
     table = table_of(own_head=dtype in CALIBRATED)
     kept = _is_kept(source, table, dtype)
-    made = {name for name in CALIBRATED if not _is_kept(source, table_of(own_head=True), name)}
-    is_made = dtype in made
-    _check_needed(mixed, calibration, dtype, made)
+    is_made = dtype in CALIBRATED and not kept
+    for name, is_given, dtypes in (
+        ("mixed", mixed, ("int4",)),
+        ("calibration", calibration is not None, CALIBRATED),
+    ):
+        if is_given and not (is_made and dtype in dtypes):
+            raise ConversionError([_unneeded(name, dtypes, source, table_of(own_head=True), dtype)])
     if mixed:
         weight_dtypes = int4.mixed(table.config) | dict(weight_dtypes)
     if kept and source.dialect == "gguf":
@@ -202,24 +206,30 @@ def convert_once(
     return checkpoint
 
 
-def _check_needed(mixed: bool, calibration: Path | None, dtype: str, made: Set[str]) -> None:
-    """Raises ConversionError for what is asked of rounding where nothing is rounded so.
+def _unneeded(
+    name: str, dtypes: Sequence[str], source: Source, table: NameTable, dtype: str
+) -> str:
+    """Says that an option is given where nothing is rounded so, and what to do.
 
-    `made` are the dtypes to which this source would be rounded by a text.
+    Args:
+        name: of the option.
+        dtypes: for which it is.
+        source: the model.
+        table: of its parameters, with a head of their own.
+        dtype: to which it is to be converted.
     """
-    for name, is_given, dtypes in (
-        ("mixed", mixed, ("int4",)),
-        ("calibration", calibration is not None, CALIBRATED),
-    ):
-        possible = made & set(dtypes)
-        if is_given and dtype not in possible:
-            remedy = f"leave --{name} out"
-            if dtype not in dtypes and possible:
-                remedy = f"give --dtype {' or '.join(sorted(possible, reverse=True))} too"
-            kinds = " or ".join(dtypes)
-            kept = ", which this source is already" if dtype in dtypes or not possible else ""
-            problem = f"{name} is for weights that are rounded to {kinds} here{kept}; {remedy}"
-            raise ConversionError([problem])
+    kept = [kind for kind in dtypes if _is_kept(source, table, kind)]
+    possible = [kind for kind in dtypes if kind not in kept and _has_shapes(table, kind, {})]
+    asked = f"give --dtype {' or '.join(possible)}"
+    if dtype in kept:
+        remedy = f"this source is {dtype} already, leave --{name} out"
+        remedy += f" or {asked}" if possible else ""
+    elif possible:
+        remedy = asked
+    else:
+        remedy = f"leave --{name} out"
+        remedy += f"; --dtype {kept[0]} keeps what this source is already" if kept else ""
+    return f"{name} is for weights that are rounded to {' or '.join(dtypes)} here; {remedy}"
 
 
 def _default_dtype(source: Source, table: NameTable) -> str:

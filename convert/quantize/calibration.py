@@ -52,7 +52,9 @@ def calibration_text(path: Path | None = None) -> str:
         raise ConversionError([f"{path} is not in UTF-8{instead}"]) from None
     except OSError as error:
         raise ConversionError([f"{path} cannot be read: {error.strerror}{instead}"]) from None
-    if not text.strip() or "\0" in text:
+    if "\0" in text:
+        raise ConversionError([f"{path} has zero bytes, which no text has{instead}"])
+    if not text.strip():
         raise ConversionError([f"{path} has no text in it{instead}"])
     return text
 

@@ -20,9 +20,9 @@ Products may lack something before any weight is rounded, because the rows come 
 
     W += M H^-1      M = L^T X / T, of a share L [T O] of what the products of W with X lack
 
-Only moments of the rows are kept: M, and H's of some inputs with others. Inputs are taken 2,048 at
-a time, because H of all 14,336 of a Mixtral's and its inverse, both in float64, would be larger
-than its layer. What the products lack when some are rounded is for the next to make up for.
+Only moments of the rows are kept: of some inputs with each other, and with those behind them.
+Inputs are taken 2,048 at a time, because H of all 14,336 of down's and its inverse would take
+3.3 GB in float64. What the products lack when some are rounded is for the next to make up for.
 """
 
 from typing import Any, NamedTuple
@@ -49,14 +49,14 @@ class Rounder:
     def __init__(self, rows: jax.Array) -> None:
         """Prepares for rows f32 [T I]; without any, each weight goes to the nearest value."""
         starts = range(0, rows.shape[1], _MOST_INPUTS) if jnp.any(rows) else ()
-        self._blocks = [_Block.of(rows[:, start:]) for start in starts]
+        self._blocks = [_Block.of(rows, start) for start in starts]
 
     def rounded(self, weight: np.ndarray, lacking: jax.Array | None = None) -> Weight:
         """Rounds a weight f32 [O I] so that its products with the rows have half of what they lack.
 
         Args:
             weight: finite.
-            lacking: f32 [O I], `moment` of what they lack with the rows; None where that is
+            lacking: f32 [O I], `moment` of what they lack with the rows; None where they lack
                 nothing.
         """
         if not self._blocks:
@@ -96,9 +96,12 @@ class _Block(NamedTuple):
     """f32 [I R], their moments with the inputs behind them."""
 
     @classmethod
-    def of(cls, rows: jax.Array) -> "_Block":
-        """Prepares the first inputs of rows [T I+R] that are not all 0."""
-        own, behind = rows[:, :_MOST_INPUTS], rows[:, _MOST_INPUTS:]
+    def of(cls, rows: jax.Array, start: int) -> "_Block":
+        """Prepares the inputs from `start` on, of rows f32 [T start+I+R]."""
+        own = rows[:, start : start + _MOST_INPUTS]
+        # Block by block, because a copy of all the rows behind would be large.
+        others = range(start + _MOST_INPUTS, rows.shape[1], _MOST_INPUTS)
+        behind = [moment(own, rows[:, other : other + _MOST_INPUTS]) for other in others]
         sizes = np.asarray(jnp.mean(jnp.square(own), axis=0))
         order = np.argsort(-sizes, kind="stable")
         h = np.asarray(moment(own, own), np.float64)
@@ -110,7 +113,7 @@ class _Block(NamedTuple):
             order=jnp.asarray(order),
             inverse=jnp.asarray(inverse.astype(np.float32)),
             factor=jnp.asarray(factor.astype(np.float32)),
-            behind=moment(own, behind),
+            behind=jnp.concatenate([jnp.zeros((len(sizes), 0)), *behind], axis=1),
         )
 
     def rounded(self, weight: jax.Array, lacking: jax.Array) -> tuple[jax.Array, Grid]:

@@ -10,8 +10,7 @@ may choose other experts in the rounded model, so down of experts is rounded for
 Embedding and head are int8.
 """
 
-from collections.abc import Iterator, Mapping
-from itertools import repeat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -28,7 +27,8 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.weight import QUANTIZED, Weight
 
 # The more tokens a model is rounded by, the better. It is rounded by so many that the rows of down,
-# the largest, have 2^27 elements (512 MiB); by 9,362 where it has the widths of Mistral-7B.
+# the largest, have 2^27 elements (512 MiB), as 9,362 tokens have with the widths of Mistral-7B; but
+# at least by 8,192, with which those of Mixtral-8x7B are 896 MiB, and at most by 32,768.
 _MIN_TOKENS, _MAX_TOKENS, _MAX_ROWS = 8192, 32768, 1 << 27
 # The weights that meet the same rows, by the names of `Rows`, in the order in which they do.
 _TOGETHER = {
@@ -101,6 +101,7 @@ def quantize(
                 walk.output.write_rounded(prefix + name, rounded)
                 values = np.asarray(rounded.widened(jnp.float32))
                 layer[name] = values.reshape(layer[name].shape)
+            del met  # it is large, and what comes next is too
         exact = floats.behind
         return run(layer, x)[0]
 
@@ -112,8 +113,8 @@ class _Floats(NamedTuple):
 
     before: jax.Array
     behind: jax.Array
-    rows: Mapping[str, jax.Array]
-    """`by_name` of `Rows`."""
+    rows: dict[str, jax.Array]
+    """`by_name` of `Rows`; who has read some takes them out."""
 
     @classmethod
     def of(cls, calibration: Calibration, layer: Arrays, before: jax.Array) -> "_Floats":
@@ -136,7 +137,7 @@ class _Met(NamedTuple):
     def lacking(self, matrix: np.ndarray) -> jax.Array | None:
         """Returns `moment` f32 [O I] of what a matrix's products with the rows lack, if anything.
 
-        Their [T O] are never made: experts have many outputs, and there are many experts.
+        What each product lacks is not computed, because it would have all outputs of all experts.
         """
         if self.drift is None:
             return self.added
@@ -168,7 +169,7 @@ def _met(
         added = None
         if kind == "attention.o":
             added = moment((floats.before - x).reshape(len(rows), -1), rows)
-        return _Met([rows], moment(floats.rows[kind] - rows, rows), added)
+        return _Met([rows], moment(floats.rows.pop(kind) - rows, rows), added)
     behind, every = calibration.run(layer, x)
     if config.is_moe:
         return _Met(jnp.split(every.down, np.cumsum(every.sizes)[:-1]))
@@ -180,15 +181,15 @@ def _rounded(
     names: list[str], layer: Arrays, met: _Met, config: ModelConfig, compensates: bool
 ) -> Iterator[tuple[str, Weight]]:
     """Rounds weights f32 [*E *O *I] of a layer that meet the same rows, to int4 [E O I]."""
-    # One for all of a weight's experts, or for each a new one, because they are large.
-    own = (Rounder(rows if compensates else rows[:0]) for rows in met.rows)
-    rounders = own if len(met.rows) > 1 else repeat(next(own))
+    rows = [own if compensates else own[:0] for own in met.rows]
+    shared = Rounder(rows[0]) if len(rows) == 1 else None
     for name in names:
-        values = layer[name]
         experts = config.num_experts if config.is_moe and name.startswith("feed_forward.") else 1
-        matrices = values.reshape(experts, -1, met.rows[0].shape[1])
+        matrices = layer[name].reshape(experts, -1, rows[0].shape[1])
         rounded = [
-            rounder.rounded(matrix, met.lacking(matrix))
-            for matrix, rounder in zip(matrices, rounders, strict=False)
+            # Where experts have their own rows, no two have a rounder at a time: it is large.
+            (shared or Rounder(rows[expert])).rounded(matrix, met.lacking(matrix))
+            for expert, matrix in enumerate(matrices)
         ]
+        del matrices  # the floats, which the caller replaces
         yield name, jax.tree.map(lambda *arrays: jnp.stack(arrays), *rounded)

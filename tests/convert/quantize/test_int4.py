@@ -11,7 +11,8 @@ import pytest
 from convert.convert import convert
 from convert.errors import ConversionError
 from convert.pieces import ParameterPiece
-from convert.quantize import compensation
+from convert.quantize import compensation, int4
+from convert.quantize.compensation import Rounder, moment
 from convert.quantize.int4 import mixed, num_tokens, quantize
 from mixtral_jax.checkpoint import restore
 from mixtral_jax.checkpoint.folder import Card
@@ -203,7 +204,7 @@ def test_what_int4_is_not_for(tmp_path: Path) -> None:
     path = sources.write_hf(tmp_path / "hf", sources.DENSE, sources.tensors(sources.DENSE))
     with pytest.raises((ConversionError, ConfigError), match="int4"):
         convert(path, tmp_path / "ours", dtype="int4")
-    with pytest.raises(ConversionError, match="mixed is for .* int4 here; give --dtype int4 too"):
+    with pytest.raises(ConversionError, match="mixed is for .* int4 here; leave --mixed out$"):
         convert(path, tmp_path / "ours", dtype="int8", mixed=True)
     assert not (tmp_path / "ours").exists()
 
@@ -214,3 +215,30 @@ def test_smaller_models_are_rounded_by_more_tokens() -> None:
     assert num_tokens(config) == 9362
     assert num_tokens(ModelConfig.mixtral_8x7b_v01()) == 8192
     assert num_tokens(replace(config, feed_forward_size=1536)) == 32768
+
+
+def test_experts_are_rounded_for_rows_of_their_own() -> None:
+    """An expert that no token has chosen meets none."""
+    config = CONFIGS["moe"]
+    D, F = config.hidden_size, config.feed_forward_size
+    drawn = GENERATOR.standard_normal((config.num_experts, D, F)).astype(np.float32)
+    rows = [jnp.asarray(GENERATOR.standard_normal((n, F)), jnp.float32) for n in (90, 0, 60)]
+    rows += [rows[0]] * (config.num_experts - len(rows))
+    name = "feed_forward.down.weight"
+    ((_, weight),) = int4._rounded([name], {name: drawn}, int4._Met(rows), config, True)
+    assert weight.values.shape == (config.num_experts, D, F // 2)
+    for expert, own in enumerate(rows):
+        alone = Rounder(own).rounded(drawn[expert])
+        np.testing.assert_array_equal(weight.values[expert], alone.values)
+
+
+def test_what_products_lack_is_found_by_moments() -> None:
+    """The rows lack `drift`, and the products are to have `added` besides."""
+    rows, drift, added, matrix = (
+        jnp.asarray(GENERATOR.standard_normal(shape), jnp.float32)
+        for shape in ((50, 8), (50, 8), (50, 4), (4, 8))
+    )
+    met = int4._Met([rows], moment(drift, rows), moment(added, rows))
+    lacking = met.lacking(np.asarray(matrix))
+    want = moment(drift @ matrix.T + added, rows)
+    np.testing.assert_allclose(lacking, want, rtol=1e-4, atol=1e-5)

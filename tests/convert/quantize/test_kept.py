@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -349,18 +350,30 @@ def test_a_gguf_file_of_eight_bits_is_kept(tmp_path: Path) -> None:
         convert(file.path, tmp_path / "int4", dtype="int4")
 
 
-def test_what_rounds_by_a_text_is_refused_where_all_is_kept(tmp_path: Path) -> None:
-    """Whatever dtype is given, the remedy is one that works: this file is int4 already."""
+@pytest.mark.parametrize(
+    ("dtype", "option", "remedy"),
+    [
+        (None, "mixed", "leave --mixed out; --dtype int4 keeps what this source is already"),
+        ("bfloat16", "mixed", "leave --mixed out; --dtype int4 keeps what this source is already"),
+        ("int8", "mixed", "leave --mixed out; --dtype int4 keeps what this source is already"),
+        ("int4", "mixed", "this source is int4 already, leave --mixed out"),
+        (None, "calibration", "give --dtype int8"),
+        ("bfloat16", "calibration", "give --dtype int8"),
+        (
+            "int4",
+            "calibration",
+            "this source is int4 already, leave --calibration out or give --dtype int8",
+        ),
+    ],
+)
+def test_what_rounds_by_a_text_is_refused_where_all_is_kept(
+    dtype: str | None, option: str, remedy: str, tmp_path: Path
+) -> None:
+    """With a remedy for each dtype: this file is int4 already."""
     file = gguf_files.File(tmp_path / "a.gguf", {"": Q.Q4_0})
-    text = tmp_path / "text"
-    already = "here, which this source is already; leave --{} out"
-    for dtype in (None, "int4", "bfloat16"):
-        with pytest.raises(ConversionError, match=already.format("mixed")):
-            convert(file.path, tmp_path / "ours", dtype=dtype, mixed=True)
-    with pytest.raises(ConversionError, match=already.format("calibration")):
-        convert(file.path, tmp_path / "ours", dtype="int4", calibration=text)
-    with pytest.raises(ConversionError, match="here; give --dtype int8 too"):
-        convert(file.path, tmp_path / "ours", calibration=text)
+    given: Any = {"mixed": True} if option == "mixed" else {"calibration": tmp_path / "text"}
+    with pytest.raises(ConversionError, match=f"{option} is for .* here; {remedy}$"):
+        convert(file.path, tmp_path / "ours", dtype=dtype, **given)
 
 
 def test_a_gguf_scale_beyond_float16(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def test_chat_with_an_adapter(tmp_path: Path) -> None:
     assert "Traceback" not in wrong.stderr
 
 
+def test_a_dtype_is_checked_before_a_download(tmp_path: Path) -> None:
+    out = mixtral_jax("convert", "nobody/nothing", str(tmp_path / "made"), "--dtype=int2")
+    assert out.returncode == 1 and "dtype 'int2' is not supported" in out.stderr
+
+
 def test_chat_without_a_model() -> None:
     out = mixtral_jax("chat", "--model=nowhere")
     assert out.returncode == 1
