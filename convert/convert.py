@@ -124,12 +124,13 @@ def convert(
     table = table_of(own_head=dtype in CALIBRATED)
     kept = _is_kept(source, table, dtype)
     is_made = dtype in CALIBRATED and not kept
-    for name, is_given, dtypes in (
+    for option, is_given, dtypes in (
         ("mixed", mixed, ("int4",)),
         ("calibration", calibration is not None, CALIBRATED),
     ):
         if is_given and not (is_made and dtype in dtypes):
-            raise ConversionError([_unneeded(name, dtypes, source, table_of(own_head=True), dtype)])
+            whole = table_of(own_head=True)
+            raise ConversionError([_unneeded(option, dtypes, source, whole, dtype)])
     if mixed:
         weight_dtypes = int4.mixed(table.config) | dict(weight_dtypes)
     if kept and source.dialect == "gguf":
